@@ -1,0 +1,61 @@
+"""Token-level multi-head linear attention (MHLA) for diffusion and video transformers.
+
+Names are imported on first use, so that `mhla_gen.ops` works without loading diffusers.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from mhla_gen.version import __version__
+
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
+
+    from mhla_gen.config import MHLAConfig, load_config
+    from mhla_gen.models import (
+        MHLA,
+        MHLADiTTransformer2DModel,
+        MHLAWanTransformer3DModel,
+        inject,
+        restore,
+        summary,
+    )
+    from mhla_gen.sampling import ClassConditionalPipeline
+
+# diffusers looks up ModelMixin in the package of a saved component before it loads the component.
+_HOMES = {
+    "ModelMixin": "diffusers",
+    "MHLAConfig": "mhla_gen.config",
+    "load_config": "mhla_gen.config",
+    "MHLA": "mhla_gen.models",
+    "MHLADiTTransformer2DModel": "mhla_gen.models",
+    "MHLAWanTransformer3DModel": "mhla_gen.models",
+    "inject": "mhla_gen.models",
+    "restore": "mhla_gen.models",
+    "summary": "mhla_gen.models",
+    "ClassConditionalPipeline": "mhla_gen.sampling",
+}
+
+__all__ = [
+    "MHLA",
+    "ClassConditionalPipeline",
+    "MHLAConfig",
+    "MHLADiTTransformer2DModel",
+    "MHLAWanTransformer3DModel",
+    "ModelMixin",
+    "__version__",
+    "inject",
+    "load_config",
+    "restore",
+    "summary",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

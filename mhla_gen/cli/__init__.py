@@ -1,0 +1,76 @@
+"""`mhla-gen COMMAND [CONFIG.yaml] [key=value …]`: parse, load the config, make one call."""
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from mhla_gen.config import SCHEMAS, load_config, to_yaml
+from mhla_gen.version import __version__
+
+
+class Command(NamedTuple):
+    """A sub-command: `module.run(config, dry_run)` does the work."""
+
+    summary: str
+    module: str
+
+
+# The keys are those of SCHEMAS. Modules are imported only when their command runs.
+COMMANDS: dict[str, Command] = {}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all sub-commands."""
+    parser = argparse.ArgumentParser(
+        prog="mhla-gen",
+        description="Token-level multi-head linear attention for diffusion and video transformers.",
+        epilog="Every command takes a YAML config and key=value overrides; see configs/.",
+    )
+    parser.add_argument("--version", action="version", version=f"mhla-gen {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, command in COMMANDS.items():
+        sub = commands.add_parser(name, help=command.summary, description=command.summary)
+        sub.add_argument(
+            "arguments",
+            nargs="*",
+            metavar="CONFIG.yaml | key=value",
+            help="at most one config file, then overrides",
+        )
+        sub.add_argument("--dry-run", action="store_true", help="check everything, do nothing")
+        sub.add_argument("--print-config", action="store_true", help="print the settings and stop")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one sub-command; the exit status.
+
+    Errors that a user can mend are printed as one line. `MHLA_GEN_TRACEBACK=1` shows where they
+    come from.
+    """
+    args = build_parser().parse_args(argv)
+    try:
+        path, overrides = _split_arguments(args.arguments)
+        config = load_config(path, overrides, SCHEMAS[args.command])
+        if args.print_config:
+            print(to_yaml(config), end="")
+            return 0
+        module = importlib.import_module(COMMANDS[args.command].module)
+        module.run(config, dry_run=args.dry_run)
+    except (ValueError, OSError) as error:
+        if os.environ.get("MHLA_GEN_TRACEBACK") == "1":
+            raise
+        print(f"mhla-gen {args.command}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\nmhla-gen {args.command}: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _split_arguments(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
+    if arguments and "=" not in arguments[0]:
+        return arguments[0], list(arguments[1:])
+    return None, list(arguments)

@@ -1,0 +1,176 @@
+"""MHLA in batched PyTorch, for any device: no loop over blocks, sums in float32.
+
+Two exact forms of one function, the cheaper one chosen by `attention_form_is_cheaper`:
+
+- *linear form*: summaries → mix → apply, with tokens gathered into blocks padded to the largest.
+- *attention form*: `((φ(Q) φ(K)ᵀ) ∘ m[block(q), block(k)]) V`, a tile of queries at a time.
+
+Source: Zhang et al. 2026, arXiv:2601.07832, Eq. (4) and App. C (causal).
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from mhla_gen.ops.feature_maps import FEATURE_MAPS, rotate
+from mhla_gen.ops.partition import BlockSlots, block_of_tokens, block_slots
+
+# Tokens a causal block is scanned by: about head_dim, where both parts of the scan cost the same.
+_CHUNK = 64
+
+
+def attention_form_is_cheaper(seq_len: int, num_blocks: int, head_dim: int, value_dim: int) -> bool:
+    """Whether scores cost less than summaries, counting multiply-adds of one head.
+
+    Linear form: `2 N d v` for summaries and output, `M² d v` for mixing. Attention form:
+    `N² (d + v)`.
+    """
+    linear = (2 * seq_len + num_blocks**2) * head_dim * value_dim
+    return seq_len**2 * (head_dim + value_dim) < linear
+
+
+def blockwise_mhla(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mixing: Tensor,
+    *,
+    grid: tuple[int, ...],
+    layout: tuple[int, ...],
+    feature_map: str,
+    rotary: tuple[Tensor, Tensor] | None,
+    normalize: bool,
+    causal: bool,
+    eps: float,
+    attention_form: bool | None = None,
+) -> Tensor:
+    """MHLA summed in float32 (float64 for float64 inputs); see `mhla_gen.ops.mhla`.
+
+    `attention_form` forces one of the two forms; by default the cheaper one runs. Causal attention
+    has the linear form only.
+    """
+    seq_len, head_dim, value_dim = query.shape[1], query.shape[3], value.shape[3]
+    num_blocks = math.prod(layout)
+    if attention_form is None:
+        attention_form = attention_form_is_cheaper(seq_len, num_blocks, head_dim, value_dim)
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    # Autocast would turn the float32 sums into bfloat16 ones.
+    with torch.autocast(query.device.type, enabled=False):
+        phi = FEATURE_MAPS[feature_map]
+        phi_q, phi_k, v = phi(query.to(dtype)), phi(key.to(dtype)), value.to(dtype)
+        q, k = rotate(phi_q, rotary), rotate(phi_k, rotary)
+        m = mixing.to(dtype)
+        if causal:
+            out = _causal(q, k, v, phi_q, phi_k, m, grid, layout, normalize, eps)
+        else:
+            slots = block_slots(grid, layout, query.device)
+            if attention_form:
+                out = _attention_form(q, k, v, m, block_of_tokens(grid, layout, query.device))
+            else:
+                out = _linear_form(q, k, v, m, slots)
+            if normalize:
+                out = out / (_denominators(phi_q, phi_k, m, slots) + eps)
+        return out.to(query.dtype)
+
+
+def _linear_form(q: Tensor, k: Tensor, v: Tensor, m: Tensor, slots: BlockSlots) -> Tensor:
+    blocked_k, blocked_v = _to_blocks(k, slots, empty=True), _to_blocks(v, slots)
+    summaries = torch.einsum("bmshk,bmshv->bmhkv", blocked_k, blocked_v)
+    mixed = _mix(m, summaries)
+    return _to_tokens(torch.einsum("bmshk,bmhkv->bmshv", _to_blocks(q, slots), mixed), slots)
+
+
+def _denominators(phi_q: Tensor, phi_k: Tensor, m: Tensor, slots: BlockSlots) -> Tensor:
+    """φ(q_n)ᵀ Σ_b m_ib z_b, `[batch, seq_len, num_heads, 1]`."""
+    key_sums = _to_blocks(phi_k, slots, empty=True).sum(dim=2)  # [batch, blocks, heads, head_dim]
+    mixed = _mix(m, key_sums.unsqueeze(-1))
+    return _to_tokens(torch.einsum("bmshk,bmhkv->bmshv", _to_blocks(phi_q, slots), mixed), slots)
+
+
+def _attention_form(q: Tensor, k: Tensor, v: Tensor, m: Tensor, block: Tensor) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [batch, heads, seq_len, dim]
+    seq_len, head_dim, value_dim = q.shape[2], q.shape[3], v.shape[3]
+    columns = m.index_select(-1, block)  # [..., blocks, seq_len]
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, columns: Tensor, rows: Tensor) -> Tensor:
+        return (q @ k.transpose(-1, -2) * columns.index_select(-2, rows)) @ v
+
+    # A tile of scores is as large as the summaries that the other form would store.
+    tile = max(1, m.shape[-1] * head_dim * value_dim // seq_len)
+    if tile >= seq_len:
+        return attend(q, k, v, columns, block).transpose(1, 2)
+    tiles = [
+        checkpoint(attend, q_tile, k, v, columns, rows, use_reentrant=False)
+        for q_tile, rows in zip(q.split(tile, dim=2), block.split(tile), strict=True)
+    ]
+    return torch.cat(tiles, dim=2).transpose(1, 2)
+
+
+def _causal(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    phi_q: Tensor,
+    phi_k: Tensor,
+    m: Tensor,
+    grid: tuple[int, ...],
+    layout: tuple[int, ...],
+    normalize: bool,
+    eps: float,
+) -> Tensor:
+    slots = block_slots(grid, layout, q.device)
+    out = _causal_numerators(q, k, v, m, slots)
+    if not normalize:
+        return out
+    ones = torch.ones_like(v[..., :1])
+    return out / (_causal_numerators(phi_q, phi_k, ones, m, slots) + eps)
+
+
+def _causal_numerators(q: Tensor, k: Tensor, v: Tensor, m: Tensor, slots: BlockSlots) -> Tensor:
+    """Earlier blocks through mixed summaries, the own block by a scan over chunks of it."""
+    num_slots = slots.tokens.shape[1]
+    q, k, v = (
+        _to_chunks(x)
+        for x in (_to_blocks(q, slots), _to_blocks(k, slots, empty=True), _to_blocks(v, slots))
+    )  # [batch, blocks, chunks, chunk, heads, dim]
+    chunk_sums = torch.einsum("bmcshk,bmcshv->bmchkv", k, v)
+    earlier_blocks = _mix(m.tril(-1), chunk_sums.sum(dim=2))  # [batch, blocks, heads, dim, dim]
+    earlier_chunks = chunk_sums.cumsum(dim=2) - chunk_sums
+    own = m.diagonal(dim1=-2, dim2=-1)  # [blocks] or [heads, blocks]
+    own = own.transpose(0, 1)[:, None] if own.ndim == 2 else own[:, None, None]
+    state = earlier_blocks.unsqueeze(2) + own[..., None, None] * earlier_chunks
+    scores = torch.einsum("bmcshk,bmcthk->bmchst", q, k).tril() * own[..., None, None]
+    out = torch.einsum("bmcshk,bmchkv->bmcshv", q, state)
+    out = out + torch.einsum("bmchst,bmcthv->bmcshv", scores, v)
+    return _to_tokens(out.flatten(2, 3)[:, :, :num_slots], slots)
+
+
+def _mix(m: Tensor, summaries: Tensor) -> Tensor:
+    """Σ_b m_ib S_b for summaries `[batch, num_blocks, num_heads, ...]`."""
+    if m.ndim == 3:
+        return torch.einsum("hij,bjhkv->bihkv", m, summaries)
+    return torch.einsum("ij,bjhkv->bihkv", m, summaries)
+
+
+def _to_blocks(x: Tensor, slots: BlockSlots, empty: bool = False) -> Tensor:
+    """`[batch, seq_len, ...]` → `[batch, num_blocks, slots, ...]`; padding reads 0 if `empty`."""
+    blocked = x.index_select(1, slots.tokens.reshape(-1)).unflatten(1, tuple(slots.tokens.shape))
+    if empty and slots.filled is not None:
+        return blocked * slots.filled[..., None, None]
+    return blocked
+
+
+def _to_tokens(blocked: Tensor, slots: BlockSlots) -> Tensor:
+    """Inverse of `_to_blocks`; padding is dropped."""
+    return blocked.flatten(1, 2).index_select(1, slots.slots)
+
+
+def _to_chunks(blocked: Tensor) -> Tensor:
+    """Cut the slots of every block into chunks, zero-padded to a whole number of them."""
+    num_slots = blocked.shape[2]
+    chunk = min(_CHUNK, num_slots)
+    padding = -num_slots % chunk
+    return F.pad(blocked, (0, 0, 0, 0, 0, padding)).unflatten(2, (-1, chunk))

@@ -1,0 +1,60 @@
+"""Initial values of the mixing matrix."""
+
+import itertools
+import math
+
+import torch
+from torch import Tensor
+
+
+def locality_mixing(layout: tuple[int, ...]) -> Tensor:
+    r"""Mixing matrix that favours near blocks.
+
+    $m_{ij} \propto 1 - \mathrm{dist}(i, j) / \max_k \mathrm{dist}(i, k)$ with Euclidean distances
+    between block indices on the block grid, the maximum taken per row; every row sums to 1.
+
+    Args:
+        layout: Blocks along each axis.
+
+    Returns:
+        Float32 `[num_blocks, num_blocks]`, row = query block.
+
+    Raises:
+        ValueError: If an axis has no blocks.
+
+    Source:
+        Zhang et al. 2026, arXiv:2601.07832, Sec. 4.2.
+    """
+    num_blocks = _count(layout)
+    axes = [range(blocks) for blocks in layout]
+    centres = torch.tensor(list(itertools.product(*axes)), dtype=torch.float64)
+    distances = torch.cdist(centres, centres, compute_mode="donot_use_mm_for_euclid_dist")
+    # One block has no other to be far from: its distance of 0 over a maximum of 0 counts as near.
+    furthest = distances.amax(dim=1, keepdim=True)
+    weights = 1 - distances / furthest if num_blocks > 1 else torch.ones_like(distances)
+    return (weights / weights.sum(dim=1, keepdim=True)).float()
+
+
+def uniform_mixing(layout: tuple[int, ...]) -> Tensor:
+    """Mixing matrix under which every block reads all blocks alike: plain linear attention.
+
+    Args:
+        layout: Blocks along each axis.
+
+    Returns:
+        Float32 `[num_blocks, num_blocks]` filled with `1 / num_blocks`.
+
+    Raises:
+        ValueError: If an axis has no blocks.
+    """
+    num_blocks = _count(layout)
+    return torch.full((num_blocks, num_blocks), 1 / num_blocks)
+
+
+def _count(layout: tuple[int, ...]) -> int:
+    if not layout or min(layout) < 1:
+        raise ValueError(f"layout needs at least one block along every axis, found {layout}")
+    return math.prod(layout)
+
+
+MIXING_INITS = {"locality": locality_mixing, "uniform": uniform_mixing}

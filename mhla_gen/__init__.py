@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mhla_gen.version import __version__
 
 if TYPE_CHECKING:
-    from diffusers import ModelMixin
+    from diffusers.models.modeling_utils import ModelMixin
 
     from mhla_gen.config import MHLAConfig, load_config
     from mhla_gen.models import (
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 # diffusers looks up ModelMixin in the package of a saved component before it loads the component.
 _HOMES = {
-    "ModelMixin": "diffusers",
+    "ModelMixin": "diffusers.models.modeling_utils",
     "MHLAConfig": "mhla_gen.config",
     "load_config": "mhla_gen.config",
     "MHLA": "mhla_gen.models",

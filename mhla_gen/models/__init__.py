@@ -1,0 +1,17 @@
+"""MHLA inside diffusers transformers."""
+
+from mhla_gen.models.attention import MHLA
+from mhla_gen.models.dit import MHLADiTTransformer2DModel
+from mhla_gen.models.injection import LayerSummary, Summary, inject, restore, summary
+from mhla_gen.models.wan import MHLAWanTransformer3DModel
+
+__all__ = [
+    "MHLA",
+    "LayerSummary",
+    "MHLADiTTransformer2DModel",
+    "MHLAWanTransformer3DModel",
+    "Summary",
+    "inject",
+    "restore",
+    "summary",
+]

@@ -1,0 +1,127 @@
+"""The module that an attention layer gains: MHLA with its learned parts."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mhla_gen.config import MHLAConfig
+from mhla_gen.ops import MIXING_INITS, mhla
+
+# silu(x) = 1 here, to the last bit in float32, bfloat16 and float16.
+_SILU_ONE = 1.2784645427610738
+
+
+class MHLA(nn.Module):
+    """MHLA over projected queries, keys and values, with everything it learns.
+
+    It is a child of the attention layer, which keeps its projections; so a softmax layer becomes an
+    MHLA layer by gaining this child, and one again by losing it. Convolution and gate start as the
+    identity, so that a pretrained model is disturbed by the change of attention only.
+
+    Args:
+        num_heads: Heads.
+        head_dim: Channels of a head, of queries, keys and values.
+        hidden_size: Channels of the layer's input, which drives the gate.
+        config: Settings; `layout` must be given as block counts.
+
+    Raises:
+        ValueError: If `config.layout` is still "auto".
+
+    Source:
+        Zhang et al. 2026, arXiv:2601.07832: mixing Sec. 4.2, convolution (CPE) and gate Sec. 5.2.
+    """
+
+    def __init__(self, num_heads: int, head_dim: int, hidden_size: int, config: MHLAConfig):
+        super().__init__()
+        if config.layout == "auto":
+            raise ValueError("MHLA needs a layout of block counts; resolve layout='auto' first")
+        self.config = config
+        self.num_heads = num_heads
+        self.head_dim = head_dim
+        inner_dim = num_heads * head_dim
+        mixing = MIXING_INITS[config.mixing_init](config.layout)
+        if config.mixing_per_head:
+            mixing = mixing.repeat(num_heads, 1, 1)
+        self.mixing = nn.Parameter(mixing, requires_grad=config.mixing_learnable)
+        self.conv = _depthwise_conv(inner_dim, config) if config.conv else None
+        self.gate = nn.Linear(hidden_size, inner_dim) if config.gate else None
+        self.norm = nn.RMSNorm(head_dim, eps=1e-6) if config.output_norm else None
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Set mixing to its initial matrix, convolution and gate to the identity."""
+        self.mixing.copy_(MIXING_INITS[self.config.mixing_init](self.config.layout))
+        if self.conv is not None:
+            for parameter in self.conv.parameters():
+                parameter.zero_()
+        if self.gate is not None:
+            self.gate.weight.zero_()
+            self.gate.bias.fill_(_SILU_ONE)
+        if self.norm is not None:
+            self.norm.reset_parameters()
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        hidden_states: Tensor,
+        grid: tuple[int, ...],
+        rotary: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """Attend over a token grid.
+
+        Args:
+            query: `[batch, seq_len, num_heads, head_dim]`, before the feature map, raster order.
+            key: Like `query`.
+            value: Like `query`.
+            hidden_states: Input of the layer, `[batch, seq_len, hidden_size]`.
+            grid: Tokens along each axis.
+            rotary: See `mhla_gen.ops.mhla`.
+
+        Returns:
+            `[batch, seq_len, num_heads * head_dim]`.
+        """
+        out = mhla(
+            query,
+            key,
+            value,
+            self.mixing,
+            grid=grid,
+            layout=self.config.layout,
+            feature_map=self.config.feature_map,
+            rotary=rotary,
+            normalize=self.config.normalize,
+            eps=self.config.eps,
+            implementation=self.config.implementation,
+        )
+        if self.norm is not None:
+            out = self.norm(out)
+        out = out.flatten(2)
+        if self.conv is not None:
+            out = out + _on_grid(self.conv, value.flatten(2), grid)
+        if self.gate is not None:
+            out = out * F.silu(self.gate(hidden_states))
+        return out
+
+    def extra_repr(self) -> str:
+        """Heads, layout and feature map, for `print(model)`."""
+        return (
+            f"num_heads={self.num_heads}, head_dim={self.head_dim}, "
+            f"layout={self.config.layout}, feature_map={self.config.feature_map!r}"
+        )
+
+
+def _depthwise_conv(channels: int, config: MHLAConfig) -> nn.Conv1d | nn.Conv2d | nn.Conv3d:
+    conv_class = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(config.layout) - 1]
+    size = config.conv_kernel_size
+    return conv_class(channels, channels, size, padding=size // 2, groups=channels)
+
+
+def _on_grid(conv: nn.Module, tokens: Tensor, grid: tuple[int, ...]) -> Tensor:
+    """Run a convolution over tokens `[batch, seq_len, channels]` laid out on their grid."""
+    assert math.prod(grid) == tokens.shape[1]
+    return conv(tokens.transpose(1, 2).unflatten(2, grid)).flatten(2).transpose(1, 2)

@@ -1,0 +1,190 @@
+"""Put MHLA into a diffusers model or pipeline in place, take it out, and say what is there."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+from mhla_gen.config import MHLAConfig
+from mhla_gen.models.dit import MHLADiTTransformer2DModel
+from mhla_gen.models.family import (
+    MHLATransformerMixin,
+    added_parameters,
+    become,
+    resolve,
+    unconvert,
+)
+from mhla_gen.models.wan import MHLAWanTransformer3DModel
+from mhla_gen.ops import resolve_implementation
+
+# Base class → the class it becomes. A new family is one file and one line here.
+MHLA_CLASSES: dict[type, type] = {
+    mhla_class.family.base_class: mhla_class
+    for mhla_class in (MHLADiTTransformer2DModel, MHLAWanTransformer3DModel)
+}
+
+
+def inject(pipe_or_transformer: Any, config: MHLAConfig | None = None) -> Any:
+    """Replace softmax self-attention by MHLA, in place.
+
+    Projections are kept, so the model's weights still load and train as before; the class becomes
+    the family's `MHLA…` class, whose `save_pretrained` and `from_pretrained` carry everything.
+    All checks are made before anything changes.
+
+    Args:
+        pipe_or_transformer: A `DiTTransformer2DModel` or `WanTransformer3DModel`, or any pipeline
+            that holds one or more of them (both experts of Wan 2.2).
+        config: Settings; the defaults if None.
+
+    Returns:
+        Its argument.
+
+    Raises:
+        ValueError: If nothing can be converted, it already was, or `config` does not fit.
+    """
+    config = config or MHLAConfig()
+    targets = _transformers(pipe_or_transformer)
+    for transformer in targets:
+        if isinstance(transformer, MHLATransformerMixin):
+            raise ValueError("the model already has MHLA layers; call mhla_gen.restore on it first")
+        if type(transformer) not in MHLA_CLASSES:
+            raise ValueError(_unsupported(transformer))
+        resolve(MHLA_CLASSES[type(transformer)].family, transformer, config)
+    for transformer in targets:
+        mhla_class = MHLA_CLASSES[type(transformer)]
+        become(mhla_class.family, mhla_class, transformer, config)
+    return _update_index(pipe_or_transformer)
+
+
+def restore(pipe_or_transformer: Any) -> Any:
+    """Undo `inject`: softmax attention again, bit for bit; MHLA's own weights are dropped.
+
+    Args:
+        pipe_or_transformer: A converted transformer, or a pipeline that holds one or more.
+
+    Returns:
+        Its argument.
+
+    Raises:
+        ValueError: If nothing in it is converted.
+    """
+    targets = [t for t in _transformers(pipe_or_transformer) if isinstance(t, MHLATransformerMixin)]
+    if not targets:
+        raise ValueError("the model has no MHLA layers to restore")
+    for transformer in targets:
+        unconvert(transformer.family, transformer)
+        transformer.__class__ = transformer.family.base_class
+    return _update_index(pipe_or_transformer)
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """One self-attention layer."""
+
+    name: str
+    """Path of the layer inside the model."""
+    kind: str
+    """softmax, mhla, or linear for MHLA with a single block."""
+    layout: tuple[int, ...] | None
+    """Blocks along each axis; None for softmax."""
+    implementation: str
+    """Which code runs on the layer's device."""
+    added_parameters: int
+    """Parameters that MHLA adds to the layer."""
+
+
+class Summary(list[LayerSummary]):
+    """Rows of `summary`; prints as a table."""
+
+    def __str__(self) -> str:
+        header = ("layer", "attention", "layout", "implementation", "added parameters")
+        rows = [
+            (
+                row.name,
+                row.kind,
+                "×".join(map(str, row.layout)) if row.layout else "-",
+                row.implementation,
+                f"{row.added_parameters:,}",
+            )
+            for row in self
+        ]
+        total = f"{sum(row.added_parameters for row in self):,}"
+        converted = sum(row.kind != "softmax" for row in self)
+        rows.append(("total", f"{converted} of {len(self)}", "", "", total))
+        widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+        lines = [
+            "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip()
+            for line in (header, *rows)
+        ]
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def summary(pipe_or_transformer: Any) -> Summary:
+    """What every self-attention layer is, one row a layer.
+
+    Args:
+        pipe_or_transformer: A supported transformer, converted or not, or a pipeline.
+
+    Returns:
+        A list of `LayerSummary` that prints as a table.
+
+    Raises:
+        ValueError: If there is no supported transformer.
+    """
+    rows = Summary()
+    targets = _transformers(pipe_or_transformer)
+    for number, transformer in enumerate(targets):
+        mhla_class = MHLA_CLASSES.get(type(transformer), type(transformer))
+        if not issubclass(mhla_class, MHLATransformerMixin):
+            raise ValueError(_unsupported(transformer))
+        prefix = f"transformer_{number + 1}." if number else ""
+        for name, attention in mhla_class.family.attentions(transformer):
+            rows.append(_summarise(prefix + name, attention))
+    return rows
+
+
+def _summarise(name: str, attention: Any) -> LayerSummary:
+    child = getattr(attention, "mhla", None)
+    if child is None:
+        backend = getattr(attention.processor, "_attention_backend", None) or "sdpa"
+        return LayerSummary(name, "softmax", None, str(getattr(backend, "value", backend)), 0)
+    return LayerSummary(
+        name=name,
+        kind="linear" if math.prod(child.config.layout) == 1 else "mhla",
+        layout=child.config.layout,
+        implementation=resolve_implementation(child.config.implementation),
+        added_parameters=added_parameters(attention),
+    )
+
+
+def _transformers(pipe_or_transformer: Any) -> list[Any]:
+    if isinstance(pipe_or_transformer, DiffusionPipeline):
+        known = (*MHLA_CLASSES, *MHLA_CLASSES.values())
+        found = [m for m in pipe_or_transformer.components.values() if type(m) in known]
+        if not found:
+            raise ValueError(
+                f"{type(pipe_or_transformer).__name__} holds none of "
+                f"{', '.join(c.__name__ for c in MHLA_CLASSES)}"
+            )
+        return found
+    return [pipe_or_transformer]
+
+
+def _update_index(pipe_or_transformer: Any) -> Any:
+    """Tell a pipeline that classes changed, so that it saves the right names."""
+    if isinstance(pipe_or_transformer, DiffusionPipeline):
+        for name, component in pipe_or_transformer.components.items():
+            if type(component) in (*MHLA_CLASSES, *MHLA_CLASSES.values()):
+                pipe_or_transformer.register_modules(**{name: component})
+    return pipe_or_transformer
+
+
+def _unsupported(transformer: Any) -> str:
+    hint = "; convert before torch.compile" if hasattr(transformer, "_orig_mod") else ""
+    return (
+        f"expected a pipeline or one of {', '.join(c.__name__ for c in MHLA_CLASSES)}, found a "
+        f"{type(transformer).__name__}{hint}"
+    )

@@ -1,0 +1,1 @@
+"""Evaluation: images → features → statistics → numbers."""

@@ -1,0 +1,9 @@
+"""Errors of the evaluation that a user can mend; each message is one sentence."""
+
+
+class EvaluationError(ValueError):
+    """Images, features or statistics that cannot be evaluated as asked."""
+
+
+class ProtocolMismatchError(EvaluationError):
+    """Two sets that were measured differently, so no distance between them means anything."""

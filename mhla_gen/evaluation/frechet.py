@@ -1,0 +1,206 @@
+"""Fréchet distance between two feature distributions: features → statistics → number."""
+
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mhla_gen.evaluation.errors import EvaluationError
+
+
+class FewSamplesWarning(UserWarning):
+    """Fewer samples than dimensions: the distance is exact, but mostly bias of the sample size."""
+
+
+@dataclass(frozen=True)
+class FeatureStatistics:
+    """Mean and unbiased covariance of a set of features, in float64.
+
+    Raises:
+        EvaluationError: If the shapes do not belong together or a value is not finite.
+    """
+
+    mean: np.ndarray
+    """[dim]."""
+    covariance: np.ndarray
+    """[dim, dim]; divided by count - 1."""
+    count: int | None
+    """Samples behind the two; None if a file does not say."""
+
+    def __post_init__(self):
+        object.__setattr__(self, "mean", np.asarray(self.mean, dtype=np.float64))
+        object.__setattr__(self, "covariance", np.asarray(self.covariance, dtype=np.float64))
+        dim = self.mean.size
+        if self.mean.shape != (dim,) or self.covariance.shape != (dim, dim):
+            raise EvaluationError(
+                "statistics need a mean [dim] and a covariance [dim, dim], found "
+                f"{list(self.mean.shape)} and {list(self.covariance.shape)}"
+            )
+        if not (np.isfinite(self.mean).all() and np.isfinite(self.covariance).all()):
+            raise EvaluationError("statistics hold NaN or infinite values; rebuild them")
+
+    @property
+    def dim(self) -> int:
+        """Number of feature dimensions."""
+        return self.mean.size
+
+    @classmethod
+    def from_features(cls, features: Tensor | np.ndarray) -> "FeatureStatistics":
+        """Statistics of features [count, dim] that fit in memory."""
+        features = as_features(features)
+        return FeatureSums(features.shape[1]).add(features).statistics()
+
+
+class FeatureSums:
+    """Float64 sums over features: streams, merges, and gives `FeatureStatistics`.
+
+    Sums are taken relative to the first sample seen, so a large mean costs no digits.
+    """
+
+    def __init__(self, dim: int):
+        self.dim = dim
+        self.count = 0
+        self.shift: Tensor | None = None
+        self.sum = torch.zeros(dim, dtype=torch.float64)
+        self.outer = torch.zeros(dim, dim, dtype=torch.float64)
+
+    def add(self, features: Tensor | np.ndarray) -> "FeatureSums":
+        """Add features [count, dim]; returns itself."""
+        features = as_features(features).detach().to("cpu", torch.float64)
+        if features.shape[1] != self.dim:
+            raise EvaluationError(
+                f"expected features of {self.dim} dimensions, found {features.shape[1]}"
+            )
+        if not len(features):
+            return self
+        if self.shift is None:
+            self.shift = features[0].clone()
+        centred = features - self.shift
+        self.count += len(features)
+        self.sum += centred.sum(dim=0)
+        self.outer.addmm_(centred.T, centred)
+        return self
+
+    def statistics(self) -> FeatureStatistics:
+        """The statistics so far.
+
+        Raises:
+            EvaluationError: With fewer than two samples, which have no covariance.
+        """
+        if self.count < 2 or self.shift is None:
+            raise EvaluationError(
+                f"a covariance needs at least 2 samples, found {self.count}; evaluate more images"
+            )
+        mean = self.sum / self.count
+        covariance = (self.outer - self.count * torch.outer(mean, mean)) / (self.count - 1)
+        return FeatureStatistics((mean + self.shift).numpy(), covariance.numpy(), self.count)
+
+
+def merge_statistics(parts: Iterable[FeatureStatistics]) -> FeatureStatistics:
+    """Statistics of the union of disjoint sets, from each set's own.
+
+    Raises:
+        EvaluationError: If there is no part, a part has no count, or dimensions differ.
+
+    Source:
+        Chan, Golub and LeVeque 1979, "Updating formulae and a pairwise algorithm for computing
+        sample variances".
+    """
+    parts = list(parts)
+    if not parts or len({part.dim for part in parts}) != 1:
+        raise EvaluationError("merging needs at least one part, all of the same dimensions")
+    counts = [part.count for part in parts if part.count is not None]
+    if len(counts) != len(parts):
+        raise EvaluationError("statistics without a count cannot be merged; rebuild them")
+    total = sum(counts)
+    mean = sum(n * part.mean for n, part in zip(counts, parts, strict=True)) / total
+    scatter = np.zeros((parts[0].dim, parts[0].dim))
+    for n, part in zip(counts, parts, strict=True):
+        delta = part.mean - mean
+        scatter += (n - 1) * part.covariance + n * np.outer(delta, delta)
+    return FeatureStatistics(np.asarray(mean), scatter / (total - 1), total)
+
+
+def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
+    r"""Squared 2-Wasserstein distance of the Gaussians with these statistics.
+
+    $$d = |\mu_a - \mu_b|^2 + \mathrm{tr}\,A + \mathrm{tr}\,B - 2\,\|L_a^\top L_b\|_*,$$
+    where $A = L_a L_a^\top$, $B = L_b L_b^\top$ and $\|\cdot\|_*$ sums singular values: the
+    eigenvalues of $AB$ are the squared singular values of $L_a^\top L_b$. No matrix square root is
+    taken, and singular values keep the digits that square roots of eigenvalues lose, so the number
+    is exact with fewer samples than dimensions too.
+
+    Args:
+        a: Statistics of one set.
+        b: Statistics of the other.
+
+    Returns:
+        The distance; up to rounding, at least 0.
+
+    Raises:
+        EvaluationError: If dimensions differ.
+
+    Warns:
+        FewSamplesWarning: If a set has fewer samples than dimensions.
+
+    Source:
+        Dowson and Landau 1982, "The Fréchet distance between multivariate normal distributions";
+        Heusel et al. 2017, arXiv:1706.08500, for its use on Inception features.
+    """
+    if a.dim != b.dim:
+        raise EvaluationError(
+            f"expected statistics of the same dimensions, found {a.dim} and {b.dim}; "
+            "use one extractor for both"
+        )
+    for statistics in (a, b):
+        if statistics.count is not None and statistics.count <= statistics.dim:
+            warnings.warn(
+                f"{statistics.count} samples for {statistics.dim} dimensions: the distance is "
+                "exact for these samples but far above that of a large set; use more samples",
+                FewSamplesWarning,
+                stacklevel=2,
+            )
+    cross = _factor(a).T @ _factor(b)
+    mean_term = float(((a.mean - b.mean) ** 2).sum())
+    traces = float(np.trace(a.covariance) + np.trace(b.covariance))
+    return mean_term + traces - 2 * float(torch.linalg.svdvals(cross).sum())
+
+
+def _factor(statistics: FeatureStatistics) -> Tensor:
+    """L [dim, rank] with L Lᵀ = covariance."""
+    covariance = torch.from_numpy(statistics.covariance)
+    dim, count = statistics.dim, statistics.count
+    if count is None or count > dim:
+        lower, failed = torch.linalg.cholesky_ex(covariance)
+        if not failed:
+            return lower
+    # Singular. Eigenvalues of directions that no sample spans are rounding noise: n samples span
+    # n - 1 of them; without a count, the usual threshold of a numerical rank decides.
+    values, vectors = torch.linalg.eigh(covariance)
+    noise = values[-1].clamp_min(0) * dim * torch.finfo(torch.float64).eps
+    keep = values > noise
+    if count is not None:
+        keep[: max(dim - count + 1, 0)] = False
+    return vectors[:, keep] * values[keep].sqrt()
+
+
+def as_features(features: Tensor | np.ndarray) -> Tensor:
+    """Check features [count, dim] and return them as a tensor.
+
+    Raises:
+        EvaluationError: If there are not two axes, or a value is NaN or infinite.
+    """
+    tensor = torch.as_tensor(features)
+    if tensor.ndim != 2:
+        raise EvaluationError(f"features must be [count, dim], found shape {list(tensor.shape)}")
+    finite = torch.isfinite(tensor).all(dim=1)
+    if not finite.all():
+        bad = torch.nonzero(~finite).flatten()
+        raise EvaluationError(
+            f"{len(bad)} of {len(tensor)} features are NaN or infinite (first: sample "
+            f"{int(bad[0])}); check the images and the extractor's weights"
+        )
+    return tensor

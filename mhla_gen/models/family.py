@@ -102,6 +102,11 @@ def resolve(family: Family, model: Any, config: MHLAConfig) -> MHLAConfig:
             f"{family.base_class.__name__} has a {family.rank}-D token grid, so layout needs "
             f"{family.rank} entries, found {config.layout}"
         )
+    if any(count > length for count, length in zip(config.layout, grid, strict=True)):
+        raise ValueError(
+            f"layout={config.layout} has more blocks than the model's own token grid {grid} has "
+            f"tokens along an axis; take at most {grid}, or layout='auto'"
+        )
     return config
 
 

@@ -1,0 +1,315 @@
+"""Conversion of tiny real diffusers models: what it computes, saves, loads and undoes."""
+
+import copy
+import json
+
+import pytest
+import torch
+from diffusers import DiTTransformer2DModel
+from tiny import dit_inputs, disturb, tiny_dit, tiny_wan, wan_inputs
+from torch import nn
+
+import mhla_gen
+from mhla_gen import MHLAConfig, MHLADiTTransformer2DModel, MHLAWanTransformer3DModel
+from mhla_gen.ops.naive import naive_mhla
+
+FAMILIES = {
+    "dit": (tiny_dit, dit_inputs, MHLADiTTransformer2DModel, (2, 2)),
+    "wan": (tiny_wan, wan_inputs, MHLAWanTransformer3DModel, (1, 2, 3)),
+}
+EVERYTHING = {"output_norm": True, "mixing_per_head": True}
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request):
+    return FAMILIES[request.param]
+
+
+def run(model, inputs):
+    with torch.no_grad():
+        return model(**inputs).sample
+
+
+@pytest.mark.parametrize("options", [{}, EVERYTHING, {"conv": False, "gate": False}])
+@pytest.mark.parametrize("layers", ["all", [1], "2/3"])
+def test_save_and_load_is_exact(family, tmp_path, layers, options):
+    make, make_inputs, mhla_class, layout = family
+    model, inputs = make(), make_inputs()
+    config = MHLAConfig(layout=layout, layers=layers, **options)
+    assert mhla_gen.inject(model, config) is model
+    disturb(model)
+    model.save_pretrained(tmp_path)
+    loaded, info = mhla_class.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert torch.equal(run(loaded, inputs), run(model, inputs))
+    assert loaded.mhla_config == model.mhla_config == config
+    assert json.loads((tmp_path / "config.json").read_text())["mhla"] == config.to_dict()
+
+
+def test_restore_is_bit_exact(family):
+    make, make_inputs, _, layout = family
+    model, inputs = make(), make_inputs()
+    before, base_class = run(model, inputs), type(model)
+    config, state = dict(model.config), {k: v.clone() for k, v in model.state_dict().items()}
+    mhla_gen.inject(model, MHLAConfig(layout=layout))
+    assert not torch.equal(run(model, inputs), before)
+    assert mhla_gen.restore(model) is model
+    assert type(model) is base_class and dict(model.config) == config
+    assert torch.equal(run(model, inputs), before)
+    assert state.keys() == model.state_dict().keys()
+    with pytest.raises(ValueError, match="no MHLA layers"):
+        mhla_gen.restore(model)
+
+
+def test_from_base_leaves_the_base_alone(family, tmp_path):
+    make, make_inputs, mhla_class, layout = family
+    base, inputs = make(), make_inputs()
+    before = run(base, inputs)
+    config = MHLAConfig(layout=layout)
+    model = mhla_class.from_base(base, config)
+    assert torch.equal(run(base, inputs), before) and type(base) is mhla_class.family.base_class
+    expected = run(mhla_gen.inject(copy.deepcopy(base), config), inputs)
+    assert torch.equal(run(model, inputs), expected)
+    base.save_pretrained(tmp_path)
+    assert torch.equal(run(mhla_class.from_base(tmp_path, config), inputs), expected)
+    with pytest.raises(ValueError, match="from_base needs a"):
+        mhla_class.from_base(model, config)
+
+
+def test_building_from_scratch_equals_conversion(family):
+    make, make_inputs, mhla_class, layout = family
+    base, inputs = make(), make_inputs()
+    arguments = {k: v for k, v in base.config.items() if not k.startswith("_")}
+    model = mhla_class(**arguments, mhla={"layout": list(layout)}).eval()
+    model.load_state_dict(base.state_dict(), strict=False)
+    mhla_gen.inject(base, MHLAConfig(layout=layout))
+    assert torch.equal(run(model, inputs), run(base, inputs))
+    # from_config keeps every setting although diffusers marks defaulted ones.
+    assert mhla_class.from_config(model.config).config == model.config
+
+
+def test_conv_and_gate_start_as_the_identity(family):
+    make, make_inputs, mhla_class, layout = family
+    base, inputs = make(), make_inputs()
+    plain = mhla_class.from_base(base, MHLAConfig(layout=layout, conv=False, gate=False))
+    full = mhla_class.from_base(base, MHLAConfig(layout=layout))
+    for dtype in (torch.float32, torch.bfloat16):
+        cast = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
+        assert torch.equal(run(full.to(dtype), cast), run(plain.to(dtype), cast))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_gate_starts_at_exactly_one(dtype):
+    layer = mhla_gen.MHLA(2, 8, 16, MHLAConfig(layout=(2, 2))).to(dtype)
+    gate = nn.functional.silu(layer.gate(torch.randn(5, 16, dtype=dtype)))
+    assert torch.equal(gate, torch.ones_like(gate))
+
+
+def test_wan_layer_with_52_columns_equals_the_definition():
+    model = mhla_gen.inject(tiny_wan(), MHLAConfig(layout=(3, 5, 10), conv=False, gate=False))
+    attention, seen = model.blocks[1].attn1, {}
+    attention.register_forward_hook(lambda _, args, out: seen.update(args=args, out=out))
+    run(
+        model.double(),
+        {
+            k: v.double() if v.is_floating_point() else v
+            for k, v in wan_inputs(frames=5, height=10, width=104).items()
+        },
+    )  # tokens: 5 × 5 × 52
+    hidden_states, _, _, (cos, sin, carrier) = seen["args"]
+    assert carrier.shape == (5, 5, 52, 0)
+    query = attention.norm_q(attention.to_q(hidden_states)).unflatten(2, (2, 12))
+    key = attention.norm_k(attention.to_k(hidden_states)).unflatten(2, (2, 12))
+    value = attention.to_v(hidden_states).unflatten(2, (2, 12))
+    out = naive_mhla(
+        query, key, value, attention.mhla.mixing, grid=(5, 5, 52), layout=(3, 5, 10),
+        feature_map="relu", rotary=(cos[0, :, 0, 0::2], sin[0, :, 0, 1::2]), normalize=True,
+        causal=False, eps=1e-6,
+    )  # fmt: skip
+    expected = attention.to_out[0](out.flatten(2))
+    torch.testing.assert_close(seen["out"], expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("options", [{}, {"image_dim": 20, "added_kv_proj_dim": 24}])
+def test_wan_image_to_video_and_fused_projections(options):
+    model = tiny_wan(**options)
+    inputs = wan_inputs()
+    if options:
+        inputs["encoder_hidden_states"] = torch.randn(1, 512, 16)
+        inputs["encoder_hidden_states_image"] = torch.randn(1, 9, 20)
+    mhla_gen.inject(model, MHLAConfig(layout=(1, 2, 3), layers=[0, 2]))
+    before = run(model, inputs)
+    if not options:
+        model.fuse_qkv_projections()
+        torch.testing.assert_close(run(model, inputs), before)
+        model.unfuse_qkv_projections()
+    else:
+        for block in model.blocks:
+            block.attn1.fuse_projections()
+    torch.testing.assert_close(run(model, inputs), before)
+
+
+def test_dit_fused_projections():
+    model, inputs = mhla_gen.inject(tiny_dit(), MHLAConfig(layout=(2, 2))), dit_inputs()
+    before = run(model, inputs)
+    for block in model.transformer_blocks:
+        block.attn1.fuse_projections()
+    torch.testing.assert_close(run(model, inputs), before)
+
+
+def test_wan_two_dimensional_timesteps():
+    model = mhla_gen.inject(tiny_wan(), MHLAConfig(layout=(1, 2, 3)))
+    inputs = wan_inputs()  # 3 × 5 × 6 tokens
+    expected = run(model, inputs)
+    inputs["timestep"] = inputs["timestep"][:, None].expand(1, 90)
+    torch.testing.assert_close(run(model, inputs), expected)
+
+
+def test_any_resolution_runs_with_the_same_weights():
+    model = mhla_gen.inject(tiny_wan(), MHLAConfig(layout=(1, 2, 3)))
+    for frames, height, width in ((1, 4, 6), (3, 10, 14), (2, 14, 10)):
+        inputs = wan_inputs(frames, height, width)
+        assert run(model, inputs).shape == inputs["hidden_states"].shape
+    dit = mhla_gen.inject(tiny_dit(), MHLAConfig(layout=(3, 3)))
+    assert run(dit, dit_inputs(side=14)).shape == (2, 4, 14, 14)
+
+
+@pytest.mark.parametrize("layers", ["all", "2/3"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_two_resolutions_alive_before_one_backward(checkpointing, layers):
+    model = mhla_gen.inject(tiny_wan(), MHLAConfig(layout=(1, 2, 3), layers=layers)).train()
+    reference = copy.deepcopy(model)
+    if checkpointing:
+        model.enable_gradient_checkpointing()
+    batches = [wan_inputs(3, 10, 14), wan_inputs(2, 14, 10)]
+    sum(model(**batch).sample.square().mean() for batch in batches).backward()
+    for batch in batches:
+        reference(**batch).sample.square().mean().backward()
+    for (name, a), b in zip(model.named_parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, msg=lambda text, name=name: f"{name}: {text}")
+        assert a.grad is not None and torch.isfinite(a.grad).all()
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_whole_model_compiles_without_graph_breaks(family, backend):
+    make, make_inputs, _, layout = family
+    model, inputs = make(), make_inputs()
+    mhla_gen.inject(model, MHLAConfig(layout=layout, layers="2/3"))
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    torch.testing.assert_close(run(compiled, inputs), run(model, inputs))
+
+
+def test_regional_compilation(family):
+    make, make_inputs, _, layout = family
+    model, inputs = make(), make_inputs()
+    mhla_gen.inject(model, MHLAConfig(layout=layout))
+    expected = run(model, inputs)
+    torch._dynamo.reset()
+    model.compile_repeated_blocks(fullgraph=True, backend="eager")
+    torch.testing.assert_close(run(model, inputs), expected)
+
+
+def test_deepcopy_is_independent(family):
+    make, make_inputs, _, layout = family
+    model, inputs = mhla_gen.inject(make(), MHLAConfig(layout=layout)), make_inputs()
+    twin = copy.deepcopy(model)
+    before = run(model, inputs)
+    assert torch.equal(run(disturb(twin), inputs), before) is False
+    assert torch.equal(run(model, inputs), before)
+    mhla_gen.restore(twin)
+    assert torch.equal(run(model, inputs), before)
+
+
+def test_summary_counts_what_was_added(family):
+    make, _, mhla_class, layout = family
+    base = make()
+    model = mhla_class.from_base(base, MHLAConfig(layout=layout, layers="2/3"))
+    rows = mhla_gen.summary(model)
+    assert [row.kind for row in rows] == ["softmax", "mhla", "mhla"]
+    assert [row.layout for row in rows] == [None, layout, layout]
+    added = sum(row.added_parameters for row in rows)
+    assert added == model.num_parameters() - base.num_parameters() > 0
+    assert f"{added:,}" in str(rows) and rows[1].name in str(rows)
+    assert {row.kind for row in mhla_gen.summary(base)} == {"softmax"}
+    one = mhla_class.from_base(base, MHLAConfig(layout=(1,) * len(layout)))
+    assert {row.kind for row in mhla_gen.summary(one)} == {"linear"}
+
+
+def test_attention_backend_survives_conversion_and_back():
+    model = tiny_wan()
+    model.set_attention_backend("native")
+    mhla_gen.inject(model, MHLAConfig(layout=(1, 2, 3), layers="2/3"))
+    backends = {str(b.attn1.processor._attention_backend) for b in model.blocks}
+    mhla_gen.restore(model)
+    assert backends == {str(b.attn1.processor._attention_backend) for b in model.blocks}
+    assert "native" in next(iter(backends)).lower()
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"layout": (2, 2, 2)}, "2-D token grid"),
+        ({"layers": [0, 3]}, "names layer 3"),
+        ({"layers": "1/4"}, "converts none of 3 layers"),
+        ({"layout": (5, 1)}, "more blocks than"),
+    ],
+)
+def test_a_refused_conversion_changes_nothing(config, message):
+    model, inputs = tiny_dit(), dit_inputs()
+    before, keys = run(model, inputs), list(model.state_dict())
+    with pytest.raises(ValueError, match=message):
+        mhla_gen.inject(model, MHLAConfig(**config))
+    assert type(model) is DiTTransformer2DModel and list(model.state_dict()) == keys
+    assert torch.equal(run(model, inputs), before)
+
+
+def test_refusals_name_the_remedy():
+    model = mhla_gen.inject(tiny_dit())
+    with pytest.raises(ValueError, match="restore"):
+        mhla_gen.inject(model)
+    with pytest.raises(ValueError, match="found a Linear"):
+        mhla_gen.inject(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"before torch\.compile"):
+        mhla_gen.inject(torch.compile(tiny_dit()))
+    with pytest.raises(NotImplementedError, match="restore"):
+        model.enable_parallelism(config=None)
+    custom = tiny_wan()
+    custom.blocks[0].attn1.processor = lambda *args: None
+    with pytest.raises(ValueError, match="WanAttnProcessor first"):
+        mhla_gen.inject(custom)
+
+
+def test_loading_refuses_missing_or_foreign_weights(family, tmp_path):
+    make, _, mhla_class, layout = family
+    make().save_pretrained(tmp_path / "softmax")
+    with pytest.raises(ValueError, match="from_base"):
+        mhla_class.from_pretrained(tmp_path / "softmax")
+    with pytest.raises(ValueError, match="missing MHLA weights"):
+        mhla_class.from_pretrained(tmp_path / "softmax", mhla={"layout": list(layout)})
+    model = mhla_gen.inject(make(), MHLAConfig(layout=layout))
+    model.save_pretrained(tmp_path / "mhla")
+    file = tmp_path / "mhla" / "config.json"
+    saved = json.loads(file.read_text())
+    saved["mhla"]["conv"] = False
+    file.write_text(json.dumps(saved))
+    with pytest.raises(ValueError, match="unexpected MHLA weights"):
+        mhla_class.from_pretrained(tmp_path / "mhla")
+
+
+def test_loading_in_bfloat16_keeps_mixing_in_float32(family, tmp_path):
+    make, make_inputs, mhla_class, layout = family
+    mhla_gen.inject(make(), MHLAConfig(layout=layout)).save_pretrained(tmp_path)
+    model = mhla_class.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    dtypes = {n: p.dtype for n, p in model.named_parameters() if ".mhla." in n}
+    assert {d for n, d in dtypes.items() if n.endswith("mixing")} == {torch.float32}
+    assert {d for n, d in dtypes.items() if not n.endswith("mixing")} == {torch.bfloat16}
+    inputs = {k: v.bfloat16() if v.is_floating_point() else v for k, v in make_inputs().items()}
+    assert run(model, inputs).dtype == torch.bfloat16
+
+
+def test_positional_arguments_and_defaults():
+    model = MHLADiTTransformer2DModel(2, 8, num_layers=1, sample_size=8, norm_num_groups=4)
+    assert model.config.num_attention_heads == 2 and model.mhla_config.layout == (2, 2)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'num_head'"):
+        MHLADiTTransformer2DModel(num_head=2)

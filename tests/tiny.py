@@ -1,0 +1,96 @@
+"""Tiny real diffusers models that the tests share."""
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLWan,
+    DDIMScheduler,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
+)
+
+
+def tiny_dit(**changes):
+    arguments = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "num_layers": 3,
+        "sample_size": 8,
+        "num_embeds_ada_norm": 10,
+        "norm_num_groups": 4,
+    } | changes
+    return DiTTransformer2DModel(**arguments).eval()
+
+
+def tiny_wan(**changes):
+    arguments = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 12,
+        "text_dim": 16,
+        "freq_dim": 16,
+        "ffn_dim": 32,
+        "num_layers": 3,
+        "rope_max_seq_len": 64,
+    } | changes
+    return WanTransformer3DModel(**arguments).eval()
+
+
+def dit_inputs(side=8, batch=2):
+    return {
+        "hidden_states": torch.randn(batch, 4, side, side),
+        "timestep": torch.arange(3, 3 + batch),
+        "class_labels": torch.arange(1, 1 + batch),
+    }
+
+
+def wan_inputs(frames=3, height=10, width=12, batch=1, channels=16):
+    return {
+        "hidden_states": torch.randn(batch, channels, frames, height, width),
+        "timestep": torch.arange(3, 3 + batch),
+        "encoder_hidden_states": torch.randn(batch, 7, 16),
+    }
+
+
+def tiny_dit_pipeline():
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8, 8, 8, 8),
+        layers_per_block=1,
+        norm_num_groups=4,
+    )
+    transformer = tiny_dit(num_embeds_ada_norm=1000, out_channels=8)
+    return DiTPipeline(transformer=transformer, vae=vae, scheduler=DDIMScheduler())
+
+
+def tiny_wan_pipeline(two_experts=False):
+    vae = AutoencoderKLWan(
+        base_dim=8,
+        z_dim=16,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+    )
+    return WanPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=vae,
+        scheduler=UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        ),
+        transformer=tiny_wan(),
+        transformer_2=tiny_wan() if two_experts else None,
+        boundary_ratio=0.5 if two_experts else None,
+    )
+
+
+def disturb(model):
+    """Move MHLA's parameters off their initial values, as training would."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".mhla." in name:
+                parameter.add_(0.1 * torch.rand_like(parameter))
+    return model

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel
-from tiny import dit_inputs, disturb, tiny_dit, tiny_wan, wan_inputs
+from tiny import disturb, dit_inputs, tiny_dit, tiny_wan, wan_inputs
 from torch import nn
 
 import mhla_gen

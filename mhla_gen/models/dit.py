@@ -87,6 +87,9 @@ class MHLADiTTransformer2DModel(
     Takes the arguments of its base class and `mhla`, an `MHLAConfig` or a dict of its values.
     """
 
+    # A saved pipeline names this module; diffusers looks there for the class and for ModelMixin.
+    __module__ = "mhla_gen"
+
     family = DiTFamily()
     _repeated_blocks = ["BasicTransformerBlock"]  # noqa: RUF012
     _keep_in_fp32_modules = ["mixing"]  # noqa: RUF012

@@ -119,6 +119,9 @@ class MHLAWanTransformer3DModel(MHLATransformerMixin, WanTransformer3DModel):
     Takes the arguments of its base class and `mhla`, an `MHLAConfig` or a dict of its values.
     """
 
+    # A saved pipeline names this module; diffusers looks there for the class and for ModelMixin.
+    __module__ = "mhla_gen"
+
     family = WanFamily()
     _keep_in_fp32_modules = [*WanTransformer3DModel._keep_in_fp32_modules, "mixing"]  # noqa: RUF012
     _skip_layerwise_casting_patterns = [  # noqa: RUF012

@@ -1,0 +1,51 @@
+# Every target makes .venv when it is missing and installs when pyproject.toml has changed.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+OUTPUT ?= runs/quickstart
+
+.PHONY: help install quickstart test test-all test-gpu lint format wheel clean
+
+help:
+	@echo "make quickstart   train, sample and score a small model on real digits (5 minutes on 2 cores)"
+	@echo "make test         every fast CPU test"
+	@echo "make test-all     slow tests too"
+	@echo "make test-gpu     tests that need CUDA; a missing device is a failure"
+	@echo "make lint         ruff and pyright"
+	@echo "make format       let ruff rewrite the code"
+	@echo "make wheel        build the wheel into dist/"
+
+$(INSTALLED): pyproject.toml mhla_gen/version.py
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $@
+
+install: $(INSTALLED)
+
+quickstart: $(INSTALLED)
+	$(BIN)/mhla-gen quickstart output_dir=$(OUTPUT)
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -q
+
+test-all: $(INSTALLED)
+	$(BIN)/python -m pytest -q -m "slow or not slow"
+
+test-gpu: $(INSTALLED)
+	REQUIRE_GPU=1 $(BIN)/python -m pytest -q -m gpu
+
+lint: $(INSTALLED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+format: $(INSTALLED)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+wheel: $(INSTALLED)
+	$(BIN)/python -m build --wheel --outdir dist .
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache

@@ -1,0 +1,60 @@
+"""The command line as a user meets it: real processes, real messages."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mhla_gen.cli import COMMANDS, main
+from mhla_gen.config import SCHEMAS
+
+ROOT = Path(__file__).parents[1]
+LAUNCHERS = [
+    path for folder in ("train", "sample", "metrics") for path in (ROOT / folder).glob("*.py")
+]
+
+
+def test_commands_and_schemas_have_the_same_names():
+    assert list(COMMANDS) == list(SCHEMAS)
+
+
+def test_help_names_every_command(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    text = capsys.readouterr().out
+    for name, command in COMMANDS.items():
+        assert re.search(rf"^ +{name} ", text, re.MULTILINE) and command.summary[:20] in text
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_print_config_prints_a_config_that_loads(name, capsys, tmp_path):
+    assert main([name, "--print-config"]) == 0
+    file = tmp_path / "config.yaml"
+    file.write_text(capsys.readouterr().out)
+    assert main([name, str(file), "--print-config"]) == 0
+    assert capsys.readouterr().out == file.read_text()
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_an_unknown_key_is_one_line_and_a_failure(name, capsys):
+    key = next(iter(SCHEMAS[name].__dataclass_fields__))
+    assert main([name, f"{key}x=1"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"Did you mean: '{key}'" in error
+    assert error.startswith(f"mhla-gen {name}: error: ")
+
+
+def test_errors_have_no_traceback_in_a_real_process(tmp_path):
+    command = [sys.executable, "-m", "mhla_gen.cli", "train", str(tmp_path / "none.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and "does not exist" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS, ids=lambda path: path.stem)
+def test_every_launcher_starts(launcher, tmp_path):
+    command = [sys.executable, str(launcher), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0 and "CONFIG.yaml" in done.stdout, done.stderr

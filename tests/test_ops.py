@@ -154,6 +154,7 @@ def test_rotary_scores_depend_on_relative_positions():
 
 def test_the_score_form_is_taken_for_short_sequences_only():
     assert attention_form_is_cheaper(64, 16, 64, 64)
+    assert not attention_form_is_cheaper(256, 1, 64, 64)
     assert not attention_form_is_cheaper(31500, 150, 128, 128)
     # One token a block: scores are always cheaper than a summary per token.
     assert attention_form_is_cheaper(1024, 1024, 64, 64)

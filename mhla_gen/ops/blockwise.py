@@ -18,6 +18,9 @@ from torch.utils.checkpoint import checkpoint
 from mhla_gen.ops.feature_maps import FEATURE_MAPS, rotate
 from mhla_gen.ops.partition import BlockSlots, block_of_tokens, block_slots
 
+# Multiply-adds that writing, mixing and reading one element of a summary costs beside its own
+# arithmetic. Fitted to forward + backward of both forms at 12 shapes (2-core Xeon, 2026-11-22).
+_SUMMARY_TRAFFIC = 64
 # Tokens a causal block is scanned by: about head_dim, where both parts of the scan cost the same.
 _CHUNK = 64
 
@@ -25,10 +28,10 @@ _CHUNK = 64
 def attention_form_is_cheaper(seq_len: int, num_blocks: int, head_dim: int, value_dim: int) -> bool:
     """Whether scores cost less than summaries, counting multiply-adds of one head.
 
-    Linear form: `2 N d v` for summaries and output, `M² d v` for mixing. Attention form:
-    `N² (d + v)`.
+    Linear form: `2 N d v` for summaries and output, `M² d v` for mixing, and `64 M d v` for moving
+    summaries through memory. Attention form: `N² (d + v)`.
     """
-    linear = (2 * seq_len + num_blocks**2) * head_dim * value_dim
+    linear = (2 * seq_len + num_blocks**2 + _SUMMARY_TRAFFIC * num_blocks) * head_dim * value_dim
     return seq_len**2 * (head_dim + value_dim) < linear
 
 

@@ -1,5 +1,6 @@
 """The public operator: check once, pick an implementation, call it."""
 
+import importlib.util
 import math
 from collections.abc import Callable
 
@@ -10,9 +11,22 @@ from mhla_gen.ops.blockwise import blockwise_mhla
 from mhla_gen.ops.feature_maps import FEATURE_MAPS
 from mhla_gen.ops.naive import naive_mhla
 
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+def _fused_mhla(query: Tensor, key: Tensor, value: Tensor, mixing: Tensor, **options) -> Tensor:
+    # Imported on first use: Triton is neither needed nor installed everywhere.
+    if not _HAS_TRITON:
+        raise ValueError("implementation='fused' needs the package triton; use 'blockwise'")
+    from mhla_gen.ops.fused import fused_mhla
+
+    return fused_mhla(query, key, value, mixing, **options)
+
+
 IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {
     "naive": naive_mhla,
     "blockwise": blockwise_mhla,
+    "fused": _fused_mhla,
 }
 
 
@@ -55,7 +69,8 @@ def mhla(
         normalize: Divide by the denominator. Video and language models often do without.
         causal: Read earlier tokens only; one-dimensional grids.
         eps: Added to the denominator.
-        implementation: `naive` (the definition), `blockwise` (PyTorch, any device), or `auto`.
+        implementation: `naive` (the definition), `blockwise` (PyTorch, any device), `fused` (CUDA
+            kernels; an error where they cannot run), or `auto`: see `resolve_implementation`.
 
     Returns:
         `[batch, seq_len, num_heads, value_dim]` in the dtype of `query`. Sums accumulate in
@@ -71,8 +86,17 @@ def mhla(
     _check_tokens(query, key, value, grid)
     _check_blocks(query, mixing, grid, layout)
     _check_options(query, feature_map, rotary, causal, len(grid))
-    run = IMPLEMENTATIONS[resolve_implementation(implementation)]
-    return run(
+    trainable_rotary = rotary is not None and any(table.requires_grad for table in rotary)
+    implementation = resolve_implementation(
+        implementation,
+        device=query.device,
+        dtype=query.dtype,
+        head_dim=query.shape[3],
+        value_dim=value.shape[3],
+        causal=causal,
+        trainable_rotary=trainable_rotary,
+    )
+    return IMPLEMENTATIONS[implementation](
         query,
         key,
         value,
@@ -120,14 +144,35 @@ def linear_attention(
     )
 
 
-def resolve_implementation(implementation: str) -> str:
-    """The implementation that `mhla` runs when asked for `implementation`."""
-    if implementation == "auto":
-        return "blockwise"
-    if implementation not in IMPLEMENTATIONS:
+def resolve_implementation(
+    implementation: str,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.bfloat16,
+    head_dim: int = 64,
+    value_dim: int = 64,
+    causal: bool = False,
+    trainable_rotary: bool = False,
+) -> str:
+    """The implementation that `mhla` runs when asked for `implementation`.
+
+    `auto` takes the fused kernels wherever they can run a call, which on a GPU is never the slower
+    choice, and `blockwise` elsewhere.
+
+    Raises:
+        ValueError: If there is no such implementation.
+    """
+    if implementation not in ("auto", *IMPLEMENTATIONS):
         names = ", ".join(["auto", *IMPLEMENTATIONS])
         raise ValueError(f"implementation must be one of {names}, found {implementation!r}")
-    return implementation
+    if implementation != "auto":
+        return implementation
+    if torch.device(device).type != "cuda" or not _HAS_TRITON:
+        return "blockwise"
+    from mhla_gen.ops.fused import unsupported
+
+    reason = unsupported(device, dtype, head_dim, value_dim, causal, trainable_rotary)
+    return "fused" if reason is None else "blockwise"
 
 
 def _check_tokens(query: Tensor, key: Tensor, value: Tensor, grid: tuple[int, ...]) -> None:

@@ -1,0 +1,256 @@
+"""MHLA in fused Triton kernels, as torch custom operators with fake and autograd rules.
+
+`mhla_gen/ops/README.md` explains the kernels. The operators allocate their outputs and nothing else
+of the size of the tokens; for training they keep the (mixed) summaries.
+"""
+
+import torch
+import triton
+from torch import Tensor
+
+from mhla_gen.ops.kernels import attention_form, linear_form
+from mhla_gen.ops.kernels.launch import Call, num_parts, stored_dtype
+from mhla_gen.ops.kernels.linear_form import Summaries
+
+MAX_DIM = 128
+"""Largest head_dim and value_dim: a summary has to fit the registers of one program."""
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_INTERPRETED = triton.knobs.runtime.interpret
+# Measured on an H100: beyond either, summaries cost less than scores.
+_ATTENTION_SEQ_LEN = 512
+_ATTENTION_BLOCKS = 32
+
+
+def fused_mhla(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mixing: Tensor,
+    *,
+    grid: tuple[int, ...],
+    layout: tuple[int, ...],
+    feature_map: str,
+    rotary: tuple[Tensor, Tensor] | None,
+    normalize: bool,
+    causal: bool,
+    eps: float,
+    use_attention_form: bool | None = None,
+    stored: torch.dtype | None = None,
+) -> Tensor:
+    """MHLA on a CUDA device, summed in float32; see `mhla_gen.ops.mhla`.
+
+    By default the cheaper form runs and summaries have the `stored_dtype` of the inputs;
+    `use_attention_form` and `stored` (float16 or float32) force either.
+
+    Raises:
+        ValueError: If the kernels do not cover the call; the message says why.
+    """
+    trainable_rotary = rotary is not None and any(table.requires_grad for table in rotary)
+    reason = unsupported(
+        query.device, query.dtype, query.shape[3], value.shape[3], causal, trainable_rotary
+    )
+    if reason is not None:
+        raise ValueError(f"implementation='fused' {reason}; use 'blockwise' or 'auto'")
+    cos, sin = rotary if rotary is not None else (None, None)
+    if use_attention_form is None:
+        use_attention_form = attention_form_is_cheaper(query.shape[1], mixing.shape[-1])
+    run = attention_mhla if use_attention_form else linear_mhla
+    return run(
+        query, key, value, mixing, cos, sin, grid, layout, feature_map, normalize, eps,
+        stored or stored_dtype(query.dtype),
+    )[0]  # fmt: skip
+
+
+def attention_form_is_cheaper(seq_len: int, num_blocks: int) -> bool:
+    """Whether scores take less time than summaries: both forms stay close to the memory floor."""
+    return seq_len <= _ATTENTION_SEQ_LEN and num_blocks <= _ATTENTION_BLOCKS
+
+
+def unsupported(
+    device: torch.device | str,
+    dtype: torch.dtype,
+    head_dim: int,
+    value_dim: int,
+    causal: bool,
+    trainable_rotary: bool,
+) -> str | None:
+    """Why the kernels cannot run a call, or None if they can."""
+    if torch.device(device).type != "cuda" and not _INTERPRETED:
+        return f"needs tensors on a CUDA device, found {device}"
+    if causal:
+        return "has no causal kernel"
+    if max(head_dim, value_dim) > MAX_DIM:
+        return f"takes head_dim and value_dim up to {MAX_DIM}, found {head_dim} and {value_dim}"
+    if dtype not in DTYPES:
+        return f"takes float32, float16 and bfloat16, found {dtype}"
+    if trainable_rotary:
+        return "treats rotary as constant, found tables that require a gradient"
+    return None
+
+
+@torch.library.custom_op("mhla_gen::linear_mhla", mutates_args=())
+def linear_mhla(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mixing: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    grid: list[int],
+    layout: list[int],
+    feature_map: str,
+    normalize: bool,
+    eps: float,
+    stored: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Linear form: the output, then summaries and mixed summaries with scales and key sums."""
+    call = _call(query, value, cos, sin, grid, layout, feature_map, normalize, eps, stored)
+    with torch.cuda.device_of(query):
+        out, summaries, mixed = linear_form.forward(query, key, value, mixing, call)
+    return out, *summaries, *mixed
+
+
+@linear_mhla.register_fake
+def _(query, key, value, mixing, cos, sin, grid, layout, feature_map, normalize, eps, stored):
+    num_blocks = mixing.shape[-1]
+    rows = num_blocks * num_parts(query.shape[0] * query.shape[2], grid, layout)
+    return (
+        value.new_empty(value.shape),
+        *Summaries.empty(query, value, rows, stored),
+        *Summaries.empty(query, value, num_blocks, stored),
+    )
+
+
+@torch.library.custom_op("mhla_gen::linear_mhla_backward", mutates_args=())
+def linear_mhla_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mixing: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    summaries: list[Tensor],
+    mixed: list[Tensor],
+    grid: list[int],
+    layout: list[int],
+    feature_map: str,
+    normalize: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key, value and mixing in the linear form."""
+    stored = summaries[0].dtype
+    call = _call(query, value, cos, sin, grid, layout, feature_map, normalize, eps, stored)
+    with torch.cuda.device_of(query):
+        return linear_form.backward(
+            grad, query, key, value, mixing, Summaries(*summaries), Summaries(*mixed), call
+        )
+
+
+@linear_mhla_backward.register_fake
+def _(grad, query, key, value, mixing, *_):
+    return tuple(x.new_empty(x.shape) for x in (query, key, value, mixing))
+
+
+def _linear_setup(ctx, inputs, output):
+    query, key, value, mixing, cos, sin, *options, _ = inputs
+    ctx.options = options
+    ctx.save_for_backward(query, key, value, mixing, cos, sin, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _linear_backward(ctx, grad, *_):
+    query, key, value, mixing, cos, sin, *summaries = ctx.saved_tensors
+    if grad is None:
+        return (None,) * 12
+    gradients = linear_mhla_backward(
+        grad, query, key, value, mixing, cos, sin, summaries[:3], summaries[3:], *ctx.options
+    )
+    return *gradients, *(None,) * 8
+
+
+linear_mhla.register_autograd(_linear_backward, setup_context=_linear_setup)
+
+
+@torch.library.custom_op("mhla_gen::attention_mhla", mutates_args=())
+def attention_mhla(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mixing: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    grid: list[int],
+    layout: list[int],
+    feature_map: str,
+    normalize: bool,
+    eps: float,
+    stored: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Attention form: the output and the inverse denominators."""
+    call = _call(query, value, cos, sin, grid, layout, feature_map, normalize, eps, stored)
+    with torch.cuda.device_of(query):
+        return attention_form.forward(query, key, value, mixing, call)
+
+
+@attention_mhla.register_fake
+def _(query, key, value, *_):
+    batch, seq_len, heads, _ = query.shape
+    return (
+        value.new_empty(value.shape),
+        query.new_empty((batch, heads, seq_len), dtype=torch.float32),
+    )
+
+
+@torch.library.custom_op("mhla_gen::attention_mhla_backward", mutates_args=())
+def attention_mhla_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mixing: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    out: Tensor,
+    inverse: Tensor,
+    grid: list[int],
+    layout: list[int],
+    feature_map: str,
+    normalize: bool,
+    stored: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key, value and mixing in the attention form."""
+    # eps is already in the inverse denominators.
+    call = _call(query, value, cos, sin, grid, layout, feature_map, normalize, 0.0, stored)
+    with torch.cuda.device_of(query):
+        return attention_form.backward(grad, query, key, value, mixing, out, inverse, call)
+
+
+@attention_mhla_backward.register_fake
+def _(grad, query, key, value, mixing, *_):
+    return tuple(x.new_empty(x.shape) for x in (query, key, value, mixing))
+
+
+def _attention_setup(ctx, inputs, output):
+    query, key, value, mixing, cos, sin, grid, layout, feature_map, normalize, _, stored = inputs
+    ctx.options = grid, layout, feature_map, normalize, stored
+    ctx.save_for_backward(query, key, value, mixing, cos, sin, *output)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _attention_backward(ctx, grad, _):
+    if grad is None:
+        return (None,) * 12
+    gradients = attention_mhla_backward(grad, *ctx.saved_tensors, *ctx.options)
+    return *gradients, *(None,) * 8
+
+
+attention_mhla.register_autograd(_attention_backward, setup_context=_attention_setup)
+
+
+def _call(query, value, cos, sin, *options) -> Call:
+    if cos is not None and sin is not None:
+        cos, sin = cos.contiguous(), sin.contiguous()
+    return Call(query, value, cos, sin, *options)

@@ -1,0 +1,1 @@
+"""Triton kernels of the fused operator; `mhla_gen/ops/README.md` says how they fit together."""

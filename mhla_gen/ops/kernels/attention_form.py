@@ -1,0 +1,106 @@
+"""Launches of the attention form and of its backward."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mhla_gen.ops.kernels.attention import (
+    attend_kernel,
+    attention_backward_keys_kernel,
+    attention_backward_queries_kernel,
+)
+from mhla_gen.ops.kernels.launch import Call, alignment, mixing_strides, padded
+
+
+def forward(
+    query: Tensor, key: Tensor, value: Tensor, mixing: Tensor, call: Call
+) -> tuple[Tensor, Tensor]:
+    """Output and inverse denominators `[batch, heads, seq_len]`, unset without `normalize`."""
+    batch, seq_len, heads, _ = query.shape
+    out = value.new_empty(value.shape)
+    inverse = query.new_empty((batch, heads, seq_len), dtype=torch.float32)
+    tiles = tile_options("attend", call)
+    attend_kernel[(triton.cdiv(seq_len, tiles["BQ"]) * heads * batch,)](
+        query, key, value, call.cos, call.sin, mixing, out, inverse,
+        query.stride(), key.stride(), value.stride(), out.stride(), mixing_strides(mixing),
+        call.box, seq_len, heads, call.eps, M=call.num_blocks, BM=padded(call.num_blocks),
+        ALIGN=alignment(query, key, value, out), **call.options, **tiles,
+    )  # fmt: skip
+    return out, inverse
+
+
+def backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mixing: Tensor,
+    out: Tensor,
+    inverse: Tensor,
+    call: Call,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key, value and mixing."""
+    dquery, delta, dmixing = backward_queries(grad, query, key, value, mixing, out, inverse, call)
+    dkey, dvalue = backward_keys(grad, query, key, value, mixing, inverse, delta, call)
+    return dquery, dkey, dvalue, dmixing
+
+
+def backward_queries(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mixing: Tensor,
+    out: Tensor,
+    inverse: Tensor,
+    call: Call,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradient of the queries, δ of every query, gradient of mixing."""
+    batch, seq_len, heads, _ = query.shape
+    tiles = tile_options("backward_queries", call)
+    q_tiles = triton.cdiv(seq_len, tiles["BQ"])
+    dquery, delta = query.new_empty(query.shape), torch.empty_like(inverse)
+    partial = inverse.new_empty((batch, heads, q_tiles, call.num_blocks, call.num_blocks))
+    attention_backward_queries_kernel[(q_tiles * heads * batch,)](
+        query, key, value, out, grad, call.cos, call.sin, mixing, inverse, delta, dquery, partial,
+        query.stride(), key.stride(), value.stride(), out.stride(), grad.stride(),
+        dquery.stride(), mixing_strides(mixing), call.box, seq_len, heads,
+        M=call.num_blocks, BM=padded(call.num_blocks),
+        ALIGN=alignment(query, key, value, out, grad, dquery), **call.options, **tiles,
+    )  # fmt: skip
+    summed = (0, 2) if mixing.ndim == 3 else (0, 1, 2)
+    return dquery, delta, partial.sum(dim=summed).to(mixing.dtype)
+
+
+def backward_keys(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mixing: Tensor,
+    inverse: Tensor,
+    delta: Tensor,
+    call: Call,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of keys and values."""
+    batch, seq_len, heads, _ = query.shape
+    dkey, dvalue = key.new_empty(key.shape), value.new_empty(value.shape)
+    tiles = tile_options("backward_keys", call)
+    attention_backward_keys_kernel[(triton.cdiv(seq_len, tiles["BK"]) * heads * batch,)](
+        query, key, value, grad, call.cos, call.sin, mixing, inverse, delta, dkey, dvalue,
+        query.stride(), key.stride(), value.stride(), grad.stride(),
+        dkey.stride(), dvalue.stride(), mixing_strides(mixing), call.box, seq_len, heads,
+        M=call.num_blocks, BM=padded(call.num_blocks),
+        ALIGN=alignment(query, key, value, grad, dkey, dvalue), **call.options, **tiles,
+    )  # fmt: skip
+    return dkey, dvalue
+
+
+def tile_options(kernel: str, call: Call) -> dict:
+    """Tokens of a tile, warps and pipeline stages."""
+    if call.options["OPERAND"] == tl.float32:
+        return {"BQ": 32, "BK": 32, "PRECISION": "ieee", "num_warps": 8, "num_stages": 1}
+    wide = max(call.options["BD"], call.options["BV"]) > 64
+    warps = 8 if wide and kernel != "attend" else 4
+    return {"BQ": 64, "BK": 64, "PRECISION": "tf32x3", "num_warps": warps, "num_stages": 2}

@@ -1,0 +1,112 @@
+"""What every launch of a kernel over tokens needs to know about the call."""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_OPERANDS = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+# Programs that keep a large GPU busy: two for each of 132 multiprocessors, with some to spare.
+_ENOUGH_PROGRAMS = 512
+# A part of a block shorter than this pays more for its summary than it gains.
+_SHORTEST_PART = 128
+
+
+def stored_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of summaries.
+
+    Bfloat16 inputs keep float16 summaries, each with its own scale: as small, eight times finer and
+    just as safe from overflow. Float16 inputs would lose their precision that way.
+    """
+    return torch.float16 if dtype == torch.bfloat16 else torch.float32
+
+
+def padded(size: int) -> int:
+    """The power of two that holds `size` entries, at least what a matrix product needs."""
+    return max(16, triton.next_power_of_2(size))
+
+
+def alignment(*tensors: Tensor) -> int:
+    """Elements, up to 16, of which every row of `[batch, seq_len, heads, dim]` is a multiple."""
+    return math.gcd(
+        16,
+        *(stride for x in tensors for stride in x.stride()[:3]),
+        *(x.data_ptr() // x.element_size() for x in tensors),
+    )
+
+
+def mixing_strides(mixing: Tensor) -> tuple[int, int, int]:
+    """Strides (head, row, column); 0 for the head of a shared matrix."""
+    return (mixing.stride(0) if mixing.ndim == 3 else 0, *mixing.stride()[-2:])
+
+
+def num_parts(batch_heads: int, grid: list[int], layout: list[int]) -> int:
+    """Parts to cut blocks into, so that few long blocks still fill the GPU."""
+    programs = batch_heads * math.prod(layout)
+    if programs >= _ENOUGH_PROGRAMS // 2:
+        return 1
+    block_size = math.prod(-(-n // count) for n, count in zip(grid, layout, strict=True))
+    return max(1, min(_ENOUGH_PROGRAMS // programs, block_size // _SHORTEST_PART))
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of the operator: sizes, tables and options."""
+
+    query: Tensor
+    value: Tensor
+    cos: Tensor | None
+    sin: Tensor | None
+    grid: list[int]
+    layout: list[int]
+    feature_map: str
+    normalize: bool
+    eps: float
+    stored: torch.dtype
+
+    @cached_property
+    def box(self) -> tuple[int, ...]:
+        """(T, H, W, LT, LH, LW): grid and layout with ones in front."""
+        ones = [1] * (3 - len(self.grid))
+        return (*ones, *self.grid, *ones, *self.layout)
+
+    @cached_property
+    def num_blocks(self) -> int:
+        """Blocks of the grid."""
+        return math.prod(self.layout)
+
+    @property
+    def num_heads(self) -> int:
+        """Heads of the query."""
+        return self.query.shape[2]
+
+    @cached_property
+    def num_parts(self) -> int:
+        """Parts that every block is cut into."""
+        return num_parts(self.query.shape[0] * self.num_heads, self.grid, self.layout)
+
+    @cached_property
+    def programs(self) -> tuple[int]:
+        """Launch grid of kernels with one program for each part and head."""
+        return (self.query.shape[0] * self.num_blocks * self.num_parts * self.num_heads,)
+
+    @cached_property
+    def options(self) -> dict:
+        """Compile-time arguments that all kernels over tokens share."""
+        head_dim, value_dim = self.query.shape[3], self.value.shape[3]
+        half = self.stored == torch.float16
+        return {
+            "D": head_dim,
+            "V": value_dim,
+            "BD": padded(head_dim),
+            "BV": padded(value_dim),
+            "RANK": len(self.grid),
+            "FEATURE_MAP": self.feature_map,
+            "ROTARY": self.cos is not None,
+            "NORMALIZE": self.normalize,
+            "OPERAND": _OPERANDS[self.query.dtype] if half else tl.float32,
+        }

@@ -5,7 +5,7 @@ dataclass, then the file, then `key=value` overrides; a key that no dataclass ha
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -67,6 +67,367 @@ class MHLAConfig:
         """Plain values for a JSON config; `MHLAConfig(**d)` reads them back."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The images to learn from, with one class label each.
+
+    Raises:
+        ValueError: If the source needs a path or a size that is not given.
+    """
+
+    source: Literal["digits", "npz", "folder"] = "digits"
+    """digits: scikit-learn's 1,797 handwritten digits, 8 × 8, grey. npz: a file with `arr_0` (uint8
+    `[images, height, width, channels]`) and `labels`. folder: one sub-folder of images a class."""
+    path: str | None = None
+    """The npz file or the folder of class folders."""
+    image_size: int | None = None
+    """Side of the square images in pixels. A folder's images are cropped and resized to it; the
+    other sources have a size, and a number given here must equal it."""
+    horizontal_flip: bool = False
+    """Mirror every image with probability one half."""
+
+    def __post_init__(self):
+        _check_choice("data.source", self.source, ("digits", "npz", "folder"))
+        if self.source != "digits" and self.path is None:
+            raise ValueError(f"data.source={self.source} needs data.path")
+        if self.source == "folder" and self.image_size is None:
+            raise ValueError("data.source=folder needs data.image_size, in pixels")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A class-conditional diffusion transformer (DiT) and the kind of its self-attention."""
+
+    attention: Literal["softmax", "linear", "mhla"] = "mhla"
+    """linear is MHLA with one block: the control that has the same convolution and gate."""
+    mhla: MHLAConfig = field(default_factory=MHLAConfig)
+    """Settings of linear and mhla; linear replaces the layout by one block."""
+    patch_size: int = 2
+    """Side of a token in pixels."""
+    num_layers: int = 12
+    """Transformer blocks."""
+    num_attention_heads: int = 6
+    """Heads per block; the hidden size is heads × attention_head_dim."""
+    attention_head_dim: int = 64
+    """Channels per head."""
+
+    def __post_init__(self):
+        _check_choice("model.attention", self.attention, ("softmax", "linear", "mhla"))
+        for name in ("patch_size", "num_layers", "num_attention_heads", "attention_head_dim"):
+            _check_at_least(f"model.{name}", getattr(self, name), 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Training of a class-conditional model from scratch by flow matching.
+
+    Raises:
+        ValueError: If a value is out of its range.
+    """
+
+    output_dir: str = "runs/train"
+    """New folder for the log, the checkpoints and the trained pipeline."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """What to learn from."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """What to train."""
+    seed: int = 0
+    """Fixes the initial weights, the order of the images and all noise."""
+    max_steps: int = 10_000
+    """Optimizer steps."""
+    batch_size: int = 256
+    """Images per optimizer step, over all processes and accumulated micro-batches."""
+    gradient_accumulation_steps: int = 1
+    """Micro-batches per optimizer step."""
+    learning_rate: float = 3e-4
+    """Peak learning rate of AdamW."""
+    lr_scheduler: Literal["constant_with_warmup", "cosine", "linear"] = "constant_with_warmup"
+    """Course of the learning rate, by its diffusers name."""
+    warmup_steps: int = 100
+    """Steps until the peak learning rate."""
+    weight_decay: float = 0.0
+    """Decay of weight matrices; biases, embeddings, norms and mixing matrices have none."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm."""
+    mixed_precision: Literal["no", "bf16"] = "bf16"
+    """Arithmetic of the forward pass; weights stay float32."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+    ema_decay: float = 0.9999
+    """Decay of the averaged weights that the pipeline is saved with."""
+    label_dropout: float = 0.1
+    """Share of labels replaced by "no class", which classifier-free guidance needs."""
+    logit_mean: float = 0.0
+    """Mean of the logit of the noise level σ."""
+    logit_std: float = 1.0
+    """Standard deviation of the logit of σ."""
+    checkpoint_every: int = 1000
+    """Steps between checkpoints; 0 writes none."""
+    keep_checkpoints: int = 2
+    """How many checkpoints stay on disk."""
+    log_every: int = 50
+    """Steps per line of log.jsonl."""
+    resume: Literal["never", "latest"] = "never"
+    """latest goes on from the newest checkpoint in output_dir, or starts where there is none."""
+
+    def __post_init__(self):
+        _check_choice(
+            "lr_scheduler", self.lr_scheduler, ("constant_with_warmup", "cosine", "linear")
+        )
+        _check_choice("mixed_precision", self.mixed_precision, ("no", "bf16"))
+        _check_choice("resume", self.resume, ("never", "latest"))
+        for name in (
+            "max_steps",
+            "batch_size",
+            "gradient_accumulation_steps",
+            "keep_checkpoints",
+            "log_every",
+        ):
+            _check_at_least(name, getattr(self, name), 1)
+        _check_at_least("warmup_steps", self.warmup_steps, 0)
+        _check_at_least("checkpoint_every", self.checkpoint_every, 0)
+        for name in ("ema_decay", "label_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), found {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """Samples from a saved class-conditional pipeline.
+
+    Raises:
+        ValueError: If a value is out of its range.
+    """
+
+    pipeline: str = "runs/train/pipeline"
+    """Folder that `save_pretrained` wrote."""
+    output_dir: str = "runs/samples"
+    """New folder for samples.npz, samples.png and manifest.json."""
+    classes: Any = "all"
+    """"all" or a list of class numbers."""
+    samples_per_class: int = 10
+    """Images of each class."""
+    num_inference_steps: int = 40
+    """Denoising steps."""
+    guidance_scale: float = 1.5
+    """Classifier-free guidance; 1 is none."""
+    scheduler: str | None = None
+    """Name of a diffusers scheduler to use in place of the saved one."""
+    seed: int = 0
+    """Sample i starts from noise of seed + i, whatever the batch size."""
+    batch_size: int = 64
+    """Images denoised together."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic of the model."""
+    device: str = "auto"
+    """auto takes CUDA where there is one."""
+
+    def __post_init__(self):
+        object.__setattr__(self, "classes", _normalize_classes(self.classes))
+        for name in ("samples_per_class", "num_inference_steps", "batch_size"):
+            _check_at_least(name, getattr(self, name), 1)
+        _check_at_least("seed", self.seed, 0)
+        _check_at_least("guidance_scale", self.guidance_scale, 1)
+        _check_choice("dtype", self.dtype, ("float32", "bfloat16"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuickstartConfig:
+    """The whole job in minutes: train on digits, sample, score, beside plain linear attention.
+
+    Raises:
+        ValueError: If a value is out of its range.
+    """
+
+    output_dir: str = "runs/quickstart"
+    """New folder for everything that the quickstart leaves."""
+    seed: int = 0
+    """Fixes training and samples."""
+    max_steps: int = 1000
+    """Optimizer steps of each of the two models."""
+    batch_size: int = 128
+    """Images per step."""
+    learning_rate: float = 1e-3
+    """Peak learning rate."""
+    model: ModelConfig = field(
+        default_factory=lambda: ModelConfig(
+            mhla=MHLAConfig(layout=(2, 2)),
+            patch_size=2,
+            num_layers=4,
+            num_attention_heads=4,
+            attention_head_dim=32,
+        )
+    )
+    """The MHLA model; the control differs in the layout only: one block."""
+    samples_per_class: int = 20
+    """Samples of each digit, for both models."""
+    num_inference_steps: int = 40
+    """Denoising steps."""
+    guidance_scale: float = 1.5
+    """Classifier-free guidance."""
+
+    def __post_init__(self):
+        if self.model.attention != "mhla":
+            raise ValueError(
+                f"the quickstart trains model.attention=mhla, found {self.model.attention}; "
+                "`mhla-gen train` has the other kinds"
+            )
+        for name in ("max_steps", "batch_size", "samples_per_class", "num_inference_steps"):
+            _check_at_least(name, getattr(self, name), 1)
+
+
+def _normalize_classes(classes: Any) -> Any:
+    if isinstance(classes, str) and classes == "all":
+        return classes
+    message = f'classes must be "all" or a list of class numbers, found {classes!r}'
+    if not isinstance(classes, Sequence) or isinstance(classes, str) or not classes:
+        raise ValueError(message)
+    if any(not isinstance(c, int) or isinstance(c, bool) or c < 0 for c in classes):
+        raise ValueError(message)
+    return tuple(classes)
+
+
+def _check_at_least(name: str, value: float, least: float) -> None:
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, found {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeaturesConfig:
+    """The network whose features are compared, and how it is run."""
+
+    extractor: Literal["inception", "dinov2", "efficientnet-lite0", "torchscript", "i3d"] = (
+        "inception"
+    )
+    """inception is that of FID. i3d measures videos."""
+    weights: str | None = None
+    """File with the weights, or DINOv2's folder or hub name. None: inception's released weights
+    (fetched once), DINOv2 large, EfficientNet's package; the other two need a TorchScript file."""
+    dtype: Literal["float32", "float64"] = "float32"
+    """Arithmetic inside inception; float64 makes it independent of batch size and device."""
+    batch_size: int = 64
+    """Images per forward pass."""
+    num_workers: int | None = None
+    """Processes that decode images; None: 8 beside a GPU, none on a CPU."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes a GPU if there is one."""
+    video_frames: int = 16
+    """Frames of a clip, from a video's first frame on (i3d)."""
+    video_stride: int = 1
+    """Every how many frames one is taken (i3d)."""
+    cache_dir: str = "~/.cache/mhla_gen/evaluation"
+    """Folder of extracted features; they are found again by content, never by name."""
+
+    def __post_init__(self):
+        _check_choice(
+            "features.extractor",
+            self.extractor,
+            ("inception", "dinov2", "efficientnet-lite0", "torchscript", "i3d"),
+        )
+        _check_choice("features.dtype", self.dtype, ("float32", "float64"))
+        _check_choice("features.device", self.device, ("auto", "cpu", "cuda"))
+        for name in ("batch_size", "video_frames", "video_stride"):
+            _check_at_least(f"features.{name}", getattr(self, name), 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Distances and scores of samples against a reference.
+
+    Raises:
+        ValueError: If something is missing or does not go together.
+    """
+
+    samples: Any = None
+    """Folder of images, npz with `arr_0`, sample set, or a list of these."""
+    reference: Any = None
+    """The same, or an npz of statistics (`mu`, `sigma`, `mu_s`, `sigma_s`, optional `arr_0`)."""
+    metrics: tuple[str, ...] = ("fid", "sfid", "is", "precision", "recall", "kid")
+    """Of fid, sfid, is, precision, recall, kid; fd (Fréchet distance) with other extractors than
+    inception, fvd with i3d."""
+    features: FeaturesConfig = field(default_factory=FeaturesConfig)
+    """The network whose features are compared."""
+    size: int | None = None
+    """Side in pixels to which both sets are brought by ADM's centre crop; None compares as is."""
+    out: str = "metrics.json"
+    """File for the numbers."""
+    skip_corrupt: bool = False
+    """Leave out images that cannot be read, and say so, instead of stopping."""
+    neighbours: int = 3
+    """k of precision and recall."""
+    kid_subsets: int = 100
+    """Random subsets that KID averages over."""
+    kid_subset_size: int = 1000
+    """Images per subset."""
+    jackknife_groups: int = 10
+    """Groups of samples left out in turn for the 95 % interval of a distance."""
+    seed: int = 2020
+    """Fixes the groups and KID's subsets; 2020 draws those of torch-fidelity."""
+
+    def __post_init__(self):
+        for name in ("samples", "reference"):
+            object.__setattr__(self, name, _normalize_paths(name, getattr(self, name)))
+        known = ("fid", "sfid", "is", "precision", "recall", "kid", "fd", "fvd")
+        for metric in self.metrics:
+            _check_choice("metrics", metric, known)
+        if not self.metrics:
+            raise ValueError(f"metrics must name at least one of {', '.join(known)}")
+        for name in ("neighbours", "kid_subsets"):
+            _check_at_least(name, getattr(self, name), 1)
+        for name in ("kid_subset_size", "jackknife_groups"):
+            _check_at_least(name, getattr(self, name), 2)
+        if self.size is not None:
+            _check_at_least("size", self.size, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceConfig:
+    """Statistics of the user's own images, in a file that evaluation takes as its reference.
+
+    Raises:
+        ValueError: If something is missing or out of its range.
+    """
+
+    data: Any = None
+    """Folder of images, npz with `arr_0`, sample set, or a list of these."""
+    out: str = "reference.npz"
+    """File for the statistics."""
+    size: int | None = None
+    """Side in pixels of ADM's centre crop; None keeps the images' own size."""
+    keep_images: int = 10_000
+    """How many images, chosen at random, go into the file for precision, recall and KID."""
+    features: FeaturesConfig = field(default_factory=FeaturesConfig)
+    """The network whose statistics are taken."""
+    skip_corrupt: bool = False
+    """Leave out images that cannot be read, and say so, instead of stopping."""
+    seed: int = 0
+    """Fixes which images are kept."""
+
+    def __post_init__(self):
+        object.__setattr__(self, "data", _normalize_paths("data", self.data))
+        _check_at_least("keep_images", self.keep_images, 0)
+        if self.size is not None:
+            _check_at_least("size", self.size, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorConfig:
+    """Which parts of the installation to try."""
+
+    checks: tuple[str, ...] = ()
+    """Names of checks; none means all. `mhla-gen doctor --dry-run` lists them."""
+
+
+def _normalize_paths(name: str, paths: Any) -> tuple[str, ...] | None:
+    if paths is None:
+        return None
+    if isinstance(paths, str | Path):
+        return (str(paths),)
+    if not isinstance(paths, Sequence) or not paths:
+        raise ValueError(f"{name} must be a path or a list of paths, found {paths!r}")
+    return tuple(str(path) for path in paths)
 
 
 def _normalize_layout(layout: Any) -> Any:
@@ -177,4 +538,11 @@ def _job_of(schema: type) -> str:
 
 
 # Command name → its settings. A config file's `job` is one of these names.
-SCHEMAS: dict[str, type] = {}
+SCHEMAS: dict[str, type] = {
+    "quickstart": QuickstartConfig,
+    "train": TrainConfig,
+    "sample": SampleConfig,
+    "evaluate": EvaluateConfig,
+    "reference": ReferenceConfig,
+    "doctor": DoctorConfig,
+}

@@ -19,7 +19,22 @@ class Command(NamedTuple):
 
 
 # The keys are those of SCHEMAS. Modules are imported only when their command runs.
-COMMANDS: dict[str, Command] = {}
+COMMANDS: dict[str, Command] = {
+    "quickstart": Command(
+        "train, sample and score on handwritten digits: minutes on a CPU",
+        "mhla_gen.cli.quickstart",
+    ),
+    "train": Command("train a class-conditional diffusion transformer", "mhla_gen.cli.train"),
+    "sample": Command("sample images from a saved pipeline", "mhla_gen.cli.sample"),
+    "evaluate": Command(
+        "measure samples against a reference: FID, sFID, IS, precision, recall, KID, FVD",
+        "mhla_gen.cli.evaluate",
+    ),
+    "reference": Command(
+        "write reference statistics of your own images", "mhla_gen.cli.reference"
+    ),
+    "doctor": Command("try every part of the installation once", "mhla_gen.cli.doctor"),
+}
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -55,15 +55,18 @@ class FeatureStatistics:
 
 
 class FeatureSums:
-    """Float64 sums over features: streams, merges, and gives `FeatureStatistics`.
+    """Float64 sums over features: streams, and gives `FeatureStatistics`.
 
-    Sums are taken relative to the first sample seen, so a large mean costs no digits.
+    Args:
+        dim: Feature dimensions.
+        shift: Point [dim] that sums are taken relative to, so that a large mean costs no digits; by
+            default the first sample seen.
     """
 
-    def __init__(self, dim: int):
+    def __init__(self, dim: int, shift: Tensor | None = None):
         self.dim = dim
+        self.shift = shift
         self.count = 0
-        self.shift: Tensor | None = None
         self.sum = torch.zeros(dim, dtype=torch.float64)
         self.outer = torch.zeros(dim, dim, dtype=torch.float64)
 
@@ -84,19 +87,45 @@ class FeatureSums:
         self.outer.addmm_(centred.T, centred)
         return self
 
+    def without(self, part: "FeatureSums") -> "FeatureSums":
+        """These sums less those of a part of the features, taken relative to the same point."""
+        assert self.shift is part.shift
+        rest = FeatureSums(self.dim, self.shift)
+        rest.count = self.count - part.count
+        rest.sum, rest.outer = self.sum - part.sum, self.outer - part.outer
+        return rest
+
     def statistics(self) -> FeatureStatistics:
         """The statistics so far.
 
         Raises:
             EvaluationError: With fewer than two samples, which have no covariance.
         """
-        if self.count < 2 or self.shift is None:
-            raise EvaluationError(
-                f"a covariance needs at least 2 samples, found {self.count}; evaluate more images"
-            )
-        mean = self.sum / self.count
-        covariance = (self.outer - self.count * torch.outer(mean, mean)) / (self.count - 1)
-        return FeatureStatistics((mean + self.shift).numpy(), covariance.numpy(), self.count)
+        return statistics_from_sums(self.count, self.sum, self.outer, self.shift)
+
+
+def statistics_from_sums(
+    count: int, total: Tensor, outer: Tensor, shift: Tensor | None = None
+) -> FeatureStatistics:
+    """Statistics from sums over features relative to `shift`.
+
+    Args:
+        count: Samples.
+        total: Sum, float64 [dim].
+        outer: Sum of outer products, float64 [dim, dim].
+        shift: [dim]; None is the origin.
+
+    Raises:
+        EvaluationError: With fewer than two samples, which have no covariance.
+    """
+    if count < 2:
+        raise EvaluationError(
+            f"a covariance needs at least 2 samples, found {count}; evaluate more images"
+        )
+    mean = total / count
+    covariance = (outer - count * torch.outer(mean, mean)) / (count - 1)
+    mean = mean if shift is None else mean + shift
+    return FeatureStatistics(mean.cpu().numpy(), covariance.cpu().numpy(), count)
 
 
 def merge_statistics(parts: Iterable[FeatureStatistics]) -> FeatureStatistics:

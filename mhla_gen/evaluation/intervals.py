@@ -1,0 +1,91 @@
+"""95 % intervals: how far a distance would move with other samples of the same kind."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy import stats
+from torch import Tensor
+
+from mhla_gen.evaluation.errors import EvaluationError
+from mhla_gen.evaluation.frechet import FeatureStatistics, FeatureSums
+from mhla_gen.evaluation.scores import KernelDistance
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Ends of a 95 % interval, and how it was made."""
+
+    low: float
+    high: float
+    method: str
+
+
+def jackknife_interval(
+    features: Tensor,
+    distance: Callable[[FeatureStatistics], float],
+    groups: int = 10,
+    seed: int = 0,
+) -> tuple[float, Interval]:
+    r"""A distance of these features, and its interval by the delete-a-group jackknife.
+
+    The features are dealt at random into $g$ groups; $d_j$ is the distance without group $j$. The
+    variance is $\frac{g-1}{g} \sum_j (d_j - \bar d)^2$ and the interval Student's, with $g - 1$
+    degrees of freedom. The other side of the distance is held fixed, and the bias of a small set is
+    not removed: the interval is about the distance *at this number of samples*.
+
+    Args:
+        features: [count, dim].
+        distance: From statistics to a number.
+        groups: How many groups; more take longer, one distance each.
+        seed: Fixes the groups.
+
+    Returns:
+        The distance of all features, and the interval.
+
+    Raises:
+        EvaluationError: If there are fewer than two features a group.
+
+    Source:
+        Wolter 2007, "Introduction to Variance Estimation", Section 4.2.
+    """
+    if len(features) < 2 * groups:
+        raise EvaluationError(
+            f"a jackknife over {groups} groups needs at least {2 * groups} images, found "
+            f"{len(features)}; evaluate more images or lower jackknife_groups"
+        )
+    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(features)))
+    shift = features.double().mean(dim=0)
+    whole = FeatureSums(features.shape[1], shift).add(features)
+    value, without = distance(whole.statistics()), []
+    for index in order.tensor_split(groups):
+        part = FeatureSums(features.shape[1], shift).add(features[index])
+        without.append(distance(whole.without(part).statistics()))
+    error = float(np.sqrt((groups - 1) * np.var(without)))
+    reach = float(stats.t.ppf(0.975, groups - 1)) * error
+    return value, Interval(value - reach, value + reach, f"jackknife-{groups}")
+
+
+def subsampling_interval(distance: KernelDistance, count: int) -> Interval | None:
+    r"""Interval of a kernel distance from the spread of its subsets.
+
+    A subset of $m$ out of $N$, drawn without replacement, varies $N/m - 1$ times as much as the
+    whole set does.
+
+    Args:
+        distance: The subsets' mean and spread.
+        count: Images of the smaller side, N.
+
+    Returns:
+        The interval, or None if the subsets are the whole set and so do not vary.
+
+    Source:
+        Politis, Romano and Wolf 1999, "Subsampling", Section 2; the finite-population factor is
+        Cochran's.
+    """
+    size = distance.subset_size
+    if count <= size:
+        return None
+    reach = 1.96 * distance.std * (size / (count - size)) ** 0.5
+    return Interval(distance.mean - reach, distance.mean + reach, f"subsampling-{size}")

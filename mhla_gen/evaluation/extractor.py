@@ -1,0 +1,85 @@
+"""What every feature extractor has: an identity, and features by name in full float32."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class ExtractorIdentity:
+    """All that decides an extractor's numbers; two sets are comparable only if it is equal."""
+
+    name: str
+    """Network and release, such as inception-2015-12-05."""
+    weights: str
+    """SHA-256 of the weights."""
+    resize: str
+    """How images reach the network's size, such as tf1-resize."""
+    dtype: str
+    """Arithmetic: fp32 or fp64, never TF32."""
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.resize} {self.dtype}"
+
+
+class Extractor(nn.Module):
+    """A frozen network from uint8 images to named features."""
+
+    identity: ExtractorIdentity
+    dims: dict[str, int]
+    """Feature name → dimensions."""
+
+    def __init__(self, identity: ExtractorIdentity, dims: dict[str, int]):
+        super().__init__()
+        self.identity, self.dims = identity, dims
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Features of a batch.
+
+        Args:
+            images: uint8 [batch, 3, height, width], or clips [batch, frames, 3, height, width].
+
+        Returns:
+            For each name in `dims`, float32 [batch, dim].
+        """
+        if images.dtype != torch.uint8:
+            raise ValueError(f"extractors take uint8 images in 0…255, found {images.dtype}")
+        with torch.no_grad(), full_float32(images.device):
+            return {name: x.to(torch.float32) for name, x in self.extract(images).items()}
+
+    def extract(self, images: Tensor) -> dict[str, Tensor]:
+        """The network itself; `forward` has checked and set the precision."""
+        raise NotImplementedError
+
+    def train(self, mode: bool = True) -> "Extractor":
+        """Stay in evaluation mode: a training loop that holds a metric must not change it."""
+        return super().train(False)
+
+
+@contextmanager
+def full_float32(device: torch.device) -> Iterator[None]:
+    """Real float32 arithmetic inside: no TF32, no bfloat16 passes, no autocast.
+
+    cuDNN may time its algorithms meanwhile; every setting is put back afterwards.
+    """
+    precision = (
+        torch.backends.cuda.matmul,
+        torch.backends.cudnn.conv,  # pyright: ignore[reportAttributeAccessIssue]
+        torch.backends.mkldnn.matmul,  # pyright: ignore[reportAttributeAccessIssue]
+        torch.backends.mkldnn.conv,  # pyright: ignore[reportAttributeAccessIssue]
+    )
+    before = [backend.fp32_precision for backend in precision]
+    benchmark = torch.backends.cudnn.benchmark
+    try:
+        for backend in precision:
+            backend.fp32_precision = "ieee"
+        torch.backends.cudnn.benchmark = True
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        for backend, value in zip(precision, before, strict=True):
+            backend.fp32_precision = value
+        torch.backends.cudnn.benchmark = benchmark

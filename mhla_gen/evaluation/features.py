@@ -1,0 +1,302 @@
+"""Extraction: images → features on disk, in chunks that any number of processes can share."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from mhla_gen.evaluation.digests import settings_digest
+from mhla_gen.evaluation.errors import EvaluationError
+from mhla_gen.evaluation.extractor import Extractor
+from mhla_gen.evaluation.frechet import FeatureStatistics, FeatureSums
+from mhla_gen.evaluation.npz import open_array, write_npz
+from mhla_gen.evaluation.pictures import UnreadableImageError
+from mhla_gen.evaluation.sources import ImageSource, frame_shape
+from mhla_gen.files import written_whole
+
+# Images per file of features. Fixed, so that another number of processes goes on with the same
+# files; an interruption loses one chunk a process.
+CHUNK = 1024
+_LISTED = 10
+
+
+@dataclass(frozen=True)
+class FeatureSet:
+    """Features of one source, on disk."""
+
+    folder: Path
+    chunks: int
+    count: int
+    """Images that were read."""
+    unreadable: tuple[str, ...]
+    """One line for each image that was left out."""
+    frame_shape: tuple[int, ...]
+    """(height, width), or (frames, height, width)."""
+    digest: str
+    """SHA-256 of the images."""
+
+    def stream(self, name: str) -> Iterator[np.ndarray]:
+        """Features [n, dim] chunk by chunk, in order."""
+        for chunk in range(self.chunks):
+            yield np.load(_chunk_file(self.folder, name, chunk))
+
+    def load(self, name: str) -> Tensor:
+        """All features [count, dim], float32, in order."""
+        return torch.from_numpy(np.concatenate(list(self.stream(name))))
+
+    def statistics(self, name: str) -> FeatureStatistics:
+        """Mean and covariance; kept beside the features once computed."""
+        path = self.folder / f"{name}-statistics.npz"
+        if path.is_file():
+            return FeatureStatistics(open_array(path, "mu"), open_array(path, "sigma"), self.count)
+        sums: FeatureSums | None = None
+        for features in self.stream(name):
+            sums = (sums or FeatureSums(features.shape[1])).add(features)
+        assert sums is not None
+        statistics = sums.statistics()
+        write_npz(path, {"mu": statistics.mean, "sigma": statistics.covariance})
+        return statistics
+
+
+class Batch(NamedTuple):
+    """What a loader hands on: the readable images of a range, and why others are missing."""
+
+    images: Tensor
+    """uint8 [n, height, width, 3] or [n, frames, height, width, 3]."""
+    unreadable: list[str]
+    mismatch: str
+    """Set if an image has another size than the first one."""
+
+
+class BatchReader(Dataset[Batch]):
+    """Reads ranges of a source; runs in worker processes."""
+
+    def __init__(self, source: ImageSource, ranges: Sequence[range], frame_shape: tuple[int, ...]):
+        self._source, self._ranges, self._shape = source, ranges, frame_shape
+
+    def __len__(self) -> int:
+        return len(self._ranges)
+
+    def __getitem__(self, item: int) -> Batch:
+        images, unreadable, mismatch = [], [], ""
+        for index in self._ranges[item]:
+            try:
+                image = self._source.read(index)
+            except UnreadableImageError as error:
+                unreadable.append(f"{self._source.label(index)} {error}")
+                continue
+            if image.shape[:-1] != self._shape:
+                mismatch = f"{self._source.label(index)} is {_size(image.shape[:-1])}"
+                break
+            images.append(image)
+        stacked = np.stack(images) if images else np.zeros((0, *self._shape, 3), np.uint8)
+        return Batch(torch.from_numpy(stacked), unreadable, mismatch)
+
+
+def extract_features(
+    source: ImageSource,
+    extractor: Extractor,
+    names: Sequence[str],
+    *,
+    cache_dir: str | Path,
+    settings: dict[str, Any],
+    batch_size: int = 64,
+    num_workers: int = 0,
+    skip_corrupt: bool = False,
+) -> FeatureSet:
+    """Features of all images, computed once per content and protocol.
+
+    Every process takes each n-th chunk and writes it to `cache_dir`, which all must share; chunks
+    that are there already are not computed again. So an interrupted run goes on where it stopped,
+    and the result does not depend on the number of processes.
+
+    Args:
+        source: The images.
+        extractor: On its device already.
+        names: Features wanted, of `extractor.dims`.
+        cache_dir: Folder for features, shared by all sources and extractors.
+        settings: What else decides the features, such as the crop; part of the fingerprint.
+        batch_size: Images per forward pass.
+        num_workers: Processes that decode.
+        skip_corrupt: Leave unreadable images out.
+
+    Returns:
+        The features.
+
+    Raises:
+        EvaluationError: If images differ in size, or some are unreadable and may not be skipped.
+    """
+    digest, shape = _on_main(lambda: (source.digest(), frame_shape(source)))
+    folder = _open_folder(Path(cache_dir).expanduser(), digest, extractor, settings, source)
+    chunks = [range(i, min(i + CHUNK, len(source))) for i in range(0, len(source), CHUNK)]
+    state = PartialState()
+    mine = range(state.process_index, len(chunks), state.num_processes)
+    missing = [i for i in mine if not _is_complete(folder, names, i)]
+    batches = [
+        [range(i, min(i + batch_size, chunks[c].stop)) for i in chunks[c][::batch_size]]
+        for c in missing
+    ]
+    reader = BatchReader(source, [batch for chunk in batches for batch in chunk], shape)
+    stream = iter(_loader(reader, num_workers, extractor))
+    with _progress(source, chunks, missing, len(mine)) as bar:
+        for chunk, ranges in zip(missing, batches, strict=True):
+            outputs, unreadable = [], []
+            for indices in ranges:
+                batch = next(stream)
+                _require_one_size(batch, source, shape)
+                unreadable += batch.unreadable
+                if len(batch.images):
+                    outputs.append(_forward(extractor, batch.images, names))
+                bar.update(len(indices) * state.num_processes)
+            _write_chunk(folder, chunk, _joined(outputs, names, extractor), unreadable)
+    state.wait_for_everyone()
+    found = _collect(folder, len(chunks), names[0], shape, digest)
+    _require_readable(found, source, skip_corrupt)
+    return found
+
+
+def _progress(
+    source: ImageSource, chunks: Sequence[range], missing: Sequence[int], mine: int
+) -> tqdm:
+    # Shown by the main process, which takes the others to be as far as itself.
+    return tqdm(
+        desc=source.name[-40:],
+        total=len(source),
+        initial=(mine - len(missing)) * CHUNK * PartialState().num_processes,
+        unit="image",
+        disable=not PartialState().is_main_process,
+    )
+
+
+def _on_main(compute):
+    # One process reads all bytes for the digest; the others get its result, or its error.
+    state = PartialState()
+    result: list[Any] = [None, None]
+    if state.is_main_process:
+        try:
+            result[0] = compute()
+        except (ValueError, OSError) as error:
+            result[1] = error
+    if state.num_processes > 1:
+        broadcast_object_list(result)
+    if result[1] is not None:
+        raise result[1]
+    return result[0]
+
+
+def _open_folder(
+    cache_dir: Path,
+    digest: str,
+    extractor: Extractor,
+    settings: dict[str, Any],
+    source: ImageSource,
+) -> Path:
+    everything = {
+        "images": digest,
+        "count": len(source),
+        "extractor": asdict(extractor.identity),
+        "chunk": CHUNK,
+        **settings,
+    }
+    folder = cache_dir / settings_digest(everything)[:32]
+    if PartialState().is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        with written_whole(folder / "settings.json") as partial:
+            partial.write_text(json.dumps({**everything, "source": source.name}, indent=2))
+    PartialState().wait_for_everyone()
+    return folder
+
+
+def _loader(reader: BatchReader, num_workers: int, extractor: Extractor) -> DataLoader[Batch]:
+    return DataLoader(
+        reader,
+        batch_size=None,
+        shuffle=False,
+        num_workers=min(num_workers, len(reader)),
+        pin_memory=_device(extractor).type == "cuda",
+    )
+
+
+def _forward(extractor: Extractor, images: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+    pixels = images.to(_device(extractor), non_blocking=True).movedim(-1, -3)
+    features = extractor(pixels)
+    return {name: features[name] for name in names}
+
+
+def _device(extractor: Extractor) -> torch.device:
+    return next(extractor.parameters(), torch.empty(0)).device
+
+
+def _joined(
+    outputs: list[dict[str, Tensor]], names: Sequence[str], extractor: Extractor
+) -> dict[str, np.ndarray]:
+    # One copy from the device per chunk: a copy per batch would wait for each of them.
+    if not outputs:
+        return {name: np.zeros((0, extractor.dims[name]), np.float32) for name in names}
+    return {name: torch.cat([x[name] for x in outputs]).cpu().numpy() for name in names}
+
+
+def _chunk_file(folder: Path, name: str, chunk: int) -> Path:
+    return folder / f"{name}-{chunk:06d}.npy"
+
+
+def _problems_file(folder: Path, chunk: int) -> Path:
+    return folder / f"unreadable-{chunk:06d}.json"
+
+
+def _write_chunk(
+    folder: Path, chunk: int, features: dict[str, np.ndarray], unreadable: list[str]
+) -> None:
+    with written_whole(_problems_file(folder, chunk)) as partial:
+        partial.write_text(json.dumps(unreadable))
+    for name, values in features.items():
+        path = _chunk_file(folder, name, chunk)
+        with written_whole(path) as partial, partial.open("wb") as file:
+            np.save(file, values)
+
+
+def _is_complete(folder: Path, names: Sequence[str], chunk: int) -> bool:
+    files = [_chunk_file(folder, name, chunk) for name in names]
+    return all(file.is_file() for file in [_problems_file(folder, chunk), *files])
+
+
+def _collect(
+    folder: Path, chunks: int, name: str, shape: tuple[int, ...], digest: str
+) -> FeatureSet:
+    unreadable, count = [], 0
+    for chunk in range(chunks):
+        unreadable += json.loads(_problems_file(folder, chunk).read_text())
+        count += len(np.load(_chunk_file(folder, name, chunk), mmap_mode="r"))
+    return FeatureSet(folder, chunks, count, tuple(unreadable), shape, digest)
+
+
+def _require_one_size(batch: Batch, source: ImageSource, shape: tuple[int, ...]) -> None:
+    if batch.mismatch:
+        raise EvaluationError(
+            f"{source.name} holds images of different sizes: the first is {_size(shape)}, "
+            f"{batch.mismatch}; size=N crops and scales all of them as ADM does"
+        )
+
+
+def _require_readable(found: FeatureSet, source: ImageSource, skip_corrupt: bool) -> None:
+    if found.unreadable and not skip_corrupt:
+        listed = "".join(f"\n  {line}" for line in found.unreadable[:_LISTED])
+        more = len(found.unreadable) - _LISTED
+        rest = f"\n  and {more} more" if more > 0 else ""
+        raise EvaluationError(
+            f"{len(found.unreadable)} of {len(source)} images of {source.name} cannot be read; "
+            f"mend them, or leave them out with skip_corrupt=true:{listed}{rest}"
+        )
+
+
+def _size(shape: tuple[int, ...]) -> str:
+    return " × ".join(map(str, shape))

@@ -1,0 +1,153 @@
+"""The Inception network of FID: torch-fidelity's, with its TF1 resize and sFID's features."""
+
+import io
+import pickle
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+
+import torch
+from torch import Tensor, nn
+from torch_fidelity.feature_extractor_inceptionv3 import (
+    URL_INCEPTION_V3,
+    FeatureExtractorInceptionV3,
+)
+
+from mhla_gen.evaluation.digests import file_digest
+from mhla_gen.evaluation.errors import EvaluationError
+from mhla_gen.evaluation.extractor import Extractor, ExtractorIdentity
+
+# The released file's SHA-256 starts with the digits in its name, as torch.hub checks them too.
+OFFICIAL_SHA256_PREFIX = "6726825d"
+SPATIAL_CHANNELS = 7
+DIMS = {"pool": 2048, "spatial": SPATIAL_CHANNELS * 17 * 17, "logits": 1008}
+
+
+class InceptionExtractor(Extractor):
+    """`pool` for FID, `spatial` for sFID, `logits` (without the bias) for the Inception score.
+
+    `spatial` is ADM's `mixed_6/conv`: the first 7 channels of `Mixed_6d.branch1x1` after
+    normalisation and ReLU, 17 × 17, flattened with the channels last.
+
+    Args:
+        weights: State dict file; None uses the released one, downloaded once.
+        dtype: Arithmetic inside the network.
+
+    Raises:
+        EvaluationError: If the weights are missing, unreachable, damaged or another network's.
+
+    Source:
+        Dhariwal and Nichol 2021, arXiv:2105.05233, the evaluator of their released code.
+    """
+
+    def __init__(self, weights: str | Path | None = None, dtype: torch.dtype = torch.float32):
+        path = find_weights() if weights is None else Path(weights)
+        state = load_tensors(path)
+        sha256 = file_digest(path)
+        official = sha256.startswith(OFFICIAL_SHA256_PREFIX)
+        name = "inception-2015-12-05" if official else f"inception-{sha256[:8]}"
+        precision = "fp64" if dtype == torch.float64 else "fp32"
+        super().__init__(ExtractorIdentity(name, sha256, "tf1-resize", precision), DIMS)
+        self.network = _build_network(state, path, dtype)
+        self._spatial: Tensor | None = None
+        branch = self.network.get_submodule("Mixed_6d.branch1x1")
+        branch.register_forward_hook(self._keep_spatial)
+        self.requires_grad_(False).eval()
+
+    def _keep_spatial(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        self._spatial = output[:, :SPATIAL_CHANNELS]
+
+    def extract(self, images: Tensor) -> dict[str, Tensor]:
+        """See `Extractor`."""
+        pool, logits = self.network(images)
+        spatial, self._spatial = self._spatial, None
+        assert spatial is not None
+        flat = spatial.permute(0, 2, 3, 1).flatten(1)
+        return {"pool": pool, "spatial": flat, "logits": logits}
+
+
+def find_weights(folder: str | Path | None = None) -> Path:
+    """The released weights: in torch.hub's folder, or downloaded to it with progress and checksum.
+
+    Args:
+        folder: Where to look; by default torch.hub's checkpoints, which torch-fidelity shares.
+
+    Raises:
+        EvaluationError: If they are not there and cannot be downloaded.
+    """
+    folder = Path(folder) if folder else Path(torch.hub.get_dir(), "checkpoints")
+    path = folder / URL_INCEPTION_V3.rsplit("/", 1)[1]
+    if path.is_file():
+        return path
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), OFFICIAL_SHA256_PREFIX)
+    except (URLError, OSError, RuntimeError) as error:
+        raise EvaluationError(
+            f"the Inception weights are not at {path} and could not be downloaded "
+            f"({error}); fetch {URL_INCEPTION_V3} elsewhere and pass features.weights=PATH"
+        ) from error
+    return path
+
+
+def load_tensors(path: str | Path) -> dict[str, Tensor]:
+    """A state dict; the file may hold tensors only, nothing that runs when read.
+
+    Raises:
+        EvaluationError: If the file is missing, damaged or holds something else.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise EvaluationError(f"weights file {path} does not exist") from None
+    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError) as error:
+        raise EvaluationError(
+            f"{path} is damaged or no plain state dict ({str(error).splitlines()[0]}); "
+            "download it again"
+        ) from error
+    if not isinstance(state, dict) or not all(isinstance(x, Tensor) for x in state.values()):
+        raise EvaluationError(f"{path} must hold a state dict of tensors")
+    return state
+
+
+def _build_network(state: dict[str, Tensor], path: Path, dtype: torch.dtype) -> nn.Module:
+    # torch-fidelity unpickles the file it is given, so it is given tensors that we wrote.
+    clean = io.BytesIO()
+    torch.save(state, clean)
+    clean.seek(0)
+    try:
+        return FeatureExtractorInceptionV3(
+            "inception-v3-compat",
+            ["2048", "logits_unbiased"],
+            feature_extractor_weights_path=clean,
+            feature_extractor_internal_dtype=str(dtype).removeprefix("torch."),
+        )
+    except RuntimeError as error:
+        raise EvaluationError(
+            f"{path} holds the weights of another network than inception-v3-compat "
+            f"({' '.join(str(error).split())[:120]}…)"
+        ) from error
+
+
+class _Unloaded(FeatureExtractorInceptionV3):
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Keep the initial weights: the file that the constructor reads is empty."""
+
+
+def write_random_weights(path: str | Path, seed: int = 0) -> None:
+    """Write random weights in the released file's layout: for tests and for timing, offline.
+
+    Args:
+        path: State dict file to write.
+        seed: Fixes the weights.
+    """
+    empty = io.BytesIO()
+    torch.save({}, empty)
+    empty.seek(0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = _Unloaded("random", ["2048"], feature_extractor_weights_path=empty)
+        for module in network.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+    torch.save(network.state_dict(), path)

@@ -1,0 +1,227 @@
+"""Where images and clips come from: folders, npz files, sample sets, or several of these."""
+
+import hashlib
+import os
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from mhla_gen.evaluation.digests import file_digest
+from mhla_gen.evaluation.errors import EvaluationError
+from mhla_gen.evaluation.npz import npz_keys, open_array
+from mhla_gen.evaluation.pictures import (
+    IMAGE_SUFFIXES,
+    UnreadableImageError,
+    crop_array,
+    read_rgb,
+)
+from mhla_gen.evaluation.video import VIDEO_SUFFIXES, ClipRule, read_clip
+
+SAMPLES_NAME = "samples.npz"
+MANIFEST_NAME = "manifest.json"
+
+
+class ImageSource(Protocol):
+    """Images, or clips, in a fixed order."""
+
+    name: str
+    """What messages call it."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> np.ndarray:
+        """uint8 [height, width, 3], or a clip [frames, height, width, 3].
+
+        Raises:
+            UnreadableImageError: If this one cannot be used.
+        """
+        ...
+
+    def label(self, index: int) -> str:
+        """What a list of unreadable images calls this one."""
+        ...
+
+    def digest(self) -> str:
+        """SHA-256 over the content and its order; file names do not count."""
+        ...
+
+
+def load_images(
+    path: str | Path | Sequence[str | Path],
+    size: int | None = None,
+    clip: ClipRule | None = None,
+) -> ImageSource:
+    """Open images or clips for reading; nothing is decoded yet.
+
+    Args:
+        path: A folder of images (searched recursively, sorted by path), an npz file with `arr_0`,
+            a sample set (a folder with `samples.npz`, or images with `manifest.json`), one image,
+            or a list of these, which are joined in order.
+        size: Side of ADM's centre crop in pixels; None keeps sizes as they are.
+        clip: Frame rule, if videos are wanted instead of images.
+
+    Returns:
+        The source, with at least one image.
+
+    Raises:
+        EvaluationError: If there is nothing there, or it is no set of images.
+    """
+    if not isinstance(path, str | Path):
+        parts = [load_images(part, size, clip) for part in path]
+        if not parts:
+            raise EvaluationError("expected at least one path to images, found none")
+        return parts[0] if len(parts) == 1 else JoinedSource(parts)
+    path = Path(path)
+    if (path / SAMPLES_NAME).is_file():
+        return ArraySource(path / SAMPLES_NAME, size, clip)
+    if path.suffix.lower() == ".npz":
+        return ArraySource(path, size, clip)
+    if not path.exists():
+        raise EvaluationError(f"{path} does not exist; expected a folder of images or an npz file")
+    return FileSource(path, size, clip)
+
+
+class FileSource:
+    """Image or video files below a folder, or one file."""
+
+    def __init__(self, path: Path, size: int | None, clip: ClipRule | None):
+        suffixes, kind = (VIDEO_SUFFIXES, "videos") if clip else (IMAGE_SUFFIXES, "images")
+        self.name, self._size, self._clip = str(path), size, clip
+        self._root = path if path.is_dir() else path.parent
+        found = _files_below(path) if path.is_dir() else [path]
+        self._files = [file for file in found if file.suffix.lower() in suffixes]
+        if not self._files:
+            raise EvaluationError(
+                f"{path} has no {kind} ({' '.join(sorted(suffixes))}); found {len(found)} other "
+                "files"
+            )
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def read(self, index: int) -> np.ndarray:
+        """See `ImageSource`."""
+        if self._clip:
+            return read_clip(self._files[index], self._clip)
+        return read_rgb(self._files[index], self._size)
+
+    def label(self, index: int) -> str:
+        """See `ImageSource`."""
+        return str(self._files[index].relative_to(self._root))
+
+    def digest(self) -> str:
+        """See `ImageSource`."""
+        with ThreadPoolExecutor() as pool:
+            return _join_digests("files", pool.map(file_digest, self._files))
+
+
+class ArraySource:
+    """`arr_0` of an npz file."""
+
+    def __init__(self, path: Path, size: int | None, clip: ClipRule | None):
+        self.name, self._path, self._size, self._clip = str(path), path, size, clip
+        axes = "[clips, frames, height, width, 3]" if clip else "[images, height, width, 3]"
+        array = self._array
+        if array.dtype != np.uint8 or array.ndim != (5 if clip else 4) or array.shape[-1] != 3:
+            raise EvaluationError(
+                f"{path}: arr_0 must be uint8 {axes}, found {array.dtype} {list(array.shape)}"
+            )
+        if not len(array):
+            raise EvaluationError(f"{path}: arr_0 is empty")
+
+    @cached_property
+    def _array(self) -> np.ndarray:
+        return open_array(self._path, "arr_0")
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A worker process maps the file again instead of receiving its bytes.
+        return {key: value for key, value in self.__dict__.items() if key != "_array"}
+
+    def __len__(self) -> int:
+        return len(self._array)
+
+    def read(self, index: int) -> np.ndarray:
+        """See `ImageSource`."""
+        if self._clip:
+            return self._clip.choose(self._array[index])
+        return crop_array(self._array[index], self._size)
+
+    def label(self, index: int) -> str:
+        """See `ImageSource`."""
+        return f"arr_0[{index}]"
+
+    def digest(self) -> str:
+        """See `ImageSource`."""
+        digest = hashlib.sha256(f"array{self._array.shape}".encode())
+        for start in range(0, len(self._array), 256):
+            digest.update(np.ascontiguousarray(self._array[start : start + 256]).data)
+        return digest.hexdigest()
+
+
+class JoinedSource:
+    """Several sources, one after the other."""
+
+    def __init__(self, parts: Sequence[ImageSource]):
+        self._parts = parts
+        self._ends = np.cumsum([len(part) for part in parts])
+        self.name = " + ".join(part.name for part in parts)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def _locate(self, index: int) -> tuple[ImageSource, int]:
+        part = int(np.searchsorted(self._ends, index, side="right"))
+        start = 0 if part == 0 else int(self._ends[part - 1])
+        return self._parts[part], index - start
+
+    def read(self, index: int) -> np.ndarray:
+        """See `ImageSource`."""
+        part, local = self._locate(index)
+        return part.read(local)
+
+    def label(self, index: int) -> str:
+        """See `ImageSource`."""
+        part, local = self._locate(index)
+        return f"{part.name}: {part.label(local)}"
+
+    def digest(self) -> str:
+        """See `ImageSource`."""
+        return _join_digests("joined", (part.digest() for part in self._parts))
+
+
+def frame_shape(source: ImageSource) -> tuple[int, ...]:
+    """Shape of the first readable image, without the colour axis.
+
+    Raises:
+        EvaluationError: If none can be read.
+    """
+    last = "it is empty"
+    for index in range(len(source)):
+        try:
+            return source.read(index).shape[:-1]
+        except UnreadableImageError as error:
+            last = f"{source.label(index)} {error}"
+    raise EvaluationError(f"{source.name}: none of {len(source)} can be read; the last: {last}")
+
+
+def has_statistics(path: str | Path) -> bool:
+    """Whether this is an npz file with `mu` and `sigma` rather than images alone."""
+    path = Path(path)
+    if path.suffix.lower() != ".npz" or not path.is_file():
+        return False
+    return bool(npz_keys(path) & {"mu", "sigma", "mu_s", "sigma_s"})
+
+
+def _files_below(folder: Path) -> list[Path]:
+    found = []
+    for root, _, names in os.walk(folder, followlinks=True):
+        found += [Path(root, name) for name in names if not name.startswith(".")]
+    return sorted(found, key=lambda file: file.relative_to(folder).as_posix())
+
+
+def _join_digests(kind: str, digests: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join([kind, *digests]).encode()).hexdigest()

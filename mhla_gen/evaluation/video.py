@@ -1,0 +1,69 @@
+"""Clips from video files, by a stated frame rule."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from mhla_gen.evaluation.pictures import UnreadableImageError
+
+VIDEO_SUFFIXES = frozenset((".mp4", ".webm", ".mkv", ".mov", ".avi"))
+
+
+@dataclass(frozen=True)
+class ClipRule:
+    """Which frames of a video are measured: `frames` of them from the first on, every `stride`th.
+
+    Frames count as they are stored: no resampling in time, whatever the frame rate.
+    """
+
+    frames: int = 16
+    stride: int = 1
+
+    def __str__(self) -> str:
+        return f"frames-0:{self.needed}:{self.stride}"
+
+    @property
+    def needed(self) -> int:
+        """Frames that a video must have."""
+        return (self.frames - 1) * self.stride + 1
+
+    def indices(self, available: int) -> list[int]:
+        """Frame numbers to read.
+
+        Raises:
+            UnreadableImageError: If the video is too short.
+        """
+        if available < self.needed:
+            raise UnreadableImageError(
+                f"has {available} frames, the rule {self} needs {self.needed}: "
+                "use longer videos or fewer frames"
+            )
+        return list(range(0, self.needed, self.stride))
+
+    def choose(self, video: np.ndarray) -> np.ndarray:
+        """The chosen frames of [frames, height, width, 3]."""
+        return video[self.indices(len(video))]
+
+
+def read_clip(path: Path, rule: ClipRule) -> np.ndarray:
+    """Decode the chosen frames of a video file with decord.
+
+    Returns:
+        uint8 [frames, height, width, 3].
+
+    Raises:
+        UnreadableImageError: If it cannot be decoded or is too short.
+    """
+    # decord loads its own FFmpeg, so only video evaluation imports it.
+    import decord
+
+    try:
+        reader = decord.VideoReader(str(path), num_threads=1)
+        indices = rule.indices(len(reader))
+        return reader.get_batch(indices).asnumpy()
+    except UnreadableImageError:
+        raise
+    except (decord.DECORDError, RuntimeError, OSError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise UnreadableImageError(f"cannot be decoded ({lines[-1]})") from error

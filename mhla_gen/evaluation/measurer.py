@@ -1,0 +1,76 @@
+"""What both commands begin with: processes, device, extractor, images and their protocol."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from accelerate import PartialState
+
+from mhla_gen.config import FeaturesConfig
+from mhla_gen.evaluation.errors import EvaluationError
+from mhla_gen.evaluation.extractor import Extractor
+from mhla_gen.evaluation.extractors import build_extractor
+from mhla_gen.evaluation.features import FeatureSet, extract_features
+from mhla_gen.evaluation.protocol import Protocol
+from mhla_gen.evaluation.sources import ImageSource, frame_shape, load_images
+from mhla_gen.evaluation.video import ClipRule
+
+
+@dataclass(frozen=True)
+class Measurer:
+    """Opens and measures sets of images, all with one extractor and one crop."""
+
+    config: FeaturesConfig
+    extractor: Extractor
+    size: int | None
+    skip_corrupt: bool
+
+    @classmethod
+    def start(cls, config: FeaturesConfig, size: int | None, skip_corrupt: bool) -> "Measurer":
+        """Find the device, and load the extractor on it.
+
+        Raises:
+            EvaluationError: If the device or the extractor is not there.
+        """
+        if config.device == "cuda" and not torch.cuda.is_available():
+            raise EvaluationError(
+                "features.device=cuda but PyTorch finds no CUDA device; use device=auto"
+            )
+        state = PartialState(cpu=config.device == "cpu")
+        # One process per machine downloads; the others find the file.
+        with state.local_main_process_first():
+            extractor = build_extractor(config)
+        return cls(config, extractor.to(state.device), size, skip_corrupt)
+
+    @property
+    def clip(self) -> ClipRule | None:
+        """Frame rule, if the extractor measures videos."""
+        if self.config.extractor != "i3d":
+            return None
+        return ClipRule(self.config.video_frames, self.config.video_stride)
+
+    def open(self, paths: Sequence[str]) -> ImageSource:
+        """The images at these paths."""
+        return load_images(list(paths), self.size, self.clip)
+
+    def protocol(self, source: ImageSource) -> Protocol:
+        """How these images are measured."""
+        height, width = frame_shape(source)[-2:]
+        crop = f"adm-crop-{self.size}" if self.size and not self.clip else ""
+        frames = str(self.clip) if self.clip else ""
+        return Protocol(self.extractor.identity, (height, width), crop, frames)
+
+    def features(self, source: ImageSource, names: Sequence[str]) -> FeatureSet:
+        """Extract features, or find them in the cache."""
+        device = next(self.extractor.parameters(), torch.empty(0)).device
+        workers = self.config.num_workers
+        return extract_features(
+            source,
+            self.extractor,
+            names,
+            cache_dir=self.config.cache_dir,
+            settings={"size": self.size, "frames": str(self.clip)},
+            batch_size=self.config.batch_size,
+            num_workers=(8 if device.type == "cuda" else 0) if workers is None else workers,
+            skip_corrupt=self.skip_corrupt,
+        )

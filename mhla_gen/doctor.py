@@ -119,8 +119,14 @@ def check_conversion() -> tuple[State, str, str]:
 
     from mhla_gen.models import MHLADiTTransformer2DModel, inject, restore
 
-    size = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1, "sample_size": 8}
-    model = DiTTransformer2DModel(**size, num_embeds_ada_norm=2, norm_num_groups=4).eval()
+    model = DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=1,
+        sample_size=8,
+        num_embeds_ada_norm=2,
+        norm_num_groups=4,
+    ).eval()
     inputs = torch.randn(1, 4, 8, 8), torch.tensor([1]), torch.tensor([0])
     with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
         before = model(*inputs).sample

@@ -155,7 +155,12 @@ def _summarise(name: str, attention: Any) -> LayerSummary:
         name=name,
         kind="linear" if math.prod(child.config.layout) == 1 else "mhla",
         layout=child.config.layout,
-        implementation=resolve_implementation(child.config.implementation),
+        implementation=resolve_implementation(
+            child.config.implementation,
+            device=child.mixing.device,
+            head_dim=child.head_dim,
+            value_dim=child.head_dim,
+        ),
         added_parameters=added_parameters(attention),
     )
 

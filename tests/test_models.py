@@ -10,6 +10,7 @@ from tiny import disturb, dit_inputs, tiny_dit, tiny_wan, wan_inputs
 from torch import nn
 
 import mhla_gen
+import mhla_gen.ops
 from mhla_gen import MHLAConfig, MHLADiTTransformer2DModel, MHLAWanTransformer3DModel
 from mhla_gen.ops.naive import naive_mhla
 
@@ -147,6 +148,28 @@ def test_wan_image_to_video_and_fused_projections(options):
         for block in model.blocks:
             block.attn1.fuse_projections()
     torch.testing.assert_close(run(model, inputs), before)
+
+
+def test_a_grid_smaller_than_the_layout_uses_evenly_spaced_blocks():
+    layer = mhla_gen.MHLA(2, 8, 16, MHLAConfig(layout=(3, 2, 2), conv=False, gate=False))
+    nn.init.uniform_(layer.mixing)
+    hidden_states = torch.randn(1, 24, 16)
+    for frames, kept in ((1, [1]), (2, [0, 2])):
+        grid = (frames, 3, 4)
+        query, key, value = torch.randn(3, 1, 12 * frames, 2, 8)
+        out = layer(query, key, value, hidden_states[:, : 12 * frames], grid)
+        blocks = torch.tensor([4 * k + b for k in kept for b in range(4)])
+        expected = mhla_gen.ops.mhla(
+            query, key, value, layer.mixing[blocks][:, blocks], grid=grid, layout=(frames, 2, 2)
+        )
+        torch.testing.assert_close(out, expected.flatten(2))
+
+
+def test_one_set_of_weights_for_images_and_clips():
+    model = mhla_gen.inject(tiny_wan(), MHLAConfig(layout=(3, 2, 3)))
+    for frames in (1, 2, 5):
+        inputs = wan_inputs(frames, 4, 8)
+        assert run(model, inputs).shape == inputs["hidden_states"].shape
 
 
 def test_dit_fused_projections():

@@ -74,6 +74,9 @@ class MHLA(nn.Module):
     ) -> Tensor:
         """Attend over a token grid.
 
+        An axis with fewer tokens than blocks, such as the single frame of an image, uses as many
+        blocks as it has tokens, evenly spaced; the others are empty and read by nobody.
+
         Args:
             query: `[batch, seq_len, num_heads, head_dim]`, before the feature map, raster order.
             key: Like `query`.
@@ -85,13 +88,14 @@ class MHLA(nn.Module):
         Returns:
             `[batch, seq_len, num_heads * head_dim]`.
         """
+        layout, mixing = self._occupied(grid)
         out = mhla(
             query,
             key,
             value,
-            self.mixing,
+            mixing,
             grid=grid,
-            layout=self.config.layout,
+            layout=layout,
             feature_map=self.config.feature_map,
             rotary=rotary,
             normalize=self.config.normalize,
@@ -106,6 +110,19 @@ class MHLA(nn.Module):
         if self.gate is not None:
             out = out * F.silu(self.gate(hidden_states))
         return out
+
+    def _occupied(self, grid: tuple[int, ...]) -> tuple[tuple[int, ...], Tensor]:
+        """The blocks that hold tokens of this grid: their layout and their part of mixing."""
+        pairs = list(zip(self.config.layout, grid, strict=True))
+        if all(count <= length for count, length in pairs):
+            return self.config.layout, self.mixing
+        layout = tuple(min(pair) for pair in pairs)
+        blocks = torch.zeros((), dtype=torch.int64, device=self.mixing.device)
+        for count, kept in zip(self.config.layout, layout, strict=True):
+            places = (torch.arange(kept, device=blocks.device) * 2 + 1) * count // (2 * kept)
+            blocks = blocks.unsqueeze(-1) * count + places
+        blocks = blocks.reshape(-1)
+        return layout, self.mixing.index_select(-1, blocks).index_select(-2, blocks)
 
     def extra_repr(self) -> str:
         """Heads, layout and feature map, for `print(model)`."""

@@ -1,5 +1,6 @@
 """Feature extractors besides Inception, and all of them by name."""
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -142,7 +143,10 @@ class TorchScriptExtractor(Extractor):
     def __init__(self, path: str | Path):
         path = Path(path)
         try:
-            network = torch.jit.load(path, map_location="cpu")
+            with warnings.catch_warnings():
+                # Deprecated, but the format in which the networks of FVD are handed around.
+                warnings.simplefilter("ignore", FutureWarning)
+                network = torch.jit.load(path, map_location="cpu")
             sha256 = file_digest(path)
         except (RuntimeError, ValueError, OSError) as error:
             raise EvaluationError(

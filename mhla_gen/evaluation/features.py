@@ -147,7 +147,7 @@ def extract_features(
     ]
     reader = BatchReader(source, [batch for chunk in batches for batch in chunk], shape)
     stream = iter(_loader(reader, num_workers, extractor))
-    with _progress(source, chunks, missing, len(mine)) as bar:
+    with _progress(source, missing, len(mine)) as bar:
         for chunk, ranges in zip(missing, batches, strict=True):
             outputs, unreadable = [], []
             for indices in ranges:
@@ -164,14 +164,13 @@ def extract_features(
     return found
 
 
-def _progress(
-    source: ImageSource, chunks: Sequence[range], missing: Sequence[int], mine: int
-) -> tqdm:
+def _progress(source: ImageSource, missing: Sequence[int], mine: int) -> tqdm:
     # Shown by the main process, which takes the others to be as far as itself.
+    done = (mine - len(missing)) * CHUNK * PartialState().num_processes
     return tqdm(
         desc=source.name[-40:],
         total=len(source),
-        initial=(mine - len(missing)) * CHUNK * PartialState().num_processes,
+        initial=min(done, len(source)),
         unit="image",
         disable=not PartialState().is_main_process,
     )

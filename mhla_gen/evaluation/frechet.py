@@ -31,8 +31,9 @@ class FeatureStatistics:
     """Samples behind the two; None if a file does not say."""
 
     def __post_init__(self):
-        object.__setattr__(self, "mean", np.asarray(self.mean, dtype=np.float64))
-        object.__setattr__(self, "covariance", np.asarray(self.covariance, dtype=np.float64))
+        # Copies: arrays from a file may be read-only maps, which PyTorch does not take.
+        object.__setattr__(self, "mean", np.array(self.mean, dtype=np.float64))
+        object.__setattr__(self, "covariance", np.array(self.covariance, dtype=np.float64))
         dim = self.mean.size
         if self.mean.shape != (dim,) or self.covariance.shape != (dim, dim):
             raise EvaluationError(

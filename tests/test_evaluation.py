@@ -1,0 +1,437 @@
+"""The two commands on a tiny TorchScript network: protocols, cache, resuming, processes."""
+
+import json
+import subprocess
+import sys
+import warnings
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mhla_gen.cli import main
+from mhla_gen.config import EvaluateConfig, FeaturesConfig, ReferenceConfig
+from mhla_gen.evaluation import FeatureStatistics, build_reference, evaluate, features
+from mhla_gen.evaluation.errors import EvaluationError, ProtocolMismatchError
+from mhla_gen.evaluation.extractor import ExtractorIdentity
+from mhla_gen.evaluation.extractors import Dinov2Extractor, build_extractor
+from mhla_gen.evaluation.protocol import Protocol
+from mhla_gen.evaluation.statistics_file import write_statistics
+
+
+class Pooled(torch.nn.Module):
+    """Mean and standard deviation of colours over a 2 × 2 grid: 24 features."""
+
+    def forward(self, images):
+        cells = images.float().unfold(2, images.shape[2] // 2, images.shape[2] // 2)
+        cells = cells.unfold(3, images.shape[3] // 2, images.shape[3] // 2).flatten(4)
+        return torch.cat([cells.mean(-1).flatten(1), cells.std(-1).flatten(1)], dim=1)
+
+
+class PooledClips(torch.nn.Module):
+    def forward(self, clips):
+        return torch.cat([clips.mean((3, 4)).flatten(1), clips.std((3, 4)).flatten(1)], dim=1)
+
+
+class NotANumber(torch.nn.Module):
+    def forward(self, images):
+        return images.float().mean((2, 3)) / 0
+
+
+def scripted(module, path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.save(torch.jit.script(module), str(path))
+    return str(path)
+
+
+@pytest.fixture
+def network(tmp_path):
+    return scripted(Pooled(), tmp_path / "pooled.pt")
+
+
+def pictures(count, seed, size=16):
+    rng = np.random.default_rng(seed)
+    tint = rng.integers(0, 128, (count, 1, 1, 3))
+    return (rng.integers(0, 128, (count, size, size, 3)) + tint).astype(np.uint8)
+
+
+@pytest.fixture
+def settings(tmp_path, network):
+    np.savez(tmp_path / "samples.npz", arr_0=pictures(60, 1))
+    np.savez(tmp_path / "real.npz", arr_0=pictures(80, 2))
+    return EvaluateConfig(
+        samples=str(tmp_path / "samples.npz"),
+        reference=str(tmp_path / "real.npz"),
+        metrics=("fd", "kid", "precision", "recall"),
+        features=FeaturesConfig(
+            extractor="torchscript", weights=network, cache_dir=str(tmp_path / "cache")
+        ),
+        kid_subset_size=20,
+        out=str(tmp_path / "out" / "metrics.json"),
+    )
+
+
+def values(results):
+    return {result.metric: result.value for result in results}
+
+
+def test_every_number_has_a_protocol_and_every_distance_an_interval(settings, capsys, tmp_path):
+    results = evaluate(settings)
+    printed = capsys.readouterr().out
+    written = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert list(written["metrics"]) == ["fd", "kid", "precision", "recall"]
+    for result in results:
+        entry = written["metrics"][result.metric]
+        assert entry["value"] == result.value
+        assert entry["protocol"] == result.protocol
+        assert f"{result.metric}-60".lower() in result.protocol.lower()
+        assert "own-resize fp32 16x16" in result.protocol and "vs-80" in result.protocol
+        assert result.protocol in printed
+    for metric in ("fd", "kid"):
+        low, high = written["metrics"][metric]["interval_95"]
+        assert low < written["metrics"][metric]["value"] < high
+    assert written["samples"]["count"] == 60
+    assert len(written["samples"]["sha256"]) == 64
+
+
+def test_reference_against_itself_is_zero(settings):
+    same = replace(settings, samples=settings.reference, metrics=("fd", "precision", "recall"))
+    found = values(evaluate(same))
+    assert abs(found["fd"]) < 1e-6
+    assert (found["precision"], found["recall"]) == (1, 1)
+
+
+def test_folder_npz_sample_set_and_list_give_the_same_numbers(settings, tmp_path):
+    expected = values(evaluate(settings))
+    images = pictures(60, 1)
+    for index, image in enumerate(images):
+        path = tmp_path / "folder" / f"{index // 10}" / f"{index:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+    for name, part in (("first", images[:25]), ("second", images[25:])):
+        (tmp_path / name).mkdir()
+        np.savez_compressed(tmp_path / name / "samples.npz", arr_0=part, labels=np.zeros(len(part)))
+        (tmp_path / name / "manifest.json").write_text(json.dumps({"sampler": name}))
+    parts = [str(tmp_path / "first"), str(tmp_path / "second")]
+    for samples in (str(tmp_path / "folder"), parts):
+        assert values(evaluate(replace(settings, samples=samples))) == expected
+    written = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert written["samples"]["manifests"] == [{"sampler": "first"}, {"sampler": "second"}]
+
+
+def test_batch_size_and_workers_change_nothing(settings):
+    expected = values(evaluate(settings))
+    for index, (batch_size, workers) in enumerate(((7, 0), (60, 2))):
+        other = replace(
+            settings.features,
+            batch_size=batch_size,
+            num_workers=workers,
+            cache_dir=f"{settings.features.cache_dir}-{index}",
+        )
+        found = values(evaluate(replace(settings, features=other)))
+        assert found == pytest.approx(expected, rel=1e-6)
+
+
+def built(settings, tmp_path, **changes):
+    options = {
+        "data": settings.reference,
+        "out": str(tmp_path / "ref.npz"),
+        "features": settings.features,
+        **changes,
+    }
+    return str(build_reference(ReferenceConfig(**options)))
+
+
+def test_a_built_reference_gives_the_numbers_of_its_images(settings, tmp_path):
+    reference = built(settings, tmp_path)
+    with np.load(reference) as file:
+        assert {"mu", "sigma", "arr_0", "count", "protocol"} <= set(file)
+        np.testing.assert_array_equal(file["arr_0"], pictures(80, 2))
+    assert values(evaluate(replace(settings, reference=reference))) == pytest.approx(
+        values(evaluate(settings)), rel=1e-9
+    )
+
+
+def test_references_crop_to_the_size_and_keep_a_choice_of_images(settings, tmp_path):
+    reference = built(settings, tmp_path, size=8, keep_images=10)
+    with np.load(reference) as file:
+        assert file["arr_0"].shape == (10, 8, 8, 3)
+    with pytest.raises(ProtocolMismatchError, match=r"samples 16 × 16, reference 8 × 8.*size=N"):
+        evaluate(replace(settings, reference=reference))
+    found = evaluate(replace(settings, reference=reference, size=8, metrics=("fd",)))
+    assert "8x8 adm-crop-8" in found[0].protocol
+
+
+def test_mismatched_protocols_are_refused_with_the_remedy(settings, tmp_path):
+    reference = built(settings, tmp_path)
+
+    other = scripted(OtherPooled(), tmp_path / "other.pt")
+    features_of_other = replace(settings.features, weights=other)
+    with pytest.raises(
+        ProtocolMismatchError, match=r"extractor: samples torchscript-other.*rebuild"
+    ):
+        evaluate(replace(settings, reference=reference, features=features_of_other))
+
+
+class OtherPooled(torch.nn.Module):
+    def forward(self, images):
+        return images.float().mean((2, 3))
+
+
+def test_adm_files_take_official_inception_only(settings, tmp_path):
+    statistics = FeatureStatistics.from_features(torch.randn(50, 24))
+    path = tmp_path / "adm.npz"
+    np.savez(path, mu=statistics.mean, sigma=statistics.covariance)
+    with pytest.raises(ProtocolMismatchError, match="reference inception-2015-12-05"):
+        evaluate(replace(settings, reference=str(path), metrics=("fd",)))
+
+
+def identity(**changes):
+    return ExtractorIdentity(
+        **{"name": "n", "weights": "w" * 64, "resize": "r", "dtype": "fp32", **changes}
+    )
+
+
+@pytest.mark.parametrize(
+    "other, word",
+    [
+        (Protocol(identity(weights="v" * 64), (8, 8)), "weights"),
+        (Protocol(identity(resize="other"), (8, 8)), "resize"),
+        (Protocol(identity(dtype="fp64"), (8, 8)), "dtype"),
+        (Protocol(identity(), (8, 9)), "image size"),
+        (Protocol(identity(), (8, 8), frames="frames-0:16:1"), "frames"),
+    ],
+)
+def test_each_part_of_a_protocol_counts(other, word):
+    protocol = Protocol(identity(), (8, 8), "adm-crop-8")
+    protocol.require_same(Protocol(identity(), (8, 8)))
+    protocol.require_same(Protocol(identity(), None))
+    with pytest.raises(
+        ProtocolMismatchError, match=rf"{word}: samples .*; (use|rebuild|set|bring)"
+    ):
+        protocol.require_same(other)
+    assert Protocol.from_json(other.to_json()) == other
+
+
+def test_malformed_statistics_say_what_is_wrong(settings, tmp_path):
+    path = tmp_path / "bad.npz"
+    good = FeatureStatistics.from_features(torch.randn(50, 24))
+    reference = built(settings, tmp_path)
+    protocol = str(np.load(reference)["protocol"])
+    for arrays, message in (
+        ({"sigma": good.covariance}, "has no mu, which fid needs"),
+        (
+            {"mu": good.mean, "sigma": np.eye(7)},
+            r"covariance \[dim, dim\], found \[24\] and \[7, 7\]",
+        ),
+        ({"mu": good.mean * np.nan, "sigma": good.covariance}, "NaN"),
+        ({"mu": np.zeros(7), "sigma": np.eye(7)}, "same dimensions, found 24 and 7"),
+    ):
+        np.savez(path, protocol=np.asarray(protocol), **arrays)
+        with pytest.raises(EvaluationError, match=message):
+            evaluate(replace(settings, reference=str(path), metrics=("fd",)))
+    np.savez(path, protocol=np.asarray(protocol), mu=good.mean, sigma=good.covariance)
+    with pytest.raises(
+        EvaluationError, match="has no arr_0: precision, recall and KID need images"
+    ):
+        evaluate(replace(settings, reference=str(path)))
+
+
+def test_nan_features_are_refused(settings, tmp_path):
+    network = scripted(NotANumber(), tmp_path / "nan.pt")
+    broken = replace(settings, features=replace(settings.features, weights=network))
+    with pytest.raises(EvaluationError, match="of 80 features are NaN or infinite"):
+        evaluate(replace(broken, metrics=("fd",)))
+
+
+def folder_of(path, images):
+    for index, image in enumerate(images):
+        path.mkdir(exist_ok=True)
+        Image.fromarray(image).save(path / f"{index:03d}.png")
+    return path
+
+
+def test_corrupt_images_are_listed_and_stop_the_run_unless_skipped(settings, tmp_path):
+    folder = folder_of(tmp_path / "folder", pictures(60, 1))
+    for name in ("004.png", "033.png"):
+        (folder / name).write_bytes((folder / name).read_bytes()[:50])
+    damaged = replace(settings, samples=str(folder), metrics=("fd",))
+    with pytest.raises(
+        EvaluationError, match=r"(?s)2 of 60 .*skip_corrupt=true.*004\.png.*033\.png"
+    ):
+        evaluate(damaged)
+    result = evaluate(replace(damaged, skip_corrupt=True))[0]
+    assert result.protocol.startswith("FD-58 ")
+    written = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert [line.split()[0] for line in written["samples"]["unreadable"]] == ["004.png", "033.png"]
+    kept = np.delete(pictures(60, 1), [4, 33], axis=0)
+    np.savez(tmp_path / "kept.npz", arr_0=kept)
+    clean = replace(settings, samples=str(tmp_path / "kept.npz"), metrics=("fd",))
+    assert result.value == pytest.approx(evaluate(clean)[0].value, rel=1e-9)
+
+
+def test_mixed_sizes_and_single_images_are_refused(settings, tmp_path):
+    folder = folder_of(tmp_path / "mixed", [*pictures(30, 1), *pictures(1, 2, size=20)])
+    with pytest.raises(EvaluationError, match=r"first is 16 × 16, 030\.png is 20 × 20; size=N"):
+        evaluate(replace(settings, samples=str(folder), metrics=("fd",)))
+    one = folder_of(tmp_path / "one", pictures(1, 1))
+    with pytest.raises(EvaluationError, match="at least 20 images, found 1"):
+        evaluate(replace(settings, samples=str(one), metrics=("fd",)))
+    with pytest.raises(EvaluationError, match="at least 2 samples, found 1"):
+        evaluate(replace(settings, reference=str(one), metrics=("fd",)))
+
+
+def test_interrupted_extraction_resumes(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(features, "CHUNK", 16)
+    cache = tmp_path / "cache"
+    evaluate(settings)
+    chunks = sorted(cache.rglob("pool-0*.npy"))
+    assert len(chunks) == 4 + 5
+    first = {path: path.stat().st_mtime_ns for path in chunks}
+    expected = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    # What an interruption leaves: some chunks, no statistics.
+    chunks[1].unlink()
+    for path in cache.rglob("pool-statistics.npz"):
+        path.unlink()
+    evaluate(settings)
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == expected
+    changed = [path for path in chunks if path.stat().st_mtime_ns != first[path]]
+    assert changed == [chunks[1]]
+
+
+def test_changed_images_under_the_same_name_are_measured_again(settings, tmp_path):
+    before = values(evaluate(settings))
+    np.savez(tmp_path / "samples.npz", arr_0=pictures(60, 9))
+    assert values(evaluate(settings))["fd"] != before["fd"]
+
+
+def test_two_processes_give_the_numbers_of_one(settings, tmp_path):
+    rng = np.random.default_rng(5)
+    images = rng.integers(0, 256, (2200, 8, 8, 3), dtype=np.uint8)
+    np.savez(tmp_path / "samples.npz", arr_0=images)
+    np.savez(tmp_path / "real.npz", arr_0=images[::-1] // 2)
+    expected = values(evaluate(replace(settings, kid_subsets=3)))
+    arguments = [
+        "evaluate",
+        f"samples={tmp_path}/samples.npz",
+        f"reference={tmp_path}/real.npz",
+        "metrics=[fd,kid,precision,recall]",
+        "features.extractor=torchscript",
+        f"features.weights={settings.features.weights}",
+        f"features.cache_dir={tmp_path}/other",
+        "features.device=cpu",
+        "kid_subset_size=20",
+        "kid_subsets=3",
+        f"out={tmp_path}/two.json",
+    ]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    launch += ["-m", "mhla_gen.cli"]
+    done = subprocess.run([*launch, *arguments], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    written = json.loads((tmp_path / "two.json").read_text())["metrics"]
+    for metric, value in expected.items():
+        assert written[metric]["value"] == pytest.approx(value, rel=1e-6)
+
+
+def test_dry_run_measures_nothing(settings, tmp_path, capsys):
+    assert evaluate(settings, dry_run=True) == []
+    assert "would measure 60 images" in capsys.readouterr().out
+    assert not list(tmp_path.rglob("pool-*.npy"))
+    plan = ReferenceConfig(data=settings.samples, features=settings.features)
+    assert build_reference(plan, dry_run=True) is None
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "samples=PATH is required"),
+        (["samples=x"], "reference=PATH is required"),
+        (["samples=x", "reference=y", "metrics=[fvd]"], "fvd cannot be measured with"),
+        (["samples=x", "reference=y", "metrics=[fd]"], "fd is the same distance on any other"),
+        (["samples=x", "reference=y", "metrics=[fad]"], "metrics must be one of"),
+        (["samples=x", "reference=y", "features.extractor=i3d", "metrics=[fvd]"], "TorchScript"),
+        (["sample=x"], "Did you mean"),
+    ],
+)
+def test_wrong_arguments_are_one_sentence(arguments, message, capsys):
+    assert main(["evaluate", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_fvd_measures_clips(tmp_path):
+    rng = np.random.default_rng(0)
+    for name, high in (("samples", 200), ("real", 256)):
+        clips = rng.integers(0, high, (40, 6, 12, 12, 3), dtype=np.uint8)
+        np.savez(tmp_path / f"{name}.npz", arr_0=clips)
+    config = EvaluateConfig(
+        samples=str(tmp_path / "samples.npz"),
+        reference=str(tmp_path / "real.npz"),
+        metrics=("fvd",),
+        features=FeaturesConfig(
+            extractor="i3d",
+            weights=scripted(PooledClips(), tmp_path / "i3d.pt"),
+            video_frames=3,
+            video_stride=2,
+            batch_size=16,
+            cache_dir=str(tmp_path / "cache"),
+        ),
+        out=str(tmp_path / "metrics.json"),
+    )
+    result = evaluate(config)[0]
+    assert result.value > 0
+    assert result.protocol.startswith("FVD-40 i3d-i3d-")
+    assert "bilinear-224 fp32 12x12 frames-0:5:2 vs-40" in result.protocol
+
+
+def test_dinov2_from_a_local_folder(tmp_path):
+    from transformers import Dinov2Config, Dinov2Model
+
+    tiny = Dinov2Config(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=224, patch_size=14
+    )
+    Dinov2Model(tiny).save_pretrained(tmp_path / "dinov2")
+    extractor = build_extractor(
+        FeaturesConfig(extractor="dinov2", weights=str(tmp_path / "dinov2"))
+    )
+    images = torch.from_numpy(pictures(3, 0, 32)).permute(0, 3, 1, 2)
+    found = extractor(images)["pool"]
+    assert found.shape == (3, 16) and found.dtype == torch.float32
+    torch.testing.assert_close(extractor(images[:1])["pool"], found[:1], rtol=1e-5, atol=1e-5)
+    with pytest.raises(EvaluationError, match="no local folder and could not be fetched"):
+        Dinov2Extractor(tmp_path / "nowhere")
+
+
+def test_efficientnet_lite0_tells_pictures_apart():
+    pytest.importorskip("efficientnet_lite_pytorch")
+    extractor = build_extractor(FeaturesConfig(extractor="efficientnet-lite0"))
+    images = torch.from_numpy(pictures(2, 0, 32)).permute(0, 3, 1, 2)
+    found = extractor(images)["pool"]
+    assert found.shape == (2, 1280)
+    assert not torch.allclose(found[0], found[1])
+
+
+def test_scripts_with_another_output_are_refused(tmp_path):
+    class Maps(torch.nn.Module):
+        def forward(self, images):
+            return images.float()
+
+    with pytest.raises(EvaluationError, match=r"must return features \[batch, dim\]"):
+        build_extractor(
+            FeaturesConfig(extractor="torchscript", weights=scripted(Maps(), tmp_path / "maps.pt"))
+        )
+    (tmp_path / "not.pt").write_text("no network")
+    with pytest.raises(EvaluationError, match="no TorchScript file"):
+        build_extractor(FeaturesConfig(extractor="torchscript", weights=str(tmp_path / "not.pt")))
+
+
+def test_statistics_files_keep_all_digits(tmp_path):
+    statistics = FeatureStatistics.from_features(torch.randn(50, 5))
+    protocol = Protocol(identity(), (8, 8))
+    write_statistics(tmp_path / "a.npz", {"pool": statistics}, protocol, None)
+    with np.load(tmp_path / "a.npz") as file:
+        np.testing.assert_array_equal(file["sigma"], statistics.covariance)
+        assert int(file["count"]) == 50

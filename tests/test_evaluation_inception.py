@@ -1,0 +1,284 @@
+"""The Inception extractor and its numbers beside torch-fidelity's and torchmetrics' own."""
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+import torch_fidelity
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+from torch_fidelity.metric_isc import isc_features_to_metric
+from torch_fidelity.metric_kid import kid_features_to_metric
+from torchmetrics.image.fid import FrechetInceptionDistance
+
+from mhla_gen.evaluation import (
+    FeatureStatistics,
+    FrechetDistance,
+    InceptionExtractor,
+    InceptionScore,
+    KernelDistance,
+    PrecisionRecall,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+)
+from mhla_gen.evaluation.errors import EvaluationError
+from mhla_gen.evaluation.frechet import FewSamplesWarning
+from mhla_gen.evaluation.inception import find_weights, write_random_weights
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::mhla_gen.evaluation.frechet.FewSamplesWarning",
+)
+COUNT = 28
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "random.pth"
+    write_random_weights(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def extractor(weights):
+    return InceptionExtractor(weights)
+
+
+def images(seed, size=32, count=COUNT):
+    # Smooth random pictures, so that features differ more between images than within noise.
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(count, 3, 4, 4, generator=generator) * (255 if seed == 1 else 80)
+    smooth = torch.nn.functional.interpolate(coarse, (size, size), mode="bicubic")
+    return smooth.clamp(0, 255).to(torch.uint8)
+
+
+@pytest.fixture(scope="module")
+def both(extractor):
+    pair = images(1), images(2)
+    return pair, tuple(extractor(x) for x in pair)
+
+
+class Listed(torch.utils.data.Dataset):
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+    def __len__(self):
+        return len(self.tensor)
+
+    def __getitem__(self, item):
+        return self.tensor[item]
+
+
+@pytest.fixture(scope="module")
+def fidelity(both, weights):
+    (samples, reference), _ = both
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch_fidelity.calculate_metrics(
+            input1=Listed(samples),
+            input2=Listed(reference),
+            isc=True,
+            kid=True,
+            prc=True,
+            feature_extractor="inception-v3-compat",
+            feature_extractor_weights_path=str(weights),
+            isc_splits=4,
+            samples_shuffle=False,
+            kid_subsets=10,
+            kid_subset_size=14,
+            batch_size=COUNT,
+            cuda=False,
+            cache=False,
+            verbose=False,
+        )
+
+
+def test_features_are_torch_fidelitys(weights, extractor):
+    x = images(1, size=48, count=4)
+    theirs = FeatureExtractorInceptionV3(
+        "inception-v3-compat", ["2048", "logits_unbiased"], str(weights)
+    )
+    pool, logits = theirs(x)
+    ours = extractor(x)
+    assert torch.equal(ours["pool"], pool)
+    assert torch.equal(ours["logits"], logits)
+    assert {name: f.shape[1] for name, f in ours.items()} == extractor.dims
+
+
+def test_spatial_features_are_channels_last_of_branch1x1(extractor):
+    x = images(2, size=48, count=2)
+    caught = []
+    branch = extractor.network.Mixed_6d.branch1x1
+    handle = branch.register_forward_hook(lambda *hooked: caught.append(hooked[2].clone()))
+    spatial = extractor(x)["spatial"]
+    handle.remove()
+    maps = caught[0]
+    assert maps.shape == (2, 192, 17, 17)
+    assert (maps >= 0).all()
+    expected = torch.stack(
+        [maps[:, c, h, w] for h in range(17) for w in range(17) for c in range(7)], dim=1
+    )
+    assert spatial.shape == (2, 2023)
+    assert torch.equal(spatial, expected)
+
+
+def test_numbers_equal_torch_fidelitys(both, fidelity):
+    _, (samples, reference) = both
+    kid = kernel_distance(samples["pool"], reference["pool"], 10, 14)
+    theirs = kid_features_to_metric(
+        samples["pool"].double(),
+        reference["pool"].double(),
+        kid_subsets=10,
+        kid_subset_size=14,
+        verbose=False,
+    )
+    assert kid.mean == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-6)
+    assert kid.std == pytest.approx(theirs["kernel_inception_distance_std"], rel=1e-6)
+    # Its command keeps the kernel in float32, which costs it the seventh digit.
+    assert kid.mean == pytest.approx(fidelity["kernel_inception_distance_mean"], rel=1e-5)
+    mean, std = inception_score(samples["logits"], split_size=COUNT // 4)
+    assert mean == pytest.approx(fidelity["inception_score_mean"], rel=1e-6)
+    assert std == pytest.approx(fidelity["inception_score_std"], rel=1e-4)
+
+
+def test_precision_recall_equal_torch_fidelitys(both, fidelity):
+    _, (samples, reference) = both
+    metric = PrecisionRecall()
+    metric.update(samples["pool"])
+    metric.update(reference["pool"], real=True)
+    precision, recall = metric.compute()
+    assert precision.item() == pytest.approx(fidelity["precision"], abs=1e-6)
+    assert recall.item() == pytest.approx(fidelity["recall"], abs=1e-6)
+
+
+class FirstFeatures(torch.nn.Module):
+    """Fewer dimensions than images: the peers' eigenvalues of a singular product are noisy."""
+
+    num_features = 16
+
+    def __init__(self, extractor):
+        super().__init__()
+        self.extractor = extractor
+
+    def forward(self, x):
+        return self.extractor(x)["pool"][:, : self.num_features].double()
+
+
+def test_distance_equals_torch_fidelitys_and_torchmetrics(both, extractor):
+    (samples, reference), features = both
+    first = [side["pool"][:, : FirstFeatures.num_features].double() for side in features]
+    ours = frechet_distance(*map(FeatureStatistics.from_features, first))
+    theirs = fid_statistics_to_metric(*map(fid_features_to_statistics, first), verbose=False)
+    assert ours == pytest.approx(theirs["frechet_inception_distance"], rel=1e-6)
+    metric = FrechetInceptionDistance(feature=FirstFeatures(extractor))
+    metric.update(samples, real=False)
+    metric.update(reference, real=True)
+    assert ours == pytest.approx(metric.compute().item(), rel=1e-6)
+
+
+def test_batches_do_not_matter(both, extractor):
+    (samples, reference), features = both
+    metric = FrechetDistance(extractor)
+    for x, real in ((samples, False), (reference, True)):
+        for batch in x.split(7):
+            metric.update(batch, real=real)
+    whole = frechet_distance(*(FeatureStatistics.from_features(side["pool"]) for side in features))
+    assert metric.compute().item() == pytest.approx(whole, rel=1e-6)
+
+
+def test_metrics_take_images(both, extractor):
+    (samples, reference), features = both
+    score, kid = InceptionScore(extractor), KernelDistance(extractor, subsets=3, subset_size=10)
+    score.update(samples[:10])
+    kid.update(samples[:10])
+    kid.update(reference[:10], real=True)
+    expected = kernel_distance(features[0]["pool"][:10], features[1]["pool"][:10], 3, 10)
+    assert score.compute()[0].item() == pytest.approx(
+        inception_score(features[0]["logits"][:10])[0], rel=1e-5
+    )
+    assert kid.compute()[0].item() == pytest.approx(expected.mean, rel=1e-4)
+
+
+def test_training_precision_and_autocast_do_not_reach_the_extractor(extractor):
+    x = images(3, count=2)
+    expected = extractor(x)["pool"]
+    extractor.train()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = extractor(x)["pool"]
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert torch.equal(found, expected)
+
+
+def test_identity_names_the_weights(extractor):
+    assert extractor.identity.name.startswith("inception-")
+    assert extractor.identity.name != "inception-2015-12-05"
+    assert extractor.identity.resize == "tf1-resize"
+
+
+def test_missing_damaged_and_foreign_weights_are_one_sentence(tmp_path):
+    with pytest.raises(EvaluationError, match=r"nothing\.pth does not exist"):
+        InceptionExtractor(tmp_path / "nothing.pth")
+    (tmp_path / "cut.pth").write_bytes(b"PK\x03\x04 cut short")
+    with pytest.raises(EvaluationError, match="damaged or no plain state dict"):
+        InceptionExtractor(tmp_path / "cut.pth")
+    torch.save({"fc.weight": torch.zeros(2)}, tmp_path / "other.pth")
+    with pytest.raises(EvaluationError, match="another network"):
+        InceptionExtractor(tmp_path / "other.pth")
+
+
+def test_weights_that_run_code_are_refused(tmp_path):
+    # A pickled function is not a tensor; reading one could run anything.
+    torch.save({"fc.weight": np.savez}, tmp_path / "code.pth")
+    with pytest.raises(EvaluationError, match="no plain state dict"):
+        InceptionExtractor(tmp_path / "code.pth")
+
+
+def test_offline_and_missing_weights_say_what_to_do(tmp_path, monkeypatch):
+    # A proxy that refuses every connection is a machine without a network.
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(EvaluationError, match=r"pass features\.weights=PATH") as caught:
+        find_weights(tmp_path)
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_fid_equals_the_peers_with_more_images_than_dimensions(extractor, weights):
+    pair = [images(seed, 32, 2100) for seed in (1, 2)]
+    sides = [torch.cat([extractor(batch)["pool"] for batch in x.split(100)]) for x in pair]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FewSamplesWarning)
+        ours = frechet_distance(*map(FeatureStatistics.from_features, sides))
+    theirs = fid_statistics_to_metric(*map(fid_features_to_statistics, sides), verbose=False)
+    assert ours == pytest.approx(theirs["frechet_inception_distance"], rel=1e-6)
+    metric = FrechetInceptionDistance(
+        feature=2048, feature_extractor_weights_path=str(weights), antialias=False
+    )
+    for x, real in zip(pair, (False, True), strict=True):
+        for batch in x.split(100):
+            metric.update(batch, real=real)
+    assert ours == pytest.approx(metric.compute().item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("dim, count", [(16, 200), (192, 2000)])
+def test_formulas_equal_torch_fidelitys_on_random_features(dim, count):
+    generator = torch.Generator().manual_seed(dim)
+    a = torch.randn(count, dim, generator=generator).relu()
+    b = torch.randn(count, dim, generator=generator).mul(1.1).relu()
+    theirs = fid_statistics_to_metric(*map(fid_features_to_statistics, (a, b)), verbose=False)
+    ours = frechet_distance(*map(FeatureStatistics.from_features, (a, b)))
+    assert ours == pytest.approx(theirs["frechet_inception_distance"], rel=1e-6)
+    theirs = kid_features_to_metric(a, b, kid_subsets=5, kid_subset_size=100, verbose=False)
+    ours = kernel_distance(a.float(), b.float(), 5, 100)
+    assert ours.mean == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-4)
+    theirs = isc_features_to_metric(a, splits=4, shuffle=False)
+    assert inception_score(a, count // 4)[0] == pytest.approx(
+        theirs["inception_score_mean"], rel=1e-9
+    )

@@ -1,13 +1,11 @@
 """The module that an attention layer gains: MHLA with its learned parts."""
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mhla_gen.config import MHLAConfig
-from mhla_gen.ops import MIXING_INITS, mhla
+from mhla_gen.ops import MIXING_INITS, depthwise_conv, mhla
 
 # silu(x) = 1 here, to the last bit in float32, bfloat16 and float16.
 _SILU_ONE = 1.2784645427610738
@@ -45,7 +43,8 @@ class MHLA(nn.Module):
         if config.mixing_per_head:
             mixing = mixing.repeat(num_heads, 1, 1)
         self.mixing = nn.Parameter(mixing, requires_grad=config.mixing_learnable)
-        self.conv = _depthwise_conv(inner_dim, config) if config.conv else None
+        size, rank = config.conv_kernel_size, len(config.layout)
+        self.conv = DepthwiseConv(inner_dim, size, rank) if config.conv else None
         self.gate = nn.Linear(hidden_size, inner_dim) if config.gate else None
         self.norm = nn.RMSNorm(head_dim, eps=1e-6) if config.output_norm else None
         self.reset_parameters()
@@ -106,7 +105,7 @@ class MHLA(nn.Module):
             out = self.norm(out)
         out = out.flatten(2)
         if self.conv is not None:
-            out = out + _on_grid(self.conv, value.flatten(2), grid)
+            out = out + self.conv(value.flatten(2), grid)
         if self.gate is not None:
             out = out * F.silu(self.gate(hidden_states))
         return out
@@ -132,13 +131,27 @@ class MHLA(nn.Module):
         )
 
 
-def _depthwise_conv(channels: int, config: MHLAConfig) -> nn.Conv1d | nn.Conv2d | nn.Conv3d:
-    conv_class = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(config.layout) - 1]
-    size = config.conv_kernel_size
-    return conv_class(channels, channels, size, padding=size // 2, groups=channels)
+class DepthwiseConv(nn.Module):
+    """Depthwise convolution over tokens on their grid; it starts at zero.
 
+    Args:
+        channels: Channels of a token.
+        kernel_size: Odd width along every axis.
+        rank: Axes of the grid.
 
-def _on_grid(conv: nn.Module, tokens: Tensor, grid: tuple[int, ...]) -> Tensor:
-    """Run a convolution over tokens `[batch, seq_len, channels]` laid out on their grid."""
-    assert math.prod(grid) == tokens.shape[1]
-    return conv(tokens.transpose(1, 2).unflatten(2, grid)).flatten(2).transpose(1, 2)
+    Source:
+        The positional convolution (CPE) of arXiv:2601.07832, Sec. 5.2, on values.
+    """
+
+    def __init__(self, channels: int, kernel_size: int, rank: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(channels, 1, *[kernel_size] * rank))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, tokens: Tensor, grid: tuple[int, ...]) -> Tensor:
+        """Convolve tokens `[batch, seq_len, channels]`, raster order of `grid`."""
+        return depthwise_conv(tokens, self.weight, self.bias, grid=grid)
+
+    def extra_repr(self) -> str:
+        """Channels and filter size, for `print(model)`."""
+        return f"{len(self.bias)}, kernel_size={tuple(self.weight.shape[2:])}"

@@ -1,5 +1,6 @@
 """The operator. `naive` is the definition; `blockwise` runs anywhere; see `mhla`."""
 
+from mhla_gen.ops.depthwise import depthwise_conv
 from mhla_gen.ops.dispatch import IMPLEMENTATIONS, linear_attention, mhla, resolve_implementation
 from mhla_gen.ops.feature_maps import FEATURE_MAPS
 from mhla_gen.ops.linformer import linformer_attention
@@ -12,6 +13,7 @@ __all__ = [
     "MIXING_INITS",
     "auto_layout",
     "block_starts",
+    "depthwise_conv",
     "linear_attention",
     "linformer_attention",
     "locality_mixing",

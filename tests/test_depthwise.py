@@ -1,0 +1,93 @@
+"""Depthwise convolution over tokens: kernels against torch in float64."""
+
+import math
+
+import pytest
+import torch
+
+from mhla_gen.ops import depthwise_conv
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CASES = [
+    ((37,), (3,), 5),
+    ((5, 7), (3, 3), 66),
+    ((3, 4, 5), (3, 3, 3), 6),
+    ((2, 9, 1), (1, 5, 3), 4),
+]
+
+
+def make_inputs(grid, sizes, channels, dtype):
+    # A view of a fused projection: rows lie three times as far apart as they are long.
+    fused = torch.randn(2, math.prod(grid), 3 * channels, device=DEVICE, dtype=dtype)
+    tokens = fused.chunk(3, dim=-1)[1].requires_grad_()
+    weight = torch.randn(channels, 1, *sizes, device=DEVICE, dtype=dtype, requires_grad=True)
+    bias = torch.randn(channels, device=DEVICE, dtype=dtype, requires_grad=True)
+    return tokens, weight, bias
+
+
+def outputs_and_gradients(tensors, grid, implementation):
+    out = depthwise_conv(*tensors, grid=grid, implementation=implementation)
+    # Eighths are exact in every dtype, and all positive, so that no sum cancels.
+    direction = (torch.arange(out.numel(), device=DEVICE) % 8 + 1) / 8
+    loss = (out.double().flatten() * direction).sum()
+    return out, *torch.autograd.grad(loss, tensors)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("grid", "sizes", "channels"), CASES)
+def test_kernels_equal_torch_in_float64(grid, sizes, channels, dtype):
+    tensors = make_inputs(grid, sizes, channels, dtype)
+    doubles = [x.detach().double().requires_grad_() for x in tensors]
+    expected = outputs_and_gradients(doubles, grid, "torch")
+    actual = outputs_and_gradients(tensors, grid, "fused")
+    for name, a, e in zip(("out", "tokens", "weight", "bias"), actual, expected, strict=True):
+        assert a.dtype == dtype
+        error = (a.double() - e).norm() / e.norm()
+        assert error < max(torch.finfo(dtype).eps, 1e-6), f"{name}: {error:.1e}"
+
+
+def test_registration_is_sound():
+    tokens, weight, bias = make_inputs((3, 4), (3, 3), 8, torch.float32)
+    from mhla_gen.ops.kernels.depthwise import depthwise_tokens
+
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(depthwise_tokens, (tokens, weight, bias, [3, 4]), test_utils=checks)
+    torch.library.opcheck(depthwise_tokens, (tokens, weight, None, [3, 4]), test_utils=checks)
+
+
+def test_a_centred_one_is_the_identity():
+    tokens = torch.randn(1, 12, 4)
+    weight = torch.zeros(4, 1, 3, 3)
+    weight[:, :, 1, 1] = 1
+    assert torch.equal(depthwise_conv(tokens, weight, None, grid=(3, 4)), tokens)
+
+
+@pytest.mark.parametrize(
+    ("weight", "grid", "message"),
+    [
+        ((4, 1, 3), (3, 4), "one odd size for each axis"),
+        ((4, 1, 3, 2), (3, 4), "one odd size for each axis"),
+        ((5, 1, 3, 3), (3, 4), "do not fit"),
+        ((4, 1, 3, 3), (3, 5), "do not fit"),
+    ],
+)
+def test_wrong_sizes_are_named(weight, grid, message):
+    with pytest.raises(ValueError, match=message):
+        depthwise_conv(torch.randn(1, 12, 4), torch.randn(weight), None, grid=grid)
+
+
+def test_unknown_implementations_are_refused():
+    with pytest.raises(ValueError, match="auto, torch or fused"):
+        depthwise_conv(
+            torch.randn(1, 12, 4), torch.randn(4, 1, 3, 3), None, grid=(3, 4), implementation="fast"
+        )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("grid", "sizes", "channels"), CASES)
+def test_bfloat16_on_a_gpu(grid, sizes, channels):
+    tensors = make_inputs(grid, sizes, channels, torch.bfloat16)
+    doubles = [x.detach().double().requires_grad_() for x in tensors]
+    expected = outputs_and_gradients(doubles, grid, "torch")
+    for a, e in zip(outputs_and_gradients(tensors, grid, "fused"), expected, strict=True):
+        assert (a.double() - e).norm() / e.norm() < torch.finfo(torch.bfloat16).eps

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -147,7 +148,9 @@ def extract_features(
     ]
     reader = BatchReader(source, [batch for chunk in batches for batch in chunk], shape)
     stream = iter(_loader(reader, num_workers, extractor))
-    with _progress(source, missing, len(mine)) as bar:
+    # Chunks are copied from the device and written in the background.
+    with _progress(source, missing, len(mine)) as bar, ThreadPoolExecutor(1) as writer:
+        written = []
         for chunk, ranges in zip(missing, batches, strict=True):
             outputs, unreadable = [], []
             for indices in ranges:
@@ -157,7 +160,12 @@ def extract_features(
                 if len(batch.images):
                     outputs.append(_forward(extractor, batch.images, names))
                 bar.update(len(indices) * state.num_processes)
-            _write_chunk(folder, chunk, _joined(outputs, names, extractor), unreadable)
+            dims = {name: extractor.dims[name] for name in names}
+            written.append(writer.submit(_write_chunk, folder, chunk, outputs, dims, unreadable))
+            if len(written) > 1:
+                written[-2].result()
+        if written:
+            written[-1].result()
     state.wait_for_everyone()
     found = _collect(folder, len(chunks), names[0], shape, digest)
     _require_readable(found, source, skip_corrupt)
@@ -235,15 +243,6 @@ def _device(extractor: Extractor) -> torch.device:
     return next(extractor.parameters(), torch.empty(0)).device
 
 
-def _joined(
-    outputs: list[dict[str, Tensor]], names: Sequence[str], extractor: Extractor
-) -> dict[str, np.ndarray]:
-    # One copy from the device per chunk: a copy per batch would wait for each of them.
-    if not outputs:
-        return {name: np.zeros((0, extractor.dims[name]), np.float32) for name in names}
-    return {name: torch.cat([x[name] for x in outputs]).cpu().numpy() for name in names}
-
-
 def _chunk_file(folder: Path, name: str, chunk: int) -> Path:
     return folder / f"{name}-{chunk:06d}.npy"
 
@@ -253,14 +252,21 @@ def _problems_file(folder: Path, chunk: int) -> Path:
 
 
 def _write_chunk(
-    folder: Path, chunk: int, features: dict[str, np.ndarray], unreadable: list[str]
+    folder: Path,
+    chunk: int,
+    outputs: list[dict[str, Tensor]],
+    dims: dict[str, int],
+    unreadable: list[str],
 ) -> None:
     with written_whole(_problems_file(folder, chunk)) as partial:
         partial.write_text(json.dumps(unreadable))
-    for name, values in features.items():
+    for name, dim in dims.items():
+        # Copied here, not after each batch: a copy waits for the device.
+        parts = [output[name].cpu() for output in outputs]
+        features = torch.cat(parts) if parts else torch.zeros(0, dim)
         path = _chunk_file(folder, name, chunk)
         with written_whole(path) as partial, partial.open("wb") as file:
-            np.save(file, values)
+            np.save(file, features.numpy())
 
 
 def _is_complete(folder: Path, names: Sequence[str], chunk: int) -> bool:

@@ -16,12 +16,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch import Tensor
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
 from mhla_gen.evaluation import FeatureStatistics, InceptionExtractor, frechet_distance, load_images
+from mhla_gen.evaluation.extractor import full_float32
 from mhla_gen.evaluation.features import extract_features
 from mhla_gen.evaluation.inception import write_random_weights
 
@@ -40,28 +40,11 @@ def seconds(run: Callable[[], object], repeats: int) -> float:
     return float(np.median(times[1:]))
 
 
-def fold_norms(module: nn.Module) -> None:
-    """Fold every batch norm into the convolution before it."""
-    for child in module.modules():
-        if isinstance(getattr(child, "bn", None), nn.BatchNorm2d):
-            child.conv = fuse_conv_bn_eval(child.conv, child.bn)
-            child.bn = nn.Identity()
-
-
-def fuse_relu(module: nn.Module) -> None:
-    """Run each folded convolution and its ReLU as one cuDNN call."""
-    for child in module.modules():
-        if isinstance(getattr(child, "bn", None), nn.Identity):
-            child.forward = _one_call(child.conv)
-
-
-def _one_call(conv: nn.Conv2d) -> Callable[[Tensor], Tensor]:
-    shape = (conv.stride, conv.padding, conv.dilation, conv.groups)
-    return lambda x: torch.cudnn_convolution_relu(x, conv.weight, conv.bias, *shape)
-
-
 def network_speed(extractor: InceptionExtractor, weights: Path, batch: Tensor) -> dict[str, float]:
-    """Images per second of the network alone, on a batch that is on the device."""
+    """Images per second of the network alone, on a batch that is on the device.
+
+    torch-fidelity's is taken twice on a GPU: as it comes, with TF32 convolutions, and in float32.
+    """
     theirs = FeatureExtractorInceptionV3(
         "inception-v3-compat", ["2048", "logits_unbiased"], str(weights)
     ).to(batch.device)
@@ -71,42 +54,14 @@ def network_speed(extractor: InceptionExtractor, weights: Path, batch: Tensor) -
             return theirs(batch)
 
     count, repeats = len(batch), 5 if batch.is_cuda else 2
-    return {
+    found = {
         "ours": count / seconds(lambda: extractor(batch), repeats),
         "torch_fidelity": count / seconds(peer, repeats),
     }
-
-
-def variant_speed(extractor: InceptionExtractor, weights: Path, batch: Tensor) -> dict[str, object]:
-    """Images per second of other ways to run the same network on a GPU, and their errors."""
-    exact = extractor(batch)["pool"].double()
-    found: dict[str, object] = {}
-
-    def measure(name: str, variant: InceptionExtractor) -> None:
-        try:
-            speed = len(batch) / seconds(lambda: variant(batch), 5)
-            found[name] = {"speed": speed, "error": _error(variant(batch)["pool"], exact)}
-        except RuntimeError as error:
-            found[name] = str(error).splitlines()[0]
-        print(name, found[name], flush=True)
-
-    for layout in (torch.contiguous_format, torch.channels_last):
-        variant = InceptionExtractor(weights).to(batch.device)
-        variant.network.to(memory_format=layout)
-        measure(f"{layout} as is", variant)
-        fold_norms(variant.network)
-        measure(f"{layout} folded", variant)
-        fuse_relu(variant.network)
-        measure(f"{layout} fused", variant)
-    compiled = InceptionExtractor(weights).to(batch.device)
-    fold_norms(compiled.network)
-    compiled.extract = torch.compile(compiled.extract)
-    measure("folded and compiled", compiled)
+    if batch.is_cuda:
+        with full_float32(batch.device):
+            found["torch_fidelity_float32"] = count / seconds(peer, repeats)
     return found
-
-
-def _error(found: Tensor, exact: Tensor) -> float:
-    return ((found.double() - exact).norm() / exact.norm()).item()
 
 
 def extraction_speed(
@@ -155,7 +110,6 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--workers", type=int, default=0)
-    parser.add_argument("--variants", action="store_true", help="other ways to run it on a GPU")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
@@ -180,9 +134,6 @@ def main() -> None:
         )
         found["distance_seconds"] = distance_speed()
         write(args.out, found)
-        if args.variants:
-            found["variants"] = variant_speed(extractor, folder / "weights.pth", batch)
-            write(args.out, found)
 
 
 def write(path: Path, found: dict[str, object]) -> None:

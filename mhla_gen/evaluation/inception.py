@@ -1,5 +1,6 @@
 """The Inception network of FID: torch-fidelity's, with its TF1 resize and sFID's features."""
 
+import copy
 import io
 import pickle
 from pathlib import Path
@@ -8,8 +9,11 @@ from urllib.error import URLError
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch_fidelity.feature_extractor_inceptionv3 import (
     URL_INCEPTION_V3,
+    BasicConv2d,
     FeatureExtractorInceptionV3,
 )
 
@@ -49,6 +53,8 @@ class InceptionExtractor(Extractor):
         precision = "fp64" if dtype == torch.float64 else "fp32"
         super().__init__(ExtractorIdentity(name, sha256, "tf1-resize", precision), DIMS)
         self.network = _build_network(state, path, dtype)
+        if dtype == torch.float32:
+            fuse_convolutions(self.network)
         self._spatial: Tensor | None = None
         branch = self.network.get_submodule("Mixed_6d.branch1x1")
         branch.register_forward_hook(self._keep_spatial)
@@ -127,6 +133,47 @@ def _build_network(state: dict[str, Tensor], path: Path, dtype: torch.dtype) -> 
             f"{path} holds the weights of another network than inception-v3-compat "
             f"({' '.join(str(error).split())[:120]}…)"
         ) from error
+
+
+class FusedConvolution(nn.Module):
+    """Convolution, batch norm and ReLU; on a CUDA device one cuDNN call with the norm folded in.
+
+    Folding changes features by 4e-7 of their size and makes the network 14 % faster on an H100
+    (docs/evaluation.md). Elsewhere the three run one after the other, as in torch-fidelity.
+
+    Args:
+        conv: Convolution without a bias.
+        bn: Its norm, in evaluation mode.
+    """
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, conv: nn.Conv2d, bn: nn.BatchNorm2d):
+        super().__init__()
+        self.conv, self.bn = conv, bn
+        folded = fuse_conv_bn_eval(copy.deepcopy(conv).double(), copy.deepcopy(bn).double())
+        assert folded.bias is not None
+        self.register_buffer("weight", folded.weight.detach().float(), persistent=False)
+        self.register_buffer("bias", folded.bias.detach().float(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features [batch, channels, height, width] → the same, at least 0."""
+        if not x.is_cuda or torch.version.hip:
+            return functional.relu(self.bn(self.conv(x)), inplace=True)
+        stride, padding, dilation = self.conv.stride, self.conv.padding, self.conv.dilation
+        assert not isinstance(padding, str)
+        return torch.cudnn_convolution_relu(
+            x, self.weight, self.bias, stride, padding, dilation, self.conv.groups
+        )
+
+
+def fuse_convolutions(network: nn.Module) -> None:
+    """Replace every block of convolution, norm and ReLU by a `FusedConvolution`, in place."""
+    for parent in list(network.modules()):
+        for name, block in list(parent.named_children()):
+            if isinstance(block, BasicConv2d):
+                setattr(parent, name, FusedConvolution(block.conv, block.bn))
 
 
 class _Unloaded(FeatureExtractorInceptionV3):

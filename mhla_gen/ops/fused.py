@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from mhla_gen.ops.kernels import attention_form, linear_form
-from mhla_gen.ops.kernels.launch import Call, num_parts, stored_dtype
+from mhla_gen.ops.kernels.launch import Call, merge_axes, num_parts, stored_dtype
 from mhla_gen.ops.kernels.linear_form import Summaries
 
 MAX_DIM = 128
@@ -250,7 +250,7 @@ def _attention_backward(ctx, grad, _):
 attention_mhla.register_autograd(_attention_backward, setup_context=_attention_setup)
 
 
-def _call(query, value, cos, sin, *options) -> Call:
+def _call(query, value, cos, sin, grid, layout, *options) -> Call:
     if cos is not None and sin is not None:
         cos, sin = cos.contiguous(), sin.contiguous()
-    return Call(query, value, cos, sin, *options)
+    return Call(query, value, cos, sin, *merge_axes(grid, layout), *options)

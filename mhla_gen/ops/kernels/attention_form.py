@@ -5,8 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mhla_gen.ops.kernels.attention import (
-    attend_kernel,
+from mhla_gen.ops.kernels.attention import attend_kernel
+from mhla_gen.ops.kernels.attention_backward import (
     attention_backward_keys_kernel,
     attention_backward_queries_kernel,
 )
@@ -101,6 +101,4 @@ def tile_options(kernel: str, call: Call) -> dict:
     """Tokens of a tile, warps and pipeline stages."""
     if call.options["OPERAND"] == tl.float32:
         return {"BQ": 32, "BK": 32, "PRECISION": "ieee", "num_warps": 8, "num_stages": 1}
-    wide = max(call.options["BD"], call.options["BV"]) > 64
-    warps = 8 if wide and kernel != "attend" else 4
-    return {"BQ": 64, "BK": 64, "PRECISION": "tf32x3", "num_warps": warps, "num_stages": 2}
+    return {"BQ": 64, "BK": 64, "PRECISION": "tf32x3", "num_warps": 4, "num_stages": 1}

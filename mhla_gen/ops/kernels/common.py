@@ -1,7 +1,9 @@
-"""Pieces every kernel shares: feature maps, rotation, and where the tokens of a block lie.
+"""What every kernel shares: feature maps, rotation, channels, and where the tokens of a block lie.
 
-Names in kernels: `BT` tokens of a tile, `BD` and `BV` channels of keys and values padded to powers
-of two, `RANK` axes of the token grid. `OPERAND` is the dtype of tiles in a matrix product.
+Names in kernels: `BT` tokens of a tile, `RANK` axes of the token grid, `OPERAND` the dtype of tiles
+in a matrix product. Tiles are powers of two, so the `D` channels of a key come in two pieces of
+`D0` and `D1` columns (72 = 64 + 16, half of the second one empty), `D1 = 0` if one will do; those
+of a value in `V0` and `V1`. Without a second piece, functions of two take the first one twice.
 """
 
 import triton
@@ -15,9 +17,9 @@ TINY = tl.constexpr(1e-30)
 def phi(x, FEATURE_MAP: tl.constexpr):
     """The feature map, elementwise in float32; see `mhla_gen.ops.feature_maps`."""
     if FEATURE_MAP == "relu":
-        return tl.maximum(x, 0.0) + 1e-6
+        return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL) + 1e-6
     elif FEATURE_MAP == "squared_relu":
-        positive = tl.maximum(x, 0.0)
+        positive = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
         return positive * positive + 1e-6
     elif FEATURE_MAP == "elu+1":
         return tl.where(x > 0, x + 1.0, tl.exp(tl.minimum(x, 0.0)))
@@ -57,9 +59,11 @@ def rotate(x, cos, sin):
 
 
 @triton.jit
-def load_angles(cos_ptr, sin_ptr, tokens, valid, D: tl.constexpr, BD: tl.constexpr):
-    """Rows `tokens` of the contiguous tables [seq_len, D / 2], in float32."""
-    pairs = tl.arange(0, BD // 2)
+def load_angles(
+    cos_ptr, sin_ptr, tokens, valid, D: tl.constexpr, START: tl.constexpr, B: tl.constexpr
+):
+    """Float32 cos and sin [tokens, B / 2] of channels [START, START + B)."""
+    pairs = START // 2 + tl.arange(0, B // 2)
     offsets = tokens[:, None] * (D // 2) + pairs[None, :]
     mask = valid[:, None] & (pairs < D // 2)[None, :]
     cos = tl.load(cos_ptr + offsets, mask=mask, other=0.0)
@@ -68,32 +72,118 @@ def load_angles(cos_ptr, sin_ptr, tokens, valid, D: tl.constexpr, BD: tl.constex
 
 
 @triton.jit
-def tile_offsets(tokens, stride_token, stride_channel, B: tl.constexpr, ALIGN: tl.constexpr):
-    """Element offsets [BT, B] of rows `tokens`; every row starts at a multiple of `ALIGN`."""
-    rows = tl.multiple_of(tokens * stride_token, ALIGN)
-    return rows[:, None] + (tl.arange(0, B) * stride_channel)[None, :]
-
-
-@triton.jit
-def tile_mask(valid, D: tl.constexpr, B: tl.constexpr):
-    """Rows `valid` of the first `D` of `B` channels."""
-    if D == B:
+def piece_mask(valid, D: tl.constexpr, START: tl.constexpr, B: tl.constexpr):
+    """Rows `valid` of those of B channels from START on that exist."""
+    if START + B <= D:
         return tl.broadcast_to(valid[:, None], (valid.shape[0], B))
     else:
-        return valid[:, None] & (tl.arange(0, B) < D)[None, :]
+        return valid[:, None] & (START + tl.arange(0, B) < D)[None, :]
 
 
 @triton.jit
-def matrix_mask(D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr):
-    """The part [D, V] of a summary padded to [BD, BV]."""
-    return (tl.arange(0, BD) < D)[:, None] & (tl.arange(0, BV) < V)[None, :]
+def piece_offsets(tokens, strides, START: tl.constexpr, B: tl.constexpr, ALIGN: tl.constexpr):
+    """Element offsets [tokens, B] in one head; every row starts at a multiple of `ALIGN`."""
+    rows = tl.multiple_of(tokens * strides[1], ALIGN)
+    return rows[:, None] + ((START + tl.arange(0, B)) * strides[3])[None, :]
 
 
 @triton.jit
-def scale_rows(x):
-    """Rows of `x` brought into the range of float16: (scaled float16 rows, their scales)."""
-    scale = tl.maximum(tl.max(tl.abs(x), axis=1), TINY)
-    return (x * (1.0 / scale)[:, None]).to(tl.float16), scale
+def load_pieces(
+    x_ptr, tokens, valid, strides, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    ALIGN: tl.constexpr,
+):  # fmt: skip
+    """Both pieces of rows `tokens` of one head, 0 outside."""
+    x0 = tl.load(
+        x_ptr + piece_offsets(tokens, strides, 0, D0, ALIGN), piece_mask(valid, D, 0, D0), other=0.0
+    )
+    x1 = x0
+    if D1 > 0:
+        x1 = tl.load(
+            x_ptr + piece_offsets(tokens, strides, D0, D1, ALIGN),
+            piece_mask(valid, D, D0, D1),
+            other=0.0,
+        )
+    return x0, x1
+
+
+@triton.jit
+def store_pieces(
+    x_ptr, x0, x1, tokens, valid, strides, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    ALIGN: tl.constexpr,
+):  # fmt: skip
+    """Inverse of `load_pieces`."""
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    tl.store(
+        x_ptr + piece_offsets(tokens, strides, 0, D0, ALIGN),
+        x0.to(dtype),
+        mask=piece_mask(valid, D, 0, D0),
+    )
+    if D1 > 0:
+        tl.store(
+            x_ptr + piece_offsets(tokens, strides, D0, D1, ALIGN),
+            x1.to(dtype),
+            mask=piece_mask(valid, D, D0, D1),
+        )
+
+
+@triton.jit
+def clear_padding(x, D: tl.constexpr, START: tl.constexpr):
+    """`x` [rows, B] with 0 in channels that do not exist, where features are φ(0)."""
+    B: tl.constexpr = x.shape[1]
+    if START + B <= D:
+        return x
+    else:
+        return tl.where((START + tl.arange(0, B) < D)[None, :], x, 0.0)
+
+
+@triton.jit
+def load_vector(x_ptr, D: tl.constexpr, START: tl.constexpr, B: tl.constexpr):
+    """Entries [START, START + B) of a contiguous float32 vector of D."""
+    channels = START + tl.arange(0, B)
+    return tl.load(x_ptr + channels, mask=channels < D, other=0.0)
+
+
+@triton.jit
+def store_vector(x_ptr, x, D: tl.constexpr, START: tl.constexpr):
+    """Inverse of `load_vector`."""
+    channels = START + tl.arange(0, x.shape[0])
+    tl.store(x_ptr + channels, x, mask=channels < D)
+
+
+@triton.jit
+def head_offset(strides, batch, head, ALIGN: tl.constexpr):
+    """Elements from the start of a tensor to its first token of `batch` and `head`."""
+    return tl.multiple_of(batch * strides[0] + head.to(tl.int64) * strides[2], ALIGN)
+
+
+@triton.jit
+def scale_rows(x0, x1, D1: tl.constexpr):
+    """Rows brought into the range of float16: both pieces scaled, and the scales."""
+    scale = tl.max(tl.abs(x0), axis=1)
+    if D1 > 0:
+        scale = tl.maximum(scale, tl.max(tl.abs(x1), axis=1))
+    scale = tl.maximum(scale, TINY)
+    inverse = (1.0 / scale)[:, None]
+    return (x0 * inverse).to(tl.float16), (x1 * inverse).to(tl.float16), scale
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """`a @ b + acc` in float32. `PRECISION` says how float32 operands are multiplied."""
+    if a.dtype == tl.float32:
+        return tl.dot(a, b, acc, input_precision=PRECISION)
+    else:
+        return tl.dot(a, b, acc)
+
+
+@triton.jit
+def sum_waves(x, WAVE: tl.constexpr):
+    """Sums [WAVE, BD] of every WAVE-th row of `x` [BT, BD].
+
+    With the rows that a program loads at once as WAVE, each thread sums its own rows; the sum over
+    threads can wait until the end of a loop.
+    """
+    return tl.sum(tl.reshape(x, (x.shape[0] // WAVE, WAVE, x.shape[1])), axis=0)
 
 
 @triton.jit
@@ -104,11 +194,10 @@ def _axis_start(block, length, num_blocks):
 
 @triton.jit
 def _divide(x, divisor):
-    # Integer division is slow; a float quotient is off by one at most.
-    quotient = (x.to(tl.float32) / divisor.to(tl.float32)).to(tl.int32)
-    rest = x - quotient * divisor
-    step = tl.where(rest < 0, -1, tl.where(rest >= divisor, 1, 0))
-    return quotient + step, rest - step * divisor
+    # Integer division is slow. A float quotient is exact below 2**21; `Call` checks the size.
+    inverse = 1.0 / tl.cast(divisor, tl.float32)
+    quotient = ((x.to(tl.float32) + 0.5) * inverse).to(tl.int32)
+    return quotient, x - quotient * divisor
 
 
 @triton.jit
@@ -146,23 +235,41 @@ def box_tokens(slots, first_t, first_h, first_w, size_h, size_w, H, W, RANK: tl.
 
 
 @triton.jit
-def part_of_block(part, num_parts, count, BT: tl.constexpr):
-    """Slots [first, last) of one of `num_parts` parts, whole tiles each, of `count` slots."""
+def locate_part(box, num_heads, num_parts, RANK: tl.constexpr, GROUP: tl.constexpr):
+    """What a program works on: batch element, head, number of its part, block.
+
+    `GROUP` heads are neighbours in the launch grid, to share rotary tables and memory pages; groups
+    follow one another, so that the last summaries written are still in L2 when mixing begins.
+    """
+    num_rows = box[3] * box[4] * box[5] * num_parts
+    group = tl.program_id(0) // (GROUP * num_rows)
+    inside = tl.program_id(0) % (GROUP * num_rows)
+    groups = num_heads // GROUP
+    batch = (group // groups).to(tl.int64)
+    head = group % groups * GROUP + inside % GROUP
+    row = inside // GROUP
+    return batch, head, row, row // num_parts
+
+
+@triton.jit
+def part_slots(row, num_parts, count, BT: tl.constexpr):
+    """Slots [first, last) of part `row`, whole tiles each, of a block of `count` slots."""
     span = tl.cdiv(tl.cdiv(count, num_parts), BT) * BT
-    first = part * span
+    first = tl.minimum(row % num_parts * span, count)
     return first, tl.minimum(first + span, count)
 
 
 @triton.jit
-def block_of_tokens(tokens, H, W, T, LT, LH, LW, RANK: tl.constexpr):
-    """Block of each raster-order token (int32), the inverse of `box_tokens`."""
-    w = tokens % W
-    block = ((w + 1) * LW - 1) // W
+def block_of_tokens(tokens, box, RANK: tl.constexpr):
+    """Block of each raster-order token (int32), the inverse of `box_tokens`; below 2**21 tokens."""
+    T, H, W, LT, LH, LW = box
+    row, w = _divide(tokens, W)
+    block, _rest = _divide((w + 1) * LW - 1, W)
     if RANK > 1:
-        rest = tokens // W
-        h = rest % H
-        block += ((h + 1) * LH - 1) // H * LW
+        t, h = _divide(row, H)
+        block_h, _rest = _divide((h + 1) * LH - 1, H)
+        block += block_h * LW
         if RANK > 2:
-            t = rest // H
-            block += ((t + 1) * LT - 1) // T * (LH * LW)
+            block_t, _rest = _divide((t + 1) * LT - 1, T)
+            block += block_t * (LH * LW)
     return block

@@ -14,6 +14,8 @@ _OPERANDS = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float
 _ENOUGH_PROGRAMS = 512
 # A part of a block shorter than this pays more for its summary than it gains.
 _SHORTEST_PART = 128
+# Kernels find a token's place in a box by float division, exact up to here.
+_LARGEST_BOX = 2**21
 
 
 def stored_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -28,6 +30,13 @@ def stored_dtype(dtype: torch.dtype) -> torch.dtype:
 def padded(size: int) -> int:
     """The power of two that holds `size` entries, at least what a matrix product needs."""
     return max(16, triton.next_power_of_2(size))
+
+
+def pieces(channels: int) -> tuple[int, int]:
+    """Powers of two that hold `channels` in two pieces, the second 0 if that saves nothing."""
+    first = max(16, padded(channels + 1) // 2)
+    second = padded(channels - first) if channels > first else 0
+    return (first, second) if first + second < padded(channels) else (padded(channels), 0)
 
 
 def alignment(*tensors: Tensor) -> int:
@@ -49,8 +58,24 @@ def num_parts(batch_heads: int, grid: list[int], layout: list[int]) -> int:
     programs = batch_heads * math.prod(layout)
     if programs >= _ENOUGH_PROGRAMS // 2:
         return 1
-    block_size = math.prod(-(-n // count) for n, count in zip(grid, layout, strict=True))
-    return max(1, min(_ENOUGH_PROGRAMS // programs, block_size // _SHORTEST_PART))
+    return max(1, min(_ENOUGH_PROGRAMS // programs, block_size(grid, layout) // _SHORTEST_PART))
+
+
+def block_size(grid: list[int], layout: list[int]) -> int:
+    """Tokens of the largest block."""
+    return math.prod(-(-n // count) for n, count in zip(grid, layout, strict=True))
+
+
+def merge_axes(grid: list[int], layout: list[int]) -> tuple[list[int], list[int]]:
+    """The same blocks on fewer axes: an uncut axis joins an evenly cut one before it."""
+    merged_grid, merged_layout = [grid[0]], [layout[0]]
+    for length, count in zip(grid[1:], layout[1:], strict=True):
+        if count == 1 and merged_grid[-1] % merged_layout[-1] == 0:
+            merged_grid[-1] *= length
+        else:
+            merged_grid.append(length)
+            merged_layout.append(count)
+    return merged_grid, merged_layout
 
 
 @dataclass(frozen=True)
@@ -67,6 +92,18 @@ class Call:
     normalize: bool
     eps: float
     stored: torch.dtype
+
+    def __post_init__(self) -> None:
+        if len(self.grid) > 1 and self.block_size > _LARGEST_BOX:
+            raise ValueError(
+                f"a block of several axes may hold {_LARGEST_BOX} tokens, found grid={self.grid} "
+                f"with layout={self.layout}"
+            )
+
+    @property
+    def block_size(self) -> int:
+        """Tokens of the largest block."""
+        return block_size(self.grid, self.layout)
 
     @cached_property
     def box(self) -> tuple[int, ...]:
@@ -102,8 +139,8 @@ class Call:
         return {
             "D": head_dim,
             "V": value_dim,
-            "BD": padded(head_dim),
-            "BV": padded(value_dim),
+            **dict(zip(("D0", "D1"), pieces(head_dim), strict=True)),
+            **dict(zip(("V0", "V1"), pieces(value_dim), strict=True)),
             "RANK": len(self.grid),
             "FEATURE_MAP": self.feature_map,
             "ROTARY": self.cos is not None,

@@ -1,84 +1,49 @@
-"""Linear form, forward: summarise keys, mix summaries, apply them to queries.
+"""Linear form, forward: summarise keys, mix summaries (`mixing.py`), apply them to queries.
 
 `box` is (T, H, W, LT, LH, LW): the token grid and the blocks along each axis, ones in front where
-`RANK` is less than three. Strides are those of [batch, seq_len, num_heads, channels]. Programs of
-neighbouring heads are neighbours in the launch grid, so that they share rotary tables in L2.
-
-Summaries are stored [batch, parts of blocks, num_heads, D, V]. In float16 they carry one float32
-scale per matrix (`scales`), which keeps them in range whatever the inputs are.
+`RANK` is less than three. Strides are those of [batch, seq_len, num_heads, channels].
 """
 
 import triton
 import triton.language as tl
 
 from mhla_gen.ops.kernels.common import (
-    TINY,
     block_box,
     box_tokens,
+    clear_padding,
+    head_offset,
     load_angles,
-    matrix_mask,
-    part_of_block,
+    load_pieces,
+    load_vector,
+    locate_part,
+    part_slots,
     phi,
     rotate,
     scale_rows,
-    tile_mask,
-    tile_offsets,
+    store_pieces,
+    store_vector,
+    sum_waves,
+)
+from mhla_gen.ops.kernels.summaries import (
+    add_products,
+    load_summary,
+    store_summary,
+    times_summary,
 )
 
 
 @triton.jit
-def dot(a, b, acc, PRECISION: tl.constexpr):
-    """`a @ b + acc` in float32. `PRECISION` says how float32 operands are multiplied."""
-    if a.dtype == tl.float32:
-        return tl.dot(a, b, acc, input_precision=PRECISION)
-    else:
-        return tl.dot(a, b, acc)
-
-
-@triton.jit
-def store_summary(
-    summary,
-    summaries_ptr,
-    scales_ptr,
-    matrix,
-    D: tl.constexpr,
-    V: tl.constexpr,
-    BD: tl.constexpr,
-    BV: tl.constexpr,
-):
-    """Write the float32 tile `summary` [BD, BV] as matrix number `matrix` (int64)."""
-    if summaries_ptr.dtype.element_ty == tl.float16:
-        scale = tl.max(tl.max(tl.abs(summary), axis=1), axis=0)
-        scale = tl.where(scale > TINY, scale, 1.0)
-        summary = summary * (1.0 / scale)
-        tl.store(scales_ptr + matrix, scale)
-    offsets = tl.arange(0, BD)[:, None] * V + tl.arange(0, BV)[None, :]
-    tl.store(
-        summaries_ptr + matrix * (D * V) + offsets,
-        summary.to(summaries_ptr.dtype.element_ty),
-        mask=matrix_mask(D, V, BD, BV),
-    )
-
-
-@triton.jit
-def load_summary(
-    summaries_ptr,
-    scales_ptr,
-    matrix,
-    D: tl.constexpr,
-    V: tl.constexpr,
-    BD: tl.constexpr,
-    BV: tl.constexpr,
-):
-    """Matrix number `matrix` as stored [BD, BV], and its scale (1 if not float16)."""
-    offsets = tl.arange(0, BD)[:, None] * V + tl.arange(0, BV)[None, :]
-    summary = tl.load(
-        summaries_ptr + matrix * (D * V) + offsets, mask=matrix_mask(D, V, BD, BV), other=0.0
-    )
-    scale = 1.0
-    if summaries_ptr.dtype.element_ty == tl.float16:
-        scale = tl.load(scales_ptr + matrix)
-    return summary, scale
+def rotate_pieces(
+    x0, x1, cos_ptr, sin_ptr, tokens, valid, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    SIGN: tl.constexpr,
+):  # fmt: skip
+    """Both pieces rotated, or rotated back with SIGN = -1."""
+    cos, sin = load_angles(cos_ptr, sin_ptr, tokens, valid, D, 0, D0)
+    x0 = rotate(x0, cos, SIGN * sin)
+    if D1 > 0:
+        cos, sin = load_angles(cos_ptr, sin_ptr, tokens, valid, D, D0, D1)
+        x1 = rotate(x1, cos, SIGN * sin)
+    return x0, x1
 
 
 @triton.jit
@@ -97,10 +62,15 @@ def summarise_kernel(
     num_parts,
     D: tl.constexpr,
     V: tl.constexpr,
-    BD: tl.constexpr,
-    BV: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    V0: tl.constexpr,
+    V1: tl.constexpr,
     BT: tl.constexpr,
+    WAVE0: tl.constexpr,
+    WAVE1: tl.constexpr,
     RANK: tl.constexpr,
+    GROUP: tl.constexpr,
     ALIGN: tl.constexpr,
     FEATURE_MAP: tl.constexpr,
     ROTARY: tl.constexpr,
@@ -110,156 +80,50 @@ def summarise_kernel(
 ):
     """S = Σ R(φ(k)) vᵀ and z = Σ φ(k) over one part of one block: one program a part and head."""
     T, H, W, LT, LH, LW = box
-    matrix = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(0) % num_heads
-    row = tl.program_id(0) // num_heads
-    num_rows = LT * LH * LW * num_parts
-    batch = (row // num_rows).to(tl.int64)
-    part = row % num_rows
-    t0, h0, w0, size_t, size_h, size_w = block_box(part // num_parts, T, H, W, LT, LH, LW, RANK)
-    first, last = part_of_block(part % num_parts, num_parts, size_t * size_h * size_w, BT)
-    k_ptr += tl.multiple_of(batch * k_strides[0] + head.to(tl.int64) * k_strides[2], ALIGN)
-    v_ptr += tl.multiple_of(batch * v_strides[0] + head.to(tl.int64) * v_strides[2], ALIGN)
+    batch, head, row, block = locate_part(box, num_heads, num_parts, RANK, GROUP)
+    first_t, first_h, first_w, size_t, size_h, size_w = block_box(block, T, H, W, LT, LH, LW, RANK)
+    first, last = part_slots(row, num_parts, size_t * size_h * size_w, BT)
+    k_ptr += head_offset(k_strides, batch, head, ALIGN)
+    v_ptr += head_offset(v_strides, batch, head, ALIGN)
 
-    summary = tl.zeros((BD, BV), tl.float32)
-    key_sum = tl.zeros((BD,), tl.float32)
+    s00 = tl.zeros((D0, V0), tl.float32)
+    s01 = tl.zeros((D0, V1 if V1 > 0 else 1), tl.float32)
+    s10 = tl.zeros((D1 if D1 > 0 else 1, V0), tl.float32)
+    s11 = tl.zeros((D1 if D1 > 0 else 1, V1 if V1 > 0 else 1), tl.float32)
+    key_sums0 = tl.zeros((WAVE0, D0), tl.float32)
+    key_sums1 = tl.zeros((WAVE1, D1 if D1 > 0 else 1), tl.float32)
     for start in range(first, last, BT):
         slots = start + tl.arange(0, BT)
         valid = slots < last
-        tokens = box_tokens(slots, t0, h0, w0, size_h, size_w, H, W, RANK)
-        mask = tile_mask(valid, D, BD)
-        k = tl.load(
-            k_ptr + tile_offsets(tokens, k_strides[1], k_strides[3], BD, ALIGN), mask, other=0.0
-        )
-        v = tl.load(
-            v_ptr + tile_offsets(tokens, v_strides[1], v_strides[3], BV, ALIGN),
-            tile_mask(valid, V, BV),
-            other=0.0,
-        )
-        features = tl.where(mask, phi(k.to(tl.float32), FEATURE_MAP), 0.0)
+        tokens = box_tokens(slots, first_t, first_h, first_w, size_h, size_w, H, W, RANK)
+        k0, k1 = load_pieces(k_ptr, tokens, valid, k_strides, D, D0, D1, ALIGN)
+        v0, v1 = load_pieces(v_ptr, tokens, valid, v_strides, V, V0, V1, ALIGN)
+        # Rows past the end hold φ(0), which their values of 0 keep out of the summary.
+        f0, f1 = phi(k0.to(tl.float32), FEATURE_MAP), phi(k1.to(tl.float32), FEATURE_MAP)
         if NORMALIZE:
-            key_sum += tl.sum(features, axis=0)
+            key_sums0 += sum_waves(f0, WAVE0)
+            if D1 > 0:
+                key_sums1 += sum_waves(f1, WAVE1)
         if ROTARY:
-            cos, sin = load_angles(cos_ptr, sin_ptr, tokens, valid, D, BD)
-            features = rotate(features, cos, sin)
-        summary = dot(tl.trans(features.to(OPERAND)), v.to(OPERAND), summary, PRECISION)
-
-    store_summary(summary, summaries_ptr, scales_ptr, matrix, D, V, BD, BV)
-    if NORMALIZE:
-        channels = tl.arange(0, BD)
-        tl.store(key_sums_ptr + matrix * D + channels, key_sum, mask=channels < D)
-
-
-@triton.jit
-def mix_kernel(
-    mixing_ptr,
-    summaries_ptr,
-    scales_ptr,
-    key_sums_ptr,
-    mixed_ptr,
-    mixed_scales_ptr,
-    mixed_key_sums_ptr,
-    mixing_strides,
-    num_heads,
-    num_blocks,
-    num_parts,
-    D: tl.constexpr,
-    V: tl.constexpr,
-    BI: tl.constexpr,
-    BR: tl.constexpr,
-    BC: tl.constexpr,
-    NORMALIZE: tl.constexpr,
-):
-    """S̃_i = Σ_b m_ib S_b and z̃_i = Σ_b m_ib z_b for BI rows i and BC columns of one head.
-
-    Columns are the entries of a key sum, then the D * V of a summary. `mixing_strides` are
-    (head, row, column); swapping the last two mixes with the transpose.
-    """
-    HALF: tl.constexpr = summaries_ptr.dtype.element_ty == tl.float16
-    if NORMALIZE:
-        KEY_TILES: tl.constexpr = (D + BC - 1) // BC
-    else:
-        KEY_TILES: tl.constexpr = 0
-    COLUMN_TILES: tl.constexpr = KEY_TILES + (D * V + BC - 1) // BC
-    row_tiles = tl.cdiv(num_blocks, BI)
-    column_tile = tl.program_id(0) // row_tiles % COLUMN_TILES
-    batch_head = tl.program_id(0) // row_tiles // COLUMN_TILES
-    batch = (batch_head // num_heads).to(tl.int64)
-    head = batch_head % num_heads
-    num_rows = num_blocks * num_parts
-    rows_i = tl.program_id(0) % row_tiles * BI + tl.arange(0, BI)
-    valid_i = rows_i < num_blocks
-    mixing_ptr += head.to(tl.int64) * mixing_strides[0] + rows_i[:, None] * mixing_strides[1]
-    # Matrix number of row r: (batch * num_rows + r) * num_heads + head, and so for the output.
-    first_matrix = batch * num_rows * num_heads + head
-    out_matrices = (batch * num_blocks + rows_i) * num_heads + head
-
-    acc = tl.zeros((BI, BC), tl.float32)
-    if column_tile < KEY_TILES:
-        columns = column_tile * BC + tl.arange(0, BC)
-        valid_c = columns < D
-        for start in range(0, num_rows, BR):
-            rows = start + tl.arange(0, BR)
-            valid = rows < num_rows
-            matrices = first_matrix + rows * num_heads
-            m = tl.load(
-                mixing_ptr + (rows // num_parts)[None, :] * mixing_strides[2],
-                mask=valid_i[:, None] & valid[None, :],
-                other=0.0,
-            ).to(tl.float32)
-            z = tl.load(
-                key_sums_ptr + matrices[:, None] * D + columns[None, :],
-                mask=valid[:, None] & valid_c[None, :],
-                other=0.0,
-            )
-            acc = tl.dot(m, z, acc, input_precision="tf32x3")
-        tl.store(
-            mixed_key_sums_ptr + out_matrices[:, None] * D + columns[None, :],
-            acc,
-            mask=valid_i[:, None] & valid_c[None, :],
+            f0, f1 = rotate_pieces(f0, f1, cos_ptr, sin_ptr, tokens, valid, D, D0, D1, 1)
+        s00, s01, s10, s11 = add_products(
+            f0, f1, v0, v1, s00, s01, s10, s11, D1, V1, OPERAND, PRECISION
         )
-    else:
-        columns = (column_tile - KEY_TILES) * BC + tl.arange(0, BC)
-        valid_c = columns < D * V
-        bound = tl.zeros((BI,), tl.float32)
-        if HALF:
-            # No entry of S̃_i exceeds Σ_b |m_ib| scale_b: the output's scale, known beforehand.
-            for start in range(0, num_rows, BR):
-                rows = start + tl.arange(0, BR)
-                valid = rows < num_rows
-                m = tl.load(
-                    mixing_ptr + (rows // num_parts)[None, :] * mixing_strides[2],
-                    mask=valid_i[:, None] & valid[None, :],
-                    other=0.0,
-                ).to(tl.float32)
-                scales = tl.load(scales_ptr + first_matrix + rows * num_heads, valid, other=0.0)
-                bound += tl.sum(tl.abs(m) * scales[None, :], axis=1)
-            bound = tl.where(bound > TINY, bound, 1.0)
-            if column_tile == KEY_TILES:
-                tl.store(mixed_scales_ptr + out_matrices, bound, mask=valid_i)
-        for start in range(0, num_rows, BR):
-            rows = start + tl.arange(0, BR)
-            valid = rows < num_rows
-            matrices = first_matrix + rows * num_heads
-            m = tl.load(
-                mixing_ptr + (rows // num_parts)[None, :] * mixing_strides[2],
-                mask=valid_i[:, None] & valid[None, :],
-                other=0.0,
-            ).to(tl.float32)
-            summaries = tl.load(
-                summaries_ptr + matrices[:, None] * (D * V) + columns[None, :],
-                mask=valid[:, None] & valid_c[None, :],
-                other=0.0,
-            )
-            if HALF:
-                scales = tl.load(scales_ptr + matrices, mask=valid, other=0.0)
-                m = (m * scales[None, :]) * (1.0 / bound)[:, None]
-            acc = dot(m.to(summaries.dtype), summaries, acc, "tf32x3")
-        tl.store(
-            mixed_ptr + out_matrices[:, None] * (D * V) + columns[None, :],
-            acc.to(mixed_ptr.dtype.element_ty),
-            mask=valid_i[:, None] & valid_c[None, :],
-        )
+
+    matrix = (batch * (LT * LH * LW * num_parts) + row) * num_heads + head
+    store_summary(
+        summaries_ptr, scales_ptr, matrix, s00, s01, s10, s11, D, V, D0, D1, V0, V1
+    )  # fmt: skip
+    if NORMALIZE:
+        past_end = tl.cdiv(last - first, BT) * BT - (last - first)
+        key_sums_ptr += matrix * D
+        zeros = tl.zeros((D0,), tl.float32)
+        key_sum = tl.sum(key_sums0, axis=0) - past_end * phi(zeros, FEATURE_MAP)
+        store_vector(key_sums_ptr, key_sum, D, 0)
+        if D1 > 0:
+            zeros = tl.zeros((D1,), tl.float32)
+            key_sum = tl.sum(key_sums1, axis=0) - past_end * phi(zeros, FEATURE_MAP)
+            store_vector(key_sums_ptr, key_sum, D, D0)
 
 
 @triton.jit
@@ -279,10 +143,13 @@ def apply_kernel(
     eps,
     D: tl.constexpr,
     V: tl.constexpr,
-    BD: tl.constexpr,
-    BV: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    V0: tl.constexpr,
+    V1: tl.constexpr,
     BT: tl.constexpr,
     RANK: tl.constexpr,
+    GROUP: tl.constexpr,
     ALIGN: tl.constexpr,
     FEATURE_MAP: tl.constexpr,
     ROTARY: tl.constexpr,
@@ -292,49 +159,43 @@ def apply_kernel(
 ):
     """Output o = R(φ(q))ᵀ S̃ / (φ(q)ᵀ z̃ + eps) for the queries of one part of one block and head."""
     T, H, W, LT, LH, LW = box
-    head = tl.program_id(0) % num_heads
-    row = tl.program_id(0) // num_heads
-    num_blocks = LT * LH * LW
-    batch = (row // (num_blocks * num_parts)).to(tl.int64)
-    part = row % (num_blocks * num_parts)
-    block = part // num_parts
-    t0, h0, w0, size_t, size_h, size_w = block_box(block, T, H, W, LT, LH, LW, RANK)
-    first, last = part_of_block(part % num_parts, num_parts, size_t * size_h * size_w, BT)
-    q_ptr += tl.multiple_of(batch * q_strides[0] + head.to(tl.int64) * q_strides[2], ALIGN)
-    out_ptr += tl.multiple_of(batch * out_strides[0] + head.to(tl.int64) * out_strides[2], ALIGN)
+    batch, head, row, block = locate_part(box, num_heads, num_parts, RANK, GROUP)
+    first_t, first_h, first_w, size_t, size_h, size_w = block_box(block, T, H, W, LT, LH, LW, RANK)
+    first, last = part_slots(row, num_parts, size_t * size_h * size_w, BT)
+    q_ptr += head_offset(q_strides, batch, head, ALIGN)
+    out_ptr += head_offset(out_strides, batch, head, ALIGN)
 
-    matrix = (batch * num_blocks + block) * num_heads + head
-    mixed, mixed_scale = load_summary(mixed_ptr, mixed_scales_ptr, matrix, D, V, BD, BV)
-    channels = tl.arange(0, BD)
+    matrix = (batch * (LT * LH * LW) + block) * num_heads + head
+    s00, s01, s10, s11, mixed_scale = load_summary(
+        mixed_ptr, mixed_scales_ptr, matrix, D, V, D0, D1, V0, V1
+    )
     if NORMALIZE:
-        key_sum = tl.load(mixed_key_sums_ptr + matrix * D + channels, channels < D, other=0.0)
+        mixed_key_sums_ptr += matrix * D
+        z0 = load_vector(mixed_key_sums_ptr, D, 0, D0)[None, :]
+        z1 = z0
+        if D1 > 0:
+            z1 = load_vector(mixed_key_sums_ptr, D, D0, D1)[None, :]
     for start in range(first, last, BT):
         slots = start + tl.arange(0, BT)
         valid = slots < last
-        tokens = box_tokens(slots, t0, h0, w0, size_h, size_w, H, W, RANK)
-        mask = tile_mask(valid, D, BD)
-        q = tl.load(
-            q_ptr + tile_offsets(tokens, q_strides[1], q_strides[3], BD, ALIGN), mask, other=0.0
-        )
-        features = phi(q.to(tl.float32), FEATURE_MAP)
-        if D != BD:
-            features = tl.where(mask, features, 0.0)
+        tokens = box_tokens(slots, first_t, first_h, first_w, size_h, size_w, H, W, RANK)
+        q0, q1 = load_pieces(q_ptr, tokens, valid, q_strides, D, D0, D1, ALIGN)
+        f0 = clear_padding(phi(q0.to(tl.float32), FEATURE_MAP), D, 0)
+        f1 = f0
+        if D1 > 0:
+            f1 = clear_padding(phi(q1.to(tl.float32), FEATURE_MAP), D, D0)
         if NORMALIZE:
-            factors = 1 / (tl.sum(features * key_sum[None, :], axis=1) + eps)
-        else:
-            factors = tl.full((BT,), 1.0, tl.float32)
+            denominators = tl.sum(f0 * z0, axis=1) + eps
+            if D1 > 0:
+                denominators += tl.sum(f1 * z1, axis=1)
         if ROTARY:
-            cos, sin = load_angles(cos_ptr, sin_ptr, tokens, valid, D, BD)
-            features = rotate(features, cos, sin)
-        zeros = tl.zeros((BT, BV), tl.float32)
+            f0, f1 = rotate_pieces(f0, f1, cos_ptr, sin_ptr, tokens, valid, D, D0, D1, 1)
+        factors = tl.full((BT,), mixed_scale, tl.float32)
         if mixed_ptr.dtype.element_ty == tl.float16:
-            features, scales = scale_rows(features)
-            out = dot(features, mixed, zeros, PRECISION)
-            factors *= scales * mixed_scale
-        else:
-            out = dot(features, mixed, zeros, PRECISION)
-        tl.store(
-            out_ptr + tile_offsets(tokens, out_strides[1], out_strides[3], BV, ALIGN),
-            (out * factors[:, None]).to(out_ptr.dtype.element_ty),
-            mask=tile_mask(valid, V, BV),
-        )
+            f0, f1, scales = scale_rows(f0, f1, D1)
+            factors = scales * mixed_scale
+        out0, out1 = times_summary(f0, f1, s00, s01, s10, s11, D1, V1, PRECISION)
+        if NORMALIZE:
+            factors = factors / denominators
+        out0, out1 = out0 * factors[:, None], out1 * factors[:, None]
+        store_pieces(out_ptr, out0, out1, tokens, valid, out_strides, V, V0, V1, ALIGN)

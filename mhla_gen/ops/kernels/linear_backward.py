@@ -1,4 +1,4 @@
-"""Linear form, backward: one pass over queries, the mixing's gradient, one pass over keys.
+"""Linear form, backward: one pass over queries and one over keys (mixing is in `mixing.py`).
 
 Notation as in `linear.py` and `mhla_gen/ops/README.md`, which derives the equations. Everything is
 recomputed from q, k, v and the (mixed) summaries; nothing of the size of the tokens is stored.
@@ -10,16 +10,26 @@ import triton.language as tl
 from mhla_gen.ops.kernels.common import (
     block_box,
     box_tokens,
-    load_angles,
-    part_of_block,
+    clear_padding,
+    head_offset,
+    load_pieces,
+    load_vector,
+    locate_part,
+    part_slots,
     phi,
     phi_grad,
-    rotate,
     scale_rows,
-    tile_mask,
-    tile_offsets,
+    store_pieces,
+    store_vector,
+    sum_waves,
 )
-from mhla_gen.ops.kernels.linear import dot, load_summary, store_summary
+from mhla_gen.ops.kernels.linear import rotate_pieces
+from mhla_gen.ops.kernels.summaries import (
+    add_products,
+    load_summary,
+    store_summary,
+    times_summary,
+)
 
 
 @triton.jit
@@ -44,10 +54,15 @@ def backward_queries_kernel(
     eps,
     D: tl.constexpr,
     V: tl.constexpr,
-    BD: tl.constexpr,
-    BV: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    V0: tl.constexpr,
+    V1: tl.constexpr,
     BT: tl.constexpr,
+    WAVE0: tl.constexpr,
+    WAVE1: tl.constexpr,
     RANK: tl.constexpr,
+    GROUP: tl.constexpr,
     ALIGN: tl.constexpr,
     FEATURE_MAP: tl.constexpr,
     ROTARY: tl.constexpr,
@@ -57,155 +72,97 @@ def backward_queries_kernel(
 ):
     """Gradient dq, and dS̃ = Σ R(φ(q)) gᵀ, dz̃ = -Σ δ φ(q) over one part of one block and head."""
     T, H, W, LT, LH, LW = box
-    part_matrix = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(0) % num_heads
-    row = tl.program_id(0) // num_heads
-    num_blocks = LT * LH * LW
-    batch = (row // (num_blocks * num_parts)).to(tl.int64)
-    part = row % (num_blocks * num_parts)
-    block = part // num_parts
-    t0, h0, w0, size_t, size_h, size_w = block_box(block, T, H, W, LT, LH, LW, RANK)
-    first, last = part_of_block(part % num_parts, num_parts, size_t * size_h * size_w, BT)
-    q_ptr += tl.multiple_of(batch * q_strides[0] + head.to(tl.int64) * q_strides[2], ALIGN)
-    do_ptr += tl.multiple_of(batch * do_strides[0] + head.to(tl.int64) * do_strides[2], ALIGN)
-    dq_ptr += tl.multiple_of(batch * dq_strides[0] + head.to(tl.int64) * dq_strides[2], ALIGN)
+    batch, head, row, block = locate_part(box, num_heads, num_parts, RANK, GROUP)
+    first_t, first_h, first_w, size_t, size_h, size_w = block_box(block, T, H, W, LT, LH, LW, RANK)
+    first, last = part_slots(row, num_parts, size_t * size_h * size_w, BT)
+    q_ptr += head_offset(q_strides, batch, head, ALIGN)
+    do_ptr += head_offset(do_strides, batch, head, ALIGN)
+    dq_ptr += head_offset(dq_strides, batch, head, ALIGN)
 
-    matrix = (batch * num_blocks + block) * num_heads + head
-    mixed, mixed_scale = load_summary(mixed_ptr, mixed_scales_ptr, matrix, D, V, BD, BV)
-    channels = tl.arange(0, BD)
+    matrix = (batch * (LT * LH * LW) + block) * num_heads + head
+    s00, s01, s10, s11, mixed_scale = load_summary(
+        mixed_ptr, mixed_scales_ptr, matrix, D, V, D0, D1, V0, V1
+    )
     if NORMALIZE:
-        key_sum = tl.load(mixed_key_sums_ptr + matrix * D + channels, channels < D, other=0.0)
-    dmixed = tl.zeros((BD, BV), tl.float32)
-    dkey_sum = tl.zeros((BD,), tl.float32)
+        mixed_key_sums_ptr += matrix * D
+        z0 = load_vector(mixed_key_sums_ptr, D, 0, D0)[None, :]
+        z1 = z0
+        if D1 > 0:
+            z1 = load_vector(mixed_key_sums_ptr, D, D0, D1)[None, :]
+    d00 = tl.zeros((D0, V0), tl.float32)
+    d01 = tl.zeros((D0, V1 if V1 > 0 else 1), tl.float32)
+    d10 = tl.zeros((D1 if D1 > 0 else 1, V0), tl.float32)
+    d11 = tl.zeros((D1 if D1 > 0 else 1, V1 if V1 > 0 else 1), tl.float32)
+    dkey_sums0 = tl.zeros((WAVE0, D0), tl.float32)
+    dkey_sums1 = tl.zeros((WAVE1, D1 if D1 > 0 else 1), tl.float32)
     for start in range(first, last, BT):
         slots = start + tl.arange(0, BT)
         valid = slots < last
-        tokens = box_tokens(slots, t0, h0, w0, size_h, size_w, H, W, RANK)
-        mask = tile_mask(valid, D, BD)
-        q = tl.load(
-            q_ptr + tile_offsets(tokens, q_strides[1], q_strides[3], BD, ALIGN), mask, other=0.0
-        ).to(tl.float32)
-        grad = tl.load(
-            do_ptr + tile_offsets(tokens, do_strides[1], do_strides[3], BV, ALIGN),
-            tile_mask(valid, V, BV),
-            other=0.0,
-        ).to(tl.float32)
-        features = tl.where(mask, phi(q, FEATURE_MAP), 0.0)
-        rotated = features
+        tokens = box_tokens(slots, first_t, first_h, first_w, size_h, size_w, H, W, RANK)
+        q0, q1 = load_pieces(q_ptr, tokens, valid, q_strides, D, D0, D1, ALIGN)
+        g0, g1 = load_pieces(do_ptr, tokens, valid, do_strides, V, V0, V1, ALIGN)
+        q0, q1, g0, g1 = (
+            q0.to(tl.float32), q1.to(tl.float32), g0.to(tl.float32), g1.to(tl.float32),
+        )  # fmt: skip
+        # Rows past the end hold φ(0), which their gradients of 0 keep out of every sum.
+        f0, f1 = phi(q0, FEATURE_MAP), phi(q1, FEATURE_MAP)
+        u0, u1 = f0, f1
         if ROTARY:
-            cos, sin = load_angles(cos_ptr, sin_ptr, tokens, valid, D, BD)
-            rotated = rotate(features, cos, sin)
+            u0, u1 = rotate_pieces(f0, f1, cos_ptr, sin_ptr, tokens, valid, D, D0, D1, 1)
         if NORMALIZE:
-            # Rows past the end are all zero: their eps of possibly 0 must not divide.
-            denominators = tl.sum(features * key_sum[None, :], axis=1) + eps
+            denominators = tl.sum(f0 * z0, axis=1) + eps
+            if D1 > 0:
+                denominators += tl.sum(f1 * z1, axis=1)
+            # Past the end no gradient may become 0 / 0.
             inverse = 1 / tl.where(valid, denominators, 1.0)
-            grad = grad * inverse[:, None]
+            g0, g1 = g0 * inverse[:, None], g1 * inverse[:, None]
 
-        # du = S̃ g
-        zeros = tl.zeros((BT, BD), tl.float32)
+        # du = S̃ g; the pieces of a transpose change places.
         if mixed_ptr.dtype.element_ty == tl.float16:
-            scaled, scales = scale_rows(grad)
-            du = dot(scaled, tl.trans(mixed), zeros, PRECISION)
-            du = du * (scales * mixed_scale)[:, None]
+            h0, h1, scales = scale_rows(g0, g1, V1)
+            du0, du1 = times_summary(
+                h0, h1, tl.trans(s00), tl.trans(s10), tl.trans(s01), tl.trans(s11),
+                V1, D1, PRECISION,
+            )  # fmt: skip
+            scales *= mixed_scale
+            du0, du1 = du0 * scales[:, None], du1 * scales[:, None]
         else:
-            du = dot(grad, tl.trans(mixed), zeros, PRECISION)
-        dmixed = dot(tl.trans(rotated.to(OPERAND)), grad.to(OPERAND), dmixed, PRECISION)
-        dfeatures = du
-        if ROTARY:
-            dfeatures = rotate(du, cos, -sin)
+            du0, du1 = times_summary(
+                g0, g1, tl.trans(s00), tl.trans(s10), tl.trans(s01), tl.trans(s11),
+                V1, D1, PRECISION,
+            )  # fmt: skip
+        d00, d01, d10, d11 = add_products(
+            u0, u1, g0, g1, d00, d01, d10, d11, D1, V1, OPERAND, PRECISION
+        )
         if NORMALIZE:
             # δ = do·o / denominator, and g·numerator = u·du.
-            delta = tl.sum(rotated * du, axis=1) * inverse
-            dfeatures -= delta[:, None] * key_sum[None, :]
-            dkey_sum -= tl.sum(features * delta[:, None], axis=0)
-        tl.store(
-            dq_ptr + tile_offsets(tokens, dq_strides[1], dq_strides[3], BD, ALIGN),
-            (dfeatures * phi_grad(q, FEATURE_MAP)).to(dq_ptr.dtype.element_ty),
-            mask=mask,
-        )
+            delta = tl.sum(u0 * du0, axis=1)
+            if D1 > 0:
+                delta += tl.sum(u1 * du1, axis=1)
+            delta = (delta * inverse)[:, None]
+            dkey_sums0 -= sum_waves(f0 * delta, WAVE0)
+            if D1 > 0:
+                dkey_sums1 -= sum_waves(f1 * delta, WAVE1)
+        if ROTARY:
+            du0, du1 = rotate_pieces(du0, du1, cos_ptr, sin_ptr, tokens, valid, D, D0, D1, -1)
+        if NORMALIZE:
+            du0 -= delta * z0
+            if D1 > 0:
+                du1 -= delta * z1
+        dq0, dq1 = du0 * phi_grad(q0, FEATURE_MAP), du1
+        if D1 > 0:
+            dq1 = du1 * phi_grad(q1, FEATURE_MAP)
+        store_pieces(dq_ptr, dq0, dq1, tokens, valid, dq_strides, D, D0, D1, ALIGN)
 
-    store_summary(dmixed, dmixed_ptr, dmixed_scales_ptr, part_matrix, D, V, BD, BV)
+    matrix = (batch * (LT * LH * LW * num_parts) + row) * num_heads + head
+    store_summary(
+        dmixed_ptr, dmixed_scales_ptr, matrix, d00, d01, d10, d11, D, V, D0, D1, V0, V1
+    )  # fmt: skip
     if NORMALIZE:
-        tl.store(dmixed_key_sums_ptr + part_matrix * D + channels, dkey_sum, mask=channels < D)
-
-
-@triton.jit
-def correlate_kernel(
-    left_ptr,
-    left_scales_ptr,
-    left_key_sums_ptr,
-    right_ptr,
-    right_scales_ptr,
-    right_key_sums_ptr,
-    partial_ptr,
-    num_heads,
-    num_rows,
-    num_splits,
-    D: tl.constexpr,
-    V: tl.constexpr,
-    BI: tl.constexpr,
-    BC: tl.constexpr,
-    NORMALIZE: tl.constexpr,
-):
-    """<dS̃_i, S_b> + <dz̃_i, z_b> for BI × BI pairs (i, b) over one split of the columns.
-
-    Partial sums go to `partial` [batch, num_heads, num_splits, num_rows, num_rows] in float32.
-    """
-    HALF: tl.constexpr = left_ptr.dtype.element_ty == tl.float16
-    tiles = tl.cdiv(num_rows, BI)
-    rows_b = tl.program_id(0) % tiles * BI + tl.arange(0, BI)
-    rows_i = tl.program_id(0) // tiles % tiles * BI + tl.arange(0, BI)
-    partial = tl.program_id(0) // (tiles * tiles)
-    split = partial % num_splits
-    batch = (partial // num_splits // num_heads).to(tl.int64)
-    head = partial // num_splits % num_heads
-    valid_i, valid_b = rows_i < num_rows, rows_b < num_rows
-    left = (batch * num_rows + rows_i) * num_heads + head
-    right = (batch * num_rows + rows_b) * num_heads + head
-
-    span = tl.cdiv(tl.cdiv(D * V, num_splits), BC) * BC
-    last = tl.minimum((split + 1) * span, D * V)
-    acc = tl.zeros((BI, BI), tl.float32)
-    for start in range(split * span, last, BC):
-        columns = start + tl.arange(0, BC)
-        valid = columns < last
-        a = tl.load(
-            left_ptr + left[:, None] * (D * V) + columns[None, :],
-            mask=valid_i[:, None] & valid[None, :],
-            other=0.0,
-        )
-        b = tl.load(
-            right_ptr + right[:, None] * (D * V) + columns[None, :],
-            mask=valid_b[:, None] & valid[None, :],
-            other=0.0,
-        )
-        acc = dot(a, tl.trans(b), acc, "tf32x3")
-    if HALF:
-        left_scales = tl.load(left_scales_ptr + left, mask=valid_i, other=0.0)
-        right_scales = tl.load(right_scales_ptr + right, mask=valid_b, other=0.0)
-        acc = acc * left_scales[:, None] * right_scales[None, :]
-    if NORMALIZE:
-        # Only the first split adds the key sums.
-        for start in range(0, tl.where(split == 0, D, 0), 16):
-            columns = start + tl.arange(0, 16)
-            valid = columns < D
-            a = tl.load(
-                left_key_sums_ptr + left[:, None] * D + columns[None, :],
-                mask=valid_i[:, None] & valid[None, :],
-                other=0.0,
-            )
-            b = tl.load(
-                right_key_sums_ptr + right[:, None] * D + columns[None, :],
-                mask=valid_b[:, None] & valid[None, :],
-                other=0.0,
-            )
-            acc = dot(a, tl.trans(b), acc, "tf32x3")
-    partial_ptr += partial.to(tl.int64) * num_rows * num_rows
-    tl.store(
-        partial_ptr + rows_i[:, None] * num_rows + rows_b[None, :],
-        acc,
-        mask=valid_i[:, None] & valid_b[None, :],
-    )
+        dmixed_key_sums_ptr += matrix * D
+        store_vector(dmixed_key_sums_ptr, tl.sum(dkey_sums0, axis=0), D, 0)
+        if D1 > 0:
+            store_vector(dmixed_key_sums_ptr, tl.sum(dkey_sums1, axis=0), D, D0)
 
 
 @triton.jit
@@ -228,10 +185,13 @@ def backward_keys_kernel(
     num_parts,
     D: tl.constexpr,
     V: tl.constexpr,
-    BD: tl.constexpr,
-    BV: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    V0: tl.constexpr,
+    V1: tl.constexpr,
     BT: tl.constexpr,
     RANK: tl.constexpr,
+    GROUP: tl.constexpr,
     ALIGN: tl.constexpr,
     FEATURE_MAP: tl.constexpr,
     ROTARY: tl.constexpr,
@@ -240,68 +200,61 @@ def backward_keys_kernel(
     PRECISION: tl.constexpr,
 ):
     """Gradients dk = φ'(k) (Rᵀ dS v + dz), dv = dSᵀ R(φ(k)) of one part of one block and head."""
-    HALF: tl.constexpr = dsummaries_ptr.dtype.element_ty == tl.float16
     T, H, W, LT, LH, LW = box
-    head = tl.program_id(0) % num_heads
-    row = tl.program_id(0) // num_heads
-    num_blocks = LT * LH * LW
-    batch = (row // (num_blocks * num_parts)).to(tl.int64)
-    part = row % (num_blocks * num_parts)
-    block = part // num_parts
-    t0, h0, w0, size_t, size_h, size_w = block_box(block, T, H, W, LT, LH, LW, RANK)
-    first, last = part_of_block(part % num_parts, num_parts, size_t * size_h * size_w, BT)
-    k_ptr += tl.multiple_of(batch * k_strides[0] + head.to(tl.int64) * k_strides[2], ALIGN)
-    v_ptr += tl.multiple_of(batch * v_strides[0] + head.to(tl.int64) * v_strides[2], ALIGN)
-    dk_ptr += tl.multiple_of(batch * dk_strides[0] + head.to(tl.int64) * dk_strides[2], ALIGN)
-    dv_ptr += tl.multiple_of(batch * dv_strides[0] + head.to(tl.int64) * dv_strides[2], ALIGN)
+    batch, head, row, block = locate_part(box, num_heads, num_parts, RANK, GROUP)
+    first_t, first_h, first_w, size_t, size_h, size_w = block_box(block, T, H, W, LT, LH, LW, RANK)
+    first, last = part_slots(row, num_parts, size_t * size_h * size_w, BT)
+    k_ptr += head_offset(k_strides, batch, head, ALIGN)
+    v_ptr += head_offset(v_strides, batch, head, ALIGN)
+    dk_ptr += head_offset(dk_strides, batch, head, ALIGN)
+    dv_ptr += head_offset(dv_strides, batch, head, ALIGN)
 
-    matrix = (batch * num_blocks + block) * num_heads + head
-    dsummary, dscale = load_summary(dsummaries_ptr, dscales_ptr, matrix, D, V, BD, BV)
-    channels = tl.arange(0, BD)
+    matrix = (batch * (LT * LH * LW) + block) * num_heads + head
+    s00, s01, s10, s11, dscale = load_summary(
+        dsummaries_ptr, dscales_ptr, matrix, D, V, D0, D1, V0, V1
+    )
     if NORMALIZE:
-        dkey_sum = tl.load(dkey_sums_ptr + matrix * D + channels, channels < D, other=0.0)
+        dkey_sums_ptr += matrix * D
+        z0 = load_vector(dkey_sums_ptr, D, 0, D0)[None, :]
+        z1 = z0
+        if D1 > 0:
+            z1 = load_vector(dkey_sums_ptr, D, D0, D1)[None, :]
     for start in range(first, last, BT):
         slots = start + tl.arange(0, BT)
         valid = slots < last
-        tokens = box_tokens(slots, t0, h0, w0, size_h, size_w, H, W, RANK)
-        mask = tile_mask(valid, D, BD)
-        value_mask = tile_mask(valid, V, BV)
-        k = tl.load(
-            k_ptr + tile_offsets(tokens, k_strides[1], k_strides[3], BD, ALIGN), mask, other=0.0
-        ).to(tl.float32)
-        v = tl.load(
-            v_ptr + tile_offsets(tokens, v_strides[1], v_strides[3], BV, ALIGN),
-            value_mask,
-            other=0.0,
-        ).to(tl.float32)
-        rotated = tl.where(mask, phi(k, FEATURE_MAP), 0.0)
+        tokens = box_tokens(slots, first_t, first_h, first_w, size_h, size_w, H, W, RANK)
+        k0, k1 = load_pieces(k_ptr, tokens, valid, k_strides, D, D0, D1, ALIGN)
+        v0, v1 = load_pieces(v_ptr, tokens, valid, v_strides, V, V0, V1, ALIGN)
+        k0, k1, v0, v1 = (
+            k0.to(tl.float32), k1.to(tl.float32), v0.to(tl.float32), v1.to(tl.float32),
+        )  # fmt: skip
+        w0 = clear_padding(phi(k0, FEATURE_MAP), D, 0)
+        w1 = w0
+        if D1 > 0:
+            w1 = clear_padding(phi(k1, FEATURE_MAP), D, D0)
         if ROTARY:
-            cos, sin = load_angles(cos_ptr, sin_ptr, tokens, valid, D, BD)
-            rotated = rotate(rotated, cos, sin)
+            w0, w1 = rotate_pieces(w0, w1, cos_ptr, sin_ptr, tokens, valid, D, D0, D1, 1)
 
-        # dw = dS v and dv = dSᵀ w
-        key_zeros = tl.zeros((BT, BD), tl.float32)
-        value_zeros = tl.zeros((BT, BV), tl.float32)
-        if HALF:
-            v, v_scales = scale_rows(v)
-            w, w_scales = scale_rows(rotated)
-            dw = dot(v, tl.trans(dsummary), key_zeros, PRECISION)
-            dw = dw * (v_scales * dscale)[:, None]
-            dv = dot(w, dsummary, value_zeros, PRECISION) * (w_scales * dscale)[:, None]
-        else:
-            dw = dot(v, tl.trans(dsummary), key_zeros, PRECISION)
-            dv = dot(rotated, dsummary, value_zeros, PRECISION)
+        # dv = dSᵀ w and dw = dS v; the pieces of a transpose change places.
+        if dsummaries_ptr.dtype.element_ty == tl.float16:
+            w0, w1, w_scales = scale_rows(w0, w1, D1)
+            v0, v1, v_scales = scale_rows(v0, v1, V1)
+            w_scales, v_scales = w_scales * dscale, v_scales * dscale
+        dv0, dv1 = times_summary(w0, w1, s00, s01, s10, s11, D1, V1, PRECISION)
+        dw0, dw1 = times_summary(
+            v0, v1, tl.trans(s00), tl.trans(s10), tl.trans(s01), tl.trans(s11), V1, D1, PRECISION
+        )
+        if dsummaries_ptr.dtype.element_ty == tl.float16:
+            dv0, dv1 = dv0 * w_scales[:, None], dv1 * w_scales[:, None]
+            dw0, dw1 = dw0 * v_scales[:, None], dw1 * v_scales[:, None]
+        store_pieces(dv_ptr, dv0, dv1, tokens, valid, dv_strides, V, V0, V1, ALIGN)
         if ROTARY:
-            dw = rotate(dw, cos, -sin)
+            dw0, dw1 = rotate_pieces(dw0, dw1, cos_ptr, sin_ptr, tokens, valid, D, D0, D1, -1)
         if NORMALIZE:
-            dw += dkey_sum[None, :]
-        tl.store(
-            dk_ptr + tile_offsets(tokens, dk_strides[1], dk_strides[3], BD, ALIGN),
-            (dw * phi_grad(k, FEATURE_MAP)).to(dk_ptr.dtype.element_ty),
-            mask=mask,
-        )
-        tl.store(
-            dv_ptr + tile_offsets(tokens, dv_strides[1], dv_strides[3], BV, ALIGN),
-            dv.to(dv_ptr.dtype.element_ty),
-            mask=value_mask,
-        )
+            dw0 += z0
+            if D1 > 0:
+                dw1 += z1
+        dk0, dk1 = dw0 * phi_grad(k0, FEATURE_MAP), dw1
+        if D1 > 0:
+            dk1 = dw1 * phi_grad(k1, FEATURE_MAP)
+        store_pieces(dk_ptr, dk0, dk1, tokens, valid, dk_strides, D, D0, D1, ALIGN)

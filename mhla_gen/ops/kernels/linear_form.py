@@ -1,5 +1,6 @@
 """Launches of the linear form: summarise → mix → apply, and their backward."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -7,13 +8,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mhla_gen.ops.kernels.launch import Call, alignment, mixing_strides
-from mhla_gen.ops.kernels.linear import apply_kernel, mix_kernel, summarise_kernel
-from mhla_gen.ops.kernels.linear_backward import (
-    backward_keys_kernel,
-    backward_queries_kernel,
-    correlate_kernel,
-)
+from mhla_gen.ops.kernels.launch import Call, alignment, mixing_strides, padded
+from mhla_gen.ops.kernels.linear import apply_kernel, summarise_kernel
+from mhla_gen.ops.kernels.linear_backward import backward_keys_kernel, backward_queries_kernel
+from mhla_gen.ops.kernels.mixing import coefficients_kernel, correlate_kernel, mix_kernel
+
+# Tokens of a tile, warps, pipeline stages and registers of a thread for 16-bit operands.
+_WIDE_TILES = {
+    "summarise": (32, 4, 4, None),
+    "apply": (64, 8, 1, 128),
+    "backward_queries": (32, 8, 3, None),
+    "backward_keys": (32, 8, 1, 128),
+}
+_NARROW_TILES = {
+    "summarise": (64, 4, 2, None),
+    "apply": (64, 4, 3, None),
+    "backward_queries": (64, 4, 2, None),
+    "backward_keys": (64, 4, 2, None),
+}
 
 
 class Summaries(NamedTuple):
@@ -84,13 +96,20 @@ def mix(mixing: Tensor, summaries: Summaries, call: Call) -> Summaries:
         summaries.key_sums.new_empty((batch, call.num_blocks, heads, head_dim)),
     )
     tiles = mix_tiles(call.num_blocks, rows, call.stored)
+    padded_blocks = triton.cdiv(call.num_blocks, tiles["BI"]) * tiles["BI"]
+    padded_rows = triton.cdiv(rows, tiles["BR"]) * tiles["BR"]
+    coefficients = summaries.matrices.new_empty((batch, heads, padded_blocks, padded_rows))
+    coefficients_kernel[(batch * heads * padded_blocks // 16,)](
+        mixing, summaries.scales, summaries.key_sums, coefficients, mixed.scales, mixed.key_sums,
+        mixing_strides(mixing), heads, call.num_blocks, call.num_parts, padded_blocks, padded_rows,
+        D=head_dim, BD=padded(head_dim), BI=16, BR=min(64, padded(rows)),
+        NORMALIZE=call.normalize, num_warps=4,
+    )  # fmt: skip
     columns = triton.cdiv(head_dim * value_dim, tiles["BC"])
-    if call.normalize:
-        columns += triton.cdiv(head_dim, tiles["BC"])
-    mix_kernel[(triton.cdiv(call.num_blocks, tiles["BI"]) * columns * batch * heads,)](
-        mixing, *summaries, *mixed,
-        mixing_strides(mixing), heads, call.num_blocks, call.num_parts,
-        D=head_dim, V=value_dim, NORMALIZE=call.normalize, **tiles,
+    mix_kernel[(padded_blocks // tiles["BI"] * columns * batch * heads,)](
+        coefficients, summaries.matrices, mixed.matrices,
+        heads, call.num_blocks, rows, padded_blocks, padded_rows,
+        D=head_dim, V=value_dim, **tiles,
     )  # fmt: skip
     return mixed
 
@@ -156,19 +175,38 @@ def backward_keys(
 
 def tile_options(kernel: str, call: Call) -> dict:
     """Tokens of a tile, warps and pipeline stages of the kernels over tokens."""
-    wide = max(call.options["BD"], call.options["BV"]) > 64
+    options = _token_tiles(kernel, call) | {"GROUP": math.gcd(call.num_heads, 4)}
+    if kernel in ("summarise", "backward_queries"):
+        # A thread loads eight channels at once, so this many rows come with one instruction.
+        threads = options["num_warps"] * 32
+        for piece in ("0", "1"):
+            rows_at_once = threads * 8 // max(16, call.options["D" + piece])
+            options["WAVE" + piece] = min(options["BT"], rows_at_once)
+    return options
+
+
+def _token_tiles(kernel: str, call: Call) -> dict:
+    wide = call.options["D0"] + call.options["V0"] > 128
     if call.options["OPERAND"] == tl.float32:
         # Split operands of two products over a wide summary would not fit the shared memory.
         precision = "ieee" if wide and kernel == "backward_keys" else "tf32x3"
         tokens = 16 if wide else 32
         return {"BT": tokens, "PRECISION": precision, "num_warps": 8, "num_stages": 1}
-    return {"BT": 64, "PRECISION": "tf32x3", "num_warps": 8 if wide else 4, "num_stages": 2}
+    # Measured on an H100; see docs/results/kernels_h100.json.
+    tokens, warps, stages, registers = (_WIDE_TILES if wide else _NARROW_TILES)[kernel]
+    return {
+        "BT": tokens,
+        "PRECISION": "tf32x3",
+        "num_warps": warps,
+        "num_stages": stages,
+        "maxnreg": registers,
+    }
 
 
 def mix_tiles(num_blocks: int, rows: int, stored: torch.dtype) -> dict:
     """Tile sizes of the mixing product."""
     tile_i = 16 if num_blocks <= 16 else 32 if num_blocks <= 32 else 64
-    tile_r = max(16, min(32, triton.next_power_of_2(rows)))
+    tile_r = 16 if rows <= 16 else 32
     if stored == torch.float32:
         return {"BI": tile_i, "BR": tile_r, "BC": 64, "num_warps": 4, "num_stages": 2}
     return {"BI": tile_i, "BR": tile_r, "BC": 128, "num_warps": 4, "num_stages": 3}

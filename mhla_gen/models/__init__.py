@@ -1,7 +1,7 @@
 """MHLA inside diffusers transformers."""
 
 from mhla_gen.models.attention import MHLA
-from mhla_gen.models.dit import MHLADiTTransformer2DModel
+from mhla_gen.models.dit import MHLADiTTransformer2DModel, OriginalDiTTransformer2DModel
 from mhla_gen.models.injection import LayerSummary, Summary, inject, restore, summary
 from mhla_gen.models.wan import MHLAWanTransformer3DModel
 
@@ -10,6 +10,7 @@ __all__ = [
     "LayerSummary",
     "MHLADiTTransformer2DModel",
     "MHLAWanTransformer3DModel",
+    "OriginalDiTTransformer2DModel",
     "Summary",
     "inject",
     "restore",

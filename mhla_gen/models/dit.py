@@ -11,7 +11,10 @@ from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DMod
 from torch import Tensor
 
 from mhla_gen.config import MHLAConfig
-from mhla_gen.models.family import Family, MHLATransformerMixin, accepts_mhla
+from mhla_gen.models.family import Family, MHLATransformerMixin, accepts, accepts_mhla
+
+# Of diffusers' DiT; the original's is 0.
+_DIFFUSERS_SHIFT = 1.0
 
 
 class MHLAAttnProcessor:
@@ -52,10 +55,28 @@ class MHLAAttnProcessor:
         return attn.to_out[1](attn.to_out[0](out))
 
 
+class OriginalDiTTransformer2DModel(DiTTransformer2DModel):
+    """`DiTTransformer2DModel` with the timestep frequencies of the original DiT.
+
+    Takes the arguments of its base class and `timestep_freq_shift`: frequency `i` of `n` is
+    `10000 ** (-i / (n - timestep_freq_shift))`. diffusers computes with 1, the original with 0.
+    """
+
+    # A saved pipeline names this module; diffusers looks there for the class and for ModelMixin.
+    __module__ = "mhla_gen"
+
+    @register_to_config
+    @accepts(DiTTransformer2DModel, timestep_freq_shift=0.0)
+    def __init__(self, timestep_freq_shift: float = 0.0, **base: Any):
+        super().__init__(**base)
+        _set_frequency_shift(self, timestep_freq_shift)
+
+
 class DiTFamily(Family):
     """DiT: square image grids, no rotary embedding."""
 
     base_class = DiTTransformer2DModel
+    variants = (OriginalDiTTransformer2DModel,)
     rank = 2
     stock_processor = AttnProcessor2_0
     mhla_processor = MHLAAttnProcessor
@@ -78,13 +99,34 @@ class DiTFamily(Family):
         side = model.config.sample_size // model.config.patch_size
         return side, side
 
+    def settings(self, model: Any) -> dict[str, Any]:
+        """The timestep frequencies that the model computes with."""
+        return {"timestep_freq_shift": _frequency_shift(model)}
+
+    def softmax_class(self, model: Any) -> type:
+        """The class of diffusers, or ours where the timestep frequencies are not diffusers'."""
+        if _frequency_shift(model) == _DIFFUSERS_SHIFT:
+            return DiTTransformer2DModel
+        return OriginalDiTTransformer2DModel
+
+
+def _frequency_shift(model: Any) -> float:
+    return float(model.transformer_blocks[0].norm1.emb.time_proj.downscale_freq_shift)
+
+
+def _set_frequency_shift(model: Any, shift: float) -> None:
+    # Every block has its own copy of the embedder; the first one's also drives the output layer.
+    for block in model.transformer_blocks:
+        block.norm1.emb.time_proj.downscale_freq_shift = shift
+
 
 class MHLADiTTransformer2DModel(
     MHLATransformerMixin, DiTTransformer2DModel, PeftAdapterMixin, AttentionMixin
 ):
     """`DiTTransformer2DModel` with MHLA layers.
 
-    Takes the arguments of its base class and `mhla`, an `MHLAConfig` or a dict of its values.
+    Takes the arguments of its base class, `mhla` (an `MHLAConfig` or a dict of its values) and
+    `timestep_freq_shift` (see `OriginalDiTTransformer2DModel`).
     """
 
     # A saved pipeline names this module; diffusers looks there for the class and for ModelMixin.
@@ -99,7 +141,13 @@ class MHLADiTTransformer2DModel(
     ]
 
     @register_to_config
-    @accepts_mhla(DiTTransformer2DModel)
-    def __init__(self, mhla: MHLAConfig | dict[str, Any] | None = None, **base: Any):
+    @accepts_mhla(DiTTransformer2DModel, timestep_freq_shift=_DIFFUSERS_SHIFT)
+    def __init__(
+        self,
+        mhla: MHLAConfig | dict[str, Any] | None = None,
+        timestep_freq_shift: float = _DIFFUSERS_SHIFT,
+        **base: Any,
+    ):
         super().__init__(**base)
+        _set_frequency_shift(self, timestep_freq_shift)
         self.convert_new(mhla)

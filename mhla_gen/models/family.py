@@ -39,6 +39,8 @@ class Family(ABC):
     replaced_modules: ClassVar[dict[str, tuple[type, type]]] = {}
     """Path of a module outside the layers → its stock class and the class it has in a converted
     model, which must have the same state."""
+    variants: ClassVar[tuple[type, ...]] = ()
+    """Further softmax classes that are converted like `base_class`, with the same weights."""
 
     @abstractmethod
     def attentions(self, model: Any) -> list[tuple[str, Any]]:
@@ -51,6 +53,14 @@ class Family(ABC):
     @abstractmethod
     def native_grid(self, model: Any) -> tuple[int, ...]:
         """The token grid that `layout="auto"` is made for."""
+
+    def settings(self, model: Any) -> dict[str, Any]:
+        """What the MHLA class must be saved with, besides `mhla` and the arguments of its base."""
+        return {}
+
+    def softmax_class(self, model: Any) -> type:
+        """The class that `model` has without its MHLA layers."""
+        return self.base_class
 
 
 def mhla_layers(config: MHLAConfig, num_layers: int) -> tuple[int, ...]:
@@ -122,18 +132,30 @@ def convert(family: Family, model: Any, config: MHLAConfig) -> None:
             _swap_processor(attention, family.softmax_processor)
     for path, (_, converted_class) in family.replaced_modules.items():
         model.get_submodule(path).__class__ = converted_class
-    model.register_to_config(mhla=config.to_dict())
+    settings = {"mhla": config.to_dict(), **family.settings(model)}
+    if "_use_default_values" in model.config:
+        # from_config ignores what is marked as the default, which was that of another class.
+        defaults = [k for k in model.config["_use_default_values"] if k not in settings]
+        settings["_use_default_values"] = defaults
+    model.register_to_config(**settings)
 
 
 def unconvert(family: Family, model: Any) -> None:
-    """Take away what `convert` added."""
+    """Take away what `convert` added, the class included."""
     for _, attention in family.attentions(model):
         if hasattr(attention, "mhla"):
             del attention.mhla
         _swap_processor(attention, family.stock_processor)
     for path, (stock_class, _) in family.replaced_modules.items():
         model.get_submodule(path).__class__ = stock_class
-    model._internal_dict = FrozenDict({k: v for k, v in model.config.items() if k != "mhla"})
+    softmax_class = family.softmax_class(model)
+    added = _argument_names(type(model)) - _argument_names(softmax_class)
+    model._internal_dict = FrozenDict({k: v for k, v in model.config.items() if k not in added})
+    model.__class__ = softmax_class
+
+
+def _argument_names(model_class: Any) -> set[str]:
+    return set(inspect.signature(model_class.__init__).parameters)
 
 
 def _like(attention: Any, module: MHLA) -> MHLA:
@@ -157,15 +179,30 @@ def _swap_processor(attention: Any, processor_class: type) -> None:
     attention.set_processor(processor)
 
 
-def accepts_mhla(base_class: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def accepts_mhla(
+    base_class: type, **more: Any
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give `__init__(self, mhla, **base)` the signature of `base_class` plus `mhla`.
+
+    Args:
+        base_class: The diffusers class.
+        more: Further arguments of the MHLA class and their defaults.
+    """
+    return accepts(base_class, mhla=None, **more)
+
+
+def accepts(base_class: Any, **more: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give `__init__` the signature of `base_class` plus keywords with their defaults.
 
     diffusers reads a model's config from the signature of its `__init__`. Arguments are handed on
     by keyword, because `register_to_config` takes positional ones for defaults.
     """
     base = inspect.signature(base_class.__init__)
-    extra = inspect.Parameter("mhla", inspect.Parameter.KEYWORD_ONLY, default=None)
-    signature = base.replace(parameters=[*base.parameters.values(), extra])
+    extra = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default)
+        for name, default in more.items()
+    ]
+    signature = base.replace(parameters=[*base.parameters.values(), *extra])
 
     def decorate(init: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(init)
@@ -217,7 +254,7 @@ class MHLATransformerMixin:
         if isinstance(base_model_or_path, nn.Module):
             if kwargs:
                 raise ValueError(f"{sorted(kwargs)} only apply when a path is given, not a model")
-            if type(base_model_or_path) is not base_class:
+            if type(base_model_or_path) not in (base_class, *cls.family.variants):
                 raise ValueError(
                     f"{cls.__name__}.from_base needs a {base_class.__name__}, found a "
                     f"{type(base_model_or_path).__name__}"
@@ -225,6 +262,10 @@ class MHLATransformerMixin:
             resolve(cls.family, base_model_or_path, config or MHLAConfig())
             base_model = copy.deepcopy(base_model_or_path)
         else:
+            location = {k: kwargs[k] for k in _LOCATION if k in kwargs}
+            saved = base_class.load_config(base_model_or_path, **location)
+            variants = {variant.__name__: variant for variant in cls.family.variants}
+            base_class = variants.get(saved.get("_class_name"), base_class)
             base_model = base_class.from_pretrained(base_model_or_path, **kwargs)
         return become(cls.family, cls, base_model, config or MHLAConfig())
 

@@ -20,8 +20,9 @@ from mhla_gen.ops import resolve_implementation
 
 # Base class → the class it becomes. A new family is one file and one line here.
 MHLA_CLASSES: dict[type, type] = {
-    mhla_class.family.base_class: mhla_class
+    softmax_class: mhla_class
     for mhla_class in (MHLADiTTransformer2DModel, MHLAWanTransformer3DModel)
+    for softmax_class in (mhla_class.family.base_class, *mhla_class.family.variants)
 }
 
 
@@ -74,7 +75,6 @@ def restore(pipe_or_transformer: Any) -> Any:
         raise ValueError("the model has no MHLA layers to restore")
     for transformer in targets:
         unconvert(transformer.family, transformer)
-        transformer.__class__ = transformer.family.base_class
     return _update_index(pipe_or_transformer)
 
 

@@ -245,7 +245,7 @@ class QuickstartConfig:
     """New folder for everything that the quickstart leaves."""
     seed: int = 0
     """Fixes training and samples."""
-    max_steps: int = 1000
+    max_steps: int = 800
     """Optimizer steps of each of the two models."""
     batch_size: int = 128
     """Images per step."""
@@ -413,11 +413,128 @@ class ReferenceConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class InspectConfig:
+    """Pictures and numbers of what a model's self-attention does.
+
+    Raises:
+        ValueError: If a value is out of its range.
+    """
+
+    model: str | None = None
+    """Folder that `save_pretrained` wrote (model or pipeline), or a run of train or quickstart."""
+    teacher: str | None = None
+    """Folder of the softmax model to compare with, on the same inputs."""
+    output_dir: str = "runs/inspect"
+    """New folder for index.html, its pictures and statistics.json."""
+    component: str = "transformer"
+    """Which transformer of a pipeline; the second expert of Wan 2.2 is transformer_2."""
+    data: DataConfig | None = None
+    """Images to add noise to, as in `train`; None inspects the model on noise alone."""
+    num_inputs: int = 4
+    """Inputs that rank and entropy are averaged over; maps are those of the first."""
+    classes: Any = "all"
+    """Class numbers of the inputs, in turn; "all" starts with 0. Data come with their own."""
+    timesteps: tuple[int, ...] = ()
+    """Noise levels in [0, 1000). Empty: 999 for noise alone, where sampling starts; 500 for
+    data."""
+    grid: Any = None
+    """Tokens along each axis, for Wan latent frames, height and width after patching. None: the
+    model's own resolution."""
+    queries: Any = "auto"
+    """Tokens whose maps are drawn, a list of positions on the grid; "auto" takes four."""
+    head: int | None = None
+    """Head whose maps are drawn; None is the mean over heads."""
+    max_rows: int = 512
+    """Queries that rank and entropy are computed from, drawn at random where there are more."""
+    seed: int = 0
+    """Fixes noise, text embeddings, and which data and queries are taken."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic of the model; attention weights are computed in float64 from what it made."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes a GPU if there is one."""
+
+    def __post_init__(self):
+        object.__setattr__(self, "classes", _normalize_classes(self.classes))
+        object.__setattr__(self, "timesteps", tuple(self.timesteps))
+        if self.grid is not None:
+            object.__setattr__(self, "grid", _normalize_integers("grid", self.grid, 1))
+        if self.queries != "auto":
+            listed = isinstance(self.queries, Sequence) and not isinstance(self.queries, str)
+            if not listed or not self.queries:
+                raise ValueError(
+                    f'queries must be "auto" or a list of positions such as [[0, 3], [2, 2]], '
+                    f"found {self.queries!r}"
+                )
+            positions = tuple(_normalize_integers("queries", q, 0) for q in self.queries)
+            object.__setattr__(self, "queries", positions)
+        _check_choice("dtype", self.dtype, ("float32", "bfloat16"))
+        _check_choice("device", self.device, ("auto", "cpu", "cuda"))
+        _check_at_least("num_inputs", self.num_inputs, 1)
+        _check_at_least("max_rows", self.max_rows, 2)
+        _check_at_least("seed", self.seed, 0)
+        if self.head is not None:
+            _check_at_least("head", self.head, 0)
+        if any(not 0 <= t < 1000 for t in self.timesteps):
+            raise ValueError(f"timesteps must be in [0, 1000), found {list(self.timesteps)}")
+        if self.data is not None and self.classes != "all":
+            raise ValueError("data come with their classes; leave classes out, or data")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertConfig:
+    """Checkpoints of other code into ours, or ours into theirs.
+
+    Raises:
+        ValueError: If a value is out of its range.
+    """
+
+    source: str | None = None
+    """Import: a .safetensors file, a folder of them, or a file of torch.save. Export: the folder
+    of a transformer that `save_pretrained` wrote."""
+    output_dir: str = "runs/convert"
+    """New folder. Import: a transformer for `from_pretrained`. Export: model.pt, a state dict."""
+    format: Literal["dit", "mhla_dit", "mhla_wan"] = "dit"
+    """The other side's: facebookresearch/DiT, or the DiT or the Wan of the MHLA authors."""
+    direction: Literal["import", "export"] = "import"
+    """import reads the format, export writes it."""
+    weights: Literal["auto", "ema", "model", "state_dict"] = "auto"
+    """Entry of a training checkpoint; auto takes the first that is there, in this order."""
+    num_attention_heads: int | None = None
+    """Heads of a DiT that has not one of the published widths; the weights do not tell."""
+    layout: Any = None
+    """mhla_wan: blocks along frames, height and width, such as (3, 5, 10); the weights tell their
+    product only."""
+    normalizer: Literal["released", "paper"] = "released"
+    """mhla_dit: what the other code divides by; the released one departs from the paper's Eq. 4."""
+    allow_differences: bool = False
+    """mhla_dit: convert although the model will compute something else, as a start for training."""
+
+    def __post_init__(self):
+        _check_choice("format", self.format, ("dit", "mhla_dit", "mhla_wan"))
+        _check_choice("direction", self.direction, ("import", "export"))
+        _check_choice("weights", self.weights, ("auto", "ema", "model", "state_dict"))
+        _check_choice("normalizer", self.normalizer, ("released", "paper"))
+        if self.layout is not None:
+            object.__setattr__(self, "layout", _normalize_integers("layout", self.layout, 1))
+        if self.num_attention_heads is not None:
+            _check_at_least("num_attention_heads", self.num_attention_heads, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class DoctorConfig:
     """Which parts of the installation to try."""
 
     checks: tuple[str, ...] = ()
     """Names of checks; none means all. `mhla-gen doctor --dry-run` lists them."""
+
+
+def _normalize_integers(name: str, values: Any, least: int) -> tuple[int, ...]:
+    integers = isinstance(values, Sequence) and not isinstance(values, str) and 0 < len(values) < 4
+    if not integers or any(
+        not isinstance(n, int) or isinstance(n, bool) or n < least for n in values
+    ):
+        raise ValueError(f"{name} needs 1 to 3 whole numbers from {least} on, found {values!r}")
+    return tuple(values)
 
 
 def _normalize_paths(name: str, paths: Any) -> tuple[str, ...] | None:
@@ -544,5 +661,7 @@ SCHEMAS: dict[str, type] = {
     "sample": SampleConfig,
     "evaluate": EvaluateConfig,
     "reference": ReferenceConfig,
+    "inspect": InspectConfig,
+    "convert": ConvertConfig,
     "doctor": DoctorConfig,
 }

@@ -16,6 +16,8 @@ class Command(NamedTuple):
 
     summary: str
     module: str
+    folder_key: str | None = None
+    """The setting that a folder means when it stands where a config file would."""
 
 
 # The keys are those of SCHEMAS. Modules are imported only when their command runs.
@@ -32,6 +34,15 @@ COMMANDS: dict[str, Command] = {
     ),
     "reference": Command(
         "write reference statistics of your own images", "mhla_gen.cli.reference"
+    ),
+    "inspect": Command(
+        "draw a model's mixing matrices, attention maps, rank and entropy",
+        "mhla_gen.cli.inspect",
+        folder_key="model",
+    ),
+    "convert": Command(
+        "read DiT checkpoints of other code, or write them, and compare outputs",
+        "mhla_gen.cli.convert",
     ),
     "doctor": Command("try every part of the installation once", "mhla_gen.cli.doctor"),
 }
@@ -51,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
         sub.add_argument(
             "arguments",
             nargs="*",
-            metavar="CONFIG.yaml | key=value",
+            metavar=f"{'FOLDER | ' if command.folder_key else ''}CONFIG.yaml | key=value",
             help="at most one config file, then overrides",
         )
         sub.add_argument("--dry-run", action="store_true", help="check everything, do nothing")
@@ -67,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = build_parser().parse_args(argv)
     try:
-        path, overrides = _split_arguments(args.arguments)
+        path, overrides = _split_arguments(args.arguments, COMMANDS[args.command].folder_key)
         config = load_config(path, overrides, SCHEMAS[args.command])
         if args.print_config:
             print(to_yaml(config), end="")
@@ -85,7 +96,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _split_arguments(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
+def _split_arguments(
+    arguments: Sequence[str], folder_key: str | None
+) -> tuple[str | None, list[str]]:
     if arguments and "=" not in arguments[0]:
+        if folder_key is not None and not arguments[0].endswith((".yaml", ".yml")):
+            return None, [f"{folder_key}={arguments[0]}", *arguments[1:]]
         return arguments[0], list(arguments[1:])
     return None, list(arguments)

@@ -1,0 +1,96 @@
+"""Output folders: written whole or not at all, and never over somebody else's files."""
+
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from mhla_gen.config import ConfigError, load_config
+
+CONFIG_NAME = "config.yaml"
+
+
+@contextmanager
+def written_whole(path: str | Path) -> Iterator[Path]:
+    """Write a file or a folder under a temporary name; give it its name when all is written.
+
+    What was at `path` stays until then, and stays for good if an error comes in between.
+
+    Yields:
+        Where to write: a path beside `path` that does not exist yet.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    _remove(partial)
+    try:
+        yield partial
+        if partial.is_dir() and path.is_dir():
+            # A folder cannot be renamed onto one that has files.
+            old = path.with_name(f".{path.name}.old")
+            _remove(old)
+            os.replace(path, old)
+            os.replace(partial, path)
+            _remove(old)
+        else:
+            os.replace(partial, path)
+    finally:
+        _remove(partial)
+
+
+def made_with(folder: str | Path, config: Any, ignore: Sequence[str] = ("output_dir",)) -> bool:
+    """Whether a run with these settings wrote `folder`; False if it is free to use.
+
+    Args:
+        folder: Output folder. Those of ours hold the settings that made them.
+        config: The settings asked for now.
+        ignore: Settings that may differ.
+
+    Raises:
+        FileExistsError: If something else is there: other settings, named, or files not ours.
+    """
+    folder = Path(folder)
+    remedy = "choose another output_dir or move it away"
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"output_dir {folder} is a file; {remedy}")
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return False
+    try:
+        found = load_config(folder / CONFIG_NAME, schema=type(config))
+    except ConfigError:
+        message = f"output_dir {folder} has files that this command did not write; {remedy}"
+        raise FileExistsError(message) from None
+    changes = differences(found, config, ignore)
+    if changes:
+        raise FileExistsError(
+            f"output_dir {folder} was made with other settings ({'; '.join(changes)}); {remedy}"
+        )
+    return True
+
+
+def differences(found: Any, asked: Any, ignore: Sequence[str] = ()) -> list[str]:
+    """The settings in which two configs differ, as `key: found X, asked for Y`."""
+    pairs = zip(_flat(asdict(found)), _flat(asdict(asked)), strict=True)
+    return [
+        f"{key}: found {old}, asked for {new}"
+        for (key, old), (_, new) in pairs
+        if key not in ignore and old != new
+    ]
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

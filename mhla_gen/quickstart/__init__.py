@@ -1,0 +1,5 @@
+"""The whole job in minutes: train on real digits, sample, score, beside a fair control."""
+
+from mhla_gen.quickstart.run import quickstart
+
+__all__ = ["quickstart"]

@@ -1,0 +1,76 @@
+"""The quickstart's pictures."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from mhla_gen.config import MHLAConfig
+from mhla_gen.models import MHLA
+from mhla_gen.ops import MIXING_INITS
+
+
+def draw_losses(logs: Mapping[str, Sequence[dict[str, float]]], path: Path) -> None:
+    """Training losses by step, one curve per model.
+
+    Args:
+        logs: Title → lines of a training log.
+        path: Picture to write.
+    """
+    figure = Figure(figsize=(6.4, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for title, lines in logs.items():
+        axes.plot([line["step"] for line in lines], [line["loss"] for line in lines], label=title)
+    axes.set(xlabel="optimizer step", ylabel="flow-matching loss", yscale="log")
+    for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        axis("{x:g}")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+def mixing_matrices(model: torch.nn.Module) -> list[Tensor]:
+    """The mixing matrix of every MHLA layer, the mean over heads if each has its own."""
+    layers = [
+        module.mixing.detach().cpu() for module in model.modules() if isinstance(module, MHLA)
+    ]
+    return [matrix.mean(0) if matrix.ndim == 3 else matrix for matrix in layers]
+
+
+def draw_mixing(model: torch.nn.Module, config: MHLAConfig, path: Path) -> None:
+    """Mixing matrices as training found and left them: rows read, columns are read.
+
+    Args:
+        model: The trained model.
+        config: Its settings, which say how the matrices started.
+        path: Picture to write.
+    """
+    matrices = mixing_matrices(model)
+    before = MIXING_INITS[config.mixing_init](config.layout)
+    pictures = {"before training": before}
+    pictures |= {f"after, layer {i}": matrix for i, matrix in enumerate(matrices)}
+    top = max(float(matrix.max()) for matrix in pictures.values())
+    figure = Figure(figsize=(2.1 * len(pictures) + 0.8, 2.9), layout="constrained")
+    panels = figure.subplots(1, len(pictures), squeeze=False)[0]
+    image = None
+    for axes, (title, matrix) in zip(panels, pictures.items(), strict=True):
+        image = axes.imshow(matrix, vmin=0, vmax=top, cmap="viridis")
+        axes.set_title(title, fontsize=10)
+        axes.set_xticks([])
+        axes.set_yticks([])
+        if len(matrix) <= 8:
+            _write_values(axes, matrix.numpy(), top)
+    panels[0].set(xlabel="block read", ylabel="block of the query")
+    assert image is not None
+    figure.colorbar(image, ax=panels, shrink=0.8, label="weight")
+    figure.savefig(path, dpi=150)
+
+
+def _write_values(axes, matrix: np.ndarray, top: float) -> None:
+    for (row, column), value in np.ndenumerate(matrix):
+        # White on the dark half of the colour map, black on the light one.
+        colour = "white" if value < 0.6 * top else "black"
+        axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8, color=colour)

@@ -1,0 +1,68 @@
+"""One picture of many images: a row per class, columns in titled groups."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+_GAP = 2
+# It comes with matplotlib and has the letters of most languages; Pillow's own lacks even ×.
+_FONT = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
+_FONT_SIZE = 16
+
+
+def contact_sheet(
+    groups: Mapping[str, Sequence[np.ndarray]],
+    row_names: Sequence[str],
+    *,
+    per_row: int = 10,
+    tile_size: int = 40,
+) -> Image.Image:
+    """Lay images out in rows by class and in groups side by side.
+
+    Small images are enlarged by a whole factor, smoothly: eyes read shapes, not squares.
+
+    Args:
+        groups: Title → one array of images per row, uint8 `[images, height, width, channels]`.
+        row_names: Label of each row.
+        per_row: Most images of a group in a row.
+        tile_size: Least width of an image in the picture, in pixels.
+    """
+    font = ImageFont.truetype(_FONT, _FONT_SIZE)
+    widest = max((rows.shape[2] for group in groups.values() for rows in group), default=1)
+    tile = widest * max(1, -(-tile_size // widest))
+    columns = {
+        title: min(per_row, max(map(len, group), default=0)) for title, group in groups.items()
+    }
+    margin = int(max(font.getlength(name) for name in row_names)) + 2 * _GAP
+    header = _FONT_SIZE + 3 * _GAP
+    width = margin + sum(n * (tile + _GAP) + 4 * _GAP for n in columns.values())
+    height = header + len(row_names) * (tile + _GAP) + _GAP
+    sheet = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(sheet)
+    for row, name in enumerate(row_names):
+        middle = header + row * (tile + _GAP) + tile // 2
+        draw.text((_GAP, middle), name, fill="black", font=font, anchor="lm")
+    left = margin
+    for title, group in groups.items():
+        draw.text((left, _GAP), title, fill="black", font=font)
+        for row, images in enumerate(group):
+            for column, image in enumerate(images[:per_row]):
+                position = left + column * (tile + _GAP), header + row * (tile + _GAP)
+                sheet.paste(_tile(image, tile), position)
+        left += columns[title] * (tile + _GAP) + 4 * _GAP
+    return sheet
+
+
+def rows_by_class(
+    images: np.ndarray, labels: np.ndarray, classes: Sequence[int]
+) -> list[np.ndarray]:
+    """The images of each class, in the order of `classes`."""
+    return [images[labels == c] for c in classes]
+
+
+def _tile(image: np.ndarray, size: int) -> Image.Image:
+    picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).convert("RGB")
+    return picture.resize((size, size), Image.Resampling.BICUBIC)

@@ -1,0 +1,208 @@
+"""A diffusers pipeline for class-conditional DiTs with any number of classes."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+Callback = Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor]]
+
+
+class ClassConditionalPipeline(DiffusionPipeline):
+    """Images of given classes from a DiT, in pixel space or through a VAE.
+
+    diffusers' `DiTPipeline` takes class 1000 for "no class"; here it is the number after the last
+    class, whatever that is.
+
+    Args:
+        transformer: A `DiTTransformer2DModel` or a subclass.
+        scheduler: Any diffusers scheduler for what the transformer predicts.
+        vae: Decoder from latents to images; None for a model of pixels.
+        class_names: One name per class.
+        prediction_type: `flow_prediction` or a `prediction_type` of diffusers' other schedulers.
+
+    Raises:
+        ValueError: If the scheduler does not fit `prediction_type`.
+    """
+
+    model_cpu_offload_seq = "transformer->vae"
+    _optional_components: ClassVar[list[str]] = ["vae"]
+    _callback_tensor_inputs: ClassVar[list[str]] = ["latents"]
+
+    def __init__(
+        self,
+        transformer: Any,
+        scheduler: Any,
+        vae: Any = None,
+        class_names: Sequence[str] | None = None,
+        prediction_type: str = "flow_prediction",
+    ):
+        super().__init__()
+        check_scheduler(scheduler, prediction_type)
+        self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
+        names = None if class_names is None else list(class_names)
+        self.register_to_config(class_names=names, prediction_type=prediction_type)
+        scale = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
+        self.image_processor = VaeImageProcessor(vae_scale_factor=scale)
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes, not counting "no class"."""
+        return self.transformer.config.num_embeds_ada_norm
+
+    @property
+    def class_names(self) -> list[str]:
+        """One name per class; numbers where the model was saved without names."""
+        settings: Any = self.config
+        return list(settings.class_names or map(str, range(self.num_classes)))
+
+    @property
+    def prediction_type(self) -> str:
+        """What the transformer predicts."""
+        settings: Any = self.config
+        return settings.prediction_type
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: Sequence[int] | Tensor,
+        num_inference_steps: int = 40,
+        guidance_scale: float = 1.5,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Draw one image per label.
+
+        Args:
+            class_labels: Class numbers `[batch]`.
+            num_inference_steps: Denoising steps.
+            guidance_scale: Classifier-free guidance w: "no class" + w (class − "no class"). 1 is
+                none, and halves the work.
+            generator: One source of noise, or one per image.
+            latents: Initial noise `[batch, channels, height, width]`, in place of `generator`'s.
+            output_type: `pil`, `np` (`[batch, height, width, channels]` in [0, 1]), `pt`
+                (`[batch, channels, height, width]` in [0, 1]) or `latent` (what the model made).
+            return_dict: Wrap the result in diffusers' output class.
+            callback_on_step_end: Called with pipeline, step, timestep and tensors after every step;
+                may return changed tensors.
+            callback_on_step_end_tensor_inputs: Names of the tensors that the callback gets.
+
+        Returns:
+            The images.
+
+        Raises:
+            ValueError: If a label is no class of the model, or an argument is out of its range.
+        """
+        labels = self._check_inputs(class_labels, guidance_scale, output_type)
+        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
+        if unknown:
+            raise ValueError(f"callbacks get {self._callback_tensor_inputs}, not {sorted(unknown)}")
+        device = self._execution_device
+        labels = labels.to(device)
+        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        sample: Any = self._initial_noise(len(labels), generator, latents, device)
+        options: dict[str, Any] = {"return_dict": False}
+        if "generator" in inspect.signature(self.scheduler.step).parameters:
+            options["generator"] = generator
+
+        progress_bar: Any = self.progress_bar
+        with progress_bar(total=num_inference_steps) as bar:
+            for i, t in enumerate(self.scheduler.timesteps):
+                prediction = self._predict(sample, t, labels, guidance_scale)
+                sample = self.scheduler.step(prediction, t, sample, **options)[0]
+                if callback_on_step_end is not None:
+                    changed = callback_on_step_end(self, i, t, {"latents": sample})
+                    sample = (changed or {}).get("latents", sample)
+                bar.update()
+
+        images: Any = sample if output_type == "latent" else self._decode(sample, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _check_inputs(
+        self, class_labels: Sequence[int] | Tensor, guidance_scale: float, output_type: str
+    ) -> Tensor:
+        labels = torch.as_tensor(class_labels)
+        if labels.ndim != 1 or labels.is_floating_point() or not len(labels):
+            raise ValueError(f"class_labels must be a list of class numbers, found {class_labels}")
+        if labels.min() < 0 or labels.max() >= self.num_classes:
+            raise ValueError(
+                f"class_labels must be in 0…{self.num_classes - 1}, "
+                f"found {labels.min()}…{labels.max()}"
+            )
+        if guidance_scale < 1:
+            raise ValueError(f"guidance_scale must be at least 1, found {guidance_scale}")
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"output_type must be pil, np, pt or latent, found {output_type!r}")
+        return labels.long()
+
+    def _initial_noise(
+        self, num: int, generator: Any, latents: Tensor | None, device: torch.device
+    ) -> Tensor:
+        config = self.transformer.config
+        shape = (num, config.in_channels, config.sample_size, config.sample_size)
+        if latents is None:
+            latents = randn_tensor(shape, generator, device, torch.float32)
+        elif latents.shape[:2] != shape[:2]:
+            raise ValueError(f"latents must be {list(shape)}, found {list(latents.shape)}")
+        # Flow-matching schedulers start from plain noise and do not have this attribute.
+        scale = getattr(self.scheduler, "init_noise_sigma", 1.0)
+        return latents.to(device, torch.float32) * scale
+
+    def _predict(self, latents: Tensor, t: Tensor, labels: Tensor, guidance: float) -> Tensor:
+        """The guided prediction, float32, of the shape of `latents`."""
+        if guidance > 1:
+            labels = torch.cat([labels, torch.full_like(labels, self.num_classes)])
+            latents = torch.cat([latents, latents])
+        if hasattr(self.scheduler, "scale_model_input"):
+            latents = self.scheduler.scale_model_input(latents, t)
+        dtype = self.transformer.proj_out_2.weight.dtype
+        prediction = self.transformer(
+            latents.to(dtype),
+            timestep=t.expand(len(latents)),
+            class_labels=labels,
+            return_dict=False,
+        )[0]
+        # The second half of the channels, if there is one, is a learned variance.
+        prediction = prediction[:, : latents.shape[1]].float()
+        if guidance > 1:
+            with_class, without = prediction.chunk(2)
+            prediction = without + guidance * (with_class - without)
+        return prediction
+
+    def _decode(self, latents: Tensor, output_type: str) -> Any:
+        if self.vae is not None:
+            latents = latents / self.vae.config.scaling_factor
+            latents = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
+        return self.image_processor.postprocess(latents.float(), output_type=output_type)
+
+
+def check_scheduler(scheduler: Any, prediction_type: str) -> None:
+    """Raise unless the scheduler works with what the model predicts.
+
+    Raises:
+        ValueError: If the scheduler expects another prediction, or a learned variance.
+    """
+    name, config = type(scheduler).__name__, scheduler.config
+    if name.startswith("FlowMatch"):
+        expected = "flow_prediction"
+    else:
+        expected = config.get("prediction_type", "epsilon")
+    if expected != prediction_type:
+        raise ValueError(
+            f"{name} works on {expected}, but the model makes {prediction_type}; "
+            "choose a scheduler or its options to match"
+        )
+    if expected == "flow_prediction" and not config.get("use_flow_sigmas", True):
+        raise ValueError(f"{name} needs use_flow_sigmas=True for {prediction_type}")
+    if "learned" in str(config.get("variance_type")):
+        raise ValueError(f"{name} must have a fixed variance_type, found {config.variance_type}")

@@ -1,0 +1,95 @@
+"""What a run reports: a progress bar, and one JSON object a line in log.jsonl."""
+
+import json
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+LOG_NAME = "log.jsonl"
+
+
+class RunLog:
+    """Mean loss, learning rate and speed, every `every` steps.
+
+    Losses stay on their device until a line is written: reading one waits for the device.
+
+    Args:
+        path: The log; None to keep nothing on disk.
+        start: Steps done before; later lines of an existing log are dropped.
+        stop: Steps of the whole run.
+        every: Steps per line.
+        title: Name of the progress bar.
+        images_per_step: For the speed.
+        show: Draw the bar.
+    """
+
+    def __init__(
+        self,
+        path: Path | None,
+        *,
+        start: int,
+        stop: int,
+        every: int,
+        title: str,
+        images_per_step: int,
+        show: bool = True,
+    ):
+        self.path = path
+        self.every = every
+        self.stop = stop
+        self.images_per_step = images_per_step
+        self.bar = tqdm(total=stop, initial=start, desc=title, unit="step", disable=not show)
+        self._losses: list[Tensor] = []
+        self._since = time.perf_counter()
+        if path is not None:
+            kept = [line for line in read_log(path) if line["step"] <= start]
+            path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+
+    def step(self, step: int, loss: Tensor, learning_rate: float) -> None:
+        """Note one finished step.
+
+        Args:
+            step: Steps done, this one included.
+            loss: Its loss, a scalar.
+            learning_rate: The rate that it was made with.
+
+        Raises:
+            ValueError: If a loss since the last line is not finite.
+        """
+        self._losses.append(loss.detach())
+        self.bar.update()
+        if step % self.every and step != self.stop:
+            return
+        losses = torch.stack(self._losses)
+        if not bool(losses.isfinite().all()):
+            first = step - len(losses) + 1 + int((~losses.isfinite()).nonzero()[0])
+            raise ValueError(
+                f"the loss of step {first} is not finite; lower learning_rate or max_grad_norm, "
+                "and go on from the last checkpoint with resume=latest"
+            )
+        seconds = time.perf_counter() - self._since
+        line = {
+            "step": step,
+            "loss": float(losses.mean()),
+            "learning_rate": learning_rate,
+            "images_per_second": round(len(losses) * self.images_per_step / seconds, 1),
+        }
+        self.bar.set_postfix_str(f"loss {line['loss']:.4f}", refresh=False)
+        if self.path is not None:
+            with self.path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        self._losses, self._since = [], time.perf_counter()
+
+    def close(self) -> None:
+        """Finish the progress bar."""
+        self.bar.close()
+
+
+def read_log(path: Path) -> list[dict[str, float]]:
+    """The lines of a log, oldest first; none if there is no log."""
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines()]

@@ -1,0 +1,57 @@
+"""The optimizer, and the rules for mixing matrices that hold wherever it is used."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def mixing_matrices(model: nn.Module) -> list[nn.Parameter]:
+    """The trainable mixing matrices of all MHLA layers."""
+    return [
+        parameter
+        for name, parameter in model.named_parameters()
+        if name.split(".")[-1] == "mixing" and parameter.requires_grad
+    ]
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Trainable parameters in two groups: with and without weight decay.
+
+    Weight matrices and convolutions decay. Biases, norms, embedding tables and mixing matrices do
+    not: decay would pull a mixing matrix, whose entries are weights of an average, to zero.
+    """
+    exempt = {id(parameter) for parameter in mixing_matrices(model)}
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            exempt.add(id(module.weight))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    decayed = [p for p in trained if p.ndim >= 2 and id(p) not in exempt]
+    others = [p for p in trained if p.ndim < 2 or id(p) in exempt]
+    return [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+
+
+def build_optimizer(
+    model: nn.Module, learning_rate: float, weight_decay: float
+) -> torch.optim.AdamW:
+    """AdamW that keeps the model's mixing matrices in [0, 1] after every step."""
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, weight_decay), lr=learning_rate, betas=(0.9, 0.999), fused=True
+    )
+    keep_mixing_in_range(optimizer, mixing_matrices(model))
+    return optimizer
+
+
+def keep_mixing_in_range(optimizer: torch.optim.Optimizer, matrices: list[nn.Parameter]) -> None:
+    """Clip these parameters to [0, 1] after each step of the optimizer, whoever calls it."""
+
+    @torch.no_grad()
+    def clip(*_: Any) -> None:
+        for matrix in matrices:
+            matrix.clamp_(0, 1)
+
+    if matrices:
+        optimizer.register_step_post_hook(clip)

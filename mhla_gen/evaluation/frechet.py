@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -47,6 +48,23 @@ class FeatureStatistics:
     def dim(self) -> int:
         """Number of feature dimensions."""
         return self.mean.size
+
+    @cached_property
+    def factor(self) -> Tensor:
+        """L [dim, rank], float64, with L Lᵀ = covariance; kept, for it is most of the work."""
+        covariance = torch.from_numpy(self.covariance)
+        if self.count is None or self.count > self.dim:
+            lower, failed = torch.linalg.cholesky_ex(covariance)
+            if not failed:
+                return lower
+        # Singular. Eigenvalues of directions that no sample spans are rounding noise: n samples
+        # span n - 1 of them; without a count, the usual threshold of a numerical rank decides.
+        values, vectors = torch.linalg.eigh(covariance)
+        noise = values[-1].clamp_min(0) * self.dim * torch.finfo(torch.float64).eps
+        keep = values > noise
+        if self.count is not None:
+            keep[: max(self.dim - self.count + 1, 0)] = False
+        return vectors[:, keep] * values[keep].sqrt()
 
     @classmethod
     def from_features(cls, features: Tensor | np.ndarray) -> "FeatureStatistics":
@@ -193,28 +211,10 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
                 FewSamplesWarning,
                 stacklevel=2,
             )
-    cross = _factor(a).T @ _factor(b)
+    cross = a.factor.T @ b.factor
     mean_term = float(((a.mean - b.mean) ** 2).sum())
     traces = float(np.trace(a.covariance) + np.trace(b.covariance))
     return mean_term + traces - 2 * float(torch.linalg.svdvals(cross).sum())
-
-
-def _factor(statistics: FeatureStatistics) -> Tensor:
-    """L [dim, rank] with L Lᵀ = covariance."""
-    covariance = torch.from_numpy(statistics.covariance)
-    dim, count = statistics.dim, statistics.count
-    if count is None or count > dim:
-        lower, failed = torch.linalg.cholesky_ex(covariance)
-        if not failed:
-            return lower
-    # Singular. Eigenvalues of directions that no sample spans are rounding noise: n samples span
-    # n - 1 of them; without a count, the usual threshold of a numerical rank decides.
-    values, vectors = torch.linalg.eigh(covariance)
-    noise = values[-1].clamp_min(0) * dim * torch.finfo(torch.float64).eps
-    keep = values > noise
-    if count is not None:
-        keep[: max(dim - count + 1, 0)] = False
-    return vectors[:, keep] * values[keep].sqrt()
 
 
 def as_features(features: Tensor | np.ndarray) -> Tensor:

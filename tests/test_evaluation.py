@@ -6,6 +6,7 @@ import sys
 import warnings
 from dataclasses import replace
 
+import imageio.v3 as imageio
 import numpy as np
 import pytest
 import torch
@@ -314,26 +315,34 @@ def test_two_processes_give_the_numbers_of_one(settings, tmp_path):
     np.savez(tmp_path / "samples.npz", arr_0=images)
     np.savez(tmp_path / "real.npz", arr_0=images[::-1] // 2)
     expected = values(evaluate(replace(settings, kid_subsets=3)))
-    arguments = [
-        "evaluate",
-        f"samples={tmp_path}/samples.npz",
-        f"reference={tmp_path}/real.npz",
-        "metrics=[fd,kid,precision,recall]",
+    shared = [
         "features.extractor=torchscript",
         f"features.weights={settings.features.weights}",
         f"features.cache_dir={tmp_path}/other",
         "features.device=cpu",
+    ]
+    on_two_processes("reference", f"data={tmp_path}/real.npz", f"out={tmp_path}/ref.npz", *shared)
+    on_two_processes(
+        "evaluate",
+        f"samples={tmp_path}/samples.npz",
+        f"reference={tmp_path}/ref.npz",
+        "metrics=[fd,kid,precision,recall]",
         "kid_subset_size=20",
         "kid_subsets=3",
         f"out={tmp_path}/two.json",
-    ]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    launch += ["-m", "mhla_gen.cli"]
-    done = subprocess.run([*launch, *arguments], capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-2000:]
+        *shared,
+    )
     written = json.loads((tmp_path / "two.json").read_text())["metrics"]
     for metric, value in expected.items():
         assert written[metric]["value"] == pytest.approx(value, rel=1e-6)
+
+
+def on_two_processes(*arguments):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*launch, "-m", "mhla_gen.cli", *arguments], capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_dry_run_measures_nothing(settings, tmp_path, capsys):
@@ -385,6 +394,33 @@ def test_fvd_measures_clips(tmp_path):
     assert result.value > 0
     assert result.protocol.startswith("FVD-40 i3d-i3d-")
     assert "bilinear-224 fp32 12x12 frames-0:5:2 vs-40" in result.protocol
+
+
+def test_fvd_reads_folders_of_videos(tmp_path):
+    rng = np.random.default_rng(0)
+    for name in ("samples", "real"):
+        for index in range(5):
+            path = tmp_path / name / f"{index}.mp4"
+            path.parent.mkdir(exist_ok=True)
+            frames = rng.integers(0, 256, (6, 64, 64, 3), dtype=np.uint8)
+            imageio.imwrite(path, frames, fps=8, macro_block_size=1)
+    config = EvaluateConfig(
+        samples=str(tmp_path / "samples"),
+        reference=str(tmp_path / "real"),
+        metrics=("fvd",),
+        features=FeaturesConfig(
+            extractor="i3d",
+            weights=scripted(PooledClips(), tmp_path / "i3d.pt"),
+            video_frames=6,
+            cache_dir=str(tmp_path / "cache"),
+        ),
+        jackknife_groups=2,
+        out=str(tmp_path / "metrics.json"),
+    )
+    assert "64x64 frames-0:6:1 vs-5" in evaluate(config)[0].protocol
+    too_long = replace(config, features=replace(config.features, video_frames=7))
+    with pytest.raises(EvaluationError, match=r"none of 5 can be read.*has 6 frames"):
+        evaluate(too_long)
 
 
 def test_dinov2_from_a_local_folder(tmp_path):

@@ -12,6 +12,7 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torchmetrics.image.fid import FrechetInceptionDistance
 
+from mhla_gen.config import EvaluateConfig, FeaturesConfig, ReferenceConfig
 from mhla_gen.evaluation import (
     FeatureStatistics,
     FrechetDistance,
@@ -19,6 +20,8 @@ from mhla_gen.evaluation import (
     InceptionScore,
     KernelDistance,
     PrecisionRecall,
+    build_reference,
+    evaluate,
     frechet_distance,
     inception_score,
     kernel_distance,
@@ -228,6 +231,38 @@ def test_features_on_a_gpu_are_those_of_a_cpu(weights, extractor):
         error = (on_gpu[name].cpu() - expected).norm() / expected.norm()
         # TF32 would be at 3e-4.
         assert error < 3e-6
+
+
+def test_the_command_measures_all_six_against_a_built_reference(tmp_path, both, weights):
+    (samples, reference), features = both
+    for name, x in (("samples", samples), ("real", reference)):
+        np.savez(tmp_path / f"{name}.npz", arr_0=x.permute(0, 2, 3, 1).numpy())
+    settings = FeaturesConfig(weights=str(weights), cache_dir=str(tmp_path / "cache"))
+    built = build_reference(
+        ReferenceConfig(
+            data=str(tmp_path / "real.npz"), out=str(tmp_path / "ref.npz"), features=settings
+        )
+    )
+    with np.load(built) as file:
+        assert {"mu", "sigma", "mu_s", "sigma_s", "arr_0"} <= set(file)
+        assert file["mu_s"].shape == (2023,)
+    config = EvaluateConfig(
+        samples=str(tmp_path / "samples.npz"),
+        reference=str(built),
+        features=settings,
+        kid_subset_size=14,
+        jackknife_groups=2,
+        out=str(tmp_path / "metrics.json"),
+    )
+    found = {result.metric: result for result in evaluate(config)}
+    assert list(found) == ["fid", "sfid", "is", "precision", "recall", "kid"]
+    for metric, name in (("fid", "pool"), ("sfid", "spatial")):
+        sides = (FeatureStatistics.from_features(side[name]) for side in features)
+        assert found[metric].value == pytest.approx(frechet_distance(*sides), rel=1e-6)
+        assert "use more samples" in found[metric].note
+        assert found[metric].interval.low < found[metric].value
+    assert found["is"].value == pytest.approx(inception_score(features[0]["logits"])[0], rel=1e-6)
+    assert found["is"].protocol.endswith("tf1-resize fp32 32x32 splits-of-5000-in-order")
 
 
 def test_identity_names_the_weights(extractor):

@@ -1,0 +1,27 @@
+"""Look into a model: mixing matrices, induced attention maps, rank and entropy."""
+
+from mhla_gen.inspection.attention_maps import (
+    LayerAttention,
+    MHLAAttention,
+    SoftmaxAttention,
+    watch,
+)
+from mhla_gen.inspection.inspection import inspect
+from mhla_gen.inspection.statistics import (
+    effective_rank,
+    head_statistics,
+    numerical_rank,
+    row_entropy,
+)
+
+__all__ = [
+    "LayerAttention",
+    "MHLAAttention",
+    "SoftmaxAttention",
+    "effective_rank",
+    "head_statistics",
+    "inspect",
+    "numerical_rank",
+    "row_entropy",
+    "watch",
+]

@@ -1,0 +1,171 @@
+"""What an inspected model is run on: noise, or images with noise, and a condition."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
+from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
+from torch import Tensor
+
+from mhla_gen.config import InspectConfig
+from mhla_gen.data import ArrayImages, FolderImages, derived_seed, load_images
+from mhla_gen.inspection.loading import Subject
+
+# What diffusers' Wan pipelines pass: text padded to 512 tokens, 257 of CLIP's for an image.
+_TEXT_TOKENS, _IMAGE_TOKENS = 512, 257
+_NUM_TIMESTEPS = 1000
+
+
+@dataclass(frozen=True, eq=False)
+class Input:
+    """One input and how to call it."""
+
+    title: str
+    arguments: dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class _Start:
+    """Clean latents, if any, and the class that belongs to them."""
+
+    latents: Tensor | None
+    label: int
+
+
+def token_grid(subject: Subject, config: InspectConfig) -> tuple[int, ...]:
+    """The grid that the model is inspected on.
+
+    Raises:
+        ValueError: If the grid asked for does not fit the model.
+    """
+    native = subject.family.native_grid(subject.model)
+    if config.grid is None:
+        return native
+    if len(config.grid) != len(native):
+        raise ValueError(
+            f"grid needs {len(native)} entries for a {type(subject.model).__name__}, "
+            f"found {list(config.grid)}"
+        )
+    if isinstance(subject.model, DiTTransformer2DModel) and len(set(config.grid)) > 1:
+        raise ValueError(f"DiT's token grid is square, found grid={list(config.grid)}")
+    return config.grid
+
+
+def make_inputs(subject: Subject, config: InspectConfig, grid: tuple[int, ...]) -> list[Input]:
+    """All inputs of an inspection, one for every sample and timestep, batch size 1, on the CPU.
+
+    The same config gives the same inputs to every model of the same size.
+
+    Raises:
+        ValueError: If the family has no recipe, or data or classes do not fit the model.
+        OSError: If data are missing.
+    """
+    condition = _condition_of(subject.model)
+    shape = latent_shape(subject.model, grid)
+    dtype = getattr(torch, config.dtype)
+    timesteps = config.timesteps or ((500,) if config.data else (999,))
+    made = []
+    for timestep in timesteps:
+        for number, start in enumerate(_starts(subject, config, shape)):
+            generator = torch.Generator().manual_seed(derived_seed(config.seed, number))
+            latents = torch.randn(shape, generator=generator)
+            if start.latents is not None:
+                latents = add_noise(subject.scheduler, start.latents, latents, timestep)
+            title, arguments = condition(subject.model, start.label, generator)
+            arguments |= {"hidden_states": latents, "timestep": torch.tensor([timestep])}
+            kind = "noise" if start.latents is None else f"{config.data and config.data.source}"
+            made.append(
+                Input(f"{kind} {number}, {title}, timestep {timestep}", _cast(arguments, dtype))
+            )
+    return made
+
+
+def latent_shape(model: Any, grid: tuple[int, ...]) -> tuple[int, ...]:
+    """`(1, channels, …)` of the latents whose patches form a grid."""
+    patch = model.config.patch_size
+    patches = (patch,) * len(grid) if isinstance(patch, int) else tuple(patch)
+    sizes = (n * p for n, p in zip(grid, patches, strict=True))
+    return (1, model.config.in_channels, *sizes)
+
+
+def add_noise(scheduler: Any, latents: Tensor, noise: Tensor, timestep: int) -> Tensor:
+    """Latents at a timestep, as the scheduler's training target has them.
+
+    Raises:
+        ValueError: If there is no scheduler to tell how.
+    """
+    if scheduler is None:
+        raise ValueError(
+            "data need a pipeline folder: its scheduler says how much noise a timestep has; "
+            "leave data out to inspect the model on noise alone"
+        )
+    flow = type(scheduler).__name__.startswith("FlowMatch")
+    if flow or scheduler.config.get("prediction_type") == "flow_prediction":
+        sigma = timestep / _NUM_TIMESTEPS
+        return (1 - sigma) * latents + sigma * noise
+    return scheduler.add_noise(latents, noise, torch.tensor([timestep]))
+
+
+def _starts(subject: Subject, config: InspectConfig, shape: tuple[int, ...]) -> list[_Start]:
+    if config.data is not None:
+        return _images(load_images(config.data), config, shape)
+    num_classes = getattr(subject.model.config, "num_embeds_ada_norm", None)
+    classes = range(num_classes or 1) if config.classes == "all" else config.classes
+    if num_classes and max(classes) >= num_classes:
+        raise ValueError(f"the model has classes 0…{num_classes - 1}, found {max(classes)}")
+    return [_Start(None, classes[i % len(classes)]) for i in range(config.num_inputs)]
+
+
+def _images(
+    images: ArrayImages | FolderImages, config: InspectConfig, shape: tuple[int, ...]
+) -> list[_Start]:
+    if tuple(images.image_shape) != shape[1:]:
+        raise ValueError(
+            f"the data are {list(images.image_shape)} but the model takes {list(shape[1:])}; "
+            "latent and video models are inspected on noise: leave data out"
+        )
+    order = np.random.default_rng(config.seed).permutation(len(images))
+    pixels, labels = images.read([int(i) for i in order[: config.num_inputs]])
+    return [_Start(x[None], int(label)) for x, label in zip(pixels, labels, strict=True)]
+
+
+def _class_condition(
+    model: Any, label: int, generator: torch.Generator
+) -> tuple[str, dict[str, Any]]:
+    return f"class {label}", {"class_labels": torch.tensor([label])}
+
+
+def _text_condition(
+    model: Any, label: int, generator: torch.Generator
+) -> tuple[str, dict[str, Any]]:
+    """Random embeddings: no text encoder is needed, and cross-attention alone reads them."""
+    size = (1, _TEXT_TOKENS, model.config.text_dim)
+    arguments = {"encoder_hidden_states": torch.randn(size, generator=generator)}
+    if model.config.image_dim is not None:
+        size = (1, _IMAGE_TOKENS, model.config.image_dim)
+        arguments["encoder_hidden_states_image"] = torch.randn(size, generator=generator)
+    return "random text embedding", arguments
+
+
+Condition = Callable[[Any, int, torch.Generator], tuple[str, dict[str, Any]]]
+
+# Base class → what its forward pass needs beside latents and timestep.
+CONDITIONS: dict[type, Condition] = {
+    DiTTransformer2DModel: _class_condition,
+    WanTransformer3DModel: _text_condition,
+}
+
+
+def _condition_of(model: Any) -> Condition:
+    for base, condition in CONDITIONS.items():
+        if isinstance(model, base):
+            return condition
+    names = ", ".join(base.__name__ for base in CONDITIONS)
+    raise ValueError(f"inspect can make inputs for {names}; found a {type(model).__name__}")
+
+
+def _cast(arguments: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    return {k: v.to(dtype) if v.is_floating_point() else v for k, v in arguments.items()}

@@ -133,11 +133,11 @@ def convert(family: Family, model: Any, config: MHLAConfig) -> None:
     for path, (_, converted_class) in family.replaced_modules.items():
         model.get_submodule(path).__class__ = converted_class
     settings = {"mhla": config.to_dict(), **family.settings(model)}
-    if "_use_default_values" in model.config:
-        # from_config ignores what is marked as the default, which was that of another class.
-        defaults = [k for k in model.config["_use_default_values"] if k not in settings]
-        settings["_use_default_values"] = defaults
-    model.register_to_config(**settings)
+    # from_config ignores what is marked as the default; that may have been another class's.
+    defaults = [k for k in model.config.get("_use_default_values", ()) if k not in settings]
+    marks = {"_use_default_values": defaults} if defaults else {}
+    kept = {k: v for k, v in model.config.items() if k != "_use_default_values"}
+    model._internal_dict = FrozenDict({**kept, **settings, **marks})
 
 
 def unconvert(family: Family, model: Any) -> None:

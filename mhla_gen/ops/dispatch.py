@@ -93,6 +93,7 @@ def mhla(
         dtype=query.dtype,
         head_dim=query.shape[3],
         value_dim=value.shape[3],
+        num_blocks=math.prod(layout),
         causal=causal,
         trainable_rotary=trainable_rotary,
     )
@@ -151,6 +152,7 @@ def resolve_implementation(
     dtype: torch.dtype = torch.bfloat16,
     head_dim: int = 64,
     value_dim: int = 64,
+    num_blocks: int = 1,
     causal: bool = False,
     trainable_rotary: bool = False,
 ) -> str:
@@ -171,7 +173,7 @@ def resolve_implementation(
         return "blockwise"
     from mhla_gen.ops.fused import unsupported
 
-    reason = unsupported(device, dtype, head_dim, value_dim, causal, trainable_rotary)
+    reason = unsupported(device, dtype, head_dim, value_dim, num_blocks, causal, trainable_rotary)
     return "fused" if reason is None else "blockwise"
 
 

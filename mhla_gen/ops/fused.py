@@ -14,6 +14,8 @@ from mhla_gen.ops.kernels.linear_form import Summaries
 
 MAX_DIM = 128
 """Largest head_dim and value_dim: a summary has to fit the registers of one program."""
+MAX_BLOCKS = 2048
+"""Most blocks: one program holds 16 rows of the mixing matrix."""
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _INTERPRETED = triton.knobs.runtime.interpret
 # Measured on an H100: beyond either, summaries cost less than scores.
@@ -47,7 +49,13 @@ def fused_mhla(
     """
     trainable_rotary = rotary is not None and any(table.requires_grad for table in rotary)
     reason = unsupported(
-        query.device, query.dtype, query.shape[3], value.shape[3], causal, trainable_rotary
+        query.device,
+        query.dtype,
+        query.shape[3],
+        value.shape[3],
+        mixing.shape[-1],
+        causal,
+        trainable_rotary,
     )
     if reason is not None:
         raise ValueError(f"implementation='fused' {reason}; use 'blockwise' or 'auto'")
@@ -71,6 +79,7 @@ def unsupported(
     dtype: torch.dtype,
     head_dim: int,
     value_dim: int,
+    num_blocks: int,
     causal: bool,
     trainable_rotary: bool,
 ) -> str | None:
@@ -81,6 +90,8 @@ def unsupported(
         return "has no causal kernel"
     if max(head_dim, value_dim) > MAX_DIM:
         return f"takes head_dim and value_dim up to {MAX_DIM}, found {head_dim} and {value_dim}"
+    if num_blocks > MAX_BLOCKS:
+        return f"takes up to {MAX_BLOCKS} blocks, found {num_blocks}"
     if dtype not in DTYPES:
         return f"takes float32, float16 and bfloat16, found {dtype}"
     if trainable_rotary:
@@ -116,8 +127,8 @@ def _(query, key, value, mixing, cos, sin, grid, layout, feature_map, normalize,
     rows = num_blocks * num_parts(query.shape[0] * query.shape[2], grid, layout)
     return (
         value.new_empty(value.shape),
-        *Summaries.empty(query, value, rows, stored),
-        *Summaries.empty(query, value, num_blocks, stored),
+        *Summaries.empty(query, value, rows, stored, normalize),
+        *Summaries.empty(query, value, num_blocks, stored, normalize),
     )
 
 
@@ -195,12 +206,8 @@ def attention_mhla(
 
 
 @attention_mhla.register_fake
-def _(query, key, value, *_):
-    batch, seq_len, heads, _ = query.shape
-    return (
-        value.new_empty(value.shape),
-        query.new_empty((batch, heads, seq_len), dtype=torch.float32),
-    )
+def _(query, key, value, mixing, cos, sin, grid, layout, feature_map, normalize, eps, stored):
+    return value.new_empty(value.shape), attention_form.empty_inverse(query, normalize)
 
 
 @torch.library.custom_op("mhla_gen::attention_mhla_backward", mutates_args=())

@@ -16,18 +16,24 @@ from mhla_gen.ops.kernels.launch import Call, alignment, mixing_strides, padded
 def forward(
     query: Tensor, key: Tensor, value: Tensor, mixing: Tensor, call: Call
 ) -> tuple[Tensor, Tensor]:
-    """Output and inverse denominators `[batch, heads, seq_len]`, unset without `normalize`."""
+    """Output and inverse denominators `[batch, heads, seq_len]`, empty without `normalize`."""
     batch, seq_len, heads, _ = query.shape
     out = value.new_empty(value.shape)
-    inverse = query.new_empty((batch, heads, seq_len), dtype=torch.float32)
+    inverse = empty_inverse(query, call.normalize)
     tiles = tile_options("attend", call)
     attend_kernel[(triton.cdiv(seq_len, tiles["BQ"]) * heads * batch,)](
         query, key, value, call.cos, call.sin, mixing, out, inverse,
         query.stride(), key.stride(), value.stride(), out.stride(), mixing_strides(mixing),
         call.box, seq_len, heads, call.eps, M=call.num_blocks, BM=padded(call.num_blocks),
-        ALIGN=alignment(query, key, value, out), **call.options, **tiles,
+        ALIGN=alignment(query, key, value, out), **call.options, **call.pieces, **tiles,
     )  # fmt: skip
     return out, inverse
+
+
+def empty_inverse(query: Tensor, normalize: bool) -> Tensor:
+    """Uninitialised inverse denominators, without elements if there are none."""
+    batch, seq_len, heads, _ = query.shape
+    return query.new_empty((batch, heads, seq_len * normalize), dtype=torch.float32)
 
 
 def backward(
@@ -67,7 +73,8 @@ def backward_queries(
         query.stride(), key.stride(), value.stride(), out.stride(), grad.stride(),
         dquery.stride(), mixing_strides(mixing), call.box, seq_len, heads,
         M=call.num_blocks, BM=padded(call.num_blocks),
-        ALIGN=alignment(query, key, value, out, grad, dquery), **call.options, **tiles,
+        ALIGN=alignment(query, key, value, out, grad, dquery),
+        **call.options, **call.pieces, **tiles,
     )  # fmt: skip
     summed = (0, 2) if mixing.ndim == 3 else (0, 1, 2)
     return dquery, delta, partial.sum(dim=summed).to(mixing.dtype)
@@ -92,7 +99,8 @@ def backward_keys(
         query.stride(), key.stride(), value.stride(), grad.stride(),
         dkey.stride(), dvalue.stride(), mixing_strides(mixing), call.box, seq_len, heads,
         M=call.num_blocks, BM=padded(call.num_blocks),
-        ALIGN=alignment(query, key, value, grad, dkey, dvalue), **call.options, **tiles,
+        ALIGN=alignment(query, key, value, grad, dkey, dvalue),
+        **call.options, **call.pieces, **tiles,
     )  # fmt: skip
     return dkey, dvalue
 
@@ -101,4 +109,5 @@ def tile_options(kernel: str, call: Call) -> dict:
     """Tokens of a tile, warps and pipeline stages."""
     if call.options["OPERAND"] == tl.float32:
         return {"BQ": 32, "BK": 32, "PRECISION": "ieee", "num_warps": 8, "num_stages": 1}
-    return {"BQ": 64, "BK": 64, "PRECISION": "tf32x3", "num_warps": 4, "num_stages": 1}
+    keys = 32 if kernel == "backward_queries" else 64
+    return {"BQ": 64, "BK": keys, "PRECISION": "tf32x3", "num_warps": 4, "num_stages": 1}

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 import torch
 import triton
@@ -27,11 +27,13 @@ def stored_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float16 if dtype == torch.bfloat16 else torch.float32
 
 
+@cache
 def padded(size: int) -> int:
     """The power of two that holds `size` entries, at least what a matrix product needs."""
     return max(16, triton.next_power_of_2(size))
 
 
+@cache
 def pieces(channels: int) -> tuple[int, int]:
     """Powers of two that hold `channels` in two pieces, the second 0 if that saves nothing."""
     first = max(16, padded(channels + 1) // 2)
@@ -117,6 +119,17 @@ class Call:
         return math.prod(self.layout)
 
     @property
+    def tile(self) -> dict:
+        """Channels of keys and values as one tile each."""
+        return {"BD": padded(self.query.shape[3]), "BV": padded(self.value.shape[3])}
+
+    @property
+    def pieces(self) -> dict:
+        """Channels of keys and values in pieces, which waste fewer columns."""
+        (d0, d1), (v0, v1) = pieces(self.query.shape[3]), pieces(self.value.shape[3])
+        return {"D0": d0, "D1": d1, "V0": v0, "V1": v1}
+
+    @property
     def num_heads(self) -> int:
         """Heads of the query."""
         return self.query.shape[2]
@@ -139,8 +152,6 @@ class Call:
         return {
             "D": head_dim,
             "V": value_dim,
-            **dict(zip(("D0", "D1"), pieces(head_dim), strict=True)),
-            **dict(zip(("V0", "V1"), pieces(value_dim), strict=True)),
             "RANK": len(self.grid),
             "FEATURE_MAP": self.feature_map,
             "ROTARY": self.cos is not None,

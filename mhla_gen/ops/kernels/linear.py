@@ -11,6 +11,7 @@ from mhla_gen.ops.kernels.common import (
     block_box,
     box_tokens,
     clear_padding,
+    dot,
     head_offset,
     load_angles,
     load_pieces,
@@ -24,12 +25,7 @@ from mhla_gen.ops.kernels.common import (
     store_vector,
     sum_waves,
 )
-from mhla_gen.ops.kernels.summaries import (
-    add_products,
-    load_summary,
-    store_summary,
-    times_summary,
-)
+from mhla_gen.ops.kernels.summaries import load_summary, store_summary, times_summary
 
 
 @triton.jit
@@ -62,13 +58,10 @@ def summarise_kernel(
     num_parts,
     D: tl.constexpr,
     V: tl.constexpr,
-    D0: tl.constexpr,
-    D1: tl.constexpr,
-    V0: tl.constexpr,
-    V1: tl.constexpr,
+    BD: tl.constexpr,
+    BV: tl.constexpr,
     BT: tl.constexpr,
-    WAVE0: tl.constexpr,
-    WAVE1: tl.constexpr,
+    WAVE: tl.constexpr,
     RANK: tl.constexpr,
     GROUP: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -86,44 +79,27 @@ def summarise_kernel(
     k_ptr += head_offset(k_strides, batch, head, ALIGN)
     v_ptr += head_offset(v_strides, batch, head, ALIGN)
 
-    s00 = tl.zeros((D0, V0), tl.float32)
-    s01 = tl.zeros((D0, V1 if V1 > 0 else 1), tl.float32)
-    s10 = tl.zeros((D1 if D1 > 0 else 1, V0), tl.float32)
-    s11 = tl.zeros((D1 if D1 > 0 else 1, V1 if V1 > 0 else 1), tl.float32)
-    key_sums0 = tl.zeros((WAVE0, D0), tl.float32)
-    key_sums1 = tl.zeros((WAVE1, D1 if D1 > 0 else 1), tl.float32)
+    summary = tl.zeros((BD, BV), tl.float32)
+    key_sums = tl.zeros((WAVE, BD), tl.float32)
     for start in range(first, last, BT):
         slots = start + tl.arange(0, BT)
         valid = slots < last
         tokens = box_tokens(slots, first_t, first_h, first_w, size_h, size_w, H, W, RANK)
-        k0, k1 = load_pieces(k_ptr, tokens, valid, k_strides, D, D0, D1, ALIGN)
-        v0, v1 = load_pieces(v_ptr, tokens, valid, v_strides, V, V0, V1, ALIGN)
+        k, _k = load_pieces(k_ptr, tokens, valid, k_strides, D, BD, 0, ALIGN)
+        v, _v = load_pieces(v_ptr, tokens, valid, v_strides, V, BV, 0, ALIGN)
         # Rows past the end hold φ(0), which their values of 0 keep out of the summary.
-        f0, f1 = phi(k0.to(tl.float32), FEATURE_MAP), phi(k1.to(tl.float32), FEATURE_MAP)
+        features = phi(k.to(tl.float32), FEATURE_MAP)
         if NORMALIZE:
-            key_sums0 += sum_waves(f0, WAVE0)
-            if D1 > 0:
-                key_sums1 += sum_waves(f1, WAVE1)
+            key_sums += sum_waves(tl.where(valid[:, None], features, 0.0), WAVE)
         if ROTARY:
-            f0, f1 = rotate_pieces(f0, f1, cos_ptr, sin_ptr, tokens, valid, D, D0, D1, 1)
-        s00, s01, s10, s11 = add_products(
-            f0, f1, v0, v1, s00, s01, s10, s11, D1, V1, OPERAND, PRECISION
-        )
+            cos, sin = load_angles(cos_ptr, sin_ptr, tokens, valid, D, 0, BD)
+            features = rotate(features, cos, sin)
+        summary = dot(tl.trans(features.to(OPERAND)), v.to(OPERAND), summary, PRECISION)
 
     matrix = (batch * (LT * LH * LW * num_parts) + row) * num_heads + head
-    store_summary(
-        summaries_ptr, scales_ptr, matrix, s00, s01, s10, s11, D, V, D0, D1, V0, V1
-    )  # fmt: skip
+    store_summary(summaries_ptr, scales_ptr, matrix, summary, D, V)
     if NORMALIZE:
-        past_end = tl.cdiv(last - first, BT) * BT - (last - first)
-        key_sums_ptr += matrix * D
-        zeros = tl.zeros((D0,), tl.float32)
-        key_sum = tl.sum(key_sums0, axis=0) - past_end * phi(zeros, FEATURE_MAP)
-        store_vector(key_sums_ptr, key_sum, D, 0)
-        if D1 > 0:
-            zeros = tl.zeros((D1,), tl.float32)
-            key_sum = tl.sum(key_sums1, axis=0) - past_end * phi(zeros, FEATURE_MAP)
-            store_vector(key_sums_ptr, key_sum, D, D0)
+        store_vector(key_sums_ptr + matrix * D, tl.sum(key_sums, axis=0), D, 0)
 
 
 @triton.jit

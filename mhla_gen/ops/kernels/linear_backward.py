@@ -11,25 +11,22 @@ from mhla_gen.ops.kernels.common import (
     block_box,
     box_tokens,
     clear_padding,
+    dot,
     head_offset,
+    load_angles,
     load_pieces,
     load_vector,
     locate_part,
     part_slots,
     phi,
     phi_grad,
+    rotate,
     scale_rows,
     store_pieces,
     store_vector,
-    sum_waves,
 )
 from mhla_gen.ops.kernels.linear import rotate_pieces
-from mhla_gen.ops.kernels.summaries import (
-    add_products,
-    load_summary,
-    store_summary,
-    times_summary,
-)
+from mhla_gen.ops.kernels.summaries import load_summary, store_summary, times_summary
 
 
 @triton.jit
@@ -54,13 +51,9 @@ def backward_queries_kernel(
     eps,
     D: tl.constexpr,
     V: tl.constexpr,
-    D0: tl.constexpr,
-    D1: tl.constexpr,
-    V0: tl.constexpr,
-    V1: tl.constexpr,
+    BD: tl.constexpr,
+    BV: tl.constexpr,
     BT: tl.constexpr,
-    WAVE0: tl.constexpr,
-    WAVE1: tl.constexpr,
     RANK: tl.constexpr,
     GROUP: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -80,89 +73,56 @@ def backward_queries_kernel(
     dq_ptr += head_offset(dq_strides, batch, head, ALIGN)
 
     matrix = (batch * (LT * LH * LW) + block) * num_heads + head
-    s00, s01, s10, s11, mixed_scale = load_summary(
-        mixed_ptr, mixed_scales_ptr, matrix, D, V, D0, D1, V0, V1
+    mixed, _s01, _s10, _s11, mixed_scale = load_summary(
+        mixed_ptr, mixed_scales_ptr, matrix, D, V, BD, 0, BV, 0
     )
     if NORMALIZE:
-        mixed_key_sums_ptr += matrix * D
-        z0 = load_vector(mixed_key_sums_ptr, D, 0, D0)[None, :]
-        z1 = z0
-        if D1 > 0:
-            z1 = load_vector(mixed_key_sums_ptr, D, D0, D1)[None, :]
-    d00 = tl.zeros((D0, V0), tl.float32)
-    d01 = tl.zeros((D0, V1 if V1 > 0 else 1), tl.float32)
-    d10 = tl.zeros((D1 if D1 > 0 else 1, V0), tl.float32)
-    d11 = tl.zeros((D1 if D1 > 0 else 1, V1 if V1 > 0 else 1), tl.float32)
-    dkey_sums0 = tl.zeros((WAVE0, D0), tl.float32)
-    dkey_sums1 = tl.zeros((WAVE1, D1 if D1 > 0 else 1), tl.float32)
+        key_sum = load_vector(mixed_key_sums_ptr + matrix * D, D, 0, BD)[None, :]
+    dmixed = tl.zeros((BD, BV), tl.float32)
+    dkey_sum = tl.zeros((BD,), tl.float32)
     for start in range(first, last, BT):
         slots = start + tl.arange(0, BT)
         valid = slots < last
         tokens = box_tokens(slots, first_t, first_h, first_w, size_h, size_w, H, W, RANK)
-        q0, q1 = load_pieces(q_ptr, tokens, valid, q_strides, D, D0, D1, ALIGN)
-        g0, g1 = load_pieces(do_ptr, tokens, valid, do_strides, V, V0, V1, ALIGN)
-        q0, q1, g0, g1 = (
-            q0.to(tl.float32), q1.to(tl.float32), g0.to(tl.float32), g1.to(tl.float32),
-        )  # fmt: skip
+        q, _q = load_pieces(q_ptr, tokens, valid, q_strides, D, BD, 0, ALIGN)
+        grad, _g = load_pieces(do_ptr, tokens, valid, do_strides, V, BV, 0, ALIGN)
+        q, grad = q.to(tl.float32), grad.to(tl.float32)
         # Rows past the end hold φ(0), which their gradients of 0 keep out of every sum.
-        f0, f1 = phi(q0, FEATURE_MAP), phi(q1, FEATURE_MAP)
-        u0, u1 = f0, f1
+        features = phi(q, FEATURE_MAP)
+        rotated = features
         if ROTARY:
-            u0, u1 = rotate_pieces(f0, f1, cos_ptr, sin_ptr, tokens, valid, D, D0, D1, 1)
+            cos, sin = load_angles(cos_ptr, sin_ptr, tokens, valid, D, 0, BD)
+            rotated = rotate(features, cos, sin)
         if NORMALIZE:
-            denominators = tl.sum(f0 * z0, axis=1) + eps
-            if D1 > 0:
-                denominators += tl.sum(f1 * z1, axis=1)
+            denominators = tl.sum(features * key_sum, axis=1) + eps
             # Past the end no gradient may become 0 / 0.
             inverse = 1 / tl.where(valid, denominators, 1.0)
-            g0, g1 = g0 * inverse[:, None], g1 * inverse[:, None]
+            grad *= inverse[:, None]
 
-        # du = S̃ g; the pieces of a transpose change places.
+        # du = S̃ g
+        zeros = tl.zeros((BT, BD), tl.float32)
         if mixed_ptr.dtype.element_ty == tl.float16:
-            h0, h1, scales = scale_rows(g0, g1, V1)
-            du0, du1 = times_summary(
-                h0, h1, tl.trans(s00), tl.trans(s10), tl.trans(s01), tl.trans(s11),
-                V1, D1, PRECISION,
-            )  # fmt: skip
-            scales *= mixed_scale
-            du0, du1 = du0 * scales[:, None], du1 * scales[:, None]
+            scaled, _scaled, scales = scale_rows(grad, grad, 0)
+            du = dot(scaled, tl.trans(mixed), zeros, PRECISION)
+            du *= (scales * mixed_scale)[:, None]
         else:
-            du0, du1 = times_summary(
-                g0, g1, tl.trans(s00), tl.trans(s10), tl.trans(s01), tl.trans(s11),
-                V1, D1, PRECISION,
-            )  # fmt: skip
-        d00, d01, d10, d11 = add_products(
-            u0, u1, g0, g1, d00, d01, d10, d11, D1, V1, OPERAND, PRECISION
-        )
+            du = dot(grad, tl.trans(mixed), zeros, PRECISION)
+        dmixed = dot(tl.trans(rotated.to(OPERAND)), grad.to(OPERAND), dmixed, PRECISION)
+        dfeatures = du
+        if ROTARY:
+            dfeatures = rotate(du, cos, -sin)
         if NORMALIZE:
             # δ = do·o / denominator, and g·numerator = u·du.
-            delta = tl.sum(u0 * du0, axis=1)
-            if D1 > 0:
-                delta += tl.sum(u1 * du1, axis=1)
-            delta = (delta * inverse)[:, None]
-            dkey_sums0 -= sum_waves(f0 * delta, WAVE0)
-            if D1 > 0:
-                dkey_sums1 -= sum_waves(f1 * delta, WAVE1)
-        if ROTARY:
-            du0, du1 = rotate_pieces(du0, du1, cos_ptr, sin_ptr, tokens, valid, D, D0, D1, -1)
-        if NORMALIZE:
-            du0 -= delta * z0
-            if D1 > 0:
-                du1 -= delta * z1
-        dq0, dq1 = du0 * phi_grad(q0, FEATURE_MAP), du1
-        if D1 > 0:
-            dq1 = du1 * phi_grad(q1, FEATURE_MAP)
-        store_pieces(dq_ptr, dq0, dq1, tokens, valid, dq_strides, D, D0, D1, ALIGN)
+            delta = (tl.sum(rotated * du, axis=1) * inverse)[:, None]
+            dfeatures -= delta * key_sum
+            dkey_sum -= tl.sum(features * delta, axis=0)
+        dq = dfeatures * phi_grad(q, FEATURE_MAP)
+        store_pieces(dq_ptr, dq, dq, tokens, valid, dq_strides, D, BD, 0, ALIGN)
 
     matrix = (batch * (LT * LH * LW * num_parts) + row) * num_heads + head
-    store_summary(
-        dmixed_ptr, dmixed_scales_ptr, matrix, d00, d01, d10, d11, D, V, D0, D1, V0, V1
-    )  # fmt: skip
+    store_summary(dmixed_ptr, dmixed_scales_ptr, matrix, dmixed, D, V)
     if NORMALIZE:
-        dmixed_key_sums_ptr += matrix * D
-        store_vector(dmixed_key_sums_ptr, tl.sum(dkey_sums0, axis=0), D, 0)
-        if D1 > 0:
-            store_vector(dmixed_key_sums_ptr, tl.sum(dkey_sums1, axis=0), D, D0)
+        store_vector(dmixed_key_sums_ptr + matrix * D, dkey_sum, D, 0)
 
 
 @triton.jit

@@ -13,19 +13,16 @@ from mhla_gen.ops.kernels.linear import apply_kernel, summarise_kernel
 from mhla_gen.ops.kernels.linear_backward import backward_keys_kernel, backward_queries_kernel
 from mhla_gen.ops.kernels.mixing import coefficients_kernel, correlate_kernel, mix_kernel
 
-# Tokens of a tile, warps, pipeline stages and registers of a thread for 16-bit operands.
-_WIDE_TILES = {
-    "summarise": (32, 4, 4, None),
-    "apply": (64, 8, 1, 128),
-    "backward_queries": (32, 8, 3, None),
-    "backward_keys": (32, 8, 1, 128),
+# Tokens of a tile, warps, pipeline stages and registers of a thread for 16-bit operands, by the
+# padded channels; measured on an H100, see docs/results.
+_TILES = {
+    "summarise": {64: (64, 4, 2, None), 128: (32, 4, 4, None)},
+    "apply": {64: (64, 4, 3, None), 80: (64, 4, 1, 128), 128: (64, 8, 1, 128)},
+    "backward_queries": {64: (64, 4, 2, None), 128: (32, 8, 3, None)},
+    "backward_keys": {64: (64, 4, 2, None), 80: (64, 4, 2, 168), 128: (32, 4, 1, None)},
 }
-_NARROW_TILES = {
-    "summarise": (64, 4, 2, None),
-    "apply": (64, 4, 3, None),
-    "backward_queries": (64, 4, 2, None),
-    "backward_keys": (64, 4, 2, None),
-}
+# The same for blocks of one tile, where nothing can be loaded ahead.
+_SMALL_BLOCKS = {"summarise": (64, 4, 1, None), "backward_queries": (32, 4, 1, None)}
 
 
 class Summaries(NamedTuple):
@@ -39,13 +36,16 @@ class Summaries(NamedTuple):
     """Float32 `[batch, rows, heads, head_dim]`."""
 
     @classmethod
-    def empty(cls, query: Tensor, value: Tensor, rows: int, stored: torch.dtype) -> "Summaries":
-        """Uninitialised summaries of `rows` rows."""
+    def empty(
+        cls, query: Tensor, value: Tensor, rows: int, stored: torch.dtype, normalize: bool
+    ) -> "Summaries":
+        """Uninitialised summaries of `rows` rows; what a call does not need has no elements."""
         batch, _, heads, head_dim = query.shape
+        scales = heads if stored == torch.float16 else 0
         return cls(
             query.new_empty((batch, rows, heads, head_dim, value.shape[3]), dtype=stored),
-            query.new_empty((batch, rows, heads), dtype=torch.float32),
-            query.new_empty((batch, rows, heads, head_dim), dtype=torch.float32),
+            query.new_empty((batch, rows, scales), dtype=torch.float32),
+            query.new_empty((batch, rows, heads, head_dim * normalize), dtype=torch.float32),
         )
 
 
@@ -76,13 +76,17 @@ def backward(
     return dquery, dkey, dvalue, dmixing
 
 
+def _empty(call: Call, rows: int) -> Summaries:
+    return Summaries.empty(call.query, call.value, rows, call.stored, call.normalize)
+
+
 def summarise(key: Tensor, value: Tensor, call: Call) -> Summaries:
     """Summaries and key sums of every part of every block."""
-    summaries = Summaries.empty(key, value, call.num_blocks * call.num_parts, call.stored)
+    summaries = _empty(call, call.num_blocks * call.num_parts)
     summarise_kernel[call.programs](
         key, value, call.cos, call.sin, *summaries,
         key.stride(), value.stride(), call.box, call.num_heads, call.num_parts,
-        ALIGN=alignment(key, value), **call.options, **tile_options("summarise", call),
+        ALIGN=alignment(key, value), **tile_options("summarise", call),
     )  # fmt: skip
     return summaries
 
@@ -90,11 +94,7 @@ def summarise(key: Tensor, value: Tensor, call: Call) -> Summaries:
 def mix(mixing: Tensor, summaries: Summaries, call: Call) -> Summaries:
     """Σ_b m_ib S_b, over all parts of block b."""
     batch, rows, heads, head_dim, value_dim = summaries.matrices.shape
-    mixed = Summaries(
-        summaries.matrices.new_empty((batch, call.num_blocks, heads, head_dim, value_dim)),
-        summaries.scales.new_empty((batch, call.num_blocks, heads)),
-        summaries.key_sums.new_empty((batch, call.num_blocks, heads, head_dim)),
-    )
+    mixed = _empty(call, call.num_blocks)
     tiles = mix_tiles(call.num_blocks, rows, call.stored)
     padded_blocks = triton.cdiv(call.num_blocks, tiles["BI"]) * tiles["BI"]
     padded_rows = triton.cdiv(rows, tiles["BR"]) * tiles["BR"]
@@ -102,8 +102,8 @@ def mix(mixing: Tensor, summaries: Summaries, call: Call) -> Summaries:
     coefficients_kernel[(batch * heads * padded_blocks // 16,)](
         mixing, summaries.scales, summaries.key_sums, coefficients, mixed.scales, mixed.key_sums,
         mixing_strides(mixing), heads, call.num_blocks, call.num_parts, padded_blocks, padded_rows,
-        D=head_dim, BD=padded(head_dim), BI=16, BR=min(64, padded(rows)),
-        NORMALIZE=call.normalize, num_warps=4,
+        D=head_dim, BD=padded(head_dim), BI=16, BR=padded(padded_rows), BZ=min(64, padded(rows)),
+        NORMALIZE=call.normalize, num_warps=max(4, padded(padded_rows) // 128),
     )  # fmt: skip
     columns = triton.cdiv(head_dim * value_dim, tiles["BC"])
     mix_kernel[(padded_blocks // tiles["BI"] * columns * batch * heads,)](
@@ -120,7 +120,7 @@ def apply(query: Tensor, value: Tensor, mixed: Summaries, call: Call) -> Tensor:
     apply_kernel[call.programs](
         query, call.cos, call.sin, *mixed, out,
         query.stride(), out.stride(), call.box, call.num_heads, call.num_parts, call.eps,
-        ALIGN=alignment(query, out), **call.options, **tile_options("apply", call),
+        ALIGN=alignment(query, out), **tile_options("apply", call),
     )  # fmt: skip
     return out
 
@@ -130,13 +130,12 @@ def backward_queries(
 ) -> tuple[Tensor, Summaries]:
     """Gradients of the queries and, by part, of the mixed summaries."""
     dquery = query.new_empty(query.shape)
-    dmixed = Summaries.empty(query, value, call.num_blocks * call.num_parts, call.stored)
+    dmixed = _empty(call, call.num_blocks * call.num_parts)
     backward_queries_kernel[call.programs](
         query, grad, call.cos, call.sin, *mixed, dquery, *dmixed,
         query.stride(), grad.stride(), dquery.stride(),
         call.box, call.num_heads, call.num_parts, call.eps,
-        ALIGN=alignment(query, grad, dquery), **call.options,
-        **tile_options("backward_queries", call),
+        ALIGN=alignment(query, grad, dquery), **tile_options("backward_queries", call),
     )  # fmt: skip
     return dquery, dmixed
 
@@ -148,7 +147,7 @@ def correlate(dmixed: Summaries, summaries: Summaries, mixing: Tensor, call: Cal
     pairs = triton.cdiv(rows, tiles["BI"]) ** 2
     columns = head_dim * value_dim
     splits = max(1, min(512 // (pairs * batch * heads), columns // 1024))
-    partial = summaries.scales.new_empty((batch, heads, splits, rows, rows))
+    partial = summaries.key_sums.new_empty((batch, heads, splits, rows, rows))
     correlate_kernel[(pairs * splits * batch * heads,)](
         *dmixed, *summaries, partial, heads, rows, splits,
         D=head_dim, V=value_dim, NORMALIZE=call.normalize, **tiles,
@@ -167,33 +166,40 @@ def backward_keys(
         key, value, call.cos, call.sin, *dsummaries, dkey, dvalue,
         key.stride(), value.stride(), dkey.stride(), dvalue.stride(),
         call.box, call.num_heads, call.num_parts,
-        ALIGN=alignment(key, value, dkey, dvalue), **call.options,
-        **tile_options("backward_keys", call),
+        ALIGN=alignment(key, value, dkey, dvalue), **tile_options("backward_keys", call),
     )  # fmt: skip
     return dkey, dvalue
 
 
 def tile_options(kernel: str, call: Call) -> dict:
-    """Tokens of a tile, warps and pipeline stages of the kernels over tokens."""
-    options = _token_tiles(kernel, call) | {"GROUP": math.gcd(call.num_heads, 4)}
-    if kernel in ("summarise", "backward_queries"):
+    """Compile-time sizes of one of the kernels over tokens."""
+    whole = kernel in ("summarise", "backward_queries")
+    channels = call.tile if whole else call.pieces
+    options = call.options | channels | token_tiles(kernel, call, max(channels.values()))
+    # Up to this many heads are neighbours in the launch grid.
+    options["GROUP"] = call.num_heads if call.num_heads <= 16 else math.gcd(call.num_heads, 8)
+    if kernel == "summarise":
         # A thread loads eight channels at once, so this many rows come with one instruction.
-        threads = options["num_warps"] * 32
-        for piece in ("0", "1"):
-            rows_at_once = threads * 8 // max(16, call.options["D" + piece])
-            options["WAVE" + piece] = min(options["BT"], rows_at_once)
+        options["WAVE"] = min(options["BT"], options["num_warps"] * 32 * 8 // options["BD"])
     return options
 
 
-def _token_tiles(kernel: str, call: Call) -> dict:
-    wide = call.options["D0"] + call.options["V0"] > 128
+def token_tiles(kernel: str, call: Call, columns: int) -> dict:
+    """Tokens of a tile, warps, stages and registers, for tiles of up to `columns` channels."""
     if call.options["OPERAND"] == tl.float32:
         # Split operands of two products over a wide summary would not fit the shared memory.
-        precision = "ieee" if wide and kernel == "backward_keys" else "tf32x3"
-        tokens = 16 if wide else 32
+        precision = "ieee" if columns > 64 and kernel == "backward_keys" else "tf32x3"
+        tokens = 16 if columns > 64 else 32
         return {"BT": tokens, "PRECISION": precision, "num_warps": 8, "num_stages": 1}
-    # Measured on an H100; see docs/results/kernels_h100.json.
-    tokens, warps, stages, registers = (_WIDE_TILES if wide else _NARROW_TILES)[kernel]
+    tiles = _TILES[kernel]
+    if columns > 64 and call.block_size <= 64 and kernel in _SMALL_BLOCKS:
+        chosen = _SMALL_BLOCKS[kernel]
+    elif columns <= 64:
+        odd = any(call.pieces[second] for second in ("D1", "V1"))
+        chosen = tiles.get(80, tiles[64]) if odd else tiles[64]
+    else:
+        chosen = tiles[128]
+    tokens, warps, stages, registers = chosen
     return {
         "BT": tokens,
         "PRECISION": "tf32x3",

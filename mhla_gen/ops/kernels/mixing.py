@@ -24,6 +24,7 @@ def coefficients_kernel(
     BD: tl.constexpr,
     BI: tl.constexpr,
     BR: tl.constexpr,
+    BZ: tl.constexpr,
     NORMALIZE: tl.constexpr,
 ):
     """What `mix_kernel` multiplies summaries by, for BI rows of m and one head; and z̃ = m z.
@@ -45,54 +46,45 @@ def coefficients_kernel(
     first_matrix = batch * num_rows * num_heads + head
     out_matrices = (batch * num_blocks + rows_i) * num_heads + head
 
-    channels = tl.arange(0, BD)
-    key_sums = tl.zeros((BI, BD), tl.float32)
-    bound = tl.zeros((BI,), tl.float32)
-    for start in range(0, padded_rows, BR):
-        rows = start + tl.arange(0, BR)
-        valid = rows < num_rows
-        m = tl.load(
-            mixing_ptr + (rows // num_parts)[None, :] * mixing_strides[2],
-            mask=valid_i[:, None] & valid[None, :],
-            other=0.0,
-        ).to(tl.float32)
-        matrices = first_matrix + rows * num_heads
-        if HALF:
-            scales = tl.load(scales_ptr + matrices, mask=valid, other=0.0)
-            bound += tl.sum(tl.abs(m) * scales[None, :], axis=1)
-        else:
-            tl.store(coefficients_ptr + rows[None, :], m, mask=(rows < padded_rows)[None, :])
-        if NORMALIZE:
-            z = tl.load(
-                key_sums_ptr + matrices[:, None] * D + channels[None, :],
-                mask=valid[:, None] & (channels < D)[None, :],
-                other=0.0,
-            )
-            key_sums = tl.dot(m, z, key_sums, input_precision="tf32x3")
-    if NORMALIZE:
-        tl.store(
-            mixed_key_sums_ptr + out_matrices[:, None] * D + channels[None, :],
-            key_sums,
-            mask=valid_i[:, None] & (channels < D)[None, :],
-        )
+    rows = tl.arange(0, BR)
+    valid = rows < num_rows
+    inside = (rows < padded_rows)[None, :]
+    m = tl.load(
+        mixing_ptr + (rows // num_parts)[None, :] * mixing_strides[2],
+        mask=valid_i[:, None] & valid[None, :],
+        other=0.0,
+    ).to(tl.float32)
     if HALF:
+        scales = tl.load(scales_ptr + first_matrix + rows * num_heads, mask=valid, other=0.0)
+        m *= scales[None, :]
+        bound = tl.sum(tl.abs(m), axis=1)
         bound = tl.where(bound > TINY, bound, 1.0)
         tl.store(mixed_scales_ptr + out_matrices, bound, mask=valid_i)
-        for start in range(0, padded_rows, BR):
-            rows = start + tl.arange(0, BR)
+        m *= (1.0 / bound)[:, None]
+    tl.store(coefficients_ptr + rows[None, :], m.to(coefficients_ptr.dtype.element_ty), mask=inside)
+
+    if NORMALIZE:
+        channels = tl.arange(0, BD)
+        key_sums = tl.zeros((BI, BD), tl.float32)
+        for start in range(0, num_rows, BZ):
+            rows = start + tl.arange(0, BZ)
             valid = rows < num_rows
             m = tl.load(
                 mixing_ptr + (rows // num_parts)[None, :] * mixing_strides[2],
                 mask=valid_i[:, None] & valid[None, :],
                 other=0.0,
             ).to(tl.float32)
-            scales = tl.load(scales_ptr + first_matrix + rows * num_heads, mask=valid, other=0.0)
-            coefficients = (m * scales[None, :]) / bound[:, None]
-            tl.store(
-                coefficients_ptr + rows[None, :],
-                coefficients.to(tl.float16),
-                mask=(rows < padded_rows)[None, :],
+            z = tl.load(
+                key_sums_ptr + (first_matrix + rows * num_heads)[:, None] * D + channels[None, :],
+                mask=valid[:, None] & (channels < D)[None, :],
+                other=0.0,
             )
+            key_sums = tl.dot(m, z, key_sums, input_precision="tf32x3")
+        tl.store(
+            mixed_key_sums_ptr + out_matrices[:, None] * D + channels[None, :],
+            key_sums,
+            mask=valid_i[:, None] & (channels < D)[None, :],
+        )
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Loading and storing summaries, in up to two by two pieces.
+"""Loading summaries, in up to two by two pieces, and storing them.
 
 Summaries are stored [batch, parts of blocks, num_heads, D, V]. In float16 they carry one float32
 scale per matrix (`scales`), which keeps them in range whatever the inputs are.
@@ -66,82 +66,19 @@ def load_summary(
 
 
 @triton.jit
-def _largest(s, D: tl.constexpr, ROW: tl.constexpr):
-    # φ(0) of channels that do not exist must not set the scale.
-    by_row = tl.max(tl.abs(s), axis=1)
-    return tl.max(tl.where(ROW + tl.arange(0, s.shape[0]) < D, by_row, 0.0), axis=0)
-
-
-@triton.jit
-def _store_piece(
-    ptr,
-    s,
-    inverse,
-    D: tl.constexpr,
-    V: tl.constexpr,
-    ROW: tl.constexpr,
-    COLUMN: tl.constexpr,
-):
-    offsets, mask = _piece(D, V, ROW, COLUMN, s.shape[0], s.shape[1])
-    tl.store(ptr + offsets, (s * inverse).to(ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def store_summary(
-    summaries_ptr,
-    scales_ptr,
-    matrix,
-    s00,
-    s01,
-    s10,
-    s11,
-    D: tl.constexpr,
-    V: tl.constexpr,
-    D0: tl.constexpr,
-    D1: tl.constexpr,
-    V0: tl.constexpr,
-    V1: tl.constexpr,
-):
-    """Write float32 pieces as matrix number `matrix` (int64) and its scale."""
-    inverse = 1.0
+def store_summary(summaries_ptr, scales_ptr, matrix, summary, D: tl.constexpr, V: tl.constexpr):
+    """Write a float32 tile as matrix number `matrix` (int64), with its scale if in float16."""
+    BD: tl.constexpr = summary.shape[0]
     if summaries_ptr.dtype.element_ty == tl.float16:
-        scale = _largest(s00, D, 0)
-        if V1 > 0:
-            scale = tl.maximum(scale, _largest(s01, D, 0))
-        if D1 > 0:
-            scale = tl.maximum(scale, _largest(s10, D, D0))
-            if V1 > 0:
-                scale = tl.maximum(scale, _largest(s11, D, D0))
+        by_row = tl.max(tl.abs(summary), axis=1)
+        # φ(0) of channels that do not exist must not set the scale.
+        scale = tl.max(tl.where(tl.arange(0, BD) < D, by_row, 0.0), axis=0)
         scale = tl.where(scale > TINY, scale, 1.0)
         tl.store(scales_ptr + matrix, scale)
-        inverse = 1.0 / scale
-    summaries_ptr += matrix * (D * V)
-    _store_piece(summaries_ptr, s00, inverse, D, V, 0, 0)
-    if V1 > 0:
-        _store_piece(summaries_ptr, s01, inverse, D, V, 0, V0)
-    if D1 > 0:
-        _store_piece(summaries_ptr, s10, inverse, D, V, D0, 0)
-        if V1 > 0:
-            _store_piece(summaries_ptr, s11, inverse, D, V, D0, V0)
-
-
-@triton.jit
-def add_products(
-    a0, a1, b0, b1, s00, s01, s10, s11,
-    D1: tl.constexpr, V1: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """All pieces of `S + aᵀ b` for tiles a [BT, D] and b [BT, V]."""
-    a0, b0 = tl.trans(a0.to(OPERAND)), b0.to(OPERAND)
-    s00 = dot(a0, b0, s00, PRECISION)
-    if V1 > 0:
-        b1 = b1.to(OPERAND)
-        s01 = dot(a0, b1, s01, PRECISION)
-    if D1 > 0:
-        a1 = tl.trans(a1.to(OPERAND))
-        s10 = dot(a1, b0, s10, PRECISION)
-        if V1 > 0:
-            s11 = dot(a1, b1, s11, PRECISION)
-    return s00, s01, s10, s11
+        summary *= 1.0 / scale
+    offsets, mask = _piece(D, V, 0, 0, BD, summary.shape[1])
+    dtype: tl.constexpr = summaries_ptr.dtype.element_ty
+    tl.store(summaries_ptr + matrix * (D * V) + offsets, summary.to(dtype), mask=mask)
 
 
 @triton.jit

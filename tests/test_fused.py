@@ -1,0 +1,302 @@
+"""The fused kernels against the float64 definition: through Triton's interpreter without a GPU.
+
+The interpreter multiplies bfloat16 wrongly, so bfloat16 is tested on a GPU only; its two forms of
+storage (float16 summaries with scales, or float32 ones) run here with float16 inputs.
+"""
+
+import math
+
+import pytest
+import tiny
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from mhla_gen import MHLAConfig, inject
+from mhla_gen.ops import fused as fused_module
+from mhla_gen.ops import linear_attention, locality_mixing, mhla, resolve_implementation
+from mhla_gen.ops.blockwise import blockwise_mhla
+from mhla_gen.ops.fused import fused_mhla
+from mhla_gen.ops.naive import naive_mhla
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * torch.cuda.is_available()
+# float32 errors below this are a matter of the order of summation, for either implementation.
+ROUNDING = {torch.float32: 4e-7, torch.float16: 0.0, torch.bfloat16: 0.0}
+
+
+def make(
+    grid,
+    layout,
+    dtype=torch.float32,
+    *,
+    heads=2,
+    head_dim=16,
+    value_dim=16,
+    batch=1,
+    per_head=False,
+    rotary=True,
+    **options,
+):
+    """Inputs as views of one projection, and the options of a call."""
+    seq_len, num_blocks = math.prod(grid), math.prod(layout)
+    projected = torch.randn(
+        batch, seq_len, heads, 2 * head_dim + value_dim, dtype=dtype, device=DEVICE
+    )
+    q, k, v = projected.split([head_dim, head_dim, value_dim], dim=-1)
+    shape = (heads, num_blocks, num_blocks) if per_head else (num_blocks, num_blocks)
+    tables = None
+    if rotary:
+        angles = 6 * torch.rand(seq_len, head_dim // 2, device=DEVICE)
+        tables = angles.cos(), angles.sin()
+    defaults = {"feature_map": "relu", "normalize": True, "causal": False, "eps": 1e-6}
+    options = defaults | {"grid": grid, "layout": layout, "rotary": tables} | options
+    return (q, k, v, torch.rand(shape, device=DEVICE)), options
+
+
+def outputs_and_gradients(function, inputs, options, dtype=None):
+    """Output and all four gradients, computed from the inputs in `dtype`."""
+    options = dict(options)
+    if dtype is not None:
+        inputs = [x.to(dtype) for x in inputs]
+        if options["rotary"] is not None:
+            options["rotary"] = tuple(table.to(dtype) for table in options["rotary"])
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    out = function(*inputs, **options)
+    generator = torch.Generator().manual_seed(1)
+    grad = torch.randn(out.shape, generator=generator).to(out)
+    # What blockwise and the kernels get is rounded; the definition gets the same numbers.
+    grad = grad.to(torch.bfloat16).to(out.dtype)
+    return out, *torch.autograd.grad(out, inputs, grad)
+
+
+def errors(actual, expected):
+    return [
+        ((a.double() - e).norm() / e.norm()).item() for a, e in zip(actual, expected, strict=True)
+    ]
+
+
+def assert_accurate(inputs, options, **form):
+    """At most twice the error of blockwise in the same dtype.
+
+    The gradient of a float32 mixing matrix holds what 16-bit products of its inputs leave.
+    """
+    dtype = inputs[0].dtype
+    expected = outputs_and_gradients(naive_mhla, inputs, options, torch.float64)
+    blockwise = errors(outputs_and_gradients(blockwise_mhla, inputs, options), expected)
+    actual = errors(outputs_and_gradients(fused_mhla, inputs, options | form), expected)
+    for found, allowed in zip(actual[:4], blockwise[:4], strict=True):
+        assert found <= 2 * max(allowed, ROUNDING[dtype]), (actual, blockwise)
+    assert actual[4] <= max(2 * torch.finfo(dtype).eps, 2 * ROUNDING[dtype])
+
+
+@pytest.fixture
+def poisoned():
+    """Fresh memory holds NaN, so that an element nobody wrote is found."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+FORMS = pytest.mark.parametrize("attention_form", [False, True], ids=["linear", "attention"])
+
+
+@FORMS
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_ragged_video_with_rotary(poisoned, dtype, attention_form):
+    inputs, options = make((3, 5, 7), (2, 2, 3), dtype)
+    assert_accurate(inputs, options, use_attention_form=attention_form)
+
+
+@FORMS
+@pytest.mark.parametrize(
+    ("feature_map", "head_dim", "value_dim", "changes"),
+    [
+        ("softplus", 36, 20, {"per_head": True}),
+        ("elu+1", 20, 36, {"rotary": False}),
+        ("squared_relu", 16, 24, {"normalize": False}),
+        ("identity", 24, 16, {"normalize": False, "per_head": True}),
+    ],
+)
+def test_options(poisoned, feature_map, head_dim, value_dim, changes, attention_form):
+    inputs, options = make(
+        (5, 7), (2, 3), head_dim=head_dim, value_dim=value_dim, feature_map=feature_map, **changes
+    )
+    assert_accurate(inputs, options, use_attention_form=attention_form)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 300.0])
+def test_float16_summaries_neither_overflow_nor_vanish(scale):
+    inputs, options = make((5, 7), (2, 3), torch.float16, normalize=False)
+    q, k, v, mixing = inputs
+    inputs = q, (k * 0.1).half(), (v * scale).half(), mixing
+    expected = outputs_and_gradients(naive_mhla, inputs, options, torch.float64)
+    form = {"use_attention_form": False, "stored": torch.float16}
+    actual = outputs_and_gradients(fused_mhla, inputs, options | form)
+    assert errors(actual[:1], expected[:1])[0] < (0.05 if scale < 1 else 2e-3)
+    assert errors(actual[3:4], expected[3:4])[0] < 2e-3
+
+
+def test_one_long_block_is_cut_into_parts(poisoned):
+    inputs, options = make((300,), (1,), heads=1, rotary=False, normalize=False)
+    assert_accurate(inputs, options, use_attention_form=False)
+    q, k, v, _ = inputs
+    expected = linear_attention(q, k, v, implementation="blockwise")
+    if DEVICE == "cuda":
+        actual = linear_attention(q, k, v, implementation="fused")
+        torch.testing.assert_close(actual, expected)
+
+
+@FORMS
+def test_repeated_runs_are_bit_equal(attention_form):
+    inputs, options = make((4, 9), (2, 2), torch.float16)
+    options["use_attention_form"] = attention_form
+    first = outputs_and_gradients(fused_mhla, inputs, options)
+    second = outputs_and_gradients(fused_mhla, inputs, options)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@FORMS
+def test_opcheck(attention_form):
+    (q, k, v, mixing), options = make((6,), (2,), heads=1)
+    inputs = [x.detach().clone().requires_grad_() for x in (q, k, v, mixing)]
+    operator = fused_module.attention_mhla if attention_form else fused_module.linear_mhla
+    cos, sin = options["rotary"]
+    arguments = (*inputs, cos, sin, [6], [2], "relu", True, 1e-6, torch.float32)
+    torch.library.opcheck(operator, arguments)
+
+
+def test_compiles_into_one_graph():
+    (q, k, v, mixing), _ = make((4, 5), (2, 2))
+
+    def attend(q, k, v, mixing):
+        return mhla(q, k, v, mixing, grid=(4, 5), layout=(2, 2), implementation="fused")
+
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    for run in (attend, compiled):
+        inputs = [x.detach().clone().requires_grad_() for x in (q, k, v, mixing)]
+        out = run(*inputs)
+        gradients = torch.autograd.grad(out.square().sum(), inputs)
+        if run is attend:
+            expected = out, *gradients
+    for actual, reference in zip((out, *gradients), expected, strict=True):
+        torch.testing.assert_close(actual, reference)
+
+
+def test_activation_checkpointing():
+    inputs, options = make((4, 5), (2, 2))
+    expected = outputs_and_gradients(fused_mhla, inputs, options)
+
+    def attend(*inputs, **options):
+        return checkpoint(lambda *x: fused_mhla(*x, **options), *inputs, use_reentrant=False)
+
+    actual = outputs_and_gradients(attend, inputs, options)
+    assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+
+
+@pytest.mark.parametrize("family", ["dit", "wan"])
+def test_models_run_with_the_kernels(family):
+    if family == "dit":
+        model, inputs = tiny.tiny_dit(num_layers=1), tiny.dit_inputs(side=5, batch=1)
+    else:
+        model = tiny.tiny_wan(num_layers=1)
+        inputs = tiny.wan_inputs(frames=2, height=6, width=10)
+    inputs = {name: x.to(DEVICE) for name, x in inputs.items()}
+    outputs = []
+    state = None
+    for implementation in ("blockwise", "fused"):
+        layout = (2, 2) if family == "dit" else (1, 2, 3)
+        config = MHLAConfig(layout=layout, implementation=implementation)
+        copy = type(model).from_config(model.config).to(DEVICE).eval()
+        inject(copy, config)
+        state = copy.state_dict() if state is None else state
+        copy.load_state_dict(state)
+        with torch.no_grad():
+            outputs.append(copy(**inputs).sample)
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"head_dim": 136}, "up to 128"),
+        ({"dtype": torch.float64}, "float32, float16 and bfloat16"),
+        ({"causal": True}, "causal"),
+    ],
+)
+def test_unsupported_calls_say_why(changes, message):
+    inputs, options = make((6,), (2,), **changes)
+    with pytest.raises(ValueError, match=message):
+        mhla(*inputs, implementation="fused", **options)
+
+
+def test_trainable_rotary_is_refused():
+    inputs, options = make((6,), (2,))
+    options["rotary"] = tuple(table.requires_grad_() for table in options["rotary"])
+    with pytest.raises(ValueError, match="rotary"):
+        mhla(*inputs, implementation="fused", **options)
+
+
+def test_no_cuda_is_an_error(monkeypatch):
+    monkeypatch.setattr(fused_module, "_INTERPRETED", False)
+    inputs, options = make((6,), (2,))
+    with pytest.raises(ValueError, match="CUDA"):
+        mhla(*(x.cpu() for x in inputs), implementation="fused", **options | {"rotary": None})
+
+
+def test_auto_takes_the_kernels_where_they_run():
+    assert resolve_implementation("auto") == "blockwise"
+    assert resolve_implementation("auto", device="cuda") == "fused"
+    assert resolve_implementation("auto", device="cuda", head_dim=256) == "blockwise"
+    assert resolve_implementation("auto", device="cuda", causal=True) == "blockwise"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [32, 60, 64, 72, 80, 96, 128])
+@FORMS
+def test_head_sizes_on_gpu(poisoned, head_dim, attention_form):
+    inputs, options = make((5, 12, 14), (2, 3, 3), torch.bfloat16, head_dim=head_dim, value_dim=72)
+    assert_accurate(inputs, options, use_attention_form=attention_form)
+
+
+@pytest.mark.gpu
+def test_many_tokens_on_gpu(poisoned):
+    inputs, options = make((256, 256), (8, 8), torch.bfloat16, head_dim=64, value_dim=64, heads=1)
+    assert_accurate(inputs, options)
+
+
+@pytest.mark.gpu
+def test_more_than_two_billion_elements_on_gpu():
+    heads, dim, seq_len = 8, 128, 4096
+    batch = 2**31 // (3 * heads * dim * seq_len) + 2
+    projected = torch.randn(
+        batch, seq_len, heads, 3 * dim, dtype=torch.bfloat16, device="cuda"
+    )  # fmt: skip
+    mixing = locality_mixing((8, 8)).cuda()
+    options = {"grid": (64, 64), "layout": (8, 8), "implementation": "fused"}
+    out = mhla(*projected.chunk(3, dim=-1), mixing, **options)
+    last = mhla(*projected[-1:].contiguous().chunk(3, dim=-1), mixing, **options)
+    assert torch.equal(out[-1:], last)
+
+
+@pytest.mark.gpu
+@FORMS
+def test_cuda_graph(attention_form):
+    inputs, options = make((12, 14), (3, 3), torch.bfloat16, head_dim=72, value_dim=72)
+    options["use_attention_form"] = attention_form
+    with torch.no_grad():
+        expected = fused_mhla(*inputs, **options)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = fused_mhla(*inputs, **options)
+        out.zero_()
+        graph.replay()
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.gpu
+def test_inductor_on_gpu():
+    (q, k, v, mixing), options = make((12, 14), (3, 3), torch.bfloat16)
+    compiled = torch.compile(lambda *x: fused_mhla(*x, **options) * 2, fullgraph=True)
+    torch.testing.assert_close(
+        compiled(q, k, v, mixing), fused_mhla(q, k, v, mixing, **options) * 2
+    )

@@ -69,8 +69,10 @@ def _import(config: ConvertConfig, folder: Path, dry_run: bool) -> None:
         return
     before = outputs(model)
     with written_whole(folder) as partial:
-        # The widest dtype of the checkpoint holds all its weights exactly.
-        model.to(_dtype(converted.source)).save_pretrained(partial)
+        # The widest dtype of the checkpoint holds all its weights exactly, so that diffusers'
+        # warning about what should stay float32 does not apply.
+        torch.nn.Module.to(model, _dtype(converted.source))
+        model.save_pretrained(partial)
         del model
         loaded = converted.model_class.from_pretrained(partial, torch_dtype=torch.float32)
         _same_outputs(before, outputs(loaded.eval()))

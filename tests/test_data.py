@@ -1,0 +1,144 @@
+"""Data sets, and the order in which training reads them."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mhla_gen.config import DataConfig
+from mhla_gen.data import ArrayImages, BatchOrder, batches, derived_seed, load_images
+from mhla_gen.data.datasets import centre_crop, digits
+
+
+@pytest.fixture
+def image_folder(tmp_path):
+    for name, colour in (("cat", (255, 0, 0)), ("ant", (0, 0, 255))):
+        (tmp_path / name).mkdir()
+        for i in range(3):
+            Image.new("RGB", (20 + i, 12), colour).save(tmp_path / name / f"{i}.png")
+    (tmp_path / "cat" / "notes.txt").write_text("no image")
+    return tmp_path
+
+
+def npz(path, images, labels):
+    np.savez(path, arr_0=images, labels=labels)
+    return DataConfig(source="npz", path=str(path))
+
+
+@pytest.mark.parametrize(("num_images", "batch_size"), [(10, 4), (7, 7), (3, 8), (100, 1)])
+def test_every_epoch_reads_every_image_once(num_images, batch_size):
+    order = BatchOrder(num_images, batch_size, seed=0)
+    stream = [i for k in range(3 * num_images) for i in order.batch(k)]
+    epochs = [stream[e * num_images : (e + 1) * num_images] for e in range(3)]
+    assert all(sorted(epoch) == list(range(num_images)) for epoch in epochs)
+    assert num_images < 5 or epochs[0] != epochs[1]
+
+
+def test_a_batch_does_not_depend_on_the_batches_before_it():
+    straight = BatchOrder(10, 4, seed=3)
+    expected = [straight.batch(k) for k in range(12)]
+    assert [BatchOrder(10, 4, seed=3).batch(k) for k in (11, 5, 0)] == [
+        expected[11],
+        expected[5],
+        expected[0],
+    ]
+    assert BatchOrder(10, 4, seed=4).batch(5) != expected[5]
+
+
+def test_shares_of_processes_make_up_the_batch():
+    images, order = digits(), BatchOrder(1797, 8, seed=0)
+    whole, _ = next(batches(images, order, 2, 3))
+    parts = [next(batches(images, order, 2, 3, slice(r, r + 4)))[0] for r in (0, 4)]
+    assert torch.equal(torch.cat(parts), whole)
+    assert list(batches(images, order, 3, 3)) == []
+
+
+def test_derived_seeds_differ_and_stay():
+    seeds = {derived_seed(seed, use, k) for seed in range(5) for use in (0, 1) for k in range(50)}
+    assert len(seeds) == 500 and derived_seed(1, 2, 3) == derived_seed(1, 2, 3)
+
+
+def test_digits_are_the_real_ones():
+    images = load_images(DataConfig())
+    pixels, labels = images.read(range(len(images)))
+    assert pixels.shape == (1797, 1, 8, 8) and images.image_shape == (1, 8, 8)
+    assert pixels.min() == -1 and pixels.max() == 1 and pixels.dtype == torch.float32
+    assert labels.bincount().tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
+
+
+def test_an_npz_file_is_read_as_it_was_written(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 4, 4, 3), dtype=np.uint8)
+    config = npz(tmp_path / "a.npz", pixels, np.array([0, 2, 1, 0, 2], dtype=np.int32))
+    images = load_images(config)
+    found, labels = images.read([3, 1])
+    assert labels.tolist() == [0, 2] and images.class_names == ("0", "1", "2")
+    back = ((found + 1) * 127.5).round().permute(0, 2, 3, 1).numpy().astype(np.uint8)
+    assert (back == pixels[[3, 1]]).all()
+
+
+def test_a_folder_gives_sorted_classes_and_cropped_images(image_folder):
+    images = load_images(DataConfig(source="folder", path=str(image_folder), image_size=6))
+    assert images.class_names == ("ant", "cat") and len(images) == 6
+    pixels, labels = images.read([0, 5])
+    assert pixels.shape == (2, 3, 6, 6) and labels.tolist() == [0, 1]
+    assert pixels[0, :, 3, 3].tolist() == [-1, -1, 1] and pixels[1, :, 3, 3].tolist() == [1, -1, -1]
+
+
+@pytest.mark.parametrize("size", [(8, 8), (33, 70), (9, 8), (640, 480)])
+def test_the_centre_crop_has_the_size_asked_for(size):
+    assert centre_crop(Image.new("RGB", size), 8).size == (8, 8)
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "message"),
+    [
+        (np.zeros((2, 4, 4, 1), np.float32), np.zeros(2, int), "uint8"),
+        (np.zeros((2, 4, 5, 1), np.uint8), np.zeros(2, int), "square"),
+        (np.zeros((0, 4, 4, 1), np.uint8), np.zeros(0, int), "square"),
+        (np.zeros((2, 4, 4, 1), np.uint8), np.zeros(3, int), "one integer per image"),
+        (np.zeros((2, 4, 4, 1), np.uint8), np.zeros(2), "one integer per image"),
+        (np.zeros((2, 4, 4, 1), np.uint8), np.array([0, -1]), "must be in"),
+    ],
+)
+def test_arrays_that_do_not_fit_are_refused(tmp_path, images, labels, message):
+    with pytest.raises(ValueError, match=message):
+        load_images(npz(tmp_path / "a.npz", images, labels))
+
+
+def test_bad_files_are_named(tmp_path, image_folder):
+    (tmp_path / "junk.npz").write_text("junk")
+    with pytest.raises(ValueError, match=r"junk\.npz is not an npz file"):
+        load_images(DataConfig(source="npz", path=str(tmp_path / "junk.npz")))
+    np.savez(tmp_path / "b.npz", images=np.zeros(3))
+    with pytest.raises(ValueError, match="must hold arr_0 and labels"):
+        load_images(DataConfig(source="npz", path=str(tmp_path / "b.npz")))
+    with pytest.raises(FileNotFoundError, match="is not a file"):
+        load_images(DataConfig(source="npz", path=str(tmp_path / "none.npz")))
+    (image_folder / "cat" / "9.png").write_text("junk")
+    images = load_images(DataConfig(source="folder", path=str(image_folder), image_size=6))
+    with pytest.raises(ValueError, match=r"9\.png is not a readable image"):
+        images.read([6])
+
+
+def test_folders_without_images_are_refused(tmp_path):
+    config = DataConfig(source="folder", path=str(tmp_path / "none"), image_size=8)
+    with pytest.raises(FileNotFoundError, match="is not a folder"):
+        load_images(config)
+    (tmp_path / "none").mkdir()
+    with pytest.raises(FileNotFoundError, match="has no sub-folders"):
+        load_images(config)
+    (tmp_path / "none" / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="no images"):
+        load_images(config)
+
+
+def test_a_size_that_the_data_do_not_have_is_refused():
+    with pytest.raises(ValueError, match="8 pixels wide"):
+        load_images(DataConfig(image_size=16))
+    with pytest.raises(ValueError, match="image_size"):
+        DataConfig(source="folder", path="x")
+
+
+def test_class_names_must_cover_the_labels():
+    with pytest.raises(ValueError, match="must be in"):
+        ArrayImages(np.zeros((1, 2, 2, 1), np.uint8), np.array([1]), ("only",))

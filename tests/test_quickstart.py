@@ -1,0 +1,149 @@
+"""The quickstart in small: every file it promises, twice the same; the whole one is slow."""
+
+import json
+import shlex
+import subprocess
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mhla_gen import ClassConditionalPipeline
+from mhla_gen.config import MHLAConfig, ModelConfig, QuickstartConfig, load_config
+from mhla_gen.data.datasets import digits
+from mhla_gen.quickstart import quickstart
+from mhla_gen.quickstart.report import next_commands
+from mhla_gen.quickstart.scores import closest_pairs, score, score_real
+from mhla_gen.sampling import generate
+
+PROMISED = [
+    "config.yaml",
+    "loss.png",
+    "manifest.json",
+    "metrics.json",
+    "mixing.png",
+    "pipeline",
+    "samples.npz",
+    "samples.png",
+]
+
+
+def tiny(folder):
+    model = ModelConfig(
+        num_layers=1, num_attention_heads=2, attention_head_dim=8, mhla=MHLAConfig(layout=(2, 2))
+    )
+    return QuickstartConfig(
+        output_dir=str(folder),
+        model=model,
+        max_steps=4,
+        batch_size=16,
+        samples_per_class=2,
+        num_inference_steps=2,
+    )
+
+
+def samples(folder):
+    with np.load(folder / "samples.npz") as arrays:
+        return arrays["arr_0"], arrays["labels"]
+
+
+def test_it_leaves_what_it_promises_and_twice_the_same(tmp_path, capsys):
+    for name in ("a", "b"):
+        quickstart(tiny(tmp_path / name))
+    folder, printed = tmp_path / "a", capsys.readouterr().out
+    assert set(PROMISED) <= {path.name for path in folder.iterdir()}
+    images, labels = samples(folder)
+    assert images.shape == (20, 8, 8, 1) and images.dtype == np.uint8
+    assert labels.tolist() == [c for c in range(10) for _ in range(2)]
+    assert (samples(tmp_path / "b")[0] == images).all()
+    for name in ("samples.png", "loss.png", "mixing.png"):
+        assert np.asarray(Image.open(folder / name)).std() > 1
+    assert load_config(folder / "config.yaml") == tiny(folder)
+
+    metrics = json.loads((folder / "metrics.json").read_text())
+    for arm in ("mhla", "linear"):
+        assert 0 <= metrics[arm]["class_accuracy"] <= 1 and metrics[arm]["frechet_distance"] > 0
+        assert f"{metrics[arm]['frechet_distance']:.2f}" in printed
+    assert "linear attention, one block" in printed
+
+    pipe = ClassConditionalPipeline.from_pretrained(folder / "pipeline")
+    again = generate(
+        pipe, labels, seed=0, batch_size=100, num_inference_steps=2, guidance_scale=1.5
+    )
+    assert (again == images).all()
+
+
+def test_a_finished_one_is_shown_again_and_foreign_folders_are_refused(tmp_path, capsys):
+    config = tiny(tmp_path / "run")
+    quickstart(config)
+    written = (tmp_path / "run" / "samples.npz").stat().st_mtime_ns
+    capsys.readouterr()
+    quickstart(config)
+    assert "nothing was run" in capsys.readouterr().out
+    assert (tmp_path / "run" / "samples.npz").stat().st_mtime_ns == written
+    with pytest.raises(FileExistsError, match="seed: found 0, asked for 1"):
+        quickstart(replace(config, seed=1))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("precious")
+    with pytest.raises(FileExistsError, match="did not write"):
+        quickstart(replace(config, output_dir=str(tmp_path / "mine")))
+
+
+def test_an_interrupted_one_goes_on_to_the_same_end(tmp_path, monkeypatch):
+    quickstart(tiny(tmp_path / "whole"))
+
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mhla_gen.quickstart.run.save_samples", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            quickstart(tiny(tmp_path / "parts"))
+    assert not (tmp_path / "parts" / "metrics.json").exists()
+    quickstart(tiny(tmp_path / "parts"))
+    assert (samples(tmp_path / "parts")[0] == samples(tmp_path / "whole")[0]).all()
+
+
+def test_a_dry_run_writes_nothing(tmp_path, capsys):
+    quickstart(tiny(tmp_path / "run"), dry_run=True)
+    text = capsys.readouterr().out
+    assert "mhla model" in text and "linear model" in text and not (tmp_path / "run").exists()
+
+
+def test_the_next_commands_are_real(tmp_path):
+    folder = tmp_path / "run"
+    quickstart(tiny(folder))
+    sampling, training, loading = next_commands(folder, 4)
+    for command in (f"{sampling} num_inference_steps=1", f"{training} max_steps=4", loading):
+        done = subprocess.run(shlex.split(command), cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run-more" / "samples.png").is_file()
+    assert (tmp_path / "run-longer" / "pipeline").is_dir()
+    assert (tmp_path / "seven.png").is_file()
+
+
+def test_scores_know_copies_noise_and_the_real_thing():
+    real = digits()
+    rng = np.random.default_rng(0)
+    some = rng.choice(len(real), 200, replace=False)
+    copies = score(real.images[some], real.labels[some], real)
+    assert copies.copy_share == 1.0 and copies.class_accuracy > 0.95
+    noise = rng.integers(0, 256, (200, 8, 8, 1), dtype=np.uint8)
+    made = score(noise, real.labels[some], real)
+    assert made.copy_share == 0 and made.class_accuracy < 0.3
+    assert made.frechet_distance > 10 * copies.frechet_distance
+    assert (closest_pairs(real) > 0).all()
+    baseline = score_real(real, 20, seed=0)
+    assert baseline["frechet_distance_halves"] < baseline["frechet_distance_same_size"] < 1
+    assert baseline["class_accuracy"] > 0.97
+
+
+@pytest.mark.slow
+def test_the_whole_quickstart_learns_the_digits(tmp_path):
+    quickstart(QuickstartConfig(output_dir=str(tmp_path / "run")))
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["mhla"]["class_accuracy"] >= 0.9
+    assert metrics["mhla"]["copy_share"] <= 0.02
+    assert torch.isfinite(torch.tensor(metrics["mhla"]["frechet_distance"]))

@@ -1,0 +1,317 @@
+"""Training: objectives, initial weights, optimizer rules, and runs that go on exactly."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from diffusers import FlowMatchEulerDiscreteScheduler
+from tiny import tiny_dit
+
+import mhla_gen
+from mhla_gen.config import DataConfig, MHLAConfig, ModelConfig, TrainConfig
+from mhla_gen.training import (
+    build_model,
+    build_optimizer,
+    initialize_dit,
+    keep_mixing_in_range,
+    parameter_groups,
+    rehearse,
+    train,
+)
+from mhla_gen.training.checkpoints import checkpoints
+from mhla_gen.training.loop import build_run
+from mhla_gen.training.objectives import draw, interpolate, training_loss, velocity
+from mhla_gen.training.optim import mixing_matrices
+
+TINY = ModelConfig(
+    mhla=MHLAConfig(layout=(2, 2)),
+    num_layers=2,
+    num_attention_heads=2,
+    attention_head_dim=8,
+)
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """accelerate keeps one state per process, precision included."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def tiny_run(folder, **changes):
+    settings = {
+        "output_dir": str(folder),
+        "model": TINY,
+        "max_steps": 6,
+        "batch_size": 8,
+        "warmup_steps": 1,
+        "mixed_precision": "no",
+        "checkpoint_every": 0,
+        "log_every": 2,
+    } | changes
+    return TrainConfig(**settings)
+
+
+def trained(config):
+    """Weights of the saved pipeline's transformer."""
+    train(config)
+    folder = f"{config.output_dir}/pipeline"
+    pipeline = mhla_gen.ClassConditionalPipeline.from_pretrained(folder)
+    return pipeline.transformer.state_dict()
+
+
+def log_of(folder):
+    lines = (folder / "log.jsonl").read_text().splitlines()
+    return [(line["step"], line["loss"]) for line in map(json.loads, lines)]
+
+
+def assert_same(first, second):
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_the_path_runs_from_image_to_noise():
+    images, noise = torch.randn(2, 3, 1, 4, 4)
+    assert torch.equal(interpolate(images, noise, torch.zeros(3)), images)
+    assert torch.equal(interpolate(images, noise, torch.ones(3)), noise)
+
+
+def test_the_velocity_takes_the_scheduler_to_the_image():
+    images, noise = torch.randn(2, 3, 1, 4, 4)
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(7)
+    sample = noise
+    for t in scheduler.timesteps:
+        sample = scheduler.step(velocity(images, noise), t, sample).prev_sample
+    torch.testing.assert_close(sample, images)
+
+
+def test_the_loss_is_zero_for_a_perfect_model_and_sees_dropped_labels():
+    config = TrainConfig(batch_size=64, label_dropout=0.5)
+    images, labels = torch.randn(64, 1, 4, 4), torch.zeros(64, dtype=torch.long)
+    draws = draw(config, (1, 4, 4), 0, "cpu")
+    seen = {}
+
+    class Perfect:
+        def __call__(self, noisy, timestep, class_labels):
+            seen["labels"], seen["timesteps"] = class_labels, timestep
+            self.sample = draws.noise - images
+            return self
+
+    loss = training_loss(Perfect(), images, labels, draws, null_class=10)
+    assert loss.shape == (64,) and not loss.any()
+    assert torch.equal(seen["labels"] == 10, draws.dropped) and 10 < draws.dropped.sum() < 54
+    assert torch.equal(seen["timesteps"], draws.sigmas * 1000)
+
+
+def test_chance_is_a_function_of_seed_and_step():
+    config = TrainConfig(batch_size=4, data=DataConfig(horizontal_flip=True))
+    first, again = (draw(config, (1, 8, 8), 5, "cpu") for _ in range(2))
+    other_step = draw(config, (1, 8, 8), 6, "cpu")
+    other_seed = draw(replace(config, seed=1), (1, 8, 8), 5, "cpu")
+    assert torch.equal(first.noise, again.noise) and torch.equal(first.sigmas, again.sigmas)
+    assert not torch.equal(first.noise, other_step.noise)
+    assert not torch.equal(first.noise, other_seed.noise)
+    assert torch.equal(first.part(slice(1, 3)).noise, first.noise[1:3])
+
+
+def test_sigmas_are_logit_normal():
+    sigmas = draw(TrainConfig(batch_size=20000, logit_mean=1.0), (1, 1, 1), 0, "cpu").sigmas
+    logits = sigmas.logit()
+    assert abs(logits.mean() - 1) < 0.03 and abs(logits.std() - 1) < 0.03
+
+
+@pytest.mark.parametrize("attention", ["softmax", "linear", "mhla"])
+def test_a_new_model_predicts_zero_and_its_blocks_are_the_identity(attention):
+    model = build_model(replace(TINY, attention=attention), (1, 8, 8), num_classes=10)
+    images, t, y = torch.randn(2, 1, 8, 8), torch.tensor([3.0, 900.0]), torch.tensor([1, 10])
+    assert not model(images, timestep=t, class_labels=y).sample.any()
+    tokens = model.pos_embed(images)
+    block = model.transformer_blocks[1]
+    assert torch.equal(block(tokens, timestep=t, class_labels=y), tokens)
+
+
+def test_every_block_starts_with_the_same_conditioning():
+    model = build_model(TINY, (1, 8, 8), num_classes=3)
+    t, y = torch.tensor([10.0]), torch.tensor([2])
+    embedded = [
+        block.norm1.emb(t, y, hidden_dtype=torch.float32) for block in model.transformer_blocks
+    ]
+    assert embedded[0].any() and torch.equal(embedded[0], embedded[1])
+
+
+def test_labels_are_not_dropped_inside_the_model():
+    model = tiny_dit()
+    initialize_dit(model)
+    model.train()
+    embedder = model.transformer_blocks[0].norm1.emb.class_embedder
+    labels = torch.zeros(1000, dtype=torch.long)
+    assert (embedder(labels) == embedder(labels)[:1]).all()
+
+
+def test_mhla_parts_keep_their_own_start():
+    model = build_model(TINY, (1, 8, 8), num_classes=3)
+    layer = model.transformer_blocks[0].attn1.mhla
+    assert not layer.gate.weight.any() and not layer.conv.weight.any()
+    assert torch.equal(layer.mixing, mhla_gen.ops.locality_mixing((2, 2)))
+
+
+def test_the_control_differs_in_the_mixing_only():
+    mhla, linear = (
+        {k: v.shape for k, v in build_model(m, (1, 8, 8), 3).state_dict().items()}
+        for m in (TINY, replace(TINY, attention="linear"))
+    )
+    assert mhla.keys() == linear.keys()
+    assert {k for k in mhla if mhla[k] != linear[k]} == {k for k in mhla if k.endswith(".mixing")}
+
+
+def test_a_patch_that_does_not_tile_the_image_is_refused():
+    with pytest.raises(ValueError, match="does not divide the image size 8"):
+        build_model(replace(TINY, patch_size=3), (1, 8, 8), num_classes=3)
+
+
+def test_every_trained_parameter_is_in_one_group_and_mixing_has_no_decay():
+    model = build_model(TINY, (1, 8, 8), num_classes=3)
+    decayed, others = parameter_groups(model, weight_decay=0.1)
+    everything = [id(p) for group in (decayed, others) for p in group["params"]]
+    assert sorted(everything) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+    free = {id(p) for p in others["params"]}
+    table = model.transformer_blocks[0].norm1.emb.class_embedder.embedding_table.weight
+    assert others["weight_decay"] == 0 and decayed["weight_decay"] == 0.1
+    assert {id(p) for p in mixing_matrices(model)} | {id(table)} <= free
+
+
+def test_mixing_stays_in_range_whoever_steps_the_optimizer():
+    model = build_model(TINY, (1, 8, 8), num_classes=3)
+    optimizer = build_optimizer(model, learning_rate=10.0, weight_decay=0.0)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    for matrix in mixing_matrices(model):
+        assert matrix.min() == 0 and matrix.max() == 1
+    assert model.proj_out_2.weight.abs().max() > 1
+
+    plain = torch.optim.SGD(model.parameters(), lr=10.0)
+    keep_mixing_in_range(plain, mixing_matrices(model))
+    plain.step()
+    assert all(m.min() >= 0 and m.max() <= 1 for m in mixing_matrices(model))
+
+
+@pytest.mark.parametrize("attention", ["softmax", "linear", "mhla"])
+def test_a_run_learns_and_its_pipeline_reloads(attention, tmp_path):
+    config = tiny_run(
+        tmp_path / "run",
+        model=replace(TINY, attention=attention),
+        max_steps=40,
+        batch_size=32,
+        learning_rate=3e-3,
+        log_every=10,
+        ema_decay=0.5,
+    )
+    weights = trained(config)
+    losses = [loss for _, loss in log_of(tmp_path / "run")]
+    assert losses[-1] < 0.9 * losses[0]
+    assert any(key.endswith(".mixing") for key in weights) == (attention != "softmax")
+    assert not list(tmp_path.glob("run/.*"))
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others(tmp_path):
+    first, again, other = (
+        trained(tiny_run(tmp_path / name, seed=seed))
+        for name, seed in (("a", 0), ("b", 0), ("c", 1))
+    )
+    assert_same(first, again)
+    assert not torch.equal(first["proj_out_2.weight"], other["proj_out_2.weight"])
+
+
+@pytest.mark.parametrize("lr_scheduler", ["cosine", "constant_with_warmup"])
+def test_a_run_that_was_stopped_goes_on_exactly(lr_scheduler, tmp_path, monkeypatch):
+    changes = {"max_steps": 12, "checkpoint_every": 4, "lr_scheduler": lr_scheduler}
+    straight = trained(tiny_run(tmp_path / "straight", **changes))
+
+    stopped = tiny_run(tmp_path / "stopped", **changes)
+    step = mhla_gen.training.loop.Run.step
+
+    def interrupted(run, number, images, labels):
+        if number == 7:
+            raise KeyboardInterrupt
+        return step(run, number, images, labels)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(mhla_gen.training.loop.Run, "step", interrupted)
+        train(stopped)
+    assert list(checkpoints(tmp_path / "stopped")) == [4]
+    assert_same(straight, trained(replace(stopped, resume="latest")))
+    assert log_of(tmp_path / "stopped") == log_of(tmp_path / "straight")
+    last = [
+        torch.load(tmp_path / name / "checkpoint-12" / "optimizer.bin", weights_only=True)["state"]
+        for name in ("straight", "stopped")
+    ]
+    for one, other in zip(*(state.values() for state in last), strict=True):
+        assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_micro_batches_make_the_same_step_to_rounding(tmp_path):
+    whole = trained(tiny_run(tmp_path / "a", max_steps=3))
+    parts = trained(tiny_run(tmp_path / "b", max_steps=3, gradient_accumulation_steps=4))
+    for key in whole:
+        torch.testing.assert_close(whole[key], parts[key], atol=2e-5, rtol=0)
+
+
+def test_bf16_trains_and_keeps_float32_weights(tmp_path):
+    config = tiny_run(tmp_path / "a", mixed_precision="bf16", gradient_checkpointing=True)
+    assert all(w.dtype == torch.float32 for w in trained(config).values())
+
+
+def test_old_checkpoints_are_removed(tmp_path):
+    train(tiny_run(tmp_path / "a", checkpoint_every=1, keep_checkpoints=2))
+    assert list(checkpoints(tmp_path / "a")) == [5, 6]
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(tmp_path, monkeypatch):
+    config = tiny_run(tmp_path / "a", checkpoint_every=2)
+
+    def full_disk(*_):
+        raise OSError("No space left on device")
+
+    run = build_run(config)
+    Path(config.output_dir).mkdir()
+    mhla_gen.training.loop.save_checkpoint(run.accelerator, config, 2)
+    monkeypatch.setattr("mhla_gen.training.checkpoints.save_config", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        mhla_gen.training.loop.save_checkpoint(run.accelerator, config, 4)
+    assert list(checkpoints(tmp_path / "a")) == [2]
+
+
+def test_folders_are_refused_with_the_remedy(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    with pytest.raises(FileExistsError, match="is no training run"):
+        train(tiny_run(tmp_path / "mine", resume="latest"))
+
+    config = tiny_run(tmp_path / "a", max_steps=1)
+    train(config)
+    with pytest.raises(FileExistsError, match="resume=latest"):
+        train(config)
+    with pytest.raises(FileExistsError, match=r"learning_rate: found 0\.0003, asked for 0\.1"):
+        train(replace(config, learning_rate=0.1, resume="latest"))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    config = tiny_run(tmp_path / "a", learning_rate=1e30, max_steps=20, max_grad_norm=1e30)
+    with pytest.raises(ValueError, match=r"loss of step .* is not finite"):
+        train(config)
+
+
+def test_a_batch_that_cannot_be_divided_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="must be a multiple of 3"):
+        train(tiny_run(tmp_path / "a", gradient_accumulation_steps=3))
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_rehearsal_writes_nothing(tmp_path):
+    summary = rehearse(tiny_run(tmp_path / "a"))
+    assert "1797 images of 10 classes" in summary and not (tmp_path / "a").exists()

@@ -1,5 +1,6 @@
 """Images with one class label each: arrays in memory, or files in one folder a class."""
 
+import zipfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -209,7 +210,7 @@ def load_npz(path: Path) -> ArrayImages:
             images, labels = arrays["arr_0"], arrays["labels"]
     except KeyError as error:
         raise ValueError(f"{path} must hold arr_0 and labels: {error.args[0]}") from error
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is not an npz file of plain arrays: {error}") from error
     num_classes = int(labels.max(initial=0)) + 1 if np.issubdtype(labels.dtype, np.integer) else 1
     return ArrayImages(images, labels, tuple(map(str, range(num_classes))))

@@ -18,7 +18,7 @@ def contact_sheet(
     row_names: Sequence[str],
     *,
     per_row: int = 10,
-    tile_size: int = 40,
+    tile_size: int = 48,
 ) -> Image.Image:
     """Lay images out in rows by class and in groups side by side.
 

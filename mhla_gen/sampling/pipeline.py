@@ -193,16 +193,17 @@ def check_scheduler(scheduler: Any, prediction_type: str) -> None:
         ValueError: If the scheduler expects another prediction, or a learned variance.
     """
     name, config = type(scheduler).__name__, scheduler.config
-    if name.startswith("FlowMatch"):
-        expected = "flow_prediction"
-    else:
-        expected = config.get("prediction_type", "epsilon")
+    always_flow = name.startswith("FlowMatch")
+    expected = "flow_prediction" if always_flow else config.get("prediction_type", "epsilon")
     if expected != prediction_type:
         raise ValueError(
             f"{name} works on {expected}, but the model makes {prediction_type}; "
             "choose a scheduler or its options to match"
         )
-    if expected == "flow_prediction" and not config.get("use_flow_sigmas", True):
-        raise ValueError(f"{name} needs use_flow_sigmas=True for {prediction_type}")
+    if expected == "flow_prediction" and not (always_flow or config.get("use_flow_sigmas")):
+        raise ValueError(
+            f"{name} needs use_flow_sigmas=True for {prediction_type}; "
+            "a scheduler without that option does not fit"
+        )
     if "learned" in str(config.get("variance_type")):
         raise ValueError(f"{name} must have a fixed variance_type, found {config.variance_type}")

@@ -68,7 +68,7 @@ def load_pipeline(config: SampleConfig) -> ClassConditionalPipeline:
             "(it has no model_index.json)"
         )
     dtype = getattr(torch, config.dtype)
-    pipeline = ClassConditionalPipeline.from_pretrained(folder, torch_dtype=dtype)
+    pipeline = ClassConditionalPipeline.from_pretrained(folder, dtype=dtype)
     if config.scheduler is not None:
         pipeline.scheduler = replaced_scheduler(pipeline, config.scheduler)
     device = config.device

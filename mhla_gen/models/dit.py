@@ -12,13 +12,14 @@ from torch import Tensor
 
 from mhla_gen.config import MHLAConfig
 from mhla_gen.models.family import Family, MHLATransformerMixin, accepts, accepts_mhla
+from mhla_gen.models.projection import mhla_attention, refuse_mask_and_other_keys
 
 # Of diffusers' DiT; the original's is 0.
 _DIFFUSERS_SHIFT = 1.0
 
 
 class MHLAAttnProcessor:
-    """Runs the `mhla` child of an `Attention` layer on a square token grid."""
+    """Runs the `mhla` child of an `Attention` layer on the grid it is handed, or a square one."""
 
     def __call__(
         self,
@@ -27,32 +28,25 @@ class MHLAAttnProcessor:
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
+        grid: tuple[int, ...] | None = None,
     ) -> Tensor:
         """Project, attend, project; `[batch, seq_len, hidden_size]` in and out.
 
         Raises:
-            ValueError: If a mask or other keys are given, or the tokens do not form a square.
+            ValueError: If a mask or other keys are given, or the tokens form no square and no
+                grid is given.
         """
-        if attention_mask is not None or encoder_hidden_states is not None:
-            raise ValueError("MHLA layers take neither an attention mask nor other keys and values")
-        side = math.isqrt(hidden_states.shape[1])
-        if side * side != hidden_states.shape[1]:
-            raise ValueError(f"DiT's tokens form a square grid, found {hidden_states.shape[1]}")
-        if attn.fused_projections:
-            query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
-        else:
-            query, key, value = (
-                project(hidden_states) for project in (attn.to_q, attn.to_k, attn.to_v)
-            )
-        query, key, value = (x.unflatten(2, (attn.heads, -1)) for x in (query, key, value))
-        if attn.norm_q is not None:
-            query = attn.norm_q(query)
-        if attn.norm_k is not None:
-            key = attn.norm_k(key)
-        out = attn.mhla(
-            query.type_as(value), key.type_as(value), value, hidden_states, (side, side)
-        )
-        return attn.to_out[1](attn.to_out[0](out))
+        refuse_mask_and_other_keys(attention_mask, encoder_hidden_states)
+        if grid is None:
+            grid = _square(hidden_states.shape[1])
+        return mhla_attention(attn, hidden_states, grid)
+
+
+def _square(seq_len: int) -> tuple[int, int]:
+    side = math.isqrt(seq_len)
+    if side * side != seq_len:
+        raise ValueError(f"DiT's tokens form a square grid, found {seq_len}")
+    return side, side
 
 
 class OriginalDiTTransformer2DModel(DiTTransformer2DModel):

@@ -41,6 +41,8 @@ class Family(ABC):
     model, which must have the same state."""
     variants: ClassVar[tuple[type, ...]] = ()
     """Further softmax classes that are converted like `base_class`, with the same weights."""
+    stock_kind: ClassVar[str] = "softmax"
+    """What an unconverted layer computes: softmax, or linear where the family does so itself."""
 
     @abstractmethod
     def attentions(self, model: Any) -> list[tuple[str, Any]]:
@@ -53,6 +55,14 @@ class Family(ABC):
     @abstractmethod
     def native_grid(self, model: Any) -> tuple[int, ...]:
         """The token grid that `layout="auto"` is made for."""
+
+    def bystanders(self, model: Any) -> list[tuple[str, Any]]:
+        """Layers that are never converted but are handed the grid: get `softmax_processor`."""
+        return []
+
+    def output_projection(self, attention: Any) -> nn.Module:
+        """The layer's last linear map, which unlike the input projections is never fused."""
+        return attention.to_out[0]
 
     def settings(self, model: Any) -> dict[str, Any]:
         """What the MHLA class must be saved with, besides `mhla` and the arguments of its base."""
@@ -96,7 +106,7 @@ def resolve(family: Family, model: Any, config: MHLAConfig) -> MHLAConfig:
     attentions = family.attentions(model)
     mhla_layers(config, len(attentions))
     known = (family.stock_processor, family.softmax_processor, family.mhla_processor)
-    for name, attention in attentions:
+    for name, attention in attentions + family.bystanders(model):
         if type(attention.processor) not in known:
             raise ValueError(
                 f"{name} has the processor {type(attention.processor).__name__}, which MHLA would "
@@ -126,10 +136,13 @@ def convert(family: Family, model: Any, config: MHLAConfig) -> None:
     chosen = set(mhla_layers(config, len(attentions)))
     for index, (_, attention) in enumerate(attentions):
         if index in chosen:
-            attention.mhla = _like(attention, MHLA(*family.sizes(model), config))
+            child = MHLA(*family.sizes(model), config).train(attention.training)
+            attention.mhla = _like(family.output_projection(attention), child)
             _swap_processor(attention, family.mhla_processor)
         else:
             _swap_processor(attention, family.softmax_processor)
+    for _, attention in family.bystanders(model):
+        _swap_processor(attention, family.softmax_processor)
     for path, (_, converted_class) in family.replaced_modules.items():
         model.get_submodule(path).__class__ = converted_class
     settings = {"mhla": config.to_dict(), **family.settings(model)}
@@ -142,7 +155,7 @@ def convert(family: Family, model: Any, config: MHLAConfig) -> None:
 
 def unconvert(family: Family, model: Any) -> None:
     """Take away what `convert` added, the class included."""
-    for _, attention in family.attentions(model):
+    for _, attention in family.attentions(model) + family.bystanders(model):
         if hasattr(attention, "mhla"):
             del attention.mhla
         _swap_processor(attention, family.stock_processor)
@@ -158,17 +171,16 @@ def _argument_names(model_class: Any) -> set[str]:
     return set(inspect.signature(model_class.__init__).parameters)
 
 
-def _like(attention: Any, module: MHLA) -> MHLA:
-    """Move a new module to where its layer is; mixing stays float32.
+def _like(projection: nn.Module, module: MHLA) -> MHLA:
+    """Move a new module to where its layer's output projection is; mixing stays float32.
 
-    The output projection tells device and dtype: unlike the input projections it is never fused.
-    Its weight may be quantized, then the bias tells.
+    The projection's weight may be quantized, then the bias tells the dtype.
     """
-    parameters = list(attention.to_out[0].parameters())
+    parameters = list(projection.parameters())
     floating = next((p for p in parameters if p.is_floating_point()), None)
     module = module.to(parameters[0].device, None if floating is None else floating.dtype)
     module.mixing.data = module.mixing.data.float()
-    return module.train(attention.training)
+    return module
 
 
 def _swap_processor(attention: Any, processor_class: type) -> None:
@@ -324,9 +336,3 @@ def become(family: Family, mhla_class: type, model: Any, config: MHLAConfig) -> 
 
 def _few(keys: Sequence[str]) -> str:
     return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
-
-
-def added_parameters(attention: Any) -> int:
-    """Parameters of the layer's `mhla` child; 0 for a softmax layer."""
-    child: nn.Module | None = getattr(attention, "mhla", None)
-    return 0 if child is None else sum(p.numel() for p in child.parameters())

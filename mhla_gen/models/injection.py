@@ -9,8 +9,8 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from mhla_gen.config import MHLAConfig
 from mhla_gen.models.dit import MHLADiTTransformer2DModel
 from mhla_gen.models.family import (
+    Family,
     MHLATransformerMixin,
-    added_parameters,
     become,
     resolve,
     unconvert,
@@ -21,7 +21,10 @@ from mhla_gen.ops import resolve_implementation
 # Base class → the class it becomes. A new family is one file and one line here.
 MHLA_CLASSES: dict[type, type] = {
     softmax_class: mhla_class
-    for mhla_class in (MHLADiTTransformer2DModel, MHLAWanTransformer3DModel)
+    for mhla_class in (
+        MHLADiTTransformer2DModel,
+        MHLAWanTransformer3DModel,
+    )
     for softmax_class in (mhla_class.family.base_class, *mhla_class.family.variants)
 }
 
@@ -34,7 +37,7 @@ def inject(pipe_or_transformer: Any, config: MHLAConfig | None = None) -> Any:
     All checks are made before anything changes.
 
     Args:
-        pipe_or_transformer: A `DiTTransformer2DModel` or `WanTransformer3DModel`, or any pipeline
+        pipe_or_transformer: A transformer of a supported family (`docs/models.md`), or any pipeline
             that holds one or more of them (both experts of Wan 2.2).
         config: Settings; the defaults if None.
 
@@ -85,9 +88,9 @@ class LayerSummary:
     name: str
     """Path of the layer inside the model."""
     kind: str
-    """softmax, mhla, or linear for MHLA with a single block."""
+    """softmax, mhla, or linear: MHLA with a single block, or the model's own linear attention."""
     layout: tuple[int, ...] | None
-    """Blocks along each axis; None for softmax."""
+    """Blocks along each axis; None for a layer that is not converted."""
     implementation: str
     """Which code runs on the layer's device."""
     added_parameters: int
@@ -110,7 +113,7 @@ class Summary(list[LayerSummary]):
             for row in self
         ]
         total = f"{sum(row.added_parameters for row in self):,}"
-        converted = sum(row.kind != "softmax" for row in self)
+        converted = sum(row.layout is not None for row in self)
         rows.append(("total", f"{converted} of {len(self)}", "", "", total))
         widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
         lines = [
@@ -142,15 +145,17 @@ def summary(pipe_or_transformer: Any) -> Summary:
             raise ValueError(_unsupported(transformer))
         prefix = f"transformer_{number + 1}." if number else ""
         for name, attention in mhla_class.family.attentions(transformer):
-            rows.append(_summarise(prefix + name, attention))
+            rows.append(_summarise(mhla_class.family, prefix + name, attention))
     return rows
 
 
-def _summarise(name: str, attention: Any) -> LayerSummary:
+def _summarise(family: Family, name: str, attention: Any) -> LayerSummary:
     child = getattr(attention, "mhla", None)
     if child is None:
-        backend = getattr(attention.processor, "_attention_backend", None) or "sdpa"
-        return LayerSummary(name, "softmax", None, str(getattr(backend, "value", backend)), 0)
+        backend = getattr(attention.processor, "_attention_backend", None)
+        backend = backend or ("sdpa" if family.stock_kind == "softmax" else "diffusers")
+        implementation = str(getattr(backend, "value", backend))
+        return LayerSummary(name, family.stock_kind, None, implementation, 0)
     return LayerSummary(
         name=name,
         kind="linear" if math.prod(child.config.layout) == 1 else "mhla",
@@ -161,7 +166,7 @@ def _summarise(name: str, attention: Any) -> LayerSummary:
             head_dim=child.head_dim,
             value_dim=child.head_dim,
         ),
-        added_parameters=added_parameters(attention),
+        added_parameters=sum(p.numel() for p in child.parameters()),
     )
 
 

@@ -13,24 +13,18 @@ from torch import Tensor
 
 from mhla_gen.config import MHLAConfig
 from mhla_gen.models.family import Family, MHLATransformerMixin, accepts_mhla
+from mhla_gen.models.projection import (
+    PatchGridCarrier,
+    mhla_attention,
+    refuse_mask_and_other_keys,
+)
 
 # 81 frames at 480×832 after Wan's VAE (4×8×8) and patches (1×2×2): the size it was trained at.
 _NATIVE_GRID = (21, 30, 52)
 
 
-class GridRotaryPosEmbed(WanRotaryPosEmbed):
-    """Wan's rotary embedding, which also tells its grid to the attention layers.
-
-    The grid travels as the shape `(frames, height, width, 0)` of an empty third tensor: unlike
-    module state that survives `torch.compile`, checkpointing with two grids alive, copies of the
-    model and offloading hooks.
-    """
-
-    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
-        """`(cos, sin, grid carrier)` for latents `[batch, channels, frames, height, width]`."""
-        cos, sin = super().forward(hidden_states)
-        sizes = zip(hidden_states.shape[2:], self.patch_size, strict=True)
-        return cos, sin, cos.new_empty((*(length // patch for length, patch in sizes), 0))
+class GridRotaryPosEmbed(PatchGridCarrier, WanRotaryPosEmbed):
+    """Wan's rotary embedding, which also tells its grid to the attention layers."""
 
 
 class SoftmaxWanAttnProcessor(WanAttnProcessor):
@@ -69,24 +63,14 @@ class MHLAWanAttnProcessor:
         Raises:
             ValueError: If a mask or other keys are given, or the grid is missing.
         """
-        if attention_mask is not None or encoder_hidden_states is not None:
-            raise ValueError("MHLA layers take neither an attention mask nor other keys and values")
+        refuse_mask_and_other_keys(attention_mask, encoder_hidden_states)
         if rotary_emb is None or len(rotary_emb) != 3:
             raise ValueError("MHLA layers of Wan need (cos, sin, grid) from GridRotaryPosEmbed")
-        if attn.fused_projections:
-            query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
-        else:
-            query, key, value = (
-                project(hidden_states) for project in (attn.to_q, attn.to_k, attn.to_v)
-            )
-        # Normalised over all heads at once, so before they are split; autocast may leave float32.
-        query, key = attn.norm_q(query).type_as(value), attn.norm_k(key).type_as(value)
-        query, key, value = (x.unflatten(2, (attn.heads, -1)) for x in (query, key, value))
         cos, sin, carrier = rotary_emb
         # diffusers repeats every angle for the two channels of its pair.
         rotary = (cos[0, :, 0, 0::2], sin[0, :, 0, 1::2])
-        out = attn.mhla(query, key, value, hidden_states, tuple(carrier.shape[:3]), rotary)
-        return attn.to_out[1](attn.to_out[0](out))
+        grid = tuple(carrier.shape[:3])
+        return mhla_attention(attn, hidden_states, grid, rotary, norm_across_heads=True)
 
 
 class WanFamily(Family):

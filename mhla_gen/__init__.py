@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from mhla_gen.models import (
         MHLA,
         MHLADiTTransformer2DModel,
+        MHLAPixArtTransformer2DModel,
         MHLAWanTransformer3DModel,
         OriginalDiTTransformer2DModel,
         inject,
@@ -30,6 +31,7 @@ _HOMES = {
     "load_config": "mhla_gen.config",
     "MHLA": "mhla_gen.models",
     "MHLADiTTransformer2DModel": "mhla_gen.models",
+    "MHLAPixArtTransformer2DModel": "mhla_gen.models",
     "MHLAWanTransformer3DModel": "mhla_gen.models",
     "OriginalDiTTransformer2DModel": "mhla_gen.models",
     "inject": "mhla_gen.models",
@@ -43,6 +45,7 @@ __all__ = [
     "ClassConditionalPipeline",
     "MHLAConfig",
     "MHLADiTTransformer2DModel",
+    "MHLAPixArtTransformer2DModel",
     "MHLAWanTransformer3DModel",
     "ModelMixin",
     "OriginalDiTTransformer2DModel",

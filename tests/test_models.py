@@ -10,7 +10,9 @@ from diffusers import DiTTransformer2DModel
 from tiny import (
     disturb,
     dit_inputs,
+    pixart_inputs,
     tiny_dit,
+    tiny_pixart,
     tiny_wan,
     wan_inputs,
 )
@@ -21,6 +23,7 @@ import mhla_gen.ops
 from mhla_gen import (
     MHLAConfig,
     MHLADiTTransformer2DModel,
+    MHLAPixArtTransformer2DModel,
     MHLAWanTransformer3DModel,
 )
 from mhla_gen.ops.feature_maps import rotate
@@ -28,11 +31,13 @@ from mhla_gen.ops.naive import naive_mhla
 
 FAMILIES = {
     "dit": (tiny_dit, dit_inputs, MHLADiTTransformer2DModel, (2, 2)),
+    "pixart": (tiny_pixart, pixart_inputs, MHLAPixArtTransformer2DModel, (2, 2)),
     "wan": (tiny_wan, wan_inputs, MHLAWanTransformer3DModel, (1, 2, 3)),
 }
 # Arguments of each family's inputs for two sizes that one set of weights must take.
 TWO_SIZES = {
     "dit": ({"side": 8}, {"side": 14}),
+    "pixart": ({"height": 8, "width": 12}, {"height": 14, "width": 6}),
 }
 TWO_CLIPS = ({"height": 10, "width": 14}, {"frames": 2, "height": 14, "width": 10})
 EVERYTHING = {"output_norm": True, "mixing_per_head": True}
@@ -186,6 +191,7 @@ def wan_rotation(x, call):
 # grid of the second of its two sizes.
 LAYERS = {
     "dit": (per_head, unrotated, (7, 7)),
+    "pixart": (per_head, unrotated, (7, 3)),
     "wan": (across_heads, wan_rotation, (2, 7, 5)),
 }
 
@@ -220,6 +226,13 @@ def test_a_layer_equals_the_definition(name):
         expected = mhla_class.family.output_projection(attention)(out.flatten(2))
     # The tables of angles, and LTX-Video's rotation, are float32.
     torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_pixart_keeps_other_arguments_of_its_layers(caplog):
+    model = mhla_gen.inject(tiny_pixart(), MHLAConfig(layout=(2, 2), layers="2/3"))
+    arguments = {"ip_adapter_masks": None}
+    run(model, pixart_inputs() | {"cross_attention_kwargs": arguments})
+    assert arguments == {"ip_adapter_masks": None} and not caplog.records
 
 
 @pytest.mark.parametrize("options", [{}, {"image_dim": 20, "added_kv_proj_dim": 24}])

@@ -7,6 +7,7 @@ from diffusers import (
     DDIMScheduler,
     DiTPipeline,
     DiTTransformer2DModel,
+    PixArtTransformer2DModel,
     UniPCMultistepScheduler,
     WanPipeline,
     WanTransformer3DModel,
@@ -38,6 +39,18 @@ def tiny_wan(**changes):
     return WanTransformer3DModel(**arguments).eval()
 
 
+def tiny_pixart(**changes):
+    arguments = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "num_layers": 3,
+        "sample_size": 8,
+        "cross_attention_dim": 16,
+        "caption_channels": 12,
+    } | changes
+    return PixArtTransformer2DModel(**arguments).eval()
+
+
 def dit_inputs(side=8, batch=2):
     return {
         "hidden_states": torch.randn(batch, 4, side, side),
@@ -51,6 +64,16 @@ def wan_inputs(frames=3, height=10, width=12, batch=1, channels=16):
         "hidden_states": torch.randn(batch, channels, frames, height, width),
         "timestep": torch.arange(3, 3 + batch),
         "encoder_hidden_states": torch.randn(batch, 7, 16),
+    }
+
+
+def pixart_inputs(height=8, width=8, batch=2):
+    return {
+        "hidden_states": torch.randn(batch, 4, height, width),
+        "timestep": torch.arange(3, 3 + batch),
+        "encoder_hidden_states": torch.randn(batch, 7, 12),
+        "encoder_attention_mask": torch.tensor([[1, 1, 1, 1, 1, 0, 0]]).repeat(batch, 1),
+        "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
     }
 
 

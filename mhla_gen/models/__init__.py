@@ -3,12 +3,14 @@
 from mhla_gen.models.attention import MHLA
 from mhla_gen.models.dit import MHLADiTTransformer2DModel, OriginalDiTTransformer2DModel
 from mhla_gen.models.injection import LayerSummary, Summary, inject, restore, summary
+from mhla_gen.models.pixart import MHLAPixArtTransformer2DModel
 from mhla_gen.models.wan import MHLAWanTransformer3DModel
 
 __all__ = [
     "MHLA",
     "LayerSummary",
     "MHLADiTTransformer2DModel",
+    "MHLAPixArtTransformer2DModel",
     "MHLAWanTransformer3DModel",
     "OriginalDiTTransformer2DModel",
     "Summary",

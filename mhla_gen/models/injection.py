@@ -15,6 +15,7 @@ from mhla_gen.models.family import (
     resolve,
     unconvert,
 )
+from mhla_gen.models.pixart import MHLAPixArtTransformer2DModel
 from mhla_gen.models.wan import MHLAWanTransformer3DModel
 from mhla_gen.ops import resolve_implementation
 
@@ -23,6 +24,7 @@ MHLA_CLASSES: dict[type, type] = {
     softmax_class: mhla_class
     for mhla_class in (
         MHLADiTTransformer2DModel,
+        MHLAPixArtTransformer2DModel,
         MHLAWanTransformer3DModel,
     )
     for softmax_class in (mhla_class.family.base_class, *mhla_class.family.variants)

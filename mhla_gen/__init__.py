@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from mhla_gen.models import (
         MHLA,
         MHLADiTTransformer2DModel,
+        MHLAHunyuanDiT2DModel,
         MHLAPixArtTransformer2DModel,
         MHLAWanTransformer3DModel,
         OriginalDiTTransformer2DModel,
@@ -31,6 +32,7 @@ _HOMES = {
     "load_config": "mhla_gen.config",
     "MHLA": "mhla_gen.models",
     "MHLADiTTransformer2DModel": "mhla_gen.models",
+    "MHLAHunyuanDiT2DModel": "mhla_gen.models",
     "MHLAPixArtTransformer2DModel": "mhla_gen.models",
     "MHLAWanTransformer3DModel": "mhla_gen.models",
     "OriginalDiTTransformer2DModel": "mhla_gen.models",
@@ -45,6 +47,7 @@ __all__ = [
     "ClassConditionalPipeline",
     "MHLAConfig",
     "MHLADiTTransformer2DModel",
+    "MHLAHunyuanDiT2DModel",
     "MHLAPixArtTransformer2DModel",
     "MHLAWanTransformer3DModel",
     "ModelMixin",

@@ -7,11 +7,14 @@ import json
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel
+from diffusers.models.embeddings import apply_rotary_emb
 from tiny import (
     disturb,
     dit_inputs,
+    hunyuan_dit_inputs,
     pixart_inputs,
     tiny_dit,
+    tiny_hunyuan_dit,
     tiny_pixart,
     tiny_wan,
     wan_inputs,
@@ -23,6 +26,7 @@ import mhla_gen.ops
 from mhla_gen import (
     MHLAConfig,
     MHLADiTTransformer2DModel,
+    MHLAHunyuanDiT2DModel,
     MHLAPixArtTransformer2DModel,
     MHLAWanTransformer3DModel,
 )
@@ -31,12 +35,14 @@ from mhla_gen.ops.naive import naive_mhla
 
 FAMILIES = {
     "dit": (tiny_dit, dit_inputs, MHLADiTTransformer2DModel, (2, 2)),
+    "hunyuan_dit": (tiny_hunyuan_dit, hunyuan_dit_inputs, MHLAHunyuanDiT2DModel, (2, 2)),
     "pixart": (tiny_pixart, pixart_inputs, MHLAPixArtTransformer2DModel, (2, 2)),
     "wan": (tiny_wan, wan_inputs, MHLAWanTransformer3DModel, (1, 2, 3)),
 }
 # Arguments of each family's inputs for two sizes that one set of weights must take.
 TWO_SIZES = {
     "dit": ({"side": 8}, {"side": 14}),
+    "hunyuan_dit": ({"height": 8, "width": 12}, {"height": 14, "width": 6}),
     "pixart": ({"height": 8, "width": 12}, {"height": 14, "width": 6}),
 }
 TWO_CLIPS = ({"height": 10, "width": 14}, {"frames": 2, "height": 14, "width": 10})
@@ -171,6 +177,11 @@ def per_head(attention, hidden_states):
     ]
 
 
+def normalized_per_head(attention, hidden_states):
+    query, key, value = per_head(attention, hidden_states)
+    return attention.norm_q(query), attention.norm_k(key), value
+
+
 def across_heads(attention, hidden_states):
     heads = (attention.heads, -1)
     query = attention.norm_q(attention.to_q(hidden_states)).unflatten(2, heads)
@@ -187,10 +198,16 @@ def wan_rotation(x, call):
     return rotate(x, (cos[0, :, 0, 0::2], sin[0, :, 0, 1::2]))
 
 
+def hunyuan_dit_rotation(x, call):
+    cos, sin, _ = call["image_rotary_emb"]
+    return apply_rotary_emb(x, (cos, sin), sequence_dim=1).double()
+
+
 # How diffusers computes queries, keys and values of a family, how it rotates them, and the token
 # grid of the second of its two sizes.
 LAYERS = {
     "dit": (per_head, unrotated, (7, 7)),
+    "hunyuan_dit": (normalized_per_head, hunyuan_dit_rotation, (7, 3)),
     "pixart": (per_head, unrotated, (7, 3)),
     "wan": (across_heads, wan_rotation, (2, 7, 5)),
 }
@@ -226,6 +243,18 @@ def test_a_layer_equals_the_definition(name):
         expected = mhla_class.family.output_projection(attention)(out.flatten(2))
     # The tables of angles, and LTX-Video's rotation, are float32.
     torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["hunyuan_dit", "pixart"])
+def test_fused_projections_keep_mhla(name):
+    make, make_inputs, _, _ = FAMILIES[name]
+    model, inputs = make(), make_inputs(12, 8)
+    disturb(mhla_gen.inject(model, MHLAConfig(layout=(2, 2), layers="2/3")))
+    before = run(model, inputs)
+    model.fuse_qkv_projections()
+    torch.testing.assert_close(run(model, inputs), before)
+    model.unfuse_qkv_projections()
+    assert torch.equal(run(model, inputs), before)
 
 
 def test_pixart_keeps_other_arguments_of_its_layers(caplog):
@@ -308,6 +337,8 @@ def test_two_resolutions_alive_before_one_backward(name, checkpointing, layers):
     make, make_inputs, _, layout = FAMILIES[name]
     model = mhla_gen.inject(make(), MHLAConfig(layout=layout, layers=layers))
     reference = copy.deepcopy(model)
+    if checkpointing and name == "hunyuan_dit":
+        pytest.skip("diffusers has no gradient checkpointing for HunyuanDiT")
     if checkpointing:
         model.enable_gradient_checkpointing()
     batches = [make_inputs(**sizes) for sizes in TWO_SIZES.get(name, TWO_CLIPS)]

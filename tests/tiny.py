@@ -7,11 +7,13 @@ from diffusers import (
     DDIMScheduler,
     DiTPipeline,
     DiTTransformer2DModel,
+    HunyuanDiT2DModel,
     PixArtTransformer2DModel,
     UniPCMultistepScheduler,
     WanPipeline,
     WanTransformer3DModel,
 )
+from diffusers.models.embeddings import get_2d_rotary_pos_embed
 
 
 def tiny_dit(**changes):
@@ -51,6 +53,25 @@ def tiny_pixart(**changes):
     return PixArtTransformer2DModel(**arguments).eval()
 
 
+def tiny_hunyuan_dit(**changes):
+    arguments = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "in_channels": 4,
+        "patch_size": 2,
+        "sample_size": 8,
+        "hidden_size": 16,
+        "num_layers": 4,
+        "cross_attention_dim": 12,
+        "cross_attention_dim_t5": 16,
+        "pooled_projection_dim": 8,
+        "text_len": 3,
+        "text_len_t5": 4,
+        "use_style_cond_and_image_meta_size": False,
+    } | changes
+    return HunyuanDiT2DModel(**arguments).eval()
+
+
 def dit_inputs(side=8, batch=2):
     return {
         "hidden_states": torch.randn(batch, 4, side, side),
@@ -74,6 +95,20 @@ def pixart_inputs(height=8, width=8, batch=2):
         "encoder_hidden_states": torch.randn(batch, 7, 12),
         "encoder_attention_mask": torch.tensor([[1, 1, 1, 1, 1, 0, 0]]).repeat(batch, 1),
         "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+    }
+
+
+def hunyuan_dit_inputs(height=8, width=8, batch=2):
+    grid = (height // 2, width // 2)
+    rotary = get_2d_rotary_pos_embed(8, ((0, 0), grid), grid, output_type="pt")
+    return {
+        "hidden_states": torch.randn(batch, 4, height, width),
+        "timestep": torch.arange(3.0, 3 + batch),
+        "encoder_hidden_states": torch.randn(batch, 3, 12),
+        "text_embedding_mask": torch.tensor([[1, 1, 0]]).repeat(batch, 1),
+        "encoder_hidden_states_t5": torch.randn(batch, 4, 16),
+        "text_embedding_mask_t5": torch.tensor([[1, 1, 1, 0]]).repeat(batch, 1),
+        "image_rotary_emb": rotary,
     }
 
 

@@ -2,6 +2,7 @@
 
 from mhla_gen.models.attention import MHLA
 from mhla_gen.models.dit import MHLADiTTransformer2DModel, OriginalDiTTransformer2DModel
+from mhla_gen.models.hunyuan_dit import MHLAHunyuanDiT2DModel
 from mhla_gen.models.injection import LayerSummary, Summary, inject, restore, summary
 from mhla_gen.models.pixart import MHLAPixArtTransformer2DModel
 from mhla_gen.models.wan import MHLAWanTransformer3DModel
@@ -10,6 +11,7 @@ __all__ = [
     "MHLA",
     "LayerSummary",
     "MHLADiTTransformer2DModel",
+    "MHLAHunyuanDiT2DModel",
     "MHLAPixArtTransformer2DModel",
     "MHLAWanTransformer3DModel",
     "OriginalDiTTransformer2DModel",

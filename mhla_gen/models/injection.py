@@ -15,6 +15,7 @@ from mhla_gen.models.family import (
     resolve,
     unconvert,
 )
+from mhla_gen.models.hunyuan_dit import MHLAHunyuanDiT2DModel
 from mhla_gen.models.pixart import MHLAPixArtTransformer2DModel
 from mhla_gen.models.wan import MHLAWanTransformer3DModel
 from mhla_gen.ops import resolve_implementation
@@ -24,6 +25,7 @@ MHLA_CLASSES: dict[type, type] = {
     softmax_class: mhla_class
     for mhla_class in (
         MHLADiTTransformer2DModel,
+        MHLAHunyuanDiT2DModel,
         MHLAPixArtTransformer2DModel,
         MHLAWanTransformer3DModel,
     )

@@ -13,9 +13,11 @@ from tiny import (
     dit_inputs,
     hunyuan_dit_inputs,
     pixart_inputs,
+    sana_video_inputs,
     tiny_dit,
     tiny_hunyuan_dit,
     tiny_pixart,
+    tiny_sana_video,
     tiny_wan,
     wan_inputs,
 )
@@ -28,6 +30,7 @@ from mhla_gen import (
     MHLADiTTransformer2DModel,
     MHLAHunyuanDiT2DModel,
     MHLAPixArtTransformer2DModel,
+    MHLASanaVideoTransformer3DModel,
     MHLAWanTransformer3DModel,
 )
 from mhla_gen.ops.feature_maps import rotate
@@ -37,6 +40,12 @@ FAMILIES = {
     "dit": (tiny_dit, dit_inputs, MHLADiTTransformer2DModel, (2, 2)),
     "hunyuan_dit": (tiny_hunyuan_dit, hunyuan_dit_inputs, MHLAHunyuanDiT2DModel, (2, 2)),
     "pixart": (tiny_pixart, pixart_inputs, MHLAPixArtTransformer2DModel, (2, 2)),
+    "sana_video": (
+        tiny_sana_video,
+        sana_video_inputs,
+        MHLASanaVideoTransformer3DModel,
+        (1, 2, 3),
+    ),
     "wan": (tiny_wan, wan_inputs, MHLAWanTransformer3DModel, (1, 2, 3)),
 }
 # Arguments of each family's inputs for two sizes that one set of weights must take.
@@ -209,6 +218,7 @@ LAYERS = {
     "dit": (per_head, unrotated, (7, 7)),
     "hunyuan_dit": (normalized_per_head, hunyuan_dit_rotation, (7, 3)),
     "pixart": (per_head, unrotated, (7, 3)),
+    "sana_video": (across_heads, wan_rotation, (2, 7, 5)),
     "wan": (across_heads, wan_rotation, (2, 7, 5)),
 }
 
@@ -243,6 +253,13 @@ def test_a_layer_equals_the_definition(name):
         expected = mhla_class.family.output_projection(attention)(out.flatten(2))
     # The tables of angles, and LTX-Video's rotation, are float32.
     torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_sana_video_with_one_block_is_its_own_linear_attention():
+    model, inputs = tiny_sana_video(), sana_video_inputs()
+    before = run(model, inputs)
+    mhla_gen.inject(model, MHLAConfig(layout=(1, 1, 1), conv=False, gate=False))
+    torch.testing.assert_close(run(model, inputs), before, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["hunyuan_dit", "pixart"])

@@ -9,6 +9,7 @@ from diffusers import (
     DiTTransformer2DModel,
     HunyuanDiT2DModel,
     PixArtTransformer2DModel,
+    SanaVideoTransformer3DModel,
     UniPCMultistepScheduler,
     WanPipeline,
     WanTransformer3DModel,
@@ -51,6 +52,20 @@ def tiny_pixart(**changes):
         "caption_channels": 12,
     } | changes
     return PixArtTransformer2DModel(**arguments).eval()
+
+
+def tiny_sana_video(**changes):
+    arguments = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 12,
+        "num_layers": 3,
+        "num_cross_attention_heads": 2,
+        "cross_attention_head_dim": 12,
+        "cross_attention_dim": 24,
+        "caption_channels": 16,
+        "rope_max_seq_len": 64,
+    } | changes
+    return SanaVideoTransformer3DModel(**arguments).eval()
 
 
 def tiny_hunyuan_dit(**changes):
@@ -96,6 +111,10 @@ def pixart_inputs(height=8, width=8, batch=2):
         "encoder_attention_mask": torch.tensor([[1, 1, 1, 1, 1, 0, 0]]).repeat(batch, 1),
         "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
     }
+
+
+def sana_video_inputs(frames=3, height=10, width=12, batch=1):
+    return wan_inputs(frames, height, width, batch)
 
 
 def hunyuan_dit_inputs(height=8, width=8, batch=2):

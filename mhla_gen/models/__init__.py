@@ -5,6 +5,7 @@ from mhla_gen.models.dit import MHLADiTTransformer2DModel, OriginalDiTTransforme
 from mhla_gen.models.hunyuan_dit import MHLAHunyuanDiT2DModel
 from mhla_gen.models.injection import LayerSummary, Summary, inject, restore, summary
 from mhla_gen.models.pixart import MHLAPixArtTransformer2DModel
+from mhla_gen.models.sana_video import MHLASanaVideoTransformer3DModel
 from mhla_gen.models.wan import MHLAWanTransformer3DModel
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "MHLADiTTransformer2DModel",
     "MHLAHunyuanDiT2DModel",
     "MHLAPixArtTransformer2DModel",
+    "MHLASanaVideoTransformer3DModel",
     "MHLAWanTransformer3DModel",
     "OriginalDiTTransformer2DModel",
     "Summary",

@@ -17,6 +17,7 @@ from mhla_gen.models.family import (
 )
 from mhla_gen.models.hunyuan_dit import MHLAHunyuanDiT2DModel
 from mhla_gen.models.pixart import MHLAPixArtTransformer2DModel
+from mhla_gen.models.sana_video import MHLASanaVideoTransformer3DModel
 from mhla_gen.models.wan import MHLAWanTransformer3DModel
 from mhla_gen.ops import resolve_implementation
 
@@ -27,6 +28,7 @@ MHLA_CLASSES: dict[type, type] = {
         MHLADiTTransformer2DModel,
         MHLAHunyuanDiT2DModel,
         MHLAPixArtTransformer2DModel,
+        MHLASanaVideoTransformer3DModel,
         MHLAWanTransformer3DModel,
     )
     for softmax_class in (mhla_class.family.base_class, *mhla_class.family.variants)

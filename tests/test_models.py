@@ -12,10 +12,12 @@ from tiny import (
     disturb,
     dit_inputs,
     hunyuan_dit_inputs,
+    kandinsky5_inputs,
     pixart_inputs,
     sana_video_inputs,
     tiny_dit,
     tiny_hunyuan_dit,
+    tiny_kandinsky5,
     tiny_pixart,
     tiny_sana_video,
     tiny_wan,
@@ -29,6 +31,7 @@ from mhla_gen import (
     MHLAConfig,
     MHLADiTTransformer2DModel,
     MHLAHunyuanDiT2DModel,
+    MHLAKandinsky5Transformer3DModel,
     MHLAPixArtTransformer2DModel,
     MHLASanaVideoTransformer3DModel,
     MHLAWanTransformer3DModel,
@@ -39,6 +42,7 @@ from mhla_gen.ops.naive import naive_mhla
 FAMILIES = {
     "dit": (tiny_dit, dit_inputs, MHLADiTTransformer2DModel, (2, 2)),
     "hunyuan_dit": (tiny_hunyuan_dit, hunyuan_dit_inputs, MHLAHunyuanDiT2DModel, (2, 2)),
+    "kandinsky5": (tiny_kandinsky5, kandinsky5_inputs, MHLAKandinsky5Transformer3DModel, (1, 2, 3)),
     "pixart": (tiny_pixart, pixart_inputs, MHLAPixArtTransformer2DModel, (2, 2)),
     "sana_video": (
         tiny_sana_video,
@@ -198,6 +202,13 @@ def across_heads(attention, hidden_states):
     return query, key, attention.to_v(hidden_states).unflatten(2, heads)
 
 
+def kandinsky5_projections(attention, hidden_states):
+    heads = (attention.num_heads, -1)
+    query = attention.query_norm(attention.to_query(hidden_states).unflatten(2, heads))
+    key = attention.key_norm(attention.to_key(hidden_states).unflatten(2, heads))
+    return query, key, attention.to_value(hidden_states).unflatten(2, heads)
+
+
 def unrotated(x, call):
     return x
 
@@ -212,11 +223,16 @@ def hunyuan_dit_rotation(x, call):
     return apply_rotary_emb(x, (cos, sin), sequence_dim=1).double()
 
 
+def kandinsky5_rotation(x, call):
+    return (call["rotary_emb"] * x.unflatten(-1, (-1, 1, 2))).sum(-1).flatten(-2)
+
+
 # How diffusers computes queries, keys and values of a family, how it rotates them, and the token
 # grid of the second of its two sizes.
 LAYERS = {
     "dit": (per_head, unrotated, (7, 7)),
     "hunyuan_dit": (normalized_per_head, hunyuan_dit_rotation, (7, 3)),
+    "kandinsky5": (kandinsky5_projections, kandinsky5_rotation, (2, 7, 5)),
     "pixart": (per_head, unrotated, (7, 3)),
     "sana_video": (across_heads, wan_rotation, (2, 7, 5)),
     "wan": (across_heads, wan_rotation, (2, 7, 5)),

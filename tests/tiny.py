@@ -8,6 +8,7 @@ from diffusers import (
     DiTPipeline,
     DiTTransformer2DModel,
     HunyuanDiT2DModel,
+    Kandinsky5Transformer3DModel,
     PixArtTransformer2DModel,
     SanaVideoTransformer3DModel,
     UniPCMultistepScheduler,
@@ -87,6 +88,25 @@ def tiny_hunyuan_dit(**changes):
     return HunyuanDiT2DModel(**arguments).eval()
 
 
+def tiny_kandinsky5(**changes):
+    arguments = {
+        "in_text_dim": 16,
+        "in_text_dim2": 10,
+        "time_dim": 16,
+        "model_dim": 24,
+        "ff_dim": 32,
+        "num_text_blocks": 1,
+        "num_visual_blocks": 3,
+        "axes_dims": (4, 4, 4),
+    } | changes
+    model = Kandinsky5Transformer3DModel(**arguments).eval()
+    # They start at zero, so that an untrained model ignores its attention.
+    for name, parameter in model.named_parameters():
+        if "modulation" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
 def dit_inputs(side=8, batch=2):
     return {
         "hidden_states": torch.randn(batch, 4, side, side),
@@ -128,6 +148,17 @@ def hunyuan_dit_inputs(height=8, width=8, batch=2):
         "encoder_hidden_states_t5": torch.randn(batch, 4, 16),
         "text_embedding_mask_t5": torch.tensor([[1, 1, 1, 0]]).repeat(batch, 1),
         "image_rotary_emb": rotary,
+    }
+
+
+def kandinsky5_inputs(frames=3, height=10, width=12, batch=1):
+    return {
+        "hidden_states": torch.randn(batch, frames, height, width, 4),
+        "timestep": torch.arange(3, 3 + batch),
+        "encoder_hidden_states": torch.randn(batch, 7, 16),
+        "pooled_projections": torch.randn(batch, 10),
+        "visual_rope_pos": [torch.arange(n) for n in (frames, height // 2, width // 2)],
+        "text_rope_pos": torch.arange(7),
     }
 
 

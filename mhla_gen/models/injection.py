@@ -16,6 +16,7 @@ from mhla_gen.models.family import (
     unconvert,
 )
 from mhla_gen.models.hunyuan_dit import MHLAHunyuanDiT2DModel
+from mhla_gen.models.kandinsky5 import MHLAKandinsky5Transformer3DModel
 from mhla_gen.models.pixart import MHLAPixArtTransformer2DModel
 from mhla_gen.models.sana_video import MHLASanaVideoTransformer3DModel
 from mhla_gen.models.wan import MHLAWanTransformer3DModel
@@ -27,6 +28,7 @@ MHLA_CLASSES: dict[type, type] = {
     for mhla_class in (
         MHLADiTTransformer2DModel,
         MHLAHunyuanDiT2DModel,
+        MHLAKandinsky5Transformer3DModel,
         MHLAPixArtTransformer2DModel,
         MHLASanaVideoTransformer3DModel,
         MHLAWanTransformer3DModel,

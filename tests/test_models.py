@@ -8,16 +8,19 @@ import pytest
 import torch
 from diffusers import DiTTransformer2DModel
 from diffusers.models.embeddings import apply_rotary_emb
+from diffusers.models.transformers import transformer_ltx
 from tiny import (
     disturb,
     dit_inputs,
     hunyuan_dit_inputs,
     kandinsky5_inputs,
+    ltx_inputs,
     pixart_inputs,
     sana_video_inputs,
     tiny_dit,
     tiny_hunyuan_dit,
     tiny_kandinsky5,
+    tiny_ltx,
     tiny_pixart,
     tiny_sana_video,
     tiny_wan,
@@ -32,6 +35,7 @@ from mhla_gen import (
     MHLADiTTransformer2DModel,
     MHLAHunyuanDiT2DModel,
     MHLAKandinsky5Transformer3DModel,
+    MHLALTXVideoTransformer3DModel,
     MHLAPixArtTransformer2DModel,
     MHLASanaVideoTransformer3DModel,
     MHLAWanTransformer3DModel,
@@ -43,6 +47,7 @@ FAMILIES = {
     "dit": (tiny_dit, dit_inputs, MHLADiTTransformer2DModel, (2, 2)),
     "hunyuan_dit": (tiny_hunyuan_dit, hunyuan_dit_inputs, MHLAHunyuanDiT2DModel, (2, 2)),
     "kandinsky5": (tiny_kandinsky5, kandinsky5_inputs, MHLAKandinsky5Transformer3DModel, (1, 2, 3)),
+    "ltx": (tiny_ltx, ltx_inputs, MHLALTXVideoTransformer3DModel, (1, 2, 3)),
     "pixart": (tiny_pixart, pixart_inputs, MHLAPixArtTransformer2DModel, (2, 2)),
     "sana_video": (
         tiny_sana_video,
@@ -223,6 +228,11 @@ def hunyuan_dit_rotation(x, call):
     return apply_rotary_emb(x, (cos, sin), sequence_dim=1).double()
 
 
+def ltx_rotation(x, call):
+    cos, sin, _ = call["image_rotary_emb"]
+    return transformer_ltx.apply_rotary_emb(x.flatten(2), (cos, sin)).view_as(x).double()
+
+
 def kandinsky5_rotation(x, call):
     return (call["rotary_emb"] * x.unflatten(-1, (-1, 1, 2))).sum(-1).flatten(-2)
 
@@ -233,6 +243,7 @@ LAYERS = {
     "dit": (per_head, unrotated, (7, 7)),
     "hunyuan_dit": (normalized_per_head, hunyuan_dit_rotation, (7, 3)),
     "kandinsky5": (kandinsky5_projections, kandinsky5_rotation, (2, 7, 5)),
+    "ltx": (across_heads, ltx_rotation, (2, 14, 10)),
     "pixart": (per_head, unrotated, (7, 3)),
     "sana_video": (across_heads, wan_rotation, (2, 7, 5)),
     "wan": (across_heads, wan_rotation, (2, 7, 5)),
@@ -276,6 +287,21 @@ def test_sana_video_with_one_block_is_its_own_linear_attention():
     before = run(model, inputs)
     mhla_gen.inject(model, MHLAConfig(layout=(1, 1, 1), conv=False, gate=False))
     torch.testing.assert_close(run(model, inputs), before, rtol=1e-3, atol=1e-4)
+
+
+def test_what_a_family_cannot_take_is_refused():
+    model = mhla_gen.inject(tiny_ltx(), MHLAConfig(layout=(1, 2, 2)))
+    inputs = ltx_inputs()
+    coordinates = torch.rand(1, 3, 90)
+    assert run(model, inputs | {"video_coords": coordinates}).isfinite().all()
+    with pytest.raises(ValueError, match="multiply to the number of tokens, 90"):
+        run(model, inputs | {"video_coords": coordinates, "num_frames": None})
+    model = mhla_gen.inject(tiny_kandinsky5(), MHLAConfig(layout=(1, 2, 2)))
+    with pytest.raises(ValueError, match="image_rotary_emb"):
+        hunyuan_dit = mhla_gen.inject(tiny_hunyuan_dit())
+        run(hunyuan_dit, hunyuan_dit_inputs() | {"image_rotary_emb": None})
+    with pytest.raises(ValueError, match="attention_type='regular'"):
+        run(model, kandinsky5_inputs() | {"sparse_params": {"to_fractal": True}})
 
 
 @pytest.mark.parametrize("name", ["hunyuan_dit", "pixart"])

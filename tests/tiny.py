@@ -9,6 +9,7 @@ from diffusers import (
     DiTTransformer2DModel,
     HunyuanDiT2DModel,
     Kandinsky5Transformer3DModel,
+    LTXVideoTransformer3DModel,
     PixArtTransformer2DModel,
     SanaVideoTransformer3DModel,
     UniPCMultistepScheduler,
@@ -88,6 +89,19 @@ def tiny_hunyuan_dit(**changes):
     return HunyuanDiT2DModel(**arguments).eval()
 
 
+def tiny_ltx(**changes):
+    arguments = {
+        "in_channels": 8,
+        "out_channels": 8,
+        "num_attention_heads": 2,
+        "attention_head_dim": 10,
+        "cross_attention_dim": 20,
+        "num_layers": 3,
+        "caption_channels": 16,
+    } | changes
+    return LTXVideoTransformer3DModel(**arguments).eval()
+
+
 def tiny_kandinsky5(**changes):
     arguments = {
         "in_text_dim": 16,
@@ -148,6 +162,19 @@ def hunyuan_dit_inputs(height=8, width=8, batch=2):
         "encoder_hidden_states_t5": torch.randn(batch, 4, 16),
         "text_embedding_mask_t5": torch.tensor([[1, 1, 1, 0]]).repeat(batch, 1),
         "image_rotary_emb": rotary,
+    }
+
+
+def ltx_inputs(frames=3, height=5, width=6, batch=1):
+    return {
+        "hidden_states": torch.randn(batch, frames * height * width, 8),
+        "timestep": torch.arange(3, 3 + batch),
+        "encoder_hidden_states": torch.randn(batch, 7, 16),
+        "encoder_attention_mask": torch.tensor([[1, 1, 1, 1, 1, 0, 0]]).repeat(batch, 1),
+        "num_frames": frames,
+        "height": height,
+        "width": width,
+        "rope_interpolation_scale": (0.3, 32, 32),
     }
 
 

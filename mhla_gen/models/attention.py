@@ -1,10 +1,13 @@
 """The module that an attention layer gains: MHLA with its learned parts."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mhla_gen.config import MHLAConfig
+from mhla_gen.models.head_rotary import mhla_rotated_by_head
 from mhla_gen.ops import MIXING_INITS, depthwise_conv, mhla
 
 # silu(x) = 1 here, to the last bit in float32, bfloat16 and float16.
@@ -82,13 +85,16 @@ class MHLA(nn.Module):
             value: Like `query`.
             hidden_states: Input of the layer, `[batch, seq_len, hidden_size]`.
             grid: Tokens along each axis.
-            rotary: See `mhla_gen.ops.mhla`.
+            rotary: See `mhla_gen.ops.mhla`, or `mhla_rotated_by_head` for tables of 4 axes.
 
         Returns:
             `[batch, seq_len, num_heads * head_dim]`.
         """
         layout, mixing = self._occupied(grid)
-        out = mhla(
+        by_head = rotary is not None and rotary[0].ndim == 4
+        # Two functions of one signature, which only differ in the shape of `rotary`.
+        operator: Callable[..., Tensor] = mhla_rotated_by_head if by_head else mhla
+        out = operator(
             query,
             key,
             value,

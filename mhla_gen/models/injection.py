@@ -17,6 +17,7 @@ from mhla_gen.models.family import (
 )
 from mhla_gen.models.hunyuan_dit import MHLAHunyuanDiT2DModel
 from mhla_gen.models.kandinsky5 import MHLAKandinsky5Transformer3DModel
+from mhla_gen.models.ltx import MHLALTXVideoTransformer3DModel
 from mhla_gen.models.pixart import MHLAPixArtTransformer2DModel
 from mhla_gen.models.sana_video import MHLASanaVideoTransformer3DModel
 from mhla_gen.models.wan import MHLAWanTransformer3DModel
@@ -29,6 +30,7 @@ MHLA_CLASSES: dict[type, type] = {
         MHLADiTTransformer2DModel,
         MHLAHunyuanDiT2DModel,
         MHLAKandinsky5Transformer3DModel,
+        MHLALTXVideoTransformer3DModel,
         MHLAPixArtTransformer2DModel,
         MHLASanaVideoTransformer3DModel,
         MHLAWanTransformer3DModel,

@@ -1,0 +1,75 @@
+"""MHLA whose rotary embedding differs from head to head, as in LTX-Video."""
+
+import torch
+from torch import Tensor
+
+from mhla_gen.ops import mhla
+from mhla_gen.ops.feature_maps import FEATURE_MAPS, rotate
+
+
+def mhla_rotated_by_head(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mixing: Tensor,
+    *,
+    grid: tuple[int, ...],
+    layout: tuple[int, ...],
+    feature_map: str,
+    rotary: tuple[Tensor, Tensor],
+    normalize: bool,
+    eps: float,
+    implementation: str,
+) -> Tensor:
+    r"""`mhla` with one table of angles per head: exact, by two calls of the operator.
+
+    The operator rotates all heads alike. But numerator and denominator of Eq. (4) are MHLA
+    themselves, without a denominator: of $R\varphi(q), R\varphi(k), v$, and of
+    $\varphi(q), \varphi(k), 1$. So the rotation can be done outside.
+
+    Args:
+        query: As in `mhla`, like all that is not named here.
+        key: Like `query`.
+        value: Like `query`.
+        mixing: As in `mhla`.
+        grid: As in `mhla`.
+        layout: As in `mhla`.
+        feature_map: As in `mhla`.
+        rotary: `(cos, sin)`, each `[batch or 1, seq_len, num_heads, head_dim / 2]`.
+        normalize: As in `mhla`.
+        eps: As in `mhla`.
+        implementation: As in `mhla`.
+
+    Returns:
+        Like `value`.
+
+    Source:
+        Zhang et al. 2026, arXiv:2601.07832, Eq. (4).
+    """
+    # Sums before division: they leave the range of float16 and need the digits of float32.
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    phi = FEATURE_MAPS[feature_map]
+    phi_q, phi_k, v = phi(query.to(dtype)), phi(key.to(dtype)), value.to(dtype)
+
+    def sums(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return mhla(
+            query,
+            key,
+            value,
+            mixing,
+            grid=grid,
+            layout=layout,
+            feature_map="identity",
+            normalize=False,
+            implementation=implementation,
+        )
+
+    out = sums(_rotate(phi_q, rotary), _rotate(phi_k, rotary), v)
+    if normalize:
+        out = out / (sums(phi_q, phi_k, torch.ones_like(v[..., :1])) + eps)
+    return out.to(value.dtype)
+
+
+def _rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    # `rotate` takes one table for the axis before the channels: here an axis of its own.
+    return rotate(x.unsqueeze(-2), rotary).squeeze(-2)

@@ -156,13 +156,14 @@ def test_linear_attention_has_at_most_the_rank_of_a_head_and_mhla_more():
 def test_on_block_grid_puts_every_row_at_its_block():
     layout = (2, 3)
     tiles = on_block_grid(locality_mixing(layout).numpy(), layout)
-    assert tiles.shape == (2 * 2, 3 * 3)
+    assert tiles.shape == (1, 2 * 2, 3 * 3)
     for block, row in enumerate(locality_mixing(layout)):
         top, left = 2 * (block // 3), 3 * (block % 3)
-        np.testing.assert_array_equal(tiles[top : top + 2, left : left + 3], row.reshape(2, 3))
+        np.testing.assert_array_equal(tiles[0, top : top + 2, left : left + 3], row.reshape(2, 3))
     video = on_block_grid(np.arange(144.0).reshape(12, 12), (2, 2, 3))
-    assert video.shape == (2 * 2 * 2, 3 * 2 * 3)
-    np.testing.assert_array_equal(video[:2, 3:6], [[6, 7, 8], [9, 10, 11]])
+    assert video.shape == (2, 2 * 2 * 2, 3 * 3)
+    # The second slice, lower left: block 9, whose row is two slices of two rows.
+    np.testing.assert_array_equal(video[1, 4:, :3], 9 * 12 + np.arange(12).reshape(4, 3))
 
 
 @pytest.fixture(scope="module")

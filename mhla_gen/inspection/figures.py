@@ -116,9 +116,9 @@ def mean(seen: Examination, quantity: str) -> float:
     return float(np.mean([layer.per_head(quantity).mean() for layer in seen.layers.values()]))
 
 
-def limits_of(values: np.ndarray) -> dict[str, Any]:
-    """Colours from 0 up, or symmetric around 0 where values are negative."""
+def limits_of(values: np.ndarray, signed: bool | None = None) -> dict[str, Any]:
+    """Colours from 0 up, or symmetric around 0 where values are negative or `signed`."""
     top = float(np.abs(values).max()) or 1.0
-    if values.min() < 0:
+    if values.min() < 0 if signed is None else signed:
         return {"vmin": -top, "vmax": top, "cmap": "RdBu_r"}
     return {"vmin": 0.0, "vmax": top, "cmap": "viridis"}

@@ -78,7 +78,7 @@ def _image_panels(
                 title if column == 0 else "",
                 (query[0], query[1]) if len(query) == 2 else (0, query[0]),
                 _borders(layer, shape),
-                limits_of(picture),
+                limits_of(picture, _signed(layer)),
             )
             for column, (query, weights) in enumerate(zip(queries, layer.maps, strict=True))
         ]
@@ -93,7 +93,7 @@ def _video_panels(
     for query_number, query in enumerate(queries):
         for title, layer in layers.items():
             video = layer.maps[query_number]
-            limits = limits_of(video)
+            limits = limits_of(video, _signed(layer))
             table.append(
                 [
                     _Panel(
@@ -122,7 +122,9 @@ def _draw_map(axes: Any, panel: _Panel) -> None:
     if panel.mark is not None:
         row, column = panel.mark
         for colour, line in (("white", 3.2), ("#e5006d", 1.6)):
-            axes.plot(column, row, "o", markersize=9, mfc="none", mec=colour, mew=line)
+            axes.plot(
+                column, row, "o", markersize=9, mfc="none", mec=colour, mew=line, clip_on=False
+            )
 
 
 def _frames(length: int, own: int) -> list[int]:
@@ -138,6 +140,11 @@ def _borders(layer: Layer, shape: tuple[int, int]) -> tuple[tuple[int, ...], ...
         return (), ()
     layout = (1,) * (2 - len(layer.layout)) + layer.layout[-2:]
     return tuple(block_starts(length, count) for length, count in zip(shape, layout, strict=True))
+
+
+def _signed(layer: Layer) -> bool:
+    # One colour map for all queries of a layer.
+    return bool(layer.maps.min() < 0)
 
 
 def _place(query: tuple[int, ...]) -> str:

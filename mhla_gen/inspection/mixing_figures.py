@@ -1,5 +1,6 @@
 """Heat maps of mixing matrices."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,18 +22,28 @@ def draw_mixing(index: int, layer: Layer) -> Picture:
     layout, matrix = layer.layout, _mean_over_heads(layer.mixing)
 
     def make(colours: Sequence[str]) -> Figure:
-        height, width = on_block_grid(matrix, layout).shape
-        # Videos have far more columns than rows: too wide for a place beside the matrix.
-        wide = width > 1.5 * height
-        shape = (6.5, 3 + 6 * height / width) if wide else (6.9, 3.2)
-        figure = Figure(figsize=shape, layout="constrained")
-        panels = figure.subplots(2, 1) if wide else figure.subplots(1, 2)
-        image = panels[0].imshow(matrix, **limits_of(matrix), interpolation="nearest")
-        panels[0].set(title="matrix", xlabel="block read", ylabel="block of the query")
-        for axis in (panels[0].xaxis, panels[0].yaxis):
-            axis.set_major_locator(MaxNLocator(integer=True))
-        _draw_on_block_grid(panels[1], matrix, layout)
-        figure.colorbar(image, ax=panels, shrink=0.85, label="weight")
+        slices = on_block_grid(matrix, layout)
+        depth, height, width = slices.shape
+        figure = Figure(layout="constrained")
+        if depth == 1:
+            figure.set_size_inches(6.9, 3.2)
+            whole, *panels = figure.subplots(1, 2)
+        else:
+            heights = 3.3, 0.5 + 6 * height / (width * depth)
+            figure.set_size_inches(6.9, sum(heights))
+            parts: Any = figure.subfigures(2, 1, height_ratios=heights)
+            whole, panels = parts[0].subplots(), parts[1].subplots(1, depth)
+        image = whole.imshow(matrix, **limits_of(matrix), interpolation="nearest")
+        whole.set(title="matrix", xlabel="block read", ylabel="block of the query")
+        for axis in (whole.xaxis, whole.yaxis):
+            axis.set_major_locator(MaxNLocator(6, integer=True))
+        for number, (axes, tiles) in enumerate(zip(panels, slices, strict=True)):
+            _draw_on_block_grid(axes, tiles, layout, limits_of(matrix))
+            title = "row of every block, at its place"
+            axes.set_title(title if depth == 1 else f"slice {number}")
+        if len(matrix) <= _MAX_DOTS:
+            _mark_own(panels, layout)
+        figure.colorbar(image, ax=[whole, *panels] if depth == 1 else whole, label="weight")
         return figure
 
     diagonal = float(np.diagonal(matrix).mean())
@@ -45,19 +56,25 @@ def draw_mixing(index: int, layer: Layer) -> Picture:
     return draw(f"mixing_{index:02d}", f"Layer {index}, {blocks} blocks", alt, make)
 
 
-def _draw_on_block_grid(axes: Any, matrix: np.ndarray, layout: tuple[int, ...]) -> None:
+def _draw_on_block_grid(
+    axes: Any, tiles: np.ndarray, layout: tuple[int, ...], limits: dict[str, Any]
+) -> None:
     depth, height, width = _three(layout)
-    tiles = on_block_grid(matrix, layout)
-    axes.imshow(tiles, **limits_of(matrix), interpolation="nearest")
-    axes.set(title="row of every block, at its place", xticks=[], yticks=[])
-    line = {"color": mpl.rcParams["axes.facecolor"], "linewidth": 2.5}
-    for top in range(0, len(tiles) + 1, height):
-        axes.axhline(top - 0.5, **line)
-    for left in range(0, tiles.shape[1] + 1, depth * width):
-        axes.axvline(left - 0.5, **line)
+    axes.imshow(tiles, **limits, interpolation="nearest")
+    axes.set(xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
-    if len(matrix) <= _MAX_DOTS:
-        rows, columns = np.nonzero(on_block_grid(np.eye(len(matrix)), layout))
+    # Lines must not hide the cells of fine layouts.
+    line = {"color": mpl.rcParams["axes.facecolor"], "linewidth": 24 / (8 + height * width)}
+    for top in range(0, len(tiles) + 1, depth * height):
+        axes.axhline(top - 0.5, **line)
+    for left in range(0, tiles.shape[1] + 1, width):
+        axes.axvline(left - 0.5, **line)
+
+
+def _mark_own(panels: Sequence[Any], layout: tuple[int, ...]) -> None:
+    own = on_block_grid(np.eye(math.prod(layout)), layout)
+    for axes, marks in zip(panels, own, strict=True):
+        rows, columns = np.nonzero(marks)
         axes.plot(columns, rows, ".", color="#e5006d", markersize=4)
 
 
@@ -88,19 +105,18 @@ def draw_mixing_heads(index: int, layer: Layer) -> Picture:
 def on_block_grid(matrix: np.ndarray, layout: tuple[int, ...]) -> np.ndarray:
     """Rows of a mixing matrix as small pictures, each at the place of its query block.
 
-    Slices of a 3-D layout lie below each other for query blocks and beside each other inside a
-    small picture.
+    In a small picture the slices of a 3-D layout lie below each other.
 
     Args:
         matrix: `[num_blocks, num_blocks]`.
         layout: Blocks along each axis.
 
     Returns:
-        `[slices * height * height, width * slices * width]`.
+        One picture per slice of query blocks, `[slices, height * slices * height, width * width]`.
     """
     depth, height, width = _three(layout)
-    tiles = matrix.reshape(depth * height, width, depth, height, width)
-    return tiles.transpose(0, 3, 1, 2, 4).reshape(depth * height * height, width * depth * width)
+    tiles = matrix.reshape(depth, height, width, depth, height, width)
+    return tiles.transpose(0, 1, 3, 4, 2, 5).reshape(depth, height * depth * height, width * width)
 
 
 def _three(layout: tuple[int, ...]) -> tuple[int, int, int]:

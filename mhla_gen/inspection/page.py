@@ -40,15 +40,16 @@ tbody tr:nth-child(even) { background: var(--shade); }
 
 _ATTENTION_TEXT = """Row n of the attention weights says how much query token n, marked by a ring,
 reads of every token. Weights are given in multiples of uniform attention: 1 reads all tokens alike.
-Each picture has its own scale, whose end is its “max”; where weights can be negative, as after
-rotary embedding, red is positive, blue negative and white zero. Thin lines are block borders.
+Each picture, or row of frames, has its own scale up to its “max”; where weights are negative, as
+after rotary embedding, red is positive, blue negative, white zero. Thin lines are block borders.
 Linear and MHLA layers never form these weights; they are what the layer's output equals, before its
 convolution, gate and output norm."""
 
 _MIXING_TEXT = """Row i of the mixing matrix says how much the queries of block i read of the
-summary of every block. The second heat map draws every row as a small picture of the block grid, at
-the place of its own block, which a dot marks in layouts that are not too fine. In videos, slices in
-time lie below each other for query blocks, and beside each other inside a small picture."""
+summary of every block. Beside or below the matrix, every row is a small picture of the block grid
+at the place of its own block, which a dot marks where the layout is not too fine. Videos have one
+such picture for every slice of query blocks in time; inside the small pictures the slices that are
+read lie below each other."""
 
 _DEFINITIONS = (
     (

@@ -197,3 +197,16 @@ def test_clips_from_npz_follow_the_same_rule(tmp_path):
     videos = RNG.integers(0, 256, (2, 9, 8, 8, 3), dtype=np.uint8)
     source = load_images(npz(tmp_path / "v.npz", arr_0=videos), clip=ClipRule(3, 4))
     np.testing.assert_array_equal(source.read(1), videos[1, [0, 4, 8]])
+
+
+@pytest.mark.parametrize("width", [32, 48, 64, 96, 100, 144, 176])
+def test_clips_of_any_width_decode_to_what_was_encoded(tmp_path, width):
+    ramp = np.linspace(0, 255, width).astype(np.uint8)
+    picture = np.tile(ramp[None, :, None], (64, 1, 3))
+    frames = np.stack([picture // (i + 1) for i in range(4)])
+    options = {"fps": 8, "macro_block_size": 1, "quality": 9, "plugin": "FFMPEG"}
+    imageio.imwrite(tmp_path / "clip.mp4", frames, **options)
+    clip = read_clip(tmp_path / "clip.mp4", ClipRule(frames=2, stride=3))
+    assert clip.shape == (2, 64, width, 3) and clip.dtype == np.uint8
+    # Only compression is left.
+    assert np.abs(clip.astype(int) - frames[[0, 3]]).mean() < 6

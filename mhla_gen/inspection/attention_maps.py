@@ -199,7 +199,7 @@ class _MHLAHook:
         given = inspect.signature(module.forward).bind(*args, **kwargs).arguments
         _check_single(given["query"])
         # Small grids use some of the blocks only, and the layer knows which.
-        layout, mixing = module._occupied(given["grid"])
+        layout, mixing = module.occupied_blocks(given["grid"])
         attention = MHLAAttention(
             query=given["query"][0],
             key=given["key"][0],

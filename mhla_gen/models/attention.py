@@ -90,7 +90,7 @@ class MHLA(nn.Module):
         Returns:
             `[batch, seq_len, num_heads * head_dim]`.
         """
-        layout, mixing = self._occupied(grid)
+        layout, mixing = self.occupied_blocks(grid)
         by_head = rotary is not None and rotary[0].ndim == 4
         # Two functions of one signature, which only differ in the shape of `rotary`.
         operator: Callable[..., Tensor] = mhla_rotated_by_head if by_head else mhla
@@ -116,8 +116,16 @@ class MHLA(nn.Module):
             out = out * F.silu(self.gate(hidden_states))
         return out
 
-    def _occupied(self, grid: tuple[int, ...]) -> tuple[tuple[int, ...], Tensor]:
-        """The blocks that hold tokens of this grid: their layout and their part of mixing."""
+    def occupied_blocks(self, grid: tuple[int, ...]) -> tuple[tuple[int, ...], Tensor]:
+        """The blocks that hold tokens of this grid: their layout and their part of mixing.
+
+        Args:
+            grid: Tokens along each axis.
+
+        Returns:
+            Blocks along each axis, at most those of the config, and the rows and columns of
+            `mixing` that belong to them.
+        """
         pairs = list(zip(self.config.layout, grid, strict=True))
         if all(count <= length for count, length in pairs):
             return self.config.layout, self.mixing

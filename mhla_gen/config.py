@@ -521,6 +521,75 @@ class ConvertConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BenchConfig:
+    """Latency and memory of attention operators or of whole models, side by side.
+
+    Raises:
+        ValueError: If a value is out of its range.
+    """
+
+    subject: Literal["ops", "model"] = "ops"
+    """What is measured: the operators alone, or one denoising step of a transformer."""
+    output_dir: str = "runs/bench"
+    """Folder for bench.json and bench.png."""
+    methods: tuple[str, ...] = ("softmax", "linear", "blockwise")
+    """Rows for every size: softmax (torch's choice), softmax_cudnn, softmax_flash, linear, and MHLA
+    as blockwise, fused or auto."""
+    grids: Any = "squares"
+    """Token grids, one size each: a list such as [[16, 16], [32, 32]], "squares" (8×8 to 64×64),
+    or "models", those of DiT and Wan models with their heads."""
+    layout: Any = "auto"
+    """Blocks along each axis of the grids, or "auto"."""
+    batch_size: int = 1
+    """Sequences at once."""
+    num_heads: int = 4
+    """Heads of the operators."""
+    head_dim: int = 64
+    """Channels of a head of the operators."""
+    rotary: bool = False
+    """Rotate queries and keys inside the linear operators."""
+    backward: bool = True
+    """Time forward and backward together too; operators only."""
+    model: Literal["dit", "wan"] = "dit"
+    """DiT-XL/2 or Wan2.1-1.3B, random weights."""
+    num_layers: int | None = None
+    """Layers of the model; None takes all."""
+    compile: bool = False
+    """Compile the model's layers with torch.compile."""
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Arithmetic of inputs and models."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes a GPU if there is one."""
+
+    def __post_init__(self):
+        known = (
+            *("softmax", "softmax_cudnn", "softmax_flash", "linear"),
+            *("naive", "blockwise", "fused", "auto"),
+        )
+        object.__setattr__(self, "methods", tuple(self.methods))
+        for method in self.methods:
+            _check_choice("methods", method, known)
+        object.__setattr__(self, "layout", _normalize_layout(self.layout))
+        if self.grids == "squares":
+            object.__setattr__(self, "grids", tuple((side, side) for side in (8, 16, 32, 64)))
+        if self.grids != "models":
+            listed = isinstance(self.grids, Sequence) and not isinstance(self.grids, str)
+            if not listed or not self.grids:
+                raise ValueError(
+                    'grids must be "squares", "models" or a list such as [[16, 16]], '
+                    f"found {self.grids!r}"
+                )
+            grids = tuple(_normalize_integers("grids", grid, 1) for grid in self.grids)
+            object.__setattr__(self, "grids", grids)
+        _check_choice("subject", self.subject, ("ops", "model"))
+        _check_choice("model", self.model, ("dit", "wan"))
+        _check_choice("dtype", self.dtype, ("float32", "float16", "bfloat16"))
+        _check_choice("device", self.device, ("auto", "cpu", "cuda"))
+        for name in ("batch_size", "num_heads", "head_dim"):
+            _check_at_least(name, getattr(self, name), 1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class DoctorConfig:
     """Which parts of the installation to try."""
 
@@ -663,5 +732,6 @@ SCHEMAS: dict[str, type] = {
     "reference": ReferenceConfig,
     "inspect": InspectConfig,
     "convert": ConvertConfig,
+    "bench": BenchConfig,
     "doctor": DoctorConfig,
 }

@@ -32,9 +32,7 @@ COMMANDS: dict[str, Command] = {
         "measure samples against a reference: FID, sFID, IS, precision, recall, KID, FVD",
         "mhla_gen.cli.evaluate",
     ),
-    "reference": Command(
-        "write reference statistics of your own images", "mhla_gen.cli.reference"
-    ),
+    "reference": Command("write reference statistics of your own images", "mhla_gen.cli.reference"),
     "inspect": Command(
         "draw a model's mixing matrices, attention maps, rank and entropy",
         "mhla_gen.cli.inspect",
@@ -43,6 +41,11 @@ COMMANDS: dict[str, Command] = {
     "convert": Command(
         "read DiT checkpoints of other code, or write them, and compare outputs",
         "mhla_gen.cli.convert",
+    ),
+    "bench": Command(
+        "measure latency and memory of attention operators, or of whole models",
+        "mhla_gen.cli.bench",
+        folder_key="subject",
     ),
     "doctor": Command("try every part of the installation once", "mhla_gen.cli.doctor"),
 }

@@ -4,8 +4,9 @@
 of the size of the tokens; for training they keep the (mixed) summaries.
 """
 
+import os
+
 import torch
-import triton
 from torch import Tensor
 
 from mhla_gen.ops.kernels import attention_form, linear_form
@@ -17,7 +18,7 @@ MAX_DIM = 128
 MAX_BLOCKS = 2048
 """Most blocks: one program holds 16 rows of the mixing matrix."""
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_INTERPRETED = triton.knobs.runtime.interpret
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # Measured on an H100: beyond either, summaries cost less than scores.
 _ATTENTION_SEQ_LEN = 512
 _ATTENTION_BLOCKS = 32
@@ -118,7 +119,8 @@ def linear_mhla(
     call = _call(query, value, cos, sin, grid, layout, feature_map, normalize, eps, stored)
     with torch.cuda.device_of(query):
         out, summaries, mixed = linear_form.forward(query, key, value, mixing, call)
-    return out, *summaries, *mixed
+    s, x = summaries, mixed
+    return out, s.matrices, s.scales, s.key_sums, x.matrices, x.scales, x.key_sums
 
 
 @linear_mhla.register_fake

@@ -68,22 +68,29 @@ def features_of_pieces(
     x0, x1, cos_ptr, sin_ptr, tokens, valid, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     FEATURE_MAP: tl.constexpr, ROTARY: tl.constexpr, OPERAND: tl.constexpr, CLEAR: tl.constexpr,
 ):  # fmt: skip
-    """R(φ(x)) and φ(x), two pieces each; channels that do not exist hold 0 with `CLEAR`."""
+    """R(φ(x)), what rounding took from it, and φ(x), two pieces each.
+
+    Channels that do not exist hold 0 with `CLEAR`.
+    """
     f0, f1 = features(x0, FEATURE_MAP, OPERAND), features(x1, FEATURE_MAP, OPERAND)
     if CLEAR:
         f0 = clear_padding(f0, D, 0).to(OPERAND)
         if D1 > 0:
             f1 = clear_padding(f1, D, D0).to(OPERAND)
-    u0, u1 = f0, f1
+    u0, u1, r0, r1 = f0, f1, f0, f1
     if ROTARY:
-        u0, u1 = phi(x0.to(tl.float32), FEATURE_MAP), phi(x1.to(tl.float32), FEATURE_MAP)
+        exact0, exact1 = phi(x0.to(tl.float32), FEATURE_MAP), phi(x1.to(tl.float32), FEATURE_MAP)
         if CLEAR:
-            u0 = clear_padding(u0, D, 0)
+            exact0 = clear_padding(exact0, D, 0)
             if D1 > 0:
-                u1 = clear_padding(u1, D, D0)
-        u0, u1 = rotate_pieces(u0, u1, cos_ptr, sin_ptr, tokens, valid, D, D0, D1, 1)
-        u0, u1 = u0.to(OPERAND), u1.to(OPERAND)
-    return u0, u1, f0, f1
+                exact1 = clear_padding(exact1, D, D0)
+        exact0, exact1 = rotate_pieces(
+            exact0, exact1, cos_ptr, sin_ptr, tokens, valid, D, D0, D1, 1
+        )
+        u0, u1 = exact0.to(OPERAND), exact1.to(OPERAND)
+        r0 = (exact0 - u0.to(tl.float32)).to(OPERAND)
+        r1 = (exact1 - u1.to(tl.float32)).to(OPERAND)
+    return u0, u1, r0, r1, f0, f1
 
 
 @triton.jit
@@ -155,7 +162,7 @@ def attend_kernel(
     q_rows = tl.program_id(0) % tiles * BQ + tl.arange(0, BQ)
     q_tokens, q_valid = q_rows.to(tl.int64), q_rows < seq_len
     q0, q1 = load_pieces(q_ptr, q_tokens, q_valid, q_strides, D, D0, D1, ALIGN)
-    u0, u1, qf0, qf1 = features_of_pieces(
+    u0, u1, r0, r1, qf0, qf1 = features_of_pieces(
         q0, q1, cos_ptr, sin_ptr, q_tokens, q_valid, D, D0, D1, FEATURE_MAP, ROTARY, OPERAND, True
     )
     high, low = mixing_rows(
@@ -170,14 +177,18 @@ def attend_kernel(
         k_tokens, k_valid = k_rows.to(tl.int64), k_rows < seq_len
         k0, k1 = load_pieces(k_ptr, k_tokens, k_valid, k_strides, D, D0, D1, ALIGN)
         v0, v1 = load_pieces(v_ptr, k_tokens, k_valid, v_strides, V, V0, V1, ALIGN)
-        w0, w1, kf0, kf1 = features_of_pieces(
+        w0, w1, _r0, _r1, kf0, kf1 = features_of_pieces(
             k0, k1, cos_ptr, sin_ptr, k_tokens, k_valid, D, D0, D1,
             FEATURE_MAP, ROTARY, OPERAND, False,
         )  # fmt: skip
         # Keys past the end have no block, so their weights are 0.
         k_blocks = tl.where(k_valid, block_of_tokens(k_rows, box, RANK), -1)
         weight = weights(high, low, one_hot(k_blocks, BM, OPERAND), PRECISION)
-        scores = outer(u0, u1, w0, w1, D1, PRECISION) * weight
+        scores = outer(u0, u1, w0, w1, D1, PRECISION)
+        if ROTARY and tl.float32 != OPERAND:
+            # Rotation rounds queries and keys; together with the scores that is once too often.
+            scores += outer(r0, r1, w0, w1, D1, PRECISION)
+        scores *= weight
         if NORMALIZE:
             if ROTARY:
                 plain = outer(qf0, qf1, kf0, kf1, D1, PRECISION) * weight

@@ -83,7 +83,7 @@ def attention_backward_queries_kernel(
     q_tokens, q_valid = q_rows.to(tl.int64), q_rows < seq_len
     q0, q1 = load_pieces(q_ptr, q_tokens, q_valid, q_strides, D, D0, D1, ALIGN)
     g0, g1 = load_pieces(do_ptr, q_tokens, q_valid, do_strides, V, V0, V1, ALIGN)
-    u0, u1, qf0, qf1 = features_of_pieces(
+    u0, u1, _r0, _r1, qf0, qf1 = features_of_pieces(
         q0, q1, cos_ptr, sin_ptr, q_tokens, q_valid, D, D0, D1, FEATURE_MAP, ROTARY, OPERAND, True
     )
     if NORMALIZE:
@@ -109,7 +109,7 @@ def attention_backward_queries_kernel(
         k_tokens, k_valid = k_rows.to(tl.int64), k_rows < seq_len
         k0, k1 = load_pieces(k_ptr, k_tokens, k_valid, k_strides, D, D0, D1, ALIGN)
         v0, v1 = load_pieces(v_ptr, k_tokens, k_valid, v_strides, V, V0, V1, ALIGN)
-        w0, w1, kf0, kf1 = features_of_pieces(
+        w0, w1, _r2, _r3, kf0, kf1 = features_of_pieces(
             k0, k1, cos_ptr, sin_ptr, k_tokens, k_valid, D, D0, D1,
             FEATURE_MAP, ROTARY, OPERAND, False,
         )  # fmt: skip
@@ -209,7 +209,7 @@ def attention_backward_keys_kernel(
     k0, k1 = load_pieces(k_ptr, k_tokens, k_valid, k_strides, D, D0, D1, ALIGN)
     v0, v1 = load_pieces(v_ptr, k_tokens, k_valid, v_strides, V, V0, V1, ALIGN)
     v0, v1 = v0.to(OPERAND), v1.to(OPERAND)
-    w0, w1, _f0, _f1 = features_of_pieces(
+    w0, w1, r0, r1, _f0, _f1 = features_of_pieces(
         k0, k1, cos_ptr, sin_ptr, k_tokens, k_valid, D, D0, D1, FEATURE_MAP, ROTARY, OPERAND, True
     )
     high, low = mixing_rows(
@@ -227,7 +227,7 @@ def attention_backward_keys_kernel(
         q0, q1 = load_pieces(q_ptr, q_tokens, q_valid, q_strides, D, D0, D1, ALIGN)
         g0, g1 = load_pieces(do_ptr, q_tokens, q_valid, do_strides, V, V0, V1, ALIGN)
         g0, g1 = g0.to(OPERAND), g1.to(OPERAND)
-        u0, u1, qf0, qf1 = features_of_pieces(
+        u0, u1, _r0, _r1, qf0, qf1 = features_of_pieces(
             q0, q1, cos_ptr, sin_ptr, q_tokens, q_valid, D, D0, D1,
             FEATURE_MAP, ROTARY, OPERAND, False,
         )  # fmt: skip
@@ -246,7 +246,10 @@ def attention_backward_keys_kernel(
             else:
                 dscores -= delta[None, :]
         dw0, dw1 = add_times((dscores * weight).to(OPERAND), u0, u1, dw0, dw1, D1, PRECISION)
-        scores = outer(w0, w1, u0, u1, D1, PRECISION) * weight
+        scores = outer(w0, w1, u0, u1, D1, PRECISION)
+        if ROTARY and tl.float32 != OPERAND:
+            scores += outer(r0, r1, u0, u1, D1, PRECISION)
+        scores *= weight
         dv0, dv1 = add_times(scores.to(OPERAND), g0, g1, dv0, dv1, V1, PRECISION)
     if ROTARY:
         dw0, dw1 = rotate_pieces(dw0, dw1, cos_ptr, sin_ptr, k_tokens, k_valid, D, D0, D1, -1)

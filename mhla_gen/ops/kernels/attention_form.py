@@ -33,7 +33,7 @@ def forward(
 def empty_inverse(query: Tensor, normalize: bool) -> Tensor:
     """Uninitialised inverse denominators, without elements if there are none."""
     batch, seq_len, heads, _ = query.shape
-    return query.new_empty((batch, heads, seq_len * normalize), dtype=torch.float32)
+    return query.new_empty((batch, heads, seq_len if normalize else 0), dtype=torch.float32)
 
 
 def backward(

@@ -42,10 +42,11 @@ class Summaries(NamedTuple):
         """Uninitialised summaries of `rows` rows; what a call does not need has no elements."""
         batch, _, heads, head_dim = query.shape
         scales = heads if stored == torch.float16 else 0
+        sums = head_dim if normalize else 0
         return cls(
             query.new_empty((batch, rows, heads, head_dim, value.shape[3]), dtype=stored),
             query.new_empty((batch, rows, scales), dtype=torch.float32),
-            query.new_empty((batch, rows, heads, head_dim * normalize), dtype=torch.float32),
+            query.new_empty((batch, rows, heads, sums), dtype=torch.float32),
         )
 
 

@@ -67,19 +67,18 @@ def coefficients_kernel(
         channels = tl.arange(0, BD)
         key_sums = tl.zeros((BI, BD), tl.float32)
         for start in range(0, num_rows, BZ):
-            rows = start + tl.arange(0, BZ)
-            valid = rows < num_rows
-            m = tl.load(
-                mixing_ptr + (rows // num_parts)[None, :] * mixing_strides[2],
-                mask=valid_i[:, None] & valid[None, :],
+            some = start + tl.arange(0, BZ)
+            weights = tl.load(
+                mixing_ptr + (some // num_parts)[None, :] * mixing_strides[2],
+                mask=valid_i[:, None] & (some < num_rows)[None, :],
                 other=0.0,
             ).to(tl.float32)
             z = tl.load(
-                key_sums_ptr + (first_matrix + rows * num_heads)[:, None] * D + channels[None, :],
-                mask=valid[:, None] & (channels < D)[None, :],
+                key_sums_ptr + (first_matrix + some * num_heads)[:, None] * D + channels[None, :],
+                mask=(some < num_rows)[:, None] & (channels < D)[None, :],
                 other=0.0,
             )
-            key_sums = tl.dot(m, z, key_sums, input_precision="tf32x3")
+            key_sums = tl.dot(weights, z, key_sums, input_precision="tf32x3")
         tl.store(
             mixed_key_sums_ptr + out_matrices[:, None] * D + channels[None, :],
             key_sums,

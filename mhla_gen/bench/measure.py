@@ -1,0 +1,65 @@
+"""Time a function and find the memory it needs, on a GPU or a CPU."""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_CPU_SECONDS = 0.3
+
+
+def latency_ms(function: Callable[[], object], device: torch.device) -> float:
+    """Median time of one call, launch by launch as Python issues them."""
+    if device.type == "cuda":
+        from triton.testing import do_bench
+
+        median: Any = do_bench(function, warmup=25, rep=150, return_mode="median")
+        return median
+    function()
+    times: list[float] = []
+    while len(times) < 3 or sum(times) < _CPU_SECONDS:
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return 1e3 * statistics.median(times)
+
+
+def graph_latency_ms(function: Callable[[], object], device: torch.device) -> float | None:
+    """Median time of one call replayed as a CUDA graph: what the GPU takes, without Python."""
+    if device.type != "cuda":
+        return None
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            function()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    latency = latency_ms(graph.replay, device)
+    del graph
+    return latency
+
+
+def peak_memory_gib(function: Callable[[], object], device: torch.device) -> float | None:
+    """Memory that one call takes beyond what is allocated before it, in GiB; on a GPU only."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = function()
+    torch.cuda.synchronize()
+    del result
+    return (torch.cuda.max_memory_allocated() - before) / 2**30
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes a second that a large copy reads and writes."""
+    size = 2**30 if device.type == "cuda" else 2**26
+    source = torch.empty(size, dtype=torch.uint8, device=device).fill_(1)
+    target = torch.empty_like(source)
+    return 2 * size / (1e-3 * latency_ms(lambda: target.copy_(source), device))

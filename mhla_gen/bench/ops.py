@@ -1,0 +1,139 @@
+"""Attention operators side by side: softmax, linear attention, and every implementation of MHLA."""
+
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from mhla_gen.bench.measure import copy_bandwidth, graph_latency_ms, latency_ms, peak_memory_gib
+from mhla_gen.config import BenchConfig
+from mhla_gen.ops import auto_layout, linear_attention, locality_mixing, mhla
+
+_BACKENDS = {
+    "softmax": None,
+    "softmax_cudnn": SDPBackend.CUDNN_ATTENTION,
+    "softmax_flash": SDPBackend.FLASH_ATTENTION,
+}
+
+
+class Case(NamedTuple):
+    """One problem size."""
+
+    batch: int
+    heads: int
+    grid: tuple[int, ...]
+    head_dim: int
+    layout: tuple[int, ...]
+    rotary: bool
+
+
+# Wan2.1-1.3B at 480p, Wan-14B at 720p, a 2048-pixel image, DiT-XL/2 at 512 and at 256 pixels.
+MODELS = (
+    Case(1, 12, (21, 30, 50), 128, (3, 5, 10), True),
+    Case(1, 40, (21, 45, 80), 128, (3, 5, 10), True),
+    Case(1, 6, (128, 128), 64, auto_layout((128, 128)), False),
+    Case(16, 16, (32, 32), 72, (4, 4), False),
+    Case(64, 16, (16, 16), 72, (4, 4), False),
+)
+
+
+def cases(config: BenchConfig) -> tuple[Case, ...]:
+    """The problem sizes that a config asks for."""
+    if config.grids == "models":
+        return MODELS
+    return tuple(
+        Case(
+            config.batch_size,
+            config.num_heads,
+            grid,
+            config.head_dim,
+            auto_layout(grid) if config.layout == "auto" else config.layout,
+            config.rotary,
+        )
+        for grid in config.grids
+    )
+
+
+def bench_ops(config: BenchConfig, device: torch.device) -> Iterator[dict[str, Any]]:
+    """One row for every problem size and method, as they are measured."""
+    bandwidth = copy_bandwidth(device)
+    dtype = getattr(torch, config.dtype)
+    for case in cases(config):
+        for method in config.methods:
+            row = {"method": method, **case._asdict(), "tokens": math.prod(case.grid)}
+            try:
+                yield row | _measure(method, case, dtype, device, bandwidth, config.backward)
+            except (RuntimeError, ValueError) as error:
+                # A method that cannot run a size is part of the result.
+                yield row | {"error": str(error).splitlines()[0]}
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+
+
+def _measure(
+    method: str,
+    case: Case,
+    dtype: torch.dtype,
+    device: torch.device,
+    bandwidth: float,
+    backward: bool,
+) -> dict[str, Any]:
+    tokens = math.prod(case.grid)
+    shape = (case.batch, tokens, case.heads, case.head_dim)
+    query, key, value, grad = (torch.randn(shape, dtype=dtype, device=device) for _ in range(4))
+    attend = _attention(method, case, device)
+    floor_ms = 4e3 * query.numel() * query.element_size() / bandwidth
+
+    forward = torch.no_grad()(partial(attend, query, key, value))
+    eager = latency_ms(forward, device)
+    graph = graph_latency_ms(forward, device)
+    row = {
+        "floor_ms": floor_ms,
+        "forward_eager_ms": eager,
+        "forward_ms": eager if graph is None else graph,
+        "forward_peak_gib": peak_memory_gib(forward, device),
+    }
+    row["floor_share"] = floor_ms / row["forward_ms"]
+    if not backward:
+        return row
+    inputs = [x.requires_grad_() for x in (query, key, value)]
+
+    def train() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(attend(*inputs), inputs, grad)
+
+    eager = latency_ms(train, device)
+    graph = graph_latency_ms(train, device)
+    return row | {
+        "train_eager_ms": eager,
+        "train_ms": eager if graph is None else graph,
+        "train_peak_gib": peak_memory_gib(train, device),
+    }
+
+
+def _attention(method: str, case: Case, device: torch.device) -> Callable[..., Tensor]:
+    if method in _BACKENDS:
+        return partial(_softmax, _BACKENDS[method])
+    rotary = None
+    if case.rotary:
+        angles = torch.rand(math.prod(case.grid), case.head_dim // 2, device=device) * 2 * math.pi
+        rotary = angles.cos(), angles.sin()
+    if method == "linear":
+        return partial(linear_attention, rotary=rotary)
+    mixing = locality_mixing(case.layout).to(device).requires_grad_()
+    return lambda q, k, v: mhla(
+        q, k, v, mixing, grid=case.grid, layout=case.layout, rotary=rotary, implementation=method
+    )
+
+
+def _softmax(backend: SDPBackend | None, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    # Rotary is left out: models rotate queries and keys before they call softmax attention.
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    if backend is None:
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+    with sdpa_kernel(backend):
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)

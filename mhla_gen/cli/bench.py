@@ -1,0 +1,13 @@
+"""`mhla-gen bench ops | model`: see `mhla_gen.bench.run`."""
+
+from mhla_gen.config import BenchConfig
+
+
+def run(config: BenchConfig, dry_run: bool) -> None:
+    """Measure, or say what would be measured."""
+    if dry_run:
+        print(f"would measure {config.subject}: {', '.join(config.methods)} on {config.grids}")
+        return
+    from mhla_gen.bench.run import bench
+
+    bench(config)

@@ -1,0 +1,62 @@
+"""`mhla-gen bench` on a CPU: rows, files, and where MHLA overtakes softmax."""
+
+import json
+
+import pytest
+
+from mhla_gen.bench.run import find_crossover
+from mhla_gen.cli import main
+from mhla_gen.config import BenchConfig, ConfigError, load_config
+
+
+def test_operators_are_measured_side_by_side(tmp_path, capsys):
+    methods = "methods=[softmax,linear,blockwise]"
+    settings = ["grids=[[3,4],[4,4]]", "num_heads=1", "head_dim=8", methods]
+    assert main(["bench", "ops", f"output_dir={tmp_path}", *settings]) == 0
+    result = json.loads((tmp_path / "bench.json").read_text())
+    assert (tmp_path / "bench.png").stat().st_size > 0
+    assert {"device", "torch", "command", "date"} <= set(result)
+    assert [(row["tokens"], row["method"]) for row in result["rows"]] == [
+        (tokens, method) for tokens in (12, 16) for method in ("softmax", "linear", "blockwise")
+    ]
+    for row in result["rows"]:
+        assert row["forward_ms"] > 0 and row["train_ms"] > 0 and row["forward_ratio"] > 0
+    assert "blockwise" in capsys.readouterr().out
+
+
+def test_a_model_is_measured_with_every_attention(tmp_path):
+    settings = ["grids=[[4,4]]", "num_layers=1", "methods=[softmax,blockwise]"]
+    assert main(["bench", "model", f"output_dir={tmp_path}", *settings]) == 0
+    rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    assert [row["method"] for row in rows] == ["softmax", "blockwise"]
+    assert all(row["forward_ms"] > 0 for row in rows)
+
+
+def test_a_method_that_cannot_run_is_part_of_the_result(tmp_path):
+    settings = ["grids=[[3,3]]", "num_heads=1", "head_dim=200", "methods=[fused]"]
+    assert main(["bench", "ops", f"output_dir={tmp_path}", *settings]) == 0
+    (row,) = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    assert "up to 128" in row["error"]
+
+
+def test_crossover_lies_between_the_sizes_where_the_order_changes():
+    rows = [
+        {"tokens": tokens, "method": method, "forward_ms": ms}
+        for tokens, softmax, ours in ((100, 1.0, 2.0), (400, 8.0, 4.0))
+        for method, ms in (("softmax", softmax), ("fused", ours))
+    ]
+    assert find_crossover(rows) == pytest.approx(200.0)
+    assert find_crossover(rows[:2]) is None
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("grids=everything", "squares"),
+        ("methods=[performer]", "methods must be one of"),
+        ("num_heads=0", "num_heads"),
+    ],
+)
+def test_mistakes_are_named(override, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(None, [override], BenchConfig)

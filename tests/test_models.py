@@ -1,12 +1,17 @@
 """Conversion of tiny real diffusers models: what it computes, saves, loads and undoes."""
 
 import copy
+import importlib
 import inspect
 import json
+import pkgutil
+import re
+from pathlib import Path
 
+import diffusers
 import pytest
 import torch
-from diffusers import DiTTransformer2DModel
+from diffusers import DiTTransformer2DModel, ModelMixin
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers import transformer_ltx
 from tiny import (
@@ -40,6 +45,7 @@ from mhla_gen import (
     MHLASanaVideoTransformer3DModel,
     MHLAWanTransformer3DModel,
 )
+from mhla_gen.models.injection import MHLA_CLASSES
 from mhla_gen.ops.feature_maps import rotate
 from mhla_gen.ops.naive import naive_mhla
 
@@ -524,6 +530,36 @@ def test_loading_in_bfloat16_keeps_mixing_in_float32(family, tmp_path):
     assert {d for n, d in dtypes.items() if n.endswith("mixing")} == {torch.float32}
     assert {d for n, d in dtypes.items() if not n.endswith("mixing")} == {torch.bfloat16}
     assert run(model, cast(make_inputs(), torch.bfloat16)).dtype == torch.bfloat16
+
+
+@pytest.mark.skipif(
+    not diffusers.__version__.startswith("0.42."), reason="docs/models.md describes diffusers 0.42"
+)
+def test_the_page_of_models_is_complete():
+    package = importlib.import_module("diffusers.models.transformers")
+    modules = [
+        importlib.import_module(found.name)
+        for found in pkgutil.iter_modules(package.__path__, f"{package.__name__}.")
+    ]
+    defined = {
+        name: value
+        for module in modules
+        for name, value in vars(module).items()
+        if inspect.isclass(value) and value.__module__ == module.__name__
+    }
+    models = {name for name, value in defined.items() if issubclass(value, ModelMixin)}
+    page = (Path(__file__).parents[1] / "docs" / "models.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)
+    assert len(rows) == len(set(rows))
+    assert models <= set(rows) <= defined.keys()
+    converted = re.findall(r"^\| `(\w+)` \| `(\w+)` \|", page, re.MULTILINE)
+    assert set(converted) == {
+        (mhla_class.family.base_class.__name__, mhla_class.__name__)
+        for _, _, mhla_class, _ in FAMILIES.values()
+    }
+    assert {c.family for c in MHLA_CLASSES.values()} == {
+        c.family for _, _, c, _ in FAMILIES.values()
+    }
 
 
 def test_positional_arguments_and_defaults():

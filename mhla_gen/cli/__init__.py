@@ -53,15 +53,23 @@ COMMANDS: dict[str, Command] = {
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all sub-commands."""
+    # Written out: argparse breaks the line after every long command name.
+    listing = "\n".join(f"  {name:<11} {command.summary}" for name, command in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="mhla-gen",
-        description="Token-level multi-head linear attention for diffusion and video transformers.",
-        epilog="Every command takes a YAML config and key=value overrides; see configs/.",
+        usage="mhla-gen COMMAND [CONFIG.yaml] [key=value …] [--dry-run] [--print-config]",
+        description="Token-level multi-head linear attention for diffusion and video transformers."
+        f"\n\ncommands:\n{listing}",
+        epilog="Every setting is a key of the config; --print-config shows them all. Examples are\n"
+        "in configs/.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"mhla-gen {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(
+        dest="command", metavar="COMMAND", required=True, help=argparse.SUPPRESS, prog="mhla-gen"
+    )
     for name, command in COMMANDS.items():
-        sub = commands.add_parser(name, help=command.summary, description=command.summary)
+        sub = commands.add_parser(name, description=command.summary)
         sub.add_argument(
             "arguments",
             nargs="*",

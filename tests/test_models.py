@@ -12,6 +12,7 @@ import diffusers
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel, ModelMixin
+from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers import transformer_ltx
 from tiny import (
@@ -499,6 +500,8 @@ def test_refusals_name_the_remedy():
         mhla_gen.inject(torch.compile(tiny_dit()))
     with pytest.raises(NotImplementedError, match="restore"):
         model.enable_parallelism(config=None)
+    with pytest.raises(ValueError, match="need their own processors"):
+        model.set_attn_processor(AttnProcessor2_0())
     custom = tiny_wan()
     custom.blocks[0].attn1.processor = lambda *args: None
     with pytest.raises(ValueError, match="WanAttnProcessor first"):

@@ -11,8 +11,9 @@ from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DMod
 from torch import Tensor
 
 from mhla_gen.config import MHLAConfig
-from mhla_gen.models.family import Family, MHLATransformerMixin, accepts, accepts_mhla
+from mhla_gen.models.family import Family
 from mhla_gen.models.projection import mhla_attention, refuse_mask_and_other_keys
+from mhla_gen.models.transformer import MHLATransformerMixin, accepts, accepts_mhla
 
 # Of diffusers' DiT; the original's is 0.
 _DIFFUSERS_SHIFT = 1.0
@@ -74,7 +75,7 @@ class DiTFamily(Family):
     rank = 2
     stock_processor = AttnProcessor2_0
     mhla_processor = MHLAAttnProcessor
-    softmax_processor = AttnProcessor2_0
+    unconverted_processor = AttnProcessor2_0
 
     def attentions(self, model: Any) -> list[tuple[str, Any]]:
         """`attn1` of every block."""

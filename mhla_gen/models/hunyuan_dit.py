@@ -9,12 +9,13 @@ from diffusers.models.transformers.hunyuan_transformer_2d import HunyuanDiT2DMod
 from torch import Tensor
 
 from mhla_gen.config import MHLAConfig
-from mhla_gen.models.family import Family, accepts_mhla
+from mhla_gen.models.family import Family
 from mhla_gen.models.projection import (
     FusesSelfAttention,
     mhla_attention,
     refuse_mask_and_other_keys,
 )
+from mhla_gen.models.transformer import accepts_mhla
 
 
 class SoftmaxHunyuanAttnProcessor(HunyuanAttnProcessor2_0):
@@ -69,7 +70,7 @@ class HunyuanDiTFamily(Family):
     rank = 2
     stock_processor = HunyuanAttnProcessor2_0
     mhla_processor = MHLAHunyuanAttnProcessor
-    softmax_processor = SoftmaxHunyuanAttnProcessor
+    unconverted_processor = SoftmaxHunyuanAttnProcessor
 
     def attentions(self, model: Any) -> list[tuple[str, Any]]:
         """`attn1` of every block."""

@@ -8,18 +8,14 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from mhla_gen.config import MHLAConfig
 from mhla_gen.models.dit import MHLADiTTransformer2DModel
-from mhla_gen.models.family import (
-    Family,
-    MHLATransformerMixin,
-    become,
-    resolve,
-    unconvert,
-)
+from mhla_gen.models.family import Family
 from mhla_gen.models.hunyuan_dit import MHLAHunyuanDiT2DModel
 from mhla_gen.models.kandinsky5 import MHLAKandinsky5Transformer3DModel
 from mhla_gen.models.ltx import MHLALTXVideoTransformer3DModel
 from mhla_gen.models.pixart import MHLAPixArtTransformer2DModel
 from mhla_gen.models.sana_video import MHLASanaVideoTransformer3DModel
+from mhla_gen.models.surgery import become, resolve, unconvert
+from mhla_gen.models.transformer import MHLATransformerMixin
 from mhla_gen.models.wan import MHLAWanTransformer3DModel
 from mhla_gen.ops import resolve_implementation
 

@@ -10,8 +10,9 @@ from diffusers.models.transformers.transformer_kandinsky import (
 from torch import Tensor, nn
 
 from mhla_gen.config import MHLAConfig
-from mhla_gen.models.family import Family, MHLATransformerMixin, accepts_mhla
+from mhla_gen.models.family import Family
 from mhla_gen.models.projection import refuse_mask_and_other_keys
+from mhla_gen.models.transformer import MHLATransformerMixin, accepts_mhla
 
 # 121 frames at 512×768 after the VAE (4×8×8) and patches (1×2×2), the default of its pipeline.
 _NATIVE_GRID = (31, 32, 48)
@@ -75,7 +76,7 @@ class Kandinsky5Family(Family):
     rank = 3
     stock_processor = Kandinsky5AttnProcessor
     mhla_processor = MHLAKandinsky5AttnProcessor
-    softmax_processor = SoftmaxKandinsky5AttnProcessor
+    unconverted_processor = SoftmaxKandinsky5AttnProcessor
 
     def attentions(self, model: Any) -> list[tuple[str, Any]]:
         """`self_attention` of every visual block; text blocks have no grid."""

@@ -11,8 +11,9 @@ from diffusers.models.transformers.transformer_ltx import (
 from torch import Tensor
 
 from mhla_gen.config import MHLAConfig
-from mhla_gen.models.family import Family, MHLATransformerMixin, accepts_mhla
+from mhla_gen.models.family import Family
 from mhla_gen.models.projection import mhla_attention, refuse_mask_and_other_keys
+from mhla_gen.models.transformer import MHLATransformerMixin, accepts_mhla
 
 # 161 frames at 512×704 after the VAE (8×32×32), the default of its pipeline.
 _NATIVE_GRID = (21, 16, 22)
@@ -107,7 +108,7 @@ class LTXFamily(Family):
     rank = 3
     stock_processor = LTXVideoAttnProcessor
     mhla_processor = MHLALTXAttnProcessor
-    softmax_processor = SoftmaxLTXAttnProcessor
+    unconverted_processor = SoftmaxLTXAttnProcessor
     replaced_modules = {"rope": (LTXVideoRotaryPosEmbed, GridLTXRotaryPosEmbed)}  # noqa: RUF012
 
     def attentions(self, model: Any) -> list[tuple[str, Any]]:

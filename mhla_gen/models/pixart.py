@@ -10,8 +10,9 @@ from torch import Tensor
 
 from mhla_gen.config import MHLAConfig
 from mhla_gen.models.dit import MHLAAttnProcessor
-from mhla_gen.models.family import Family, accepts_mhla
+from mhla_gen.models.family import Family
 from mhla_gen.models.projection import FusesSelfAttention
+from mhla_gen.models.transformer import accepts_mhla
 
 
 class SoftmaxPixArtAttnProcessor(AttnProcessor2_0):
@@ -37,7 +38,7 @@ class PixArtFamily(Family):
     rank = 2
     stock_processor = AttnProcessor2_0
     mhla_processor = MHLAAttnProcessor
-    softmax_processor = SoftmaxPixArtAttnProcessor
+    unconverted_processor = SoftmaxPixArtAttnProcessor
 
     def attentions(self, model: Any) -> list[tuple[str, Any]]:
         """`attn1` of every block."""

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mhla_gen.models.family import MHLATransformerMixin
+from mhla_gen.models.transformer import MHLATransformerMixin
 
 
 def refuse_mask_and_other_keys(attention_mask: Any, encoder_hidden_states: Any) -> None:

@@ -11,12 +11,13 @@ from diffusers.models.transformers.transformer_sana_video import (
 from torch import Tensor
 
 from mhla_gen.config import MHLAConfig
-from mhla_gen.models.family import Family, MHLATransformerMixin, accepts_mhla
+from mhla_gen.models.family import Family
 from mhla_gen.models.projection import (
     PatchGridCarrier,
     mhla_attention,
     refuse_mask_and_other_keys,
 )
+from mhla_gen.models.transformer import MHLATransformerMixin, accepts_mhla
 
 # 81 frames at 480×832 after Wan's VAE (4×8×8) and patches (1×2×2): the size it was trained at.
 _NATIVE_GRID = (21, 30, 52)
@@ -75,7 +76,7 @@ class SanaVideoFamily(Family):
     rank = 3
     stock_processor = SanaLinearAttnProcessor3_0
     mhla_processor = MHLASanaVideoAttnProcessor
-    softmax_processor = StockSanaVideoAttnProcessor
+    unconverted_processor = StockSanaVideoAttnProcessor
     stock_kind = "linear"
     replaced_modules = {"rope": (WanRotaryPosEmbed, GridSanaRotaryPosEmbed)}  # noqa: RUF012
 

@@ -12,12 +12,13 @@ from diffusers.models.transformers.transformer_wan import (
 from torch import Tensor
 
 from mhla_gen.config import MHLAConfig
-from mhla_gen.models.family import Family, MHLATransformerMixin, accepts_mhla
+from mhla_gen.models.family import Family
 from mhla_gen.models.projection import (
     PatchGridCarrier,
     mhla_attention,
     refuse_mask_and_other_keys,
 )
+from mhla_gen.models.transformer import MHLATransformerMixin, accepts_mhla
 
 # 81 frames at 480×832 after Wan's VAE (4×8×8) and patches (1×2×2): the size it was trained at.
 _NATIVE_GRID = (21, 30, 52)
@@ -80,7 +81,7 @@ class WanFamily(Family):
     rank = 3
     stock_processor = WanAttnProcessor
     mhla_processor = MHLAWanAttnProcessor
-    softmax_processor = SoftmaxWanAttnProcessor
+    unconverted_processor = SoftmaxWanAttnProcessor
     replaced_modules = {"rope": (WanRotaryPosEmbed, GridRotaryPosEmbed)}  # noqa: RUF012
 
     def attentions(self, model: Any) -> list[tuple[str, Any]]:

@@ -1,0 +1,139 @@
+"""Conversion of a model in place, and its undoing: the same for every family."""
+
+import inspect
+from dataclasses import replace
+from typing import Any
+
+from diffusers.configuration_utils import FrozenDict
+from torch import nn
+
+from mhla_gen.config import MHLAConfig
+from mhla_gen.models.attention import MHLA
+from mhla_gen.models.family import Family
+from mhla_gen.ops import auto_layout
+
+
+def mhla_layers(config: MHLAConfig, num_layers: int) -> tuple[int, ...]:
+    """Indices of the layers that `config.layers` converts.
+
+    A fraction `a/b` keeps the first `b - a` of every `b` layers softmax.
+
+    Raises:
+        ValueError: If an index is not below `num_layers`, or no layer is left to convert.
+    """
+    if config.layers == "all":
+        return tuple(range(num_layers))
+    if isinstance(config.layers, str):
+        part, whole = map(int, config.layers.split("/"))
+        chosen = tuple(i for i in range(num_layers) if i % whole >= whole - part)
+        if not chosen:
+            raise ValueError(f"layers={config.layers!r} converts none of {num_layers} layers")
+        return chosen
+    if max(config.layers) >= num_layers:
+        raise ValueError(
+            f"layers={list(config.layers)} names layer {max(config.layers)}, but the model has "
+            f"layers 0 to {num_layers - 1}"
+        )
+    return config.layers
+
+
+def resolve(family: Family, model: Any, config: MHLAConfig) -> MHLAConfig:
+    """Check a config against a model and replace `layout="auto"` by block counts.
+
+    Raises:
+        ValueError: If layers, rank, layout or processors do not fit the model.
+    """
+    attentions = family.attentions(model)
+    mhla_layers(config, len(attentions))
+    known = (family.stock_processor, family.unconverted_processor, family.mhla_processor)
+    for name, attention in attentions + family.bystanders(model):
+        if type(attention.processor) not in known:
+            raise ValueError(
+                f"{name} has the processor {type(attention.processor).__name__}, which MHLA would "
+                f"drop; set {family.stock_processor.__name__} first"
+            )
+        if getattr(attention.processor, "_parallel_config", None) is not None:
+            raise ValueError(f"{name} is context-parallel; convert before enable_parallelism")
+    grid = family.native_grid(model)
+    if config.layout == "auto":
+        return replace(config, layout=auto_layout(grid))
+    if len(config.layout) != family.rank:
+        raise ValueError(
+            f"{family.base_class.__name__} has a {family.rank}-D token grid, so layout needs "
+            f"{family.rank} entries, found {config.layout}"
+        )
+    if any(count > length for count, length in zip(config.layout, grid, strict=True)):
+        raise ValueError(
+            f"layout={config.layout} has more blocks than the model's own token grid {grid} has "
+            f"tokens along an axis; take at most {grid}, or layout='auto'"
+        )
+    return config
+
+
+def convert(family: Family, model: Any, config: MHLAConfig) -> None:
+    """Give the chosen layers their `mhla` child; `config` comes from `resolve`."""
+    attentions = family.attentions(model)
+    chosen = set(mhla_layers(config, len(attentions)))
+    for index, (_, attention) in enumerate(attentions):
+        if index in chosen:
+            child = MHLA(*family.sizes(model), config).train(attention.training)
+            attention.mhla = _like(family.output_projection(attention), child)
+            _swap_processor(attention, family.mhla_processor)
+        else:
+            _swap_processor(attention, family.unconverted_processor)
+    for _, attention in family.bystanders(model):
+        _swap_processor(attention, family.unconverted_processor)
+    for path, (_, converted_class) in family.replaced_modules.items():
+        model.get_submodule(path).__class__ = converted_class
+    settings = {"mhla": config.to_dict(), **family.settings(model)}
+    # from_config ignores what is marked as the default; that may have been another class's.
+    defaults = [k for k in model.config.get("_use_default_values", ()) if k not in settings]
+    marks = {"_use_default_values": defaults} if defaults else {}
+    kept = {k: v for k, v in model.config.items() if k != "_use_default_values"}
+    model._internal_dict = FrozenDict({**kept, **settings, **marks})
+
+
+def unconvert(family: Family, model: Any) -> None:
+    """Take away what `convert` added, the class included."""
+    for _, attention in family.attentions(model) + family.bystanders(model):
+        if hasattr(attention, "mhla"):
+            del attention.mhla
+        _swap_processor(attention, family.stock_processor)
+    for path, (stock_class, _) in family.replaced_modules.items():
+        model.get_submodule(path).__class__ = stock_class
+    softmax_class = family.softmax_class(model)
+    added = _argument_names(type(model)) - _argument_names(softmax_class)
+    model._internal_dict = FrozenDict({k: v for k, v in model.config.items() if k not in added})
+    model.__class__ = softmax_class
+
+
+def _argument_names(model_class: Any) -> set[str]:
+    return set(inspect.signature(model_class.__init__).parameters)
+
+
+def _like(projection: nn.Module, module: MHLA) -> MHLA:
+    """Move a new module to where its layer's output projection is; mixing stays float32.
+
+    The projection's weight may be quantized, then the bias tells the dtype.
+    """
+    parameters = list(projection.parameters())
+    floating = next((p for p in parameters if p.is_floating_point()), None)
+    module = module.to(parameters[0].device, None if floating is None else floating.dtype)
+    module.mixing.data = module.mixing.data.float()
+    return module
+
+
+def _swap_processor(attention: Any, processor_class: type) -> None:
+    processor = processor_class()
+    # set_attention_backend chooses kernels of softmax layers through this attribute.
+    if hasattr(processor, "_attention_backend"):
+        processor._attention_backend = getattr(attention.processor, "_attention_backend", None)
+    attention.set_processor(processor)
+
+
+def become(family: Family, mhla_class: type, model: Any, config: MHLAConfig) -> Any:
+    """Turn a base model into its MHLA class in place; all checks come first."""
+    resolved = resolve(family, model, config)
+    model.__class__ = mhla_class
+    convert(family, model, resolved)
+    return model

@@ -1,0 +1,173 @@
+"""The base of every `MHLA…` transformer class: building, loading, and what is refused."""
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+from torch import nn
+
+from mhla_gen.config import MHLAConfig
+from mhla_gen.models.family import Family
+from mhla_gen.models.surgery import become, convert, resolve
+
+# Arguments of from_pretrained that say where a config lies rather than how to load weights.
+_LOCATION = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "proxies")
+_NO_PARALLELISM = (
+    "context and tensor parallelism are not supported by MHLA layers: a rank would sum its own "
+    "tokens only; call mhla_gen.restore(model) first, or run on one device"
+)
+_NO_OTHER_PROCESSOR = (
+    "MHLA layers need their own processors; call mhla_gen.restore(model) first, or set a processor "
+    "on a single layer with layer.set_processor"
+)
+
+
+def accepts_mhla(
+    base_class: type, **more: Any
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give `__init__(self, mhla, **base)` the signature of `base_class` plus `mhla`.
+
+    Args:
+        base_class: The diffusers class.
+        more: Further arguments of the MHLA class and their defaults.
+    """
+    return accepts(base_class, mhla=None, **more)
+
+
+def accepts(base_class: Any, **more: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give `__init__` the signature of `base_class` plus keywords with their defaults.
+
+    diffusers reads a model's config from the signature of its `__init__`. Arguments are handed on
+    by keyword, because `register_to_config` takes positional ones for defaults.
+    """
+    base = inspect.signature(base_class.__init__)
+    extra = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default)
+        for name, default in more.items()
+    ]
+    signature = base.replace(parameters=[*base.parameters.values(), *extra])
+
+    def decorate(init: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(init)
+        def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
+            init(**signature.bind(self, *args, **kwargs).arguments)
+
+        wrapper.__signature__ = signature  # type: ignore[attr-defined]
+        return wrapper
+
+    return decorate
+
+
+class MHLATransformerMixin:
+    """What every `MHLA…` transformer class adds to its diffusers base class."""
+
+    family: ClassVar[Family]
+
+    def convert_new(self, mhla: MHLAConfig | dict[str, Any] | None) -> None:
+        """Convert a freshly built model; the last line of the class's `__init__`."""
+        config = mhla if isinstance(mhla, MHLAConfig) else MHLAConfig(**(mhla or {}))
+        convert(self.family, self, resolve(self.family, self, config))  # type: ignore[arg-type]
+
+    @property
+    def mhla_config(self) -> MHLAConfig:
+        """The settings this model was converted with."""
+        return MHLAConfig(**self.config.mhla)  # type: ignore[attr-defined]
+
+    @classmethod
+    def from_base(
+        cls,
+        base_model_or_path: Any,
+        config: MHLAConfig | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """An MHLA model from a softmax model, which is left as it is.
+
+        Args:
+            base_model_or_path: A transformer of the family, or what its `from_pretrained` takes.
+            config: Settings; the defaults if None.
+            kwargs: Passed to `from_pretrained` of the base class (`subfolder`, `torch_dtype`, …).
+
+        Returns:
+            A new model whose projections equal the base's.
+
+        Raises:
+            ValueError: If the model is of another family, or `config` does not fit it.
+        """
+        base_class: Any = cls.family.base_class
+        if isinstance(base_model_or_path, nn.Module):
+            if kwargs:
+                raise ValueError(f"{sorted(kwargs)} only apply when a path is given, not a model")
+            if type(base_model_or_path) not in (base_class, *cls.family.variants):
+                raise ValueError(
+                    f"{cls.__name__}.from_base needs a {base_class.__name__}, found a "
+                    f"{type(base_model_or_path).__name__}"
+                )
+            resolve(cls.family, base_model_or_path, config or MHLAConfig())
+            base_model = copy.deepcopy(base_model_or_path)
+        else:
+            location = {k: kwargs[k] for k in _LOCATION if k in kwargs}
+            saved = base_class.load_config(base_model_or_path, **location)
+            variants = {variant.__name__: variant for variant in cls.family.variants}
+            base_class = variants.get(saved.get("_class_name"), base_class)
+            base_model = base_class.from_pretrained(base_model_or_path, **kwargs)
+        return become(cls.family, cls, base_model, config or MHLAConfig())
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """Load a saved MHLA model; arguments as for any diffusers model.
+
+        Raises:
+            ValueError: If the folder holds no MHLA settings, or MHLA weights are missing or do not
+                belong to these settings. Softmax checkpoints go through `from_base`.
+        """
+        location = {k: kwargs[k] for k in _LOCATION if k in kwargs}
+        saved = cls.load_config(pretrained_model_name_or_path, **location)  # type: ignore[attr-defined]
+        if "mhla" not in saved and "mhla" not in kwargs:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} holds no MHLA settings; convert a softmax "
+                f"checkpoint with {cls.__name__}.from_base(path, MHLAConfig(...))"
+            )
+        if kwargs.get("parallel_config") is not None:
+            raise NotImplementedError(_NO_PARALLELISM)
+        with_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(  # type: ignore[misc]
+            pretrained_model_name_or_path, output_loading_info=True, **kwargs
+        )
+        for problem in ("missing", "unexpected"):
+            keys = sorted(key for key in info[f"{problem}_keys"] if ".mhla." in key)
+            if keys:
+                raise ValueError(
+                    f"{pretrained_model_name_or_path}: {problem} MHLA weights {_few(keys)}; the "
+                    "file and the mhla settings in config.json do not belong together"
+                )
+        return (model, info) if with_info else model
+
+    def set_attn_processor(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse: another processor would bypass MHLA and leave its weights unused.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(_NO_OTHER_PROCESSOR)
+
+    def set_default_attn_processor(self) -> None:
+        """Refuse, as `set_attn_processor` does.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(_NO_OTHER_PROCESSOR)
+
+    def enable_parallelism(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse: block summaries would cover the local shard of tokens only.
+
+        Raises:
+            NotImplementedError: Always.
+        """
+        raise NotImplementedError(_NO_PARALLELISM)
+
+
+def _few(keys: Sequence[str]) -> str:
+    return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")

@@ -245,7 +245,7 @@ class QuickstartConfig:
     """New folder for everything that the quickstart leaves."""
     seed: int = 0
     """Fixes training and samples."""
-    max_steps: int = 800
+    max_steps: int = 600
     """Optimizer steps of each of the two models."""
     batch_size: int = 128
     """Images per step."""

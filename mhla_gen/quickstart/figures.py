@@ -57,7 +57,7 @@ def draw_mixing(model: torch.nn.Module, config: MHLAConfig, path: Path) -> None:
     panels = figure.subplots(1, len(pictures), squeeze=False)[0]
     image = None
     for axes, (title, matrix) in zip(panels, pictures.items(), strict=True):
-        image = axes.imshow(matrix, vmin=0, vmax=top, cmap="viridis")
+        image = axes.imshow(matrix.numpy(), vmin=0, vmax=top, cmap="viridis")
         axes.set_title(title, fontsize=10)
         axes.set_xticks([])
         axes.set_yticks([])

@@ -1,6 +1,7 @@
 """What the quickstart prints at the end."""
 
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -63,8 +64,13 @@ def next_commands(folder: Path, max_steps: int) -> list[str]:
         f"{command} sample pipeline={pipeline} 'classes=[3,8]' samples_per_class=50 "
         f"guidance_scale=3 output_dir={more}",
         f"{command} train {trained} max_steps={4 * max_steps} output_dir={longer}",
-        f"{python} -c {shlex.quote(code)}",
+        f'{python} -c "{_in_double_quotes(code)}"',
     ]
+
+
+def _in_double_quotes(text: str) -> str:
+    """Escape what a shell reads between double quotes; Python code has single ones of its own."""
+    return re.sub(r'([\\"$`])', r"\\\1", text)
 
 
 def _program(name: str) -> str:

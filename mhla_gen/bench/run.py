@@ -41,15 +41,17 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     if config.device != "auto":
         device = torch.device(config.device)
     measure = bench_ops if config.subject == "ops" else bench_model
-    rows = []
+    rows: list[dict[str, Any]] = []
+    result: dict[str, Any] = {}
     for row in measure(config, device):
         _add_ratios(row, rows)
         rows.append(row)
         if len(rows) == 1:
             print("  ".join(f"{name:>16}" for name in _COLUMNS))
         print(_line(row), flush=True)
-    result = {"rows": rows, **provenance(device)}
-    (folder / "bench.json").write_text(json.dumps(result, indent=1) + "\n")
+        # Written row by row: a long run that is cut short keeps what it measured.
+        result = {"rows": rows, **provenance(device)}
+        (folder / "bench.json").write_text(json.dumps(result, indent=1) + "\n")
     draw(rows, folder / "bench.png")
     print(f"wrote {folder / 'bench.json'} and {folder / 'bench.png'}")
     return result
@@ -65,7 +67,7 @@ def provenance(device: torch.device) -> dict[str, str]:
         versions["triton"] = triton.__version__
     return {
         "device": torch.cuda.get_device_name(device) if is_gpu else platform.processor() or "cpu",
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join(["mhla-gen", *sys.argv[1:]]),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         **versions,
     }
@@ -122,7 +124,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     crossover = find_crossover(good)
     if crossover is not None:
         axes[0].axvline(crossover, color="black", linestyle=":", linewidth=1)
-        axes[0].annotate(f"{crossover:.0f} tokens", (crossover, axes[0].get_ylim()[0]), rotation=90)
+        axes[0].set_title(f"MHLA overtakes softmax at {crossover:.0f} tokens", fontsize=10)
     if axes[0].get_legend_handles_labels()[0]:
         axes[0].legend(fontsize=8)
     figure.savefig(path, dpi=150)

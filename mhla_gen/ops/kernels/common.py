@@ -238,8 +238,7 @@ def box_tokens(slots, first_t, first_h, first_w, size_h, size_w, H, W, RANK: tl.
 def locate_part(box, num_heads, num_parts, RANK: tl.constexpr, GROUP: tl.constexpr):
     """What a program works on: batch element, head, number of its part, block.
 
-    `GROUP` heads are neighbours in the launch grid, to share rotary tables and memory pages; groups
-    follow one another, so that the last summaries written are still in L2 when mixing begins.
+    `GROUP` heads are neighbours in the launch grid, to share rotary tables and memory pages.
     """
     num_rows = box[3] * box[4] * box[5] * num_parts
     group = tl.program_id(0) // (GROUP * num_rows)

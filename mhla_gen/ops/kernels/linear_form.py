@@ -14,7 +14,7 @@ from mhla_gen.ops.kernels.linear_backward import backward_keys_kernel, backward_
 from mhla_gen.ops.kernels.mixing import coefficients_kernel, correlate_kernel, mix_kernel
 
 # Tokens of a tile, warps, pipeline stages and registers of a thread for 16-bit operands, by the
-# padded channels; measured on an H100, see docs/results.
+# padded channels; measured on an H100, see docs/results/kernels-h100.json.
 _TILES = {
     "summarise": {64: (64, 4, 2, None), 128: (32, 4, 4, None)},
     "apply": {64: (64, 4, 3, None), 80: (64, 4, 1, 128), 128: (64, 8, 1, 128)},

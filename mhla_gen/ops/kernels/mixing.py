@@ -105,8 +105,7 @@ def mix_kernel(
     """S̃_i = Σ_b m_ib S_b: a matrix product of BI rows i and BC entries of one head."""
     COLUMN_TILES: tl.constexpr = (D * V + BC - 1) // BC
     row_tiles = tl.cdiv(num_blocks, BI)
-    # The last summaries written are the first to be read, while they are in L2.
-    program = tl.num_programs(0) - 1 - tl.program_id(0)
+    program = tl.program_id(0)
     batch_head = (program // row_tiles // COLUMN_TILES).to(tl.int64)
     batch = batch_head // num_heads
     head = batch_head % num_heads

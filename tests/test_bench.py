@@ -10,8 +10,7 @@ from mhla_gen.config import BenchConfig, ConfigError, load_config
 
 
 def test_operators_are_measured_side_by_side(tmp_path, capsys):
-    methods = "methods=[softmax,linear,blockwise]"
-    settings = ["grids=[[3,4],[4,4]]", "num_heads=1", "head_dim=8", methods]
+    settings = ["grids=[[3,4],[4,4]]", "num_heads=1", "head_dim=8", "device=cpu"]
     assert main(["bench", "ops", f"output_dir={tmp_path}", *settings]) == 0
     result = json.loads((tmp_path / "bench.json").read_text())
     assert (tmp_path / "bench.png").stat().st_size > 0
@@ -21,7 +20,12 @@ def test_operators_are_measured_side_by_side(tmp_path, capsys):
     ]
     for row in result["rows"]:
         assert row["forward_ms"] > 0 and row["train_ms"] > 0 and row["forward_ratio"] > 0
+    assert result["dtype"] == "float32"
     assert "blockwise" in capsys.readouterr().out
+    before = (tmp_path / "bench.json").read_text()
+    assert main(["bench", "ops", f"output_dir={tmp_path}", *settings]) == 2
+    assert "holds an earlier measurement" in capsys.readouterr().err
+    assert (tmp_path / "bench.json").read_text() == before
 
 
 def test_a_model_is_measured_with_every_attention(tmp_path):
@@ -54,6 +58,7 @@ def test_crossover_lies_between_the_sizes_where_the_order_changes():
     [
         ("grids=everything", "squares"),
         ("methods=[performer]", "methods must be one of"),
+        ("methods=fast", 'methods must be "auto" or a list'),
         ("num_heads=0", "num_heads"),
     ],
 )

@@ -5,6 +5,7 @@ import json
 import platform
 import shlex
 import sys
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -34,12 +35,20 @@ def bench(config: BenchConfig) -> dict[str, Any]:
 
     Returns:
         What the JSON holds: `rows`, and how they were measured.
+
+    Raises:
+        FileExistsError: If the folder holds an earlier measurement.
     """
     folder = Path(config.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / "bench.json").exists():
+        raise FileExistsError(
+            f"output_dir {folder} holds an earlier measurement; choose another one or move it away"
+        )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if config.device != "auto":
         device = torch.device(config.device)
+    config = _resolve(config, device)
+    folder.mkdir(parents=True, exist_ok=True)
     measure = bench_ops if config.subject == "ops" else bench_model
     rows: list[dict[str, Any]] = []
     result: dict[str, Any] = {}
@@ -50,11 +59,22 @@ def bench(config: BenchConfig) -> dict[str, Any]:
             print("  ".join(f"{name:>16}" for name in _COLUMNS))
         print(_line(row), flush=True)
         # Written row by row: a long run that is cut short keeps what it measured.
-        result = {"rows": rows, **provenance(device)}
+        result = {"rows": rows, "dtype": config.dtype, **provenance(device)}
         (folder / "bench.json").write_text(json.dumps(result, indent=1) + "\n")
     draw(rows, folder / "bench.png")
     print(f"wrote {folder / 'bench.json'} and {folder / 'bench.png'}")
     return result
+
+
+def _resolve(config: BenchConfig, device: torch.device) -> BenchConfig:
+    """Replace "auto" by what suits the device."""
+    gpu = device.type == "cuda"
+    if config.methods == "auto":
+        on_gpu = ("softmax_cudnn", "softmax_flash", "linear", "fused")
+        config = replace(config, methods=on_gpu if gpu else ("softmax", "linear", "blockwise"))
+    if config.dtype == "auto":
+        config = replace(config, dtype="bfloat16" if gpu else "float32")
+    return config
 
 
 def provenance(device: torch.device) -> dict[str, str]:

@@ -171,6 +171,7 @@ def _summarise(family: Family, name: str, attention: Any) -> LayerSummary:
             device=child.mixing.device,
             head_dim=child.head_dim,
             value_dim=child.head_dim,
+            num_blocks=math.prod(child.config.layout),
         ),
         added_parameters=sum(p.numel() for p in child.parameters()),
     )

@@ -1,0 +1,33 @@
+"""Every setting of the toolkit: frozen dataclasses, and `load_config` to read them.
+
+A config file is YAML whose first key, `job`, names the command it belongs to. Values come from the
+dataclass, then the file, then `key=value` overrides; a key that no dataclass has is an error.
+"""
+
+from mhla_gen.config.evaluation import EvaluateConfig, FeaturesConfig, ReferenceConfig
+from mhla_gen.config.load import SCHEMAS, ConfigError, load_config, save_config, to_yaml
+from mhla_gen.config.mhla import MHLAConfig
+from mhla_gen.config.sampling import SampleConfig
+from mhla_gen.config.tools import BenchConfig, ConvertConfig, DoctorConfig, InspectConfig
+from mhla_gen.config.training import DataConfig, ModelConfig, QuickstartConfig, TrainConfig
+
+__all__ = [
+    "SCHEMAS",
+    "BenchConfig",
+    "ConfigError",
+    "ConvertConfig",
+    "DataConfig",
+    "DoctorConfig",
+    "EvaluateConfig",
+    "FeaturesConfig",
+    "InspectConfig",
+    "MHLAConfig",
+    "ModelConfig",
+    "QuickstartConfig",
+    "ReferenceConfig",
+    "SampleConfig",
+    "TrainConfig",
+    "load_config",
+    "save_config",
+    "to_yaml",
+]

@@ -1,0 +1,62 @@
+"""Checks and normal forms that several configs share."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
+    """Raise unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, found {value!r}")
+
+
+def check_at_least(name: str, value: float, least: float) -> None:
+    """Raise if a number is too small."""
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, found {value}")
+
+
+def normalize_integers(name: str, values: Any, least: int) -> tuple[int, ...]:
+    """One to three integers, each at least `least`, as a tuple."""
+    integers = isinstance(values, Sequence) and not isinstance(values, str) and 0 < len(values) < 4
+    if not integers or any(
+        not isinstance(n, int) or isinstance(n, bool) or n < least for n in values
+    ):
+        raise ValueError(f"{name} needs 1 to 3 whole numbers from {least} on, found {values!r}")
+    return tuple(values)
+
+
+def normalize_paths(name: str, paths: Any) -> tuple[str, ...] | None:
+    """A path or a list of paths as a tuple of strings."""
+    if paths is None:
+        return None
+    if isinstance(paths, str | Path):
+        return (str(paths),)
+    if not isinstance(paths, Sequence) or not paths:
+        raise ValueError(f"{name} must be a path or a list of paths, found {paths!r}")
+    return tuple(str(path) for path in paths)
+
+
+def normalize_layout(layout: Any) -> Any:
+    """One to three block counts as a tuple, or "auto" as it is."""
+    if isinstance(layout, str) and layout == "auto":
+        return layout
+    message = f'layout must be "auto" or 1 to 3 positive block counts, found {layout!r}'
+    if not isinstance(layout, Sequence) or isinstance(layout, str) or not 1 <= len(layout) <= 3:
+        raise ValueError(message)
+    if any(not isinstance(n, int) or isinstance(n, bool) or n < 1 for n in layout):
+        raise ValueError(message)
+    return tuple(layout)
+
+
+def normalize_classes(classes: Any) -> Any:
+    """Class numbers as a tuple, or "all" as it is."""
+    if isinstance(classes, str) and classes == "all":
+        return classes
+    message = f'classes must be "all" or a list of class numbers, found {classes!r}'
+    if not isinstance(classes, Sequence) or isinstance(classes, str) or not classes:
+        raise ValueError(message)
+    if any(not isinstance(c, int) or isinstance(c, bool) or c < 0 for c in classes):
+        raise ValueError(message)
+    return tuple(classes)

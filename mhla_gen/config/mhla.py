@@ -1,0 +1,76 @@
+"""Settings of the attention that replaces softmax."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from mhla_gen.config.checks import check_choice, normalize_layout
+
+
+@dataclass(frozen=True, kw_only=True)
+class MHLAConfig:
+    """How a transformer's self-attention is replaced.
+
+    Raises:
+        ValueError: If a value is out of its range.
+    """
+
+    layout: Any = "auto"
+    """Blocks along each axis of the token grid, such as (4, 4), or "auto" (see `auto_layout`)."""
+    layers: Any = "all"
+    """Which layers: "all", a list of indices, or a fraction such as "2/3": every third stays
+    softmax."""
+    feature_map: str = "relu"
+    """φ: relu, squared_relu, elu+1, softplus or identity."""
+    normalize: bool = True
+    """Divide by the denominator."""
+    conv: bool = True
+    """Add a depthwise convolution of V on the token grid; it starts at zero."""
+    conv_kernel_size: int = 3
+    """Odd width of that convolution along every axis, in tokens."""
+    gate: bool = True
+    """Multiply the output by SiLU of a projection of the layer's input; it starts at one."""
+    output_norm: bool = False
+    """RMS-normalise the output of every head."""
+    mixing_per_head: bool = False
+    """One mixing matrix per head instead of one per layer."""
+    mixing_init: Literal["locality", "uniform"] = "locality"
+    """Initial mixing matrix."""
+    mixing_learnable: bool = True
+    """Train the mixing matrix; frozen otherwise."""
+    eps: float = 1e-6
+    """Added to the denominator."""
+    implementation: str = "auto"
+    """Which code runs, see `mhla_gen.ops.mhla`."""
+
+    def __post_init__(self):
+        object.__setattr__(self, "layout", normalize_layout(self.layout))
+        object.__setattr__(self, "layers", _normalize_layers(self.layers))
+        if self.conv_kernel_size < 1 or self.conv_kernel_size % 2 == 0:
+            raise ValueError(
+                f"conv_kernel_size must be odd and positive, found {self.conv_kernel_size}"
+            )
+        check_choice("mixing_init", self.mixing_init, ("locality", "uniform"))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for a JSON config; `MHLAConfig(**d)` reads them back."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+
+def _normalize_layers(layers: Any) -> Any:
+    message = f'layers must be "all", a list of indices or a fraction like "2/3", found {layers!r}'
+    if isinstance(layers, str):
+        if layers == "all":
+            return layers
+        part, slash, whole = layers.partition("/")
+        if not (slash and part.isdecimal() and whole.isdecimal() and 0 < int(part) <= int(whole)):
+            raise ValueError(message)
+        return layers
+    if not isinstance(layers, Sequence):
+        raise ValueError(message)
+    if any(not isinstance(i, int) or isinstance(i, bool) or i < 0 for i in layers):
+        raise ValueError(message)
+    if not layers or len(set(layers)) != len(layers):
+        raise ValueError(message + " (empty or with duplicates)")
+    return tuple(sorted(layers))

@@ -1,0 +1,207 @@
+"""Settings of the commands that look at models and machines, or convert checkpoints."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from mhla_gen.config.checks import (
+    check_at_least,
+    check_choice,
+    normalize_classes,
+    normalize_integers,
+    normalize_layout,
+)
+from mhla_gen.config.training import DataConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectConfig:
+    """Pictures and numbers of what a model's self-attention does.
+
+    Raises:
+        ValueError: If a value is out of its range.
+    """
+
+    model: str | None = None
+    """Folder that `save_pretrained` wrote (model or pipeline), or a run of train or quickstart."""
+    teacher: str | None = None
+    """Folder of the softmax model to compare with, on the same inputs."""
+    output_dir: str = "runs/inspect"
+    """New folder for index.html, its pictures and statistics.json."""
+    component: str = "transformer"
+    """Which transformer of a pipeline; the second expert of Wan 2.2 is transformer_2."""
+    data: DataConfig | None = None
+    """Images to add noise to, as in `train`; None inspects the model on noise alone."""
+    num_inputs: int = 4
+    """Inputs that rank and entropy are averaged over; maps are those of the first."""
+    classes: Any = "all"
+    """Class numbers of the inputs, in turn; "all" starts with 0. Data come with their own."""
+    timesteps: tuple[int, ...] = ()
+    """Noise levels in [0, 1000). Empty: 999 for noise alone, where sampling starts; 500 for
+    data."""
+    grid: Any = None
+    """Tokens along each axis, for Wan latent frames, height and width after patching. None: the
+    model's own resolution."""
+    queries: Any = "auto"
+    """Tokens whose maps are drawn, a list of positions on the grid; "auto" takes four."""
+    head: int | None = None
+    """Head whose maps are drawn; None is the mean over heads."""
+    max_rows: int = 512
+    """Queries that rank and entropy are computed from, drawn at random where there are more."""
+    seed: int = 0
+    """Fixes noise, text embeddings, and which data and queries are taken."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic of the model; attention weights are computed in float64 from what it made."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes a GPU if there is one."""
+
+    def __post_init__(self):
+        object.__setattr__(self, "classes", normalize_classes(self.classes))
+        object.__setattr__(self, "timesteps", tuple(self.timesteps))
+        if self.grid is not None:
+            object.__setattr__(self, "grid", normalize_integers("grid", self.grid, 1))
+        if self.queries != "auto":
+            listed = isinstance(self.queries, Sequence) and not isinstance(self.queries, str)
+            if not listed or not self.queries:
+                raise ValueError(
+                    f'queries must be "auto" or a list of positions such as [[0, 3], [2, 2]], '
+                    f"found {self.queries!r}"
+                )
+            positions = tuple(normalize_integers("queries", q, 0) for q in self.queries)
+            object.__setattr__(self, "queries", positions)
+        check_choice("dtype", self.dtype, ("float32", "bfloat16"))
+        check_choice("device", self.device, ("auto", "cpu", "cuda"))
+        check_at_least("num_inputs", self.num_inputs, 1)
+        check_at_least("max_rows", self.max_rows, 2)
+        check_at_least("seed", self.seed, 0)
+        if self.head is not None:
+            check_at_least("head", self.head, 0)
+        if any(not 0 <= t < 1000 for t in self.timesteps):
+            raise ValueError(f"timesteps must be in [0, 1000), found {list(self.timesteps)}")
+        if self.data is not None and self.classes != "all":
+            raise ValueError("data come with their classes; leave classes out, or data")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertConfig:
+    """Checkpoints of other code into ours, or ours into theirs.
+
+    Raises:
+        ValueError: If a value is out of its range.
+    """
+
+    source: str | None = None
+    """Import: a .safetensors file, a folder of them, or a file of torch.save. Export: the folder
+    of a transformer that `save_pretrained` wrote."""
+    output_dir: str = "runs/convert"
+    """New folder. Import: a transformer for `from_pretrained`. Export: model.pt, a state dict."""
+    format: Literal["dit", "mhla_dit", "mhla_wan"] = "dit"
+    """The other side's: facebookresearch/DiT, or the DiT or the Wan of the MHLA authors."""
+    direction: Literal["import", "export"] = "import"
+    """import reads the format, export writes it."""
+    weights: Literal["auto", "ema", "model", "state_dict"] = "auto"
+    """Entry of a training checkpoint; auto takes the first that is there, in this order."""
+    num_attention_heads: int | None = None
+    """Heads of a DiT that has not one of the published widths; the weights do not tell."""
+    layout: Any = None
+    """mhla_wan: blocks along frames, height and width, such as (3, 5, 10); the weights tell their
+    product only."""
+    normalizer: Literal["released", "paper"] = "released"
+    """mhla_dit: what the other code divides by; the released one departs from the paper's Eq. 4."""
+    allow_differences: bool = False
+    """mhla_dit: convert although the model will compute something else, as a start for training."""
+
+    def __post_init__(self):
+        check_choice("format", self.format, ("dit", "mhla_dit", "mhla_wan"))
+        check_choice("direction", self.direction, ("import", "export"))
+        check_choice("weights", self.weights, ("auto", "ema", "model", "state_dict"))
+        check_choice("normalizer", self.normalizer, ("released", "paper"))
+        if self.layout is not None:
+            object.__setattr__(self, "layout", normalize_integers("layout", self.layout, 1))
+        if self.num_attention_heads is not None:
+            check_at_least("num_attention_heads", self.num_attention_heads, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchConfig:
+    """Latency and memory of attention operators or of whole models, side by side.
+
+    Raises:
+        ValueError: If a value is out of its range.
+    """
+
+    subject: Literal["ops", "model"] = "ops"
+    """What is measured: the operators alone, or one denoising step of a transformer."""
+    output_dir: str = "runs/bench"
+    """Folder for bench.json and bench.png."""
+    methods: Any = "auto"
+    """Rows for every size: softmax (torch's choice), softmax_cudnn, softmax_flash, linear, and MHLA
+    as naive, blockwise, fused or auto. "auto" takes softmax_cudnn, softmax_flash, linear and fused
+    on a GPU, softmax, linear and blockwise elsewhere."""
+    grids: Any = "squares"
+    """Token grids, one size each: a list such as [[16, 16], [32, 32]], "squares" (8×8 to 64×64),
+    or "models", those of DiT and Wan models with their heads."""
+    layout: Any = "auto"
+    """Blocks along each axis of the grids, or "auto"."""
+    batch_size: int = 1
+    """Sequences at once."""
+    num_heads: int = 4
+    """Heads of the operators."""
+    head_dim: int = 64
+    """Channels of a head of the operators."""
+    rotary: bool = False
+    """Rotate queries and keys inside the linear operators."""
+    backward: bool = True
+    """Time forward and backward together too; operators only."""
+    model: Literal["dit", "wan"] = "dit"
+    """DiT-XL/2 or Wan2.1-1.3B, random weights."""
+    num_layers: int | None = None
+    """Layers of the model; None takes all."""
+    compile: bool = False
+    """Compile the model's layers with torch.compile."""
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    """Arithmetic of inputs and models; auto is bfloat16 on a GPU and float32 elsewhere."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes a GPU if there is one."""
+
+    def __post_init__(self):
+        known = (
+            *("softmax", "softmax_cudnn", "softmax_flash", "linear"),
+            *("naive", "blockwise", "fused", "auto"),
+        )
+        if self.methods != "auto":
+            listed = isinstance(self.methods, Sequence) and not isinstance(self.methods, str)
+            if not listed or not self.methods:
+                raise ValueError(
+                    f'methods must be "auto" or a list of {", ".join(known)}; '
+                    f"found {self.methods!r}"
+                )
+            for method in self.methods:
+                check_choice("methods", method, known)
+            object.__setattr__(self, "methods", tuple(self.methods))
+        object.__setattr__(self, "layout", normalize_layout(self.layout))
+        if self.grids == "squares":
+            object.__setattr__(self, "grids", tuple((side, side) for side in (8, 16, 32, 64)))
+        if self.grids != "models":
+            listed = isinstance(self.grids, Sequence) and not isinstance(self.grids, str)
+            if not listed or not self.grids:
+                raise ValueError(
+                    'grids must be "squares", "models" or a list such as [[16, 16]], '
+                    f"found {self.grids!r}"
+                )
+            grids = tuple(normalize_integers("grids", grid, 1) for grid in self.grids)
+            object.__setattr__(self, "grids", grids)
+        check_choice("subject", self.subject, ("ops", "model"))
+        check_choice("model", self.model, ("dit", "wan"))
+        check_choice("dtype", self.dtype, ("auto", "float32", "float16", "bfloat16"))
+        check_choice("device", self.device, ("auto", "cpu", "cuda"))
+        for name in ("batch_size", "num_heads", "head_dim"):
+            check_at_least(name, getattr(self, name), 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorConfig:
+    """Which parts of the installation to try."""
+
+    checks: tuple[str, ...] = ()
+    """Names of checks; none means all. `mhla-gen doctor --dry-run` lists them."""

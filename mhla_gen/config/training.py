@@ -1,0 +1,176 @@
+"""Settings of data, models, training, and the quickstart."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from mhla_gen.config.checks import check_at_least, check_choice
+from mhla_gen.config.mhla import MHLAConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The images to learn from, with one class label each.
+
+    Raises:
+        ValueError: If the source needs a path or a size that is not given.
+    """
+
+    source: Literal["digits", "npz", "folder"] = "digits"
+    """digits: scikit-learn's 1,797 handwritten digits, 8 × 8, grey. npz: a file with `arr_0` (uint8
+    `[images, height, width, channels]`) and `labels`. folder: one sub-folder of images a class."""
+    path: str | None = None
+    """The npz file or the folder of class folders."""
+    image_size: int | None = None
+    """Side of the square images in pixels. A folder's images are cropped and resized to it; the
+    other sources have a size, and a number given here must equal it."""
+    horizontal_flip: bool = False
+    """Mirror every image with probability one half."""
+
+    def __post_init__(self):
+        check_choice("data.source", self.source, ("digits", "npz", "folder"))
+        if self.source != "digits" and self.path is None:
+            raise ValueError(f"data.source={self.source} needs data.path")
+        if self.source == "folder" and self.image_size is None:
+            raise ValueError("data.source=folder needs data.image_size, in pixels")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A class-conditional diffusion transformer (DiT) and the kind of its self-attention."""
+
+    attention: Literal["softmax", "linear", "mhla"] = "mhla"
+    """linear is MHLA with one block: the control that has the same convolution and gate."""
+    mhla: MHLAConfig = field(default_factory=MHLAConfig)
+    """Settings of linear and mhla; linear replaces the layout by one block."""
+    patch_size: int = 2
+    """Side of a token in pixels."""
+    num_layers: int = 12
+    """Transformer blocks."""
+    num_attention_heads: int = 6
+    """Heads per block; the hidden size is heads × attention_head_dim."""
+    attention_head_dim: int = 64
+    """Channels per head."""
+
+    def __post_init__(self):
+        check_choice("model.attention", self.attention, ("softmax", "linear", "mhla"))
+        for name in ("patch_size", "num_layers", "num_attention_heads", "attention_head_dim"):
+            check_at_least(f"model.{name}", getattr(self, name), 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Training of a class-conditional model from scratch by flow matching.
+
+    Raises:
+        ValueError: If a value is out of its range.
+    """
+
+    output_dir: str = "runs/train"
+    """New folder for the log, the checkpoints and the trained pipeline."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """What to learn from."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """What to train."""
+    seed: int = 0
+    """Fixes the initial weights, the order of the images and all noise."""
+    max_steps: int = 10_000
+    """Optimizer steps."""
+    batch_size: int = 256
+    """Images per optimizer step, over all processes and accumulated micro-batches."""
+    gradient_accumulation_steps: int = 1
+    """Micro-batches per optimizer step."""
+    learning_rate: float = 3e-4
+    """Peak learning rate of AdamW."""
+    lr_scheduler: Literal["constant_with_warmup", "cosine", "linear"] = "constant_with_warmup"
+    """Course of the learning rate, by its diffusers name."""
+    warmup_steps: int = 100
+    """Steps until the peak learning rate."""
+    weight_decay: float = 0.0
+    """Decay of weight matrices; biases, embeddings, norms and mixing matrices have none."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm."""
+    mixed_precision: Literal["no", "bf16"] = "bf16"
+    """Arithmetic of the forward pass; weights stay float32."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+    ema_decay: float = 0.9999
+    """Decay of the averaged weights that the pipeline is saved with."""
+    label_dropout: float = 0.1
+    """Share of labels replaced by "no class", which classifier-free guidance needs."""
+    logit_mean: float = 0.0
+    """Mean of the logit of the noise level σ."""
+    logit_std: float = 1.0
+    """Standard deviation of the logit of σ."""
+    checkpoint_every: int = 1000
+    """Steps between checkpoints; 0 writes none."""
+    keep_checkpoints: int = 2
+    """How many checkpoints stay on disk."""
+    log_every: int = 50
+    """Steps per line of log.jsonl."""
+    resume: Literal["never", "latest"] = "never"
+    """latest goes on from the newest checkpoint in output_dir, or starts where there is none."""
+
+    def __post_init__(self):
+        check_choice(
+            "lr_scheduler", self.lr_scheduler, ("constant_with_warmup", "cosine", "linear")
+        )
+        check_choice("mixed_precision", self.mixed_precision, ("no", "bf16"))
+        check_choice("resume", self.resume, ("never", "latest"))
+        for name in (
+            "max_steps",
+            "batch_size",
+            "gradient_accumulation_steps",
+            "keep_checkpoints",
+            "log_every",
+        ):
+            check_at_least(name, getattr(self, name), 1)
+        check_at_least("warmup_steps", self.warmup_steps, 0)
+        check_at_least("checkpoint_every", self.checkpoint_every, 0)
+        for name in ("ema_decay", "label_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), found {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuickstartConfig:
+    """The whole job in minutes: train on digits, sample, score, beside plain linear attention.
+
+    Raises:
+        ValueError: If a value is out of its range.
+    """
+
+    output_dir: str = "runs/quickstart"
+    """New folder for everything that the quickstart leaves."""
+    seed: int = 0
+    """Fixes training and samples."""
+    max_steps: int = 600
+    """Optimizer steps of each of the two models."""
+    batch_size: int = 128
+    """Images per step."""
+    learning_rate: float = 1e-3
+    """Peak learning rate."""
+    model: ModelConfig = field(
+        default_factory=lambda: ModelConfig(
+            mhla=MHLAConfig(layout=(2, 2)),
+            patch_size=2,
+            num_layers=4,
+            num_attention_heads=4,
+            attention_head_dim=32,
+        )
+    )
+    """The MHLA model; the control differs in the layout only: one block."""
+    samples_per_class: int = 20
+    """Samples of each digit, for both models."""
+    num_inference_steps: int = 40
+    """Denoising steps."""
+    guidance_scale: float = 1.5
+    """Classifier-free guidance."""
+
+    def __post_init__(self):
+        if self.model.attention != "mhla":
+            raise ValueError(
+                f"the quickstart trains model.attention=mhla, found {self.model.attention}; "
+                "`mhla-gen train` has the other kinds"
+            )
+        for name in ("max_steps", "batch_size", "samples_per_class", "num_inference_steps"):
+            check_at_least(name, getattr(self, name), 1)

@@ -8,7 +8,7 @@ OUTPUT ?= runs/quickstart
 .PHONY: help install quickstart test test-all test-gpu lint format wheel clean
 
 help:
-	@echo "make quickstart   train, sample and score a small model on real digits (5 minutes on 2 cores)"
+	@echo "make quickstart   train, sample and score a small model on real digits (3 minutes on 2 cores)"
 	@echo "make test         every fast CPU test"
 	@echo "make test-all     slow tests too"
 	@echo "make test-gpu     tests that need CUDA; a missing device is a failure"

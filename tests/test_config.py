@@ -1,8 +1,11 @@
 """Reading configs: every shipped file loads, and mistakes are named."""
 
+import dataclasses
+import typing
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from mhla_gen.config import (
     SCHEMAS,
@@ -80,6 +83,17 @@ def test_a_missing_file_and_a_file_of_another_job(tmp_path):
     file.write_text(f"job: {first}\n")
     with pytest.raises(ConfigError, match=f"a config for `mhla-gen {first}`"):
         load_config(file, schema=SCHEMAS[second])
+
+
+@pytest.mark.parametrize("schema", SCHEMAS.values(), ids=SCHEMAS)
+def test_every_choice_can_be_typed_as_an_override(schema):
+    """YAML reads no, on and yes as booleans, so they are no names for a choice."""
+    for field in dataclasses.fields(schema):
+        if typing.get_origin(field.type) is typing.Literal:
+            for choice in typing.get_args(field.type):
+                given = OmegaConf.create()
+                given.merge_with_dotlist([f"{field.name}={choice}"])
+                assert given[field.name] == choice
 
 
 def test_mhla_settings_round_trip_through_a_dict():

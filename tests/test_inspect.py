@@ -292,7 +292,7 @@ def test_a_run_is_inspected_before_and_after_its_end(tmp_path, capsys):
     train(
         TrainConfig(
             output_dir=str(run), model=model, max_steps=1, batch_size=2, checkpoint_every=1,
-            mixed_precision="no",
+            mixed_precision="fp32",
         )
     )  # fmt: skip
     config = InspectConfig(model=str(run), output_dir=str(tmp_path / "out"))

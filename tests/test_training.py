@@ -48,7 +48,7 @@ def tiny_run(folder, **changes):
         "max_steps": 6,
         "batch_size": 8,
         "warmup_steps": 1,
-        "mixed_precision": "no",
+        "mixed_precision": "fp32",
         "checkpoint_every": 0,
         "log_every": 2,
     } | changes

@@ -89,7 +89,7 @@ class TrainConfig:
     """Decay of weight matrices; biases, embeddings, norms and mixing matrices have none."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm."""
-    mixed_precision: Literal["no", "bf16"] = "bf16"
+    mixed_precision: Literal["fp32", "bf16"] = "bf16"
     """Arithmetic of the forward pass; weights stay float32."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
@@ -114,7 +114,7 @@ class TrainConfig:
         check_choice(
             "lr_scheduler", self.lr_scheduler, ("constant_with_warmup", "cosine", "linear")
         )
-        check_choice("mixed_precision", self.mixed_precision, ("no", "bf16"))
+        check_choice("mixed_precision", self.mixed_precision, ("fp32", "bf16"))
         check_choice("resume", self.resume, ("never", "latest"))
         for name in (
             "max_steps",

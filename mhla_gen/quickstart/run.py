@@ -78,7 +78,7 @@ def training(config: QuickstartConfig, attention: Attention) -> TrainConfig:
         learning_rate=config.learning_rate,
         lr_scheduler="cosine",
         warmup_steps=min(50, config.max_steps // 10),
-        mixed_precision="no",
+        mixed_precision="fp32",
         ema_decay=0.995,
         checkpoint_every=max(1, config.max_steps // 4),
         keep_checkpoints=1,

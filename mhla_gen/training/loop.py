@@ -86,7 +86,9 @@ def build_run(config: TrainConfig) -> Run:
     Raises:
         ValueError: If the settings, the data and the number of processes do not fit together.
     """
-    accelerator = Accelerator(mixed_precision=config.mixed_precision)
+    # accelerate's own name for float32 is "no", which YAML reads as false.
+    precision = "no" if config.mixed_precision == "fp32" else config.mixed_precision
+    accelerator = Accelerator(mixed_precision=precision)
     parts = accelerator.num_processes * config.gradient_accumulation_steps
     if config.batch_size % parts:
         raise ValueError(

@@ -1,6 +1,9 @@
 """Training: objectives, initial weights, optimizer rules, and runs that go on exactly."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +14,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from tiny import tiny_dit
 
 import mhla_gen
-from mhla_gen.config import DataConfig, MHLAConfig, ModelConfig, TrainConfig
+from mhla_gen.config import DataConfig, MHLAConfig, ModelConfig, TrainConfig, save_config
 from mhla_gen.training import (
     build_model,
     build_optimizer,
@@ -315,3 +318,15 @@ def test_a_batch_that_cannot_be_divided_is_refused(tmp_path):
 def test_a_rehearsal_writes_nothing(tmp_path):
     summary = rehearse(tiny_run(tmp_path / "a"))
     assert "1797 images of 10 classes" in summary and not (tmp_path / "a").exists()
+
+
+def test_two_processes_train_as_one(tmp_path):
+    train(tiny_run(tmp_path / "one"))
+    save_config(tiny_run(tmp_path / "two"), tmp_path / "run.yaml")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    command = [*launch, "-m", "mhla_gen.cli", "train", str(tmp_path / "run.yaml")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    one, two = (dict(log_of(tmp_path / name)) for name in ("one", "two"))
+    assert two == pytest.approx(one, rel=1e-5)

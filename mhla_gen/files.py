@@ -1,6 +1,7 @@
 """Output folders: written whole or not at all, and never over somebody else's files."""
 
 import os
+import secrets
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,14 +25,14 @@ def written_whole(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    _remove(partial)
+    # Another process may write the same file at the same time; the last one to finish wins.
+    unique = f"{os.getpid()}-{secrets.token_hex(4)}"
+    partial = path.with_name(f".{path.name}.{unique}.partial")
     try:
         yield partial
         if partial.is_dir() and path.is_dir():
             # A folder cannot be renamed onto one that has files.
-            old = path.with_name(f".{path.name}.old")
-            _remove(old)
+            old = path.with_name(f".{path.name}.{unique}.old")
             os.replace(path, old)
             os.replace(partial, path)
             _remove(old)

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from mhla_gen.cli import COMMANDS, main
 from mhla_gen.config import SCHEMAS
@@ -22,6 +23,7 @@ LAUNCHERS = [
 
 def test_commands_and_schemas_have_the_same_names():
     assert list(COMMANDS) == list(SCHEMAS)
+    assert {path.stem for path in LAUNCHERS} == {"train", "sample", "evaluate", "reference"}
 
 
 def test_help_names_every_command(capsys):
@@ -48,6 +50,17 @@ def test_an_unknown_key_is_one_line_and_a_failure(name, capsys):
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and f"Did you mean: '{key}'" in error
     assert error.startswith(f"mhla-gen {name}: error: ")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a device that is not there")
+def test_a_missing_device_is_one_line(tmp_path, capsys):
+    for command in ("bench", "sample"):
+        folder = tmp_path / "pipe"
+        folder.mkdir(exist_ok=True)
+        (folder / "model_index.json").write_text("{}")
+        key = "pipeline" if command == "sample" else "output_dir"
+        assert main([command, f"{key}={folder}", "device=cuda"]) == 2
+        assert "finds no CUDA device; use device=auto" in capsys.readouterr().err
 
 
 def test_errors_have_no_traceback_in_a_real_process(tmp_path):

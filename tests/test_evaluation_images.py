@@ -210,3 +210,9 @@ def test_clips_of_any_width_decode_to_what_was_encoded(tmp_path, width):
     assert clip.shape == (2, 64, width, 3) and clip.dtype == np.uint8
     # Only compression is left.
     assert np.abs(clip.astype(int) - frames[[0, 3]]).mean() < 6
+
+
+def test_grey_arrays_become_three_equal_channels(tmp_path):
+    grey = RNG.integers(0, 256, (4, 8, 8, 1), dtype=np.uint8)
+    source = load_images(npz(tmp_path / "grey.npz", arr_0=grey))
+    assert (source.read(2) == np.repeat(grey[2], 3, axis=-1)).all()

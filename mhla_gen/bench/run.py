@@ -6,7 +6,7 @@ import platform
 import shlex
 import sys
 from dataclasses import replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ import torch
 from mhla_gen.bench.model import bench_model
 from mhla_gen.bench.ops import bench_ops
 from mhla_gen.config import BenchConfig
+from mhla_gen.devices import resolve_device
+from mhla_gen.files import written_whole
 from mhla_gen.version import __version__
 
 _COLUMNS = {
@@ -44,9 +46,7 @@ def bench(config: BenchConfig) -> dict[str, Any]:
         raise FileExistsError(
             f"output_dir {folder} holds an earlier measurement; choose another one or move it away"
         )
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if config.device != "auto":
-        device = torch.device(config.device)
+    device = resolve_device(config.device)
     config = _resolve(config, device)
     folder.mkdir(parents=True, exist_ok=True)
     measure = bench_ops if config.subject == "ops" else bench_model
@@ -60,7 +60,8 @@ def bench(config: BenchConfig) -> dict[str, Any]:
         print(_line(row), flush=True)
         # Written row by row: a long run that is cut short keeps what it measured.
         result = {"rows": rows, "dtype": config.dtype, **provenance(device)}
-        (folder / "bench.json").write_text(json.dumps(result, indent=1) + "\n")
+        with written_whole(folder / "bench.json") as partial:
+            partial.write_text(json.dumps(result, indent=1) + "\n")
     draw(rows, folder / "bench.png")
     print(f"wrote {folder / 'bench.json'} and {folder / 'bench.png'}")
     return result
@@ -88,7 +89,7 @@ def provenance(device: torch.device) -> dict[str, str]:
     return {
         "device": torch.cuda.get_device_name(device) if is_gpu else platform.processor() or "cpu",
         "command": shlex.join(["mhla-gen", *sys.argv[1:]]),
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         **versions,
     }
 

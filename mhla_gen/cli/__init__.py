@@ -101,6 +101,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"mhla-gen {args.command}: error: {error}", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        # torch.OutOfMemoryError, told by name so that --help needs no torch.
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        print(
+            f"mhla-gen {args.command}: error: out of GPU memory; lower batch_size or the size",
+            file=sys.stderr,
+        )
+        return 2
     except KeyboardInterrupt:
         print(f"\nmhla-gen {args.command}: interrupted", file=sys.stderr)
         return 130

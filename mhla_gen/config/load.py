@@ -1,5 +1,6 @@
 """Read and write configs: dataclass defaults, then a YAML file, then `key=value` overrides."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,10 @@ def load_config(
 
 def save_config(config: Any, path: str | Path) -> None:
     """Write a config as YAML that `load_config` reads back, `job` first."""
-    Path(path).write_text(to_yaml(config))
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial.write_text(to_yaml(config))
+    os.replace(partial, path)
 
 
 def to_yaml(config: Any) -> str:

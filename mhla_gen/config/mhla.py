@@ -50,6 +50,8 @@ class MHLAConfig:
             raise ValueError(
                 f"conv_kernel_size must be odd and positive, found {self.conv_kernel_size}"
             )
+        if self.eps < 0:
+            raise ValueError(f"eps must not be negative, found {self.eps}")
         check_choice("mixing_init", self.mixing_init, ("locality", "uniform"))
 
     def to_dict(self) -> dict[str, Any]:

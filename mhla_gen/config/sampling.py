@@ -34,7 +34,7 @@ class SampleConfig:
     """Images denoised together."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of the model."""
-    device: str = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes CUDA where there is one."""
 
     def __post_init__(self):

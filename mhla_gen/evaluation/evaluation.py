@@ -59,6 +59,9 @@ def evaluate(config: EvaluateConfig, dry_run: bool = False) -> list[Result]:
     reference = _open_reference(config, measurer)
     if reference:
         protocol.require_same(reference.protocol)
+    _require_enough(config, len(source), "samples")
+    if reference and reference.source is not None:
+        _require_enough(config, len(reference.source), "reference")
     if dry_run:
         print(f"would measure {len(source)} images of {source.name}: {protocol}")
         return []
@@ -173,6 +176,22 @@ def _fits(metric: str, extractor: str) -> bool:
     if metric == "fvd":
         return extractor == "i3d"
     return metric != "fd" or extractor not in ("inception", "i3d")
+
+
+def _require_enough(config: EvaluateConfig, count: int, side: str) -> None:
+    """Raise, before anything is extracted, if a metric needs more images than there are."""
+    distances = side == "samples" and any(m in ("fid", "sfid", "fd", "fvd") for m in config.metrics)
+    manifolds = "precision" in config.metrics or "recall" in config.metrics
+    for wanted, least, remedy in (
+        ("kid" in config.metrics, config.kid_subset_size, "kid_subset_size"),
+        (manifolds, config.neighbours + 1, "neighbours"),
+        (distances, 2 * config.jackknife_groups, "jackknife_groups"),
+    ):
+        if wanted and count < least:
+            raise EvaluationError(
+                f"the {side} hold {count} images, these settings need {least}; use more images, "
+                f"lower {remedy}, or leave its metrics out"
+            )
 
 
 def _open_reference(config: EvaluateConfig, measurer: Measurer) -> Reference | None:

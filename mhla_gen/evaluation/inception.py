@@ -79,11 +79,17 @@ def find_weights(folder: str | Path | None = None) -> Path:
         folder: Where to look; by default torch.hub's checkpoints, which torch-fidelity shares.
 
     Raises:
-        EvaluationError: If they are not there and cannot be downloaded.
+        EvaluationError: If they are damaged, or not there and cannot be downloaded.
     """
     folder = Path(folder) if folder else Path(torch.hub.get_dir(), "checkpoints")
     path = folder / URL_INCEPTION_V3.rsplit("/", 1)[1]
     if path.is_file():
+        if not file_digest(path).startswith(OFFICIAL_SHA256_PREFIX):
+            raise EvaluationError(
+                f"{path} is not the released file (its SHA-256 does not start with "
+                f"{OFFICIAL_SHA256_PREFIX}); remove it to fetch it again, or name other weights "
+                "with features.weights=PATH"
+            )
         return path
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -127,9 +127,10 @@ class ArraySource:
 
     def __init__(self, path: Path, size: int | None, clip: ClipRule | None):
         self.name, self._path, self._size, self._clip = str(path), path, size, clip
-        axes = "[clips, frames, height, width, 3]" if clip else "[images, height, width, 3]"
-        array = self._array
-        if array.dtype != np.uint8 or array.ndim != (5 if clip else 4) or array.shape[-1] != 3:
+        axes = "[clips, frames, height, width" if clip else "[images, height, width"
+        axes += ", 3 or 1]"
+        array, ndim = self._array, 5 if clip else 4
+        if array.dtype != np.uint8 or array.ndim != ndim or array.shape[-1] not in (1, 3):
             raise EvaluationError(
                 f"{path}: arr_0 must be uint8 {axes}, found {array.dtype} {list(array.shape)}"
             )
@@ -149,9 +150,13 @@ class ArraySource:
 
     def read(self, index: int) -> np.ndarray:
         """See `ImageSource`."""
+        pixels = self._array[index]
+        if pixels.shape[-1] == 1:
+            # Grey becomes three equal channels, as it does when a file is read.
+            pixels = np.repeat(pixels, 3, axis=-1)
         if self._clip:
-            return self._clip.choose(self._array[index])
-        return crop_array(self._array[index], self._size)
+            return self._clip.choose(pixels)
+        return crop_array(pixels, self._size)
 
     def label(self, index: int) -> str:
         """See `ImageSource`."""

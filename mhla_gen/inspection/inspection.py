@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from mhla_gen.config import InspectConfig, save_config
+from mhla_gen.devices import resolve_device
 from mhla_gen.files import CONFIG_NAME, made_with, written_whole
 from mhla_gen.inspection.examination import Examination, Focus, examine
 from mhla_gen.inspection.figures import Picture, draw_statistics
@@ -59,7 +60,7 @@ def inspect(config: InspectConfig, dry_run: bool = False) -> Path:
         print(f"would write {folder / PAGE_NAME}")
         print("\n".join(f"  {term}: {text}" for term, text in facts))
         return folder / PAGE_NAME
-    device = _device(config.device)
+    device = resolve_device(config.device)
     examinations = []
     for title, subject in subjects.items():
         subject.model.to(device)
@@ -206,9 +207,3 @@ def _numbers(examinations: list[Examination], facts: list[tuple[str, str]]) -> d
 
 def _seq_len(focus: Focus) -> int:
     return math.prod(focus.grid)
-
-
-def _device(name: str) -> str:
-    if name != "auto":
-        return name
-    return "cuda" if torch.cuda.is_available() else "cpu"

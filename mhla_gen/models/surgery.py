@@ -10,7 +10,7 @@ from torch import nn
 from mhla_gen.config import MHLAConfig
 from mhla_gen.models.attention import MHLA
 from mhla_gen.models.family import Family
-from mhla_gen.ops import auto_layout
+from mhla_gen.ops import FEATURE_MAPS, auto_layout, resolve_implementation
 
 
 def mhla_layers(config: MHLAConfig, num_layers: int) -> tuple[int, ...]:
@@ -41,10 +41,16 @@ def resolve(family: Family, model: Any, config: MHLAConfig) -> MHLAConfig:
     """Check a config against a model and replace `layout="auto"` by block counts.
 
     Raises:
-        ValueError: If layers, rank, layout or processors do not fit the model.
+        ValueError: If layers, rank, layout or processors do not fit the model, or there is no such
+            feature map or implementation.
     """
     attentions = family.attentions(model)
     mhla_layers(config, len(attentions))
+    resolve_implementation(config.implementation)
+    if config.feature_map not in FEATURE_MAPS:
+        raise ValueError(
+            f"feature_map must be one of {', '.join(FEATURE_MAPS)}, found {config.feature_map!r}"
+        )
     known = (family.stock_processor, family.unconverted_processor, family.mhla_processor)
     for name, attention in attentions + family.bystanders(model):
         if type(attention.processor) not in known:

@@ -100,7 +100,8 @@ def _run(config: QuickstartConfig, folder: Path) -> None:
     save_samples(folder / "samples.npz", mhla.images, labels)
     save_samples(folder / "samples_linear.npz", arms["linear"].images, labels)
     made = manifest(mhla.pipeline, _sampling(config), len(labels))
-    (folder / "manifest.json").write_text(json.dumps(made, indent=2) + "\n")
+    with written_whole(folder / "manifest.json") as partial:
+        partial.write_text(json.dumps(made, indent=2) + "\n")
     _draw(config, folder, real, labels, arms)
     metrics = {
         "feature_space": FEATURE_SPACE,

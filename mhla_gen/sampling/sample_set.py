@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 from mhla_gen.config import SampleConfig, save_config
+from mhla_gen.devices import resolve_device
 from mhla_gen.files import CONFIG_NAME, made_with, written_whole
 from mhla_gen.sampling.contact_sheet import contact_sheet, rows_by_class
 from mhla_gen.sampling.pipeline import ClassConditionalPipeline, check_scheduler
@@ -59,7 +60,8 @@ def load_pipeline(config: SampleConfig) -> ClassConditionalPipeline:
 
     Raises:
         FileNotFoundError: If the folder is no saved pipeline.
-        ValueError: If diffusers has no such scheduler, or it does not fit the model.
+        ValueError: If diffusers has no such scheduler, it does not fit the model, or the device is
+            not there.
     """
     folder = Path(config.pipeline)
     if not (folder / "model_index.json").is_file():
@@ -67,13 +69,10 @@ def load_pipeline(config: SampleConfig) -> ClassConditionalPipeline:
             f"pipeline={folder} is not a folder written by save_pretrained "
             "(it has no model_index.json)"
         )
-    dtype = getattr(torch, config.dtype)
+    device, dtype = resolve_device(config.device), getattr(torch, config.dtype)
     pipeline = ClassConditionalPipeline.from_pretrained(folder, dtype=dtype)
     if config.scheduler is not None:
         pipeline.scheduler = replaced_scheduler(pipeline, config.scheduler)
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     return pipeline.to(device)
 
 

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from mhla_gen.files import written_whole
+
 LOG_NAME = "log.jsonl"
 
 
@@ -46,7 +48,8 @@ class RunLog:
         self._since = time.perf_counter()
         if path is not None:
             kept = [line for line in read_log(path) if line["step"] <= start]
-            path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            with written_whole(path) as partial:
+                partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
 
     def step(self, step: int, loss: Tensor, learning_rate: float) -> None:
         """Note one finished step.
@@ -89,7 +92,14 @@ class RunLog:
 
 
 def read_log(path: Path) -> list[dict[str, float]]:
-    """The lines of a log, oldest first; none if there is no log."""
+    """The whole lines of a log, oldest first; none if there is no log."""
     if not path.is_file():
         return []
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    lines = []
+    for line in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            # A run that was killed may have left half of its last line.
+            break
+    return lines

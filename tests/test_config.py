@@ -33,6 +33,7 @@ def test_there_are_shipped_configs():
     ("overrides", "message"),
     [
         (["layot=[2]"], "Did you mean: 'layout'"),
+        (["zebra=1"], "--print-config shows all keys"),
         (["conv=maybe"], "not a valid bool"),
         (["layout=[0]"], "positive block counts"),
         (["layout=[2,2,2,2]"], "1 to 3 positive block counts"),

@@ -101,7 +101,9 @@ def _first_line(error: Exception) -> str:
     # OmegaConf appends lines such as full_key and object_type; the key helps, the rest does not.
     lines = str(error).splitlines() or [type(error).__name__]
     key = next((line.split(":", 1)[1].strip() for line in lines if "full_key:" in line), "")
-    return f"{lines[0]} (key {key})" if key and key not in lines[0] else lines[0]
+    message = f"{lines[0]} (key {key})" if key and key not in lines[0] else lines[0]
+    unknown = " not in " in message and "Did you mean" not in message
+    return f"{message}; --print-config shows all keys" if unknown else message
 
 
 def _job_of(schema: type) -> str:

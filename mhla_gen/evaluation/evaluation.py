@@ -189,7 +189,7 @@ def _require_enough(config: EvaluateConfig, count: int, side: str) -> None:
     ):
         if wanted and count < least:
             raise EvaluationError(
-                f"the {side} hold {count} images, these settings need {least}; use more images, "
+                f"the {side} hold {count} of the {least} images that these settings need; use more, "
                 f"lower {remedy}, or leave its metrics out"
             )
 

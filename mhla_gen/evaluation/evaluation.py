@@ -189,8 +189,8 @@ def _require_enough(config: EvaluateConfig, count: int, side: str) -> None:
     ):
         if wanted and count < least:
             raise EvaluationError(
-                f"the {side} hold {count} of the {least} images that these settings need; use more, "
-                f"lower {remedy}, or leave its metrics out"
+                f"the {side} hold {count} of the {least} images that these settings need; use "
+                f"more, lower {remedy}, or leave its metrics out"
             )
 
 

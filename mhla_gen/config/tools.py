@@ -11,7 +11,7 @@ from mhla_gen.config.checks import (
     normalize_integers,
     normalize_layout,
 )
-from mhla_gen.config.training import DataConfig
+from mhla_gen.config.data import DataConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -142,8 +142,8 @@ def _causal_numerators(q: Tensor, k: Tensor, v: Tensor, m: Tensor, slots: BlockS
     chunk_sums = torch.einsum("bmcshk,bmcshv->bmchkv", k, v)
     earlier_blocks = _mix(m.tril(-1), chunk_sums.sum(dim=2))  # [batch, blocks, heads, dim, dim]
     earlier_chunks = chunk_sums.cumsum(dim=2) - chunk_sums
-    own = m.diagonal(dim1=-2, dim2=-1)  # [blocks] or [heads, blocks]
-    own = own.transpose(0, 1)[:, None] if own.ndim == 2 else own[:, None, None]
+    own = m.diagonal(dim1=-2, dim2=-1)  # [blocks], [heads, blocks] or [batch, heads, blocks]
+    own = own[:, None, None] if m.ndim == 2 else own.mT.unsqueeze(-2)  # [..., blocks, 1, heads]
     state = earlier_blocks.unsqueeze(2) + own[..., None, None] * earlier_chunks
     scores = torch.einsum("bmcshk,bmcthk->bmchst", q, k).tril() * own[..., None, None]
     out = torch.einsum("bmcshk,bmchkv->bmcshv", q, state)
@@ -153,9 +153,8 @@ def _causal_numerators(q: Tensor, k: Tensor, v: Tensor, m: Tensor, slots: BlockS
 
 def _mix(m: Tensor, summaries: Tensor) -> Tensor:
     """Σ_b m_ib S_b for summaries `[batch, num_blocks, num_heads, ...]`."""
-    if m.ndim == 3:
-        return torch.einsum("hij,bjhkv->bihkv", m, summaries)
-    return torch.einsum("ij,bjhkv->bihkv", m, summaries)
+    axes = {2: "ij", 3: "hij", 4: "bhij"}[m.ndim]
+    return torch.einsum(f"{axes},bjhkv->bihkv", m, summaries)
 
 
 def _to_blocks(x: Tensor, slots: BlockSlots, empty: bool = False) -> Tensor:

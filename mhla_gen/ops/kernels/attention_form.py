@@ -10,7 +10,7 @@ from mhla_gen.ops.kernels.attention_backward import (
     attention_backward_keys_kernel,
     attention_backward_queries_kernel,
 )
-from mhla_gen.ops.kernels.launch import Call, alignment, mixing_strides, padded
+from mhla_gen.ops.kernels.launch import Call, alignment, mixing_strides, padded, shared_axes
 
 
 def forward(
@@ -76,7 +76,7 @@ def backward_queries(
         ALIGN=alignment(query, key, value, out, grad, dquery),
         **call.options, **call.pieces, **tiles,
     )  # fmt: skip
-    summed = (0, 2) if mixing.ndim == 3 else (0, 1, 2)
+    summed = (*shared_axes(mixing), 2)
     return dquery, delta, partial.sum(dim=summed).to(mixing.dtype)
 
 

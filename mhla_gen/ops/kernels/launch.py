@@ -50,9 +50,15 @@ def alignment(*tensors: Tensor) -> int:
     )
 
 
-def mixing_strides(mixing: Tensor) -> tuple[int, int, int]:
-    """Strides (head, row, column); 0 for the head of a shared matrix."""
-    return (mixing.stride(0) if mixing.ndim == 3 else 0, *mixing.stride()[-2:])
+def mixing_strides(mixing: Tensor) -> tuple[int, int, int, int]:
+    """Strides (head, row, column, batch); 0 where a matrix is shared."""
+    batch, head = (0, 0, *mixing.stride())[-4:-2]
+    return (head, *mixing.stride()[-2:], batch)
+
+
+def shared_axes(mixing: Tensor) -> tuple[int, ...]:
+    """Which of the axes (batch, head) share a matrix, so that its gradient sums over them."""
+    return tuple(range(4 - mixing.ndim))
 
 
 def num_parts(batch_heads: int, grid: list[int], layout: list[int]) -> int:

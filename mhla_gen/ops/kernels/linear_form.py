@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mhla_gen.ops.kernels.launch import Call, alignment, mixing_strides, padded
+from mhla_gen.ops.kernels.launch import Call, alignment, mixing_strides, padded, shared_axes
 from mhla_gen.ops.kernels.linear import apply_kernel, summarise_kernel
 from mhla_gen.ops.kernels.linear_backward import backward_keys_kernel, backward_queries_kernel
 from mhla_gen.ops.kernels.mixing import coefficients_kernel, correlate_kernel, mix_kernel
@@ -154,7 +154,7 @@ def correlate(dmixed: Summaries, summaries: Summaries, mixing: Tensor, call: Cal
         D=head_dim, V=value_dim, NORMALIZE=call.normalize, **tiles,
     )  # fmt: skip
     parts = (call.num_blocks, call.num_parts)
-    summed = (0, 2, 4, 6) if mixing.ndim == 3 else (0, 1, 2, 4, 6)
+    summed = (*shared_axes(mixing), 2, 4, 6)
     return partial.view(batch, heads, splits, *parts, *parts).sum(dim=summed).to(mixing.dtype)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mhla_gen.config import FeaturesConfig
-from mhla_gen.evaluation.digests import file_digest, tensors_digest
+from mhla_gen.digests import file_digest, tensors_digest
 from mhla_gen.evaluation.errors import EvaluationError
 from mhla_gen.evaluation.extractor import Extractor, ExtractorIdentity
 from mhla_gen.evaluation.inception import InceptionExtractor, load_tensors

@@ -10,12 +10,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from mhla_gen.evaluation.digests import settings_digest
+from mhla_gen.digests import settings_digest
 from mhla_gen.evaluation.errors import EvaluationError
 from mhla_gen.evaluation.extractor import Extractor
 from mhla_gen.evaluation.frechet import FeatureStatistics, FeatureSums
@@ -23,6 +22,7 @@ from mhla_gen.evaluation.npz import open_array, write_npz
 from mhla_gen.evaluation.pictures import UnreadableImageError
 from mhla_gen.evaluation.sources import ImageSource, frame_shape
 from mhla_gen.files import written_whole
+from mhla_gen.processes import on_main
 
 # Images per file of features. Fixed, so that another number of processes goes on with the same
 # files; an interruption loses one chunk a process.
@@ -136,7 +136,7 @@ def extract_features(
     Raises:
         EvaluationError: If images differ in size, or some are unreadable and may not be skipped.
     """
-    digest, shape = _on_main(lambda: (source.digest(), frame_shape(source)))
+    digest, shape = on_main(lambda: (source.digest(), frame_shape(source)))
     folder = _open_folder(Path(cache_dir).expanduser(), digest, extractor, settings, source)
     chunks = [range(i, min(i + CHUNK, len(source))) for i in range(0, len(source), CHUNK)]
     state = PartialState()
@@ -182,22 +182,6 @@ def _progress(source: ImageSource, missing: Sequence[int], mine: int) -> tqdm:
         unit="image",
         disable=not PartialState().is_main_process,
     )
-
-
-def _on_main(compute):
-    # One process reads all bytes for the digest; the others get its result, or its error.
-    state = PartialState()
-    result: list[Any] = [None, None]
-    if state.is_main_process:
-        try:
-            result[0] = compute()
-        except (ValueError, OSError) as error:
-            result[1] = error
-    if state.num_processes > 1:
-        broadcast_object_list(result)
-    if result[1] is not None:
-        raise result[1]
-    return result[0]
 
 
 def _open_folder(

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from mhla_gen.evaluation.digests import file_digest
+from mhla_gen.digests import file_digest
 from mhla_gen.evaluation.errors import EvaluationError
 from mhla_gen.evaluation.npz import npz_keys, open_array
 from mhla_gen.evaluation.pictures import (

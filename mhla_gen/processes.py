@@ -1,0 +1,78 @@
+"""Work that several processes share (accelerate launch, torchrun), or that one does for all."""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from typing import Any, TypeVar
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
+from tqdm import tqdm
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def join_processes(device: str) -> PartialState:
+    """Meet the other processes of this run, if there are any.
+
+    Args:
+        device: auto, cpu or cuda, as a config's `device`.
+
+    Returns:
+        The state, with this process's device. Processes wait for each other for up to a day: parts
+        of such work differ in length.
+    """
+    if PartialState._shared_state:
+        return PartialState()
+    return PartialState(cpu=device == "cpu", timeout=timedelta(days=1))
+
+
+def on_main(compute: Callable[[], T]) -> T:
+    """The result of `compute`, called by the main process alone; all get it, or its error.
+
+    Raises:
+        ValueError: If `compute` does.
+        OSError: If `compute` does.
+    """
+    state = PartialState()
+    result: list[Any] = [None, None]
+    if state.is_main_process:
+        try:
+            result[0] = compute()
+        except (ValueError, OSError) as error:
+            result[1] = error
+    if state.num_processes > 1:
+        broadcast_object_list(result)
+    if result[1] is not None:
+        raise result[1]
+    return result[0]
+
+
+def shared_map(
+    function: Callable[[T], R], items: Sequence[T], title: str, unit: str, threads: int = 8
+) -> list[R]:
+    """`[function(item) for item in items]`, over all processes and some threads of each.
+
+    Args:
+        function: Returns what pickles, and handles its own errors.
+        items: The same in every process.
+        title: What the progress bar says; the main process shows it.
+        unit: What an item is called.
+        threads: Calls at a time in one process.
+    """
+    state = PartialState()
+    mine = items[state.process_index :: state.num_processes]
+    shown = tqdm(desc=title, total=len(items), unit=unit, disable=not state.is_main_process)
+    results = []
+    with shown as bar, ThreadPoolExecutor(threads) as pool:
+        for result in pool.map(function, mine):
+            results.append(result)
+            bar.update(state.num_processes)
+    if state.num_processes == 1:
+        return results
+    # gather_object joins lists of processes one after the other.
+    whole: list[Any] = [None] * len(items)
+    for process, part in enumerate(gather_object([results])):
+        whole[process :: state.num_processes] = part
+    return whole

@@ -34,10 +34,14 @@ class MHLAConfig:
     """RMS-normalise the output of every head."""
     mixing_per_head: bool = False
     """One mixing matrix per head instead of one per layer."""
-    mixing_init: Literal["locality", "uniform"] = "locality"
-    """Initial mixing matrix."""
+    mixing_init: Literal["locality", "uniform", "multiscale"] = "locality"
+    """Initial mixing matrix: near blocks weigh more, all blocks weigh alike, or, with
+    mixing_per_head, heads from all blocks alike to the own block only."""
     mixing_learnable: bool = True
     """Train the mixing matrix; frozen otherwise."""
+    content_mixing: bool = False
+    """Weigh the mixing matrix of every sample and head by how well pooled queries and keys of
+    blocks agree; it starts as the plain matrix."""
     eps: float = 1e-6
     """Added to the denominator."""
     implementation: str = "auto"
@@ -52,7 +56,12 @@ class MHLAConfig:
             )
         if self.eps < 0:
             raise ValueError(f"eps must not be negative, found {self.eps}")
-        check_choice("mixing_init", self.mixing_init, ("locality", "uniform"))
+        check_choice("mixing_init", self.mixing_init, ("locality", "uniform", "multiscale"))
+        if self.mixing_init == "multiscale" and not self.mixing_per_head:
+            raise ValueError(
+                "mixing_init=multiscale gives every head a matrix of its own; "
+                "set mixing_per_head=true with it"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for a JSON config; `MHLAConfig(**d)` reads them back."""

@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mhla_gen.config import MHLAConfig
+from mhla_gen.models.content_mixing import ContentMixing
 from mhla_gen.models.head_rotary import mhla_rotated_by_head
-from mhla_gen.ops import MIXING_INITS, depthwise_conv, mhla
+from mhla_gen.ops import MIXING_INITS, depthwise_conv, mhla, multiscale_mixing
 
 # silu(x) = 1 here, to the last bit in float32, bfloat16 and float16.
 _SILU_ONE = 1.2784645427610738
@@ -42,10 +43,9 @@ class MHLA(nn.Module):
         self.num_heads = num_heads
         self.head_dim = head_dim
         inner_dim = num_heads * head_dim
-        mixing = MIXING_INITS[config.mixing_init](config.layout)
-        if config.mixing_per_head:
-            mixing = mixing.repeat(num_heads, 1, 1)
+        mixing = initial_mixing(config, num_heads)
         self.mixing = nn.Parameter(mixing, requires_grad=config.mixing_learnable)
+        self.content = ContentMixing(num_heads, head_dim) if config.content_mixing else None
         size, rank = config.conv_kernel_size, len(config.layout)
         self.conv = DepthwiseConv(inner_dim, size, rank) if config.conv else None
         self.gate = nn.Linear(hidden_size, inner_dim) if config.gate else None
@@ -55,7 +55,9 @@ class MHLA(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Set mixing to its initial matrix, convolution and gate to the identity."""
-        self.mixing.copy_(MIXING_INITS[self.config.mixing_init](self.config.layout))
+        self.mixing.copy_(initial_mixing(self.config, self.num_heads))
+        if self.content is not None:
+            self.content.weight.zero_()
         if self.conv is not None:
             for parameter in self.conv.parameters():
                 parameter.zero_()
@@ -90,7 +92,7 @@ class MHLA(nn.Module):
         Returns:
             `[batch, seq_len, num_heads * head_dim]`.
         """
-        layout, mixing = self.occupied_blocks(grid)
+        layout, mixing = self.block_mixing(query, key, grid)
         by_head = rotary is not None and rotary[0].ndim == 4
         # Two functions of one signature, which only differ in the shape of `rotary`.
         operator: Callable[..., Tensor] = mhla_rotated_by_head if by_head else mhla
@@ -115,6 +117,25 @@ class MHLA(nn.Module):
         if self.gate is not None:
             out = out * F.silu(self.gate(hidden_states))
         return out
+
+    def block_mixing(
+        self, query: Tensor, key: Tensor, grid: tuple[int, ...]
+    ) -> tuple[tuple[int, ...], Tensor]:
+        """Blocks and mixing matrix for these tokens, as the operator takes them.
+
+        Args:
+            query: As in `forward`.
+            key: As in `forward`.
+            grid: Tokens along each axis.
+
+        Returns:
+            Blocks along each axis, and the matrix: shared by all samples, or
+            `[batch, num_heads, num_blocks, num_blocks]` with `content_mixing`.
+        """
+        layout, mixing = self.occupied_blocks(grid)
+        if self.content is not None:
+            mixing = self.content(mixing, query, key, grid, layout)
+        return layout, mixing
 
     def occupied_blocks(self, grid: tuple[int, ...]) -> tuple[tuple[int, ...], Tensor]:
         """The blocks that hold tokens of this grid: their layout and their part of mixing.
@@ -143,6 +164,14 @@ class MHLA(nn.Module):
             f"num_heads={self.num_heads}, head_dim={self.head_dim}, "
             f"layout={self.config.layout}, feature_map={self.config.feature_map!r}"
         )
+
+
+def initial_mixing(config: MHLAConfig, num_heads: int) -> Tensor:
+    """The matrix that training starts from, `[blocks, blocks]`, with heads first if they differ."""
+    if config.mixing_init == "multiscale":
+        return multiscale_mixing(config.layout, num_heads)
+    mixing = MIXING_INITS[config.mixing_init](config.layout)
+    return mixing.repeat(num_heads, 1, 1) if config.mixing_per_head else mixing
 
 
 class DepthwiseConv(nn.Module):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mhla_gen.config import MHLAConfig
 from mhla_gen.models import MHLA
-from mhla_gen.ops import MIXING_INITS
+from mhla_gen.models.attention import initial_mixing
 
 
 def draw_losses(logs: Mapping[str, Sequence[dict[str, float]]], path: Path) -> None:
@@ -34,10 +34,12 @@ def draw_losses(logs: Mapping[str, Sequence[dict[str, float]]], path: Path) -> N
 
 def mixing_matrices(model: torch.nn.Module) -> list[Tensor]:
     """The mixing matrix of every MHLA layer, the mean over heads if each has its own."""
-    layers = [
-        module.mixing.detach().cpu() for module in model.modules() if isinstance(module, MHLA)
-    ]
-    return [matrix.mean(0) if matrix.ndim == 3 else matrix for matrix in layers]
+    layers = [module for module in model.modules() if isinstance(module, MHLA)]
+    return [_over_heads(layer.mixing.detach().cpu()) for layer in layers]
+
+
+def _over_heads(matrix: Tensor) -> Tensor:
+    return matrix.mean(0) if matrix.ndim == 3 else matrix
 
 
 def draw_mixing(model: torch.nn.Module, config: MHLAConfig, path: Path) -> None:
@@ -49,7 +51,8 @@ def draw_mixing(model: torch.nn.Module, config: MHLAConfig, path: Path) -> None:
         path: Picture to write.
     """
     matrices = mixing_matrices(model)
-    before = MIXING_INITS[config.mixing_init](config.layout)
+    heads = next(module.num_heads for module in model.modules() if isinstance(module, MHLA))
+    before = _over_heads(initial_mixing(config, heads))
     pictures = {"before training": before}
     pictures |= {f"after, layer {i}": matrix for i, matrix in enumerate(matrices)}
     top = max(float(matrix.max()) for matrix in pictures.values())

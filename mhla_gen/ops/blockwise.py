@@ -80,17 +80,17 @@ def blockwise_mhla(
 
 
 def _linear_form(q: Tensor, k: Tensor, v: Tensor, m: Tensor, slots: BlockSlots) -> Tensor:
-    blocked_k, blocked_v = _to_blocks(k, slots, empty=True), _to_blocks(v, slots)
+    blocked_k, blocked_v = to_blocks(k, slots, empty=True), to_blocks(v, slots)
     summaries = torch.einsum("bmshk,bmshv->bmhkv", blocked_k, blocked_v)
-    mixed = _mix(m, summaries)
-    return _to_tokens(torch.einsum("bmshk,bmhkv->bmshv", _to_blocks(q, slots), mixed), slots)
+    mixed = mix(m, summaries)
+    return to_tokens(torch.einsum("bmshk,bmhkv->bmshv", to_blocks(q, slots), mixed), slots)
 
 
 def _denominators(phi_q: Tensor, phi_k: Tensor, m: Tensor, slots: BlockSlots) -> Tensor:
     """φ(q_n)ᵀ Σ_b m_ib z_b, `[batch, seq_len, num_heads, 1]`."""
-    key_sums = _to_blocks(phi_k, slots, empty=True).sum(dim=2)  # [batch, blocks, heads, head_dim]
-    mixed = _mix(m, key_sums.unsqueeze(-1))
-    return _to_tokens(torch.einsum("bmshk,bmhkv->bmshv", _to_blocks(phi_q, slots), mixed), slots)
+    key_sums = to_blocks(phi_k, slots, empty=True).sum(dim=2)  # [batch, blocks, heads, head_dim]
+    mixed = mix(m, key_sums.unsqueeze(-1))
+    return to_tokens(torch.einsum("bmshk,bmhkv->bmshv", to_blocks(phi_q, slots), mixed), slots)
 
 
 def _attention_form(q: Tensor, k: Tensor, v: Tensor, m: Tensor, block: Tensor) -> Tensor:
@@ -137,10 +137,10 @@ def _causal_numerators(q: Tensor, k: Tensor, v: Tensor, m: Tensor, slots: BlockS
     num_slots = slots.tokens.shape[1]
     q, k, v = (
         _to_chunks(x)
-        for x in (_to_blocks(q, slots), _to_blocks(k, slots, empty=True), _to_blocks(v, slots))
+        for x in (to_blocks(q, slots), to_blocks(k, slots, empty=True), to_blocks(v, slots))
     )  # [batch, blocks, chunks, chunk, heads, dim]
     chunk_sums = torch.einsum("bmcshk,bmcshv->bmchkv", k, v)
-    earlier_blocks = _mix(m.tril(-1), chunk_sums.sum(dim=2))  # [batch, blocks, heads, dim, dim]
+    earlier_blocks = mix(m.tril(-1), chunk_sums.sum(dim=2))  # [batch, blocks, heads, dim, dim]
     earlier_chunks = chunk_sums.cumsum(dim=2) - chunk_sums
     own = m.diagonal(dim1=-2, dim2=-1)  # [blocks], [heads, blocks] or [batch, heads, blocks]
     own = own[:, None, None] if m.ndim == 2 else own.mT.unsqueeze(-2)  # [..., blocks, 1, heads]
@@ -148,16 +148,16 @@ def _causal_numerators(q: Tensor, k: Tensor, v: Tensor, m: Tensor, slots: BlockS
     scores = torch.einsum("bmcshk,bmcthk->bmchst", q, k).tril() * own[..., None, None]
     out = torch.einsum("bmcshk,bmchkv->bmcshv", q, state)
     out = out + torch.einsum("bmchst,bmcthv->bmcshv", scores, v)
-    return _to_tokens(out.flatten(2, 3)[:, :, :num_slots], slots)
+    return to_tokens(out.flatten(2, 3)[:, :, :num_slots], slots)
 
 
-def _mix(m: Tensor, summaries: Tensor) -> Tensor:
+def mix(m: Tensor, summaries: Tensor) -> Tensor:
     """Σ_b m_ib S_b for summaries `[batch, num_blocks, num_heads, ...]`."""
     axes = {2: "ij", 3: "hij", 4: "bhij"}[m.ndim]
     return torch.einsum(f"{axes},bjhkv->bihkv", m, summaries)
 
 
-def _to_blocks(x: Tensor, slots: BlockSlots, empty: bool = False) -> Tensor:
+def to_blocks(x: Tensor, slots: BlockSlots, empty: bool = False) -> Tensor:
     """`[batch, seq_len, ...]` → `[batch, num_blocks, slots, ...]`; padding reads 0 if `empty`."""
     blocked = x.index_select(1, slots.tokens.reshape(-1)).unflatten(1, tuple(slots.tokens.shape))
     if empty and slots.filled is not None:
@@ -165,8 +165,8 @@ def _to_blocks(x: Tensor, slots: BlockSlots, empty: bool = False) -> Tensor:
     return blocked
 
 
-def _to_tokens(blocked: Tensor, slots: BlockSlots) -> Tensor:
-    """Inverse of `_to_blocks`; padding is dropped."""
+def to_tokens(blocked: Tensor, slots: BlockSlots) -> Tensor:
+    """Inverse of `to_blocks`; padding is dropped."""
     return blocked.flatten(1, 2).index_select(1, slots.slots)
 
 

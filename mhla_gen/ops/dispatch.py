@@ -84,9 +84,9 @@ def mhla(
         Zhang et al. 2026, arXiv:2601.07832, Eq. (4).
     """
     grid, layout = tuple(grid), tuple(layout)
-    _check_tokens(query, key, value, grid)
-    _check_blocks(query, mixing, grid, layout)
-    _check_options(query, feature_map, rotary, causal, len(grid))
+    check_tokens(query, key, value, grid)
+    check_blocks(query, mixing, grid, layout)
+    check_options(query, feature_map, rotary, causal, len(grid))
     trainable_rotary = rotary is not None and any(table.requires_grad for table in rotary)
     implementation = resolve_implementation(
         implementation,
@@ -178,7 +178,8 @@ def resolve_implementation(
     return "fused" if reason is None else "blockwise"
 
 
-def _check_tokens(query: Tensor, key: Tensor, value: Tensor, grid: tuple[int, ...]) -> None:
+def check_tokens(query: Tensor, key: Tensor, value: Tensor, grid: tuple[int, ...]) -> None:
+    """Raise `ValueError` unless tokens are of one kind and fill the grid."""
     if query.ndim != 4 or key.shape != query.shape:
         raise ValueError(
             "query and key must both be [batch, seq_len, num_heads, head_dim], found "
@@ -205,9 +206,10 @@ def _check_tokens(query: Tensor, key: Tensor, value: Tensor, grid: tuple[int, ..
         )
 
 
-def _check_blocks(
+def check_blocks(
     query: Tensor, mixing: Tensor, grid: tuple[int, ...], layout: tuple[int, ...]
 ) -> None:
+    """Raise `ValueError` unless layout and mixing fit the grid and the query's heads."""
     if len(layout) != len(grid):
         raise ValueError(f"layout needs one entry per axis of grid={grid}, found layout={layout}")
     for axis, (length, num_blocks) in enumerate(zip(grid, layout, strict=True)):
@@ -229,13 +231,14 @@ def _check_blocks(
         raise ValueError(f"mixing is on {mixing.device} but query on {query.device}")
 
 
-def _check_options(
+def check_options(
     query: Tensor,
     feature_map: str,
     rotary: tuple[Tensor, Tensor] | None,
     causal: bool,
     rank: int,
 ) -> None:
+    """Raise `ValueError` unless names are known and rotary tables fit the query's tokens."""
     if feature_map not in FEATURE_MAPS:
         raise ValueError(f"feature_map must be one of {list(FEATURE_MAPS)}, found {feature_map!r}")
     if causal and rank != 1:

@@ -84,11 +84,11 @@ def convert(family: Family, model: Any, config: MHLAConfig) -> None:
         if index in chosen:
             child = MHLA(*family.sizes(model), config).train(attention.training)
             attention.mhla = _like(family.output_projection(attention), child)
-            _swap_processor(attention, family.mhla_processor)
+            swap_processor(attention, family.mhla_processor)
         else:
-            _swap_processor(attention, family.unconverted_processor)
+            swap_processor(attention, family.unconverted_processor)
     for _, attention in family.bystanders(model):
-        _swap_processor(attention, family.unconverted_processor)
+        swap_processor(attention, family.unconverted_processor)
     for path, (_, converted_class) in family.replaced_modules.items():
         model.get_submodule(path).__class__ = converted_class
     settings = {"mhla": config.to_dict(), **family.settings(model)}
@@ -104,7 +104,7 @@ def unconvert(family: Family, model: Any) -> None:
     for _, attention in family.attentions(model) + family.bystanders(model):
         if hasattr(attention, "mhla"):
             del attention.mhla
-        _swap_processor(attention, family.stock_processor)
+        swap_processor(attention, family.stock_processor)
     for path, (stock_class, _) in family.replaced_modules.items():
         model.get_submodule(path).__class__ = stock_class
     softmax_class = family.softmax_class(model)
@@ -129,7 +129,8 @@ def _like(projection: nn.Module, module: MHLA) -> MHLA:
     return module
 
 
-def _swap_processor(attention: Any, processor_class: type) -> None:
+def swap_processor(attention: Any, processor_class: type) -> None:
+    """Set a stateless processor, keeping the backend that was chosen for the layer."""
     processor = processor_class()
     # set_attention_backend chooses kernels of softmax layers through this attribute.
     if hasattr(processor, "_attention_backend"):

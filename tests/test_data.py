@@ -27,30 +27,50 @@ def npz(path, images, labels):
 
 @pytest.mark.parametrize(("num_images", "batch_size"), [(10, 4), (7, 7), (3, 8), (100, 1)])
 def test_every_epoch_reads_every_image_once(num_images, batch_size):
-    order = BatchOrder(num_images, batch_size, seed=0)
-    stream = [i for k in range(3 * num_images) for i in order.batch(k)]
+    order = BatchOrder([range(num_images)], batch_size, seed=0)
+    stream = [i for k in range(3 * num_images) for i in order.micro_batch(k)]
     epochs = [stream[e * num_images : (e + 1) * num_images] for e in range(3)]
     assert all(sorted(epoch) == list(range(num_images)) for epoch in epochs)
     assert num_images < 5 or epochs[0] != epochs[1]
 
 
 def test_a_batch_does_not_depend_on_the_batches_before_it():
-    straight = BatchOrder(10, 4, seed=3)
-    expected = [straight.batch(k) for k in range(12)]
-    assert [BatchOrder(10, 4, seed=3).batch(k) for k in (11, 5, 0)] == [
-        expected[11],
-        expected[5],
-        expected[0],
-    ]
-    assert BatchOrder(10, 4, seed=4).batch(5) != expected[5]
+    for buckets in ([range(10)], [range(3), range(3, 20)]):
+        straight = BatchOrder(buckets, 4, seed=3)
+        expected = [straight.micro_batch(k) for k in range(12)]
+        alone = [BatchOrder(buckets, 4, seed=3).micro_batch(k) for k in (11, 5, 0)]
+        assert alone == [expected[11], expected[5], expected[0]]
+        assert BatchOrder(buckets, 4, seed=4).micro_batch(5) != expected[5]
+
+
+def test_buckets_are_not_mixed_and_take_turns_by_size():
+    buckets = [range(0, 50), range(50, 53), range(53, 64)]
+    order = BatchOrder(buckets, 4, seed=0)
+    read = [order.micro_batch(k) for k in range(16 * 8)]
+    assert all(sum(set(batch) <= set(bucket) for bucket in buckets) == 1 for batch in read)
+    counts = np.bincount(np.concatenate(read), minlength=64)
+    # Eight times 64 samples: eight epochs, of which a bucket may lack the last, unfinished part.
+    assert counts.min() >= 7 and counts.max() <= 8
+    turns = ["abc"[next(i for i, b in enumerate(buckets) if batch[0] in b)] for batch in read]
+    assert turns[:16] != turns[16:32] and "b" in turns
+
+
+def test_micro_batches_of_one_bucket_make_up_a_larger_batch():
+    whole, parts = (BatchOrder([range(11)], size, seed=0) for size in (6, 3))
+    for k in range(9):
+        assert whole.micro_batch(k) == parts.micro_batch(2 * k) + parts.micro_batch(2 * k + 1)
 
 
 def test_shares_of_processes_make_up_the_batch():
-    images, order = digits(), BatchOrder(1797, 8, seed=0)
-    whole, _ = next(batches(images, order, 2, 3))
-    parts = [next(batches(images, order, 2, 3, slice(r, r + 4)))[0] for r in (0, 4)]
-    assert torch.equal(torch.cat(parts), whole)
+    images, order = digits(), BatchOrder([range(1797)], 8, seed=0)
+    [whole] = next(batches(images, order, 2, 3))
+    rows = slice(0, 4), slice(4, 8)
+    shares = [next(batches(images, order, 2, 3, rows=share))[0]["samples"] for share in rows]
+    assert torch.equal(torch.cat(shares), whole["samples"])
     assert list(batches(images, order, 3, 3)) == []
+    small = BatchOrder([range(1797)], 4, seed=0)
+    parts = next(batches(images, small, 2, 3, parts=2))
+    assert torch.equal(torch.cat([part["samples"] for part in parts]), whole["samples"])
 
 
 def test_derived_seeds_differ_and_stay():
@@ -60,7 +80,8 @@ def test_derived_seeds_differ_and_stay():
 
 def test_digits_are_the_real_ones():
     images = load_images(DataConfig())
-    pixels, labels = images.read(range(len(images)))
+    batch = images.read(range(len(images)))
+    pixels, labels = batch["samples"], batch["labels"]
     assert pixels.shape == (1797, 1, 8, 8) and images.image_shape == (1, 8, 8)
     assert pixels.min() == -1 and pixels.max() == 1 and pixels.dtype == torch.float32
     assert labels.bincount().tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
@@ -70,7 +91,8 @@ def test_an_npz_file_is_read_as_it_was_written(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (5, 4, 4, 3), dtype=np.uint8)
     config = npz(tmp_path / "a.npz", pixels, np.array([0, 2, 1, 0, 2], dtype=np.int32))
     images = load_images(config)
-    found, labels = images.read([3, 1])
+    batch = images.read([3, 1])
+    found, labels = batch["samples"], batch["labels"]
     assert labels.tolist() == [0, 2] and images.class_names == ("0", "1", "2")
     back = ((found + 1) * 127.5).round().permute(0, 2, 3, 1).numpy().astype(np.uint8)
     assert (back == pixels[[3, 1]]).all()
@@ -79,7 +101,8 @@ def test_an_npz_file_is_read_as_it_was_written(tmp_path):
 def test_a_folder_gives_sorted_classes_and_cropped_images(image_folder):
     images = load_images(DataConfig(source="folder", path=str(image_folder), image_size=6))
     assert images.class_names == ("ant", "cat") and len(images) == 6
-    pixels, labels = images.read([0, 5])
+    batch = images.read([0, 5])
+    pixels, labels = batch["samples"], batch["labels"]
     assert pixels.shape == (2, 3, 6, 6) and labels.tolist() == [0, 1]
     assert pixels[0, :, 3, 3].tolist() == [-1, -1, 1] and pixels[1, :, 3, 3].tolist() == [1, -1, -1]
 

@@ -1,6 +1,7 @@
 """Training: objectives, initial weights, optimizer rules, and runs that go on exactly."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -10,11 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from diffusers import FlowMatchEulerDiscreteScheduler
 from tiny import tiny_dit
 
 import mhla_gen
-from mhla_gen.config import DataConfig, MHLAConfig, ModelConfig, TrainConfig, save_config
+from mhla_gen.config import MHLAConfig, ModelConfig, TrainConfig, save_config
 from mhla_gen.training import (
     build_model,
     build_optimizer,
@@ -25,9 +25,12 @@ from mhla_gen.training import (
     train,
 )
 from mhla_gen.training.checkpoints import checkpoints
+from mhla_gen.training.conditioning import ClassLabels
+from mhla_gen.training.draws import draw
 from mhla_gen.training.loop import build_run
-from mhla_gen.training.objectives import draw, interpolate, training_loss, velocity
+from mhla_gen.training.objectives import FlowMatching
 from mhla_gen.training.optim import mixing_matrices
+from mhla_gen.training.step import samples_of, training_losses
 
 TINY = ModelConfig(
     mhla=MHLAConfig(layout=(2, 2)),
@@ -76,54 +79,77 @@ def assert_same(first, second):
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
-def test_the_path_runs_from_image_to_noise():
-    images, noise = torch.randn(2, 3, 1, 4, 4)
-    assert torch.equal(interpolate(images, noise, torch.zeros(3)), images)
-    assert torch.equal(interpolate(images, noise, torch.ones(3)), noise)
+@pytest.mark.parametrize("shape", [(1, 4, 4), (2, 3, 4, 5)])
+def test_the_path_runs_from_sample_to_noise(shape):
+    samples, noise = torch.randn(2, 3, *shape)
+    assert torch.equal(FlowMatching().noisy(samples, noise, torch.zeros(3)), samples)
+    assert torch.equal(FlowMatching().noisy(samples, noise, torch.ones(3)), noise)
 
 
-def test_the_velocity_takes_the_scheduler_to_the_image():
-    images, noise = torch.randn(2, 3, 1, 4, 4)
-    scheduler = FlowMatchEulerDiscreteScheduler()
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_the_velocity_takes_the_scheduler_to_the_sample(shift):
+    objective = FlowMatching(shift=shift)
+    samples, noise = torch.randn(2, 3, 1, 4, 4)
+    scheduler = objective.scheduler()
     scheduler.set_timesteps(7)
     sample = noise
     for t in scheduler.timesteps:
-        sample = scheduler.step(velocity(images, noise), t, sample).prev_sample
-    torch.testing.assert_close(sample, images)
+        sample = scheduler.step(objective.velocity(samples, noise), t, sample).prev_sample
+    torch.testing.assert_close(sample, samples)
 
 
 def test_the_loss_is_zero_for_a_perfect_model_and_sees_dropped_labels():
-    config = TrainConfig(batch_size=64, label_dropout=0.5)
-    images, labels = torch.randn(64, 1, 4, 4), torch.zeros(64, dtype=torch.long)
-    draws = draw(config, (1, 4, 4), 0, "cpu")
+    objective = FlowMatching()
+    batch = {"samples": torch.randn(64, 1, 4, 4), "labels": torch.zeros(64, dtype=torch.long)}
+    draws = draw(objective, seed=0, step=0, batch_size=64, dropout=0.5)
     seen = {}
 
-    class Perfect:
-        def __call__(self, noisy, timestep, class_labels):
-            seen["labels"], seen["timesteps"] = class_labels, timestep
-            self.sample = draws.noise - images
-            return self
+    def perfect(noisy, timestep, class_labels, return_dict):
+        seen["labels"], seen["timesteps"] = class_labels, timestep
+        return (draws.noise((1, 4, 4)) - batch["samples"],)
 
-    loss = training_loss(Perfect(), images, labels, draws, null_class=10)
-    assert loss.shape == (64,) and not loss.any()
+    losses = training_losses(perfect, batch, draws, objective, ClassLabels(10))
+    assert losses.shape == (64,) and not losses.any()
     assert torch.equal(seen["labels"] == 10, draws.dropped) and 10 < draws.dropped.sum() < 54
-    assert torch.equal(seen["timesteps"], draws.sigmas * 1000)
+    assert torch.equal(seen["timesteps"], draws.times * 1000)
 
 
 def test_chance_is_a_function_of_seed_and_step():
-    config = TrainConfig(batch_size=4, data=DataConfig(horizontal_flip=True))
-    first, again = (draw(config, (1, 8, 8), 5, "cpu") for _ in range(2))
-    other_step = draw(config, (1, 8, 8), 6, "cpu")
-    other_seed = draw(replace(config, seed=1), (1, 8, 8), 5, "cpu")
-    assert torch.equal(first.noise, again.noise) and torch.equal(first.sigmas, again.sigmas)
-    assert not torch.equal(first.noise, other_step.noise)
-    assert not torch.equal(first.noise, other_seed.noise)
-    assert torch.equal(first.part(slice(1, 3)).noise, first.noise[1:3])
+    def drawn(**changes):
+        arguments = {"seed": 0, "step": 5, "batch_size": 4, "flip": True} | changes
+        return draw(FlowMatching(), **arguments)
+
+    first, again = drawn(), drawn()
+    assert torch.equal(first.noise((1, 8, 8)), again.noise((1, 8, 8)))
+    assert torch.equal(first.times, again.times)
+    for other in (drawn(step=6), drawn(seed=1)):
+        assert not torch.equal(first.times, other.times)
+        assert not torch.equal(first.noise((1, 8, 8)), other.noise((1, 8, 8)))
+    rows = slice(1, 3)
+    assert torch.equal(first.part(rows).noise((8, 8)), first.noise((8, 8))[rows])
+    assert not torch.equal(first.noise((8, 8)), first.latent_noise((8, 8)))
+    many = drawn(batch_size=1000).noise((5, 5))
+    assert abs(many.mean()) < 0.02 and abs(many.std() - 1) < 0.02
 
 
-def test_sigmas_are_logit_normal():
-    sigmas = draw(TrainConfig(batch_size=20000, logit_mean=1.0), (1, 1, 1), 0, "cpu").sigmas
-    logits = sigmas.logit()
+def test_latents_are_drawn_from_the_distribution_of_the_image_or_its_mirror():
+    draws = draw(FlowMatching(), seed=0, step=0, batch_size=6, flip=True)
+    mean, std = torch.randn(6, 2, 3, 3), torch.rand(6, 2, 3, 3)
+    noise, flipped = draws.latent_noise((2, 3, 3)), draws.flipped.view(-1, 1, 1, 1)
+    assert flipped.any() and not flipped.all()
+    batch = {"mean": mean, "std": std, "mean_flipped": -mean, "std_flipped": 2 * std}
+    expected = torch.where(flipped, -mean + 2 * std * noise, mean + std * noise)
+    assert torch.equal(samples_of(batch, draws), expected)
+    mirrored = torch.where(flipped, mean.flip(-1), mean)
+    assert torch.equal(samples_of({"samples": mean}, draws), mirrored)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_sigmas_are_logit_normal_and_shifted(shift):
+    generator = torch.Generator().manual_seed(0)
+    sigmas = FlowMatching(logit_mean=1.0, shift=shift).draw_times(20000, generator)
+    # In the logit, a shift by s adds log s.
+    logits = sigmas.logit() - math.log(shift)
     assert abs(logits.mean() - 1) < 0.03 and abs(logits.std() - 1) < 0.03
 
 
@@ -238,10 +264,10 @@ def test_a_run_that_was_stopped_goes_on_exactly(lr_scheduler, tmp_path, monkeypa
     stopped = tiny_run(tmp_path / "stopped", **changes)
     step = mhla_gen.training.loop.Run.step
 
-    def interrupted(run, number, images, labels):
+    def interrupted(run, number, parts):
         if number == 7:
             raise KeyboardInterrupt
-        return step(run, number, images, labels)
+        return step(run, number, parts)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(mhla_gen.training.loop.Run, "step", interrupted)

@@ -4,17 +4,28 @@ A config file is YAML whose first key, `job`, names the command it belongs to. V
 dataclass, then the file, then `key=value` overrides; a key that no dataclass has is an error.
 """
 
-from mhla_gen.config.data import DataConfig
+from mhla_gen.config.data import (
+    AutoencoderConfig,
+    CacheConfig,
+    ClipsConfig,
+    DataConfig,
+    TextEncoderConfig,
+)
 from mhla_gen.config.evaluation import EvaluateConfig, FeaturesConfig, ReferenceConfig
 from mhla_gen.config.load import SCHEMAS, ConfigError, load_config, save_config, to_yaml
 from mhla_gen.config.mhla import MHLAConfig
+from mhla_gen.config.model import ModelConfig
+from mhla_gen.config.objective import ObjectiveConfig
 from mhla_gen.config.sampling import SampleConfig
 from mhla_gen.config.tools import BenchConfig, ConvertConfig, DoctorConfig, InspectConfig
-from mhla_gen.config.training import ModelConfig, QuickstartConfig, TrainConfig
+from mhla_gen.config.training import QuickstartConfig, TrainConfig
 
 __all__ = [
     "SCHEMAS",
+    "AutoencoderConfig",
     "BenchConfig",
+    "CacheConfig",
+    "ClipsConfig",
     "ConfigError",
     "ConvertConfig",
     "DataConfig",
@@ -24,9 +35,11 @@ __all__ = [
     "InspectConfig",
     "MHLAConfig",
     "ModelConfig",
+    "ObjectiveConfig",
     "QuickstartConfig",
     "ReferenceConfig",
     "SampleConfig",
+    "TextEncoderConfig",
     "TrainConfig",
     "load_config",
     "save_config",

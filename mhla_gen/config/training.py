@@ -1,4 +1,4 @@
-"""Settings of models, training, and the quickstart."""
+"""Settings of training, and of the quickstart."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -6,34 +6,13 @@ from typing import Literal
 from mhla_gen.config.checks import check_at_least, check_choice
 from mhla_gen.config.data import DataConfig
 from mhla_gen.config.mhla import MHLAConfig
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """A class-conditional diffusion transformer (DiT) and the kind of its self-attention."""
-
-    attention: Literal["softmax", "linear", "mhla"] = "mhla"
-    """linear is MHLA with one block: the control that has the same convolution and gate."""
-    mhla: MHLAConfig = field(default_factory=MHLAConfig)
-    """Settings of linear and mhla; linear replaces the layout by one block."""
-    patch_size: int = 2
-    """Side of a token in pixels."""
-    num_layers: int = 12
-    """Transformer blocks."""
-    num_attention_heads: int = 6
-    """Heads per block; the hidden size is heads × attention_head_dim."""
-    attention_head_dim: int = 64
-    """Channels per head."""
-
-    def __post_init__(self):
-        check_choice("model.attention", self.attention, ("softmax", "linear", "mhla"))
-        for name in ("patch_size", "num_layers", "num_attention_heads", "attention_head_dim"):
-            check_at_least(f"model.{name}", getattr(self, name), 1)
+from mhla_gen.config.model import ModelConfig
+from mhla_gen.config.objective import ObjectiveConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Training of a class-conditional model from scratch by flow matching.
+    """Training of a diffusion transformer.
 
     Raises:
         ValueError: If a value is out of its range.
@@ -45,8 +24,10 @@ class TrainConfig:
     """What to learn from."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """What to train."""
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    """What it learns to predict."""
     seed: int = 0
-    """Fixes the initial weights, the order of the images and all noise."""
+    """Fixes the initial weights, the order of the samples and all noise."""
     max_steps: int = 10_000
     """Optimizer steps."""
     batch_size: int = 256
@@ -71,10 +52,6 @@ class TrainConfig:
     """Decay of the averaged weights that the pipeline is saved with."""
     label_dropout: float = 0.1
     """Share of labels replaced by "no class", which classifier-free guidance needs."""
-    logit_mean: float = 0.0
-    """Mean of the logit of the noise level σ."""
-    logit_std: float = 1.0
-    """Standard deviation of the logit of σ."""
     checkpoint_every: int = 1000
     """Steps between checkpoints; 0 writes none."""
     keep_checkpoints: int = 2

@@ -1,6 +1,6 @@
-"""Which images training step k reads: a pure function, so that a resumed run reads on exactly."""
+"""Which samples training step k reads: a pure function, so that a resumed run reads on exactly."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mhla_gen.data.datasets import LabelledImages
+from mhla_gen.data.protocol import Batch, TrainingData
 
 
 def derived_seed(*numbers: int) -> int:
@@ -21,55 +21,101 @@ def derived_seed(*numbers: int) -> int:
 
 @dataclass(eq=False)
 class BatchOrder:
-    """An endless sequence of image numbers: every epoch in a new order, none left out.
+    """An endless sequence of micro-batches, each of samples of one bucket.
 
-    Batch k is a function of the seed and of k alone. Epochs follow each other without a gap, so a
-    batch may hold the end of one and the start of the next.
+    Micro-batch n is a function of the seed and of n alone. Every bucket is read epoch after epoch,
+    each in a new order, without a gap: a micro-batch may hold the end of one epoch and the start of
+    the next, and no sample is left out. Buckets take turns by their sizes, in a new order every
+    epoch; one that is smaller than a micro-batch has its turn once in several epochs.
+
+    Args:
+        buckets: Sample numbers, those of one shape together.
+        size: Samples of a micro-batch.
+        seed: Fixes every order.
     """
 
-    num_images: int
-    batch_size: int
+    buckets: Sequence[Sequence[int]]
+    size: int
     seed: int
-    _epochs: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)
+    _orders: dict[tuple[int, int], Tensor] = field(default_factory=dict, init=False, repr=False)
 
-    def batch(self, number: int) -> list[int]:
-        """The image numbers of one batch."""
-        first, chosen = number * self.batch_size, []
-        while len(chosen) < self.batch_size:
-            epoch, position = divmod(first + len(chosen), self.num_images)
-            missing = self.batch_size - len(chosen)
-            chosen += self._order(epoch)[position : position + missing].tolist()
-        return chosen
+    def micro_batch(self, number: int) -> list[int]:
+        """The sample numbers of one micro-batch."""
+        bucket, turn = self._turn(number)
+        samples = self.buckets[bucket]
+        first, chosen = turn * self.size, []
+        while len(chosen) < self.size:
+            epoch, position = divmod(first + len(chosen), len(samples))
+            missing = self.size - len(chosen)
+            chosen += self._order(bucket, epoch)[position : position + missing].tolist()
+        return [samples[i] for i in chosen]
 
-    def _order(self, epoch: int) -> Tensor:
-        if epoch not in self._epochs:
-            generator = torch.Generator().manual_seed(derived_seed(self.seed, 0, epoch))
-            # Two epochs can meet in one batch; older ones are not needed again.
-            self._epochs = {k: v for k, v in self._epochs.items() if k == epoch - 1}
-            self._epochs[epoch] = torch.randperm(self.num_images, generator=generator)
-        return self._epochs[epoch]
+    def _turn(self, number: int) -> tuple[int, int]:
+        """The bucket of a micro-batch, and how many of this bucket came before."""
+        if len(self.buckets) == 1:
+            return 0, number
+        # In epochs of at most all samples, rounding down: the guess is not too late.
+        epoch = number * self.size // sum(map(len, self.buckets))
+        while self._turns_before(epoch + 1).sum() <= number:
+            epoch += 1
+        first, last = self._turns_before(epoch), self._turns_before(epoch + 1)
+        turns = [(b, t) for b in range(len(first)) for t in range(first[b], last[b])]
+        generator = np.random.default_rng(derived_seed(self.seed, 2, epoch))
+        return turns[generator.permutation(len(turns))[number - first.sum()]]
+
+    def _turns_before(self, epoch: int) -> np.ndarray:
+        """How many turns each bucket has had when an epoch starts."""
+        return np.array([epoch * len(samples) // self.size for samples in self.buckets])
+
+    def _order(self, bucket: int, epoch: int) -> Tensor:
+        if (bucket, epoch) not in self._orders:
+            # The only bucket has the seeds that it had before there were several.
+            path = (epoch,) if len(self.buckets) == 1 else (epoch, bucket)
+            generator = torch.Generator().manual_seed(derived_seed(self.seed, 0, *path))
+            # Two epochs can meet in one micro-batch; older ones are not needed again.
+            self._orders = {
+                (b, e): order
+                for (b, e), order in self._orders.items()
+                if b != bucket or e == epoch - 1
+            }
+            self._orders[bucket, epoch] = torch.randperm(
+                len(self.buckets[bucket]), generator=generator
+            )
+        return self._orders[bucket, epoch]
 
 
 def batches(
-    images: LabelledImages, order: BatchOrder, start: int, stop: int, part: slice = slice(None)
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Read batches `start` to `stop`, one ahead of their use.
+    data: TrainingData,
+    order: BatchOrder,
+    start: int,
+    stop: int,
+    *,
+    parts: int = 1,
+    rows: slice = slice(None),
+) -> Iterator[list[Batch]]:
+    """Read what steps `start` to `stop` need, one step ahead of its use.
 
     Args:
-        images: The data set.
-        order: Which images a batch has.
-        start: First batch.
-        stop: One past the last batch.
-        part: Which images of each batch to read; a process reads its own share.
+        data: The data set.
+        order: Which samples a micro-batch has.
+        start: First step.
+        stop: One past the last step.
+        parts: Micro-batches of a step.
+        rows: Which samples of every micro-batch to read; a process reads its own share.
 
     Yields:
-        Images and labels as `LabelledImages.read` returns them.
+        The micro-batches of a step.
     """
+
+    def read(step: int) -> list[Batch]:
+        numbers = range(step * parts, (step + 1) * parts)
+        return [data.read(order.micro_batch(number)[rows]) for number in numbers]
+
     if start >= stop:
         return
     with ThreadPoolExecutor(1) as reader:
-        ahead = reader.submit(images.read, order.batch(start)[part])
-        for number in range(start + 1, stop):
-            ready, ahead = ahead, reader.submit(images.read, order.batch(number)[part])
+        ahead = reader.submit(read, start)
+        for step in range(start + 1, stop):
+            ready, ahead = ahead, reader.submit(read, step)
             yield ready.result()
         yield ahead.result()

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,28 +14,9 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from mhla_gen.config import DataConfig
+from mhla_gen.data.protocol import Batch
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-
-
-class LabelledImages(Protocol):
-    """What training needs of a data set."""
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """One name per class number."""
-        ...
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """`(channels, height, width)`."""
-        ...
-
-    def __len__(self) -> int: ...
-
-    def read(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Images, float32 in [-1, 1] `[batch, channels, height, width]`, and labels, int64."""
-        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,10 +60,25 @@ class ArrayImages:
     def __len__(self) -> int:
         return len(self.images)
 
-    def read(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """See `LabelledImages.read`."""
+    @property
+    def buckets(self) -> tuple[range]:
+        """One: all images have one shape."""
+        return (range(len(self)),)
+
+    @property
+    def sample_shapes(self) -> tuple[tuple[int, int, int]]:
+        """See `TrainingData`."""
+        return (self.image_shape,)
+
+    def read(self, indices: Sequence[int]) -> Batch:
+        """See `TrainingData`."""
         chosen = np.asarray(indices)
-        return to_model_range(self.images[chosen]), torch.from_numpy(self.labels[chosen]).long()
+        labels = torch.from_numpy(self.labels[chosen]).long()
+        return {"samples": to_model_range(self.images[chosen]), "labels": labels}
+
+    def describe(self, index: int) -> str:
+        """See `TrainingData`."""
+        return f"image {index}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,8 +139,22 @@ class FolderImages:
     def __len__(self) -> int:
         return len(self.files)
 
-    def read(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """See `LabelledImages.read`.
+    @property
+    def buckets(self) -> tuple[range]:
+        """One: all images have one shape."""
+        return (range(len(self)),)
+
+    @property
+    def sample_shapes(self) -> tuple[tuple[int, int, int]]:
+        """See `TrainingData`."""
+        return (self.image_shape,)
+
+    def describe(self, index: int) -> str:
+        """See `TrainingData`."""
+        return str(self.files[index][0])
+
+    def read(self, indices: Sequence[int]) -> Batch:
+        """See `TrainingData`.
 
         Raises:
             ValueError: If a file is no readable image.
@@ -152,7 +162,8 @@ class FolderImages:
         # Pillow decodes without holding the interpreter lock.
         with ThreadPoolExecutor(8) as readers:
             images = list(readers.map(self._pixels, (self.files[i][0] for i in indices)))
-        return to_model_range(np.stack(images)), torch.tensor([self.files[i][1] for i in indices])
+        labels = torch.tensor([self.files[i][1] for i in indices])
+        return {"samples": to_model_range(np.stack(images)), "labels": labels}
 
     def _pixels(self, path: Path) -> np.ndarray:
         try:

@@ -128,8 +128,9 @@ def _images(
             "latent and video models are inspected on noise: leave data out"
         )
     order = np.random.default_rng(config.seed).permutation(len(images))
-    pixels, labels = images.read([int(i) for i in order[: config.num_inputs]])
-    return [_Start(x[None], int(label)) for x, label in zip(pixels, labels, strict=True)]
+    batch = images.read([int(i) for i in order[: config.num_inputs]])
+    pairs = zip(batch["samples"], batch["labels"], strict=True)
+    return [_Start(x[None], int(label)) for x, label in pairs]
 
 
 def _class_condition(

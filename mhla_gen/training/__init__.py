@@ -1,14 +1,15 @@
-"""Training of class-conditional diffusion transformers."""
+"""Training of diffusion transformers."""
 
-from mhla_gen.training.build import build_model, build_pipeline
+from mhla_gen.training.build import Task, build_model, build_task
 from mhla_gen.training.initialization import disable_label_dropout, initialize_dit
 from mhla_gen.training.loop import rehearse, train
 from mhla_gen.training.optim import build_optimizer, keep_mixing_in_range, parameter_groups
 
 __all__ = [
+    "Task",
     "build_model",
     "build_optimizer",
-    "build_pipeline",
+    "build_task",
     "disable_label_dropout",
     "initialize_dit",
     "keep_mixing_in_range",

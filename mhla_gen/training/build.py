@@ -1,18 +1,19 @@
-"""From settings to a model and a pipeline."""
+"""From settings and data to a model, and to what it learns."""
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
-from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
-    FlowMatchEulerDiscreteScheduler,
-)
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
-from mhla_gen.config import ModelConfig
+from mhla_gen.config import ModelConfig, TrainConfig
+from mhla_gen.data import TrainingData
 from mhla_gen.models import MHLADiTTransformer2DModel
 from mhla_gen.sampling.pipeline import ClassConditionalPipeline
+from mhla_gen.training.conditioning import ClassLabels, Conditioning
 from mhla_gen.training.initialization import initialize_dit
+from mhla_gen.training.objectives import Objective, build_objective
 
 
 def build_model(
@@ -52,12 +53,49 @@ def build_model(
     return model
 
 
-def build_pipeline(
-    model: DiTTransformer2DModel, class_names: Sequence[str]
-) -> ClassConditionalPipeline:
-    """The pipeline for a model trained by flow matching on pixels."""
-    return ClassConditionalPipeline(
-        transformer=model.eval(),
-        scheduler=FlowMatchEulerDiscreteScheduler(),
-        class_names=class_names,
+@dataclass(frozen=True, eq=False)
+class Task:
+    """What is trained: everything that the loop needs to know of a family of models."""
+
+    model: Any
+    """The transformer."""
+    objective: Objective
+    """What it learns to predict."""
+    conditioning: Conditioning
+    """How it is called."""
+    pipeline: Callable[[Any], DiffusionPipeline]
+    """The trained transformer → what samples from it and is saved."""
+    summary: str
+    """The data, for a rehearsal."""
+
+
+def build_task(config: TrainConfig, data: TrainingData) -> Task:
+    """The model that a config describes, for data of this kind.
+
+    Raises:
+        ValueError: If model and data do not fit together.
+    """
+    if data.class_names is None:
+        raise ValueError("the data have no class labels, which a class-conditional model needs")
+    return _class_conditional(config, data, data.class_names)
+
+
+def _class_conditional(config: TrainConfig, data: TrainingData, class_names: Sequence[str]) -> Task:
+    objective = build_objective(config.objective)
+    shape = data.sample_shapes[0]
+
+    def pipeline(model: Any) -> ClassConditionalPipeline:
+        return ClassConditionalPipeline(
+            transformer=model,
+            scheduler=objective.scheduler(),
+            class_names=class_names,
+            prediction_type=objective.prediction_type,
+        )
+
+    return Task(
+        model=build_model(config.model, shape, len(class_names)),
+        objective=objective,
+        conditioning=ClassLabels(len(class_names)),
+        pipeline=pipeline,
+        summary=f"{len(data)} images of {len(class_names)} classes, {list(shape)}",
     )

@@ -1,6 +1,8 @@
 """The training loop."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -8,18 +10,19 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import set_seed
 from diffusers.optimization import get_scheduler
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
 from mhla_gen.config import TrainConfig, save_config
-from mhla_gen.data import BatchOrder, LabelledImages, batches, load_images
+from mhla_gen.data import Batch, BatchOrder, TrainingData, batches, load_images
 from mhla_gen.files import CONFIG_NAME, written_whole
-from mhla_gen.sampling.pipeline import ClassConditionalPipeline
-from mhla_gen.training.build import build_model, build_pipeline
+from mhla_gen.training.build import Task, build_task
 from mhla_gen.training.checkpoints import check_output_dir, load_latest, save_checkpoint
+from mhla_gen.training.draws import draw
 from mhla_gen.training.log import LOG_NAME, RunLog
-from mhla_gen.training.objectives import draw, training_loss
 from mhla_gen.training.optim import build_optimizer
+from mhla_gen.training.step import training_losses
 
 
 @dataclass
@@ -28,43 +31,61 @@ class Run:
 
     config: TrainConfig
     accelerator: Accelerator
-    images: LabelledImages
+    data: TrainingData
+    task: Task
     model: Any
     optimizer: Any
     learning_rate: Any
     ema: EMAModel
 
+    @cached_property
+    def order(self) -> BatchOrder:
+        """Which samples each micro-batch has, over all processes."""
+        size = self.config.batch_size // self.config.gradient_accumulation_steps
+        return BatchOrder(self.data.buckets, size, self.config.seed)
+
     @property
-    def share(self) -> slice:
-        """The rows of each batch that this process works on."""
-        rows = self.config.batch_size // self.accelerator.num_processes
+    def rows(self) -> slice:
+        """The rows of each micro-batch that this process works on."""
+        rows = self.order.size // self.accelerator.num_processes
         first = self.accelerator.process_index * rows
         return slice(first, first + rows)
 
-    def step(self, number: int, images: Tensor, labels: Tensor) -> Tensor:
+    def batches(self, start: int, stop: int) -> Iterator[list[Batch]]:
+        """This process's share of the micro-batches of each of these steps."""
+        parts = self.config.gradient_accumulation_steps
+        return batches(self.data, self.order, start, stop, parts=parts, rows=self.rows)
+
+    def step(self, number: int, parts: Sequence[Batch]) -> Tensor:
         """Do optimizer step `number`, counted from 0.
 
         Args:
             number: Steps done before.
-            images: This process's share of the batch.
-            labels: Their classes.
+            parts: This process's share of the step's micro-batches.
 
         Returns:
             The mean loss over this process's share.
         """
         device = self.accelerator.device
-        images, labels = images.to(device), labels.to(device)
-        draws = draw(self.config, images.shape[1:], number, device).part(self.share)
-        num_parts = self.config.gradient_accumulation_steps
-        rows = len(images) // num_parts
-        total = torch.zeros((), device=device)
-        for index in range(num_parts):
-            part = slice(index * rows, (index + 1) * rows)
-            self.model.require_backward_grad_sync = index == num_parts - 1
-            losses = training_loss(
-                self.model, images[part], labels[part], draws.part(part), len(self.class_names)
+        draws = draw(
+            self.task.objective,
+            seed=self.config.seed,
+            step=number,
+            batch_size=self.config.batch_size,
+            dropout=self.config.label_dropout,
+            flip=self.config.data.horizontal_flip,
+        )
+        size, total = self.order.size, torch.zeros((), device=device)
+        for index, part in enumerate(parts):
+            self.model.require_backward_grad_sync = index == len(parts) - 1
+            losses = training_losses(
+                self.model,
+                {name: tensor.to(device) for name, tensor in part.items()},
+                draws.part(slice(index * size, (index + 1) * size)).part(self.rows).to(device),
+                self.task.objective,
+                self.task.conditioning,
             )
-            loss = losses.mean() / num_parts
+            loss = losses.mean() / len(parts)
             self.accelerator.backward(loss)
             total += loss.detach()
         self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
@@ -73,11 +94,6 @@ class Run:
         self.optimizer.zero_grad()
         self.ema.step(self.model.parameters())
         return total
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """Names of the classes; their number is that of the null class."""
-        return self.images.class_names
 
 
 def build_run(config: TrainConfig) -> Run:
@@ -95,9 +111,10 @@ def build_run(config: TrainConfig) -> Run:
             f"batch_size {config.batch_size} must be a multiple of {parts}, "
             "processes × gradient_accumulation_steps"
         )
-    images = load_images(config.data)
+    data = load_images(config.data)
     set_seed(config.seed)
-    model = build_model(config.model, images.image_shape, len(images.class_names))
+    task = build_task(config, data)
+    model = task.model
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     model.train()
@@ -111,10 +128,10 @@ def build_run(config: TrainConfig) -> Run:
     model, optimizer = accelerator.prepare(model, optimizer)
     ema = EMAModel(model.parameters(), decay=config.ema_decay, foreach=True)
     accelerator.register_for_checkpointing(learning_rate, ema)
-    return Run(config, accelerator, images, model, optimizer, learning_rate, ema)
+    return Run(config, accelerator, data, task, model, optimizer, learning_rate, ema)
 
 
-def train(config: TrainConfig, title: str = "training") -> ClassConditionalPipeline:
+def train(config: TrainConfig, title: str = "training") -> DiffusionPipeline:
     """Train, writing a log, checkpoints, and at the end the pipeline with the averaged weights.
 
     Step k is a function of the config and of the weights before it, so a run that was interrupted
@@ -147,12 +164,9 @@ def train(config: TrainConfig, title: str = "training") -> ClassConditionalPipel
         images_per_step=config.batch_size,
         show=accelerator.is_main_process,
     )
-    order = BatchOrder(len(run.images), config.batch_size, config.seed)
-    for number, (images, labels) in enumerate(
-        batches(run.images, order, start, config.max_steps, run.share), start
-    ):
+    for number, parts in enumerate(run.batches(start, config.max_steps), start):
         learning_rate = run.learning_rate.get_last_lr()[0]
-        loss = run.step(number, images, labels)
+        loss = run.step(number, parts)
         mean_loss: Any = accelerator.reduce(loss, "mean")
         log.step(number + 1, mean_loss, learning_rate)
         if config.checkpoint_every and (number + 1) % config.checkpoint_every == 0:
@@ -161,7 +175,7 @@ def train(config: TrainConfig, title: str = "training") -> ClassConditionalPipel
 
     model = accelerator.unwrap_model(run.model)
     run.ema.copy_to(model.parameters())
-    pipeline = build_pipeline(model, run.class_names)
+    pipeline = run.task.pipeline(model.eval())
     if accelerator.is_main_process:
         with written_whole(folder / "pipeline") as partial:
             pipeline.save_pretrained(partial)
@@ -180,14 +194,11 @@ def rehearse(config: TrainConfig) -> str:
     # Small: a rehearsal on a laptop must not need the memory of the real run.
     parts = PartialState().num_processes * config.gradient_accumulation_steps
     run = build_run(replace(config, batch_size=min(config.batch_size, 4 * parts)))
-    order = BatchOrder(len(run.images), run.config.batch_size, config.seed)
-    images, labels = next(batches(run.images, order, 0, 1, run.share))
-    loss = run.step(0, images, labels)
+    loss = run.step(0, next(run.batches(0, 1)))
     parameters = sum(p.numel() for p in run.model.parameters())
-    epochs = config.max_steps * config.batch_size / len(run.images)
+    epochs = config.max_steps * config.batch_size / len(run.data)
     return (
-        f"{len(run.images)} images of {len(run.class_names)} classes, "
-        f"{list(run.images.image_shape)}; {config.model.attention} model with "
+        f"{run.task.summary}; {config.model.attention} model with "
         f"{parameters / 1e6:.2f} M parameters; first loss {float(loss):.4f}; "
         f"{config.max_steps} steps of {config.batch_size} are {epochs:.1f} epochs"
     )

@@ -1,132 +1,112 @@
-"""What a model learns to predict, as pure functions of tensors and a random generator."""
+"""What a model learns to predict: pure functions of tensors of any rank, and of drawn times."""
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
+    FlowMatchEulerDiscreteScheduler,
+)
 from torch import Tensor
 
-from mhla_gen.config import TrainConfig
-from mhla_gen.data import derived_seed
+from mhla_gen.config import ObjectiveConfig
 
 # diffusers' flow-matching schedulers give the model 1000 σ.
 NUM_TRAIN_TIMESTEPS = 1000
 
 
+class Objective(Protocol):
+    """Times, noisy samples and losses. A time says how much noise a sample gets."""
+
+    prediction_type: str
+    """What the model predicts, by diffusers' name."""
+
+    def out_channels(self, in_channels: int) -> int:
+        """Channels that the model must predict for samples of `in_channels`."""
+        ...
+
+    def draw_times(self, num: int, generator: torch.Generator) -> Tensor:
+        """`[num]` times, on the generator's device."""
+        ...
+
+    def noisy(self, samples: Tensor, noise: Tensor, times: Tensor) -> Tensor:
+        """Samples with as much noise as their times say; `[batch, …]` like both."""
+        ...
+
+    def timesteps(self, times: Tensor) -> Tensor:
+        """What the model is told of the times: `[batch]` in [0, 1000]."""
+        ...
+
+    def losses(self, prediction: Tensor, samples: Tensor, noise: Tensor, times: Tensor) -> Tensor:
+        """The loss of each sample, `[batch]`, float32."""
+        ...
+
+    def scheduler(self) -> Any:
+        """A diffusers scheduler that samples from a model trained so."""
+        ...
+
+
 @dataclass(frozen=True)
-class Draws:
-    """All the chance in one optimizer step, for the images of its batch."""
+class FlowMatching:
+    """The velocity on the straight path from a sample (σ = 0) to noise (σ = 1).
 
-    noise: Tensor
-    """Standard normal, like the images."""
-    sigmas: Tensor
-    """Noise levels `[batch]` in (0, 1)."""
-    dropped: Tensor
-    """Whose label is replaced by the null class, bool `[batch]`."""
-    flipped: Tensor
-    """Who is mirrored, bool `[batch]`."""
-
-    def part(self, rows: slice) -> "Draws":
-        """The draws of some images of the batch."""
-        return Draws(self.noise[rows], self.sigmas[rows], self.dropped[rows], self.flipped[rows])
-
-
-def draw(config: TrainConfig, image_shape: Sequence[int], step: int, device: Any) -> Draws:
-    """The chance of step number `step`: a function of the seed and the step alone.
-
-    It is drawn for the whole batch, of which a process takes its rows: a run can be resumed at any
-    step, and does not depend on the number of processes or micro-batches.
-
-    Args:
-        config: Seed, batch size and distributions.
-        image_shape: `(channels, height, width)`.
-        step: Optimizer steps done before.
-        device: Where to draw; kinds of devices differ in what they draw.
-    """
-    generator = torch.Generator(device).manual_seed(derived_seed(config.seed, 1, step))
-    size = config.batch_size
-
-    def uniform() -> Tensor:
-        return torch.rand(size, generator=generator, device=device)
-
-    return Draws(
-        noise=torch.randn(size, *image_shape, generator=generator, device=device),
-        sigmas=logit_normal_sigmas(size, config.logit_mean, config.logit_std, generator),
-        dropped=uniform() < config.label_dropout,
-        flipped=uniform() < (0.5 if config.data.horizontal_flip else 0.0),
-    )
-
-
-def logit_normal_sigmas(num: int, mean: float, std: float, generator: torch.Generator) -> Tensor:
-    """Noise levels σ whose logit is normal: most training goes to the middle of the path.
-
-    Args:
-        num: How many.
-        mean: Mean of the logit; above 0 means more noise.
-        std: Standard deviation of the logit.
-        generator: Source of randomness; the result is on its device.
-
-    Returns:
-        `[num]`, float32, in (0, 1).
+    The times are noise levels σ whose logit is normal: most training goes to the middle.
 
     Source:
-        Esser et al. 2024, arXiv:2403.03206, Eq. (19).
+        Liu et al. 2022, arXiv:2209.03003; Lipman et al. 2023, arXiv:2210.02747. Times: Esser et al.
+        2024, arXiv:2403.03206, Eq. (19), shift Eq. (23).
     """
-    normal = torch.randn(num, generator=generator, device=generator.device)
-    return torch.sigmoid(normal * std + mean)
+
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    shift: float = 1.0
+    prediction_type = "flow_prediction"
+
+    def out_channels(self, in_channels: int) -> int:
+        """As many as the samples have."""
+        return in_channels
+
+    def draw_times(self, num: int, generator: torch.Generator) -> Tensor:
+        """`[num]` noise levels, float32 in (0, 1)."""
+        normal = torch.randn(num, generator=generator, device=generator.device)
+        sigmas = torch.sigmoid(normal * self.logit_std + self.logit_mean)
+        return self.shift * sigmas / (1 + (self.shift - 1) * sigmas)
+
+    def noisy(self, samples: Tensor, noise: Tensor, times: Tensor) -> Tensor:
+        """(1 − σ) x + σ ε."""
+        sigmas = like(times, samples)
+        return (1 - sigmas) * samples + sigmas * noise
+
+    def timesteps(self, times: Tensor) -> Tensor:
+        """1000 σ."""
+        return times * NUM_TRAIN_TIMESTEPS
+
+    def velocity(self, samples: Tensor, noise: Tensor) -> Tensor:
+        """The derivative of the path by σ, ε − x.
+
+        The sign is that of diffusers' flow-matching schedulers, which step by (σ' − σ) · velocity.
+        """
+        return noise - samples
+
+    def losses(self, prediction: Tensor, samples: Tensor, noise: Tensor, times: Tensor) -> Tensor:
+        """Squared error of the velocity, mean over a sample: `[batch]`, float32."""
+        return mean_flat((prediction.float() - self.velocity(samples, noise)).square())
+
+    def scheduler(self) -> FlowMatchEulerDiscreteScheduler:
+        """Euler steps along the path."""
+        return FlowMatchEulerDiscreteScheduler(shift=self.shift)
 
 
-def interpolate(images: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:
-    """The straight path from images (σ = 0) to noise (σ = 1): (1 − σ) x + σ ε.
-
-    Args:
-        images: `[batch, channels, height, width]`.
-        noise: Standard normal, like `images`.
-        sigmas: Noise levels `[batch]`.
-
-    Source:
-        Liu et al. 2022, arXiv:2209.03003; Lipman et al. 2023, arXiv:2210.02747.
-    """
-    sigmas = sigmas.view(-1, 1, 1, 1)
-    return (1 - sigmas) * images + sigmas * noise
+def build_objective(config: ObjectiveConfig) -> Objective:
+    """The objective that a config describes."""
+    return FlowMatching(config.logit_mean, config.logit_std, config.shift)
 
 
-def velocity(images: Tensor, noise: Tensor) -> Tensor:
-    """The derivative of the path by σ, ε − x: what the model predicts in flow matching.
-
-    The sign is that of diffusers' flow-matching schedulers, which step by (σ' − σ) · velocity.
-    """
-    return noise - images
+def like(times: Tensor, samples: Tensor) -> Tensor:
+    """`[batch]` as `[batch, 1, …]`, to be multiplied with samples."""
+    return times.view(-1, *[1] * (samples.ndim - 1))
 
 
-def flow_matching_loss(prediction: Tensor, images: Tensor, noise: Tensor) -> Tensor:
-    """Squared error of the predicted velocity, per image.
-
-    Returns:
-        `[batch]`, float32.
-    """
-    return (prediction.float() - velocity(images, noise)).square().flatten(1).mean(1)
-
-
-def training_loss(
-    model: Callable[..., Any], images: Tensor, labels: Tensor, draws: Draws, null_class: int
-) -> Tensor:
-    """Flow-matching loss of a class-conditional model, per image.
-
-    Args:
-        model: Called as a DiT of diffusers: noisy images, timesteps in [0, 1000], class labels.
-        images: `[batch, channels, height, width]` in [-1, 1].
-        labels: Class numbers `[batch]`.
-        draws: The chance of this step, for these images.
-        null_class: The label that stands for no class (Ho and Salimans 2022, arXiv:2207.12598).
-
-    Returns:
-        `[batch]`, float32.
-    """
-    images = torch.where(draws.flipped.view(-1, 1, 1, 1), images.flip(-1), images)
-    labels = torch.where(draws.dropped, null_class, labels)
-    noisy = interpolate(images, draws.noise, draws.sigmas)
-    timesteps = draws.sigmas * NUM_TRAIN_TIMESTEPS
-    prediction = model(noisy, timestep=timesteps, class_labels=labels).sample
-    return flow_matching_loss(prediction, images, draws.noise)
+def mean_flat(values: Tensor) -> Tensor:
+    """Mean over all axes but the first."""
+    return values.flatten(1).mean(1)

@@ -1,0 +1,45 @@
+"""What training needs of a data set, of images, clips or latents."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+Batch = dict[str, Tensor]
+"""Tensors by name, the samples along the first axis of each.
+
+- `samples`: float32 `[batch, channels, (frames,) height, width]`, pixels in [-1, 1] or normalised
+  latents. A cache of latents gives `mean` and `std` of the same shape in their place, and
+  `mean_flipped` and `std_flipped` where it holds mirrored images too.
+- `labels`: int64 `[batch]`, for class-conditional models.
+- `prompt_embeds`: `[batch, text_len, text_dim]`, for models of text.
+"""
+
+
+class TrainingData(Protocol):
+    """Samples with what they are conditioned on."""
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """One name per class number; None where samples have no labels."""
+        ...
+
+    @property
+    def buckets(self) -> Sequence[Sequence[int]]:
+        """Sample numbers, each in one bucket; the samples of a bucket have one shape."""
+        ...
+
+    @property
+    def sample_shapes(self) -> Sequence[tuple[int, ...]]:
+        """`(channels, (frames,) height, width)` of each bucket."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def read(self, indices: Sequence[int]) -> Batch:
+        """Samples of one bucket."""
+        ...
+
+    def describe(self, index: int) -> str:
+        """What error messages call a sample: a file, or a place in one."""
+        ...

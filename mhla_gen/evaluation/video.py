@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mhla_gen.decoding.frames import visible_pixels
 from mhla_gen.evaluation.pictures import UnreadableImageError
 
 VIDEO_SUFFIXES = frozenset((".mp4", ".webm", ".mkv", ".mov", ".avi"))
@@ -60,19 +61,9 @@ def read_clip(path: Path, rule: ClipRule) -> np.ndarray:
 
     try:
         reader = decord.VideoReader(str(path), num_threads=1)
-        return np.stack([_pixels(reader[i].asnumpy()) for i in rule.indices(len(reader))])
+        return np.stack([visible_pixels(reader[i].asnumpy()) for i in rule.indices(len(reader))])
     except UnreadableImageError:
         raise
     except (decord.DECORDError, RuntimeError, OSError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise UnreadableImageError(f"cannot be decoded ({lines[-1]})") from error
-
-
-def _pixels(frame: np.ndarray) -> np.ndarray:
-    """uint8 [height, width, 3] of a decoded frame.
-
-    Rows of narrow frames are padded in memory, and decord2 3.4 takes the padding of a row for more
-    than three channels; its `get_batch` refuses such frames altogether.
-    """
-    height, width, _ = frame.shape
-    return frame.reshape(height, -1)[:, : 3 * width].reshape(height, width, 3)

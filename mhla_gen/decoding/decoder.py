@@ -1,0 +1,124 @@
+"""Decoding in processes of its own, so that a file that hangs or crashes costs only itself."""
+
+import pickle
+import queue
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mhla_gen.decoding.frames import ClipFacts, Crop
+
+
+class UnreadableClipError(ValueError):
+    """A clip that cannot be decoded; the message says why."""
+
+
+class Decoder:
+    """Decodes videos, each call in one of some processes, within a time limit.
+
+    May be called from several threads; each call takes a free process or waits for one.
+
+    Args:
+        timeout: Seconds that one call may take. The process of a call that takes longer is killed.
+        workers: Processes; they start when they are needed.
+    """
+
+    def __init__(self, timeout: float = 60.0, workers: int = 1):
+        self.timeout = timeout
+        self._free: queue.SimpleQueue[subprocess.Popen[bytes] | None] = queue.SimpleQueue()
+        self._workers = workers
+        for _ in range(workers):
+            self._free.put(None)
+
+    def facts(self, path: str | Path) -> ClipFacts:
+        """Frame times and size of a file.
+
+        Raises:
+            UnreadableClipError: If it cannot be decoded in time.
+        """
+        return self._call("clip_facts", str(path))
+
+    def frames(self, path: str | Path, indices: Sequence[int], crop: Crop | None) -> np.ndarray:
+        """uint8 `[len(indices), height, width, 3]`; see `read_frames`.
+
+        Raises:
+            UnreadableClipError: If it cannot be decoded in time.
+        """
+        return self._call("read_frames", str(path), list(indices), crop)
+
+    def close(self) -> None:
+        """End the processes."""
+        for _ in range(self._workers):
+            process = self._free.get()
+            if process is not None:
+                _end(process)
+            self._free.put(None)
+
+    def __enter__(self) -> "Decoder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _call(self, *request: Any) -> Any:
+        process = self._free.get()
+        try:
+            if process is None or process.poll() is not None:
+                process = _start()
+            answer = _ask(process, request, self.timeout)
+        except UnreadableClipError:
+            if process is not None:
+                _end(process)
+            process = None
+            raise
+        finally:
+            self._free.put(process)
+        good, result = answer
+        if not good:
+            raise UnreadableClipError(f"cannot be decoded ({result})")
+        return result
+
+
+def _start() -> subprocess.Popen[bytes]:
+    # -P: the folder that the user is in must not hide the modules of the standard library.
+    command = [sys.executable, "-P", "-m", "mhla_gen.decoding.worker"]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+
+def _ask(process: subprocess.Popen[bytes], request: Any, timeout: float) -> tuple[bool, Any]:
+    assert process.stdin is not None and process.stdout is not None
+    late = threading.Event()
+
+    def stop() -> None:
+        late.set()
+        process.kill()
+
+    timer = threading.Timer(timeout, stop)
+    timer.start()
+    try:
+        name, *arguments = request
+        pickle.dump((name, arguments), process.stdin)
+        process.stdin.flush()
+        return pickle.load(process.stdout)
+    except (EOFError, OSError, pickle.UnpicklingError) as error:
+        status = process.wait()
+        if late.is_set():
+            reason = f"takes longer than {timeout:g} s"
+        else:
+            reason = f"makes the decoder end with status {status}"
+        raise UnreadableClipError(f"cannot be decoded ({reason})") from error
+    finally:
+        timer.cancel()
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    process.wait()
+    for stream in (process.stdin, process.stdout):
+        if stream is not None:
+            stream.close()

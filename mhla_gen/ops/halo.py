@@ -1,0 +1,92 @@
+"""Depthwise convolution of tokens that ranks share: each borrows the tokens around its own."""
+
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mhla_gen.ops.collectives import exchange
+from mhla_gen.ops.depthwise import depthwise_conv
+from mhla_gen.ops.shard import Shard
+
+
+def sharded_depthwise_conv(
+    tokens: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    grid: tuple[int, ...],
+    group: Any,
+    implementation: str = "auto",
+) -> Tensor:
+    """`depthwise_conv` of a sequence shared by a group; every rank gets its own tokens' output.
+
+    In raster order a filter reaches `halo_size` tokens to either side, so that many are received
+    from the ranks before and after, however many ranks these are.
+
+    Args:
+        tokens: This rank's, `[batch, its tokens, channels]`; see `Shard.of_rank`.
+        weight: As in `depthwise_conv`; its gradient is this rank's share.
+        bias: Likewise.
+        grid: Tokens along each axis of the whole grid.
+        group: A `torch.distributed` process group.
+        implementation: As in `depthwise_conv`.
+
+    Raises:
+        ValueError: If `tokens` are not what this rank holds of `grid`.
+    """
+    rank, num_ranks = dist.get_rank(group), dist.get_world_size(group)
+    shards = [Shard.of_rank(grid, other, num_ranks) for other in range(num_ranks)]
+    check_shard(tokens, shards[rank])
+    wanted = [_with_halo(shard, weight) for shard in shards]
+    sent = [_overlap(shards[rank], wanted[other], rank == other) for other in range(num_ranks)]
+    received = [_overlap(shards[other], wanted[rank], rank == other) for other in range(num_ranks)]
+    first = shards[rank].first
+    rows = torch.cat([tokens[:, start - first : stop - first] for start, stop in sent], dim=1)
+    counts_sent, counts = ([b - a for a, b in ranges] for ranges in (sent, received))
+    borrowed = exchange(rows.transpose(0, 1), counts_sent, counts, group).transpose(0, 1)
+    before = sum(counts[:rank])
+    extended = torch.cat((borrowed[:, :before], tokens, borrowed[:, before:]), dim=1)
+    held = wanted[rank]
+    first_plane, last_plane = held.planes
+    out = depthwise_conv(
+        held.whole_planes(extended),
+        weight,
+        bias,
+        grid=(last_plane - first_plane, *grid[1:]),
+        implementation=implementation,
+    )
+    return held.from_whole_planes(out).narrow(1, first - held.first, tokens.shape[1])
+
+
+def halo_size(grid: tuple[int, ...], sizes: tuple[int, ...]) -> int:
+    """Tokens of raster order that a centred filter of `sizes` reaches to either side."""
+    strides = [math.prod(grid[axis + 1 :]) for axis in range(len(grid))]
+    return sum(size // 2 * stride for size, stride in zip(sizes, strides, strict=True))
+
+
+def check_shard(tokens: Tensor, shard: Shard) -> None:
+    """Check that `tokens` are as many as the shard holds.
+
+    Raises:
+        ValueError: If they are not.
+    """
+    if tokens.shape[1] != shard.num_tokens:
+        raise ValueError(
+            f"this rank holds tokens [{shard.first}, {shard.stop}) of grid={shard.grid}, "
+            f"{shard.num_tokens} in all, but was given {tokens.shape[1]}"
+        )
+
+
+def _with_halo(shard: Shard, weight: Tensor) -> Shard:
+    halo = halo_size(shard.grid, tuple(weight.shape[2:]))
+    first, stop = max(0, shard.first - halo), min(math.prod(shard.grid), shard.stop + halo)
+    return Shard(shard.grid, first, stop)
+
+
+def _overlap(owner: Shard, wanted: Shard, own: bool) -> tuple[int, int]:
+    """Tokens [start, stop) that travel from `owner` to whom wants them; none to itself."""
+    start = max(owner.first, wanted.first)
+    return (owner.first, owner.first) if own else (start, max(start, min(owner.stop, wanted.stop)))

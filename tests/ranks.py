@@ -1,0 +1,105 @@
+"""Processes that share one sequence, and what each of them checks against one process.
+
+Kept apart from the tests, because every process imports this file.
+"""
+
+import tempfile
+
+import torch
+import torch.distributed as dist
+
+from mhla_gen.ops import depthwise_conv, mhla
+from mhla_gen.ops.halo import sharded_depthwise_conv
+from mhla_gen.ops.shard import Shard
+from mhla_gen.ops.sharded import sharded_mhla
+
+
+def launch(num_ranks, check, *arguments):
+    """Run `check(*arguments)` in processes of one gloo group; the first error of any is raised."""
+    with tempfile.TemporaryDirectory() as folder:
+        options = num_ranks, f"file://{folder}/store", check, arguments
+        torch.multiprocessing.spawn(_worker, options, nprocs=num_ranks)  # type: ignore[attr-defined]
+
+
+def _worker(rank, num_ranks, store, check, arguments):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=num_ranks)
+    try:
+        check(*arguments)
+    finally:
+        dist.destroy_process_group()
+
+
+def close(found, expected, tolerance, name):
+    torch.testing.assert_close(
+        found.double(), expected.double(), rtol=tolerance, atol=tolerance,
+        msg=lambda text: f"{name}, rank {dist.get_rank()}: {text}",
+    )  # fmt: skip
+
+
+def operators_equal_one_process(shapes, filters=()):
+    for shape in shapes:
+        torch.manual_seed(0)
+        _check_mhla(**shape)
+    for grid, size in filters:
+        torch.manual_seed(0)
+        _check_convolution(grid, size)
+
+
+def _check_mhla(
+    grid, layout, dtype=torch.float64, tolerance=1e-12, heads=2, head_dim=6, value_dim=5,
+    mixing_shape=(), rotary=True, **options,
+):  # fmt: skip
+    group = dist.group.WORLD
+    shard = Shard.of_rank(grid, dist.get_rank(), dist.get_world_size())
+    seq_len, num_blocks = torch.tensor(grid).prod(), torch.tensor(layout).prod()
+    query, key = torch.randn(2, 2, seq_len, heads, head_dim).to(dtype)
+    value, probe = torch.randn(2, 2, seq_len, heads, value_dim).to(dtype)
+    mixing = torch.rand(*mixing_shape, num_blocks, num_blocks)
+    angles = torch.rand(seq_len, head_dim // 2)
+    tables = (angles.cos(), angles.sin()) if rotary else None
+
+    whole = [x.to(torch.float64, copy=True).requires_grad_() for x in (query, key, value, mixing)]
+    plain = {name: option for name, option in options.items() if name != "implementation"}
+    double = tables and tuple(table.double() for table in tables)
+    expected = mhla(
+        *whole, grid=grid, layout=layout, rotary=double, implementation="naive", **plain
+    )
+    expected.backward(probe.double())
+
+    held = slice(shard.first, shard.stop)
+    if dtype == torch.float64:
+        mixing = mixing.double()
+    mine = [x[:, held].clone().requires_grad_() for x in (query, key, value)]
+    mine.append(mixing.clone().requires_grad_())
+    out = sharded_mhla(
+        *mine, grid=grid, layout=layout, group=group,
+        rotary=tables and tuple(table[held] for table in tables), **options,
+    )  # fmt: skip
+    assert out.dtype == dtype
+    close(out, expected[:, held], tolerance, f"output of {grid}")
+    out.backward(probe[:, held])
+    for name, local, full in zip(("query", "key", "value"), mine, whole, strict=False):
+        close(local.grad, full.grad[:, held], tolerance, f"gradient of {name} of {grid}")
+    dist.all_reduce(mine[3].grad)
+    scale = whole[3].grad.abs().max().clamp(min=1)
+    close(mine[3].grad / scale, whole[3].grad / scale, tolerance, f"gradient of mixing of {grid}")
+
+
+def _check_convolution(grid, size):
+    shard = Shard.of_rank(grid, dist.get_rank(), dist.get_world_size())
+    held = slice(shard.first, shard.stop)
+    tokens, probe = torch.randn(2, 2, int(torch.tensor(grid).prod()), 3, dtype=torch.float64)
+    weight = torch.randn(3, 1, *[size] * len(grid), dtype=torch.float64)
+    bias = torch.randn(3, dtype=torch.float64)
+    whole = [x.clone().requires_grad_() for x in (tokens, weight, bias)]
+    expected = depthwise_conv(*whole, grid=grid)
+    expected.backward(probe)
+    mine = [x.clone().requires_grad_() for x in (tokens[:, held], weight, bias)]
+    out = sharded_depthwise_conv(*mine, grid=grid, group=dist.group.WORLD)
+    close(out, expected[:, held], 1e-12, f"convolution of {grid}")
+    out.backward(probe[:, held])
+    close(mine[0].grad, whole[0].grad[:, held], 1e-12, f"gradient of tokens of {grid}")
+    for name, local, full in zip(("weight", "bias"), mine[1:], whole[1:], strict=True):
+        dist.all_reduce(local.grad)
+        close(local.grad, full.grad, 1e-12, f"gradient of {name} of {grid}")

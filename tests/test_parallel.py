@@ -1,0 +1,66 @@
+"""A sequence shared by several processes gives what one process gives: outputs and gradients."""
+
+import pytest
+import ranks
+import torch
+
+from mhla_gen.ops.halo import halo_size
+from mhla_gen.ops.shard import Shard
+
+# Ragged columns, a border inside a block, more ranks than planes, and one token a rank.
+SHAPES = [
+    {"grid": (3, 5, 52), "layout": (2, 2, 5)},
+    {"grid": (5, 3, 4), "layout": (5, 2, 3), "feature_map": "elu+1"},
+    {"grid": (1, 3, 7), "layout": (1, 2, 3), "normalize": False, "mixing_shape": (2,)},
+    {"grid": (4, 5), "layout": (3, 2), "feature_map": "softplus", "rotary": False},
+    {"grid": (17,), "layout": (4,), "feature_map": "squared_relu", "mixing_shape": (2, 2)},
+    {"grid": (4,), "layout": (2,), "feature_map": "identity", "normalize": False},
+]
+FUSED = {"heads": 1, "head_dim": 16, "value_dim": 16, "implementation": "fused"}
+PADDED = {"grid": (3, 2, 7), "layout": (2, 1, 3)} | FUSED
+FILTERS = [((3, 4, 5), 3), ((2, 3, 4), 5), ((6, 3), 3), ((9,), 5), ((4,), 1)]
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3, pytest.param(4, marks=pytest.mark.slow)])
+def test_ranks_compute_what_one_process_computes(num_ranks):
+    ranks.launch(num_ranks, ranks.operators_equal_one_process, SHAPES, FILTERS)
+
+
+@pytest.mark.slow
+def test_kernels_compute_on_ranks_what_one_process_computes():
+    single = {"dtype": torch.float32, "tolerance": 2e-5}
+    half = {"dtype": torch.float16, "tolerance": 2e-2}
+    cases = [PADDED | single, PADDED | single | {"feature_map": "elu+1"}, PADDED | half]
+    ranks.launch(2, ranks.operators_equal_one_process, cases)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 7, 60])
+def test_shards_are_the_pieces_that_torch_cuts(num_ranks):
+    grid, tokens = (3, 4, 5), torch.arange(60)
+    for rank, piece in enumerate(tokens.tensor_split(num_ranks)):
+        shard = Shard.of_rank(grid, rank, num_ranks)
+        assert list(range(shard.first, shard.stop)) == piece.tolist()
+        planes = shard.whole_planes(piece[None, :, None] + 1)
+        assert planes.shape[1] % 20 == 0
+        assert shard.from_whole_planes(planes).flatten().tolist() == (piece + 1).tolist()
+    with pytest.raises(ValueError, match="use fewer ranks"):
+        Shard.of_rank(grid, 60, 61)
+
+
+def test_slabs_cover_the_planes_of_a_shard_block_by_block():
+    # Blocks of the first axis start at planes 0, 2 and 4.
+    shard = Shard((7, 2, 3), 10, 38)
+    slabs = shard.slabs((3, 2, 1))
+    assert [(slab.block, slab.first, slab.stop) for slab in slabs] == [
+        (0, 1, 2),
+        (1, 2, 4),
+        (2, 4, 7),
+    ]
+    assert slabs[1].blocks == slice(2, 4) and slabs[1].grid == (2, 2, 3)
+    # Of plane 1, tokens 6 to 9 lie before the shard; of plane 6, tokens 38 to 41 behind it.
+    assert shard.padding_of_blocks((3, 2, 1), torch.device("cpu")).tolist() == [3, 1, 0, 0, 1, 3]
+
+
+def test_a_halo_is_a_plane_a_row_and_a_token():
+    assert halo_size((21, 30, 52), (3, 3, 3)) == 30 * 52 + 52 + 1
+    assert halo_size((30, 52), (5, 1)) == 2 * 52

@@ -14,6 +14,7 @@ from mhla_gen.sampling.pipeline import ClassConditionalPipeline
 from mhla_gen.training.conditioning import ClassLabels, Conditioning
 from mhla_gen.training.initialization import initialize_dit
 from mhla_gen.training.objectives import Objective, build_objective
+from mhla_gen.training.step import Losses, ObjectiveLosses
 
 
 def build_model(
@@ -67,6 +68,13 @@ class Task:
     """The trained transformer → what samples from it and is saved."""
     summary: str
     """The data, for a rehearsal."""
+    losses: Losses | None = None
+    """What a step minimises; None is the loss of the objective."""
+
+    @property
+    def step_losses(self) -> Losses:
+        """What a step minimises."""
+        return self.losses or ObjectiveLosses(self.objective, self.conditioning)
 
 
 def build_task(config: TrainConfig, data: TrainingData) -> Task:

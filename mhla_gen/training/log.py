@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -44,31 +45,32 @@ class RunLog:
         self.stop = stop
         self.images_per_step = images_per_step
         self.bar = tqdm(total=stop, initial=start, desc=title, unit="step", disable=not show)
-        self._losses: list[Tensor] = []
+        self._losses: list[dict[str, Tensor]] = []
         self._since = time.perf_counter()
         if path is not None:
             kept = [line for line in read_log(path) if line["step"] <= start]
             with written_whole(path) as partial:
                 partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
 
-    def step(self, step: int, loss: Tensor, learning_rate: float) -> None:
+    def step(self, step: int, losses: Mapping[str, Tensor], learning_rate: float) -> None:
         """Note one finished step.
 
         Args:
             step: Steps done, this one included.
-            loss: Its loss, a scalar.
+            losses: Its `loss`, and others to be logged; scalars.
             learning_rate: The rate that it was made with.
 
         Raises:
             ValueError: If a loss since the last line is not finite.
         """
-        self._losses.append(loss.detach())
+        self._losses.append({name: loss.detach() for name, loss in losses.items()})
         self.bar.update()
         if step % self.every and step != self.stop:
             return
-        losses = torch.stack(self._losses)
-        if not bool(losses.isfinite().all()):
-            first = step - len(losses) + 1 + int((~losses.isfinite()).nonzero()[0])
+        noted = {name: torch.stack([loss[name] for loss in self._losses]) for name in losses}
+        finite = noted["loss"].isfinite()
+        if not bool(finite.all()):
+            first = step - len(finite) + 1 + int((~finite).nonzero()[0])
             raise ValueError(
                 f"the loss of step {first} is not finite; lower learning_rate or max_grad_norm, "
                 "and go on from the last checkpoint with resume=latest"
@@ -76,9 +78,9 @@ class RunLog:
         seconds = time.perf_counter() - self._since
         line = {
             "step": step,
-            "loss": float(losses.mean()),
+            **{name: float(values.mean()) for name, values in noted.items()},
             "learning_rate": learning_rate,
-            "images_per_second": round(len(losses) * self.images_per_step / seconds, 1),
+            "images_per_second": round(len(finite) * self.images_per_step / seconds, 1),
         }
         self.bar.set_postfix_str(f"loss {line['loss']:.4f}", refresh=False)
         if self.path is not None:

@@ -1,12 +1,11 @@
 """The training loop."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import set_seed
 from diffusers.optimization import get_scheduler
@@ -15,14 +14,15 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor
 
 from mhla_gen.config import TrainConfig, save_config
-from mhla_gen.data import Batch, BatchOrder, TrainingData, batches, load_images
+from mhla_gen.data import Batch, BatchOrder, TrainingData, batches, load_data
 from mhla_gen.files import CONFIG_NAME, written_whole
 from mhla_gen.training.build import Task, build_task
 from mhla_gen.training.checkpoints import check_output_dir, load_latest, save_checkpoint
 from mhla_gen.training.draws import draw
 from mhla_gen.training.log import LOG_NAME, RunLog
 from mhla_gen.training.optim import build_optimizer
-from mhla_gen.training.step import training_losses
+
+BuildTask = Callable[[TrainConfig, TrainingData], Task]
 
 
 @dataclass
@@ -56,7 +56,7 @@ class Run:
         parts = self.config.gradient_accumulation_steps
         return batches(self.data, self.order, start, stop, parts=parts, rows=self.rows)
 
-    def step(self, number: int, parts: Sequence[Batch]) -> Tensor:
+    def step(self, number: int, parts: Sequence[Batch]) -> dict[str, Tensor]:
         """Do optimizer step `number`, counted from 0.
 
         Args:
@@ -64,7 +64,7 @@ class Run:
             parts: This process's share of the step's micro-batches.
 
         Returns:
-            The mean loss over this process's share.
+            The means of the losses over this process's share, by name.
         """
         device = self.accelerator.device
         draws = draw(
@@ -75,29 +75,32 @@ class Run:
             dropout=self.config.label_dropout,
             flip=self.config.data.horizontal_flip,
         )
-        size, total = self.order.size, torch.zeros((), device=device)
+        size, totals = self.order.size, {}
         for index, part in enumerate(parts):
             self.model.require_backward_grad_sync = index == len(parts) - 1
-            losses = training_losses(
+            losses = self.task.step_losses(
                 self.model,
                 {name: tensor.to(device) for name, tensor in part.items()},
                 draws.part(slice(index * size, (index + 1) * size)).part(self.rows).to(device),
-                self.task.objective,
-                self.task.conditioning,
             )
-            loss = losses.mean() / len(parts)
-            self.accelerator.backward(loss)
-            total += loss.detach()
+            means = {name: values.mean() / len(parts) for name, values in losses.items()}
+            self.accelerator.backward(means["loss"])
+            for name, mean in means.items():
+                totals[name] = totals.get(name, 0) + mean.detach()
         self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
         self.optimizer.step()
         self.learning_rate.step()
         self.optimizer.zero_grad()
         self.ema.step(self.model.parameters())
-        return total
+        return totals
 
 
-def build_run(config: TrainConfig) -> Run:
+def build_run(config: TrainConfig, build: BuildTask = build_task) -> Run:
     """Open the data and build model, optimizer, learning-rate schedule and EMA.
+
+    Args:
+        config: Settings.
+        build: Makes the task of the settings and the data.
 
     Raises:
         ValueError: If the settings, the data and the number of processes do not fit together.
@@ -111,9 +114,9 @@ def build_run(config: TrainConfig) -> Run:
             f"batch_size {config.batch_size} must be a multiple of {parts}, "
             "processes × gradient_accumulation_steps"
         )
-    data = load_images(config.data)
+    data = load_data(config.data)
     set_seed(config.seed)
-    task = build_task(config, data)
+    task = build(config, data)
     model = task.model
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing()
@@ -131,7 +134,9 @@ def build_run(config: TrainConfig) -> Run:
     return Run(config, accelerator, data, task, model, optimizer, learning_rate, ema)
 
 
-def train(config: TrainConfig, title: str = "training") -> DiffusionPipeline:
+def train(
+    config: TrainConfig, title: str = "training", build: BuildTask = build_task
+) -> DiffusionPipeline:
     """Train, writing a log, checkpoints, and at the end the pipeline with the averaged weights.
 
     Step k is a function of the config and of the weights before it, so a run that was interrupted
@@ -140,6 +145,7 @@ def train(config: TrainConfig, title: str = "training") -> DiffusionPipeline:
     Args:
         config: Settings; `output_dir` gets config.yaml, log.jsonl, checkpoint-N and pipeline.
         title: Name of the progress bar.
+        build: As in `build_run`.
 
     Returns:
         The trained pipeline, as it was saved.
@@ -149,7 +155,7 @@ def train(config: TrainConfig, title: str = "training") -> DiffusionPipeline:
         OSError: If data are missing, or the output folder holds something else.
     """
     check_output_dir(config)
-    run = build_run(config)
+    run = build_run(config, build)
     accelerator, folder = run.accelerator, Path(config.output_dir)
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
@@ -166,9 +172,8 @@ def train(config: TrainConfig, title: str = "training") -> DiffusionPipeline:
     )
     for number, parts in enumerate(run.batches(start, config.max_steps), start):
         learning_rate = run.learning_rate.get_last_lr()[0]
-        loss = run.step(number, parts)
-        mean_loss: Any = accelerator.reduce(loss, "mean")
-        log.step(number + 1, mean_loss, learning_rate)
+        losses: Any = accelerator.reduce(run.step(number, parts), "mean")
+        log.step(number + 1, losses, learning_rate)
         if config.checkpoint_every and (number + 1) % config.checkpoint_every == 0:
             save_checkpoint(accelerator, config, number + 1)
     log.close()
@@ -183,8 +188,12 @@ def train(config: TrainConfig, title: str = "training") -> DiffusionPipeline:
     return pipeline
 
 
-def rehearse(config: TrainConfig) -> str:
+def rehearse(config: TrainConfig, build: BuildTask = build_task) -> str:
     """Build everything, do one small step in memory, write nothing; what was found, in one line.
+
+    Args:
+        config: Settings.
+        build: As in `build_run`.
 
     Raises:
         ValueError: As `train`.
@@ -193,8 +202,8 @@ def rehearse(config: TrainConfig) -> str:
     check_output_dir(config)
     # Small: a rehearsal on a laptop must not need the memory of the real run.
     parts = PartialState().num_processes * config.gradient_accumulation_steps
-    run = build_run(replace(config, batch_size=min(config.batch_size, 4 * parts)))
-    loss = run.step(0, next(run.batches(0, 1)))
+    run = build_run(replace(config, batch_size=min(config.batch_size, 4 * parts)), build)
+    loss = run.step(0, next(run.batches(0, 1)))["loss"]
     parameters = sum(p.numel() for p in run.model.parameters())
     epochs = config.max_steps * config.batch_size / len(run.data)
     return (

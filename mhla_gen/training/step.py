@@ -1,7 +1,8 @@
 """The loss of a micro-batch: data, chance, objective and conditioning put together."""
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -35,6 +36,28 @@ def samples_of(batch: Batch, draws: Draws) -> Tensor:
     return mean + std * draws.latent_noise(mean.shape[1:])
 
 
+@dataclass(frozen=True, eq=False)
+class Noised:
+    """Samples and the noise that was added to them."""
+
+    samples: Tensor
+    """`[batch, channels, (frames,) height, width]`, float32."""
+    noise: Tensor
+    """Standard normal, like the samples."""
+    noisy: Tensor
+    """What the model sees, like the samples."""
+    timesteps: Tensor
+    """What the model is told of the noise, `[batch]`."""
+
+
+def noised(batch: Batch, draws: Draws, objective: Objective) -> Noised:
+    """The samples of a batch with the noise that the draws say."""
+    samples = samples_of(batch, draws)
+    noise = draws.noise(samples.shape[1:])
+    noisy = objective.noisy(samples, noise, draws.times)
+    return Noised(samples, noise, noisy, objective.timesteps(draws.times))
+
+
 def training_losses(
     model: Callable[..., Any],
     batch: Batch,
@@ -51,9 +74,31 @@ def training_losses(
         objective: What to predict.
         conditioning: How to call the model.
     """
-    samples = samples_of(batch, draws)
-    noise = draws.noise(samples.shape[1:])
-    noisy = objective.noisy(samples, noise, draws.times)
-    timesteps = objective.timesteps(draws.times)
-    prediction = conditioning.predict(model, noisy, timesteps, batch, draws.dropped)
-    return objective.losses(prediction, samples, noise, draws.times)
+    x = noised(batch, draws, objective)
+    prediction = conditioning.predict(model, x.noisy, x.timesteps, batch, draws.dropped)
+    return objective.losses(prediction, x.samples, x.noise, draws.times)
+
+
+class Losses(Protocol):
+    """What the steps of a run minimise, as a function of a micro-batch."""
+
+    def __call__(self, model: Callable[..., Any], batch: Batch, draws: Draws) -> dict[str, Tensor]:
+        """Losses of each sample by name, `[batch]`, float32; arguments as `training_losses`.
+
+        Returns:
+            `loss`, which is minimised, and others that are logged beside it.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class ObjectiveLosses:
+    """The loss of an objective: training on data alone."""
+
+    objective: Objective
+    conditioning: Conditioning
+
+    def __call__(self, model: Callable[..., Any], batch: Batch, draws: Draws) -> dict[str, Tensor]:
+        """See `Losses`."""
+        losses = training_losses(model, batch, draws, self.objective, self.conditioning)
+        return {"loss": losses}

@@ -7,7 +7,8 @@ from PIL import Image
 
 from mhla_gen.config import DataConfig
 from mhla_gen.data import ArrayImages, BatchOrder, batches, derived_seed, load_images
-from mhla_gen.data.datasets import centre_crop, digits
+from mhla_gen.data.images import digits
+from mhla_gen.pictures import centre_crop
 
 
 @pytest.fixture
@@ -139,7 +140,7 @@ def test_bad_files_are_named(tmp_path, image_folder):
         load_images(DataConfig(source="npz", path=str(tmp_path / "none.npz")))
     (image_folder / "cat" / "9.png").write_text("junk")
     images = load_images(DataConfig(source="folder", path=str(image_folder), image_size=6))
-    with pytest.raises(ValueError, match=r"9\.png is not a readable image"):
+    with pytest.raises(ValueError, match=r"9\.png cannot be decoded"):
         images.read([6])
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from mhla_gen import ClassConditionalPipeline
 from mhla_gen.config import MHLAConfig, ModelConfig, QuickstartConfig, load_config
-from mhla_gen.data.datasets import digits
+from mhla_gen.data.images import digits
 from mhla_gen.quickstart import quickstart
 from mhla_gen.quickstart.report import next_commands
 from mhla_gen.quickstart.scores import closest_pairs, score, score_real

@@ -12,10 +12,7 @@ from typing import Any
 import numpy as np
 
 from mhla_gen.decoding.frames import ClipFacts, Crop
-
-
-class UnreadableClipError(ValueError):
-    """A clip that cannot be decoded; the message says why."""
+from mhla_gen.pictures import UnreadableImageError
 
 
 class Decoder:
@@ -39,7 +36,7 @@ class Decoder:
         """Frame times and size of a file.
 
         Raises:
-            UnreadableClipError: If it cannot be decoded in time.
+            UnreadableImageError: If it cannot be decoded in time.
         """
         return self._call("clip_facts", str(path))
 
@@ -47,7 +44,7 @@ class Decoder:
         """uint8 `[len(indices), height, width, 3]`; see `read_frames`.
 
         Raises:
-            UnreadableClipError: If it cannot be decoded in time.
+            UnreadableImageError: If it cannot be decoded in time.
         """
         return self._call("read_frames", str(path), list(indices), crop)
 
@@ -71,7 +68,7 @@ class Decoder:
             if process is None or process.poll() is not None:
                 process = _start()
             answer = _ask(process, request, self.timeout)
-        except UnreadableClipError:
+        except UnreadableImageError:
             if process is not None:
                 _end(process)
             process = None
@@ -80,7 +77,7 @@ class Decoder:
             self._free.put(process)
         good, result = answer
         if not good:
-            raise UnreadableClipError(f"cannot be decoded ({result})")
+            raise UnreadableImageError(f"cannot be decoded ({result})")
         return result
 
 
@@ -111,7 +108,7 @@ def _ask(process: subprocess.Popen[bytes], request: Any, timeout: float) -> tupl
             reason = f"takes longer than {timeout:g} s"
         else:
             reason = f"makes the decoder end with status {status}"
-        raise UnreadableClipError(f"cannot be decoded ({reason})") from error
+        raise UnreadableImageError(f"cannot be decoded ({reason})") from error
     finally:
         timer.cancel()
 

@@ -19,9 +19,9 @@ from mhla_gen.evaluation.errors import EvaluationError
 from mhla_gen.evaluation.extractor import Extractor
 from mhla_gen.evaluation.frechet import FeatureStatistics, FeatureSums
 from mhla_gen.evaluation.npz import open_array, write_npz
-from mhla_gen.evaluation.pictures import UnreadableImageError
 from mhla_gen.evaluation.sources import ImageSource, frame_shape
 from mhla_gen.files import written_whole
+from mhla_gen.pictures import UnreadableImageError
 from mhla_gen.processes import on_main
 
 # Images per file of features. Fixed, so that another number of processes goes on with the same

@@ -13,10 +13,10 @@ from mhla_gen.evaluation.errors import EvaluationError
 from mhla_gen.evaluation.features import FeatureSet
 from mhla_gen.evaluation.frechet import FeatureStatistics
 from mhla_gen.evaluation.measurer import Measurer
-from mhla_gen.evaluation.pictures import UnreadableImageError
 from mhla_gen.evaluation.protocol import Protocol
 from mhla_gen.evaluation.sources import ImageSource, has_statistics
 from mhla_gen.evaluation.statistics_file import STATISTICS_KEYS, StatisticsFile, write_statistics
+from mhla_gen.pictures import UnreadableImageError
 
 
 @dataclass(frozen=True)

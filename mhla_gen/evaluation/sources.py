@@ -13,13 +13,13 @@ import numpy as np
 from mhla_gen.digests import file_digest
 from mhla_gen.evaluation.errors import EvaluationError
 from mhla_gen.evaluation.npz import npz_keys, open_array
-from mhla_gen.evaluation.pictures import (
+from mhla_gen.evaluation.video import VIDEO_SUFFIXES, ClipRule, read_clip
+from mhla_gen.pictures import (
     IMAGE_SUFFIXES,
     UnreadableImageError,
     crop_array,
     read_rgb,
 )
-from mhla_gen.evaluation.video import VIDEO_SUFFIXES, ClipRule, read_clip
 
 SAMPLES_NAME = "samples.npz"
 MANIFEST_NAME = "manifest.json"

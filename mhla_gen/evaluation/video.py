@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from mhla_gen.decoding.frames import visible_pixels
-from mhla_gen.evaluation.pictures import UnreadableImageError
+from mhla_gen.pictures import UnreadableImageError
 
 VIDEO_SUFFIXES = frozenset((".mp4", ".webm", ".mkv", ".mov", ".avi"))
 

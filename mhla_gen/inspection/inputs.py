@@ -11,7 +11,7 @@ from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from torch import Tensor
 
 from mhla_gen.config import InspectConfig
-from mhla_gen.data import ArrayImages, FolderImages, derived_seed, load_images
+from mhla_gen.data import ArrayImages, EncodedImages, derived_seed, load_images
 from mhla_gen.inspection.loading import Subject
 
 # What diffusers' Wan pipelines pass: text padded to 512 tokens, 257 of CLIP's for an image.
@@ -120,7 +120,7 @@ def _starts(subject: Subject, config: InspectConfig, shape: tuple[int, ...]) -> 
 
 
 def _images(
-    images: ArrayImages | FolderImages, config: InspectConfig, shape: tuple[int, ...]
+    images: ArrayImages | EncodedImages, config: InspectConfig, shape: tuple[int, ...]
 ) -> list[_Start]:
     if tuple(images.image_shape) != shape[1:]:
         raise ValueError(

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from mhla_gen.config import ConfigError, TrainConfig, load_config
-from mhla_gen.data import load_images
+from mhla_gen.data import load_data
 from mhla_gen.files import CONFIG_NAME
 from mhla_gen.models.family import Family
 from mhla_gen.models.injection import MHLA_CLASSES
@@ -110,8 +110,8 @@ def _load_checkpoint(folder: Path, dtype: torch.dtype) -> Subject:
         config = load_config(folder / CONFIG_NAME, schema=TrainConfig)
     except ConfigError as error:
         raise ValueError(f"{folder} was not written by `mhla-gen train`: {error}") from error
-    images = load_images(config.data)
-    model: Any = build_model(config.model, images.image_shape, len(images.class_names))
+    data = load_data(config.data)
+    model: Any = build_model(config.model, data.sample_shapes[0], len(data.class_names or ()))
     model.load_state_dict(load_file(folder / "model.safetensors"))
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
     note = "weights of the last optimizer step, not their average"

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from mhla_gen.config import QuickstartConfig, SampleConfig, TrainConfig, save_config
-from mhla_gen.data.datasets import digits
+from mhla_gen.data.images import digits
 from mhla_gen.files import CONFIG_NAME, made_with, written_whole
 from mhla_gen.quickstart.figures import draw_losses, draw_mixing
 from mhla_gen.quickstart.report import next_commands, table

@@ -1,27 +1,26 @@
-"""Images with one class label each: arrays in memory, or files in one folder a class."""
+"""Images to train on: arrays in memory, or encoded images that are read when they are needed."""
 
+import hashlib
+import io
 import zipfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from mhla_gen.config import DataConfig
 from mhla_gen.data.protocol import Batch
-
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+from mhla_gen.data.stores import ImageStore
+from mhla_gen.pictures import UnreadableImageError, read_rgb
 
 
 @dataclass(frozen=True, eq=False)
 class ArrayImages:
-    """Images held in memory.
+    """Images held in memory, with one class label each.
 
     Raises:
         ValueError: If the arrays are not square uint8 images with one class number each.
@@ -32,6 +31,7 @@ class ArrayImages:
     labels: np.ndarray
     """int64 `[images]`, from 0 on."""
     class_names: tuple[str, ...]
+    captions: None = None
 
     def __post_init__(self):
         shape, dtype = self.images.shape, self.images.dtype
@@ -80,56 +80,38 @@ class ArrayImages:
         """See `TrainingData`."""
         return f"image {index}"
 
+    def pixels(self, index: int) -> np.ndarray:
+        """See `Examples`."""
+        return self.images[index]
+
+    def digest(self, index: int) -> str:
+        """See `Examples`."""
+        return hashlib.sha256(np.ascontiguousarray(self.images[index]).data).hexdigest()
+
 
 @dataclass(frozen=True, eq=False)
-class FolderImages:
-    """Image files in one sub-folder a class, read when they are needed.
+class EncodedImages:
+    """Image files, also inside of other files, decoded when they are needed."""
 
-    Raises:
-        FileNotFoundError: If there is no folder, no class folder, or a class without images.
-    """
-
-    root: Path
+    store: ImageStore
+    """Where the files are."""
     image_size: int
-    """Side in pixels after the centre crop."""
-
-    def __post_init__(self):
-        if not self.root.is_dir():
-            raise FileNotFoundError(f"data.path {self.root} is not a folder")
-        if not self.class_names:
-            raise FileNotFoundError(
-                f"data.path {self.root} has no sub-folders; images go into one sub-folder a class"
-            )
-        empty = set(self.class_names) - {path.parent.name for path, _ in self.files}
-        if empty:
-            raise FileNotFoundError(
-                f"no images ({', '.join(IMAGE_SUFFIXES)}) in {self.root / min(empty)}"
-            )
+    """Side in pixels after ADM's centre crop."""
 
     @property
-    def class_names(self) -> tuple[str, ...]:
-        """Names of the sub-folders, sorted; their positions are the class numbers."""
-        return self._class_names
+    def class_names(self) -> tuple[str, ...] | None:
+        """See `TrainingData`."""
+        return self.store.class_names
 
-    @cached_property
-    def _class_names(self) -> tuple[str, ...]:
-        return tuple(
-            sorted(
-                entry.name
-                for entry in self.root.iterdir()
-                if entry.is_dir() and not entry.name.startswith(".")
-            )
-        )
+    @property
+    def labels(self) -> np.ndarray | None:
+        """Class numbers, if there are any."""
+        return self.store.labels
 
-    @cached_property
-    def files(self) -> tuple[tuple[Path, int], ...]:
-        """Path and class number of every image, sorted."""
-        return tuple(
-            (path, label)
-            for label, name in enumerate(self.class_names)
-            for path in sorted((self.root / name).iterdir())
-            if path.suffix.lower() in IMAGE_SUFFIXES
-        )
+    @property
+    def captions(self) -> tuple[str, ...] | None:
+        """One per image, if there are any."""
+        return self.store.captions
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -137,7 +119,7 @@ class FolderImages:
         return 3, self.image_size, self.image_size
 
     def __len__(self) -> int:
-        return len(self.files)
+        return len(self.store)
 
     @property
     def buckets(self) -> tuple[range]:
@@ -149,10 +131,6 @@ class FolderImages:
         """See `TrainingData`."""
         return (self.image_shape,)
 
-    def describe(self, index: int) -> str:
-        """See `TrainingData`."""
-        return str(self.files[index][0])
-
     def read(self, indices: Sequence[int]) -> Batch:
         """See `TrainingData`.
 
@@ -161,36 +139,38 @@ class FolderImages:
         """
         # Pillow decodes without holding the interpreter lock.
         with ThreadPoolExecutor(8) as readers:
-            images = list(readers.map(self._pixels, (self.files[i][0] for i in indices)))
-        labels = torch.tensor([self.files[i][1] for i in indices])
-        return {"samples": to_model_range(np.stack(images)), "labels": labels}
+            images = list(readers.map(self._named_pixels, indices))
+        batch = {"samples": to_model_range(np.stack(images))}
+        if self.labels is not None:
+            batch["labels"] = torch.from_numpy(self.labels[np.asarray(indices)]).long()
+        return batch
 
-    def _pixels(self, path: Path) -> np.ndarray:
+    def describe(self, index: int) -> str:
+        """See `TrainingData`."""
+        return self.store.describe(index)
+
+    def pixels(self, index: int) -> np.ndarray:
+        """See `Examples`."""
         try:
-            with Image.open(path) as image:
-                return np.asarray(centre_crop(image.convert("RGB"), self.image_size))
-        except (UnidentifiedImageError, OSError) as error:
-            raise ValueError(f"{path} is not a readable image: {error}") from error
+            content = self.store.content(index)
+        except OSError as error:
+            raise UnreadableImageError(f"cannot be read ({error.strerror or error})") from error
+        return read_rgb(io.BytesIO(content), self.image_size)
 
+    def digest(self, index: int) -> str:
+        """See `Examples`."""
+        try:
+            return hashlib.sha256(self.store.content(index)).hexdigest()
+        except OSError:
+            return "unreadable"
 
-def load_images(config: DataConfig) -> ArrayImages | FolderImages:
-    """Open the data set that a config names.
-
-    Raises:
-        ValueError: If the data do not fit their description.
-        FileNotFoundError: If they are missing.
-    """
-    if config.source == "folder":
-        assert config.path is not None and config.image_size is not None
-        return FolderImages(Path(config.path), config.image_size)
-    images = digits() if config.source == "digits" else load_npz(Path(config.path or ""))
-    size = images.image_shape[-1]
-    if config.image_size not in (None, size):
-        raise ValueError(
-            f"data.image_size is {config.image_size} but the {config.source} images are "
-            f"{size} pixels wide; leave it out or set it to {size}"
-        )
-    return images
+    def _named_pixels(self, index: int) -> np.ndarray:
+        try:
+            return self.pixels(index)
+        except UnreadableImageError as error:
+            raise ValueError(
+                f"{self.describe(index)} {error}; `mhla-gen cache` leaves such images out"
+            ) from error
 
 
 def digits() -> ArrayImages:
@@ -207,8 +187,12 @@ def digits() -> ArrayImages:
     return ArrayImages(pixels, data["target"].astype(np.int64), tuple("0123456789"))
 
 
-def load_npz(path: Path) -> ArrayImages:
+def load_npz(path: Path, num_classes: int | None = None) -> ArrayImages:
     """Images and labels of a file with `arr_0` and `labels`, the layout of ADM's sample sets.
+
+    Args:
+        path: The file.
+        num_classes: How many classes there are; None: the largest label plus one.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -223,27 +207,12 @@ def load_npz(path: Path) -> ArrayImages:
         raise ValueError(f"{path} must hold arr_0 and labels: {error.args[0]}") from error
     except (OSError, ValueError, AttributeError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is not an npz file of plain arrays: {error}") from error
-    num_classes = int(labels.max(initial=0)) + 1 if np.issubdtype(labels.dtype, np.integer) else 1
+    if num_classes is None:
+        whole = np.issubdtype(labels.dtype, np.integer)
+        num_classes = int(labels.max(initial=0)) + 1 if whole else 1
     return ArrayImages(images, labels, tuple(map(str, range(num_classes))))
 
 
 def to_model_range(pixels: np.ndarray) -> Tensor:
-    """uint8 `[batch, height, width, channels]` to float32 `[batch, channels, …]` in [-1, 1]."""
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
-
-
-def centre_crop(image: Image.Image, size: int) -> Image.Image:
-    """The largest centred square, resized to `size` pixels.
-
-    Halving by box filter first keeps the final bicubic step from skipping source pixels.
-
-    Source:
-        Dhariwal and Nichol 2021, arXiv:2105.05233: ImageNet preprocessing of ADM.
-    """
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
-    width, height = round(image.width * scale), round(image.height * scale)
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = (width - size) // 2, (height - size) // 2
-    return image.crop((left, top, left + size, top + size))
+    """uint8 `[batch, (frames,) height, width, channels]` to float32 in [-1, 1], channels second."""
+    return torch.from_numpy(pixels).movedim(-1, 1).float().div_(127.5).sub_(1)

@@ -2,11 +2,10 @@
 
 import struct
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
-
-from mhla_gen.evaluation.errors import EvaluationError
 
 IMAGE_SUFFIXES = frozenset(
     (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif")
@@ -23,18 +22,18 @@ _DECODE_ERRORS = (
 )
 
 
-class UnreadableImageError(EvaluationError):
-    """One image that cannot be measured; the message says why."""
+class UnreadableImageError(ValueError):
+    """One image or clip that cannot be used; the message says why."""
 
 
-def read_rgb(path: Path, size: int | None = None) -> np.ndarray:
+def read_rgb(file: Path | BinaryIO, size: int | None = None) -> np.ndarray:
     """Decode an image file.
 
     Greyscale and palette images become RGB; an alpha channel is dropped if it is opaque.
     Orientation tags are ignored, as in ADM.
 
     Args:
-        path: File of a format that Pillow reads; the first frame of an animation counts.
+        file: Of a format that Pillow reads; the first frame of an animation counts.
         size: Side of ADM's centre crop, in pixels; None keeps the image as it is.
 
     Returns:
@@ -44,7 +43,7 @@ def read_rgb(path: Path, size: int | None = None) -> np.ndarray:
         UnreadableImageError: If it is corrupt, transparent, or deeper than 8 bits.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(file) as image:
             # Pillow cuts 16-bit colour to 8 bits in silence; only the raw mode tells.
             deep = ";16" in str([tile[-1] for tile in getattr(image, "tile", ())])
             image.load()

@@ -1,0 +1,169 @@
+"""Autoencoders of diffusers: load one by its folder or name, encode, normalise latents."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import diffusers
+import torch
+from torch import Tensor
+
+from mhla_gen.config import AutoencoderConfig
+from mhla_gen.digests import settings_digest, tensors_digest
+
+IMAGE_AUTOENCODERS = ("AutoencoderKL", "AutoencoderDC", "AutoencoderTiny")
+VIDEO_AUTOENCODERS = ("AutoencoderKLWan", "AutoencoderKLLTXVideo")
+
+
+class Normalisation(NamedTuple):
+    """What makes latents nearly standard: `(latents - mean) / std`, channel by channel."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def apply(self, mean: Tensor, std: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Normalise a posterior `[batch, channels, …]`; its std has no offset."""
+        shape = (1, -1) + (1,) * (mean.ndim - 2)
+        offset, scale = (torch.tensor(v, device=mean.device).view(shape) for v in self)
+        return (mean - offset) / scale, None if std is None else std / scale
+
+
+def load_autoencoder(config: AutoencoderConfig) -> Any:
+    """An autoencoder of one of the classes above, in evaluation mode.
+
+    Args:
+        config: `path` is the folder or hub name of an autoencoder, or of a pipeline that has one.
+
+    Raises:
+        ValueError: If there is none, or it is of another class.
+    """
+    path = str(config.path)
+    subfolder: dict[str, Any] = {"subfolder": "vae"} if is_pipeline(path) else {}
+    try:
+        values: Any = diffusers.AutoencoderKL.load_config(path, **subfolder)
+    except OSError as error:
+        line = str(error).splitlines()[0]
+        raise ValueError(f"vae.path {path} holds no autoencoder of diffusers: {line}") from error
+    name = values.get("_class_name")
+    known = IMAGE_AUTOENCODERS + VIDEO_AUTOENCODERS
+    if name not in known:
+        raise ValueError(f"vae.path {path} is a {name}; known are {', '.join(known)}")
+    dtype = getattr(torch, config.dtype)
+    vae = getattr(diffusers, name).from_pretrained(path, torch_dtype=dtype, **subfolder)
+    if config.tiling:
+        if not hasattr(vae, "enable_tiling"):
+            raise ValueError(f"vae.tiling=true, but {name} has no tiling")
+        vae.enable_tiling()
+    return vae.eval().requires_grad_(False)
+
+
+def is_pipeline(path: str) -> bool:
+    """Whether a folder or a repository on the hub is a whole pipeline.
+
+    Raises:
+        ValueError: If it is neither a folder nor a repository that can be reached.
+    """
+    if Path(path).is_dir():
+        return (Path(path) / "model_index.json").is_file()
+    from huggingface_hub import file_exists
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return file_exists(path, "model_index.json")
+    except HFValidationError as error:
+        raise ValueError(f"{path} is neither a folder nor the name of a repository") from error
+    except Exception as error:  # no network, or an unknown name: the hub's errors have no base
+        raise ValueError(f"{path} is no folder, and the hub does not answer: {error}") from error
+
+
+def identity(vae: Any, config: AutoencoderConfig) -> dict[str, Any]:
+    """What decides the latents of an autoencoder; plain values for a fingerprint."""
+    plain = {k: v for k, v in vae.config.items() if not k.startswith("_")}
+    return {
+        "class": type(vae).__name__,
+        "config": settings_digest(plain)[:16],
+        "weights": tensors_digest(vae.state_dict())[:32],
+        "dtype": config.dtype,
+        "tiling": config.tiling,
+    }
+
+
+def is_video(vae: Any) -> bool:
+    """Whether it takes `[batch, channels, frames, height, width]`."""
+    return type(vae).__name__ in VIDEO_AUTOENCODERS
+
+
+def compression(vae: Any) -> tuple[int, int]:
+    """Frames and pixels per latent along time and along each side."""
+    if hasattr(vae, "spatial_compression_ratio"):
+        temporal = vae.config.get("scale_factor_temporal") if is_video(vae) else 1
+        return temporal or vae.temporal_compression_ratio, vae.spatial_compression_ratio
+    blocks = vae.config.get("block_out_channels") or vae.config.encoder_block_out_channels
+    return 1, 2 ** (len(blocks) - 1)
+
+
+def latent_shape(vae: Any, frames: int, height: int, width: int) -> tuple[int, ...]:
+    """Shape of the latents of one image or clip, `[channels, (frames,) height, width]`.
+
+    Raises:
+        ValueError: If the autoencoder does not take this size.
+    """
+    temporal, spatial = compression(vae)
+    if height % spatial or width % spatial:
+        raise ValueError(
+            f"{type(vae).__name__} takes sizes that are multiples of {spatial}, "
+            f"found {height} × {width}"
+        )
+    if (frames - 1) % temporal:
+        raise ValueError(
+            f"{type(vae).__name__} takes 1 + a multiple of {temporal} frames, found {frames}"
+        )
+    if frames > 1 and not is_video(vae):
+        raise ValueError(f"{type(vae).__name__} encodes images, found clips of {frames} frames")
+    time = ((frames - 1) // temporal + 1,) if is_video(vae) else ()
+    return num_channels(vae), *time, height // spatial, width // spatial
+
+
+def num_channels(vae: Any) -> int:
+    """Channels of the latents."""
+    return vae.config.get("z_dim") or vae.config.latent_channels
+
+
+def latent_normalisation(vae: Any) -> Normalisation:
+    """How the pipelines of a class normalise its latents.
+
+    AutoencoderKL: `(z - shift_factor) * scaling_factor`, or by `latents_mean` and `latents_std`
+    where its config has them; AutoencoderDC: `z * scaling_factor`; AutoencoderTiny: not at all;
+    AutoencoderKLWan: `(z - latents_mean) / latents_std`; AutoencoderKLLTXVideo: by the buffers of
+    these names, times `scaling_factor`.
+
+    Source:
+        diffusers 0.42, `encode` and `decode` sides of the pipelines that use each class.
+    """
+    config, channels = vae.config, num_channels(vae)
+    if type(vae).__name__ == "AutoencoderTiny":
+        return Normalisation((0.0,) * channels, (1.0,) * channels)
+    if type(vae).__name__ == "AutoencoderKLWan":
+        return Normalisation(tuple(config.latents_mean), tuple(config.latents_std))
+    if type(vae).__name__ == "AutoencoderKLLTXVideo":
+        means, stds = vae.latents_mean.float().tolist(), vae.latents_std.float().tolist()
+    else:
+        means = config.get("latents_mean") or [config.get("shift_factor") or 0.0] * channels
+        stds = config.get("latents_std") or [1.0] * channels
+    return Normalisation(tuple(means), tuple(s / config.scaling_factor for s in stds))
+
+
+@torch.inference_mode()
+def encode(vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Mean and standard deviation of the posterior, float32, not normalised.
+
+    Args:
+        vae: The autoencoder.
+        pixels: In [-1, 1], `[batch, 3, (frames,) height, width]`, on its device.
+
+    Returns:
+        `[batch, channels, (frames,) height, width]`, twice; no std where encoding is deterministic.
+    """
+    found = vae.encode(pixels.to(vae.dtype))
+    if hasattr(found, "latent_dist"):
+        return found.latent_dist.mean.float(), found.latent_dist.std.float()
+    return (found.latents if hasattr(found, "latents") else found.latent).float(), None

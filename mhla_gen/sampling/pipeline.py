@@ -10,6 +10,10 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineO
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from mhla_gen.data.autoencoder import compression, latent_normalisation
+from mhla_gen.sampling.guidance import Guidance
+from mhla_gen.sampling.schedulers import check_scheduler, learns_variance
+
 Callback = Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor]]
 
 
@@ -20,14 +24,15 @@ class ClassConditionalPipeline(DiffusionPipeline):
     class, whatever that is.
 
     Args:
-        transformer: A `DiTTransformer2DModel` or a subclass.
+        transformer: A `DiTTransformer2DModel` or a subclass. One with twice as many output as input
+            channels predicts a variance, too.
         scheduler: Any diffusers scheduler for what the transformer predicts.
         vae: Decoder from latents to images; None for a model of pixels.
         class_names: One name per class.
         prediction_type: `flow_prediction` or a `prediction_type` of diffusers' other schedulers.
 
     Raises:
-        ValueError: If the scheduler does not fit `prediction_type`.
+        ValueError: If the scheduler does not fit the model.
     """
 
     model_cpu_offload_seq = "transformer->vae"
@@ -43,12 +48,12 @@ class ClassConditionalPipeline(DiffusionPipeline):
         prediction_type: str = "flow_prediction",
     ):
         super().__init__()
-        check_scheduler(scheduler, prediction_type)
+        check_scheduler(scheduler, prediction_type, makes_variance(transformer))
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
         names = None if class_names is None else list(class_names)
         self.register_to_config(class_names=names, prediction_type=prediction_type)
-        scale = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
-        self.image_processor = VaeImageProcessor(vae_scale_factor=scale)
+        self.vae_scale_factor = 1 if vae is None else compression(vae)[1]
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
     @property
     def num_classes(self) -> int:
@@ -79,6 +84,9 @@ class ClassConditionalPipeline(DiffusionPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        guidance_interval: Sequence[float] = (0.0, 1.0),
+        guidance_channels: int | None = None,
+        image_size: int | None = None,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Draw one image per label.
 
@@ -95,6 +103,9 @@ class ClassConditionalPipeline(DiffusionPipeline):
             callback_on_step_end: Called with pipeline, step, timestep and tensors after every step;
                 may return changed tensors.
             callback_on_step_end_tensor_inputs: Names of the tensors that the callback gets.
+            guidance_interval: Noise levels at which guidance is applied; see `Guidance`.
+            guidance_channels: How many of the first channels are guided; None guides all.
+            image_size: Side of the square images in pixels; None takes that of the training.
 
         Returns:
             The images.
@@ -102,14 +113,21 @@ class ClassConditionalPipeline(DiffusionPipeline):
         Raises:
             ValueError: If a label is no class of the model, or an argument is out of its range.
         """
-        labels = self._check_inputs(class_labels, guidance_scale, output_type)
+        guidance = Guidance(guidance_scale, guidance_interval, guidance_channels)
+        labels = self._check_inputs(class_labels, output_type)
         unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
         if unknown:
             raise ValueError(f"callbacks get {self._callback_tensor_inputs}, not {sorted(unknown)}")
         device = self._execution_device
         labels = labels.to(device)
         self.scheduler.set_timesteps(num_inference_steps, device=device)
-        sample: Any = self._initial_noise(len(labels), generator, latents, device)
+        if hasattr(self.scheduler, "set_begin_index"):
+            # Otherwise the scheduler looks for its first timestep, and the device has to wait.
+            self.scheduler.set_begin_index(0)
+        # Shares of noise are compared on the CPU, for the same reason.
+        num_levels = self.scheduler.config.num_train_timesteps
+        levels = (self.scheduler.timesteps.cpu().double() / num_levels).tolist()
+        sample: Any = self._initial_noise(len(labels), image_size, generator, latents, device)
         options: dict[str, Any] = {"return_dict": False}
         if "generator" in inspect.signature(self.scheduler.step).parameters:
             options["generator"] = generator
@@ -117,7 +135,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
         progress_bar: Any = self.progress_bar
         with progress_bar(total=num_inference_steps) as bar:
             for i, t in enumerate(self.scheduler.timesteps):
-                prediction = self._predict(sample, t, labels, guidance_scale)
+                guide = guidance if guidance.applies(levels[i]) else None
+                prediction = self._predict(sample, t, labels, guide)
                 sample = self.scheduler.step(prediction, t, sample, **options)[0]
                 if callback_on_step_end is not None:
                     changed = callback_on_step_end(self, i, t, {"latents": sample})
@@ -128,9 +147,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _check_inputs(
-        self, class_labels: Sequence[int] | Tensor, guidance_scale: float, output_type: str
-    ) -> Tensor:
+    def _check_inputs(self, class_labels: Sequence[int] | Tensor, output_type: str) -> Tensor:
         labels = torch.as_tensor(class_labels)
         if labels.ndim != 1 or labels.is_floating_point() or not len(labels):
             raise ValueError(f"class_labels must be a list of class numbers, found {class_labels}")
@@ -139,17 +156,21 @@ class ClassConditionalPipeline(DiffusionPipeline):
                 f"class_labels must be in 0…{self.num_classes - 1}, "
                 f"found {labels.min()}…{labels.max()}"
             )
-        if guidance_scale < 1:
-            raise ValueError(f"guidance_scale must be at least 1, found {guidance_scale}")
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type must be pil, np, pt or latent, found {output_type!r}")
         return labels.long()
 
     def _initial_noise(
-        self, num: int, generator: Any, latents: Tensor | None, device: torch.device
+        self,
+        num: int,
+        image_size: int | None,
+        generator: Any,
+        latents: Tensor | None,
+        device: torch.device,
     ) -> Tensor:
         config = self.transformer.config
-        shape = (num, config.in_channels, config.sample_size, config.sample_size)
+        side = config.sample_size if image_size is None else self.latent_size(image_size)
+        shape = (num, config.in_channels, side, side)
         if latents is None:
             latents = randn_tensor(shape, generator, device, torch.float32)
         elif latents.shape[:2] != shape[:2]:
@@ -158,9 +179,27 @@ class ClassConditionalPipeline(DiffusionPipeline):
         scale = getattr(self.scheduler, "init_noise_sigma", 1.0)
         return latents.to(device, torch.float32) * scale
 
-    def _predict(self, latents: Tensor, t: Tensor, labels: Tensor, guidance: float) -> Tensor:
-        """The guided prediction, float32, of the shape of `latents`."""
-        if guidance > 1:
+    def latent_size(self, image_size: int) -> int:
+        """Side of what the transformer gets, for images of this side.
+
+        Raises:
+            ValueError: If its patches do not tile that.
+        """
+        multiple = self.vae_scale_factor * self.transformer.config.patch_size
+        if image_size < 1 or image_size % multiple:
+            raise ValueError(f"image_size must be a multiple of {multiple}, found {image_size}")
+        return image_size // self.vae_scale_factor
+
+    def _predict(
+        self, latents: Tensor, t: Tensor, labels: Tensor, guidance: Guidance | None
+    ) -> Tensor:
+        """The prediction, guided unless `guidance` is None, float32.
+
+        `[batch, channels, height, width]`; twice the channels for a scheduler that takes the
+        learned variance.
+        """
+        num_channels = latents.shape[1]
+        if guidance is not None:
             labels = torch.cat([labels, torch.full_like(labels, self.num_classes)])
             latents = torch.cat([latents, latents])
         if hasattr(self.scheduler, "scale_model_input"):
@@ -171,39 +210,23 @@ class ClassConditionalPipeline(DiffusionPipeline):
             timestep=t.expand(len(latents)),
             class_labels=labels,
             return_dict=False,
-        )[0]
-        # The second half of the channels, if there is one, is a learned variance.
-        prediction = prediction[:, : latents.shape[1]].float()
-        if guidance > 1:
-            with_class, without = prediction.chunk(2)
-            prediction = without + guidance * (with_class - without)
-        return prediction
+        )[0].float()
+        if guidance is not None:
+            prediction = guidance.combine(*prediction.chunk(2), num_channels)
+        return prediction if learns_variance(self.scheduler) else prediction[:, :num_channels]
 
     def _decode(self, latents: Tensor, output_type: str) -> Any:
         if self.vae is not None:
-            latents = latents / self.vae.config.scaling_factor
+            mean, std = (
+                torch.tensor(values, device=latents.device).view(1, -1, 1, 1)
+                for values in latent_normalisation(self.vae)
+            )
+            latents = latents * std + mean
             latents = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
         return self.image_processor.postprocess(latents.float(), output_type=output_type)
 
 
-def check_scheduler(scheduler: Any, prediction_type: str) -> None:
-    """Raise unless the scheduler works with what the model predicts.
-
-    Raises:
-        ValueError: If the scheduler expects another prediction, or a learned variance.
-    """
-    name, config = type(scheduler).__name__, scheduler.config
-    always_flow = name.startswith("FlowMatch")
-    expected = "flow_prediction" if always_flow else config.get("prediction_type", "epsilon")
-    if expected != prediction_type:
-        raise ValueError(
-            f"{name} works on {expected}, but the model makes {prediction_type}; "
-            "choose a scheduler or its options to match"
-        )
-    if expected == "flow_prediction" and not (always_flow or config.get("use_flow_sigmas")):
-        raise ValueError(
-            f"{name} needs use_flow_sigmas=True for {prediction_type}; "
-            "a scheduler without that option does not fit"
-        )
-    if "learned" in str(config.get("variance_type")):
-        raise ValueError(f"{name} must have a fixed variance_type, found {config.variance_type}")
+def makes_variance(transformer: Any) -> bool:
+    """Whether a DiT predicts a variance: twice as many channels as it gets."""
+    config = transformer.config
+    return (config.out_channels or config.in_channels) == 2 * config.in_channels

@@ -1,0 +1,117 @@
+"""Schedulers: which fit a model, and others in their place by their diffusers name."""
+
+import difflib
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import diffusers
+
+# The variance is taken from the model's output by these; others would misread a config that says so.
+_LEARNING = ("DDPMScheduler", "DDPMParallelScheduler")
+
+
+def prediction_of(scheduler: Any) -> str:
+    """What a scheduler takes: `flow_prediction`, or a `prediction_type` of diffusers."""
+    if type(scheduler).__name__.startswith("FlowMatch"):
+        return "flow_prediction"
+    return scheduler.config.get("prediction_type", "epsilon")
+
+
+def learns_variance(scheduler: Any) -> bool:
+    """Whether a scheduler takes its variance from the model."""
+    return "learned" in str(scheduler.config.get("variance_type"))
+
+
+def check_scheduler(scheduler: Any, prediction_type: str, learned_variance: bool = False) -> None:
+    """Raise unless the scheduler works with what the model predicts.
+
+    Args:
+        scheduler: Of diffusers.
+        prediction_type: What the model predicts.
+        learned_variance: Whether the model makes a variance, too.
+
+    Raises:
+        ValueError: If the scheduler expects another prediction, or a variance that is not there.
+    """
+    name, config = type(scheduler).__name__, scheduler.config
+    expected = prediction_of(scheduler)
+    if expected != prediction_type:
+        raise ValueError(
+            f"{name} works on {expected}, but the model makes {prediction_type}; "
+            "choose a scheduler or its options to match"
+        )
+    always_flow = name.startswith("FlowMatch")
+    if expected == "flow_prediction" and not (always_flow or config.get("use_flow_sigmas")):
+        raise ValueError(
+            f"{name} needs use_flow_sigmas=True for {prediction_type}; "
+            "a scheduler without that option does not fit"
+        )
+    if learns_variance(scheduler) and not (learned_variance and name in _LEARNING):
+        reason = "the model makes none" if not learned_variance else f"{name} cannot use it"
+        raise ValueError(
+            f"variance_type={config.variance_type} takes a learned variance, but {reason}; "
+            "choose a fixed one"
+        )
+
+
+def other_scheduler(
+    scheduler: Any,
+    name: str | None,
+    options: Mapping[str, Any],
+    *,
+    prediction_type: str | None = None,
+    learned_variance: bool = False,
+) -> Any:
+    """A scheduler for the same prediction as another one.
+
+    Args:
+        scheduler: The one to replace; settings that the new class has are taken from it.
+        name: Class in diffusers; None keeps the class.
+        options: Settings that replace those of the old one, such as `flow_shift`.
+        prediction_type: What the model predicts; None takes that of `scheduler`.
+        learned_variance: Whether the model makes a variance, too.
+
+    Raises:
+        ValueError: If diffusers has no such scheduler, it has no such option, or it does not fit.
+    """
+    new_class = type(scheduler) if name is None else scheduler_class(name)
+    name = new_class.__name__
+    known = set(inspect.signature(new_class).parameters)
+    for option in options:
+        if option not in known:
+            raise ValueError(f"{name} has no option {option!r}{_suggestion(option, known)}")
+    prediction_type = prediction_type or prediction_of(scheduler)
+    settings: dict[str, Any] = {}
+    if prediction_type == "flow_prediction" and "use_flow_sigmas" in known:
+        # These schedulers serve several predictions and have to be told.
+        settings = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+    # The same number under two names: how far the noise levels are moved towards noise.
+    shift = scheduler.config.get("flow_shift", scheduler.config.get("shift"))
+    if shift is not None:
+        settings |= {key: shift for key in ("flow_shift", "shift") if key in known}
+    if "variance_type" in known and type(scheduler) is not new_class:
+        learns = learned_variance and name in _LEARNING
+        default = inspect.signature(new_class).parameters["variance_type"].default
+        settings["variance_type"] = "learned_range" if learns else default
+    new = new_class.from_config(scheduler.config, **{**settings, **options})
+    check_scheduler(new, prediction_type, learned_variance)
+    return new
+
+
+def scheduler_class(name: str) -> Any:
+    """A scheduler class of diffusers by its name.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    found = getattr(diffusers, name, None)
+    if not (isinstance(found, type) and hasattr(found, "set_timesteps")):
+        known = [key for key in dir(diffusers) if key.endswith("Scheduler")]
+        raise ValueError(f"diffusers has no scheduler {name!r}{_suggestion(name, known)}")
+    return found
+
+
+def _suggestion(word: str, known: Any) -> str:
+    close = difflib.get_close_matches(word, sorted(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""

@@ -4,6 +4,7 @@ A config file is YAML whose first key, `job`, names the command it belongs to. V
 dataclass, then the file, then `key=value` overrides; a key that no dataclass has is an error.
 """
 
+from mhla_gen.config.conversion_stages import ConversionConfig, StageConfig
 from mhla_gen.config.data import (
     AutoencoderConfig,
     CacheConfig,
@@ -27,6 +28,7 @@ __all__ = [
     "CacheConfig",
     "ClipsConfig",
     "ConfigError",
+    "ConversionConfig",
     "ConvertConfig",
     "DataConfig",
     "DoctorConfig",
@@ -39,6 +41,7 @@ __all__ = [
     "QuickstartConfig",
     "ReferenceConfig",
     "SampleConfig",
+    "StageConfig",
     "TextEncoderConfig",
     "TrainConfig",
     "load_config",

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from mhla_gen.config.checks import check_at_least, check_choice
+from mhla_gen.config.conversion_stages import ConversionConfig
 from mhla_gen.config.data import DataConfig
 from mhla_gen.config.mhla import MHLAConfig
 from mhla_gen.config.model import ModelConfig
@@ -26,6 +27,8 @@ class TrainConfig:
     """What to train."""
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     """What it learns to predict."""
+    convert: ConversionConfig | None = None
+    """Turn a pretrained softmax model into this one, in stages, in place of plain training."""
     seed: int = 0
     """Fixes the initial weights, the order of the samples and all noise."""
     max_steps: int = 10_000

@@ -1,0 +1,61 @@
+"""The plan of the comparison: which arms there are, and in which order they run."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mhla_gen.config import TrainConfig, load_config
+
+PLAN = Path(__file__).parent.parent / "configs" / "evidence" / "arms.yaml"
+BASE = PLAN.with_name("base.yaml")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One model to train: an arm, a number of tokens and a seed."""
+
+    arm: str
+    title: str
+    tokens: int
+    seed: int
+    overrides: tuple[str, ...]
+    """What it changes in base.yaml."""
+
+    @property
+    def name(self) -> str:
+        """Name of its result."""
+        return f"{self.arm}-{self.tokens}-s{self.seed}"
+
+    def config(self, *overrides: str) -> TrainConfig:
+        """The settings of its training, with more overrides at the end."""
+        return load_config(BASE, [*self.overrides, f"seed={self.seed}", *overrides])
+
+
+def read_plan(path: str | Path = PLAN) -> list[Run]:
+    """All runs of a plan, the most informative first.
+
+    Raises:
+        ValueError: If a line of `order` names no arm or number of tokens, or comes twice.
+    """
+    plan: dict[str, Any] = yaml.safe_load(Path(path).read_text())
+    runs = [_run(plan, line) for line in plan["order"]]
+    names = [run.name for run in runs]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"{path} orders {', '.join(twice)} more than once")
+    return runs
+
+
+def _run(plan: dict[str, Any], line: str) -> Run:
+    parts: Sequence[str] = line.split()
+    known = len(parts) == 3 and parts[0] in plan["arms"] and int(parts[1]) in plan["tokens"]
+    if not known:
+        raise ValueError(
+            f"a line of order is ARM TOKENS SEED with an arm and tokens of the plan, found {line!r}"
+        )
+    arm, tokens = plan["arms"][parts[0]], int(parts[1])
+    overrides = (*plan["tokens"][tokens], *arm["set"])
+    return Run(parts[0], arm["title"], tokens, int(parts[2]), overrides)

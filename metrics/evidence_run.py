@@ -1,0 +1,242 @@
+"""Train, sample and score the arms of the comparison in docs/evidence.md, one after another.
+
+    python metrics/evidence_run.py DATA OUT [--seconds 500] [key=value ...]
+
+DATA is an npz file with `arr_0` and `labels` (metrics/emoji_dataset.py makes one), or a folder with
+one sub-folder of images a class. OUT gets one JSON file and one picture for each arm as soon as it
+is done; arms that are there are not run again, so an interrupted comparison goes on with the same
+command. With --seconds no arm is begun that would not end in time. key=value changes the training
+of all arms, see configs/evidence/base.yaml.
+"""
+
+import argparse
+import gc
+import json
+import platform
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from evidence_measure import held_out_loss, layer_statistics, mixing_statistics, sampling_speed
+from evidence_plan import PLAN, Run, read_plan
+from evidence_scores import Judge, Real
+from PIL import Image
+
+from mhla_gen.devices import resolve_device
+from mhla_gen.files import written_whole
+from mhla_gen.pictures import centre_crop
+from mhla_gen.sampling.sample_set import generate, save_samples
+from mhla_gen.training import train
+from mhla_gen.training.log import LOG_NAME, read_log
+from mhla_gen.version import __version__
+
+_SIDE = 64
+# One image in sixteen is held out.
+_HELD_OUT = 16
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+_INSPECTED = 2
+_REAL_NAME = "real.json"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run what is missing of the plan."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("data", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--plan", type=Path, default=PLAN)
+    parser.add_argument("--work", type=Path, help="scratch folder; OUT/work by default")
+    parser.add_argument("--seconds", type=float, default=float("inf"))
+    parser.add_argument("--samples", type=int, default=4096)
+    parser.add_argument("--sampling-steps", type=int, default=25)
+    options = parser.parse_intermixed_args(arguments)
+    began = time.perf_counter()
+    runs = read_plan(options.plan)
+    for run in runs:
+        run.config(*options.overrides)  # a wrong setting is found before anything is trained
+    comparison = Comparison(options)
+    spent: dict[int, float] = {}
+    for run in runs:
+        left = options.seconds - (time.perf_counter() - began)
+        # The first run of a size compiles kernels; the next ones take less than it.
+        if (options.out / f"{run.name}.json").is_file() or left < 1.05 * spent.get(run.tokens, 0):
+            continue
+        started = time.perf_counter()
+        comparison.run(run)
+        spent[run.tokens] = time.perf_counter() - started
+        print(f"{run.name}: {spent[run.tokens]:.1f} s", flush=True)
+
+
+class Comparison:
+    """Data, judge and folders that all arms share.
+
+    Args:
+        options: Of the command line.
+    """
+
+    def __init__(self, options: argparse.Namespace):
+        self.options = options
+        self.out: Path = options.out
+        self.work: Path = options.work or options.out / "work"
+        self.work.mkdir(parents=True, exist_ok=True)
+        self.device = resolve_device("auto")
+        self.real = load_real(options.data)
+        self.train_file = self.work / "train.npz"
+        save_samples(self.train_file, *self.real.training())
+        self.judge = Judge(self.real, self.device)
+        _write_json(self.out / _REAL_NAME, self.judge.score_real())
+
+    def run(self, run: Run) -> None:
+        """Train one model, measure it, and write its result."""
+        folder = self.work / run.name
+        # Half a run of an interrupted comparison.
+        shutil.rmtree(folder, ignore_errors=True)
+        _reset_memory()
+        config = run.config(
+            *self.options.overrides, f"data.path={self.train_file}", f"output_dir={folder}"
+        )
+        began = time.perf_counter()
+        pipeline: Any = train(config, title=run.name)
+        seconds = {"train": time.perf_counter() - began}
+        log = read_log(folder / LOG_NAME)
+        gib = {"train": _peak_gib()}
+        _reset_memory()
+        result = {
+            "name": run.name,
+            "arm": run.arm,
+            "title": run.title,
+            "tokens": run.tokens,
+            "seed": run.seed,
+            "parameters": sum(p.numel() for p in pipeline.transformer.parameters()),
+            "steps": config.max_steps,
+            "batch_size": config.batch_size,
+            "curve": [[line["step"], round(line["loss"], 6)] for line in log],
+            **self._measure(run, pipeline, seconds),
+        }
+        speeds = [line["images_per_second"] for line in log]
+        result["images_per_second"]["train"] = float(np.median(speeds))
+        result["gib"] = gib | {"sample": _peak_gib()}
+        result["seconds"] = {name: round(value, 1) for name, value in seconds.items()}
+        result["config"] = asdict(config)
+        result["machine"] = _machine(self.device)
+        _write_json(self.out / f"{run.name}.json", result)
+        shutil.rmtree(folder)
+
+    def _measure(self, run: Run, pipeline: Any, seconds: dict[str, float]) -> dict[str, Any]:
+        model, (images, labels) = pipeline.transformer, self.real.held_out()
+        began = time.perf_counter()
+        # One label of a real image each, so that classes are as frequent as they are there.
+        wanted = np.resize(self.real.labels, self.options.samples)
+        batch_size = 512 if run.tokens == 256 else 256
+        steps = self.options.sampling_steps
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            samples = generate(
+                pipeline,
+                wanted,
+                seed=0,
+                batch_size=batch_size,
+                num_inference_steps=steps,
+                guidance_scale=1.0,
+                title=f"{run.name} samples",
+            )
+        seconds["sample"] = time.perf_counter() - began
+        speed = sampling_speed(pipeline, min(batch_size, len(wanted)), steps, self.device)
+        self._draw(run, samples, wanted)
+        began = time.perf_counter()
+        measured = {
+            "images_per_second": {"sample": round(speed, 1)},
+            "held_out": held_out_loss(model, images, labels, self.device),
+            "scores": self.judge.score(samples, wanted),
+            "layers": layer_statistics(
+                model, images[:_INSPECTED], labels[:_INSPECTED], self.device
+            ),
+            "mixing": mixing_statistics(model),
+        }
+        seconds["score"] = time.perf_counter() - began
+        return measured
+
+    def _draw(self, run: Run, samples: np.ndarray, labels: np.ndarray) -> None:
+        """The first sample of every class in one row: the same noise in every arm."""
+        classes = range(len(self.real.class_names))
+        firsts = [samples[labels == c][0] for c in classes if (labels == c).any()]
+        with written_whole(self.out / f"{run.name}.png") as partial:
+            Image.fromarray(np.concatenate(firsts, axis=1)).save(partial, format="png")
+
+
+def load_real(path: Path) -> Real:
+    """Real images with the held-out ones last.
+
+    Args:
+        path: An npz file with `arr_0` and `labels`, or a folder with one sub-folder a class.
+
+    Raises:
+        FileNotFoundError: If there are no images.
+        ValueError: If the file lacks an array.
+    """
+    if path.is_dir():
+        images, labels, names = _read_folder(path)
+    elif path.is_file():
+        with np.load(path, allow_pickle=False) as arrays:
+            missing = {"arr_0", "labels"} - set(arrays)
+            if missing:
+                raise ValueError(f"{path} lacks {', '.join(sorted(missing))}")
+            images, labels = arrays["arr_0"], arrays["labels"]
+            names = [str(name) for name in arrays["classes"]] if "classes" in arrays else []
+    else:
+        raise FileNotFoundError(f"{path} is no npz file and no folder of class folders")
+    names = names or [str(c) for c in range(int(labels.max()) + 1)]
+    held_out = np.arange(len(images)) % _HELD_OUT == _HELD_OUT - 1
+    order = np.argsort(held_out, kind="stable")
+    return Real(images[order], labels[order], tuple(names), int((~held_out).sum()))
+
+
+def _read_folder(path: Path) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    names = sorted(folder.name for folder in path.iterdir() if folder.is_dir())
+    images, labels = [], []
+    for label, name in enumerate(names):
+        for file in sorted((path / name).iterdir()):
+            if file.suffix.lower() in _SUFFIXES:
+                with Image.open(file) as image:
+                    images.append(np.asarray(centre_crop(image.convert("RGB"), _SIDE)))
+                labels.append(label)
+    if not images:
+        raise FileNotFoundError(f"{path} has no images in sub-folders, one a class")
+    order = np.random.default_rng(0).permutation(len(images))
+    return np.stack(images)[order], np.asarray(labels, np.int64)[order], names
+
+
+def _reset_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _peak_gib() -> float | None:
+    if not torch.cuda.is_available():
+        return None
+    return round(torch.cuda.max_memory_allocated() / 2**30, 2)
+
+
+def _machine(device: torch.device) -> dict[str, str]:
+    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor()
+    return {
+        "device": name or device.type,
+        "torch": torch.__version__,
+        "mhla_gen": __version__,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def _write_json(path: Path, value: Any) -> None:
+    with written_whole(path) as partial:
+        partial.write_text(json.dumps(value, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

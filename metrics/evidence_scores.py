@@ -1,0 +1,140 @@
+"""What is measured of the samples of one arm, against all real images."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor
+
+from mhla_gen.config import FeaturesConfig
+from mhla_gen.evaluation import (
+    FeatureStatistics,
+    build_extractor,
+    frechet_distance,
+    kernel_distance,
+    precision_recall,
+)
+from mhla_gen.evaluation.intervals import jackknife_interval
+
+_BATCH = 256
+_JACKKNIFE_GROUPS = 8
+_KID_SUBSETS, _KID_SUBSET_SIZE = 50, 1000
+
+
+@dataclass(frozen=True, eq=False)
+class Real:
+    """The real images; the first `num_train` are trained on, the others held out."""
+
+    images: np.ndarray
+    """uint8 `[images, height, width, channels]`."""
+    labels: np.ndarray
+    """int64 `[images]`."""
+    class_names: tuple[str, ...]
+    num_train: int
+
+    def training(self) -> tuple[np.ndarray, np.ndarray]:
+        """Images and labels of the training part."""
+        return self.images[: self.num_train], self.labels[: self.num_train]
+
+    def held_out(self) -> tuple[np.ndarray, np.ndarray]:
+        """Images and labels of the held-out part."""
+        return self.images[self.num_train :], self.labels[self.num_train :]
+
+
+class Judge:
+    """Measures samples against the real images, on EfficientNet-Lite0 features and on pixels.
+
+    Args:
+        real: The real images.
+        device: Where features and distances are computed.
+    """
+
+    def __init__(self, real: Real, device: torch.device):
+        self.real, self.device = real, device
+        self.extractor = build_extractor(FeaturesConfig(extractor="efficientnet-lite0")).to(device)
+        self.features = self.extract(real.images)
+        self.statistics = FeatureStatistics.from_features(self.features)
+        self.classifier = make_pipeline(
+            StandardScaler(), LogisticRegression(C=1e-3, max_iter=200)
+        ).fit(self.features[: real.num_train].cpu(), real.labels[: real.num_train])
+        self.pixels = _pixels(real.training()[0], device)
+        nearest = nearest_distances(self.pixels, self.pixels, skip_self=True)
+        self.copy_threshold = float(nearest.median())
+
+    def extract(self, images: np.ndarray) -> Tensor:
+        """Features `[images, 1280]`, float32, on the device."""
+        batches = torch.from_numpy(images).movedim(-1, 1).split(_BATCH)
+        return torch.cat([self.extractor(batch.to(self.device))["pool"] for batch in batches])
+
+    def score(self, images: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+        """All numbers for samples that were asked to show `labels`."""
+        features = self.extract(images)
+        distance, interval = jackknife_interval(
+            features.cpu(),
+            lambda statistics: frechet_distance(statistics, self.statistics),
+            _JACKKNIFE_GROUPS,
+        )
+        size = min(_KID_SUBSET_SIZE, len(images) // 2)
+        kid = kernel_distance(features, self.features, _KID_SUBSETS, size)
+        precision, recall = precision_recall(features, self.features, device=self.device)
+        nearest = nearest_distances(_pixels(images, self.device), self.pixels)
+        return {
+            "samples": len(images),
+            "frechet": distance,
+            "frechet_interval": asdict(interval),
+            "kid": kid.mean,
+            "kid_spread": kid.std,
+            "precision": precision,
+            "recall": recall,
+            "recognised": self.recognised(features, labels),
+            "copies": float((nearest < self.copy_threshold).float().mean()),
+        }
+
+    def score_real(self) -> dict[str, Any]:
+        """What the same numbers are for real images: two halves, and the held-out part."""
+        order = np.random.default_rng(0).permutation(len(self.features))
+        halves = np.array_split(order, 2)
+        first, second = (
+            FeatureStatistics.from_features(self.features[torch.from_numpy(half)].cpu())
+            for half in halves
+        )
+        images, labels = self.real.held_out()
+        return {
+            "images": len(self.features),
+            "extractor": str(self.extractor.identity),
+            "frechet_halves": frechet_distance(first, second),
+            "recognised_held_out": self.recognised(self.features[-len(images) :], labels),
+            "copy_threshold": self.copy_threshold,
+        }
+
+    def recognised(self, features: Tensor, labels: np.ndarray) -> float:
+        """Share of images in which the classifier of real images sees the class asked for."""
+        return float((self.classifier.predict(features.cpu()) == labels).mean())
+
+
+def _pixels(images: np.ndarray, device: torch.device) -> Tensor:
+    return torch.from_numpy(images).to(device).flatten(1).float().div_(255)
+
+
+def nearest_distances(points: Tensor, others: Tensor, skip_self: bool = False) -> Tensor:
+    """Root mean squared pixel difference to the nearest of `others`, in [0, 1].
+
+    Args:
+        points: `[count, pixels]`.
+        others: `[others, pixels]`.
+        skip_self: `points` are `others`; the nearest other one is meant, and equal images count as
+            one.
+    """
+    nearest = []
+    for tile in points.split(1024):
+        square = tile.square().sum(1, keepdim=True) + others.square().sum(1) - 2 * tile @ others.T
+        distance = (square.clamp_min(0) / points.shape[1]).sqrt()
+        if skip_self:
+            # Rounding leaves equal images a little apart.
+            distance = distance.where(distance > 1e-3, torch.inf)
+        nearest.append(distance.amin(dim=1))
+    return torch.cat(nearest)

@@ -1,30 +1,87 @@
 """Settings of the model that is trained."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from mhla_gen.config.checks import check_at_least, check_choice
 from mhla_gen.config.mhla import MHLAConfig
 
 
+class DiTSizes(NamedTuple):
+    """Sizes of a DiT; the hidden size is heads × channels of a head."""
+
+    patch_size: int
+    num_layers: int
+    num_attention_heads: int
+    attention_head_dim: int
+
+
+# Peebles and Xie 2023, arXiv:2212.09748, Table 1.
+PRESETS: dict[str, DiTSizes] = {
+    f"DiT-{name}/{patch_size}": DiTSizes(patch_size, num_layers, heads, head_dim)
+    for name, num_layers, heads, head_dim in (
+        ("S", 12, 6, 64),
+        ("B", 12, 12, 64),
+        ("L", 24, 16, 64),
+        ("XL", 28, 16, 72),
+    )
+    for patch_size in (2, 4, 8)
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A class-conditional diffusion transformer (DiT) and the kind of its self-attention."""
+    """A diffusion transformer and the kind of its self-attention.
+
+    Raises:
+        ValueError: If a value is out of its range.
+    """
 
     attention: Literal["softmax", "linear", "mhla"] = "mhla"
     """linear is MHLA with one block: the control that has the same convolution and gate."""
     mhla: MHLAConfig = field(default_factory=MHLAConfig)
     """Settings of linear and mhla; linear replaces the layout by one block."""
-    patch_size: int = 2
-    """Side of a token in pixels."""
-    num_layers: int = 12
+    preset: str = "DiT-S/2"
+    """Sizes of a new model: DiT-S, DiT-B, DiT-L or DiT-XL, with patches of /2, /4 or /8."""
+    patch_size: int | None = None
+    """Side of a token in pixels or latents; None takes the preset's, as for the next three."""
+    num_layers: int | None = None
     """Transformer blocks."""
-    num_attention_heads: int = 6
+    num_attention_heads: int | None = None
     """Heads per block; the hidden size is heads × attention_head_dim."""
-    attention_head_dim: int = 64
+    attention_head_dim: int | None = None
     """Channels per head."""
+    pretrained: str | None = None
+    """Start from this model in place of a new one, whose sizes count: a folder that
+    `save_pretrained` wrote, of a transformer or a pipeline, or the name of one on the Hugging Face
+    hub. A softmax model is given the attention asked for."""
+    new_classes: bool = False
+    """Give a pretrained model labels for the classes of the data; each starts as "no class"."""
+    trainable: Literal["all", "mhla"] = "all"
+    """mhla trains only what MHLA added to the layers, and keeps the rest of the model."""
 
     def __post_init__(self):
         check_choice("model.attention", self.attention, ("softmax", "linear", "mhla"))
-        for name in ("patch_size", "num_layers", "num_attention_heads", "attention_head_dim"):
-            check_at_least(f"model.{name}", getattr(self, name), 1)
+        check_choice("model.preset", self.preset, tuple(PRESETS))
+        check_choice("model.trainable", self.trainable, ("all", "mhla"))
+        for name in DiTSizes._fields:
+            value = getattr(self, name)
+            if value is not None:
+                check_at_least(f"model.{name}", value, 1)
+                if self.pretrained is not None:
+                    raise ValueError(
+                        f"model.{name} is given, but model.pretrained brings its own sizes"
+                    )
+        if self.new_classes and self.pretrained is None:
+            raise ValueError("model.new_classes is for a pretrained model; a new one has them")
+        if self.trainable == "mhla" and self.attention == "softmax":
+            raise ValueError("model.trainable=mhla needs model.attention=mhla or linear")
+        if self.trainable == "mhla" and self.new_classes:
+            raise ValueError("model.new_classes are never learned with model.trainable=mhla")
+
+    @property
+    def sizes(self) -> DiTSizes:
+        """Those of the preset, where nothing else is given."""
+        preset = PRESETS[self.preset]
+        given = {name: getattr(self, name) for name in DiTSizes._fields}
+        return preset._replace(**{k: v for k, v in given.items() if v is not None})

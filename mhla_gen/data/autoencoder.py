@@ -1,6 +1,5 @@
 """Autoencoders of diffusers: load one by its folder or name, encode, normalise latents."""
 
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import diffusers
@@ -9,6 +8,7 @@ from torch import Tensor
 
 from mhla_gen.config import AutoencoderConfig
 from mhla_gen.digests import settings_digest, tensors_digest
+from mhla_gen.hub import is_pipeline
 
 IMAGE_AUTOENCODERS = ("AutoencoderKL", "AutoencoderDC", "AutoencoderTiny")
 VIDEO_AUTOENCODERS = ("AutoencoderKLWan", "AutoencoderKLLTXVideo")
@@ -54,25 +54,6 @@ def load_autoencoder(config: AutoencoderConfig) -> Any:
             raise ValueError(f"vae.tiling=true, but {name} has no tiling")
         vae.enable_tiling()
     return vae.eval().requires_grad_(False)
-
-
-def is_pipeline(path: str) -> bool:
-    """Whether a folder or a repository on the hub is a whole pipeline.
-
-    Raises:
-        ValueError: If it is neither a folder nor a repository that can be reached.
-    """
-    if Path(path).is_dir():
-        return (Path(path) / "model_index.json").is_file()
-    from huggingface_hub import file_exists
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        return file_exists(path, "model_index.json")
-    except HFValidationError as error:
-        raise ValueError(f"{path} is neither a folder nor the name of a repository") from error
-    except Exception as error:  # no network, or an unknown name: the hub's errors have no base
-        raise ValueError(f"{path} is no folder, and the hub does not answer: {error}") from error
 
 
 def identity(vae: Any, config: AutoencoderConfig) -> dict[str, Any]:

@@ -9,8 +9,8 @@ from diffusers.utils import is_ftfy_available
 from torch import Tensor
 
 from mhla_gen.config import TextEncoderConfig
-from mhla_gen.data.autoencoder import is_pipeline
 from mhla_gen.digests import settings_digest, tensors_digest
+from mhla_gen.hub import is_pipeline
 
 ENCODERS = {"t5": "T5EncoderModel", "umt5": "UMT5EncoderModel"}
 

@@ -14,7 +14,7 @@ from mhla_gen.data import load_data
 from mhla_gen.files import CONFIG_NAME
 from mhla_gen.models.family import Family
 from mhla_gen.models.injection import MHLA_CLASSES
-from mhla_gen.training.build import build_model
+from mhla_gen.training.build import build_task
 from mhla_gen.training.checkpoints import checkpoints
 
 _CLASSES: dict[str, Any] = {c.__name__: c for pair in MHLA_CLASSES.items() for c in pair}
@@ -110,9 +110,9 @@ def _load_checkpoint(folder: Path, dtype: torch.dtype) -> Subject:
         config = load_config(folder / CONFIG_NAME, schema=TrainConfig)
     except ConfigError as error:
         raise ValueError(f"{folder} was not written by `mhla-gen train`: {error}") from error
-    data = load_data(config.data)
-    model: Any = build_model(config.model, data.sample_shapes[0], len(data.class_names or ()))
+    task = build_task(config, load_data(config.data))
+    model: Any = task.model
     model.load_state_dict(load_file(folder / "model.safetensors"))
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    scheduler = task.objective.scheduler()
     note = "weights of the last optimizer step, not their average"
     return Subject(model.to(dtype).eval(), family_of(model), folder, note, scheduler)

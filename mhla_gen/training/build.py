@@ -1,57 +1,74 @@
 """From settings and data to a model, and to what it learns."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
-from mhla_gen.config import ModelConfig, TrainConfig
+from mhla_gen.config import ModelConfig, ObjectiveConfig, TrainConfig
 from mhla_gen.data import TrainingData
 from mhla_gen.models import MHLADiTTransformer2DModel
 from mhla_gen.sampling.pipeline import ClassConditionalPipeline
 from mhla_gen.training.conditioning import ClassLabels, Conditioning
-from mhla_gen.training.initialization import initialize_dit
-from mhla_gen.training.objectives import Objective, build_objective
+from mhla_gen.training.ddpm import DDPM
+from mhla_gen.training.initialization import disable_label_dropout, initialize_dit
+from mhla_gen.training.objectives import FlowMatching, Objective
+from mhla_gen.training.pretrained import attention_settings, pretrained_dit
 from mhla_gen.training.step import Losses, ObjectiveLosses
 
 
 def build_model(
-    config: ModelConfig, image_shape: Sequence[int], num_classes: int
+    config: ModelConfig,
+    image_shape: Sequence[int],
+    num_classes: int,
+    out_channels: int | None = None,
 ) -> DiTTransformer2DModel:
-    """A new DiT with softmax, linear or MHLA attention, initialised as DiT is.
+    """A DiT with softmax, linear or MHLA attention: new and initialised as DiT is, or pretrained.
 
     Args:
         config: Sizes and attention.
-        image_shape: `(channels, height, width)` of its input.
+        image_shape: `(channels, height, width)` of its input, pixels or latents.
         num_classes: Classes, not counting "no class".
+        out_channels: Channels of its output; None takes those of its input.
 
     Raises:
-        ValueError: If patches do not tile the image, or the layout is larger than the token grid.
+        ValueError: If patches do not tile the image, the layout is larger than the token grid, or a
+            pretrained model does not fit.
     """
-    channels, height, _ = image_shape
-    if height % config.patch_size:
+    channels, height, width = image_shape
+    out_channels = out_channels or channels
+    if height != width:
+        raise ValueError(f"a DiT takes square images, the data are {height} × {width}")
+    if config.pretrained is not None:
+        model = pretrained_dit(config, tuple(image_shape), num_classes, out_channels)
+        disable_label_dropout(model)
+        return model
+    if height % config.sizes.patch_size:
         raise ValueError(
-            f"model.patch_size {config.patch_size} does not divide the image size {height}"
+            f"model.patch_size {config.sizes.patch_size} does not divide the image size {height}"
         )
     sizes: dict[str, Any] = {
-        "num_attention_heads": config.num_attention_heads,
-        "attention_head_dim": config.attention_head_dim,
+        **config.sizes._asdict(),
         "in_channels": channels,
-        "num_layers": config.num_layers,
+        "out_channels": out_channels,
         "sample_size": height,
-        "patch_size": config.patch_size,
         "num_embeds_ada_norm": num_classes,
     }
     if config.attention == "softmax":
         model = DiTTransformer2DModel(**sizes)
     else:
-        one_block = config.attention == "linear"
-        mhla = replace(config.mhla, layout=(1, 1)) if one_block else config.mhla
-        model = MHLADiTTransformer2DModel(**sizes, mhla=mhla)
+        model = MHLADiTTransformer2DModel(**sizes, mhla=attention_settings(config))
     initialize_dit(model)
     return model
+
+
+def build_objective(config: ObjectiveConfig) -> Objective:
+    """The objective that a config describes."""
+    if config.name == "ddpm":
+        return DDPM(config.prediction, config.learned_variance, config.min_snr_gamma)
+    return FlowMatching(config.logit_mean, config.logit_std, config.shift, config.min_snr_gamma)
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +100,8 @@ def build_task(config: TrainConfig, data: TrainingData) -> Task:
     Raises:
         ValueError: If model and data do not fit together.
     """
+    if config.convert is not None:
+        raise ValueError("settings with convert are run by mhla_gen.distillation.convert")
     if data.class_names is None:
         raise ValueError("the data have no class labels, which a class-conditional model needs")
     return _class_conditional(config, data, data.class_names)
@@ -91,6 +110,7 @@ def build_task(config: TrainConfig, data: TrainingData) -> Task:
 def _class_conditional(config: TrainConfig, data: TrainingData, class_names: Sequence[str]) -> Task:
     objective = build_objective(config.objective)
     shape = data.sample_shapes[0]
+    model = build_model(config.model, shape, len(class_names), objective.out_channels(shape[0]))
 
     def pipeline(model: Any) -> ClassConditionalPipeline:
         return ClassConditionalPipeline(
@@ -101,7 +121,7 @@ def _class_conditional(config: TrainConfig, data: TrainingData, class_names: Seq
         )
 
     return Task(
-        model=build_model(config.model, shape, len(class_names)),
+        model=model,
         objective=objective,
         conditioning=ClassLabels(len(class_names)),
         pipeline=pipeline,

@@ -9,8 +9,6 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
 )
 from torch import Tensor
 
-from mhla_gen.config import ObjectiveConfig
-
 # diffusers' flow-matching schedulers give the model 1000 σ.
 NUM_TRAIN_TIMESTEPS = 1000
 
@@ -18,8 +16,10 @@ NUM_TRAIN_TIMESTEPS = 1000
 class Objective(Protocol):
     """Times, noisy samples and losses. A time says how much noise a sample gets."""
 
-    prediction_type: str
-    """What the model predicts, by diffusers' name."""
+    @property
+    def prediction_type(self) -> str:
+        """What the model predicts, by diffusers' name."""
+        ...
 
     def out_channels(self, in_channels: int) -> int:
         """Channels that the model must predict for samples of `in_channels`."""
@@ -30,7 +30,7 @@ class Objective(Protocol):
         ...
 
     def noisy(self, samples: Tensor, noise: Tensor, times: Tensor) -> Tensor:
-        """Samples with as much noise as their times say; `[batch, …]` like both."""
+        """Samples with as much noise as their times say; `[batch, channels, …]` like both."""
         ...
 
     def timesteps(self, times: Tensor) -> Tensor:
@@ -58,9 +58,18 @@ class FlowMatching:
     """
 
     logit_mean: float = 0.0
+    """Mean of the logit."""
     logit_std: float = 1.0
+    """Standard deviation of the logit."""
     shift: float = 1.0
-    prediction_type = "flow_prediction"
+    """Moves σ to s σ / (1 + (s − 1) σ)."""
+    min_snr_gamma: float | None = None
+    """See `min_snr_weights`."""
+
+    @property
+    def prediction_type(self) -> str:
+        """The velocity."""
+        return "flow_prediction"
 
     def out_channels(self, in_channels: int) -> int:
         """As many as the samples have."""
@@ -90,16 +99,17 @@ class FlowMatching:
 
     def losses(self, prediction: Tensor, samples: Tensor, noise: Tensor, times: Tensor) -> Tensor:
         """Squared error of the velocity, mean over a sample: `[batch]`, float32."""
-        return mean_flat((prediction.float() - self.velocity(samples, noise)).square())
+        losses = mean_flat((prediction.float() - self.velocity(samples, noise)).square())
+        if self.min_snr_gamma is None:
+            return losses
+        # x = x_σ − σ v: an error of the velocity is one of the sample, times σ.
+        sigmas = times.float()
+        snr = ((1 - sigmas) / sigmas).square()
+        return losses * sigmas.square() * snr.clamp(max=self.min_snr_gamma)
 
     def scheduler(self) -> FlowMatchEulerDiscreteScheduler:
         """Euler steps along the path."""
         return FlowMatchEulerDiscreteScheduler(shift=self.shift)
-
-
-def build_objective(config: ObjectiveConfig) -> Objective:
-    """The objective that a config describes."""
-    return FlowMatching(config.logit_mean, config.logit_std, config.shift)
 
 
 def like(times: Tensor, samples: Tensor) -> Tensor:

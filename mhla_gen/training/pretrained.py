@@ -1,0 +1,100 @@
+"""Start from a saved model: the right class, the attention asked for, the classes of the data."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
+from torch import nn
+
+from mhla_gen.config import MHLAConfig, ModelConfig
+from mhla_gen.files import differences
+from mhla_gen.models import inject
+from mhla_gen.models.loading import load_transformer
+from mhla_gen.models.transformer import MHLATransformerMixin
+
+
+def load_pretrained(config: ModelConfig) -> Any:
+    """The model that `config.pretrained` names, float32, with the attention asked for.
+
+    Raises:
+        ValueError: If there is none, or it has other MHLA layers than the config says.
+    """
+    model = load_transformer(str(config.pretrained), torch_dtype=torch.float32)
+    if config.attention == "softmax":
+        if isinstance(model, MHLATransformerMixin):
+            raise ValueError(
+                f"{config.pretrained} has MHLA layers; set model.attention=mhla, "
+                "or save it once after mhla_gen.restore(model)"
+            )
+        return model
+    asked = attention_settings(config)
+    if not isinstance(model, MHLATransformerMixin):
+        return inject(model, asked)
+    found = model.mhla_config
+    changes = differences(found, asked, ("implementation",))
+    if asked not in (MHLAConfig(), found) and changes:
+        raise ValueError(
+            f"{config.pretrained} has MHLA layers already, with other settings "
+            f"(model.mhla: {'; '.join(changes)}); leave model.mhla out to keep them"
+        )
+    return model
+
+
+def attention_settings(config: ModelConfig) -> MHLAConfig:
+    """MHLA's settings; those of linear attention have one block."""
+    if config.attention == "linear":
+        return replace(config.mhla, layout=(1, 1))
+    return config.mhla
+
+
+def pretrained_dit(
+    config: ModelConfig, sample_shape: tuple[int, ...], num_classes: int, out_channels: int
+) -> DiTTransformer2DModel:
+    """A pretrained DiT for these data.
+
+    Args:
+        config: What to load.
+        sample_shape: `(channels, height, width)` of the data.
+        num_classes: Classes of the data.
+        out_channels: Channels that the objective needs.
+
+    Raises:
+        ValueError: If it is another model, or of other sizes; the differences are named.
+    """
+    model = load_pretrained(config)
+    if not isinstance(model, DiTTransformer2DModel):
+        raise ValueError(
+            f"{config.pretrained} is a {type(model).__name__}, but class labels need a DiT"
+        )
+    if config.new_classes:
+        replace_classes(model, num_classes)
+    found: Any = model.config
+    wanted = {
+        "in_channels": (sample_shape[0], "the channels of the data"),
+        "sample_size": (sample_shape[-1], "the side of the data"),
+        "out_channels": (out_channels, "the channels that the objective needs"),
+        "num_embeds_ada_norm": (num_classes, "the classes of the data; see model.new_classes"),
+    }
+    sizes = {**found, "out_channels": found.out_channels or found.in_channels}
+    wrong = [
+        f"{name} is {sizes[name]}, but {value} is {what}"
+        for name, (value, what) in wanted.items()
+        if sizes[name] != value
+    ]
+    if wrong:
+        raise ValueError(f"{config.pretrained} does not fit: {'; '.join(wrong)}")
+    return model
+
+
+@torch.no_grad()
+def replace_classes(model: Any, num_classes: int) -> None:
+    """Give a DiT labels for other classes, in place; each starts as the model's "no class"."""
+    old_null = model.config.num_embeds_ada_norm
+    for block in model.transformer_blocks:
+        embedder = block.norm1.emb.class_embedder
+        null = embedder.embedding_table.weight[old_null]
+        table = nn.Embedding(num_classes + 1, len(null), device=null.device, dtype=null.dtype)
+        table.weight.copy_(null.expand_as(table.weight))
+        embedder.embedding_table, embedder.num_classes = table, num_classes
+    model.register_to_config(num_embeds_ada_norm=num_classes)

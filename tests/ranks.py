@@ -23,7 +23,7 @@ def launch(num_ranks, check, *arguments):
 
 def _worker(rank, num_ranks, store, check, arguments):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=num_ranks)
+    dist.init_process_group("cpu:gloo", init_method=store, rank=rank, world_size=num_ranks)
     try:
         check(*arguments)
     finally:

@@ -11,7 +11,12 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
-from diffusers import DiTTransformer2DModel, ModelMixin
+from diffusers import (
+    ContextParallelConfig,
+    DiTTransformer2DModel,
+    ModelMixin,
+    TensorParallelConfig,
+)
 from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers import transformer_ltx
@@ -500,8 +505,10 @@ def test_refusals_name_the_remedy():
         mhla_gen.inject(nn.Linear(2, 2))
     with pytest.raises(ValueError, match=r"before torch\.compile"):
         mhla_gen.inject(torch.compile(tiny_dit()))
-    with pytest.raises(NotImplementedError, match="restore"):
-        model.enable_parallelism(config=None)
+    with pytest.raises(NotImplementedError, match=r"DiTTransformer2DModel.*restore"):
+        model.enable_parallelism(config=ContextParallelConfig(ring_degree=2))
+    with pytest.raises(NotImplementedError, match="tensor parallelism"):
+        mhla_gen.inject(tiny_wan()).enable_parallelism(config=TensorParallelConfig(tp_degree=2))
     with pytest.raises(ValueError, match="need their own processors"):
         model.set_attn_processor(AttnProcessor2_0())
     custom = tiny_wan()

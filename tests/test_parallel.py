@@ -2,6 +2,7 @@
 
 import pytest
 import ranks
+import ranks_of_wan
 import torch
 
 from mhla_gen.ops.halo import halo_size
@@ -32,6 +33,32 @@ def test_kernels_compute_on_ranks_what_one_process_computes():
     half = {"dtype": torch.float16, "tolerance": 2e-2}
     cases = [PADDED | single, PADDED | single | {"feature_map": "elu+1"}, PADDED | half]
     ranks.launch(2, ranks.operators_equal_one_process, cases)
+
+
+HYBRID = {"layout": (2, 2, 3), "layers": "2/3"}
+ULYSSES = {"ulysses_degree": 2}
+
+
+def test_ranks_share_a_hybrid_through_diffusers():
+    ranks.launch(2, ranks_of_wan.model_equals_one_process, HYBRID, ULYSSES)
+
+
+@pytest.mark.slow
+def test_ranks_share_a_number_of_tokens_that_they_do_not_divide():
+    ranks.launch(2, ranks_of_wan.any_number_of_tokens_can_be_sampled, HYBRID, ULYSSES)
+
+
+@pytest.mark.slow
+def test_distributed_data_parallel_needs_the_loss_times_the_ranks():
+    ranks.launch(2, ranks_of_wan.model_under_ddp_equals_one_process, HYBRID, ULYSSES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_ranks", [3, 4])
+def test_ranks_share_a_model_without_softmax_layers(num_ranks):
+    mhla = {"layout": (3, 2, 2), "mixing_per_head": True, "content_mixing": True}
+    ring = {"ring_degree": num_ranks, "ring_anything": True}
+    ranks.launch(num_ranks, ranks_of_wan.model_equals_one_process, mhla, ring)
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 7, 60])

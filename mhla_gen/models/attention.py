@@ -1,6 +1,8 @@
 """The module that an attention layer gains: MHLA with its learned parts."""
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,8 @@ from mhla_gen.config import MHLAConfig
 from mhla_gen.models.content_mixing import ContentMixing
 from mhla_gen.models.head_rotary import mhla_rotated_by_head
 from mhla_gen.ops import MIXING_INITS, depthwise_conv, mhla, multiscale_mixing
+from mhla_gen.ops.halo import sharded_depthwise_conv
+from mhla_gen.ops.sharded import sharded_mhla
 
 # silu(x) = 1 here, to the last bit in float32, bfloat16 and float16.
 _SILU_ONE = 1.2784645427610738
@@ -75,6 +79,7 @@ class MHLA(nn.Module):
         hidden_states: Tensor,
         grid: tuple[int, ...],
         rotary: tuple[Tensor, Tensor] | None = None,
+        group: Any = None,
     ) -> Tensor:
         """Attend over a token grid.
 
@@ -88,15 +93,14 @@ class MHLA(nn.Module):
             hidden_states: Input of the layer, `[batch, seq_len, hidden_size]`.
             grid: Tokens along each axis.
             rotary: See `mhla_gen.ops.mhla`, or `mhla_rotated_by_head` for tables of 4 axes.
+            group: Processes that share the sequence, each with its own part of all tensors above
+                (`mhla_gen.ops.sharded`), or None if this process has all of it.
 
         Returns:
             `[batch, seq_len, num_heads * head_dim]`.
         """
-        layout, mixing = self.block_mixing(query, key, grid)
-        by_head = rotary is not None and rotary[0].ndim == 4
-        # Two functions of one signature, which only differ in the shape of `rotary`.
-        operator: Callable[..., Tensor] = mhla_rotated_by_head if by_head else mhla
-        out = operator(
+        layout, mixing = self.block_mixing(query, key, grid, group)
+        out = _operator(rotary, group)(
             query,
             key,
             value,
@@ -113,13 +117,13 @@ class MHLA(nn.Module):
             out = self.norm(out)
         out = out.flatten(2)
         if self.conv is not None:
-            out = out + self.conv(value.flatten(2), grid)
+            out = out + self.conv(value.flatten(2), grid, group)
         if self.gate is not None:
             out = out * F.silu(self.gate(hidden_states))
         return out
 
     def block_mixing(
-        self, query: Tensor, key: Tensor, grid: tuple[int, ...]
+        self, query: Tensor, key: Tensor, grid: tuple[int, ...], group: Any = None
     ) -> tuple[tuple[int, ...], Tensor]:
         """Blocks and mixing matrix for these tokens, as the operator takes them.
 
@@ -127,6 +131,7 @@ class MHLA(nn.Module):
             query: As in `forward`.
             key: As in `forward`.
             grid: Tokens along each axis.
+            group: As in `forward`.
 
         Returns:
             Blocks along each axis, and the matrix: shared by all samples, or
@@ -134,7 +139,7 @@ class MHLA(nn.Module):
         """
         layout, mixing = self.occupied_blocks(grid)
         if self.content is not None:
-            mixing = self.content(mixing, query, key, grid, layout)
+            mixing = self.content(mixing, query, key, grid, layout, group)
         return layout, mixing
 
     def occupied_blocks(self, grid: tuple[int, ...]) -> tuple[tuple[int, ...], Tensor]:
@@ -166,6 +171,21 @@ class MHLA(nn.Module):
         )
 
 
+def _operator(rotary: tuple[Tensor, Tensor] | None, group: Any) -> Callable[..., Tensor]:
+    """Functions of one signature, which differ in the shape of `rotary` or in who has the tokens.
+
+    Raises:
+        ValueError: If both are out of the ordinary.
+    """
+    by_head = rotary is not None and rotary[0].ndim == 4
+    if group is None:
+        return mhla_rotated_by_head if by_head else mhla
+    if by_head:
+        raise ValueError("a sequence that ranks share needs one rotary table for all heads")
+    sharded: Any = sharded_mhla
+    return partial(sharded, group=group)
+
+
 def initial_mixing(config: MHLAConfig, num_heads: int) -> Tensor:
     """The matrix that training starts from, `[blocks, blocks]`, with heads first if they differ."""
     if config.mixing_init == "multiscale":
@@ -191,8 +211,13 @@ class DepthwiseConv(nn.Module):
         self.weight = nn.Parameter(torch.zeros(channels, 1, *[kernel_size] * rank))
         self.bias = nn.Parameter(torch.zeros(channels))
 
-    def forward(self, tokens: Tensor, grid: tuple[int, ...]) -> Tensor:
-        """Convolve tokens `[batch, seq_len, channels]`, raster order of `grid`."""
+    def forward(self, tokens: Tensor, grid: tuple[int, ...], group: Any = None) -> Tensor:
+        """Convolve tokens `[batch, seq_len, channels]`, raster order of `grid`.
+
+        `group`: processes that share them, or None.
+        """
+        if group is not None:
+            return sharded_depthwise_conv(tokens, self.weight, self.bias, grid=grid, group=group)
         return depthwise_conv(tokens, self.weight, self.bias, grid=grid)
 
     def extra_repr(self) -> str:

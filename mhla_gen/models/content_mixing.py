@@ -1,9 +1,14 @@
 """Mixing that depends on what the blocks hold, at O(num_blocks²) beside one read of the tokens."""
 
+from typing import Any
+
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from mhla_gen.ops.collectives import sum_over_ranks
 from mhla_gen.ops.partition import block_of_tokens
+from mhla_gen.ops.shard import Shard
 
 
 class ContentMixing(nn.Module):
@@ -35,6 +40,7 @@ class ContentMixing(nn.Module):
         key: Tensor,
         grid: tuple[int, ...],
         layout: tuple[int, ...],
+        group: Any = None,
     ) -> Tensor:
         """The mixing matrix of every sample and head.
 
@@ -44,11 +50,12 @@ class ContentMixing(nn.Module):
             key: Like `query`.
             grid: Tokens along each axis.
             layout: Blocks along each axis.
+            group: Processes that share the tokens, or None.
 
         Returns:
             Float32 `[batch, num_heads, num_blocks, num_blocks]`.
         """
-        pooled_q, pooled_k = block_means(query, grid, layout), block_means(key, grid, layout)
+        pooled_q, pooled_k = (block_means(x, grid, layout, group) for x in (query, key))
         # Autocast would round scores and weights to bfloat16.
         with torch.autocast(query.device.type, enabled=False):
             weighted_q = pooled_q.float() * self.weight.float()
@@ -61,20 +68,27 @@ class ContentMixing(nn.Module):
         return f"num_heads={self.weight.shape[0]}, head_dim={self.weight.shape[1]}"
 
 
-def block_means(tokens: Tensor, grid: tuple[int, ...], layout: tuple[int, ...]) -> Tensor:
+def block_means(
+    tokens: Tensor, grid: tuple[int, ...], layout: tuple[int, ...], group: Any = None
+) -> Tensor:
     """Mean of the tokens of every block.
 
     Args:
         tokens: `[batch, seq_len, num_heads, head_dim]`, raster order of `grid`.
         grid: Tokens along each axis.
         layout: Blocks along each axis.
+        group: Processes that share the tokens, or None.
 
     Returns:
-        `[batch, num_blocks, num_heads, head_dim]` in the dtype of `tokens`.
+        `[batch, num_blocks, num_heads, head_dim]` in the dtype of `tokens`; float32 with `group`.
     """
     block = block_of_tokens(grid, layout, device=tokens.device)
     num_blocks = torch.Size(layout).numel()
     members = block == torch.arange(num_blocks, device=tokens.device)[:, None]
     # A matrix product, unlike scattered additions, gives the same bits in every run.
     averages = (members / members.sum(dim=1, keepdim=True)).to(tokens.dtype)
-    return torch.einsum("mn,bnhd->bmhd", averages, tokens)
+    if group is None:
+        return torch.einsum("mn,bnhd->bmhd", averages, tokens)
+    shard = Shard.of_rank(grid, dist.get_rank(group), dist.get_world_size(group))
+    own = torch.einsum("mn,bnhd->bmhd", averages[:, shard.first : shard.stop], tokens)
+    return sum_over_ranks(own.float(), group)

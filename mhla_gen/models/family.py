@@ -28,6 +28,8 @@ class Family(ABC):
     model, which must have the same state."""
     variants: ClassVar[tuple[type, ...]] = ()
     """Further softmax classes that are converted like `base_class`, with the same weights."""
+    shares_sequences: ClassVar[bool] = False
+    """Whether MHLA layers take part in diffusers' context parallelism."""
     stock_kind: ClassVar[str] = "softmax"
     """What an unconverted layer computes: softmax, or linear where the family does so itself."""
 

@@ -77,11 +77,13 @@ def restore(pipe_or_transformer: Any) -> Any:
         Its argument.
 
     Raises:
-        ValueError: If nothing in it is converted.
+        ValueError: If nothing in it is converted, or it is context-parallel.
     """
     targets = [t for t in _transformers(pipe_or_transformer) if isinstance(t, MHLATransformerMixin)]
     if not targets:
         raise ValueError("the model has no MHLA layers to restore")
+    if any(getattr(transformer, "_parallel_config", None) is not None for transformer in targets):
+        raise ValueError("the model shares its sequences; restore before enable_parallelism")
     for transformer in targets:
         unconvert(transformer.family, transformer)
     return _update_index(pipe_or_transformer)

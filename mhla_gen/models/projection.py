@@ -24,6 +24,7 @@ def mhla_attention(
     rotary: tuple[Tensor, Tensor] | None = None,
     *,
     norm_across_heads: bool = False,
+    group: Any = None,
 ) -> Tensor:
     """Project, attend with the layer's `mhla` child, project back.
 
@@ -33,6 +34,7 @@ def mhla_attention(
         grid: Tokens along each axis.
         rotary: See `MHLA.forward`.
         norm_across_heads: Queries and keys are normalised over all heads at once, not per head.
+        group: Processes that share the sequence, see `MHLA.forward`.
 
     Returns:
         `[batch, seq_len, hidden_size]`.
@@ -51,7 +53,7 @@ def mhla_attention(
         query, key = _normalized(attn, query, key)
     # Autocast may leave float32 behind a norm.
     query, key = query.type_as(value), key.type_as(value)
-    out = attn.mhla(query, key, value, hidden_states, grid, rotary)
+    out = attn.mhla(query, key, value, hidden_states, grid, rotary, group)
     return attn.to_out[1](attn.to_out[0](out))
 
 

@@ -10,14 +10,11 @@ from torch import nn
 
 from mhla_gen.config import MHLAConfig
 from mhla_gen.models.family import Family
+from mhla_gen.models.parallel import check_parallelism
 from mhla_gen.models.surgery import become, convert, resolve
 
 # Arguments of from_pretrained that say where a config lies rather than how to load weights.
 _LOCATION = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "proxies")
-_NO_PARALLELISM = (
-    "context and tensor parallelism are not supported by MHLA layers: a rank would sum its own "
-    "tokens only; call mhla_gen.restore(model) first, or run on one device"
-)
 _NO_OTHER_PROCESSOR = (
     "MHLA layers need their own processors; call mhla_gen.restore(model) first, or set a processor "
     "on a single layer with layer.set_processor"
@@ -130,7 +127,7 @@ class MHLATransformerMixin:
                 f"checkpoint with {cls.__name__}.from_base(path, MHLAConfig(...))"
             )
         if kwargs.get("parallel_config") is not None:
-            raise NotImplementedError(_NO_PARALLELISM)
+            check_parallelism(cls.family, kwargs["parallel_config"])
         with_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(  # type: ignore[misc]
             pretrained_model_name_or_path, output_loading_info=True, **kwargs
@@ -160,13 +157,17 @@ class MHLATransformerMixin:
         """
         raise ValueError(_NO_OTHER_PROCESSOR)
 
-    def enable_parallelism(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse: block summaries would cover the local shard of tokens only.
+    def enable_parallelism(self, *, config: Any, **kwargs: Any) -> None:
+        """Share every sequence among processes; as in diffusers, for context parallelism.
+
+        Each process computes its part of the tokens and returns the whole output. In training
+        gradients of weights are each process's share: see `mhla_gen.models.parallel`.
 
         Raises:
-            NotImplementedError: Always.
+            NotImplementedError: For tensor parallelism, and in families that cannot share.
         """
-        raise NotImplementedError(_NO_PARALLELISM)
+        check_parallelism(self.family, config)
+        super().enable_parallelism(config=config, **kwargs)  # type: ignore[misc]
 
 
 def _few(keys: Sequence[str]) -> str:

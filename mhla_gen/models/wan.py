@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mhla_gen.config import MHLAConfig
 from mhla_gen.models.family import Family
+from mhla_gen.models.parallel import sequence_group
 from mhla_gen.models.projection import (
     PatchGridCarrier,
     mhla_attention,
@@ -71,7 +72,10 @@ class MHLAWanAttnProcessor:
         # diffusers repeats every angle for the two channels of its pair.
         rotary = (cos[0, :, 0, 0::2], sin[0, :, 0, 1::2])
         grid = tuple(carrier.shape[:3])
-        return mhla_attention(attn, hidden_states, grid, rotary, norm_across_heads=True)
+        group = sequence_group(self._parallel_config)
+        return mhla_attention(
+            attn, hidden_states, grid, rotary, norm_across_heads=True, group=group
+        )
 
 
 class WanFamily(Family):
@@ -79,6 +83,7 @@ class WanFamily(Family):
 
     base_class = WanTransformer3DModel
     rank = 3
+    shares_sequences = True
     stock_processor = WanAttnProcessor
     mhla_processor = MHLAWanAttnProcessor
     unconverted_processor = SoftmaxWanAttnProcessor

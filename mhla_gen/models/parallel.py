@@ -1,0 +1,66 @@
+"""Context parallelism: processes share the tokens of every sequence.
+
+diffusers cuts the sequence before the first block and joins it after the last one; its softmax
+layers run ring or Ulysses attention, MHLA layers sum their block summaries over all processes
+(`mhla_gen.ops.sharded`).
+
+**Training.** Every process sees the whole output and computes the whole loss; what flows back into
+it are the gradients of its own tokens. So the gradient of every weight, mixing included, is the
+*sum* over the processes. DDP and FSDP take the mean over all of theirs: multiply the loss by the
+number of processes that share a sequence, and the mean is right. Without either, call
+`sum_gradients` before the optimizer's step.
+"""
+
+from typing import Any
+
+import torch.distributed as dist
+from diffusers import TensorParallelConfig
+from torch import nn
+
+from mhla_gen.models.family import Family
+
+
+def sequence_group(parallel_config: Any) -> Any:
+    """The processes that share a sequence, from what diffusers sets on a processor; maybe None."""
+    if parallel_config is None:
+        return None
+    return parallel_config.context_parallel_config._flattened_mesh.get_group()
+
+
+def check_parallelism(family: Family, config: Any) -> None:
+    """Check that MHLA layers of a family can run as `config` wants.
+
+    Args:
+        family: Of the model.
+        config: What `enable_parallelism` takes.
+
+    Raises:
+        NotImplementedError: If a rank would attend to its own tokens or heads only.
+    """
+    tensor_parallel = getattr(config, "tensor_parallel_config", None) is not None
+    if tensor_parallel or isinstance(config, TensorParallelConfig):
+        raise NotImplementedError(
+            "MHLA layers have no tensor parallelism: mixing and convolution would keep all heads; "
+            "use ContextParallelConfig, or call mhla_gen.restore(model) first"
+        )
+    if not family.shares_sequences:
+        raise NotImplementedError(
+            f"MHLA layers of {family.base_class.__name__} cannot share a sequence: a rank would "
+            "sum its own tokens only; call mhla_gen.restore(model) first, or run on one device"
+        )
+
+
+def sum_gradients(model: nn.Module, group: Any = None) -> None:
+    """Sum gradients of all parameters over the processes that share sequences, in place.
+
+    A gradient that a process lacks counts as zero, if another one may have it.
+
+    Args:
+        model: Every process has the same one.
+        group: The processes; all by default.
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            if parameter.grad is None:
+                parameter.grad = parameter.new_zeros(parameter.shape)
+            dist.all_reduce(parameter.grad, group=group)

@@ -1,0 +1,84 @@
+"""What processes check that share the sequences of a whole Wan model; see `ranks`."""
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+from diffusers import ContextParallelConfig
+from diffusers.hooks import context_parallel
+from ranks import close
+from tiny import disturb, tiny_wan, wan_inputs
+from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.parallel import DistributedDataParallel
+
+import mhla_gen
+from mhla_gen import MHLAConfig
+from mhla_gen.models.parallel import sum_gradients
+
+# Wan computes norms and modulation in float32 whatever its weights are.
+TOLERANCE = 1e-6
+
+
+def model_under_ddp_equals_one_process(mhla, parallel):
+    model_equals_one_process(mhla, parallel, ddp=True)
+
+
+def model_equals_one_process(mhla, parallel, ddp=False):
+    torch.manual_seed(0)
+    whole = disturb(mhla_gen.inject(tiny_wan(num_attention_heads=2), MHLAConfig(**mhla))).double()
+    shared = _share(copy.deepcopy(whole), parallel)
+    for model in (whole, shared):
+        model.train().enable_gradient_checkpointing()
+    inputs = _inputs(width=16 if "ulysses_degree" in parallel else 14)
+    probe = torch.randn_like(inputs["hidden_states"])
+
+    expected = whole(**inputs)[0]
+    (expected * probe).sum().backward()
+    runner = DistributedDataParallel(shared) if ddp else shared
+    found = runner(**inputs)[0]
+    # DDP takes the mean of the gradients where sharing a sequence needs the sum.
+    ((found * probe).sum() * (dist.get_world_size() if ddp else 1)).backward()
+    if not ddp:
+        sum_gradients(shared)
+
+    close(found, expected, TOLERANCE, "output")
+    largest = max(p.grad.abs().max() for p in whole.parameters())
+    for (name, local), full in zip(shared.named_parameters(), whole.parameters(), strict=True):
+        close(local.grad / largest, full.grad / largest, TOLERANCE, f"gradient of {name}")
+    with pytest.raises(ValueError, match="before enable_parallelism"):
+        mhla_gen.restore(shared)
+
+
+def any_number_of_tokens_can_be_sampled(mhla, parallel):
+    torch.manual_seed(0)
+    whole = disturb(mhla_gen.inject(tiny_wan(), MHLAConfig(**mhla))).double()
+    shared = _share(copy.deepcopy(whole), parallel | {"ulysses_anything": True})
+    inputs = _inputs(width=14)
+    # As Wan 2.2 TI2V has it, every token has a time of its own.
+    inputs["timestep"] = torch.randint(0, 999, (2, 3 * 5 * 7)).double()
+    with torch.no_grad():
+        close(shared(**inputs)[0], whole(**inputs)[0], TOLERANCE, "output")
+
+
+def _inputs(width):
+    inputs = wan_inputs(frames=3, height=10, width=width, batch=2)
+    # With sequences shared, diffusers takes tuples only.
+    return {name: tensor.double() for name, tensor in inputs.items()} | {"return_dict": False}
+
+
+def _gather(tensor, dim, group):
+    # Stands in for NCCL's: gloo gathers pieces of one size only.
+    pieces = [None] * dist.get_world_size(group)
+    dist.all_gather_object(pieces, tensor.detach(), group)
+    return torch.cat(pieces, dim)
+
+
+def _share(model, parallel):
+    context_parallel._all_gather_anything = _gather
+    # diffusers makes a mesh, and numbers devices, of GPUs where torch could use some.
+    torch.accelerator.device_count = lambda: 1
+    shape = parallel.get("ring_degree", 1), parallel.get("ulysses_degree", 1)
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("ring", "ulysses"))
+    model.enable_parallelism(config=ContextParallelConfig(**parallel, mesh=mesh))
+    return model

@@ -1,10 +1,7 @@
 """The evaluation command: samples and a reference → numbers with protocols and intervals."""
 
 import json
-import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,27 +11,14 @@ from accelerate import PartialState
 from mhla_gen.config import EvaluateConfig
 from mhla_gen.evaluation.errors import EvaluationError
 from mhla_gen.evaluation.features import FeatureSet
-from mhla_gen.evaluation.frechet import FewSamplesWarning, frechet_distance
-from mhla_gen.evaluation.intervals import jackknife_interval, subsampling_interval
 from mhla_gen.evaluation.measurer import Measurer
-from mhla_gen.evaluation.protocol import Protocol, short_count
+from mhla_gen.evaluation.protocol import Protocol
 from mhla_gen.evaluation.reference import MeasuredReference, Reference
 from mhla_gen.evaluation.report import Result, format_table, write_report
-from mhla_gen.evaluation.scores import inception_score, kernel_distance, precision_recall
+from mhla_gen.evaluation.results import FEATURES, Evaluation
 from mhla_gen.evaluation.sources import MANIFEST_NAME
 from mhla_gen.version import __version__
 
-# Metric → features it is computed from.
-_FEATURES = {
-    "fid": "pool",
-    "fd": "pool",
-    "fvd": "pool",
-    "sfid": "spatial",
-    "is": "logits",
-    "precision": "pool",
-    "recall": "pool",
-    "kid": "pool",
-}
 _OF_IMAGES = ("precision", "recall", "kid")
 _OF_INCEPTION = ("fid", "sfid", "is")
 
@@ -52,113 +36,80 @@ def evaluate(config: EvaluateConfig, dry_run: bool = False) -> list[Result]:
     Raises:
         EvaluationError: If something is missing, unusable or not comparable.
     """
-    _check(config)
+    if config.samples is None:
+        raise EvaluationError("samples=PATH is required: the images to measure")
+    check_metrics(config)
     measurer = Measurer.start(config.features, config.size, config.skip_corrupt)
     source = measurer.open(config.samples)
-    protocol = measurer.protocol(source)
-    reference = _open_reference(config, measurer)
-    if reference:
-        protocol.require_same(reference.protocol)
-    _require_enough(config, len(source), "samples")
-    if reference and reference.source is not None:
-        _require_enough(config, len(reference.source), "reference")
+    scoring = Scoring.prepare(config, measurer, measurer.protocol(source), len(source))
     if dry_run:
-        print(f"would measure {len(source)} images of {source.name}: {protocol}")
+        print(f"would measure {len(source)} images of {source.name}: {scoring.protocol}")
         return []
-    samples = measurer.features(source, sorted({_FEATURES[name] for name in config.metrics}))
-    measured = _measure_reference(config, measurer, reference)
-    if not PartialState().is_main_process:
-        return []
-    evaluation = Evaluation(config, protocol, samples, measured, str(PartialState().device))
-    results = [evaluation.result(metric) for metric in config.metrics]
-    context = _context(config, samples, reference, measured)
-    write_report(Path(config.out), results, context)
-    print(format_table(results))
-    return results
+    return scoring.score(measurer.features(source, scoring.feature_names))
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """Numbers from measured samples and a measured reference."""
+class Scoring:
+    """A comparison that is known to be possible before anything is measured."""
 
     config: EvaluateConfig
+    measurer: Measurer
     protocol: Protocol
-    samples: FeatureSet
-    reference: MeasuredReference | None
-    device: str = "cpu"
+    reference: Reference | None
 
-    def result(self, metric: str) -> Result:
-        """One metric, with a note if its number needs one."""
-        compute: dict[str, Callable[[str], Result]] = {
-            "is": self._inception_score,
-            "kid": self._kernel_distance,
-            "precision": self._manifold_share,
-            "recall": self._manifold_share,
-        }
-        return compute.get(metric, self._frechet)(metric)
+    @classmethod
+    def prepare(
+        cls, config: EvaluateConfig, measurer: Measurer, protocol: Protocol, count: int
+    ) -> "Scoring":
+        """Open the reference, and compare what has to be equal.
 
-    def _frechet(self, metric: str) -> Result:
-        name = _FEATURES[metric]
-        reference = self._known_reference.statistics(name)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", FewSamplesWarning)
-            value, interval = jackknife_interval(
-                self.samples.load(name),
-                lambda statistics: frechet_distance(statistics, reference),
-                self.config.jackknife_groups,
-                self.config.seed,
-            )
-        note = str(caught[0].message) if caught else ""
-        versus = f"vs-{short_count(self._known_reference.count)}"
-        return Result(metric, value, self._describe(metric, versus), interval, note=note)
+        Args:
+            config: What to measure.
+            measurer: With the extractor.
+            protocol: How the samples are measured.
+            count: How many samples there are, or will be.
 
-    def _inception_score(self, metric: str) -> Result:
-        mean, spread = inception_score(self.samples.load("logits"))
-        protocol = self._describe(metric, "splits-of-5000-in-order")
-        return Result(metric, mean, protocol, spread=spread)
-
-    def _kernel_distance(self, metric: str) -> Result:
-        config = self.config
-        distance = kernel_distance(
-            self.samples.load("pool"),
-            self._known_reference.features("pool"),
-            config.kid_subsets,
-            config.kid_subset_size,
-            config.seed,
-        )
-        smaller = min(self.samples.count, self._known_reference.image_count)
-        interval = subsampling_interval(distance, smaller)
-        note = "" if interval else "no interval: each subset is the whole set"
-        details = (
-            f"{config.kid_subsets}x{config.kid_subset_size}-subsets seed-{config.seed} "
-            f"vs-{short_count(self._known_reference.image_count)}"
-        )
-        protocol = self._describe(metric, details)
-        return Result(metric, distance.mean, protocol, interval, distance.std, note)
-
-    def _manifold_share(self, metric: str) -> Result:
-        value = self._precision_recall[metric == "recall"]
-        details = f"k-{self.config.neighbours} vs-{short_count(self._known_reference.image_count)}"
-        return Result(metric, value, self._describe(metric, details))
-
-    @cached_property
-    def _precision_recall(self) -> tuple[float, float]:
-        samples, reference = self.samples.load("pool"), self._known_reference.features("pool")
-        return precision_recall(samples, reference, self.config.neighbours, self.device)
+        Raises:
+            EvaluationError: If something is missing, unusable or not comparable.
+        """
+        reference = _open_reference(config, measurer)
+        if reference:
+            protocol.require_same(reference.protocol)
+        _require_enough(config, count, "samples")
+        if reference and reference.source is not None:
+            _require_enough(config, len(reference.source), "reference")
+        return cls(config, measurer, protocol, reference)
 
     @property
-    def _known_reference(self) -> MeasuredReference:
-        assert self.reference is not None
-        return self.reference
+    def feature_names(self) -> list[str]:
+        """The features that the metrics need."""
+        return sorted({FEATURES[name] for name in self.config.metrics})
 
-    def _describe(self, metric: str, details: str) -> str:
-        label = metric if metric in ("precision", "recall") else metric.upper().replace("SF", "sF")
-        return f"{label}-{short_count(self.samples.count)} {self.protocol} {details}"
+    def score(self, samples: FeatureSet) -> list[Result]:
+        """Print a table of the numbers and write `config.out`; all processes call this.
+
+        Returns:
+            The results, on the main process; nothing on the others.
+        """
+        config = self.config
+        measured = _measure_reference(config, self.measurer, self.reference)
+        if not PartialState().is_main_process:
+            return []
+        device = str(PartialState().device)
+        evaluation = Evaluation(config, self.protocol, samples, measured, device)
+        results = [evaluation.result(metric) for metric in config.metrics]
+        context = _context(config, samples, self.reference, measured)
+        write_report(Path(config.out), results, context)
+        print(format_table(results))
+        return results
 
 
-def _check(config: EvaluateConfig) -> None:
-    if config.samples is None:
-        raise EvaluationError("samples=PATH is required: the images to measure")
+def check_metrics(config: EvaluateConfig) -> None:
+    """Raise if the metrics do not go with the extractor, or need a reference that is not given.
+
+    Raises:
+        EvaluationError: Naming what to change.
+    """
     if config.reference is None and set(config.metrics) != {"is"}:
         raise EvaluationError("reference=PATH is required for every metric but is")
     extractor = config.features.extractor
@@ -200,7 +151,7 @@ def _open_reference(config: EvaluateConfig, measurer: Measurer) -> Reference | N
     reference = Reference.open(config.reference, measurer)
     if reference.file:
         # A missing key is found now, not after hours of extraction.
-        for name in {_FEATURES[metric] for metric in config.metrics} - {"logits"}:
+        for name in {FEATURES[metric] for metric in config.metrics} - {"logits"}:
             reference.file.statistics(name)
     if reference.source is None:
         wanting = [metric for metric in config.metrics if metric in _OF_IMAGES]
@@ -215,7 +166,7 @@ def _measure_reference(
     if reference is None:
         return None
     if reference.file is None:
-        names = sorted({_FEATURES[metric] for metric in config.metrics} - {"logits"})
+        names = sorted({FEATURES[metric] for metric in config.metrics} - {"logits"})
         assert reference.source is not None
         return MeasuredReference(None, measurer.features(reference.source, names))
     images = None

@@ -7,7 +7,7 @@ from typing import Any
 
 import diffusers
 
-# The variance is taken from the model's output by these; others would misread a config that says so.
+# These take the variance from the output; others would misread a config that says so.
 _LEARNING = ("DDPMScheduler", "DDPMParallelScheduler")
 
 

@@ -74,11 +74,18 @@ def made_with(folder: str | Path, config: Any, ignore: Sequence[str] = ("output_
 
 def differences(found: Any, asked: Any, ignore: Sequence[str] = ()) -> list[str]:
     """The settings in which two configs differ, as `key: found X, asked for Y`."""
-    pairs = zip(_flat(asdict(found)), _flat(asdict(asked)), strict=True)
+    return differing_values(asdict(found), asdict(asked), ignore)
+
+
+def differing_values(
+    found: dict[str, Any], asked: dict[str, Any], ignore: Sequence[str] = ()
+) -> list[str]:
+    """The values in which two nested mappings differ, as `key: found X, asked for Y`."""
+    old, new = dict(_flat(found)), dict(_flat(asked))
     return [
-        f"{key}: found {old}, asked for {new}"
-        for (key, old), (_, new) in pairs
-        if key not in ignore and old != new
+        f"{key}: found {old.get(key)}, asked for {new.get(key)}"
+        for key in {**old, **new}
+        if key not in ignore and old.get(key) != new.get(key)
     ]
 
 

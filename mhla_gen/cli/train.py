@@ -1,12 +1,15 @@
 """`mhla-gen train`: see `mhla_gen.training`."""
 
 from mhla_gen.config import TrainConfig
+from mhla_gen.distillation import convert, rehearse_conversion
 from mhla_gen.training import rehearse, train
 
 
 def run(config: TrainConfig, dry_run: bool) -> None:
-    """Train, or build everything and do one step without writing."""
+    """Train or convert, or build everything and do one step without writing."""
     if dry_run:
-        print(rehearse(config))
-    else:
+        print(rehearse(config) if config.convert is None else rehearse_conversion(config))
+    elif config.convert is None:
         train(config)
+    else:
+        convert(config)

@@ -1,0 +1,196 @@
+"""From the settings of a conversion to its stages, each a run of the training loop."""
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+from torch import Tensor
+
+from mhla_gen.config import ConversionConfig, TrainConfig, save_config
+from mhla_gen.data import TrainingData
+from mhla_gen.distillation.layers import LayerErrors
+from mhla_gen.distillation.losses import LayerLosses, OutputLosses
+from mhla_gen.distillation.teacher import softmax_twin, train_only, trained_names
+from mhla_gen.files import CONFIG_NAME, differing_values, written_whole
+from mhla_gen.models.loading import load_transformer, transformer_class
+from mhla_gen.models.transformer import MHLATransformerMixin
+from mhla_gen.training.build import Task, build_task
+from mhla_gen.training.checkpoints import check_output_dir
+from mhla_gen.training.loop import rehearse, train
+
+PIPELINE_NAME = "pipeline"
+
+
+def convert(config: TrainConfig) -> Path:
+    """Run the stages of a conversion, each the training loop in a folder of its own.
+
+    A finished stage is not run again, and an interrupted one goes on exactly with `resume=latest`.
+    Each stage starts from the averaged weights that the one before saved.
+
+    Args:
+        config: Settings with `convert`; `output_dir` gets config.yaml, a folder for each stage, and
+            the pipeline of the last one.
+
+    Returns:
+        The folder of that pipeline.
+
+    Raises:
+        ValueError: If teacher, settings and data do not fit together, or a loss is not finite.
+        OSError: If data are missing, or an output folder holds something else.
+    """
+    check_output_dir(config)
+    folder, state = Path(config.output_dir), PartialState()
+    state.wait_for_everyone()
+
+    def build(stage: TrainConfig, data: TrainingData) -> Task:
+        task = stage_task(stage, data)
+        # Not before: what does not fit leaves nothing behind.
+        if state.is_main_process:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_config(config, folder / CONFIG_NAME)
+        return task
+
+    last = folder
+    for title, stage in stage_runs(config):
+        last = Path(stage.output_dir)
+        if not (last / PIPELINE_NAME).is_dir():
+            train(stage, title=title, build=build)
+    if state.is_main_process:
+        with written_whole(folder / PIPELINE_NAME) as partial:
+            shutil.copytree(last / PIPELINE_NAME, partial)
+    state.wait_for_everyone()
+    return folder / PIPELINE_NAME
+
+
+def rehearse_conversion(config: TrainConfig) -> str:
+    """Do one small step of each stage in memory, each from the teacher; one line a stage.
+
+    Raises:
+        ValueError: As `convert`.
+        OSError: As `convert`.
+    """
+    check_output_dir(config)
+    lines = []
+    for title, stage in stage_runs(config):
+        alone = replace(
+            stage, convert=replace(conversion_of(stage), start=conversion_of(config).start)
+        )
+        lines.append(f"{title}: {rehearse(alone, build=stage_task)}")
+    return "\n".join(lines)
+
+
+def conversion_of(config: TrainConfig) -> ConversionConfig:
+    """The conversion of these settings.
+
+    Raises:
+        ValueError: If they have none.
+    """
+    if config.convert is None:
+        raise ValueError("a conversion needs convert.teacher and convert.stages")
+    return config.convert
+
+
+def stage_runs(config: TrainConfig) -> Iterator[tuple[str, TrainConfig]]:
+    """Title and settings of the run of each stage."""
+    conversion = conversion_of(config)
+    start = conversion.start
+    for number, stage in enumerate(conversion.stages, 1):
+        folder = str(Path(config.output_dir) / f"stage-{number}-{stage.kind}")
+        given = {
+            name: getattr(stage, name)
+            for name in ("learning_rate", "warmup_steps", "ema_decay")
+            if getattr(stage, name) is not None
+        }
+        yield (
+            f"stage {number} of {len(conversion.stages)}, {stage.kind}",
+            replace(
+                config,
+                output_dir=folder,
+                convert=replace(conversion, stages=[stage], start=start),
+                max_steps=stage.steps,
+                # Another order of the data than the stage before had.
+                seed=config.seed + number - 1,
+                **given,
+            ),
+        )
+        start = str(Path(folder) / PIPELINE_NAME)
+
+
+def stage_task(config: TrainConfig, data: TrainingData) -> Task:
+    """A student and its teacher on this process's device, and what the student learns.
+
+    Args:
+        config: Settings with a conversion of one stage.
+        data: What it learns from.
+
+    Raises:
+        ValueError: If teacher, settings and data do not fit together.
+    """
+    conversion = conversion_of(config)
+    (stage,) = conversion.stages
+    check_teacher(config)
+    if stage.kind == "layers" and AcceleratorState().distributed_type == DistributedType.FSDP:
+        raise ValueError(
+            "a stage of kind=layers cannot run under FSDP, which frees a layer's weights before "
+            "its own backward pass; run it on one process or under DDP"
+        )
+    model = replace(config.model, pretrained=conversion.teacher)
+    task = build_task(replace(config, model=model, convert=None), data)
+    student = task.model
+    weights = {} if conversion.start is None else trained_weights(conversion.start, student)
+    learning = trained_names(student, stage.train or "all")
+    moved = {n for n, p in student.named_parameters() if n in weights and not p.equal(weights[n])}
+    teacher = softmax_twin(student, learning | moved)
+    student.load_state_dict(weights, strict=False)
+    train_only(student, learning)
+    device: Any = PartialState().device
+    student.to(device)
+    teacher.to(device)
+    if stage.kind == "layers":
+        layers = LayerErrors(student, teacher)
+        losses = LayerLosses(task.objective, task.conditioning, layers)
+    else:
+        bf16 = config.mixed_precision == "bf16"
+        autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)
+        losses = OutputLosses(
+            task.objective, task.conditioning, teacher, stage.teacher_weight, autocast
+        )
+    return replace(task, losses=losses)
+
+
+def check_teacher(config: TrainConfig) -> None:
+    """Raise unless the settings ask for a student that differs from a softmax teacher.
+
+    Raises:
+        ValueError: If the student is softmax, or the teacher has MHLA layers.
+    """
+    if config.model.attention == "softmax":
+        raise ValueError("convert needs model.attention=mhla or linear, found softmax")
+    teacher = str(conversion_of(config).teacher)
+    if issubclass(transformer_class(teacher), MHLATransformerMixin):
+        raise ValueError(f"convert.teacher {teacher} has MHLA layers; it must be the softmax model")
+
+
+def trained_weights(folder: str, student: Any) -> dict[str, Tensor]:
+    """The weights that an earlier stage left, for a student like its own.
+
+    Raises:
+        ValueError: If they belong to another model.
+    """
+    found = load_transformer(folder)
+    changes = differing_values(_settings(found), _settings(student))
+    if changes:
+        raise ValueError(f"the student in {folder} is another model ({'; '.join(changes)})")
+    return found.state_dict()
+
+
+def _settings(model: Any) -> dict[str, Any]:
+    public = {key: value for key, value in model.config.items() if not key.startswith("_")}
+    return {"class": type(model).__name__, **public}

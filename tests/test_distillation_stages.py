@@ -1,0 +1,287 @@
+"""Conversion by stages: a teacher in a folder becomes an MHLA model in another, exactly again."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from accelerate.state import AcceleratorState
+from diffusers import FlowMatchEulerDiscreteScheduler
+from safetensors.torch import load_file
+
+import mhla_gen
+from mhla_gen.cli import main
+from mhla_gen.config import (
+    ConversionConfig,
+    MHLAConfig,
+    ModelConfig,
+    StageConfig,
+    TrainConfig,
+    load_config,
+    save_config,
+)
+from mhla_gen.distillation import OutputLosses, convert, softmax_twin
+from mhla_gen.training.draws import draw
+from mhla_gen.training.log import read_log
+from mhla_gen.training.loop import Run
+from mhla_gen.training.objectives import FlowMatching
+from mhla_gen.training.step import training_losses
+
+LAYERS = StageConfig(kind="layers", steps=4, train="mhla", learning_rate=1e-2, ema_decay=0.5)
+OUTPUT = StageConfig(kind="output", steps=4, learning_rate=1e-3, ema_decay=0.5)
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """accelerate keeps one state per process, precision included."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def digits_dit(**changes):
+    sizes = {"in_channels": 1, "patch_size": 1, "num_layers": 2} | changes
+    return tiny.tiny_dit(**sizes)
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """Folder of a softmax pipeline for digits."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("teacher")
+    pipeline = mhla_gen.ClassConditionalPipeline(
+        transformer=digits_dit(), scheduler=FlowMatchEulerDiscreteScheduler()
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def settings(folder, teacher, *stages, **changes):
+    values = {
+        "output_dir": str(folder),
+        "model": ModelConfig(mhla=MHLAConfig(layout=(3, 3))),
+        "convert": ConversionConfig(teacher=str(teacher), stages=list(stages)),
+        "batch_size": 8,
+        "warmup_steps": 1,
+        "mixed_precision": "fp32",
+        "checkpoint_every": 2,
+        "log_every": 1,
+    } | changes
+    return TrainConfig(**values)
+
+
+def weights(folder, *parts):
+    return load_file(
+        Path(folder, *parts, "pipeline/transformer/diffusion_pytorch_model.safetensors")
+    )
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(first[k].equal(second[k]) for k in first)
+
+
+def files(folder):
+    return {p: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_two_stages_leave_a_pipeline_a_log_per_layer_and_the_teacher(tmp_path, teacher):
+    before = files(teacher)
+    layers = replace(LAYERS, steps=20, train="attention")
+    folder = convert(settings(tmp_path / "run", teacher, layers, OUTPUT, batch_size=32))
+    pipeline = mhla_gen.ClassConditionalPipeline.from_pretrained(folder)
+    assert isinstance(pipeline.transformer, mhla_gen.MHLADiTTransformer2DModel)
+    assert same(pipeline.transformer.state_dict(), weights(tmp_path, "run"))
+    assert same(weights(tmp_path, "run"), weights(tmp_path, "run/stage-2-output"))
+    assert files(teacher) == before
+
+    first = read_log(tmp_path / "run/stage-1-layers/log.jsonl")
+    names = [f"transformer_blocks.{i}.attn1" for i in range(2)]
+    assert [line["step"] for line in first] == list(range(1, 21))
+    assert all(first[0][name] > first[-1][name] > 0 for name in names)
+    mean = sum(first[0][name] for name in names) / 2
+    assert first[0]["loss"] == pytest.approx(mean, rel=1e-5)
+    last = read_log(tmp_path / "run/stage-2-output/log.jsonl")[-1]
+    parts = last["objective_loss"] + last["teacher_distance"]
+    assert last["loss"] == pytest.approx(parts, rel=1e-5) and last["teacher_distance"] > 0
+
+
+@pytest.mark.parametrize("trained", ["mhla", "attention"])
+def test_the_layer_stage_moves_attention_layers_alone(tmp_path, teacher, trained):
+    convert(settings(tmp_path / "run", teacher, replace(LAYERS, train=trained)))
+    original = load_file(teacher / "transformer/diffusion_pytorch_model.safetensors")
+    found = weights(tmp_path, "run")
+    moved = {name for name in original if not found[name].equal(original[name])}
+    assert all(".attn1." in name for name in moved)
+    assert bool(moved) is (trained == "attention")
+    fresh = mhla_gen.inject(digits_dit(), MHLAConfig(layout=(3, 3))).state_dict()
+    added = set(found) - set(original)
+    assert added and all(not found[n].equal(fresh[n]) for n in added if "norm" not in n)
+
+
+@pytest.mark.parametrize("steps_before", [1, 3, 4, 7])
+def test_an_interrupted_conversion_goes_on_exactly(tmp_path, teacher, monkeypatch, steps_before):
+    stages = (replace(LAYERS, train="attention"), OUTPUT)
+    convert(settings(tmp_path / "straight", teacher, *stages))
+    config = settings(tmp_path / "stopped", teacher, *stages)
+    done, whole_step = 0, Run.step
+
+    def step(self, number, parts):
+        nonlocal done
+        if done == steps_before:
+            raise KeyboardInterrupt
+        done += 1
+        return whole_step(self, number, parts)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Run, "step", step)
+        convert(config)
+    convert(replace(config, resume="latest"))
+    for stage in ("stage-1-layers", "stage-2-output"):
+        straight, stopped = tmp_path / "straight" / stage, tmp_path / "stopped" / stage
+        assert same(weights(straight), weights(stopped))
+        for name in ("model.safetensors", "optimizer.bin"):
+            saved = [folder / "checkpoint-4" / name for folder in (straight, stopped)]
+            assert saved[0].read_bytes() == saved[1].read_bytes(), name
+        logs = [read_log(folder / "log.jsonl") for folder in (straight, stopped)]
+        for line in (*logs[0], *logs[1]):
+            del line["images_per_second"]
+        assert logs[0] == logs[1]
+
+
+def test_a_finished_conversion_is_not_run_again(tmp_path, teacher, monkeypatch):
+    config = settings(tmp_path / "run", teacher, LAYERS, OUTPUT)
+    convert(config)
+    expected = weights(tmp_path, "run")
+    monkeypatch.setattr(Run, "step", lambda *_: pytest.fail("a step was run"))
+    convert(replace(config, resume="latest"))
+    assert same(weights(tmp_path, "run"), expected)
+    with pytest.raises(FileExistsError, match="resume=latest"):
+        convert(config)
+    other = replace(config.convert, stages=[LAYERS])
+    with pytest.raises(FileExistsError, match="other settings"):
+        convert(replace(config, convert=other, resume="latest"))
+
+
+def test_the_output_stage_starts_where_the_layer_stage_ended(tmp_path, teacher):
+    stages = (LAYERS, replace(OUTPUT, learning_rate=1e-30, train="mhla"))
+    convert(settings(tmp_path / "run", teacher, *stages))
+    first, second = (weights(tmp_path, "run", f"stage-{s}") for s in ("1-layers", "2-output"))
+    assert all(torch.allclose(first[name], second[name], atol=1e-6) for name in first)
+
+
+def test_linear_attention_goes_through_the_same_stages(tmp_path, teacher):
+    model = ModelConfig(attention="linear")
+    folder = convert(settings(tmp_path / "run", teacher, LAYERS, OUTPUT, model=model))
+    pipeline = mhla_gen.ClassConditionalPipeline.from_pretrained(folder)
+    assert {row.kind for row in mhla_gen.summary(pipeline)} == {"linear"}
+
+
+def test_softmax_layers_of_a_hybrid_are_not_compared(tmp_path, teacher):
+    model = ModelConfig(mhla=MHLAConfig(layout=(2, 2), layers=[1]))
+    convert(settings(tmp_path / "run", teacher, LAYERS, model=model))
+    (line, *_) = read_log(tmp_path / "run/stage-1-layers/log.jsonl")
+    assert [name for name in line if name.startswith("transformer")] == [
+        "transformer_blocks.1.attn1"
+    ]
+
+
+def test_a_rehearsal_tries_each_stage_and_writes_nothing(tmp_path, teacher, capsys):
+    config = settings(tmp_path / "run", teacher, LAYERS, OUTPUT)
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+    assert main(["train", str(tmp_path / "config.yaml"), "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("stage 1 of 2, layers: 1797 images")
+    assert lines[1].startswith("stage 2 of 2, output: 1797 images")
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_does_not_fit_is_named(tmp_path, teacher):
+    config = settings(tmp_path / "run", teacher, LAYERS)
+
+    def refused(match, **changes):
+        with pytest.raises(ValueError, match=match):
+            convert(replace(config, **changes))
+        assert not list(tmp_path.iterdir())
+
+    def with_teacher(model, name):
+        model.save_pretrained(tmp_path.parent / name)
+        return replace(config.convert, teacher=str(tmp_path.parent / name))
+
+    refused("neither a folder", convert=replace(config.convert, teacher="no/such/folder"))
+    refused("found softmax", model=ModelConfig(attention="softmax"))
+    converted = mhla_gen.inject(digits_dit(), MHLAConfig(layout=(2, 2)))
+    refused("has MHLA layers", convert=with_teacher(converted, "converted"))
+    other = digits_dit(in_channels=3, sample_size=12, num_embeds_ada_norm=7)
+    refused(
+        "in_channels is 3.*sample_size is 12.*num_embeds_ada_norm is 7",
+        convert=with_teacher(other, "other"),
+    )
+    wan = with_teacher(tiny.tiny_wan(), "wan")
+    refused("but class labels need a DiT", convert=wan, model=ModelConfig())
+
+
+def test_the_student_of_another_run_is_refused(tmp_path, teacher):
+    student = mhla_gen.inject(digits_dit(num_layers=3), MHLAConfig(layout=(3, 3)))
+    student.save_pretrained(tmp_path / "student")
+    conversion = ConversionConfig(
+        teacher=str(teacher), stages=[OUTPUT], start=str(tmp_path / "student")
+    )
+    config = replace(settings(tmp_path / "run", teacher, OUTPUT), convert=conversion)
+    with pytest.raises(ValueError, match="num_layers: found 3, asked for 2"):
+        convert(config)
+
+
+@pytest.mark.parametrize(
+    ("values", "match"),
+    [
+        ({"teacher": None}, "convert.teacher"),
+        ({"stages": []}, "at least one stage"),
+        ({"stages": [OUTPUT, LAYERS]}, "layers come before output"),
+    ],
+)
+def test_conversions_that_make_no_sense_are_refused(values, match):
+    with pytest.raises(ValueError, match=match):
+        ConversionConfig(**{"teacher": "folder"} | values)
+
+
+@pytest.mark.parametrize(
+    ("values", "match"),
+    [
+        ({"kind": "layers", "train": "all"}, "trains mhla or attention"),
+        ({"steps": 0}, "steps"),
+        ({"teacher_weight": -1.0}, "teacher_weight"),
+        ({"kind": "layer"}, "kind"),
+    ],
+)
+def test_stages_that_make_no_sense_are_refused(values, match):
+    with pytest.raises(ValueError, match=match):
+        StageConfig(**values)
+
+
+@dataclass(frozen=True)
+class Text:
+    """Calls a Wan with the embedded text of the batch."""
+
+    def predict(self, model, noisy, timesteps, batch, dropped):
+        text = torch.where(dropped[:, None, None], 0.0, batch["prompt_embeds"])
+        return model(noisy, timestep=timesteps, encoder_hidden_states=text).sample
+
+
+def test_a_video_student_learns_from_data_and_from_its_teacher():
+    objective = FlowMatching()
+    base = tiny.tiny_wan()
+    student = mhla_gen.inject(base, MHLAConfig(layout=(2, 2, 4))).train()
+    names = {name for name, _ in student.named_parameters()}
+    teacher = softmax_twin(student, names)
+    batch = {"samples": torch.randn(2, 16, 3, 10, 12), "prompt_embeds": torch.randn(2, 7, 16)}
+    draws = draw(objective, seed=0, step=0, batch_size=2, dropout=0.5)
+    losses = OutputLosses(objective, Text(), teacher, 3.0, torch.no_grad)
+    found = losses(student, batch, draws)
+    plain = training_losses(student, batch, draws, objective, Text())
+    assert torch.equal(found["objective_loss"], plain) and found["teacher_distance"].min() > 0
+    torch.testing.assert_close(found["loss"], plain + 3 * found["teacher_distance"])
+    found["loss"].sum().backward()
+    assert all(p.grad is None for p in teacher.parameters())
+    assert all(p.grad is not None for p in student.parameters())
+    assert not losses(teacher, batch, draws)["teacher_distance"].any()

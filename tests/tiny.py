@@ -1,5 +1,7 @@
 """Tiny real diffusers models that the tests share."""
 
+import imageio.v2 as imageio
+import numpy as np
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -17,6 +19,14 @@ from diffusers import (
     WanTransformer3DModel,
 )
 from diffusers.models.embeddings import get_2d_rotary_pos_embed
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+
+from mhla_gen.config import CacheConfig, load_config
+from mhla_gen.data.caching.build import build_cache
 
 
 def tiny_dit(**changes):
@@ -190,29 +200,50 @@ def kandinsky5_inputs(frames=3, height=10, width=12, batch=1):
 
 
 def tiny_dit_pipeline():
-    vae = AutoencoderKL(
+    transformer = tiny_dit(num_embeds_ada_norm=1000, out_channels=8)
+    return DiTPipeline(transformer=transformer, vae=tiny_autoencoder(), scheduler=DDIMScheduler())
+
+
+def tiny_autoencoder():
+    return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         block_out_channels=(8, 8, 8, 8),
         layers_per_block=1,
         norm_num_groups=4,
     )
-    transformer = tiny_dit(num_embeds_ada_norm=1000, out_channels=8)
-    return DiTPipeline(transformer=transformer, vae=vae, scheduler=DDIMScheduler())
 
 
-def tiny_wan_pipeline(two_experts=False):
-    vae = AutoencoderKLWan(
+def tiny_wan_autoencoder():
+    return AutoencoderKLWan(
         base_dim=8,
         z_dim=16,
         dim_mult=[1, 1, 1, 1],
         num_res_blocks=1,
         temperal_downsample=[False, True, True],
     )
+
+
+def tiny_umt5():
+    """A tokenizer of words and a text encoder that fits `tiny_wan`."""
+    words = ["<pad>", "</s>", "<unk>", "a", "red", "square", "moves"]
+    words += ["left", "right", "up", "down"]
+    words = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    words.pre_tokenizer = Whitespace()
+    words.post_processor = TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    )
+    sizes = {"vocab_size": 11, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1}
+    return tokenizer, UMT5EncoderModel(UMT5Config(**sizes, num_heads=2)).eval()
+
+
+def tiny_wan_pipeline(two_experts=False, text=False):
+    tokenizer, text_encoder = tiny_umt5() if text else (None, None)
     return WanPipeline(
-        tokenizer=None,
-        text_encoder=None,
-        vae=vae,
+        tokenizer=tokenizer,
+        text_encoder=text_encoder,
+        vae=tiny_wan_autoencoder(),
         scheduler=UniPCMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
         ),
@@ -220,6 +251,52 @@ def tiny_wan_pipeline(two_experts=False):
         transformer_2=tiny_wan() if two_experts else None,
         boundary_ratio=0.5 if two_experts else None,
     )
+
+
+def tiny_video(path, frames=12, height=32, width=48, fps=16, moves="right"):
+    """A real mp4 of a red square that moves over a green ground."""
+    pictures = np.zeros((frames, height, width, 3), np.uint8)
+    pictures[..., 1] = 120
+    for k, picture in enumerate(pictures):
+        step = 2 * k if moves == "right" else width - 12 - 2 * k
+        picture[8:20, step : step + 12] = (220, 30, 30)
+    imageio.mimwrite(path, pictures, fps=fps, macro_block_size=1, quality=9)
+    return pictures
+
+
+def tiny_clip_cache(folder, *overrides, clips=3):
+    """A cache of real, tiny clips of two shapes and of still images, as `mhla-gen cache` writes it.
+
+    Returns the folder of the cache; `folder / "pipeline"` has the Wan pipeline that made it.
+    """
+    videos = folder / "videos"
+    videos.mkdir(parents=True)
+    for k in range(clips):
+        for name, size in (("wide", (32, 48)), ("tall", (48, 32))):
+            moves = "right" if k % 2 else "left"
+            tiny_video(videos / f"{name}{k}.mp4", 12, *size, moves=moves)
+            (videos / f"{name}{k}.txt").write_text(f"a red square moves {moves}")
+    tiny_video(videos / "short.mp4", frames=3)
+    (videos / "short.txt").write_text("a square")
+    tiny_wan_pipeline(text=True).save_pretrained(folder / "pipeline")
+    config = load_config(
+        None,
+        [
+            f"output_dir={folder / 'cache'}",
+            "data.source=clips",
+            f"data.path={videos}",
+            f"vae.path={folder / 'pipeline'}",
+            f"text.path={folder / 'pipeline'}",
+            "text.max_sequence_length=9",
+            "clips.buckets=[[9, 32, 48], [9, 48, 32], [1, 32, 48]]",
+            "num_workers=2",
+            "device=cpu",
+            *overrides,
+        ],
+        CacheConfig,
+    )
+    build_cache(config)
+    return folder / "cache"
 
 
 def disturb(model):

@@ -27,6 +27,9 @@ COMMANDS: dict[str, Command] = {
         "mhla_gen.cli.quickstart",
     ),
     "train": Command("train a class-conditional diffusion transformer", "mhla_gen.cli.train"),
+    "cache": Command(
+        "encode images or clips to latents, once for every training run", "mhla_gen.cli.cache"
+    ),
     "sample": Command("sample images from a saved pipeline", "mhla_gen.cli.sample"),
     "evaluate": Command(
         "measure samples against a reference: FID, sFID, IS, precision, recall, KID, FVD",

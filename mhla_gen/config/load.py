@@ -9,6 +9,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from mhla_gen.config.data import CacheConfig
 from mhla_gen.config.evaluation import EvaluateConfig, ReferenceConfig
 from mhla_gen.config.sampling import SampleConfig
 from mhla_gen.config.tools import BenchConfig, ConvertConfig, DoctorConfig, InspectConfig
@@ -18,6 +19,7 @@ from mhla_gen.config.training import QuickstartConfig, TrainConfig
 SCHEMAS: dict[str, type] = {
     "quickstart": QuickstartConfig,
     "train": TrainConfig,
+    "cache": CacheConfig,
     "sample": SampleConfig,
     "evaluate": EvaluateConfig,
     "reference": ReferenceConfig,

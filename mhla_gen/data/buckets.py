@@ -1,5 +1,6 @@
 """Which bucket a video goes to, which of its frames are taken, and how they are cropped."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -22,6 +23,12 @@ class Bucket(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.frames} × {self.height} × {self.width}"
+
+
+def consecutive(counts: Sequence[int]) -> tuple[range, ...]:
+    """Sample numbers of buckets of these sizes, one bucket after the other."""
+    ends = list(itertools.accumulate(counts))
+    return tuple(range(*pair) for pair in zip([0, *ends[:-1]], ends, strict=True))
 
 
 def resampled_frames(times: np.ndarray, fps: float | None) -> np.ndarray:

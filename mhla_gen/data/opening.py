@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from mhla_gen.config import DataConfig
+from mhla_gen.data.caching.cached import CachedLatents
 from mhla_gen.data.huggingface import saved_dataset
 from mhla_gen.data.images import ArrayImages, EncodedImages, digits, load_npz
 from mhla_gen.data.protocol import TrainingData
@@ -22,6 +23,10 @@ def load_data(config: DataConfig) -> TrainingData:
             "data.source=clips: videos are trained on from a cache; run `mhla-gen cache`, then "
             "use data.source=cache"
         )
+    if config.source == "cache":
+        cache = CachedLatents.open(str(config.path))
+        cache.require(config)
+        return cache
     images = load_images(config)
     if isinstance(images, EncodedImages) and isinstance(images.store, FileStore):
         missing = [path for path in images.store.paths if not path.is_file()]

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Protocol
 
+import numpy as np
 from torch import Tensor
 
 Batch = dict[str, Tensor]
@@ -42,4 +43,51 @@ class TrainingData(Protocol):
 
     def describe(self, index: int) -> str:
         """What error messages call a sample: a file, or a place in one."""
+        ...
+
+
+class Examples(Protocol):
+    """Images or clips that a cache is made of."""
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """See `TrainingData`."""
+        ...
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        """Class numbers, int64 `[examples]`, if there are any."""
+        ...
+
+    @property
+    def captions(self) -> Sequence[str] | None:
+        """One per example, if there are any."""
+        ...
+
+    @property
+    def buckets(self) -> Sequence[Sequence[int]]:
+        """See `TrainingData`."""
+        ...
+
+    @property
+    def sample_shapes(self) -> Sequence[tuple[int, ...]]:
+        """`(channels, (frames,) height, width)` of each bucket, in pixels."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def describe(self, index: int) -> str:
+        """See `TrainingData`."""
+        ...
+
+    def pixels(self, index: int) -> np.ndarray:
+        """uint8 `[(frames,) height, width, channels]`.
+
+        Raises:
+            UnreadableImageError: If this one cannot be used.
+        """
+        ...
+
+    def digest(self, index: int) -> str:
+        """SHA-256 of what is stored, whatever its name; "unreadable" if it cannot be read."""
         ...

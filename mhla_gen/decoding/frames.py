@@ -63,7 +63,7 @@ def read_frames(path: str | Path, indices: Sequence[int], crop: Crop | None = No
         RuntimeError: If decord cannot decode one of them.
     """
     reader = _open(path)
-    frames = {i: _cropped(visible_pixels(reader[i].asnumpy()), crop) for i in sorted({*indices})}
+    frames = {i: cropped(visible_pixels(reader[i].asnumpy()), crop) for i in sorted({*indices})}
     return np.stack([frames[i] for i in indices])
 
 
@@ -77,6 +77,16 @@ def visible_pixels(frame: np.ndarray) -> np.ndarray:
     return frame.reshape(height, -1)[:, : 3 * width].reshape(height, width, 3)
 
 
+def cropped(frame: np.ndarray, crop: Crop | None) -> np.ndarray:
+    """A frame, scaled by Pillow's bicubic filter and cropped."""
+    if crop is None:
+        return frame.copy()
+    image = Image.fromarray(frame)
+    image = image.resize((crop.scaled_width, crop.scaled_height), Image.Resampling.BICUBIC)
+    left, top = (image.width - crop.width) // 2, (image.height - crop.height) // 2
+    return np.asarray(image.crop((left, top, left + crop.width, top + crop.height)))
+
+
 def _open(path: str | Path) -> Any:
     # decord loads its own FFmpeg, so only those who read videos import it.
     import decord
@@ -84,12 +94,3 @@ def _open(path: str | Path) -> Any:
     open_video: Any = decord.VideoReader
     # Without a tolerance, decord shows a neighbour in the place of a frame it cannot decode.
     return open_video(str(path), num_threads=1, fault_tol=1e-9)
-
-
-def _cropped(frame: np.ndarray, crop: Crop | None) -> np.ndarray:
-    if crop is None:
-        return frame.copy()
-    image = Image.fromarray(frame)
-    image = image.resize((crop.scaled_width, crop.scaled_height), Image.Resampling.BICUBIC)
-    left, top = (image.width - crop.width) // 2, (image.height - crop.height) // 2
-    return np.asarray(image.crop((left, top, left + crop.width, top + crop.height)))

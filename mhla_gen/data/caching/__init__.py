@@ -1,0 +1,1 @@
+"""Caches of latents and embedded captions: build one, check it, train on it."""

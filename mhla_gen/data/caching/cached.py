@@ -1,0 +1,214 @@
+"""A finished cache as a data set."""
+
+import itertools
+import json
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mhla_gen.config import AutoencoderConfig, DataConfig
+from mhla_gen.data.autoencoder import identity, load_autoencoder
+from mhla_gen.data.buckets import consecutive
+from mhla_gen.data.caching.chunks import read_record, read_tensors
+from mhla_gen.data.caching.index import CAPTIONS_NAME, Index
+from mhla_gen.data.protocol import Batch
+
+
+@dataclass(frozen=True, eq=False)
+class CachedLatents:
+    """Normalised latents with labels or embedded captions; see `TrainingData`.
+
+    Files are mapped, so that only samples that are used are read. What sample i is depends on the
+    cache alone.
+    """
+
+    folder: Path
+    index: Index
+    _tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict, init=False, repr=False)
+
+    @classmethod
+    def open(cls, folder: str | Path) -> "CachedLatents":
+        """Open a cache that `mhla-gen cache` finished.
+
+        Raises:
+            FileNotFoundError: If there is none.
+            ValueError: If a file of it is missing or has another size.
+        """
+        folder = Path(folder)
+        index = Index.read(folder)
+        for name, facts in index.files.items():
+            path = folder / name
+            if not path.is_file() or path.stat().st_size != facts["bytes"]:
+                raise ValueError(
+                    f"{path} is missing or not of {facts['bytes']} bytes; run `mhla-gen cache` "
+                    "again with its config, or copy it again"
+                )
+        return cls(folder, index)
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """See `TrainingData`."""
+        return self.index.class_names
+
+    @property
+    def buckets(self) -> tuple[range, ...]:
+        """See `TrainingData`."""
+        return consecutive([bucket.count for bucket in self.index.buckets])
+
+    @property
+    def sample_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """`(channels, (frames,) height, width)` of the latents of each bucket."""
+        return tuple(bucket.latents for bucket in self.index.buckets)
+
+    @property
+    def has_flips(self) -> bool:
+        """Whether it holds mirrored images."""
+        return self.index.settings["flips"]
+
+    @property
+    def has_prompts(self) -> bool:
+        """Whether it holds embedded captions."""
+        return bool(self.index.prompts)
+
+    def __len__(self) -> int:
+        return sum(bucket.count for bucket in self.index.buckets)
+
+    def read(self, indices: Sequence[int]) -> Batch:
+        """Latents of one bucket, float32.
+
+        Returns:
+            `mean` and `std`, and both `_flipped` if the cache has them, `[batch, channels, …]`;
+            `labels`, int64 `[batch]`, and `prompt_embeds`, `[batch, text_len, text_dim]`, zeros
+            after the last token, where it has them.
+        """
+        places = [self._locate(index) for index in indices]
+        batch: Batch = {}
+        for suffix in ("", "_flipped") if self.has_flips else ("",):
+            mean = self._rows(f"mean{suffix}", places).float()
+            exact = f"std{suffix}" not in self._chunk(places[0][0])
+            batch[f"mean{suffix}"] = mean
+            batch[f"std{suffix}"] = (
+                torch.zeros_like(mean) if exact else self._rows(f"std{suffix}", places).float()
+            )
+        if self.class_names is not None:
+            batch["labels"] = self._rows("label", places)
+        if self.has_prompts:
+            captions = self._rows("caption", places).tolist()
+            batch["prompt_embeds"] = torch.stack([self._prompt(caption) for caption in captions])
+        return batch
+
+    def describe(self, index: int) -> str:
+        """See `TrainingData`."""
+        name, row = self._locate(index)
+        return read_record(self.folder / name)["names"][row]
+
+    def caption(self, index: int) -> str | None:
+        """The caption of a sample, if captions were embedded."""
+        if not self.has_prompts:
+            return None
+        return self._captions[int(self._rows("caption", [self._locate(index)]))]
+
+    @property
+    def empty_prompt_embeds(self) -> Tensor:
+        """The embedded empty caption, `[text_len, text_dim]`, as `read` gives embeddings.
+
+        Raises:
+            ValueError: If the cache holds no embeddings.
+        """
+        if not self.has_prompts:
+            raise ValueError(f"{self.folder} holds no embedded captions; build it with text.path")
+        return self._prompt(0)
+
+    def require(self, config: DataConfig) -> None:
+        """Raise unless the cache is what a config describes.
+
+        Raises:
+            ValueError: Naming what differs.
+        """
+        sizes = {bucket.pixels[-1] for bucket in self.index.buckets}
+        if config.image_size is not None and sizes != {config.image_size}:
+            raise ValueError(
+                f"data.image_size is {config.image_size}, but the cache {self.folder} was made of "
+                f"images {', '.join(map(str, sorted(sizes)))} pixels wide"
+            )
+        count = len(self.class_names or ())
+        if config.num_classes is not None and config.num_classes != count:
+            raise ValueError(
+                f"data.num_classes is {config.num_classes}, but the cache {self.folder} has {count}"
+            )
+        if config.horizontal_flip and not self.has_flips:
+            raise ValueError(
+                f"data.horizontal_flip=true, but the cache {self.folder} has no mirrored images; "
+                "build it with data.horizontal_flip=true"
+            )
+
+    def require_autoencoder(self, vae: Any) -> None:
+        """Raise unless an autoencoder is the one that made the latents.
+
+        Raises:
+            ValueError: If it has other weights or another class.
+        """
+        known = self.index.settings["vae"]
+        config = AutoencoderConfig(dtype=known["dtype"], tiling=known["tiling"])
+        dtype = vae.dtype
+        found = identity(vae.to(getattr(torch, known["dtype"])), config)
+        vae.to(dtype)
+        for key in ("class", "weights"):
+            if found[key] != known[key]:
+                raise ValueError(
+                    f"the latents of {self.folder} were made by another autoencoder ({key}: "
+                    f"{known[key]}, found {found[key]})"
+                )
+
+    def autoencoder(self) -> Any:
+        """The autoencoder that made the latents, from where it was then.
+
+        Raises:
+            ValueError: If it is not there any more, or is another one now.
+        """
+        known = self.index.settings["vae"]
+        config = AutoencoderConfig(path=self.index.sources["vae"], dtype=known["dtype"])
+        vae = load_autoencoder(config)
+        self.require_autoencoder(vae)
+        return vae
+
+    @cached_property
+    def _files(self) -> tuple[list[str], list[int]]:
+        """Chunks in order, and the number of samples up to the end of each."""
+        chunks = [chunk for bucket in self.index.buckets for chunk in bucket.chunks if chunk[1]]
+        return [n for n, _ in chunks], list(itertools.accumulate(count for _, count in chunks))
+
+    @cached_property
+    def _captions(self) -> list[str]:
+        return json.loads((self.folder / CAPTIONS_NAME).read_text())
+
+    def _locate(self, index: int) -> tuple[str, int]:
+        """File and row of a sample."""
+        names, ends = self._files
+        number = bisect_right(ends, index)
+        return names[number], index - (ends[number - 1] if number else 0)
+
+    def _chunk(self, name: str) -> dict[str, Tensor]:
+        if name not in self._tensors:
+            self._tensors[name] = read_tensors(self.folder / name)
+        return self._tensors[name]
+
+    def _rows(self, tensor: str, places: Sequence[tuple[str, int]]) -> Tensor:
+        return torch.stack([self._chunk(name)[tensor][row] for name, row in places])
+
+    def _prompt(self, caption: int) -> Tensor:
+        """An embedded caption, padded with zeros, float32 `[text_len, text_dim]`."""
+        ends = list(itertools.accumulate(count for _, count in self.index.prompts))
+        number = bisect_right(ends, caption)
+        chunk = self._chunk(self.index.prompts[number][0])
+        row = caption - (ends[number - 1] if number else 0)
+        start, length = int(chunk["lengths"][:row].sum()), int(chunk["lengths"][row])
+        embeds = chunk["embeds"][start : start + length].float()
+        padding = self.index.settings["text"]["max_sequence_length"] - length
+        return torch.nn.functional.pad(embeds, (0, 0, 0, padding))

@@ -1,0 +1,100 @@
+"""Whether the files of a cache are what they should be."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from mhla_gen.data.caching.chunks import Chunk, examine
+from mhla_gen.data.caching.index import Index
+from mhla_gen.processes import shared_map
+
+Facts = dict[str, Any]
+"""What `examine` finds in a file."""
+
+
+def examine_all(folder: Path, names: Sequence[str]) -> dict[str, Facts]:
+    """What is in each file, by name; processes share the work.
+
+    Raises:
+        ValueError: If one is missing, cannot be read, or has values that are not finite.
+    """
+    found = shared_map(lambda name: examine(folder / name), names, "checking", "file")
+    for facts in found:
+        if "problem" in facts:
+            raise broken(facts["file"], facts["problem"])
+    return {facts["file"]: facts for facts in found}
+
+
+def require_latents(
+    facts: Facts, chunk: Chunk, shape: tuple[int, ...], dtype: str, flips: bool
+) -> None:
+    """Raise unless a chunk holds the latents that it was to hold.
+
+    Args:
+        facts: What is in it.
+        chunk: What it was to hold.
+        shape: Of a sample, `[channels, …]`.
+        dtype: Of a sample.
+        flips: Whether mirrored images are in it.
+
+    Raises:
+        ValueError: If rows, tensors, shapes or types are others.
+    """
+    record, shapes = facts["record"], facts["shapes"]
+    rows = len(record["names"])
+    if rows + len(record["quarantined"]) != len(chunk.items) or shapes["item"] != [rows]:
+        raise broken(chunk.name, f"has {shapes['item'][0]} samples of {len(chunk.items)}")
+    if rows == 0:
+        return
+    if "mean" not in shapes or flips != ("mean_flipped" in shapes):
+        raise broken(chunk.name, f"has the tensors {', '.join(shapes)}")
+    for name in ("mean", "std", "mean_flipped", "std_flipped"):
+        found = facts["dtypes"].get(name), shapes.get(name)
+        if name in shapes and found != (dtype, [rows, *shape]):
+            raise broken(
+                chunk.name, f"has {name} of {found[0]} {found[1]}, not {dtype} {[rows, *shape]}"
+            )
+
+
+def require_prompts(facts: Facts, chunk: Chunk) -> None:
+    """Raise unless a chunk holds as many captions as it was to hold.
+
+    Raises:
+        ValueError: If not.
+    """
+    if facts["shapes"]["lengths"] != [len(chunk.items)]:
+        found = facts["shapes"]["lengths"][0]
+        raise broken(chunk.name, f"has {found} captions of {len(chunk.items)}")
+
+
+def require_digests(found: Iterable[Facts], known: dict[str, Facts]) -> None:
+    """Raise unless files have the digests that an index holds.
+
+    Raises:
+        ValueError: If one has changed.
+    """
+    for facts in found:
+        name = facts["file"]
+        if name in known and known[name]["sha256"] != facts["sha256"]:
+            raise broken(name, "has changed since it was written")
+
+
+def broken(name: str, problem: str) -> ValueError:
+    """The error for a file that must be computed again."""
+    return ValueError(
+        f"{name} of the cache {problem}; delete this file and run `mhla-gen cache` again, which "
+        "computes it anew"
+    )
+
+
+def verify(folder: Path) -> str:
+    """Read every file of a finished cache and compare it with its digest; a line for the user.
+
+    Raises:
+        ValueError: If a file is broken or has changed.
+        FileNotFoundError: If there is no finished cache.
+    """
+    index = Index.read(folder)
+    require_digests(examine_all(folder, list(index.files)).values(), index.files)
+    total = sum(facts["bytes"] for facts in index.files.values())
+    return f"{folder}: {len(index.files)} files, {total / 2**30:.2f} GiB, all as they were written"

@@ -1,0 +1,120 @@
+"""The end of building a cache: check every file, list what was left out, write the index."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mhla_gen.config import CacheConfig
+from mhla_gen.data.caching.checking import (
+    Facts,
+    examine_all,
+    require_digests,
+    require_latents,
+    require_prompts,
+)
+from mhla_gen.data.caching.chunks import Chunk
+from mhla_gen.data.caching.index import CAPTIONS_NAME, BucketIndex, Index
+from mhla_gen.data.protocol import Examples
+from mhla_gen.files import written_whole
+from mhla_gen.processes import on_main
+
+QUARANTINE_NAME = "quarantine.jsonl"
+
+
+@dataclass(frozen=True, eq=False)
+class Contents:
+    """What a cache is to hold."""
+
+    examples: Examples
+    latents: list[Chunk]
+    shapes: list[tuple[int, ...]]
+    """Of a sample of each bucket."""
+    captions: list[str] | None
+    """Different captions, if they are embedded."""
+    prompts: list[Chunk]
+    unreadable: list[dict[str, str]]
+    """`name` and `reason` of files that never got into a chunk."""
+
+
+def finish(
+    config: CacheConfig, settings: dict[str, Any], contents: Contents, known: dict[str, Facts]
+) -> Index:
+    """Check what is on disk, and write quarantine.jsonl and index.json.
+
+    Args:
+        config: Settings of the run.
+        settings: What decided the content.
+        contents: What there should be.
+        known: Files of an earlier index that must not have changed.
+
+    Raises:
+        ValueError: If a file is broken or has changed, or nothing could be read.
+    """
+    folder = Path(config.output_dir)
+    chunks = contents.latents + contents.prompts
+    found = examine_all(folder, [chunk.name for chunk in chunks])
+    require_digests(found.values(), known)
+    for chunk in contents.latents:
+        shape = contents.shapes[chunk.bucket]
+        flips = config.data.horizontal_flip
+        require_latents(found[chunk.name], chunk, shape, config.dtype, flips)
+    for chunk in contents.prompts:
+        require_prompts(found[chunk.name], chunk)
+    return on_main(lambda: _write(config, settings, contents, found))
+
+
+def _write(
+    config: CacheConfig, settings: dict[str, Any], contents: Contents, found: dict[str, Facts]
+) -> Index:
+    folder = Path(config.output_dir)
+    quarantined = list(contents.unreadable)
+    for chunk in contents.latents:
+        quarantined += found[chunk.name]["record"]["quarantined"]
+    with written_whole(folder / QUARANTINE_NAME) as partial:
+        partial.write_text("".join(json.dumps(line) + "\n" for line in quarantined))
+    if contents.captions is not None:
+        with written_whole(folder / CAPTIONS_NAME) as partial:
+            partial.write_text(json.dumps(contents.captions, indent=0))
+    buckets = tuple(filter(lambda bucket: bucket.count, _buckets(contents, found)))
+    if not buckets:
+        first = quarantined[0]
+        raise ValueError(
+            f"none of {len(quarantined)} could be read, {first['name']} {first['reason']} first"
+        )
+    index = Index(
+        settings=settings,
+        normalisation=settings["normalisation"],
+        sources={
+            "data": _place(config.data.path),
+            "vae": _place(config.vae.path),
+            "text": _place(config.text.path),
+        },
+        class_names=contents.examples.class_names,
+        buckets=buckets,
+        prompts=tuple((chunk.name, len(chunk.items)) for chunk in contents.prompts),
+        files={n: {"bytes": f["bytes"], "sha256": f["sha256"]} for n, f in found.items()},
+        quarantined=len(quarantined),
+    )
+    index.write(folder)
+    return index
+
+
+def _buckets(contents: Contents, found: dict[str, Facts]) -> list[BucketIndex]:
+    return [
+        BucketIndex(
+            tuple(pixels),
+            contents.shapes[number],
+            tuple(
+                (chunk.name, len(found[chunk.name]["record"]["names"]))
+                for chunk in contents.latents
+                if chunk.bucket == number
+            ),
+        )
+        for number, pixels in enumerate(contents.examples.sample_shapes)
+    ]
+
+
+def _place(path: str | None) -> str | None:
+    """A folder by its full path, so that it is found from elsewhere; a name on the hub as it is."""
+    return str(Path(path).resolve()) if path is not None and Path(path).exists() else path

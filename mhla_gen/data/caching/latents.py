@@ -1,0 +1,112 @@
+"""Images and clips to chunks of latents."""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mhla_gen.data.autoencoder import Normalisation, encode
+from mhla_gen.data.caching.chunks import Chunk, batched
+from mhla_gen.data.images import to_model_range
+from mhla_gen.data.protocol import Examples
+from mhla_gen.pictures import UnreadableImageError
+
+
+@dataclass(frozen=True, eq=False)
+class LatentChunks:
+    """Computes chunks of normalised posteriors."""
+
+    examples: Examples
+    caption_rows: Sequence[int] | None
+    """Where each example's caption is among the embedded ones."""
+    vae: Any
+    normalisation: Normalisation
+    dtype: torch.dtype
+    """Of latents on disk."""
+    flips: bool
+    """Also encode mirrored images."""
+    batch_size: int
+    """Images per forward pass; clips go one by one."""
+    readers: ThreadPoolExecutor
+    """Decode ahead of the autoencoder."""
+    ahead: int
+    """How many images or clips."""
+
+    def compute(
+        self, chunk: Chunk, done: Callable[[int], Any]
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The tensors of a chunk, and its record.
+
+        Returns:
+            `mean`, `std` where encoding is not deterministic, and both `_flipped`; `item`, the
+            example's number, `label` and `caption`, where there are any, int64; all `[rows, …]`.
+            The record has `names`, one a row, and `quarantined`: `name` and `reason` of the rest.
+        """
+        clips = len(self.examples.sample_shapes[chunk.bucket]) == 4
+        rows: list[int] = []
+        parts: list[dict[str, Tensor]] = []
+        quarantined: list[dict[str, str]] = []
+        pictures = self._read_ahead(chunk.items)
+        for items in batched(chunk.items, 1 if clips else self.batch_size):
+            good: list[np.ndarray] = []
+            for item in items:
+                picture = next(pictures)
+                if isinstance(picture, UnreadableImageError):
+                    name = self.examples.describe(item)
+                    quarantined.append({"name": name, "reason": str(picture)})
+                else:
+                    good.append(picture)
+                    rows.append(item)
+            if good:
+                parts.append(self._latents(np.stack(good)))
+            done(len(items))
+        names = parts[0] if parts else ()
+        tensors = {name: torch.cat([part[name] for part in parts]) for name in names}
+        record = {"names": [self.examples.describe(i) for i in rows], "quarantined": quarantined}
+        return tensors | self._known(rows), record
+
+    def _read_ahead(self, items: Sequence[int]) -> Iterator[np.ndarray | UnreadableImageError]:
+        waiting: deque[Future[np.ndarray | UnreadableImageError]] = deque()
+        for item in items:
+            waiting.append(self.readers.submit(self._read, item))
+            if len(waiting) > self.ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+    def _read(self, item: int) -> np.ndarray | UnreadableImageError:
+        try:
+            return self.examples.pixels(item)
+        except UnreadableImageError as error:
+            return error
+
+    def _latents(self, pixels: np.ndarray) -> dict[str, Tensor]:
+        samples = to_model_range(pixels)
+        if samples.shape[1] == 1:
+            # Grey becomes three equal channels, as it does when a file is read.
+            samples = samples.repeat_interleave(3, dim=1)
+        samples = samples.to(self.vae.device)
+        tensors = self._posterior(samples, "")
+        if self.flips:
+            tensors |= self._posterior(samples.flip(-1), "_flipped")
+        return tensors
+
+    def _posterior(self, samples: Tensor, suffix: str) -> dict[str, Tensor]:
+        mean, std = self.normalisation.apply(*encode(self.vae, samples))
+        tensors = {f"mean{suffix}": mean}
+        if std is not None:
+            tensors[f"std{suffix}"] = std
+        return {name: tensor.to(self.dtype).cpu() for name, tensor in tensors.items()}
+
+    def _known(self, rows: Sequence[int]) -> dict[str, Tensor]:
+        known = {"item": torch.tensor(rows, dtype=torch.int64)}
+        if self.examples.labels is not None:
+            known["label"] = torch.tensor([int(self.examples.labels[i]) for i in rows])
+        if self.caption_rows is not None:
+            known["caption"] = torch.tensor([self.caption_rows[i] for i in rows])
+        return {name: tensor.to(torch.int64) for name, tensor in known.items()}

@@ -1,0 +1,108 @@
+"""What decides the content of a cache, kept beside it, and refused when it differs."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from mhla_gen.config import CacheConfig, save_config
+from mhla_gen.data import autoencoder, text
+from mhla_gen.data.clip_files import ClipFiles
+from mhla_gen.data.images import ArrayImages, EncodedImages
+from mhla_gen.digests import settings_digest
+from mhla_gen.files import CONFIG_NAME, differing_values, made_with, written_whole
+
+SETTINGS_NAME = "settings.json"
+
+# Two runs may differ in these: paths are known by content, and the rest does not change it.
+_FREE = (
+    "output_dir",
+    "data.path",
+    "vae.path",
+    "text.path",
+    "text.batch_size",
+    "batch_size",
+    "num_workers",
+    "clips.timeout",
+    "retry_quarantined",
+    "verify",
+    "device",
+)
+_CHUNK_SIZES = {"clips": 8}
+_IMAGES_PER_CHUNK = 512
+
+Files = ArrayImages | EncodedImages | ClipFiles
+
+
+def chunk_size(config: CacheConfig) -> int:
+    """Samples per file."""
+    return config.chunk_size or _CHUNK_SIZES.get(config.data.source, _IMAGES_PER_CHUNK)
+
+
+def content_settings(
+    config: CacheConfig, files: Files, digests: Sequence[str], vae: Any, encoder: Any
+) -> dict[str, Any]:
+    """Plain values that decide every byte of a cache, but for rounding by device.
+
+    Args:
+        config: Settings.
+        files: What is encoded.
+        digests: Of the content of each.
+        vae: Encodes them.
+        encoder: Embeds their captions, or None.
+    """
+    data: dict[str, Any] = {"files": len(files), "content": _digest(digests)}
+    if not isinstance(files, ClipFiles):
+        labels = None if files.labels is None else files.labels.tolist()
+        data |= {"shape": files.image_shape, "class_names": files.class_names}
+        data["labels"] = _digest(labels)
+    if encoder is not None:
+        data["captions"] = _digest(files.captions)
+    clips = asdict(config.clips) if isinstance(files, ClipFiles) else {}
+    settings = {
+        "data": data,
+        "clips": {key: value for key, value in clips.items() if key != "timeout"},
+        "vae": autoencoder.identity(vae, config.vae),
+        "normalisation": autoencoder.latent_normalisation(vae)._asdict(),
+        "text": None if encoder is None else text.identity(encoder, config.text),
+        "dtype": config.dtype,
+        "flips": config.data.horizontal_flip,
+        "chunk_size": chunk_size(config),
+    }
+    return json.loads(json.dumps(settings))
+
+
+def check_output_dir(config: CacheConfig) -> None:
+    """Raise if `output_dir` holds another cache, or files that are not ours.
+
+    Raises:
+        FileExistsError: Naming the settings that differ.
+    """
+    made_with(config.output_dir, config, _FREE)
+
+
+def keep_settings(config: CacheConfig, settings: dict[str, Any]) -> None:
+    """Write the settings, or compare them with those of an earlier run.
+
+    Raises:
+        FileExistsError: If the folder was made of other data or by another autoencoder, named.
+    """
+    folder = Path(config.output_dir)
+    path = folder / SETTINGS_NAME
+    if path.is_file():
+        changes = differing_values(json.loads(path.read_text()), settings)
+        if changes:
+            raise FileExistsError(
+                f"output_dir {folder} was made of other data or by other models "
+                f"({'; '.join(changes)}); choose another output_dir or move it away"
+            )
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    save_config(config, folder / CONFIG_NAME)
+    with written_whole(path) as partial:
+        partial.write_text(json.dumps(settings, indent=1))
+
+
+def _digest(values: Any) -> str | None:
+    return None if values is None else settings_digest({"values": list(values)})[:32]

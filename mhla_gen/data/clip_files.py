@@ -1,0 +1,122 @@
+"""Files that clips are cut out of: videos and still images in a folder, or in a list."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mhla_gen.config import DataConfig
+from mhla_gen.data.stores import listed_paths, read_list
+from mhla_gen.decoding import ClipFacts, Crop, Decoder
+from mhla_gen.decoding.frames import cropped
+from mhla_gen.digests import file_digest
+from mhla_gen.pictures import UnreadableImageError, read_rgb
+
+VIDEO_SUFFIXES = frozenset((".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".gif"))
+STILL_SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp"))
+
+
+@dataclass(frozen=True, eq=False)
+class ClipFiles:
+    """Videos and still images, with a caption each."""
+
+    paths: tuple[Path, ...]
+    captions: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def describe(self, index: int) -> str:
+        """What messages call a file."""
+        return str(self.paths[index])
+
+    def digest(self, index: int) -> str:
+        """See `Examples`."""
+        try:
+            return file_digest(self.paths[index])
+        except OSError:
+            return "unreadable"
+
+    def facts(self, index: int, decoder: Decoder) -> ClipFacts:
+        """Frame times and size; a still image has one frame.
+
+        Raises:
+            UnreadableImageError: If the file cannot be decoded.
+        """
+        path = self.paths[index]
+        if not path.is_file():
+            raise UnreadableImageError("does not exist")
+        if path.suffix.lower() not in STILL_SUFFIXES:
+            return decoder.facts(path)
+        height, width, _ = read_rgb(path).shape
+        return ClipFacts(np.zeros(1), height, width)
+
+    def pixels(self, index: int, frames: Sequence[int], crop: Crop, decoder: Decoder) -> np.ndarray:
+        """uint8 `[frames, height, width, 3]`, cropped.
+
+        Raises:
+            UnreadableImageError: If the file cannot be decoded.
+        """
+        path = self.paths[index]
+        if path.suffix.lower() not in STILL_SUFFIXES:
+            return decoder.frames(path, frames, crop)
+        return np.stack([cropped(read_rgb(path), crop)] * len(frames))
+
+
+def find_clips(config: DataConfig, missing_caption: str) -> ClipFiles:
+    """The files of a folder, also below it, or those that a CSV or JSONL file names.
+
+    The caption of `dog.mp4` is the text of `dog.txt` beside it, or what its column in the list
+    says.
+
+    Args:
+        config: Its `path` and `caption_column`.
+        missing_caption: error, or empty.
+
+    Raises:
+        FileNotFoundError: If there are no files.
+        ValueError: If the list cannot be read, or captions are missing.
+    """
+    root = Path(str(config.path))
+    if root.is_dir():
+        paths = _videos_below(root)
+        if not paths:
+            suffixes = " ".join(sorted(VIDEO_SUFFIXES | STILL_SUFFIXES))
+            raise FileNotFoundError(f"data.path {root} has no clips ({suffixes})")
+        captions = [_text_beside(path) for path in paths]
+        remedy = f"write captions into text files of the same names, such as {paths[0].stem}.txt"
+    elif root.exists():
+        rows = read_list(root)
+        paths = list(listed_paths(root, rows))
+        captions = [_text(row.get(config.caption_column)) for row in rows]
+        remedy = f"fill its column {config.caption_column}"
+    else:
+        raise FileNotFoundError(f"data.path {root} does not exist")
+    missing = [path for path, caption in zip(paths, captions, strict=True) if not caption]
+    if missing and missing_caption == "error":
+        raise ValueError(
+            f"{len(missing)} of {len(paths)} clips have no caption, {missing[0]} first; {remedy}, "
+            "or take empty ones with clips.missing_caption=empty"
+        )
+    return ClipFiles(tuple(paths), tuple(captions))
+
+
+def _videos_below(root: Path) -> list[Path]:
+    found = []
+    for folder, _, names in os.walk(root, followlinks=True):
+        found += [Path(folder, name) for name in names if not name.startswith(".")]
+    known = VIDEO_SUFFIXES | STILL_SUFFIXES
+    wanted = [path for path in found if path.suffix.lower() in known]
+    return sorted(wanted, key=lambda path: path.relative_to(root).as_posix())
+
+
+def _text_beside(path: Path) -> str:
+    text = path.with_suffix(".txt")
+    return text.read_text(encoding="utf-8").strip() if text.is_file() else ""
+
+
+def _text(value: Any) -> str:
+    return value.strip() if isinstance(value, str) else ""

@@ -11,6 +11,8 @@ from mhla_gen.models import MHLA
 from mhla_gen.models.content_mixing import ContentMixing, block_means
 from mhla_gen.ops import locality_mixing, multiscale_mixing
 from mhla_gen.ops.partition import block_of_tokens
+from mhla_gen.training import build_optimizer, parameter_groups
+from mhla_gen.training.optim import mixing_matrices
 
 GRID, LAYOUT = (5, 7), (2, 3)
 
@@ -124,3 +126,24 @@ def test_inspection_sees_the_matrix_of_the_input():
         rows = torch.arange(attention.seq_len)
         heads = [attention.weights(rows, h) @ value[:, h] for h in range(2)]
         torch.testing.assert_close(torch.cat(heads, dim=-1), output, rtol=1e-4, atol=1e-5)
+
+
+def test_mixing_can_have_a_learning_rate_of_its_own():
+    model = mhla_gen.inject(tiny.tiny_dit(), MHLAConfig(layout=(2, 2)))
+    groups = parameter_groups(model, 0.1, mixing_learning_rate=0.5)
+    everything = [id(p) for group in groups for p in group["params"]]
+    assert sorted(everything) == sorted(id(p) for p in model.parameters())
+    matrices = mixing_matrices(model)
+    assert {id(p) for p in groups[2]["params"]} == {id(m) for m in matrices}
+    before = [m.detach().clone() for m in matrices]
+    optimizer = build_optimizer(model, 1e-3, 0.0, mixing_learning_rate=0.05)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    weight = model.proj_out_2.weight.detach().clone()
+    optimizer.step()
+    # AdamW's first step is its learning rate.
+    torch.testing.assert_close(weight - model.proj_out_2.weight, torch.full_like(weight, 1e-3))
+    for matrix, old in zip(matrices, before, strict=True):
+        torch.testing.assert_close(matrix, (old - 0.05).clamp(0, 1))
+    softmax = parameter_groups(tiny.tiny_dit(), 0.1, mixing_learning_rate=0.5)
+    assert len(softmax) == 2

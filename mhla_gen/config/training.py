@@ -39,6 +39,8 @@ class TrainConfig:
     """Micro-batches per optimizer step."""
     learning_rate: float = 3e-4
     """Peak learning rate of AdamW."""
+    mixing_learning_rate: float | None = None
+    """Peak learning rate of mixing matrices; that of the other weights by default."""
     lr_scheduler: Literal["constant_with_warmup", "cosine", "linear"] = "constant_with_warmup"
     """Course of the learning rate, by its diffusers name."""
     warmup_steps: int = 100

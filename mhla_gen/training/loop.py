@@ -121,7 +121,9 @@ def build_run(config: TrainConfig, build: BuildTask = build_task) -> Run:
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     model.train()
-    optimizer = build_optimizer(model, config.learning_rate, config.weight_decay)
+    optimizer = build_optimizer(
+        model, config.learning_rate, config.weight_decay, config.mixing_learning_rate
+    )
     learning_rate = get_scheduler(
         config.lr_scheduler,
         optimizer,

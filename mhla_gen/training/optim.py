@@ -15,32 +15,44 @@ def mixing_matrices(model: nn.Module) -> list[nn.Parameter]:
     ]
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: nn.Module, weight_decay: float, mixing_learning_rate: float | None = None
+) -> list[dict[str, Any]]:
     """Trainable parameters in two groups: with and without weight decay.
+
+    Mixing matrices are a third group if they have a learning rate of their own.
 
     Weight matrices and convolutions decay. Biases, norms, embedding tables and mixing matrices do
     not: decay would pull a mixing matrix, whose entries are weights of an average, to zero.
     """
-    exempt = {id(parameter) for parameter in mixing_matrices(model)}
+    mixing = {id(parameter) for parameter in mixing_matrices(model)}
+    exempt = set(mixing)
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             exempt.add(id(module.weight))
     trained = [p for p in model.parameters() if p.requires_grad]
     decayed = [p for p in trained if p.ndim >= 2 and id(p) not in exempt]
     others = [p for p in trained if p.ndim < 2 or id(p) in exempt]
-    return [
+    groups: list[dict[str, Any]] = [
         {"params": decayed, "weight_decay": weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
+    if mixing_learning_rate is not None and mixing:
+        own = [p for p in others if id(p) in mixing]
+        groups[1]["params"] = [p for p in others if id(p) not in mixing]
+        groups.append({"params": own, "weight_decay": 0.0, "lr": mixing_learning_rate})
+    return groups
 
 
 def build_optimizer(
-    model: nn.Module, learning_rate: float, weight_decay: float
+    model: nn.Module,
+    learning_rate: float,
+    weight_decay: float,
+    mixing_learning_rate: float | None = None,
 ) -> torch.optim.AdamW:
     """AdamW that keeps the model's mixing matrices in [0, 1] after every step."""
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, weight_decay), lr=learning_rate, betas=(0.9, 0.999), fused=True
-    )
+    groups = parameter_groups(model, weight_decay, mixing_learning_rate)
+    optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.999), fused=True)
     keep_mixing_in_range(optimizer, mixing_matrices(model))
     return optimizer
 

@@ -23,7 +23,9 @@ def launch(num_ranks, check, *arguments):
 
 def _worker(rank, num_ranks, store, check, arguments):
     torch.set_num_threads(1)
-    dist.init_process_group("cpu:gloo", init_method=store, rank=rank, world_size=num_ranks)
+    dist.init_process_group(
+        "cpu:gloo,cuda:gloo", init_method=store, rank=rank, world_size=num_ranks
+    )
     try:
         check(*arguments)
     finally:
@@ -32,7 +34,7 @@ def _worker(rank, num_ranks, store, check, arguments):
 
 def close(found, expected, tolerance, name):
     torch.testing.assert_close(
-        found.double(), expected.double(), rtol=tolerance, atol=tolerance,
+        found.cpu().double(), expected.cpu().double(), rtol=tolerance, atol=tolerance,
         msg=lambda text: f"{name}, rank {dist.get_rank()}: {text}",
     )  # fmt: skip
 
@@ -48,7 +50,7 @@ def operators_equal_one_process(shapes, filters=()):
 
 def _check_mhla(
     grid, layout, dtype=torch.float64, tolerance=1e-12, heads=2, head_dim=6, value_dim=5,
-    mixing_shape=(), rotary=True, **options,
+    mixing_shape=(), rotary=True, device="cpu", **options,
 ):  # fmt: skip
     group = dist.group.WORLD
     shard = Shard.of_rank(grid, dist.get_rank(), dist.get_world_size())
@@ -70,15 +72,15 @@ def _check_mhla(
     held = slice(shard.first, shard.stop)
     if dtype == torch.float64:
         mixing = mixing.double()
-    mine = [x[:, held].clone().requires_grad_() for x in (query, key, value)]
-    mine.append(mixing.clone().requires_grad_())
+    mine = [x[:, held] for x in (query, key, value)]
+    mine = [x.to(device, copy=True).requires_grad_() for x in (*mine, mixing)]
     out = sharded_mhla(
         *mine, grid=grid, layout=layout, group=group,
-        rotary=tables and tuple(table[held] for table in tables), **options,
+        rotary=tables and tuple(table[held].to(device) for table in tables), **options,
     )  # fmt: skip
     assert out.dtype == dtype
     close(out, expected[:, held], tolerance, f"output of {grid}")
-    out.backward(probe[:, held])
+    out.backward(probe[:, held].to(device))
     for name, local, full in zip(("query", "key", "value"), mine, whole, strict=False):
         close(local.grad, full.grad[:, held], tolerance, f"gradient of {name} of {grid}")
     dist.all_reduce(mine[3].grad)

@@ -16,6 +16,7 @@ SHAPES = [
     {"grid": (4, 5), "layout": (3, 2), "feature_map": "softplus", "rotary": False},
     {"grid": (17,), "layout": (4,), "feature_map": "squared_relu", "mixing_shape": (2, 2)},
     {"grid": (4,), "layout": (2,), "feature_map": "identity", "normalize": False},
+    {"grid": (3, 4, 5), "layout": (2, 2, 2), "dtype": torch.bfloat16, "tolerance": 3e-2},
 ]
 FUSED = {"heads": 1, "head_dim": 16, "value_dim": 16, "implementation": "fused"}
 PADDED = {"grid": (3, 2, 7), "layout": (2, 1, 3)} | FUSED
@@ -33,6 +34,13 @@ def test_kernels_compute_on_ranks_what_one_process_computes():
     half = {"dtype": torch.float16, "tolerance": 2e-2}
     cases = [PADDED | single, PADDED | single | {"feature_map": "elu+1"}, PADDED | half]
     ranks.launch(2, ranks.operators_equal_one_process, cases)
+
+
+@pytest.mark.gpu
+def test_kernels_on_a_gpu_store_summaries_in_float16_on_all_ranks():
+    wide = {"heads": 4, "head_dim": 64, "value_dim": 64, "dtype": torch.bfloat16}
+    case = {"grid": (5, 12, 26), "layout": (3, 2, 4), "tolerance": 3e-2, "device": "cuda"}
+    ranks.launch(2, ranks.operators_equal_one_process, [FUSED | wide | case])
 
 
 HYBRID = {"layout": (2, 2, 3), "layers": "2/3"}

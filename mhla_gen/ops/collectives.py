@@ -10,45 +10,32 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-TINY = 1e-30
-"""Below this a matrix counts as zero and is not scaled up."""
 
-
-def sum_over_ranks(x: Tensor, group: Any, *, half: bool = False) -> Tensor:
+def sum_over_ranks(x: Tensor, group: Any) -> Tensor:
     """The sum of `x` over a group, on every rank; gradients are summed in the same way.
 
     Args:
-        x: Float32 or float64, of one shape on all ranks.
+        x: Of one shape on all ranks.
         group: A `torch.distributed` process group.
-        half: Matrices (the last two dimensions) travel in float16, each with one float32 scale that
-            all ranks share: half the bytes, an error of 2⁻¹¹ of the largest entry. Where only one
-            rank has entries, that is how the kernels store summaries on one GPU.
     """
-    return _SumOverRanks.apply(x, group, half)
+    return _SumOverRanks.apply(x, group)
 
 
 class _SumOverRanks(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Any, half: bool) -> Tensor:
-        ctx.group, ctx.half = group, half
-        return _summed(x, group, half)
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        return _summed(x, group)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return _summed(grads[0], ctx.group, ctx.half), None, None
+        return _summed(grads[0], ctx.group), None
 
 
-def _summed(x: Tensor, group: Any, half: bool) -> Tensor:
-    if not half:
-        x = x.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(x, group=group)
-        return x
-    largest = x.abs().amax(dim=(-2, -1), keepdim=True)
-    dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
-    scale = largest.where(largest > TINY, 1.0)
-    small = (x / scale).half()
-    dist.all_reduce(small, group=group)
-    return small.to(x.dtype) * scale
+def _summed(x: Tensor, group: Any) -> Tensor:
+    x = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(x, group=group)
+    return x
 
 
 def exchange(rows: Tensor, sent: list[int], received: list[int], group: Any) -> Tensor:

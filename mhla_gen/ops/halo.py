@@ -12,6 +12,7 @@ from mhla_gen.ops.depthwise import depthwise_conv
 from mhla_gen.ops.shard import Shard
 
 
+@torch.compiler.disable
 def sharded_depthwise_conv(
     tokens: Tensor,
     weight: Tensor,
@@ -48,11 +49,11 @@ def sharded_depthwise_conv(
     counts_sent, counts = ([b - a for a, b in ranges] for ranges in (sent, received))
     borrowed = exchange(rows.transpose(0, 1), counts_sent, counts, group).transpose(0, 1)
     before = sum(counts[:rank])
-    extended = torch.cat((borrowed[:, :before], tokens, borrowed[:, before:]), dim=1)
     held = wanted[rank]
     first_plane, last_plane = held.planes
+    planes = held.whole_planes(borrowed[:, :before], tokens, borrowed[:, before:])
     out = depthwise_conv(
-        held.whole_planes(extended),
+        planes,
         weight,
         bias,
         grid=(last_plane - first_plane, *grid[1:]),

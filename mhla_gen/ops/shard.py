@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mhla_gen.ops.partition import block_of_tokens, block_starts
@@ -59,11 +58,16 @@ class Shard:
         """Planes [first, stop) that hold at least one of the tokens."""
         return self.first // self.plane, -(-self.stop // self.plane)
 
-    def whole_planes(self, tokens: Tensor, dim: int = 1) -> Tensor:
-        """Tokens of the shard, along `dim`, with zeros in front and behind up to whole planes."""
+    def whole_planes(self, *pieces: Tensor, dim: int = 1) -> Tensor:
+        """Tokens of the shard, in pieces along `dim`, with zeros around up to whole planes."""
         first, stop = self.planes
-        padding = (self.first - first * self.plane, stop * self.plane - self.stop)
-        return F.pad(tokens, (0, 0) * (tokens.ndim - 1 - dim) + padding) if any(padding) else tokens
+        shape = list(pieces[0].shape)
+        zeros = []
+        for count in (self.first - first * self.plane, stop * self.plane - self.stop):
+            shape[dim] = count
+            zeros.append(pieces[0].new_zeros(shape))
+        parts = [x for x in (zeros[0], *pieces, zeros[1]) if x.shape[dim]]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
     def from_whole_planes(self, tokens: Tensor) -> Tensor:
         """Inverse of `whole_planes`, for dimension 1."""

@@ -8,8 +8,8 @@ planes are zeros.
 """
 
 import math
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,32 +26,10 @@ from mhla_gen.ops.dispatch import (
 )
 from mhla_gen.ops.feature_maps import FEATURE_MAPS, rotate
 from mhla_gen.ops.halo import check_shard
-from mhla_gen.ops.partition import block_slots
+from mhla_gen.ops.partition import BlockSlots, block_slots
 from mhla_gen.ops.shard import Shard, Slab
 
 Rotary = tuple[Tensor, Tensor] | None
-
-
-class SlabForm(Protocol):
-    """The two parts of MHLA that touch tokens, for planes inside one block of the first axis."""
-
-    def summarise(
-        self, key: Tensor, value: Tensor, rotary: Rotary, slab: Slab
-    ) -> tuple[Tensor, Tensor]:
-        """Summaries `[batch, blocks, num_heads, head_dim, value_dim]` and key sums, float32."""
-        ...
-
-    def apply(
-        self,
-        query: Tensor,
-        value: Tensor,
-        mixed: Tensor,
-        mixed_key_sums: Tensor,
-        rotary: Rotary,
-        slab: Slab,
-    ) -> Tensor:
-        """Outputs of the queries; of `value` only shape and dtype matter."""
-        ...
 
 
 @torch.compiler.disable
@@ -105,85 +83,26 @@ def sharded_mhla(
     check_tokens(query, key, value, (query.shape[1],))
     check_blocks(query, mixing, grid, layout)
     check_options(query, feature_map, rotary, False, len(grid))
-    form = _slab_form(implementation, query, value, mixing, feature_map, normalize, eps)
+    run = _implementation(implementation, query, value, mixing)
     with torch.autocast(query.device.type, enabled=False):
-        slabs = shard.slabs(layout)
-        pieces = _pieces(shard, slabs, query, key, value, rotary)
-        parts = [
-            form.summarise(k, v, angles, slab)
-            for slab, (_, k, v, angles) in zip(slabs, pieces, strict=True)
-        ]
-        held = slice(slabs[0].blocks.start, slabs[-1].blocks.stop)
-        summaries, key_sums = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
-        if normalize:
-            # Zeros that fill up planes are keys with the features φ(0).
-            padding = shard.padding_of_blocks(layout, query.device)[held].to(key_sums.dtype)
-            empty = FEATURE_MAPS[feature_map](key_sums.new_zeros(()))
-            key_sums = key_sums - (padding * empty)[:, None, None]
-        half = query.dtype == torch.bfloat16
-        num_blocks = math.prod(layout)
-        summaries = sum_over_ranks(_among_all(summaries, held, num_blocks), group, half=half)
-        key_sums = sum_over_ranks(_among_all(key_sums, held, num_blocks), group)
-        outputs = []
-        for slab, (q, _, v, angles) in zip(slabs, pieces, strict=True):
-            rows = mixing[..., slab.blocks, :].to(summaries.dtype)
-            mixed, mixed_key_sums = mix(rows, summaries), mix(rows, key_sums.unsqueeze(-1))
-            outputs.append(form.apply(q, v, mixed, mixed_key_sums.squeeze(-1), angles, slab))
-        return shard.from_whole_planes(torch.cat(outputs, dim=1))
+        return run(
+            query,
+            key,
+            value,
+            mixing,
+            shard=shard,
+            layout=layout,
+            group=group,
+            feature_map=feature_map,
+            rotary=rotary,
+            normalize=normalize,
+            eps=eps,
+        )
 
 
-@dataclass(frozen=True)
-class BlockwiseSlabs:
-    """Batched PyTorch, for any device; sums in float32, or float64 for float64 inputs."""
-
-    feature_map: str
-    normalize: bool
-    eps: float
-
-    def summarise(
-        self, key: Tensor, value: Tensor, rotary: Rotary, slab: Slab
-    ) -> tuple[Tensor, Tensor]:
-        """See `SlabForm`."""
-        slots = block_slots(slab.grid, slab.layout, key.device)
-        features = self._features(key)
-        blocked_k = to_blocks(rotate(features, rotary), slots, empty=True)
-        blocked_v = to_blocks(value.to(features.dtype), slots)
-        summaries = torch.einsum("bmshk,bmshv->bmhkv", blocked_k, blocked_v)
-        return summaries, to_blocks(features, slots, empty=True).sum(dim=2)
-
-    def apply(
-        self,
-        query: Tensor,
-        value: Tensor,
-        mixed: Tensor,
-        mixed_key_sums: Tensor,
-        rotary: Rotary,
-        slab: Slab,
-    ) -> Tensor:
-        """See `SlabForm`."""
-        slots = block_slots(slab.grid, slab.layout, query.device)
-        features = self._features(query)
-        blocked_q = to_blocks(rotate(features, rotary), slots)
-        out = to_tokens(torch.einsum("bmshk,bmhkv->bmshv", blocked_q, mixed), slots)
-        if self.normalize:
-            blocked_q = to_blocks(features, slots)
-            below = torch.einsum("bmshk,bmhk->bmsh", blocked_q, mixed_key_sums).unsqueeze(-1)
-            out = out / (to_tokens(below, slots) + self.eps)
-        return out.to(value.dtype)
-
-    def _features(self, x: Tensor) -> Tensor:
-        return FEATURE_MAPS[self.feature_map](x.to(torch.promote_types(x.dtype, torch.float32)))
-
-
-def _slab_form(
-    implementation: str,
-    query: Tensor,
-    value: Tensor,
-    mixing: Tensor,
-    feature_map: str,
-    normalize: bool,
-    eps: float,
-) -> SlabForm:
+def _implementation(
+    implementation: str, query: Tensor, value: Tensor, mixing: Tensor
+) -> Callable[..., Tensor]:
     chosen = resolve_implementation(
         implementation,
         device=query.device,
@@ -193,30 +112,67 @@ def _slab_form(
         num_blocks=mixing.shape[-1],
     )
     if chosen == "blockwise":
-        return BlockwiseSlabs(feature_map, normalize, eps)
+        return _blockwise_shard
     if chosen != "fused":
         raise ValueError(f"implementation={chosen!r} cannot share a sequence; use 'auto'")
     # Imported on first use: Triton is neither needed nor installed everywhere.
-    from mhla_gen.ops.sharded_fused import FusedSlabs
+    from mhla_gen.ops.sharded_fused import fused_shard
 
-    return FusedSlabs(feature_map, normalize, eps)
+    return fused_shard
 
 
-def _pieces(
-    shard: Shard, slabs: list[Slab], query: Tensor, key: Tensor, value: Tensor, rotary: Rotary
-) -> list[tuple[Tensor, Tensor, Tensor, Rotary]]:
-    """Queries, keys, values and rotary tables of every slab."""
+def _blockwise_shard(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mixing: Tensor,
+    *,
+    shard: Shard,
+    layout: tuple[int, ...],
+    group: Any,
+    feature_map: str,
+    rotary: Rotary,
+    normalize: bool,
+    eps: float,
+) -> Tensor:
+    """Batched PyTorch for any device, in float32, or float64 for float64 inputs."""
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    phi = FEATURE_MAPS[feature_map]
+    phi_q, phi_k, v = phi(query.to(dtype)), phi(key.to(dtype)), value.to(dtype)
+    q, k = rotate(phi_q, rotary), rotate(phi_k, rotary)
+    q, k, v, phi_q, phi_k = map(shard.whole_planes, (q, k, v, phi_q, phi_k))
+    slabs = shard.slabs(layout)
     sizes = [math.prod(slab.grid) for slab in slabs]
-    columns: list[Any] = [shard.whole_planes(x).split(sizes, dim=1) for x in (query, key, value)]
-    if rotary is None:
-        columns.append([None] * len(slabs))
-    else:
-        tables = (shard.whole_planes(table, dim=0).split(sizes) for table in rotary)
-        columns.append(zip(*tables, strict=True))
-    return list(zip(*columns, strict=True))
+    slots = [block_slots(slab.grid, slab.layout, query.device) for slab in slabs]
+    columns = (x.split(sizes, dim=1) for x in (q, k, v, phi_q, phi_k))
+    pieces = list(zip(slots, *columns, strict=True))
+
+    summaries = [_summaries(k, v, table) for table, _, k, v, _, _ in pieces]
+    key_sums = [to_blocks(phi_k, table, empty=True).sum(dim=2) for table, *_, phi_k in pieces]
+    summaries, key_sums = (
+        sum_over_ranks(_among_all(torch.cat(parts, dim=1), slabs, math.prod(layout)), group)
+        for parts in (summaries, key_sums)
+    )
+    outputs = []
+    for slab, (table, q, _, _, phi_q, _) in zip(slabs, pieces, strict=True):
+        rows = mixing[..., slab.blocks, :].to(dtype)
+        out = _apply(q, mix(rows, summaries), table)
+        if normalize:
+            out = out / (_apply(phi_q, mix(rows, key_sums.unsqueeze(-1)), table) + eps)
+        outputs.append(out)
+    return shard.from_whole_planes(torch.cat(outputs, dim=1)).to(query.dtype)
 
 
-def _among_all(held: Tensor, blocks: slice, num_blocks: int) -> Tensor:
-    """`[batch, held blocks, ...]` among all blocks, those of other ranks zero."""
-    outside = (blocks.start, num_blocks - blocks.stop)
+def _summaries(k: Tensor, v: Tensor, slots: BlockSlots) -> Tensor:
+    blocked_k, blocked_v = to_blocks(k, slots, empty=True), to_blocks(v, slots)
+    return torch.einsum("bmshk,bmshv->bmhkv", blocked_k, blocked_v)
+
+
+def _apply(q: Tensor, mixed: Tensor, slots: BlockSlots) -> Tensor:
+    return to_tokens(torch.einsum("bmshk,bmhkv->bmshv", to_blocks(q, slots), mixed), slots)
+
+
+def _among_all(held: Tensor, slabs: list[Slab], num_blocks: int) -> Tensor:
+    """`[batch, blocks of the slabs, ...]` among all blocks, the others zero."""
+    outside = (slabs[0].blocks.start, num_blocks - slabs[-1].blocks.stop)
     return F.pad(held, (0, 0) * (held.ndim - 2) + outside)

@@ -1,122 +1,173 @@
-"""The parts of MHLA that touch tokens, for ranks that share a sequence, in the fused kernels.
+"""The fused kernels on a sequence that ranks share.
 
-Float32 summaries leave and enter, because ranks sum them; between, kernels store them as in the
-linear form on one GPU.
+As on one GPU in the linear form, with a sum over ranks after `summarise` and, in backward, after
+`backward_queries`. Kernels over tokens run once for each slab. Summaries keep the dtype that
+kernels store: float16 matrices get a scale that all ranks share before they are added, so where
+only one rank has tokens of a block nothing is rounded twice.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from mhla_gen.ops.collectives import TINY
+from mhla_gen.ops.feature_maps import FEATURE_MAPS
 from mhla_gen.ops.fused import unsupported
 from mhla_gen.ops.kernels import linear_form
 from mhla_gen.ops.kernels.launch import Call, merge_axes, stored_dtype
 from mhla_gen.ops.kernels.linear_form import Summaries
-from mhla_gen.ops.shard import Slab
+from mhla_gen.ops.shard import Shard, Slab
+
+
+def fused_shard(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mixing: Tensor,
+    *,
+    shard: Shard,
+    layout: tuple[int, ...],
+    group: Any,
+    feature_map: str,
+    rotary: tuple[Tensor, Tensor] | None,
+    normalize: bool,
+    eps: float,
+) -> Tensor:
+    """See `sharded_mhla`.
+
+    Raises:
+        ValueError: If the kernels do not cover the call; the message says why.
+    """
+    trains = rotary is not None and any(table.requires_grad for table in rotary)
+    sizes = query.shape[3], value.shape[3], mixing.shape[-1]
+    reason = unsupported(query.device, query.dtype, *sizes, False, trains)
+    if reason is not None:
+        raise ValueError(f"implementation='fused' {reason}; use 'blockwise' or 'auto'")
+    launches = _Launches(shard, layout, group, feature_map, normalize, eps)
+    tokens = (shard.whole_planes(x) for x in (query, key, value))
+    tables = (shard.whole_planes(x, dim=0).contiguous() for x in rotary or ())
+    return shard.from_whole_planes(_SharedMHLA.apply(*tokens, mixing, launches, *tables))
+
+
+class _SharedMHLA(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, mixing: Tensor,
+        launches: "_Launches", *tables: Tensor,
+    ) -> Tensor:  # fmt: skip
+        with torch.cuda.device_of(query):
+            calls = launches.calls(query, value, tables)
+            q, k, v = launches.split(query, key, value)
+            parts = list(map(linear_form.summarise, k, v, calls))
+            summaries = launches.among_all(parts, query, value)
+            launches.leave_out_padding(summaries.key_sums)
+            launches.sum_over_ranks(summaries)
+            mixed = linear_form.mix(mixing, summaries, launches.whole(query, value))
+            out = list(map(linear_form.apply, q, v, launches.rows(mixed), calls))
+        ctx.save_for_backward(query, key, value, mixing, *summaries, *mixed, *tables)
+        ctx.launches = launches
+        return torch.cat(out, dim=1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        query, key, value, mixing, *rest = ctx.saved_tensors
+        summaries, mixed, tables = Summaries(*rest[:3]), Summaries(*rest[3:6]), rest[6:]
+        launches: _Launches = ctx.launches
+        with torch.cuda.device_of(query):
+            calls, whole = launches.calls(query, value, tables), launches.whole(query, value)
+            g, q, k, v = launches.split(grads[0], query, key, value)
+            found = map(linear_form.backward_queries, g, q, v, launches.rows(mixed), calls)
+            dquery, parts = zip(*found, strict=True)
+            dmixed = launches.among_all(parts, query, value)
+            dmixing = linear_form.correlate(dmixed, summaries, mixing, whole)
+            launches.sum_over_ranks(dmixed)
+            dsummaries = launches.rows(linear_form.mix(mixing.mT, dmixed, whole))
+            found = map(linear_form.backward_keys, k, v, dsummaries, calls)
+            dkey, dvalue = zip(*found, strict=True)
+        gradients = [torch.cat(slabs, dim=1) for slabs in (dquery, dkey, dvalue)]
+        return *gradients, dmixing, None, *[None] * len(tables)
+
+
+class _UncutCall(Call):
+    """A call whose blocks are one part each, so that rows of summaries are blocks."""
+
+    num_parts = 1  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)
-class FusedSlabs:
-    """Triton kernels on planes inside one block of the first axis; see `SlabForm`."""
+class _Launches:
+    """Which kernels run on which planes, and what ranks tell each other."""
 
+    shard: Shard
+    layout: tuple[int, ...]
+    group: Any
     feature_map: str
     normalize: bool
     eps: float
 
-    def summarise(
-        self, key: Tensor, value: Tensor, rotary: Any, slab: Slab
-    ) -> tuple[Tensor, Tensor]:
-        """See `SlabForm`.
+    @property
+    def slabs(self) -> list[Slab]:
+        return self.shard.slabs(self.layout)
 
-        Raises:
-            ValueError: If the kernels do not cover the call; the message says why.
-        """
-        blocks = slab.blocks.stop - slab.blocks.start
-        sizes = key.shape[3], value.shape[3]
-        reason = unsupported(key.device, key.dtype, *sizes, blocks, False, _trains(rotary))
-        if reason is not None:
-            raise ValueError(f"implementation='fused' {reason}; use 'blockwise' or 'auto'")
-        return _Summarise.apply(key, value, self._call(key, value, rotary, slab))
+    def whole(self, query: Tensor, value: Tensor) -> Call:
+        """The call of kernels that see all blocks and no tokens."""
+        return self._call(query, value, (), self.shard.grid, self.layout)
 
-    def apply(
-        self,
-        query: Tensor,
-        value: Tensor,
-        mixed: Tensor,
-        mixed_key_sums: Tensor,
-        rotary: Any,
-        slab: Slab,
-    ) -> Tensor:
-        """See `SlabForm`."""
-        call = self._call(query, value, rotary, slab)
-        return _Apply.apply(query, value.detach(), mixed, mixed_key_sums, call)
+    def calls(self, query: Tensor, value: Tensor, tables: Sequence[Tensor]) -> list[Call]:
+        """The call of every slab."""
+        pieces = zip(*self.split(query, value), strict=True)
+        angles = zip(*self.split(*tables, dim=0), strict=True) if tables else [()] * len(self.slabs)
+        return [
+            self._call(q, v, tables, slab.grid, slab.layout)
+            for slab, (q, v), tables in zip(self.slabs, pieces, angles, strict=True)
+        ]
 
-    def _call(self, query: Tensor, value: Tensor, rotary: Any, slab: Slab) -> Call:
-        cos, sin = (None, None) if rotary is None else (x.contiguous() for x in rotary)
-        grid, layout = merge_axes(list(slab.grid), list(slab.layout))
+    def _call(self, query: Tensor, value: Tensor, tables: Any, grid: Any, layout: Any) -> Call:
+        cos, sin = tables or (None, None)
+        grid, layout = merge_axes(list(grid), list(layout))
         options = self.feature_map, self.normalize, self.eps, stored_dtype(query.dtype)
-        return Call(query.detach(), value.detach(), cos, sin, grid, layout, *options)
+        return _UncutCall(query, value, cos, sin, grid, layout, *options)
 
+    def split(self, *tensors: Tensor, dim: int = 1) -> list[tuple[Tensor, ...]]:
+        """The slabs of each tensor."""
+        sizes = [math.prod(slab.grid) for slab in self.slabs]
+        return [tensor.split(sizes, dim) for tensor in tensors]
 
-class _Summarise(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, key: Tensor, value: Tensor, call: Call) -> Any:
-        ctx.save_for_backward(key, value)
-        ctx.call = call
-        with torch.cuda.device_of(key):
-            return _summed(linear_form.summarise(key, value, call), call)
+    def rows(self, summaries: Summaries) -> list[Summaries]:
+        """The blocks of every slab."""
+        return [
+            Summaries(*(x[:, slab.blocks].contiguous() for x in summaries)) for slab in self.slabs
+        ]
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        key, value = ctx.saved_tensors
-        with torch.cuda.device_of(key):
-            summaries = _stored(grads[0], grads[1], ctx.call)
-            return *linear_form.backward_keys(key, value, summaries, ctx.call), None
+    def among_all(self, parts: Sequence[Summaries], query: Tensor, value: Tensor) -> Summaries:
+        """Summaries of the slabs among those of all blocks, the others zero."""
+        sizes = math.prod(self.layout), stored_dtype(query.dtype), self.normalize
+        whole = Summaries(*(x.zero_() for x in Summaries.empty(query, value, *sizes)))
+        for slab, part in zip(self.slabs, parts, strict=True):
+            for target, source in zip(whole, part, strict=True):
+                target[:, slab.blocks] = source
+        return whole
 
+    def leave_out_padding(self, key_sums: Tensor) -> None:
+        """Take φ(0) of the zeros that fill up planes out of the key sums, in place."""
+        if self.normalize:
+            padding = self.shard.padding_of_blocks(self.layout, key_sums.device)
+            empty = FEATURE_MAPS[self.feature_map](key_sums.new_zeros(()))
+            key_sums -= (padding * empty)[:, None, None]
 
-class _Apply(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, query: Tensor, value: Tensor, mixed: Tensor, mixed_key_sums: Tensor, call: Call
-    ) -> Tensor:
-        summaries = _stored(mixed, mixed_key_sums, call)
-        ctx.save_for_backward(query, value, *summaries)
-        ctx.call = call
-        with torch.cuda.device_of(query):
-            return linear_form.apply(query, value, summaries, call)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        query, value, *summaries = ctx.saved_tensors
-        with torch.cuda.device_of(query):
-            dquery, parts = linear_form.backward_queries(
-                grads[0], query, value, Summaries(*summaries), ctx.call
-            )
-        return dquery, None, *_summed(parts, ctx.call), None
-
-
-def _summed(parts: Summaries, call: Call) -> tuple[Tensor, Tensor]:
-    """Float32 matrices and key sums of blocks, from those of their parts."""
-    matrices = parts.matrices.float()
-    if parts.scales.shape[2]:
-        matrices = matrices * parts.scales[..., None, None]
-    shape = (call.num_blocks, call.num_parts)
-    return matrices.unflatten(1, shape).sum(dim=2), parts.key_sums.unflatten(1, shape).sum(dim=2)
-
-
-def _stored(matrices: Tensor, key_sums: Tensor, call: Call) -> Summaries:
-    """As kernels read them: float16 with a scale for each matrix, or float32."""
-    key_sums = key_sums.contiguous()
-    if call.stored != torch.float16:
-        none = matrices.new_empty((*matrices.shape[:2], 0))
-        return Summaries(matrices.contiguous(), none, key_sums)
-    largest = matrices.abs().amax(dim=(-2, -1))
-    scales = largest.where(largest > TINY, 1.0)
-    return Summaries((matrices / scales[..., None, None]).half().contiguous(), scales, key_sums)
-
-
-def _trains(rotary: Any) -> bool:
-    return rotary is not None and any(table.requires_grad for table in rotary)
+    def sum_over_ranks(self, summaries: Summaries) -> None:
+        """Add up what ranks have, in place."""
+        matrices, scales, key_sums = summaries
+        if scales.numel():
+            mine = scales.clone()
+            dist.all_reduce(scales, dist.ReduceOp.MAX, group=self.group)
+            # No rank has tokens of a block: its matrix is zero, whatever the scale.
+            scales.masked_fill_(scales == 0, 1.0)
+            matrices *= (mine / scales)[..., None, None].to(matrices.dtype)
+        dist.all_reduce(matrices, group=self.group)
+        if self.normalize:
+            dist.all_reduce(key_sums, group=self.group)

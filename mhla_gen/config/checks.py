@@ -50,13 +50,17 @@ def normalize_layout(layout: Any) -> Any:
     return tuple(layout)
 
 
-def normalize_classes(classes: Any) -> Any:
-    """Class numbers as a tuple, or "all" as it is."""
+def normalize_classes(classes: Any, names: bool = False) -> Any:
+    """Class numbers as a tuple, or "all" as it is; with `names`, names may stand among them."""
     if isinstance(classes, str) and classes == "all":
         return classes
-    message = f'classes must be "all" or a list of class numbers, found {classes!r}'
+    allowed = "class numbers and names" if names else "class numbers"
+    message = f'classes must be "all" or a list of {allowed}, found {classes!r}'
     if not isinstance(classes, Sequence) or isinstance(classes, str) or not classes:
         raise ValueError(message)
-    if any(not isinstance(c, int) or isinstance(c, bool) or c < 0 for c in classes):
-        raise ValueError(message)
+    for c in classes:
+        if isinstance(c, str) and names:
+            continue
+        if not isinstance(c, int) or isinstance(c, bool) or c < 0:
+            raise ValueError(message)
     return tuple(classes)

@@ -15,9 +15,11 @@ from mhla_gen.files import CONFIG_NAME, made_with, written_whole
 from mhla_gen.quickstart.figures import draw_losses, draw_mixing
 from mhla_gen.quickstart.report import next_commands, table
 from mhla_gen.quickstart.scores import FEATURE_SPACE, score, score_real
-from mhla_gen.sampling.contact_sheet import contact_sheet, rows_by_class
-from mhla_gen.sampling.pipeline import ClassConditionalPipeline
-from mhla_gen.sampling.sample_set import class_labels, generate, manifest, save_samples
+from mhla_gen.sampling import ClassConditionalPipeline, class_labels, contact_sheet, generate
+from mhla_gen.sampling.contact_sheet import rows_by_class
+from mhla_gen.sampling.manifest import manifest, weights_of
+from mhla_gen.sampling.sample_set import save_samples
+from mhla_gen.sampling.samplers import ClassSampler
 from mhla_gen.training.log import LOG_NAME, read_log
 from mhla_gen.training.loop import rehearse, train
 
@@ -99,7 +101,12 @@ def _run(config: QuickstartConfig, folder: Path) -> None:
         mhla.pipeline.save_pretrained(partial)
     save_samples(folder / "samples.npz", mhla.images, labels)
     save_samples(folder / "samples_linear.npz", arms["linear"].images, labels)
-    made = manifest(mhla.pipeline, _sampling(config), len(labels))
+    made = manifest(
+        ClassSampler(mhla.pipeline, labels, seed=config.seed),
+        _sampling(config),
+        {"weights": weights_of(mhla.pipeline), "num_samples": len(labels)},
+        ["samples.npz", "samples.png"],
+    )
     with written_whole(folder / "manifest.json") as partial:
         partial.write_text(json.dumps(made, indent=2) + "\n")
     _draw(config, folder, real, labels, arms)

@@ -1,14 +1,17 @@
-"""Class-conditional sampling: the pipeline, and sample sets on disk."""
+"""Sampling: the class-conditional pipeline, and sample sets of classes and prompts on disk."""
 
+from mhla_gen.sampling.classes import class_labels
 from mhla_gen.sampling.contact_sheet import contact_sheet
+from mhla_gen.sampling.guidance import Guidance
 from mhla_gen.sampling.pipeline import ClassConditionalPipeline
-from mhla_gen.sampling.sample_set import class_labels, generate, sample, write_sample_set
+from mhla_gen.sampling.run import sample
+from mhla_gen.sampling.sample_set import generate
 
 __all__ = [
     "ClassConditionalPipeline",
+    "Guidance",
     "class_labels",
     "contact_sheet",
     "generate",
     "sample",
-    "write_sample_set",
 ]

@@ -22,7 +22,8 @@ def contact_sheet(
 ) -> Image.Image:
     """Lay images out in rows by class and in groups side by side.
 
-    Small images are enlarged by a whole factor, smoothly: eyes read shapes, not squares.
+    Small images are enlarged by a whole factor, smoothly: eyes read shapes, not squares. Those
+    wider than twice `tile_size` are scaled down to it.
 
     Args:
         groups: Title → one array of images per row, uint8 `[images, height, width, channels]`.
@@ -31,28 +32,30 @@ def contact_sheet(
         tile_size: Least width of an image in the picture, in pixels.
     """
     font = ImageFont.truetype(_FONT, _FONT_SIZE)
-    widest = max((rows.shape[2] for group in groups.values() for rows in group), default=1)
-    tile = widest * max(1, -(-tile_size // widest))
+    shapes = [rows.shape[1:3] for group in groups.values() for rows in group] or [(1, 1)]
+    tall, widest = max(h for h, _ in shapes), max(w for _, w in shapes)
+    scale = _scale(widest, tile_size)
+    tile = round(widest * scale), round(tall * scale)
     columns = {
         title: min(per_row, max(map(len, group), default=0)) for title, group in groups.items()
     }
     margin = int(max(font.getlength(name) for name in row_names)) + 2 * _GAP
     header = _FONT_SIZE + 3 * _GAP
-    width = margin + sum(n * (tile + _GAP) + 4 * _GAP for n in columns.values())
-    height = header + len(row_names) * (tile + _GAP) + _GAP
+    width = margin + sum(n * (tile[0] + _GAP) + 4 * _GAP for n in columns.values())
+    height = header + len(row_names) * (tile[1] + _GAP) + _GAP
     sheet = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(sheet)
     for row, name in enumerate(row_names):
-        middle = header + row * (tile + _GAP) + tile // 2
+        middle = header + row * (tile[1] + _GAP) + tile[1] // 2
         draw.text((_GAP, middle), name, fill="black", font=font, anchor="lm")
     left = margin
     for title, group in groups.items():
         draw.text((left, _GAP), title, fill="black", font=font)
         for row, images in enumerate(group):
             for column, image in enumerate(images[:per_row]):
-                position = left + column * (tile + _GAP), header + row * (tile + _GAP)
+                position = left + column * (tile[0] + _GAP), header + row * (tile[1] + _GAP)
                 sheet.paste(_tile(image, tile), position)
-        left += columns[title] * (tile + _GAP) + 4 * _GAP
+        left += columns[title] * (tile[0] + _GAP) + 4 * _GAP
     return sheet
 
 
@@ -63,6 +66,12 @@ def rows_by_class(
     return [images[labels == c] for c in classes]
 
 
-def _tile(image: np.ndarray, size: int) -> Image.Image:
+def _scale(width: int, tile_size: int) -> float:
+    if width > 2 * tile_size:
+        return tile_size / width
+    return max(1, -(-tile_size // width))
+
+
+def _tile(image: np.ndarray, size: tuple[int, int]) -> Image.Image:
     picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).convert("RGB")
-    return picture.resize((size, size), Image.Resampling.BICUBIC)
+    return picture.resize(size, Image.Resampling.BICUBIC)

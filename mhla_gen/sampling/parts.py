@@ -39,15 +39,25 @@ class InParts:
         return _joined(results, total)
 
 
-def run_in_parts(module: Any, method: str, rows: int) -> InParts:
-    """Let a method of a module be called in parts from now on.
+@contextmanager
+def in_parts(module: Any, method: str, rows: int) -> Iterator[InParts]:
+    """Let a method of a module be called in parts inside.
 
-    Returns:
+    Yields:
         The replacement; its `rows` may be changed.
     """
-    parts = InParts(getattr(module, method), rows)
+    original = getattr(module, method)
+    # A method stands in the class; a hook of accelerate has put its own into the module.
+    hooked = method in vars(module)
+    parts = InParts(original, rows)
     setattr(module, method, parts)
-    return parts
+    try:
+        yield parts
+    finally:
+        if hooked:
+            setattr(module, method, original)
+        else:
+            delattr(module, method)
 
 
 @contextmanager

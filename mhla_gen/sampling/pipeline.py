@@ -212,7 +212,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
             return_dict=False,
         )[0].float()
         if guidance is not None:
-            prediction = guidance.combine(*prediction.chunk(2), num_channels)
+            with_class, without = prediction.chunk(2)
+            prediction = guidance.combine(with_class, without, num_channels)
         return prediction if learns_variance(self.scheduler) else prediction[:, :num_channels]
 
     def _decode(self, latents: Tensor, output_type: str) -> Any:

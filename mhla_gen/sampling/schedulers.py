@@ -83,9 +83,10 @@ def other_scheduler(
             raise ValueError(f"{name} has no option {option!r}{_suggestion(option, known)}")
     prediction_type = prediction_type or prediction_of(scheduler)
     settings: dict[str, Any] = {}
-    if prediction_type == "flow_prediction" and "use_flow_sigmas" in known:
-        # These schedulers serve several predictions and have to be told.
-        settings = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+    if prediction_type == "flow_prediction":
+        # Schedulers that serve several predictions have to be told.
+        told = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+        settings = {key: value for key, value in told.items() if key in known}
     # The same number under two names: how far the noise levels are moved towards noise.
     shift = scheduler.config.get("flow_shift", scheduler.config.get("shift"))
     if shift is not None:

@@ -1,0 +1,147 @@
+"""From settings to a sampler: the pipeline, made ready, and what it is to draw."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from mhla_gen.config import SampleConfig
+from mhla_gen.sampling.classes import class_labels, class_numbers, ordered_labels
+from mhla_gen.sampling.guidance import Guidance
+from mhla_gen.sampling.loading import load_pipeline
+from mhla_gen.sampling.pipeline import ClassConditionalPipeline, makes_variance
+from mhla_gen.sampling.prompt_sampler import PromptSampler, read_embeds
+from mhla_gen.sampling.prompts import Prompt, read_prompts
+from mhla_gen.sampling.samplers import ClassSampler, Sampler
+from mhla_gen.sampling.schedulers import other_scheduler
+
+_SAMPLES_PER_CLASS = 10
+
+
+def build_sampler(config: SampleConfig) -> Sampler:
+    """The pipeline on the CPU, with the scheduler asked for, and the samples that it is to draw.
+
+    Raises:
+        FileNotFoundError: If the pipeline or a file with prompts is missing.
+        ValueError: If settings and pipeline do not fit together.
+    """
+    pipeline = load_pipeline(config.pipeline, getattr(torch, config.dtype))
+    of_classes = isinstance(pipeline, ClassConditionalPipeline)
+    if config.scheduler is not None or config.scheduler_options:
+        pipeline.scheduler = other_scheduler(
+            pipeline.scheduler,
+            config.scheduler,
+            config.scheduler_options,
+            prediction_type=pipeline.prediction_type if of_classes else None,
+            learned_variance=of_classes and makes_variance(pipeline.transformer),
+        )
+    pipeline.set_progress_bar_config(disable=True)
+    if config.vae_tiling:
+        if not hasattr(getattr(pipeline, "vae", None), "enable_tiling"):
+            raise ValueError(f"vae_tiling=true, but this {type(pipeline).__name__} has no tiling")
+        pipeline.vae.enable_tiling()
+    return _of_classes(config, pipeline) if of_classes else _of_prompts(config, pipeline)
+
+
+def _of_classes(config: SampleConfig, pipeline: ClassConditionalPipeline) -> ClassSampler:
+    for key in ("prompts", "prompt_embeds", "image", "num_frames", "guidance_scale_2"):
+        if getattr(config, key) is not None:
+            raise ValueError(f"{key} is given, but {config.pipeline} makes images of classes")
+    if config.height != config.width:
+        raise ValueError(f"images of classes are square, found {config.height} × {config.width}")
+    if config.height is not None:
+        pipeline.latent_size(config.height)
+    guidance = Guidance(config.guidance_scale, config.guidance_interval, config.guidance_channels)
+    return ClassSampler(
+        pipeline,
+        _labels(config, pipeline.class_names),
+        seed=config.seed,
+        guidance_scale=guidance.scale,
+        guidance_interval=guidance.interval,
+        guidance_channels=guidance.channels,
+        image_size=config.height,
+    )
+
+
+def _labels(config: SampleConfig, names: list[str]) -> np.ndarray:
+    classes, known = class_numbers(config.classes, names), len(names)
+    if config.num_samples is None:
+        return class_labels(classes, config.samples_per_class or _SAMPLES_PER_CLASS, known)
+    return ordered_labels(classes, config.num_samples, config.order, config.seed, known)
+
+
+def _of_prompts(config: SampleConfig, pipeline: Any) -> PromptSampler:
+    name = type(pipeline).__name__
+    unused = {
+        "classes": config.classes != "all",
+        "samples_per_class": config.samples_per_class is not None,
+        "num_samples": config.num_samples is not None,
+        "guidance_interval": config.guidance_interval != (0.0, 1.0),
+        "guidance_channels": config.guidance_channels is not None,
+    }
+    for key, given in unused.items():
+        if given:
+            raise ValueError(f"{key} is given, but the {name} in {config.pipeline} takes prompts")
+    prompts, embeds = _prompts(config)
+    if prompts is None:
+        raise ValueError(
+            f"the {name} in {config.pipeline} takes prompts; give prompts=TEXT or FILE"
+        )
+    return PromptSampler(
+        pipeline,
+        [_completed(config, prompt) for prompt in prompts],
+        seed=config.seed,
+        samples_per_prompt=config.samples_per_prompt,
+        embeds=embeds,
+        sizes={key: getattr(config, key) for key in ("height", "width", "num_frames")},
+        guidance_scale=config.guidance_scale,
+        guidance_scale_2=config.guidance_scale_2,
+    )
+
+
+def _prompts(config: SampleConfig) -> tuple[list[Prompt] | None, Any]:
+    prompts = None if config.prompts is None else read_prompts(config.prompts)
+    if config.prompt_embeds is None:
+        return prompts, None
+    guided = config.guidance_scale > 1
+    embeds = read_embeds(config.prompt_embeds, None if prompts is None else len(prompts), guided)
+    if prompts is None:
+        prompts = [Prompt(f"prompt {i}") for i in range(len(embeds["prompt_embeds"]))]
+    return prompts, embeds
+
+
+def _completed(config: SampleConfig, prompt: Prompt) -> Prompt:
+    """A prompt with the config's values where it has none of its own."""
+    negative = config.negative_prompt if prompt.negative_prompt is None else prompt.negative_prompt
+    return replace(prompt, negative_prompt=negative, image=prompt.image or config.image)
+
+
+def place(config: SampleConfig, pipeline: Any, device: torch.device) -> None:
+    """Move a pipeline to its device, or let it come there in turns, and compile its layers.
+
+    Raises:
+        ValueError: If it cannot be offloaded here.
+    """
+    if config.offload == "none":
+        pipeline.to(device)
+    elif device.type == "cpu":
+        raise ValueError(f"offload={config.offload} needs a GPU to offload from; found none")
+    elif config.offload == "model":
+        pipeline.enable_model_cpu_offload(device=device)
+    else:
+        pipeline.enable_sequential_cpu_offload(device=device)
+    if config.compile:
+        for name, model in pipeline.components.items():
+            if name.startswith("transformer") and model is not None:
+                compile_layers(model)
+
+
+def compile_layers(transformer: Any) -> None:
+    """Compile every layer of a transformer in place, each once for all of them."""
+    if getattr(transformer, "_repeated_blocks", None):
+        transformer.compile_repeated_blocks(fullgraph=True)
+    else:
+        # diffusers' own DiT does not name its blocks.
+        for block in transformer.transformer_blocks:
+            block.compile(fullgraph=True)

@@ -1,0 +1,67 @@
+"""The pipeline of a training run that has not finished: averaged weights of a checkpoint."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file
+
+from mhla_gen.config import ConfigError, TrainConfig, load_config
+from mhla_gen.data import load_data
+from mhla_gen.files import CONFIG_NAME
+from mhla_gen.training.build import build_task
+from mhla_gen.training.checkpoints import checkpoints
+
+_WEIGHTS_NAME = "model.safetensors"
+
+
+def checkpoint_in(folder: Path) -> Path | None:
+    """A checkpoint: the folder itself, or the newest one in a run's folder; None without any."""
+    candidates = [folder, *reversed(checkpoints(folder).values())]
+    return next(
+        (path for path in candidates if (path / CONFIG_NAME).is_file() and _has(path)), None
+    )
+
+
+def _has(folder: Path) -> bool:
+    return any(folder.glob("custom_checkpoint_*.pkl")) or (folder / _WEIGHTS_NAME).is_file()
+
+
+def pipeline_of(folder: Path) -> Any:
+    """The pipeline that training would have saved at this checkpoint.
+
+    Args:
+        folder: `checkpoint-N` of a run of `mhla-gen train`. Its data have to be where they were:
+            they say how many classes the model has.
+
+    Raises:
+        FileNotFoundError: If the weights are not in one file, or the data are gone.
+        ValueError: If another command wrote it.
+    """
+    try:
+        config = load_config(folder / CONFIG_NAME, schema=TrainConfig)
+    except ConfigError as error:
+        raise ValueError(f"{folder} was not written by `mhla-gen train`: {error}") from error
+    if not (folder / _WEIGHTS_NAME).is_file():
+        raise FileNotFoundError(
+            f"{folder} has its weights in several files; finish the run, or go on with it on one "
+            "process until its next checkpoint"
+        )
+    task = build_task(config, load_data(config.data))
+    task.model.load_state_dict(load_file(folder / _WEIGHTS_NAME))
+    averages = _averages(folder)
+    if averages is not None:
+        average = EMAModel(task.model.parameters())
+        average.load_state_dict(averages)
+        average.copy_to(task.model.parameters())
+    return task.pipeline(task.model.eval())
+
+
+def _averages(folder: Path) -> dict[str, Any] | None:
+    """The state of the moving average, which accelerate keeps under a number."""
+    for path in sorted(folder.glob("custom_checkpoint_*.pkl")):
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if isinstance(state, dict) and "shadow_params" in state:
+            return state
+    return None

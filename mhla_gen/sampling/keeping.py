@@ -1,0 +1,113 @@
+"""What becomes of drawn samples: files, parts of the contact sheet, features, and a mark."""
+
+import hashlib
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mhla_gen.sampling.outputs import file_of, sheet_part, write_image, write_video
+from mhla_gen.sampling.units import Work, write_array
+
+# Units whose files are being written while the next ones are drawn.
+_WAITING = 4
+_THREADS = 4
+
+
+class Keeper:
+    """Writes units in the background; to be used in a `with` statement.
+
+    Args:
+        folder: Of the sample set.
+        work: Of the sample set, while it is unfinished.
+        formats: Of npz, png and mp4; none of them keeps nothing.
+        on_sheet: Samples that the contact sheet shows.
+        fps: Frames per second of videos.
+        measure: Takes a unit and its samples on their device, and writes their features.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        work: Work,
+        formats: tuple[str, ...],
+        on_sheet: set[int],
+        fps: int,
+        measure: Callable[[int, Tensor], None] | None,
+    ):
+        self.folder, self.work, self.formats, self.fps = folder, work, formats, fps
+        self.on_sheet, self.measure = on_sheet, measure
+        self._pool = ThreadPoolExecutor(_THREADS)
+        self._waiting: deque[Future[None]] = deque()
+
+    def __enter__(self) -> "Keeper":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            if error is None:
+                self._wait(0)
+        finally:
+            self._pool.shutdown(cancel_futures=True)
+
+    def keep(self, unit: int, samples: Tensor, values: dict[str, Any]) -> None:
+        """Keep the samples of a unit.
+
+        Args:
+            unit: Its number.
+            samples: uint8 `[samples, …]`, on any device.
+            values: What its mark says.
+
+        Raises:
+            OSError: If an earlier unit could not be written.
+        """
+        if self.measure is not None:
+            self.measure(unit, samples)
+        host, arrived = _to_host(samples)
+        self._waiting.append(self._pool.submit(self._write, unit, host, arrived, values))
+        self._wait(_WAITING)
+
+    def _wait(self, most: int) -> None:
+        while len(self._waiting) > most:
+            self._waiting.popleft().result()
+
+    def _write(self, unit: int, host: Tensor, arrived: Any, values: dict[str, Any]) -> None:
+        if arrived is not None:
+            arrived.synchronize()
+        samples = host.numpy()
+        if "npz" in self.formats:
+            write_array(self.work.samples_file(unit), samples)
+        for number, pixels in zip(self.work.units.numbers(unit), samples, strict=True):
+            if number in self.on_sheet:
+                write_array(self.work.sheet_file(number), sheet_part(pixels))
+            self._write_file(number, pixels)
+        digest = hashlib.sha256(np.ascontiguousarray(samples).data).hexdigest()
+        self.work.mark(unit, {**values, "sha256": digest})
+
+    def _write_file(self, number: int, pixels: np.ndarray) -> None:
+        if "png" in self.formats:
+            write_image(file_of(self.folder, number, "png"), pixels)
+        if "mp4" in self.formats:
+            write_video(file_of(self.folder, number, "mp4"), pixels, self.fps)
+
+
+def _to_host(samples: Tensor) -> tuple[Tensor, Any]:
+    """A copy in main memory, and the event that says when it is there."""
+    if samples.device.type != "cuda":
+        return samples.contiguous(), None
+    host = torch.empty(samples.shape, dtype=samples.dtype, pin_memory=True)
+    host.copy_(samples, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+    return host, arrived

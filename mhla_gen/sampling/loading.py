@@ -1,0 +1,117 @@
+"""Find a pipeline: in a run of ours, in a folder of diffusers, or on the Hugging Face hub."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+from mhla_gen.sampling.pipeline import ClassConditionalPipeline
+from mhla_gen.sampling.schedulers import prediction_of
+
+INDEX_NAME = "model_index.json"
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+# Of files on the hub, all that `save_pretrained` writes.
+_SAVED = ("*.json", "*.safetensors", "*.txt", "*.model")
+
+
+def load_pipeline(path: str, dtype: torch.dtype) -> Any:
+    """The pipeline that a path or name means, on the CPU.
+
+    diffusers' own `DiTPipeline` becomes our class-conditional pipeline, which does more with the
+    same parts.
+
+    Args:
+        path: Run of `mhla-gen train`, of which the pipeline is taken, or while it lasts the newest
+            checkpoint; one of its checkpoints; a folder that `save_pretrained` wrote; or a name on
+            the hub.
+        dtype: Of the models. Wan's VAE stays float32, as its makers use it.
+
+    Raises:
+        FileNotFoundError: If there is nothing to load.
+        ValueError: If what is there is no pipeline of this version of diffusers.
+    """
+    folder = Path(path)
+    if folder.is_dir():
+        for candidate in (folder, folder / "pipeline"):
+            if (candidate / INDEX_NAME).is_file():
+                return _from_folder(candidate, dtype)
+        return _from_checkpoint(folder, dtype)
+    if not folder.exists() and _HUB_NAME.fullmatch(path):
+        return _from_folder(_downloaded(path), dtype)
+    raise FileNotFoundError(
+        f"pipeline={path} is no saved pipeline or run (no {INDEX_NAME} there), nor the name of a "
+        "pipeline on the hub (owner/name)"
+    )
+
+
+def _from_folder(folder: Path, dtype: torch.dtype) -> Any:
+    index = json.loads((folder / INDEX_NAME).read_text())
+    name = index.get("_class_name", "")
+    if name == ClassConditionalPipeline.__name__:
+        found: Any = ClassConditionalPipeline
+    else:
+        found = getattr(diffusers, name, None) if isinstance(name, str) else None
+    if not (isinstance(found, type) and issubclass(found, DiffusionPipeline)):
+        raise ValueError(f"{folder}: diffusers {diffusers.__version__} has no pipeline {name!r}")
+    # Components that were saved as missing have to be named as missing.
+    absent = {key: None for key, value in index.items() if value == [None, None]}
+    precise = {"default": dtype, "vae": torch.float32} if name.startswith("Wan") else dtype
+    try:
+        pipeline = found.from_pretrained(folder, dtype=precise, **absent)
+    except (KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"{folder} is not a whole {name}: {error}") from error
+    return class_conditional(pipeline) if name == "DiTPipeline" else pipeline
+
+
+def class_conditional(pipeline: Any) -> ClassConditionalPipeline:
+    """Our pipeline from the parts of diffusers' `DiTPipeline`."""
+    names = [str(label) for label in range(pipeline.transformer.config.num_embeds_ada_norm)]
+    for number, text in (pipeline.config.get("id2label") or {}).items():
+        names[int(number)] = text
+    return ClassConditionalPipeline(
+        pipeline.transformer,
+        pipeline.scheduler,
+        vae=pipeline.vae,
+        class_names=names,
+        prediction_type=prediction_of(pipeline.scheduler),
+    )
+
+
+def _from_checkpoint(folder: Path, dtype: torch.dtype) -> Any:
+    # Training imports the pipelines of this package.
+    from mhla_gen.sampling.checkpoint import checkpoint_in, pipeline_of
+
+    checkpoint = checkpoint_in(folder)
+    if checkpoint is None:
+        raise FileNotFoundError(
+            f"pipeline={folder} holds neither a saved pipeline ({INDEX_NAME}) nor a run of "
+            "`mhla-gen train` with a pipeline or a checkpoint"
+        )
+    return pipeline_of(checkpoint).to(dtype)
+
+
+def _downloaded(name: str) -> Path:
+    """A folder with a pipeline of the hub, fetched unless it is in the cache.
+
+    Raises:
+        FileNotFoundError: If the hub has none of this name, or cannot be reached.
+    """
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        index = json.loads(Path(hf_hub_download(name, INDEX_NAME)).read_text())
+        libraries = {value[0] for value in index.values() if isinstance(value, list)}
+        if libraries <= {"diffusers", "transformers", None}:
+            return Path(DiffusionPipeline.download(name))
+        # diffusers refuses to fetch components of other packages, such as our transformers.
+        return Path(snapshot_download(name, allow_patterns=list(_SAVED)))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise FileNotFoundError(
+            f"pipeline={name} is no folder here, and the hub has no such pipeline: {reason}"
+        ) from error

@@ -1,0 +1,129 @@
+"""What made a sample set: what must be equal to go on with it, what a reader wants to know."""
+
+import hashlib
+import json
+import platform
+import shlex
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mhla_gen.config import SampleConfig
+from mhla_gen.digests import file_digest, tensors_digest
+from mhla_gen.sampling.samplers import Sampler
+from mhla_gen.sampling.units import Units
+
+MANIFEST_NAME = "manifest.json"
+_PACKAGES = ("mhla_gen", "torch", "diffusers", "transformers", "accelerate", "numpy")
+_LISTED = 1000
+
+
+def weights_of(pipeline: Any) -> dict[str, str]:
+    """SHA-256 of the weights of every model of a pipeline, by its name there."""
+    models = {k: v for k, v in pipeline.components.items() if isinstance(v, nn.Module)}
+    with ThreadPoolExecutor() as pool:
+        digests = pool.map(lambda model: tensors_digest(model.state_dict()), models.values())
+        return dict(zip(models, digests, strict=True))
+
+
+def identity(
+    sampler: Sampler, units: Units, weights: dict[str, str], device: torch.device, exact: bool
+) -> dict[str, Any]:
+    """All that decides the samples beside the settings.
+
+    Args:
+        sampler: Of the set.
+        units: Of the set; what a call of the models is.
+        weights: Digests by model.
+        device: Where it is drawn; another kind rounds otherwise.
+        exact: Whether samples have to be repeatable bit for bit.
+    """
+    records = [sampler.record(number) for number in range(len(sampler))]
+    images = sorted({record["image"] for record in records if "image" in record})
+    contents = [file_digest(image) for image in images]
+    digest = hashlib.sha256(json.dumps([records, contents]).encode()).hexdigest()
+    found: dict[str, Any] = {"weights": weights, "samples": digest, "num_samples": len(sampler)}
+    if exact:
+        found |= {"model_batch_size": units.rows, "device": device.type}
+    return found
+
+
+def manifest(
+    sampler: Sampler,
+    config: SampleConfig,
+    identity: dict[str, Any],
+    files: Sequence[str],
+    marks: Sequence[dict[str, Any]] = (),
+) -> dict[str, Any]:
+    """What made a sample set, for a reader who has only the folder.
+
+    Args:
+        sampler: What drew it.
+        config: Its settings.
+        identity: What else decided the samples.
+        files: What the folder holds.
+        marks: What the units' marks say.
+    """
+    pipeline: Any = sampler.pipeline
+    scheduler = pipeline.scheduler
+    models = {
+        name: {"class": type(model).__name__, **plain(model.config)}
+        for name, model in pipeline.components.items()
+        if isinstance(model, nn.Module) and (name.startswith("transformer") or name == "vae")
+    }
+    count = len(sampler)
+    found = {
+        "num_images": count,
+        "shape": list(sampler.shape),
+        "files": list(files),
+        "seeds": f"sample i starts from noise of seed {config.seed} + i",
+        "settings": asdict(config),
+        "pipeline": type(pipeline).__name__,
+        **models,
+        "scheduler": {"class": type(scheduler).__name__, **plain(scheduler.config)},
+        "identity": identity,
+        "versions": {name: found for name in _PACKAGES if (found := _version(name))},
+        "python": platform.python_version(),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "devices": sorted({mark["device"] for mark in marks}) or [device_name()],
+    }
+    if marks:
+        found["sha256"] = digest_of(marks)
+        found["notes"] = sorted({note for mark in marks for note in mark["notes"]})
+    if any("prompt" in sampler.record(i) for i in range(min(count, 1))):
+        found["seeds"] = "each sample's own, see samples"
+        found["samples"] = [sampler.record(i) for i in range(min(count, _LISTED))]
+    return found
+
+
+def digest_of(marks: Sequence[dict[str, Any]]) -> str:
+    """SHA-256 over the samples of all units."""
+    digests = "".join(mark["sha256"] for mark in marks)
+    return hashlib.sha256(digests.encode()).hexdigest()
+
+
+def device_name() -> str:
+    """The GPU, or the machine's processor type."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"CPU {platform.machine()}"
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """Public entries of a diffusers config, as JSON holds them."""
+    entries = {key: value for key, value in config.items() if not key.startswith("_")}
+    return json.loads(json.dumps(entries, default=str))
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

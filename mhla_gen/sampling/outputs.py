@@ -1,0 +1,96 @@
+"""Files of a sample set: one npz, or an image or a video each; and the picture of the set."""
+
+import zipfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.lib import format as npy
+from PIL import Image
+
+from mhla_gen.files import written_whole
+from mhla_gen.sampling.contact_sheet import contact_sheet
+
+SAMPLES_NAME = "samples.npz"
+SHEET_NAME = "samples.png"
+IMAGES_NAME, VIDEOS_NAME = "images", "videos"
+# Frames of a video that the contact sheet shows.
+_SHEET_FRAMES = 8
+# All zip files of the same samples are the same bytes.
+_EPOCH = (1980, 1, 1, 0, 0, 0)
+
+
+def write_samples(
+    path: Path, parts: Iterable[np.ndarray], shape: tuple[int, ...], labels: np.ndarray | None
+) -> None:
+    """Write `arr_0`, and `labels` if there are any, in the layout that evaluation tools read.
+
+    Args:
+        path: npz file; it is there whole or not at all.
+        parts: uint8 `[samples, …]`, one after the other; only one is in memory at a time.
+        shape: Of all samples together.
+        labels: Class numbers `[samples]`.
+    """
+    with written_whole(path) as partial, zipfile.ZipFile(partial, "w") as archive:
+        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+        entry = zipfile.ZipInfo("arr_0.npy", _EPOCH)
+        with archive.open(entry, "w", force_zip64=True) as file:
+            npy.write_array_header_1_0(file, header)
+            for part in parts:
+                file.write(np.ascontiguousarray(part).data)
+        if labels is not None:
+            with archive.open(zipfile.ZipInfo("labels.npy", _EPOCH), "w") as file:
+                npy.write_array(file, labels)
+
+
+def file_of(folder: Path, number: int, kind: str) -> Path:
+    """Where a sample lies that has a file of its own."""
+    return folder / (VIDEOS_NAME if kind == "mp4" else IMAGES_NAME) / f"{number:06d}.{kind}"
+
+
+def write_image(path: Path, pixels: np.ndarray) -> None:
+    """Write a PNG file of uint8 `[height, width, 3 or 1]`, whole or not at all."""
+    with written_whole(path) as partial:
+        _picture(pixels).save(partial, format="png")
+
+
+def write_video(path: Path, frames: np.ndarray, fps: int) -> None:
+    """Write an mp4 file (H.264) of uint8 `[frames, height, width, 3]`, whole or not at all.
+
+    Raises:
+        ValueError: If a side is odd, which H.264's 4:2:0 colour cannot hold.
+    """
+    import imageio
+
+    height, width = frames.shape[1:3]
+    if height % 2 or width % 2:
+        raise ValueError(f"mp4 needs even sides, found {height} × {width}; write png or npz")
+    with written_whole(path) as partial:
+        # By default imageio scales sides up to multiples of 16.
+        imageio.mimwrite(
+            partial, list(frames), format="mp4", fps=fps, quality=8, macro_block_size=2
+        )  # pyright: ignore[reportArgumentType, reportCallIssue]
+
+
+def sheet_part(pixels: np.ndarray) -> np.ndarray:
+    """What the contact sheet shows of a sample: the image, or some frames, `[images, …]`."""
+    if pixels.ndim == 3:
+        return pixels[None]
+    count = min(len(pixels), _SHEET_FRAMES)
+    return pixels[np.linspace(0, len(pixels) - 1, count).round().astype(int)]
+
+
+def write_sheet(path: Path, rows: Sequence[tuple[str, np.ndarray]], is_video: bool) -> None:
+    """Draw the picture of the set, one titled row of images after the other."""
+    names, images = [name for name, _ in rows], [part for _, part in rows]
+    width = images[0].shape[2]
+    title = "frames from first to last" if is_video else "samples"
+    sheet = contact_sheet(
+        {title: images}, names, per_row=max(map(len, images)), tile_size=min(max(48, width), 192)
+    )
+    with written_whole(path) as partial:
+        sheet.save(partial, format="png")
+
+
+def _picture(pixels: np.ndarray) -> Image.Image:
+    return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)

@@ -1,0 +1,51 @@
+"""The progress bar of a set that several processes draw."""
+
+import time
+from collections.abc import Callable
+from types import TracebackType
+
+from tqdm import tqdm
+
+_SECONDS = 0.5
+
+
+class Progress:
+    """Samples done by all processes, and the main process's share of those in work.
+
+    Args:
+        total: Samples of the set.
+        count: Samples done so far, by all processes.
+        title: What the bar says.
+        show: Whether this process shows it.
+    """
+
+    def __init__(self, total: int, count: Callable[[], int], title: str, show: bool):
+        self._count, self._done = count, count()
+        self._bar = tqdm(
+            total=total, initial=self._done, desc=title, unit="sample", disable=not show
+        )
+        self._looked = time.monotonic()
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if error is None:
+            self._show(self._count())
+        self._bar.close()
+
+    def step(self, in_work: int) -> None:
+        """Samples in work, counted by the share of their steps that is done."""
+        if self._bar.disable or time.monotonic() - self._looked < _SECONDS:
+            return
+        self._looked, self._done = time.monotonic(), self._count()
+        self._show(self._done + in_work)
+
+    def _show(self, done: int) -> None:
+        # Steps are counted before their unit is done; the bar never goes back.
+        self._bar.update(max(0, min(done, self._bar.total) - self._bar.n))

@@ -1,0 +1,207 @@
+"""Samples of prompts: any text-to-image, text-to-video or image-to-video pipeline of diffusers."""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+
+from mhla_gen.sampling.prompts import Prompt
+from mhla_gen.sampling.samplers import OnStep, generator_of, step_callback, to_pixels
+
+_TITLE = 60
+_SHEET_ROWS = 20
+
+
+class PromptSampler:
+    """Images or videos of prompts, `samples_per_prompt` of each with seeds that follow."""
+
+    model_batch_size = 1
+    # Its text encoder and guidance call models with shapes that we do not know.
+    one_call = True
+
+    def __init__(
+        self,
+        pipeline: Any,
+        prompts: Sequence[Prompt],
+        *,
+        seed: int,
+        samples_per_prompt: int = 1,
+        embeds: Mapping[str, Tensor] | None = None,
+        sizes: Mapping[str, int | None],
+        **options: Any,
+    ):
+        """Take prompts and what the pipeline is called with.
+
+        Args:
+            pipeline: Of diffusers.
+            prompts: With images if it is an image-to-video pipeline.
+            seed: Of the first sample; prompts may have seeds of their own.
+            samples_per_prompt: Samples of each prompt.
+            embeds: `prompt_embeds` and `negative_prompt_embeds`, in place of a text encoder.
+            sizes: height, width and num_frames; None takes the pipeline's own.
+            options: Further arguments of the pipeline, such as `guidance_scale`.
+
+        Raises:
+            ValueError: If prompts, sizes and pipeline do not fit together.
+        """
+        self.pipeline, self.prompts, self.seed = pipeline, prompts, seed
+        self.samples_per_prompt, self.embeds = samples_per_prompt, embeds
+        self._arguments = inspect.signature(pipeline.__call__).parameters
+        self.is_video = bool({"num_frames", "frames"} & set(self._arguments))
+        self.takes_image = "image" in self._arguments
+        self.options = {k: v for k, v in options.items() if v is not None}
+        unknown = [k for k in self.options if k not in self._arguments]
+        if unknown:
+            raise ValueError(f"{type(pipeline).__name__} takes no {', '.join(unknown)}")
+        self._check_prompts()
+        self.shape, self._sizes = self._resolved(dict(sizes))
+
+    def __len__(self) -> int:
+        return len(self.prompts) * self.samples_per_prompt
+
+    def draw(self, numbers: Sequence[int], steps: int, on_step: OnStep | None = None) -> Tensor:
+        """See `Sampler`."""
+        if self.takes_image and len(numbers) > 1:
+            # Such a pipeline has one image for all samples of a call.
+            return torch.cat([self.draw([number], steps, on_step) for number in numbers])
+        chosen = [self.prompts[i // self.samples_per_prompt] for i in numbers]
+        if "callback_on_step_end" in self._arguments:
+            callback = {"callback_on_step_end": step_callback(on_step)}
+        else:
+            callback = {}
+        result = self.pipeline(
+            **self._texts(numbers, chosen),
+            **({"image": _open_image(chosen[0].image)} if self.takes_image else {}),
+            **self._sizes,
+            **self.options,
+            **callback,
+            num_inference_steps=steps,
+            generator=[generator_of(self.seed_of(i)) for i in numbers],
+            output_type="pt",
+            return_dict=False,
+        )[0]
+        return to_pixels(result.float())
+
+    def seed_of(self, number: int) -> int:
+        """The seed of a sample: its prompt's own and those after it, or counted from the config."""
+        prompt, repeat = divmod(number, self.samples_per_prompt)
+        own = self.prompts[prompt].seed
+        return self.seed + number if own is None else own + repeat
+
+    def title(self, number: int) -> str:
+        """See `Sampler`."""
+        text = self.prompts[number // self.samples_per_prompt].prompt
+        return text if len(text) <= _TITLE else f"{text[: _TITLE - 1]}…"
+
+    def record(self, number: int) -> dict[str, Any]:
+        """See `Sampler`."""
+        prompt = self.prompts[number // self.samples_per_prompt]
+        known = {
+            "prompt": prompt.prompt,
+            "negative_prompt": prompt.negative_prompt,
+            "image": prompt.image,
+            "seed": self.seed_of(number),
+        }
+        return {key: value for key, value in known.items() if value is not None}
+
+    def rows(self) -> list[tuple[str, list[int]]]:
+        """See `Sampler`."""
+        each = self.samples_per_prompt
+        if self.is_video:
+            return [(self.title(i), [i]) for i in range(min(len(self), _SHEET_ROWS))]
+        count = min(len(self.prompts), _SHEET_ROWS)
+        return [(self.title(i * each), [*range(i * each, (i + 1) * each)]) for i in range(count)]
+
+    def _texts(self, numbers: Sequence[int], chosen: Sequence[Prompt]) -> dict[str, Any]:
+        if self.embeds is None:
+            texts: dict[str, Any] = {"prompt": [p.prompt for p in chosen]}
+            if any(p.negative_prompt for p in chosen):
+                texts["negative_prompt"] = [p.negative_prompt or "" for p in chosen]
+            return texts
+        device = self.pipeline._execution_device
+        found = {}
+        for key, values in self.embeds.items():
+            rows = [i // self.samples_per_prompt if len(values) > 1 else 0 for i in numbers]
+            found[key] = values[rows].to(device)
+        return found
+
+    def _check_prompts(self) -> None:
+        name = type(self.pipeline).__name__
+        for number, prompt in enumerate(self.prompts):
+            if self.takes_image and prompt.image is None:
+                raise ValueError(f"{name} needs an image; prompt {number} has none, nor has image=")
+            if prompt.image is not None and not self.takes_image:
+                raise ValueError(f"prompt {number} has an image, but {name} takes none")
+            if prompt.image is not None and not Path(prompt.image).is_file():
+                raise FileNotFoundError(f"image {prompt.image} of prompt {number} does not exist")
+        if self.embeds is None and getattr(self.pipeline, "text_encoder", None) is None:
+            raise ValueError(f"this {name} has no text encoder; give prompt_embeds=FILE")
+
+    def _resolved(self, sizes: dict[str, int | None]) -> tuple[tuple[int, ...], dict[str, int]]:
+        """The shape of a sample, and the arguments that ask for it."""
+        name, found = type(self.pipeline).__name__, {}
+        for key, value in sizes.items():
+            key = "frames" if key == "num_frames" and "frames" in self._arguments else key
+            if key not in self._arguments:
+                if value is not None:
+                    raise ValueError(f"{name} takes no {key}")
+                continue
+            found[key] = value or self._arguments[key].default or self._own_size()
+        self._check_multiples(found)
+        frames = [found[key] for key in ("num_frames", "frames") if key in found]
+        return (*frames, found["height"], found["width"], 3), found
+
+    def _own_size(self) -> int:
+        transformer: Any = self.pipeline.transformer
+        return transformer.config.sample_size * self.pipeline.vae_scale_factor
+
+    def _check_multiples(self, sizes: Mapping[str, int]) -> None:
+        # Pipelines round with a warning; here the number asked for is the number made.
+        spatial = getattr(self.pipeline, "vae_scale_factor_spatial", None)
+        patch = getattr(self.pipeline.transformer.config, "patch_size", 1)
+        multiple = (spatial or 1) * (patch if isinstance(patch, int) else patch[-1])
+        temporal = getattr(self.pipeline, "vae_scale_factor_temporal", 1)
+        for key, value in sizes.items():
+            if "frames" not in key and value % multiple:
+                raise ValueError(f"{key} must be a multiple of {multiple}, found {value}")
+            if "frames" in key and (value - 1) % temporal:
+                raise ValueError(f"{key} must be 1 + a multiple of {temporal}, found {value}")
+
+
+def read_embeds(path: str, num_prompts: int | None, guided: bool) -> dict[str, Tensor]:
+    """Text embeddings from a safetensors file.
+
+    Args:
+        path: The file.
+        num_prompts: How many prompts there are; None takes those of the file.
+        guided: Whether "no prompt" is needed, too.
+
+    Raises:
+        FileNotFoundError: If it is missing.
+        ValueError: If it holds other tensors, or embeddings of another number of prompts.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"prompt_embeds={path} does not exist")
+    tensors = load_file(path)
+    num_prompts = num_prompts or len(tensors.get("prompt_embeds", ()))
+    needed = ["prompt_embeds"] + (["negative_prompt_embeds"] if guided else [])
+    for key in needed:
+        found = tensors.get(key, torch.empty(0))
+        allowed = (num_prompts,) if key == "prompt_embeds" else (1, num_prompts)
+        if found.ndim != 3 or len(found) not in allowed:
+            raise ValueError(
+                f"{path}: {key} must be [{' or '.join(map(str, allowed))}, tokens, text_dim], "
+                f"found {list(found.shape) if found.numel() else 'none'}"
+            )
+    return {key: tensors[key] for key in needed}
+
+
+def _open_image(path: str | None) -> Image.Image:
+    assert path is not None
+    with Image.open(path) as image:
+        return image.convert("RGB")

@@ -1,0 +1,240 @@
+"""The sample command: settings → a folder of samples, by any number of processes and starts."""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+
+from mhla_gen.config import SampleConfig, save_config
+from mhla_gen.devices import resolve_device
+from mhla_gen.files import CONFIG_NAME, differing_values, made_with
+from mhla_gen.processes import join_processes, on_main
+from mhla_gen.sampling import card, estimate
+from mhla_gen.sampling.building import build_sampler, place
+from mhla_gen.sampling.drawing import Drawer, largest_batch
+from mhla_gen.sampling.keeping import Keeper
+from mhla_gen.sampling.manifest import (
+    MANIFEST_NAME,
+    device_name,
+    digest_of,
+    identity,
+    manifest,
+    weights_of,
+)
+from mhla_gen.sampling.outputs import (
+    IMAGES_NAME,
+    SAMPLES_NAME,
+    SHEET_NAME,
+    VIDEOS_NAME,
+    write_samples,
+    write_sheet,
+)
+from mhla_gen.sampling.progress import Progress
+from mhla_gen.sampling.samplers import ClassSampler, Sampler
+from mhla_gen.sampling.scoring import Scorer
+from mhla_gen.sampling.units import Units, Work, write_json, write_lines
+
+RECORDS_NAME = "samples.jsonl"
+# A set may be gone on with under other values of these: they do not change a sample.
+_FREE = ("output_dir", "batch_size", "device", "offload", "card")
+
+
+def sample(config: SampleConfig, dry_run: bool = False) -> Path:
+    """Sample as a config says and write the sample set.
+
+    All processes of a launch call this. A set that was interrupted is gone on with.
+
+    Args:
+        config: Settings.
+        dry_run: Load and check everything, time a small batch, say what would be made, and write
+            nothing.
+
+    Returns:
+        The folder of the sample set.
+
+    Raises:
+        ValueError: If settings and pipeline do not fit together.
+        OSError: If the pipeline is missing, or the output folder holds something else or cannot be
+            written.
+    """
+    resolve_device(config.device)
+    state = join_processes(config.device)
+    folder = Path(config.output_dir)
+    on_main(lambda: _check_folder(folder, config))
+    if config.card:
+        on_main(lambda: card.check(config.pipeline))
+    sampler = build_sampler(config)
+    job = Job(config, folder, sampler, state)
+    if (folder / MANIFEST_NAME).is_file():
+        if state.is_main_process:
+            print(f"{folder} already holds these {job.summary}; nothing to do")
+            job.work.remove()
+    elif dry_run:
+        job.rehearse()
+    else:
+        job.run()
+    if config.card and not dry_run and state.is_main_process:
+        card.write(config.pipeline, folder)
+    return folder
+
+
+class Job:
+    """One set that is to be made."""
+
+    def __init__(self, config: SampleConfig, folder: Path, sampler: Sampler, state: PartialState):
+        self.config, self.folder, self.sampler, self.state = config, folder, sampler, state
+        self.device = torch.device(state.device or "cpu")
+        most = config.model_batch_size or sampler.model_batch_size
+        self.units = Units.split(len(sampler), most)
+        self.work = Work(folder, self.units)
+        self.formats = _formats(config, sampler)
+        self.identity = on_main(self._identity)
+
+    @property
+    def summary(self) -> str:
+        """The set in words."""
+        if isinstance(self.sampler, ClassSampler):
+            return f"{len(self.sampler)} images of {len(np.unique(self.sampler.labels))} classes"
+        return f"{len(self.sampler)} {'videos' if self.sampler.is_video else 'images'} of prompts"
+
+    def rehearse(self) -> None:
+        """Say what would be made, how large, and how long it would take."""
+        place(self.config, self.sampler.pipeline, self.device)
+        scorer = self._scorer()
+        processes = self.state.num_processes
+        time = estimate.timed(self.sampler, self.units, self.config, processes)
+        if self.state.is_main_process:
+            shape = " × ".join(map(str, self.sampler.shape))
+            print(
+                f"would write {self.summary} to {self.folder}, {self.config.num_inference_steps} "
+                f"steps each: {shape}, {estimate.size(self.sampler, self.formats)}; "
+                f"{time}{estimate.memory()}" + (", measured on the way" if scorer else "")
+            )
+
+    def run(self) -> None:
+        """Draw what is missing, and finish the set."""
+        scorer = self._scorer()
+        place(self.config, self.sampler.pipeline, self.device)
+        on_main(self._begin)
+        missing = on_main(lambda: sorted(set(range(len(self.units))) - self.work.done()))
+        self._draw(missing[self.state.process_index :: self.state.num_processes], scorer)
+        self.state.wait_for_everyone()
+        if scorer is not None:
+            scorer.score(self.units, digest_of(self.work.marks()))
+        on_main(self._finish)
+        if self.state.is_main_process:
+            print(f"wrote {self.summary} to {self.folder}")
+
+    def _identity(self) -> dict[str, Any]:
+        """What decides the samples; refuses a folder where it was something else."""
+        weights = weights_of(self.sampler.pipeline)
+        exact = self.config.reproducible
+        found = identity(self.sampler, self.units, weights, self.device, exact)
+        before = self.work.identity() or _read_identity(self.folder)
+        changes = [] if before is None else differing_values(before, found)
+        if changes:
+            raise FileExistsError(
+                f"output_dir {self.folder} was begun with another model, other samples or another "
+                f"kind of device ({'; '.join(changes)}); choose another output_dir or move it away"
+            )
+        return found
+
+    def _scorer(self) -> Scorer | None:
+        if self.config.evaluate is None:
+            return None
+        features, shape = self.work.features_folder, self.sampler.shape
+        return Scorer(self.config.evaluate, self.folder, features, shape, len(self.sampler))
+
+    def _begin(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        save_config(replace(self.config, output_dir=str(self.folder)), self.folder / CONFIG_NAME)
+        self.work.write_identity(self.identity)
+
+    def _draw(self, missing: Sequence[int], scorer: Scorer | None) -> None:
+        config = self.config
+        batch = self._batch_size(sum(len(self.units.numbers(unit)) for unit in missing))
+        on_sheet = {number for _, numbers in self.sampler.rows() for number in numbers}
+        measure = None if scorer is None else scorer.measure
+        formats = self.formats if config.keep_samples else ()
+        keeper = Keeper(self.folder, self.work, formats, on_sheet, config.fps, measure)
+        progress = Progress(
+            len(self.sampler), self.work.count_done, "sampling", self.state.is_main_process
+        )
+        steps = config.num_inference_steps
+        drawer = Drawer(self.sampler, self.units, steps, batch, config.reproducible)
+        with progress, keeper, drawer:
+            for unit, samples in drawer.draw(missing, progress.step):
+                values = {"device": device_name(), "notes": list(drawer.notes)}
+                keeper.keep(unit, samples, values)
+                progress.step(0)
+
+    def _batch_size(self, limit: int) -> int:
+        if self.config.batch_size != "auto":
+            return self.config.batch_size
+        if self.config.reproducible or not limit:
+            return self.units.rows
+        return largest_batch(self.sampler, limit, self.device.type == "cuda")
+
+    def _finish(self) -> None:
+        """Join what the units left, and write the manifest, which says that the set is complete."""
+        files = [SHEET_NAME]
+        if self.config.keep_samples:
+            files += self._finish_samples()
+        rows = [
+            (title, np.concatenate([np.load(self.work.sheet_file(n)) for n in numbers]))
+            for title, numbers in self.sampler.rows()
+        ]
+        write_sheet(self.folder / SHEET_NAME, rows, self.sampler.is_video)
+        if self.config.evaluate is not None:
+            files.append(self.config.evaluate.out)
+        made = manifest(self.sampler, self.config, self.identity, files, self.work.marks())
+        write_json(self.folder / MANIFEST_NAME, made)
+        self.work.remove()
+
+    def _finish_samples(self) -> list[str]:
+        files, count = [], len(self.sampler)
+        if "npz" in self.formats:
+            parts = (
+                np.load(self.work.samples_file(unit), mmap_mode="r")
+                for unit in range(len(self.units))
+            )
+            labels = self.sampler.labels if isinstance(self.sampler, ClassSampler) else None
+            shape = (count, *self.sampler.shape)
+            write_samples(self.folder / SAMPLES_NAME, parts, shape, labels)
+            files.append(SAMPLES_NAME)
+        folders = {"png": IMAGES_NAME, "mp4": VIDEOS_NAME}
+        files += [folders[name] for name in self.formats if name in folders]
+        if len(files) > ("npz" in self.formats):
+            write_lines(self.folder / RECORDS_NAME, map(self.sampler.record, range(count)))
+            files.append(RECORDS_NAME)
+        return files
+
+
+def _formats(config: SampleConfig, sampler: Sampler) -> tuple[str, ...]:
+    if config.formats == "auto":
+        if isinstance(sampler, ClassSampler):
+            return ("npz",)
+        return ("mp4",) if sampler.is_video else ("png",)
+    wrong, kind = ("png", "videos") if sampler.is_video else ("mp4", "images")
+    if wrong in config.formats:
+        raise ValueError(f"formats has {wrong}, but the samples are {kind}")
+    return config.formats
+
+
+def _check_folder(folder: Path, config: SampleConfig) -> None:
+    """Refuse a folder that is not free, or cannot be written."""
+    made_with(folder, config, _FREE)
+    parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise PermissionError(f"output_dir {folder} cannot be made: {parent} is not writable")
+
+
+def _read_identity(folder: Path) -> dict[str, Any] | None:
+    path = folder / MANIFEST_NAME
+    return json.loads(path.read_text()).get("identity") if path.is_file() else None

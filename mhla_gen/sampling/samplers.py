@@ -1,0 +1,134 @@
+"""Samplers: the samples of a set by their number, drawn from a pipeline."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mhla_gen.sampling.pipeline import ClassConditionalPipeline
+
+OnStep = Callable[[int], None]
+
+
+class Sampler(Protocol):
+    """A set of samples that are not made yet.
+
+    Sample i is a function of i alone: it has its own source of noise.
+    """
+
+    pipeline: Any
+    model_batch_size: int
+    """Samples of one call of the models, unless the config says."""
+    one_call: bool
+    """Whether one call of the pipeline is repeatable only as a whole."""
+    is_video: bool
+    shape: tuple[int, ...]
+    """Of a sample: (height, width, channels), or (frames, height, width, channels)."""
+
+    def __len__(self) -> int: ...
+
+    def draw(self, numbers: Sequence[int], steps: int, on_step: OnStep | None = None) -> Tensor:
+        """Samples, uint8 `[batch, *shape]` on the pipeline's device.
+
+        Args:
+            numbers: Which samples.
+            steps: Denoising steps.
+            on_step: Called with the number of steps done.
+        """
+        ...
+
+    def title(self, number: int) -> str:
+        """What a picture calls a sample: its class, or its prompt."""
+        ...
+
+    def record(self, number: int) -> dict[str, Any]:
+        """What made a sample: label or prompt, and seed."""
+        ...
+
+    def rows(self) -> list[tuple[str, list[int]]]:
+        """Titled rows of samples for a picture of the set."""
+        ...
+
+
+class ClassSampler:
+    """Images of classes."""
+
+    model_batch_size = 64
+    one_call = False
+    is_video = False
+
+    def __init__(
+        self,
+        pipeline: ClassConditionalPipeline,
+        labels: np.ndarray,
+        *,
+        seed: int,
+        **options: Any,
+    ):
+        """Take the labels `[samples]`, the seed of sample 0, and arguments for the pipeline."""
+        self.pipeline, self.labels, self.seed, self.options = pipeline, labels, seed, options
+        vae, config = pipeline.vae, pipeline.transformer.config
+        channels = config.in_channels if vae is None else vae.config.out_channels
+        side = options.get("image_size") or config.sample_size * pipeline.vae_scale_factor
+        self.shape = (side, side, channels)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def draw(self, numbers: Sequence[int], steps: int, on_step: OnStep | None = None) -> Tensor:
+        """See `Sampler`."""
+        result: Any = self.pipeline(
+            self.labels[list(numbers)].tolist(),
+            num_inference_steps=steps,
+            generator=[generator_of(self.seed + int(i)) for i in numbers],
+            output_type="pt",
+            callback_on_step_end=step_callback(on_step),
+            **self.options,
+        )
+        return to_pixels(result.images)
+
+    def title(self, number: int) -> str:
+        """See `Sampler`."""
+        return self.pipeline.class_names[self.labels[number]]
+
+    def record(self, number: int) -> dict[str, Any]:
+        """See `Sampler`."""
+        label = int(self.labels[number])
+        return {"label": label, "class": self.title(number), "seed": self.seed + number}
+
+    def rows(self) -> list[tuple[str, list[int]]]:
+        """See `Sampler`."""
+        names = self.pipeline.class_names
+        chosen = list(dict.fromkeys(self.labels.tolist()))[:_SHEET_ROWS]
+        return [
+            (names[label], np.flatnonzero(self.labels == label)[:_SHEET_COLUMNS].tolist())
+            for label in chosen
+        ]
+
+
+# A picture of the set is to be looked at: no more than this.
+_SHEET_ROWS, _SHEET_COLUMNS = 40, 10
+
+
+def generator_of(seed: int) -> torch.Generator:
+    """A sample's source of noise. On the CPU: there every device gets the same numbers."""
+    return torch.Generator().manual_seed(seed)
+
+
+def to_pixels(samples: Tensor) -> Tensor:
+    """`[…, channels, height, width]` in [0, 1] as uint8 `[…, height, width, channels]`."""
+    return samples.mul(255).round().to(torch.uint8).movedim(-3, -1).contiguous()
+
+
+def step_callback(on_step: OnStep | None) -> Any:
+    """`on_step` as diffusers calls it after every step."""
+    if on_step is None:
+        return None
+
+    def callback(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Tensor]) -> Any:
+        on_step(step + 1)
+        return {}
+
+    return callback

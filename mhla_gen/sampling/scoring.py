@@ -1,0 +1,97 @@
+"""Measure samples while they are made, as `mhla-gen evaluate` would afterwards."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mhla_gen.config import EvaluateConfig
+from mhla_gen.evaluation.errors import EvaluationError
+from mhla_gen.evaluation.evaluation import Scoring, check_metrics
+from mhla_gen.evaluation.features import FeatureSet
+from mhla_gen.evaluation.measurer import Measurer
+from mhla_gen.evaluation.protocol import Protocol
+from mhla_gen.evaluation.report import Result
+from mhla_gen.pictures import crop_array
+from mhla_gen.sampling.units import Units, write_array
+
+
+class Scorer:
+    """Features of units, and the numbers of the whole set."""
+
+    def __init__(
+        self,
+        config: EvaluateConfig,
+        folder: Path,
+        features: Path,
+        shape: tuple[int, ...],
+        count: int,
+    ):
+        """Load the extractor and open the reference, before anything is drawn.
+
+        Args:
+            config: What to measure; `out` is a path in `folder`.
+            folder: Of the sample set.
+            features: Folder for features.
+            shape: Of a sample, `(frames,) height, width, channels`.
+            count: How many samples there will be.
+
+        Raises:
+            EvaluationError: If something is missing, unusable or not comparable.
+        """
+        config = replace(config, samples=(str(folder),), out=str(folder / config.out))
+        check_metrics(config)
+        self._features, self._shape = features, shape
+        measurer = Measurer.start(config.features, config.size, skip_corrupt=False)
+        self._size, self._clip, self._extractor = config.size, measurer.clip, measurer.extractor
+        if (self._clip is not None) != (len(shape) == 4):
+            raise EvaluationError(
+                "evaluate.features.extractor=i3d measures videos, the others measure images"
+            )
+        self._frame: tuple[int, int] = shape[-3], shape[-2]
+        crop = ""
+        if config.size is not None and self._clip is None:
+            self._frame, crop = (config.size, config.size), f"adm-crop-{config.size}"
+        frames = str(self._clip) if self._clip else ""
+        if self._clip is not None:
+            self._clip.indices(shape[0])
+        protocol = Protocol(self._extractor.identity, self._frame, crop, frames)
+        self._scoring = Scoring.prepare(config, measurer, protocol, count)
+
+    def measure(self, unit: int, samples: Tensor) -> None:
+        """Write the features of a unit.
+
+        Args:
+            unit: Its number.
+            samples: uint8 `[samples, (frames,) height, width, channels]`, on any device.
+        """
+        device = next(self._extractor.parameters(), torch.empty(0)).device
+        features = self._extractor(self._prepared(samples).to(device).movedim(-1, -3))
+        for name in self._scoring.feature_names:
+            write_array(self._features / f"{name}-{unit:06d}.npy", features[name].cpu().numpy())
+
+    def score(self, units: Units, digest: str) -> list[Result]:
+        """The numbers of the set, also written to `evaluate.out`; all processes call this.
+
+        Args:
+            units: All of them measured.
+            digest: What the report calls the samples by.
+        """
+        frames = (self._clip.frames,) if self._clip else ()
+        measured = FeatureSet(
+            self._features, len(units), units.count, (), (*frames, *self._frame), digest
+        )
+        return self._scoring.score(measured)
+
+    def _prepared(self, samples: Tensor) -> Tensor:
+        """As a reader of files would give them: colour, and the crop or the frames asked for."""
+        if samples.shape[-1] == 1:
+            samples = samples.expand(*samples.shape[:-1], 3)
+        if self._clip is not None:
+            return samples[:, self._clip.indices(samples.shape[1])]
+        if tuple(samples.shape[1:3]) == self._frame:
+            return samples
+        cropped = [crop_array(pixels, self._size) for pixels in samples.cpu().numpy()]
+        return torch.from_numpy(np.stack(cropped))

@@ -1,0 +1,114 @@
+"""Units: the groups of samples that are called, written and resumed together."""
+
+import json
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mhla_gen.files import written_whole
+
+WORK_NAME = ".work"
+
+
+@dataclass(frozen=True)
+class Units:
+    """Samples 0…count - 1 in groups of `rows`; the last group may be shorter."""
+
+    count: int
+    rows: int
+
+    @classmethod
+    def split(cls, count: int, most: int) -> "Units":
+        """As few units of at most `most` samples as there can be, of equal size."""
+        number = -(-count // most)
+        return cls(count, -(-count // number))
+
+    def __len__(self) -> int:
+        return -(-self.count // self.rows)
+
+    def numbers(self, unit: int) -> list[int]:
+        """The samples of a unit."""
+        return list(range(unit * self.rows, min((unit + 1) * self.rows, self.count)))
+
+    def filled(self, unit: int) -> list[int]:
+        """The samples of a unit; the last one again where they are fewer than `rows`."""
+        numbers = self.numbers(unit)
+        return numbers + numbers[-1:] * (self.rows - len(numbers))
+
+
+class Work:
+    """What an unfinished sample set keeps beside its samples.
+
+    A unit is done when its mark is there, which is written last. Any number of processes work in
+    the folder at a time, each on units of its own.
+    """
+
+    def __init__(self, folder: Path, units: Units):
+        self.folder, self.units = folder / WORK_NAME, units
+
+    def done(self) -> set[int]:
+        """Units that are done."""
+        marks = self.folder / "done"
+        return {int(p.stem) for p in marks.glob("*.json")} if marks.is_dir() else set()
+
+    def count_done(self) -> int:
+        """Samples that are done, by all processes."""
+        return sum(len(self.units.numbers(unit)) for unit in self.done())
+
+    def mark(self, unit: int, values: dict[str, Any]) -> None:
+        """Note that a unit is done."""
+        write_json(self.folder / "done" / f"{unit:06d}.json", values)
+
+    def marks(self) -> list[dict[str, Any]]:
+        """What the marks say, unit after unit."""
+        paths = sorted((self.folder / "done").glob("*.json"))
+        return [json.loads(path.read_text()) for path in paths]
+
+    def samples_file(self, unit: int) -> Path:
+        """Where the samples of a unit lie, `[samples, …]`."""
+        return self.folder / "samples" / f"{unit:06d}.npy"
+
+    def sheet_file(self, number: int) -> Path:
+        """Where the part of a sample lies that the contact sheet shows."""
+        return self.folder / "sheet" / f"{number:06d}.npy"
+
+    @property
+    def features_folder(self) -> Path:
+        """Where features lie, a file for each name and unit."""
+        return self.folder / "features"
+
+    def identity(self) -> dict[str, Any] | None:
+        """What decides the samples, as the first start wrote it; None before that."""
+        path = self.folder / "identity.json"
+        return json.loads(path.read_text()) if path.is_file() else None
+
+    def write_identity(self, values: dict[str, Any]) -> None:
+        """Keep what decides the samples."""
+        write_json(self.folder / "identity.json", values)
+
+    def remove(self) -> None:
+        """Delete the folder, when the set is complete."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def write_array(path: Path, array: np.ndarray) -> None:
+    """Write an .npy file, whole or not at all."""
+    with written_whole(path) as partial, partial.open("wb") as file:
+        np.save(file, array)
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write JSON, whole or not at all."""
+    with written_whole(path) as partial:
+        partial.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
+    """Write JSON lines, whole or not at all."""
+    with written_whole(path) as partial, partial.open("w") as file:
+        for record in records:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")

@@ -13,7 +13,6 @@ IMAGE_SUFFIXES = frozenset(
 
 _DECODE_ERRORS = (
     OSError,
-    UnidentifiedImageError,
     SyntaxError,
     ValueError,
     EOFError,
@@ -50,6 +49,9 @@ def read_rgb(file: Path | BinaryIO, size: int | None = None) -> np.ndarray:
             rgb = _to_rgb(image, deep)
     except UnreadableImageError:
         raise
+    except UnidentifiedImageError as error:
+        # Pillow's message has the address of what was read from.
+        raise UnreadableImageError("cannot be decoded (not an image that Pillow knows)") from error
     except _DECODE_ERRORS as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UnreadableImageError(f"cannot be decoded ({reason})") from error

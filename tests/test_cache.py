@@ -1,0 +1,331 @@
+"""Caches of latents: the right numbers, whole files, any number of processes, no silent change."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import tiny_autoencoder, tiny_wan_autoencoder
+
+from mhla_gen.cli import main
+from mhla_gen.config import AutoencoderConfig, CacheConfig, DataConfig, load_config, save_config
+from mhla_gen.data import load_data
+from mhla_gen.data.autoencoder import encode, latent_normalisation, latent_shape, load_autoencoder
+from mhla_gen.data.caching.build import build_cache
+from mhla_gen.data.caching.cached import CachedLatents
+from mhla_gen.data.images import to_model_range
+
+COUNT = 22
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """Images of two classes, one of which cannot be read, and an autoencoder."""
+    root = tmp_path_factory.mktemp("source")
+    pixels = np.random.default_rng(0).integers(0, 256, (COUNT, 16, 16, 3), dtype=np.uint8)
+    for name in ("ant", "bee"):
+        (root / "images" / name).mkdir(parents=True)
+    for i, image in enumerate(pixels):
+        Image.fromarray(image).save(root / "images" / ("ant", "bee")[i % 2] / f"{i:02d}.png")
+    (root / "images" / "ant" / "06.png").write_bytes(b"junk")
+    torch.manual_seed(0)
+    tiny_autoencoder().save_pretrained(root / "vae")
+    return root
+
+
+def config_for(source, output, *overrides):
+    values = [
+        f"output_dir={output}",
+        "data.source=folder",
+        f"data.path={source / 'images'}",
+        "data.image_size=16",
+        "data.horizontal_flip=true",
+        f"vae.path={source / 'vae'}",
+        "chunk_size=5",
+        "batch_size=2",
+        "num_workers=2",
+        "dtype=float32",
+        "device=cpu",
+    ]
+    return load_config(None, [*values, *overrides], CacheConfig)
+
+
+@pytest.fixture(scope="module")
+def cache(source):
+    build_cache(config_for(source, source / "cache"))
+    return source / "cache"
+
+
+def content(folder):
+    """Bytes of all files that do not hold paths of the run."""
+    names = [p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".jsonl")]
+    assert not list(folder.glob(".*"))
+    return {name: (folder / name).read_bytes() for name in sorted([*names, "settings.json"])}
+
+
+def test_latents_are_the_posterior_of_both_sides(source, cache):
+    data = CachedLatents.open(cache)
+    vae = diffusers.AutoencoderKL.from_pretrained(source / "vae")
+    images = sorted((source / "images").glob("*/*.png"))
+    images = [path for path in images if path.name != "06.png"]
+    assert len(data) == COUNT - 1 and data.class_names == ("ant", "bee")
+    assert data.sample_shapes == ((4, 2, 2),) and data.buckets == (range(COUNT - 1),)
+    batch = data.read(range(len(data)))
+    assert batch["labels"].tolist() == [int(path.parent.name == "bee") for path in images]
+    for i, path in enumerate(images):
+        assert data.describe(i) == str(path)
+        pixels = to_model_range(np.array(Image.open(path))[None])
+        for suffix, side in (("", pixels), ("_flipped", pixels.flip(-1))):
+            with torch.inference_mode():
+                found = vae.encode(side).latent_dist
+            scale = vae.config.scaling_factor
+            torch.testing.assert_close(batch[f"mean{suffix}"][i], (found.mean * scale)[0])
+            torch.testing.assert_close(batch[f"std{suffix}"][i], (found.std * scale)[0])
+    shuffled = data.read([20, 3, 11])
+    assert all(torch.equal(shuffled[name], batch[name][[20, 3, 11]]) for name in batch)
+
+
+def test_an_unreadable_image_is_listed_and_left_out(source, cache, tmp_path):
+    (line,) = (cache / "quarantine.jsonl").read_text().splitlines()
+    assert json.loads(line)["name"].endswith("ant/06.png")
+    assert "cannot be decoded" in json.loads(line)["reason"]
+    (tmp_path / "images" / "a").mkdir(parents=True)
+    (tmp_path / "images" / "a" / "0.png").write_bytes(b"junk")
+    config = config_for(source, tmp_path / "cache", f"data.path={tmp_path / 'images'}")
+    with pytest.raises(ValueError, match=r"none of 1 could be read, .*0\.png cannot be decoded"):
+        build_cache(config)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_latents_are_rounded_once(source, cache, tmp_path, dtype):
+    build_cache(config_for(source, tmp_path / "cache", f"dtype={dtype}"))
+    exact, rounded = CachedLatents.open(cache), CachedLatents.open(tmp_path / "cache")
+    for name, tensor in exact.read(range(9)).items():
+        if name == "labels":
+            continue
+        expected = tensor.to(getattr(torch, dtype)).float()
+        assert torch.equal(rounded.read(range(9))[name], expected)
+
+
+def test_an_interrupted_run_goes_on_and_ends_as_a_straight_one(source, cache, tmp_path):
+    config = config_for(source, tmp_path / "cache", "batch_size=1")
+    save_config(config, tmp_path / "cache.yaml")
+    command = [sys.executable, "-m", "mhla_gen.cli", "cache", str(tmp_path / "cache.yaml")]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while len(list((tmp_path / "cache").glob("latents-*"))) < 2:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").glob("latents-*")}
+    assert 2 <= len(before) < 5
+    with pytest.raises(FileNotFoundError, match="no finished cache"):
+        CachedLatents.open(tmp_path / "cache")
+    build_cache(config)
+    assert all(p.stat().st_mtime_ns == time_ns for p, time_ns in before.items())
+    build_cache(straight := config_for(source, tmp_path / "straight", "batch_size=1"))
+    assert content(tmp_path / "cache") == content(tmp_path / "straight")
+    times = {p: p.stat().st_mtime_ns for p in (tmp_path / "straight").glob("latents-*")}
+    build_cache(straight)
+    assert {p: p.stat().st_mtime_ns for p in times} == times
+
+
+def test_two_processes_write_the_same_files(source, cache, tmp_path):
+    save_config(config_for(source, tmp_path / "cache"), tmp_path / "cache.yaml")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*launch, "-m", "mhla_gen.cli", "cache", str(tmp_path / "cache.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("21 samples") == 1 and "1 could not be read" in done.stdout
+    found, expected = CachedLatents.open(tmp_path / "cache"), CachedLatents.open(cache)
+    assert found.index.files.keys() == expected.index.files.keys()
+    for name, tensor in expected.read(range(21)).items():
+        torch.testing.assert_close(found.read(range(21))[name], tensor, rtol=1e-5, atol=1e-6)
+    assert [found.describe(i) for i in range(21)] == [expected.describe(i) for i in range(21)]
+
+
+def test_other_settings_are_refused_by_name(source, cache, tmp_path):
+    with pytest.raises(FileExistsError, match="dtype: found float32, asked for float16"):
+        build_cache(config_for(source, cache, "dtype=float16"))
+    diffusers.AutoencoderKL.from_config(
+        diffusers.AutoencoderKL.load_config(source / "vae"), scaling_factor=0.5
+    ).save_pretrained(tmp_path / "vae")
+    with pytest.raises(FileExistsError, match=r"vae\.config: found .*normalisation\.std"):
+        build_cache(config_for(source, cache, f"vae.path={tmp_path / 'vae'}"))
+    (tmp_path / "other").mkdir()
+    for name in ("ant", "bee"):
+        (tmp_path / "other" / name).mkdir()
+        Image.new("RGB", (16, 16)).save(tmp_path / "other" / name / "0.png")
+    with pytest.raises(FileExistsError, match=r"data\.files: found 22, asked for 2"):
+        build_cache(config_for(source, cache, f"data.path={tmp_path / 'other'}"))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "letter.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="did not write"):
+        build_cache(config_for(source, tmp_path / "full"))
+
+
+def test_moved_images_are_the_same_images(source, cache, tmp_path):
+    os.symlink(source / "images", tmp_path / "moved")
+    before = content(cache)
+    build_cache(config_for(source, cache, f"data.path={tmp_path / 'moved'}"))
+    assert content(cache) == before
+
+
+def test_changed_and_missing_files_are_found_and_mended(source, tmp_path):
+    config = config_for(source, tmp_path / "cache")
+    build_cache(config)
+    whole = content(tmp_path / "cache")
+    verify = load_config(None, [f"output_dir={tmp_path / 'cache'}", "verify=true"], CacheConfig)
+    assert "5 files" in build_cache(verify)
+    file = tmp_path / "cache" / "latents-000002.safetensors"
+    changed = bytearray(file.read_bytes())
+    changed[-1] ^= 1
+    file.write_bytes(changed)
+    for again in (verify, config):
+        with pytest.raises(ValueError, match=r"latents-000002\.safetensors .*has changed"):
+            build_cache(again)
+    file.write_bytes(changed[:-8])
+    with pytest.raises(ValueError, match="is missing or not of"):
+        CachedLatents.open(tmp_path / "cache")
+    with pytest.raises(ValueError, match=r"latents-000002\.safetensors .*cannot be read"):
+        build_cache(verify)
+    file.unlink()
+    build_cache(config)
+    assert content(tmp_path / "cache") == whole
+
+
+def test_a_run_says_when_a_cache_is_not_what_its_config_describes(source, cache, tmp_path):
+    def config(**values):
+        return DataConfig(source="cache", path=str(cache), **values)
+
+    assert len(load_data(config(image_size=16, num_classes=2, horizontal_flip=True))) == COUNT - 1
+    with pytest.raises(ValueError, match=r"image_size is 32, .* 16 pixels"):
+        load_data(config(image_size=32))
+    with pytest.raises(ValueError, match=r"num_classes is 3, .* has 2"):
+        load_data(config(num_classes=3))
+    build_cache(config_for(source, tmp_path / "plain", "data.horizontal_flip=false"))
+    plain = DataConfig(source="cache", path=str(tmp_path / "plain"), horizontal_flip=True)
+    with pytest.raises(ValueError, match="has no mirrored images"):
+        load_data(plain)
+    with pytest.raises(FileNotFoundError, match="no finished cache"):
+        load_data(DataConfig(source="cache", path=str(tmp_path)))
+
+
+def test_a_cache_knows_its_autoencoder(source, cache):
+    data = CachedLatents.open(cache)
+    vae = data.autoencoder()
+    assert vae.config.scaling_factor == 0.18215
+    with torch.no_grad():
+        next(vae.parameters()).add_(1)
+    with pytest.raises(ValueError, match="made by another autoencoder"):
+        data.require_autoencoder(vae)
+    with pytest.raises(ValueError, match="AutoencoderKLWan"):
+        data.require_autoencoder(tiny_wan_autoencoder())
+
+
+def test_a_dry_run_writes_nothing(source, tmp_path, capsys):
+    config = config_for(source, tmp_path / "cache")
+    save_config(config, tmp_path / "cache.yaml")
+    assert main(["cache", str(tmp_path / "cache.yaml"), "--dry-run"]) == 0
+    assert "22 images of 2 classes, [3, 16, 16]" in capsys.readouterr().out
+    assert main(["cache", str(tmp_path / "cache.yaml"), "data.image_size=12", "--dry-run"]) == 2
+    assert "sizes that are multiples of 8, found 12 × 12" in capsys.readouterr().err
+    assert main(["cache", str(tmp_path / "cache.yaml"), f"vae.path={tmp_path}"]) == 2
+    assert "holds no autoencoder" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["cache.yaml"]
+
+
+def kinds():
+    channels = {"block_out_channels": (8, 8), "layers_per_block": 1, "norm_num_groups": 4}
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2}
+    blocks |= {"up_block_types": ("UpDecoderBlock2D",) * 2}
+    shifted = diffusers.AutoencoderKL(
+        **channels, **blocks, scaling_factor=0.3, shift_factor=0.7, latent_channels=4
+    )
+    means = diffusers.AutoencoderKL(
+        **channels, **blocks, scaling_factor=0.5, latents_mean=[1, 2, 3, 4], latents_std=[2] * 4
+    )
+    small = diffusers.AutoencoderTiny(
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+        scaling_factor=3.0,
+    )
+    deep = diffusers.AutoencoderDC(
+        latent_channels=4,
+        attention_head_dim=2,
+        encoder_block_types=("ResBlock", "EfficientViTBlock"),
+        decoder_block_types=("ResBlock", "EfficientViTBlock"),
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        encoder_layers_per_block=(1, 1),
+        decoder_layers_per_block=(1, 1),
+        encoder_qkv_multiscales=((), (5,)),
+        decoder_qkv_multiscales=((), (5,)),
+        scaling_factor=0.4,
+    )
+    ltx = diffusers.AutoencoderKLLTXVideo(
+        latent_channels=8,
+        block_out_channels=(8, 8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8, 8),
+        layers_per_block=(1, 1, 1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1, 1, 1),
+        scaling_factor=0.6,
+    )
+    ltx.latents_mean.uniform_()
+    ltx.latents_std.uniform_(0.5, 2)
+    return [shifted, means, small, deep, tiny_wan_autoencoder(), ltx]
+
+
+def test_every_class_is_normalised_as_its_pipelines_do(tmp_path):
+    def columns(values, latents):
+        return torch.tensor(values).view(1, -1, *[1] * (latents.ndim - 2))
+
+    def expected(vae, z):
+        config = vae.config
+        if isinstance(vae, diffusers.AutoencoderKLWan):
+            return (z - columns(config.latents_mean, z)) * (1 / columns(config.latents_std, z))
+        if isinstance(vae, diffusers.AutoencoderKLLTXVideo):
+            return diffusers.LTXImageToVideoPipeline._normalize_latents(
+                z, vae.latents_mean, vae.latents_std, config.scaling_factor
+            )
+        if config.get("latents_mean"):
+            mean, std = columns(config.latents_mean, z), columns(config.latents_std, z)
+            return (z - mean) * config.scaling_factor / std
+        if isinstance(vae, diffusers.AutoencoderTiny):
+            return z
+        return (z - (config.get("shift_factor") or 0)) * config.scaling_factor
+
+    for number, vae in enumerate(kinds()):
+        vae.save_pretrained(tmp_path / str(number))
+        loaded = load_autoencoder(AutoencoderConfig(path=str(tmp_path / str(number))))
+        assert type(loaded) is type(vae)
+        video = isinstance(vae, diffusers.AutoencoderKLWan | diffusers.AutoencoderKLLTXVideo)
+        frames = (9,) if video else ()
+        mean, std = encode(loaded, torch.rand(1, 3, *frames, 64, 96) * 2 - 1)
+        assert mean.shape[1:] == latent_shape(loaded, frames[0] if video else 1, 64, 96)
+        found, spread = latent_normalisation(loaded).apply(mean, std)
+        torch.testing.assert_close(found, expected(vae, mean))
+        if std is None:
+            assert isinstance(vae, diffusers.AutoencoderTiny | diffusers.AutoencoderDC)
+        else:
+            both = latent_normalisation(loaded).apply(mean + std, None)[0]
+            torch.testing.assert_close(found + spread, both)
+
+
+def test_sizes_that_an_autoencoder_does_not_take_are_refused():
+    with pytest.raises(ValueError, match="multiples of 8, found 20 × 16"):
+        latent_shape(tiny_autoencoder(), 1, 20, 16)
+    with pytest.raises(ValueError, match="encodes images, found clips of 5 frames"):
+        latent_shape(tiny_autoencoder(), 5, 16, 16)
+    with pytest.raises(ValueError, match="1 \\+ a multiple of 4 frames, found 8"):
+        latent_shape(tiny_wan_autoencoder(), 8, 16, 16)

@@ -30,7 +30,11 @@ COMMANDS: dict[str, Command] = {
     "cache": Command(
         "encode images or clips to latents, once for every training run", "mhla_gen.cli.cache"
     ),
-    "sample": Command("sample images from a saved pipeline", "mhla_gen.cli.sample"),
+    "sample": Command(
+        "sample images of classes, or images and videos of prompts, from a saved pipeline",
+        "mhla_gen.cli.sample",
+        folder_key="pipeline",
+    ),
     "evaluate": Command(
         "measure samples against a reference: FID, sFID, IS, precision, recall, KID, FVD",
         "mhla_gen.cli.evaluate",

@@ -81,6 +81,10 @@ def load_images(
     path = Path(path)
     if (path / SAMPLES_NAME).is_file():
         return ArraySource(path / SAMPLES_NAME, size, clip)
+    if (path / MANIFEST_NAME).is_file():
+        # The picture of a sample set lies beside the folder of its samples.
+        samples = path / ("videos" if clip else "images")
+        path = samples if samples.is_dir() else path
     if path.suffix.lower() == ".npz":
         return ArraySource(path, size, clip)
     if not path.exists():

@@ -3,6 +3,7 @@
 import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.lib import format as npy
@@ -65,11 +66,16 @@ def write_video(path: Path, frames: np.ndarray, fps: int) -> None:
     height, width = frames.shape[1:3]
     if height % 2 or width % 2:
         raise ValueError(f"mp4 needs even sides, found {height} × {width}; write png or npz")
-    with written_whole(path) as partial:
+    options: dict[str, Any] = {
+        "fps": fps,
+        "quality": 8,
         # By default imageio scales sides up to multiples of 16.
-        imageio.mimwrite(
-            partial, list(frames), format="mp4", fps=fps, quality=8, macro_block_size=2
-        )  # pyright: ignore[reportArgumentType, reportCallIssue]
+        "macro_block_size": 2,
+        # The temporary name does not tell the format.
+        "output_params": ["-f", "mp4"],
+    }
+    with written_whole(path) as partial:
+        imageio.mimwrite(partial, list(frames), format="mp4", **options)  # pyright: ignore[reportArgumentType]
 
 
 def sheet_part(pixels: np.ndarray) -> np.ndarray:

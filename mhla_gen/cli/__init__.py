@@ -45,6 +45,11 @@ COMMANDS: dict[str, Command] = {
         "mhla_gen.cli.inspect",
         folder_key="model",
     ),
+    "inspect sensitivity": Command(
+        "measure what replacing each softmax layer does, and plan which ones to keep",
+        "mhla_gen.cli.sensitivity",
+        folder_key="model",
+    ),
     "convert": Command(
         "read DiT checkpoints of other code, or write them, and compare outputs",
         "mhla_gen.cli.convert",
@@ -61,7 +66,10 @@ COMMANDS: dict[str, Command] = {
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all sub-commands."""
     # Written out: argparse breaks the line after every long command name.
-    listing = "\n".join(f"  {name:<11} {command.summary}" for name, command in COMMANDS.items())
+    width = max(map(len, COMMANDS))
+    listing = "\n".join(
+        f"  {name:<{width}} {command.summary}" for name, command in COMMANDS.items()
+    )
     parser = argparse.ArgumentParser(
         prog="mhla-gen",
         usage="mhla-gen COMMAND [CONFIG.yaml] [key=value …] [--dry-run] [--print-config]",
@@ -94,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Errors that a user can mend are printed as one line. `MHLA_GEN_TRACEBACK=1` shows where they
     come from.
     """
-    args = build_parser().parse_args(argv)
+    args = build_parser().parse_args(_joined_command(sys.argv[1:] if argv is None else argv))
     try:
         path, overrides = _split_arguments(args.arguments, COMMANDS[args.command].folder_key)
         config = load_config(path, overrides, SCHEMAS[args.command])
@@ -121,6 +129,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"\nmhla-gen {args.command}: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _joined_command(argv: Sequence[str]) -> list[str]:
+    """The arguments with a command of two words as one."""
+    both = " ".join(argv[:2])
+    return [both, *argv[2:]] if both in COMMANDS else list(argv)
 
 
 def _split_arguments(

@@ -13,12 +13,13 @@ from mhla_gen.config.data import (
     TextEncoderConfig,
 )
 from mhla_gen.config.evaluation import EvaluateConfig, FeaturesConfig, ReferenceConfig
+from mhla_gen.config.inspection import InputsConfig, InspectConfig, SensitivityConfig
 from mhla_gen.config.load import SCHEMAS, ConfigError, load_config, save_config, to_yaml
 from mhla_gen.config.mhla import MHLAConfig
 from mhla_gen.config.model import ModelConfig
 from mhla_gen.config.objective import ObjectiveConfig
 from mhla_gen.config.sampling import SampleConfig
-from mhla_gen.config.tools import BenchConfig, ConvertConfig, DoctorConfig, InspectConfig
+from mhla_gen.config.tools import BenchConfig, ConvertConfig, DoctorConfig
 from mhla_gen.config.training import QuickstartConfig, TrainConfig
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "DoctorConfig",
     "EvaluateConfig",
     "FeaturesConfig",
+    "InputsConfig",
     "InspectConfig",
     "MHLAConfig",
     "ModelConfig",
@@ -41,6 +43,7 @@ __all__ = [
     "QuickstartConfig",
     "ReferenceConfig",
     "SampleConfig",
+    "SensitivityConfig",
     "StageConfig",
     "TextEncoderConfig",
     "TrainConfig",

@@ -11,8 +11,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mhla_gen.config.data import CacheConfig
 from mhla_gen.config.evaluation import EvaluateConfig, ReferenceConfig
+from mhla_gen.config.inspection import InspectConfig, SensitivityConfig
 from mhla_gen.config.sampling import SampleConfig
-from mhla_gen.config.tools import BenchConfig, ConvertConfig, DoctorConfig, InspectConfig
+from mhla_gen.config.tools import BenchConfig, ConvertConfig, DoctorConfig
 from mhla_gen.config.training import QuickstartConfig, TrainConfig
 
 # Command name → its settings. A config file's `job` is one of these names.
@@ -24,6 +25,7 @@ SCHEMAS: dict[str, type] = {
     "evaluate": EvaluateConfig,
     "reference": ReferenceConfig,
     "inspect": InspectConfig,
+    "inspect sensitivity": SensitivityConfig,
     "convert": ConvertConfig,
     "bench": BenchConfig,
     "doctor": DoctorConfig,

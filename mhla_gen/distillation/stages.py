@@ -23,7 +23,8 @@ from mhla_gen.models.loading import load_transformer, transformer_class
 from mhla_gen.models.transformer import MHLATransformerMixin
 from mhla_gen.training.build import Task, build_task
 from mhla_gen.training.checkpoints import check_output_dir
-from mhla_gen.training.loop import rehearse, train
+from mhla_gen.training.loop import train
+from mhla_gen.training.rehearsal import rehearse
 
 PIPELINE_NAME = "pipeline"
 

@@ -10,7 +10,7 @@ from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DMod
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from torch import Tensor
 
-from mhla_gen.config import InspectConfig
+from mhla_gen.config import InputsConfig
 from mhla_gen.data import ArrayImages, EncodedImages, derived_seed, load_images
 from mhla_gen.inspection.loading import Subject
 
@@ -35,7 +35,7 @@ class _Start:
     label: int
 
 
-def token_grid(subject: Subject, config: InspectConfig) -> tuple[int, ...]:
+def token_grid(subject: Subject, config: InputsConfig) -> tuple[int, ...]:
     """The grid that the model is inspected on.
 
     Raises:
@@ -54,10 +54,21 @@ def token_grid(subject: Subject, config: InspectConfig) -> tuple[int, ...]:
     return config.grid
 
 
-def make_inputs(subject: Subject, config: InspectConfig, grid: tuple[int, ...]) -> list[Input]:
-    """All inputs of an inspection, one for every sample and timestep, batch size 1, on the CPU.
+def make_inputs(
+    subject: Subject,
+    config: InputsConfig,
+    grid: tuple[int, ...],
+    images: ArrayImages | EncodedImages | None = None,
+) -> list[Input]:
+    """All inputs of an inspection, one for every timestep and sample, batch size 1, on the CPU.
 
     The same config gives the same inputs to every model of the same size.
+
+    Args:
+        subject: The model.
+        config: Settings.
+        grid: Tokens along each axis.
+        images: The images of `config.data`, if they are open already.
 
     Raises:
         ValueError: If the family has no recipe, or data or classes do not fit the model.
@@ -69,7 +80,7 @@ def make_inputs(subject: Subject, config: InspectConfig, grid: tuple[int, ...]) 
     timesteps = config.timesteps or ((500,) if config.data else (999,))
     made = []
     for timestep in timesteps:
-        for number, start in enumerate(_starts(subject, config, shape)):
+        for number, start in enumerate(_starts(subject, config, shape, images)):
             generator = torch.Generator().manual_seed(derived_seed(config.seed, number))
             latents = torch.randn(shape, generator=generator)
             if start.latents is not None:
@@ -109,9 +120,14 @@ def add_noise(scheduler: Any, latents: Tensor, noise: Tensor, timestep: int) -> 
     return scheduler.add_noise(latents, noise, torch.tensor([timestep]))
 
 
-def _starts(subject: Subject, config: InspectConfig, shape: tuple[int, ...]) -> list[_Start]:
+def _starts(
+    subject: Subject,
+    config: InputsConfig,
+    shape: tuple[int, ...],
+    images: ArrayImages | EncodedImages | None,
+) -> list[_Start]:
     if config.data is not None:
-        return _images(load_images(config.data), config, shape)
+        return _images(images or load_images(config.data), config, shape)
     num_classes = getattr(subject.model.config, "num_embeds_ada_norm", None)
     classes = range(num_classes or 1) if config.classes == "all" else config.classes
     if num_classes and max(classes) >= num_classes:
@@ -120,7 +136,7 @@ def _starts(subject: Subject, config: InspectConfig, shape: tuple[int, ...]) -> 
 
 
 def _images(
-    images: ArrayImages | EncodedImages, config: InspectConfig, shape: tuple[int, ...]
+    images: ArrayImages | EncodedImages, config: InputsConfig, shape: tuple[int, ...]
 ) -> list[_Start]:
     if tuple(images.image_shape) != shape[1:]:
         raise ValueError(

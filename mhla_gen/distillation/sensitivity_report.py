@@ -1,0 +1,118 @@
+"""Results of a sensitivity scan: numbers, a picture, and the plan as settings."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from mhla_gen.config import SensitivityConfig
+from mhla_gen.distillation.plan import Plan
+from mhla_gen.files import written_whole
+from mhla_gen.inspection.figures import draw
+from mhla_gen.version import __version__
+
+RESULTS_NAME, PICTURE_NAME, PLAN_NAME = "sensitivity.json", "sensitivity.png", "plan.yaml"
+
+
+@dataclass(frozen=True)
+class LayerSensitivity:
+    """What replacing one layer alone does: squared errors as shares of the softmax squares."""
+
+    layer: int
+    """Index in the model."""
+    name: str
+    """Path in the model."""
+    output_error: float
+    """Of the model's output, the mean over inputs."""
+    by_timestep: dict[str, float]
+    """The same for each timestep."""
+    layer_error: float
+    """Of the layer's own output, which is what layer-wise distillation makes small."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; `LayerSensitivity(**d)` reads them back."""
+        return asdict(self)
+
+
+def write_report(
+    folder: Path,
+    config: SensitivityConfig,
+    facts: dict[str, Any],
+    rows: Sequence[LayerSensitivity],
+    plan: Plan | None,
+    joint_error: float | None,
+) -> None:
+    """Write sensitivity.json, sensitivity.png and, if there is a plan, plan.yaml.
+
+    Args:
+        folder: Where to.
+        config: The settings.
+        facts: What was measured.
+        rows: One a layer.
+        plan: Which layers stay softmax.
+        joint_error: The error measured with all layers of the plan replaced together.
+    """
+    content: dict[str, Any] = {
+        "facts": {**facts, "mhla_gen": __version__},
+        "layers": [row.to_dict() for row in rows],
+        "plan": None,
+    }
+    if plan is not None:
+        content["plan"] = {
+            **asdict(plan),
+            "joint_error": joint_error,
+            "override": plan.override,
+        }
+        with written_whole(folder / PLAN_NAME) as partial:
+            partial.write_text(_snippet(config, plan))
+    with written_whole(folder / RESULTS_NAME) as partial:
+        partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    picture = draw_sensitivity(rows, plan)
+    with written_whole(folder / PICTURE_NAME) as partial:
+        partial.write_bytes(picture)
+
+
+def draw_sensitivity(rows: Sequence[LayerSensitivity], plan: Plan | None) -> bytes:
+    """Errors over layers, logarithmic; the layers that stay softmax are marked. PNG."""
+    kept = () if plan is None else plan.softmax_layers
+
+    def make(colours: Sequence[str]) -> Figure:
+        figure = Figure(figsize=(max(6.0, 0.28 * len(rows)), 3.6), layout="constrained")
+        axes: Any = figure.subplots()
+        layers = [row.layer for row in rows]
+        axes.bar(
+            layers,
+            [row.output_error for row in rows],
+            color=[colours[1] if row.layer in kept else colours[0] for row in rows],
+            label="mean over timesteps" + (" (other colour: stays softmax)" if kept else ""),
+        )
+        markers = "v^<>spDo"
+        for index, time in enumerate(rows[0].by_timestep):
+            values = [row.by_timestep[time] for row in rows]
+            style = {"ls": "none", "ms": 4, "mfc": "none", "mec": "gray"}
+            marker = markers[index % len(markers)]
+            axes.plot(layers, values, marker=marker, label=f"timestep {time}", **style)
+        axes.set(
+            yscale="log",
+            xlabel="layer replaced by MHLA, alone",
+            ylabel="error of the output,\nshare of its squares",
+        )
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.25, axis="y")
+        figure.legend(loc="outside lower center", ncols=4, fontsize=8)
+        return figure
+
+    return draw("sensitivity", "Sensitivity", "", make).png["light"]
+
+
+def _snippet(config: SensitivityConfig, plan: Plan) -> str:
+    replaced = ", ".join(map(str, plan.mhla_layers))
+    return (
+        f"# mhla-gen inspect sensitivity {config.model}: "
+        f"layers {list(plan.softmax_layers)} stay softmax.\n"
+        "# Goes into the config of `mhla-gen train`.\n"
+        f"model:\n  mhla:\n    layers: [{replaced}]\n"
+    )

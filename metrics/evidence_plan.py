@@ -34,6 +34,13 @@ class Run:
         return load_config(BASE, [*self.overrides, f"seed={self.seed}", *overrides])
 
 
+def read_titles(path: str | Path = PLAN) -> dict[str, str]:
+    """Name and title of every arm, in the order of the tables."""
+    return {
+        name: arm["title"] for name, arm in yaml.safe_load(Path(path).read_text())["arms"].items()
+    }
+
+
 def read_plan(path: str | Path = PLAN) -> list[Run]:
     """All runs of a plan, the most informative first.
 

@@ -1,6 +1,6 @@
 """Long-range probe: find one of many key-value pairs on a grid, by the key.
 
-    python metrics/evidence_probe.py OUT [ARM ...] [--steps 1000] [--seconds 80]
+    python metrics/evidence_probe.py OUT [ARM ...] [--steps 800] [--seconds 80]
 
 Cells of a 12 × 12 grid hold pairs of a random key and a value, or a query: a key whose value is to
 be named, or nothing. In the task "anywhere" the pair lies anywhere, in "near" at most two cells
@@ -223,10 +223,10 @@ def _accuracy(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Probe what is missing."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("arms", nargs="*", metavar="ARM", help=f"{', '.join(ARMS)}; default: all")
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=float("inf"))
     options = parser.parse_intermixed_args(arguments)

@@ -1,0 +1,166 @@
+"""Pictures of the comparison."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from evidence_table import CONTROL, Group
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageFont
+
+from mhla_gen.files import written_whole
+
+MAIN = ("softmax", "linear", CONTROL, "mhla", "mhla-conv-gate")
+"""Arms that every picture names; the others are drawn thin."""
+_COLOURS: dict[str, str] = dict(
+    zip(MAIN, ("#444444", "#999999", "#1f77b4", "#ff9d4d", "#d62728"), strict=True)
+)
+_FONT = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
+_FONT_SIZE = 16
+
+
+def _save(figure: Figure, path: Path) -> None:
+    with written_whole(path) as partial:
+        figure.savefig(partial, dpi=130, format="png")
+
+
+def _name(group: Group) -> str:
+    return group.title.replace("… ", "MHLA + conv + gate, ")
+
+
+def _tokens(groups: Sequence[Group]) -> list[int]:
+    return sorted({group.tokens for group in groups})
+
+
+def draw_curves(groups: Sequence[Group], path: Path) -> None:
+    """Training loss relative to the control's, over steps: all arms see the same noise."""
+    sizes = _tokens(groups)
+    figure = Figure(figsize=(6.2 * len(sizes), 4.2), layout="constrained")
+    panels = figure.subplots(1, len(sizes), squeeze=False)[0]
+    for axes, tokens in zip(panels, sizes, strict=True):
+        same = [group for group in groups if group.tokens == tokens]
+        control = next((group for group in same if group.arm == CONTROL), None)
+        for number, group in enumerate(same):
+            steps, losses = _curve(group, _seeds(control) if control else None)
+            if control is not None:
+                losses = losses / _curve(control, _seeds(group))[1] - 1
+            style: dict[str, Any] = {"lw": 1.0, "ls": ("--", ":", "-.")[number % 3]}
+            if group.arm in MAIN:
+                style = {"lw": 2.0, "color": _COLOURS[group.arm]}
+            axes.plot(steps, 100 * losses, label=_name(group), **style)
+        axes.set(title=f"{tokens} tokens", xlabel="step", ylabel="training loss against control, %")
+        axes.legend(fontsize=7)
+    _save(figure, path)
+
+
+def _seeds(group: Group) -> set[int]:
+    return {result["seed"] for result in group.results}
+
+
+def _curve(group: Group, seeds: set[int] | None) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and losses, the mean over the seeds that are wanted, or all if it has none of them."""
+    chosen = [r for r in group.results if seeds is None or r["seed"] in seeds] or group.results
+    curves = np.array([result["curve"] for result in chosen]).mean(axis=0)
+    return curves[:, 0], curves[:, 1]
+
+
+def draw_layers(groups: Sequence[Group], path: Path) -> None:
+    """Effective rank and entropy of the attention of every layer."""
+    sizes = _tokens(groups)
+    figure = Figure(figsize=(5.2 * len(sizes), 6.4), layout="constrained")
+    panels = figure.subplots(2, len(sizes), squeeze=False)
+    for column, tokens in enumerate(sizes):
+        for group in (g for g in groups if g.tokens == tokens and g.arm in MAIN):
+            for row, quantity in enumerate(("effective_rank", "entropy")):
+                values = group.layers(quantity)
+                panels[row, column].plot(
+                    range(len(values)),
+                    values,
+                    marker="o",
+                    color=_COLOURS[group.arm],
+                    label=_name(group),
+                )
+        panels[0, column].set(title=f"{tokens} tokens", ylabel="effective rank")
+        panels[1, column].set(xlabel="layer", ylabel="entropy of a row, nats")
+    panels[0, 0].legend(fontsize=8)
+    _save(figure, path)
+
+
+def draw_quality_and_speed(groups: Sequence[Group], path: Path) -> None:
+    """Fréchet distance over images per second in sampling: down and to the right is better."""
+    sizes = _tokens(groups)
+    figure = Figure(figsize=(5.6 * len(sizes), 4.4), layout="constrained")
+    panels = figure.subplots(1, len(sizes), squeeze=False)[0]
+    for axes, tokens in zip(panels, sizes, strict=True):
+        for group in (g for g in groups if g.tokens == tokens):
+            x = group.mean("images_per_second", "sample")
+            y = group.mean("scores", "frechet")
+            main = group.arm in MAIN
+            colour = _COLOURS[group.arm] if main else "#bbbbbb"
+            axes.scatter(x, y, s=60 if main else 25, color=colour, zorder=3 if main else 2)
+            axes.annotate(
+                _name(group) if main else group.title,
+                (x, y),
+                xytext=(5, 4),
+                textcoords="offset points",
+                fontsize=8 if main else 6,
+            )
+        axes.set(
+            title=f"{tokens} tokens",
+            xlabel="sampled images per second and GPU",
+            ylabel="Fréchet distance to real images",
+        )
+        axes.margins(0.25, 0.12)
+        axes.grid(alpha=0.3)
+    _save(figure, path)
+
+
+def draw_samples(groups: Sequence[Group], folder: Path, path: Path, side: int = 48) -> None:
+    """One row of samples for each arm, the same noise and classes in every row."""
+    rows = []
+    for group in groups:
+        row = folder / f"{group.results[0]['name']}.png"
+        if row.is_file():
+            with Image.open(row) as image:
+                count = image.width // image.height
+                rows.append((_name(group), image.convert("RGB").resize((count * side, side))))
+    if not rows:
+        return
+    font = ImageFont.truetype(_FONT, _FONT_SIZE)
+    margin = int(max(font.getlength(name) for name, _ in rows)) + 12
+    sheet = Image.new("RGB", (margin + rows[0][1].width, len(rows) * (side + 2)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for number, (name, image) in enumerate(rows):
+        top = number * (side + 2)
+        draw.text((4, top + side // 2), name, fill="black", font=font, anchor="lm")
+        sheet.paste(image, (margin, top))
+    with written_whole(path) as partial:
+        sheet.quantize(256).save(partial, format="png", optimize=True)
+
+
+def draw_probe(probes: Sequence[dict[str, Any]], path: Path) -> None:
+    """Accuracy over the number of pairs, one panel a task."""
+    tasks = sorted({probe["task"] for probe in probes})
+    figure = Figure(figsize=(5.4 * len(tasks), 4.2), layout="constrained")
+    panels = figure.subplots(1, len(tasks), squeeze=False, sharey=True)[0]
+    for axes, task in zip(panels, tasks, strict=True):
+        for arm in dict.fromkeys(probe["arm"] for probe in probes):
+            same = [p for p in probes if p["task"] == task and p["arm"] == arm]
+            if not same:
+                continue
+            numbers = [int(n) for n in same[0]["accuracy"]]
+            means = np.mean([list(p["accuracy"].values()) for p in same], axis=0)
+            style: dict[str, Any] = {"ls": "--"}
+            if arm in MAIN:
+                style = {"color": _COLOURS[arm], "lw": 2}
+            title = same[0]["title"].replace("… ", "MHLA + conv + gate, ")
+            axes.plot(numbers, means, marker="o", label=title, **style)
+        axes.axhline(probes[0]["chance"], color="black", lw=0.8, ls=":", label="chance")
+        axes.set_xscale("log", base=2)
+        axes.set(title=f"pair {task}", xlabel="pairs on the grid", ylim=(0, 1.03))
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("share of queries answered")
+    panels[0].legend(fontsize=8)
+    _save(figure, path)

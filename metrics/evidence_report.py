@@ -1,0 +1,93 @@
+"""Tables and pictures of the comparison, from its results.
+
+    python metrics/evidence_report.py RESULTS [--page docs/evidence.md]
+
+RESULTS holds what metrics/evidence_run.py and metrics/evidence_probe.py wrote; it gets tables.md
+and the pictures. With --page the tables also replace what stands in that page between the lines
+`<!-- tables -->` and `<!-- end of tables -->`.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from evidence_figures import (
+    draw_curves,
+    draw_layers,
+    draw_probe,
+    draw_quality_and_speed,
+    draw_samples,
+)
+from evidence_table import Group, cost_table, load_groups, quality_table
+
+from mhla_gen.files import written_whole
+
+_BEGIN, _END = "<!-- tables -->\n", "<!-- end of tables -->"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write tables and pictures."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("results", type=Path)
+    parser.add_argument("--page", type=Path)
+    options = parser.parse_args(arguments)
+    folder: Path = options.results
+    groups = load_groups(folder)
+    real: dict[str, Any] = json.loads((folder / "real.json").read_text())
+    text = tables(groups, real)
+    with written_whole(folder / "tables.md") as partial:
+        partial.write_text(text)
+    if options.page:
+        replace_tables(options.page, text)
+    draw_curves(groups, folder / "curves.png")
+    draw_layers(groups, folder / "layers.png")
+    draw_quality_and_speed(groups, folder / "quality-speed.png")
+    for tokens in sorted({group.tokens for group in groups}):
+        same = [group for group in groups if group.tokens == tokens]
+        draw_samples(same, folder, folder / f"samples-{tokens}.png")
+    probes = [json.loads(path.read_text()) for path in sorted(folder.glob("probe-*.json"))]
+    if probes:
+        draw_probe(probes, folder / "probe.png")
+    print(text)
+
+
+def tables(groups: Sequence[Group], real: dict[str, Any]) -> str:
+    """All tables, and what the numbers are for real images."""
+    parts = []
+    for tokens in sorted({group.tokens for group in groups}):
+        same = [group for group in groups if group.tokens == tokens]
+        first = same[0].results[0]
+        seconds = [sum(r["seconds"].values()) for group in same for r in group.results]
+        parts += [
+            f"**{tokens} tokens**: {first['steps']} steps of {first['batch_size']} images, "
+            f"{first['scores']['samples']} samples; "
+            f"{min(seconds):.0f} to {max(seconds):.0f} s an arm on one "
+            f"{first['machine']['device']}.",
+            quality_table(same),
+            cost_table(same),
+        ]
+    parts.append(
+        f"Real images: two halves are {real['frechet_halves']:.1f} apart in Fréchet distance; of "
+        f"those held out the classifier recognises {real['recognised_held_out']:.1%}."
+    )
+    return "\n\n".join(parts) + "\n"
+
+
+def replace_tables(page: Path, text: str) -> None:
+    """Put tables between the two markers of a page.
+
+    Raises:
+        ValueError: If the page lacks a marker.
+    """
+    old = page.read_text()
+    if _BEGIN not in old or _END not in old:
+        raise ValueError(f"{page} lacks the lines {_BEGIN.strip()} and {_END}")
+    before, rest = old.split(_BEGIN, 1)
+    with written_whole(page) as partial:
+        partial.write_text(before + _BEGIN + text + _END + rest.split(_END, 1)[1])
+
+
+if __name__ == "__main__":
+    main()

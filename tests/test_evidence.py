@@ -1,0 +1,243 @@
+"""The comparison of docs/evidence.md: its plan, its data, its numbers; a whole tiny one is slow."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def scripts(monkeypatch):
+    """Scripts of metrics/ import each other as Python does when one of them is run."""
+    monkeypatch.syspath_prepend(str(ROOT / "metrics"))
+    yield importlib.import_module
+    for name in [name for name in sys.modules if name.startswith(("evidence_", "emoji_"))]:
+        del sys.modules[name]
+
+
+def test_every_run_of_the_plan_is_a_valid_training(scripts):
+    plan = scripts("evidence_plan")
+    runs = plan.read_plan()
+    configs = {run.name: run.config() for run in runs}
+    assert len(configs) == len(runs)
+    for run in runs:
+        config = configs[run.name]
+        assert config.seed == run.seed
+        assert (64 // config.model.patch_size) ** 2 == run.tokens
+        # The control with the same seed did the same work.
+        control = configs[f"linear-conv-gate-{run.tokens}-s{run.seed}"]
+        for name in ("max_steps", "batch_size", "learning_rate", "ema_decay"):
+            assert getattr(config, name) == getattr(control, name)
+        sizes = ("patch_size", "num_layers", "num_attention_heads", "attention_head_dim")
+        for name in sizes:
+            assert getattr(config.model, name) == getattr(control.model, name)
+    assert runs[0].arm == scripts("evidence_table").CONTROL
+    assert set(plan.read_titles()) >= {run.arm for run in runs}
+
+
+def test_arms_differ_from_their_control_as_their_titles_say(scripts):
+    configs = {run.arm: run.config() for run in scripts("evidence_plan").read_plan()}
+    control, default = configs["linear-conv-gate"].model, configs["mhla-conv-gate"].model
+    assert control.mhla == default.mhla and (control.attention, default.attention) == (
+        "linear",
+        "mhla",
+    )
+    assert configs["uniform"].model.mhla.mixing_init == "uniform"
+    assert not configs["frozen"].model.mhla.mixing_learnable
+    assert configs["multiscale"].model.mhla.mixing_init == "multiscale"
+    assert configs["content"].model.mhla.content_mixing
+    assert configs["blocks-64"].model.mhla.layout == (8, 8)
+    own, shared = configs["mixing-lr-10"].mixing_learning_rate, configs["mhla"].learning_rate
+    assert own == pytest.approx(10 * shared)
+
+
+def test_a_wrong_line_of_the_plan_is_named(scripts, tmp_path):
+    text = (ROOT / "configs" / "evidence" / "arms.yaml").read_text()
+    for line, message in (("nothing 256 0", "'nothing 256 0'"), ("mhla 256 0", "more than once")):
+        (tmp_path / "arms.yaml").write_text(f"{text}  - {line}\n")
+        with pytest.raises(ValueError, match=message):
+            scripts("evidence_plan").read_plan(tmp_path / "arms.yaml")
+
+
+def fake_package(folder: Path, style: str, colour: tuple[int, ...]) -> Path:
+    pictures = folder / "img" / style / "64"
+    pictures.mkdir(parents=True)
+    emoji = []
+    for number, category in enumerate(["Objects", "Objects", "Flags", "Component"]):
+        drawn = {"image": f"{number}.png", "category": category, f"has_img_{style}": True}
+        Image.new("RGBA", (64, 64), (*colour, 255 if number else 0)).save(pictures / drawn["image"])
+        emoji.append(drawn)
+    emoji[0]["skin_variations"] = {
+        "A": {"image": "1.png", f"has_img_{style}": True},
+        "B": {"image": "missing.png", f"has_img_{style}": False},
+    }
+    (folder / "emoji.json").write_text(json.dumps(emoji))
+    return folder
+
+
+def test_data_set_from_packages(scripts, tmp_path):
+    script = scripts("emoji_dataset")
+    first = fake_package(tmp_path / "a", "google", (200, 0, 0))
+    second = fake_package(tmp_path / "b", "twitter", (0, 0, 200))
+    out = tmp_path / "emoji.npz"
+    script.main([str(out), f"noto={first}", f"twemoji={second}"])
+    with np.load(out) as arrays:
+        images, labels, classes = arrays["arr_0"], arrays["labels"], arrays["classes"]
+    assert classes.tolist() == ["Flags/noto", "Flags/twemoji", "Objects/noto", "Objects/twemoji"]
+    assert np.bincount(labels).tolist() == [1, 1, 3, 3]
+    assert images.shape == (8, 64, 64, 3) and images.dtype == np.uint8
+    # One transparent image a package is white; the others have their colour.
+    colours = [tuple(image[0, 0].tolist()) for image in images]
+    assert colours.count((255, 255, 255)) == 2 and colours.count((200, 0, 0)) == 3
+    with pytest.raises(FileNotFoundError, match="unpacked emoji-datasource package"):
+        script.main([str(out), f"noto={tmp_path}"])
+
+
+def test_real_images_from_a_folder_and_from_a_file(scripts, tmp_path):
+    load = scripts("evidence_run").load_real
+    for name, colour in (("a", "red"), ("b", "blue")):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for number in range(10):
+            Image.new("RGB", (80, 70), colour).save(tmp_path / "images" / name / f"{number}.png")
+    real = load(tmp_path / "images")
+    assert real.images.shape == (20, 64, 64, 3) and real.class_names == ("a", "b")
+    assert real.num_train == 19 and len(real.held_out()[0]) == 1
+    red = real.images[:, 0, 0, 0] > 200
+    assert (red == (real.labels == 0)).all()
+    np.savez(tmp_path / "x.npz", arr_0=real.images, labels=real.labels)
+    again = load(tmp_path / "x.npz")
+    assert again.class_names == ("0", "1") and again.num_train == 19
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        load(tmp_path / "nowhere")
+
+
+def test_noise_levels_are_quantiles_of_what_training_draws(scripts):
+    levels = scripts("evidence_measure").noise_levels(8)
+    drawn = torch.randn(200_000).sigmoid()
+    shares = (drawn[:, None] < levels).float().mean(0)
+    torch.testing.assert_close(shares, (torch.arange(8) + 0.5) / 8, rtol=0, atol=5e-3)
+
+
+def test_held_out_loss_of_known_models(scripts):
+    measure = scripts("evidence_measure")
+    images = np.full((5, 8, 8, 3), 255, np.uint8)
+    labels = np.zeros(5, np.int64)
+    device = torch.device("cpu")
+
+    def exact(noisy, timestep, class_labels, return_dict):
+        sigma = timestep.view(-1, 1, 1, 1) / 1000
+        return ((noisy - 1) / sigma,)  # (noise - x) where x is 1 everywhere
+
+    def zero(noisy, timestep, class_labels, return_dict):
+        return (torch.zeros_like(noisy),)
+
+    found = measure.held_out_loss(exact, images, labels, device, batch_size=2)
+    assert found["mean"] < 1e-6 and len(found["by_level"]) == 8 and len(found["per_image"]) == 5
+    found = measure.held_out_loss(zero, images, labels, device, batch_size=2)
+    assert found["mean"] == pytest.approx(2.0, rel=0.1)  # variance of the noise, plus 1
+    assert found["mean"] == pytest.approx(np.mean(found["per_image"]), rel=1e-4)
+
+
+def test_nearest_distances(scripts):
+    nearest = scripts("evidence_scores").nearest_distances
+    points = torch.rand(40, 12)
+    expected = torch.cdist(points, points) / 12**0.5
+    assert (nearest(points, points) < 1e-3).all()
+    torch.testing.assert_close(
+        nearest(points, points, skip_self=True),
+        (expected + torch.eye(40)).amin(dim=1),
+        rtol=1e-3,
+        atol=1e-4,
+    )
+    torch.testing.assert_close(
+        nearest(points + 10, points), expected.new_full((40,), 10.0), rtol=0.1, atol=0
+    )
+
+
+def result(arm, seed, losses):
+    return {"arm": arm, "seed": seed, "held_out": {"per_image": losses}}
+
+
+def test_difference_pairs_seeds_and_images(scripts):
+    table = scripts("evidence_table")
+    control = table.Group(
+        table.CONTROL, "c", 256, [result("c", s, [1.0, 2.0, 3.0]) for s in (0, 1)]
+    )
+    arm = table.Group(
+        "x", "x", 256, [result("x", 0, [1.2, 2.2, 3.2]), result("x", 2, [9.0, 9.0, 9.0])]
+    )
+    found = table.difference(arm, [control, arm])
+    # Images differ in difficulty but all lose 0.2: without pairing the error would be large.
+    assert found.relative == pytest.approx(0.1) and found.error < 1e-9
+    assert found.by_seed == [pytest.approx(0.1)]
+    assert table.difference(arm, [arm]) is None
+
+
+@pytest.mark.parametrize("task", ["anywhere", "near"])
+def test_probe_asks_for_what_is_on_the_grid(scripts, task):
+    probe = scripts("evidence_probe")
+    generator = torch.Generator().manual_seed(0)
+    samples = probe.make_samples(32, task, 6, generator)
+    is_pair, is_query = samples.values < probe._VALUES, samples.values == probe._VALUES
+    assert (is_pair.sum(1) == 32).all() and (is_query.sum(1) == 8).all()
+    assert (samples.keys[~(is_pair | is_query)] == 0).all()
+    for b in range(6):
+        for cell, answer in zip(samples.queries[b].tolist(), samples.answers[b], strict=True):
+            same = (samples.keys[b] == samples.keys[b, cell]).all(-1) & is_pair[b]
+            (place,) = same.nonzero().flatten().tolist()
+            assert samples.values[b, place] == answer
+            away = max(abs(place // 12 - cell // 12), abs(place % 12 - cell % 12))
+            assert task == "anywhere" or away <= 3
+
+
+@pytest.mark.parametrize("arm", ["softmax", "content"])
+def test_probe_learns(scripts, arm):
+    probe = scripts("evidence_probe")
+    probe.NUM_PAIRS = (4,)
+    found = probe.probe(arm, "near", steps=60, seed=0, device=torch.device("cpu"))
+    assert set(found["accuracy"]) == {4} and found["accuracy"][4] > 1.5 * found["chance"]
+
+
+@pytest.mark.slow
+def test_a_tiny_comparison_from_data_to_page(scripts, tmp_path):
+    pytest.importorskip("efficientnet_lite_pytorch")
+    draw = np.random.default_rng(0)
+    labels = np.arange(64) % 3
+    images = draw.integers(0, 255, (64, 64, 64, 3), dtype=np.uint8)
+    images[..., 0] = (labels * 100)[:, None, None]
+    np.savez(tmp_path / "data.npz", arr_0=images, labels=labels)
+    plan = (ROOT / "configs" / "evidence" / "arms.yaml").read_text().split("order:")[0]
+    lines = ["linear-conv-gate 256 0", "content 256 0", "softmax 1024 0"]
+    (tmp_path / "arms.yaml").write_text(plan + "order:\n" + "".join(f"  - {x}\n" for x in lines))
+    out = tmp_path / "out"
+    command = [str(tmp_path / "data.npz"), str(out), "--plan", str(tmp_path / "arms.yaml")]
+    command += ["--samples", "24", "--sampling-steps", "2", "max_steps=3", "batch_size=4"]
+    command += ["model.num_layers=1", "model.num_attention_heads=1", "warmup_steps=1"]
+    run = scripts("evidence_run")
+    with pytest.warns(match="samples for 1280 dimensions"):
+        run.main(command)
+    made = {path.name: path.stat().st_mtime_ns for path in out.glob("*-s0.json")}
+    assert sorted(made) == [
+        "content-256-s0.json", "linear-conv-gate-256-s0.json", "softmax-1024-s0.json"
+    ]  # fmt: skip
+    found = json.loads((out / "content-256-s0.json").read_text())
+    assert found["scores"]["samples"] == 24 and len(found["layers"]) == 1
+    assert found["curve"][-1][0] == 3 and found["config"]["model"]["mhla"]["content_mixing"]
+    # What is there is not run again.
+    with pytest.warns(match="samples for 1280 dimensions"):
+        run.main(command)
+    assert made == {path.name: path.stat().st_mtime_ns for path in out.glob("*-s0.json")}
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- tables -->\nold\n<!-- end of tables -->\nafter\n")
+    scripts("evidence_report").main([str(out), "--page", str(page)])
+    text = page.read_text()
+    assert "old" not in text and "mixing from content" in text and text.endswith("after\n")
+    for name in ("curves", "layers", "quality-speed", "samples-256", "samples-1024"):
+        assert (out / f"{name}.png").stat().st_size > 1000

@@ -19,12 +19,13 @@ from mhla_gen.data.caching.prompts import PromptChunks, distinct_captions
 from mhla_gen.data.caching.settings import (
     Files,
     check_output_dir,
+    check_settings,
     chunk_size,
     content_settings,
     keep_settings,
 )
 from mhla_gen.data.clip_files import ClipFiles, find_clips
-from mhla_gen.data.clips import Clips, place, read_placements, report, write_placements
+from mhla_gen.data.clips import Clips, Placement, place, read_placements, report, write_placements
 from mhla_gen.data.images import ArrayImages, EncodedImages
 from mhla_gen.data.opening import load_images
 from mhla_gen.data.protocol import Examples
@@ -82,8 +83,9 @@ def _build(
     folder, state = Path(config.output_dir), PartialState()
     digests = shared_map(files.digest, range(len(files)), "reading", "file", config.num_workers)
     settings = on_main(lambda: content_settings(config, files, digests, vae, encoder))
-    on_main(lambda: keep_settings(config, settings))
+    on_main(lambda: check_settings(config, settings))
     examples, unreadable = _examples(config, files, decoder)
+    on_main(lambda: _keep(config, settings, examples))
     captions = distinct_captions(examples.captions or ()) if encoder else None
     contents = Contents(
         examples=examples,
@@ -152,10 +154,10 @@ def _examples(
     if isinstance(files, ArrayImages | EncodedImages):
         return files, []
     path = Path(config.output_dir) / PLACEMENTS_NAME
-    if not on_main(path.is_file):
-        placements = _place_all(config, files, decoder)
-        on_main(lambda: write_placements(path, placements))
-    clips = Clips(files, config.clips, on_main(lambda: read_placements(path)), decoder)
+    placements = on_main(lambda: read_placements(path) if path.is_file() else None)
+    clips = Clips(
+        files, config.clips, placements or tuple(_place_all(config, files, decoder)), decoder
+    )
     if PartialState().is_main_process:
         print(report(config.clips, clips.placements))
     if not len(clips):
@@ -163,8 +165,14 @@ def _examples(
     return clips, [{"name": p.name, "reason": p.left_out} for p in clips.placements if p.unreadable]
 
 
-def _place_all(config: CacheConfig, files: ClipFiles, decoder: Decoder) -> list[Any]:
-    def one(index: int) -> Any:
+def _keep(config: CacheConfig, settings: dict[str, Any], examples: Examples) -> None:
+    keep_settings(config, settings)
+    if isinstance(examples, Clips):
+        write_placements(Path(config.output_dir) / PLACEMENTS_NAME, examples.placements)
+
+
+def _place_all(config: CacheConfig, files: ClipFiles, decoder: Decoder) -> list[Placement]:
+    def one(index: int) -> Placement:
         return place(files, index, config.clips, decoder)
 
     return shared_map(one, range(len(files)), "probing", "file", config.num_workers)

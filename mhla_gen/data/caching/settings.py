@@ -82,26 +82,30 @@ def check_output_dir(config: CacheConfig) -> None:
     made_with(config.output_dir, config, _FREE)
 
 
-def keep_settings(config: CacheConfig, settings: dict[str, Any]) -> None:
-    """Write the settings, or compare them with those of an earlier run.
+def check_settings(config: CacheConfig, settings: dict[str, Any]) -> None:
+    """Compare with the settings of an earlier run, if there was one.
 
     Raises:
-        FileExistsError: If the folder was made of other data or by another autoencoder, named.
+        FileExistsError: If the folder was made of other data or by other models, named.
     """
     folder = Path(config.output_dir)
     path = folder / SETTINGS_NAME
-    if path.is_file():
-        changes = differing_values(json.loads(path.read_text()), settings)
-        if changes:
-            raise FileExistsError(
-                f"output_dir {folder} was made of other data or by other models "
-                f"({'; '.join(changes)}); choose another output_dir or move it away"
-            )
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    save_config(config, folder / CONFIG_NAME)
-    with written_whole(path) as partial:
-        partial.write_text(json.dumps(settings, indent=1))
+    changes = differing_values(json.loads(path.read_text()), settings) if path.is_file() else []
+    if changes:
+        raise FileExistsError(
+            f"output_dir {folder} was made of other data or by other models "
+            f"({'; '.join(changes)}); choose another output_dir or move it away"
+        )
+
+
+def keep_settings(config: CacheConfig, settings: dict[str, Any]) -> None:
+    """Write the settings, unless an earlier run did."""
+    folder = Path(config.output_dir)
+    if not (folder / SETTINGS_NAME).is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        save_config(config, folder / CONFIG_NAME)
+        with written_whole(folder / SETTINGS_NAME) as partial:
+            partial.write_text(json.dumps(settings, indent=1))
 
 
 def _digest(values: Any) -> str | None:

@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -27,7 +26,6 @@ from mhla_gen.training import (
 from mhla_gen.training.checkpoints import checkpoints
 from mhla_gen.training.conditioning import ClassLabels
 from mhla_gen.training.draws import draw
-from mhla_gen.training.loop import build_run
 from mhla_gen.training.objectives import FlowMatching
 from mhla_gen.training.optim import mixing_matrices
 from mhla_gen.training.step import samples_of, training_losses
@@ -57,6 +55,8 @@ def tiny_run(folder, **changes):
         "mixed_precision": "fp32",
         "checkpoint_every": 0,
         "log_every": 2,
+        "report_to": "none",
+        "sample_every": 0,
     } | changes
     return TrainConfig(**settings)
 
@@ -224,7 +224,7 @@ def test_mixing_stays_in_range_whoever_steps_the_optimizer():
     assert model.proj_out_2.weight.abs().max() > 1
 
     plain = torch.optim.SGD(model.parameters(), lr=10.0)
-    keep_mixing_in_range(plain, mixing_matrices(model))
+    keep_mixing_in_range(plain, model)
     plain.step()
     assert all(m.min() >= 0 and m.max() <= 1 for m in mixing_matrices(model))
 
@@ -298,21 +298,6 @@ def test_bf16_trains_and_keeps_float32_weights(tmp_path):
 def test_old_checkpoints_are_removed(tmp_path):
     train(tiny_run(tmp_path / "a", checkpoint_every=1, keep_checkpoints=2))
     assert list(checkpoints(tmp_path / "a")) == [5, 6]
-
-
-def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(tmp_path, monkeypatch):
-    config = tiny_run(tmp_path / "a", checkpoint_every=2)
-
-    def full_disk(*_):
-        raise OSError("No space left on device")
-
-    run = build_run(config)
-    Path(config.output_dir).mkdir()
-    mhla_gen.training.loop.save_checkpoint(run.accelerator, config, 2)
-    monkeypatch.setattr("mhla_gen.training.checkpoints.save_config", full_disk)
-    with pytest.raises(OSError, match="No space"):
-        mhla_gen.training.loop.save_checkpoint(run.accelerator, config, 4)
-    assert list(checkpoints(tmp_path / "a")) == [2]
 
 
 def test_folders_are_refused_with_the_remedy(tmp_path):

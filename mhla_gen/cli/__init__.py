@@ -125,8 +125,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    except KeyboardInterrupt:
-        print(f"\nmhla-gen {args.command}: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(f"\nmhla-gen {args.command}: {error or 'interrupted'}", file=sys.stderr)
         return 130
     return 0
 

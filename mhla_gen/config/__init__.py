@@ -18,12 +18,15 @@ from mhla_gen.config.load import SCHEMAS, ConfigError, load_config, save_config,
 from mhla_gen.config.mhla import MHLAConfig
 from mhla_gen.config.model import ModelConfig
 from mhla_gen.config.objective import ObjectiveConfig
+from mhla_gen.config.previews import PreviewConfig, RunEvaluationConfig
 from mhla_gen.config.sampling import SampleConfig
 from mhla_gen.config.tools import BenchConfig, ConvertConfig, DoctorConfig
 from mhla_gen.config.training import QuickstartConfig, TrainConfig
+from mhla_gen.config.wan import WAN_PRESETS, WanConfig
 
 __all__ = [
     "SCHEMAS",
+    "WAN_PRESETS",
     "AutoencoderConfig",
     "BenchConfig",
     "CacheConfig",
@@ -40,13 +43,16 @@ __all__ = [
     "MHLAConfig",
     "ModelConfig",
     "ObjectiveConfig",
+    "PreviewConfig",
     "QuickstartConfig",
     "ReferenceConfig",
+    "RunEvaluationConfig",
     "SampleConfig",
     "SensitivityConfig",
     "StageConfig",
     "TextEncoderConfig",
     "TrainConfig",
+    "WanConfig",
     "load_config",
     "save_config",
     "to_yaml",

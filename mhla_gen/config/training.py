@@ -9,6 +9,8 @@ from mhla_gen.config.data import DataConfig
 from mhla_gen.config.mhla import MHLAConfig
 from mhla_gen.config.model import ModelConfig
 from mhla_gen.config.objective import ObjectiveConfig
+from mhla_gen.config.previews import PreviewConfig, RunEvaluationConfig
+from mhla_gen.config.wan import WanConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +29,9 @@ class TrainConfig:
     """What to train."""
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     """What it learns to predict."""
+    wan: WanConfig | None = None
+    """Train a Wan on clips with captions, in place of a DiT on images with labels: from
+    model.pretrained, or new. Of model, the settings of attention and trainable count too."""
     convert: ConversionConfig | None = None
     """Turn a pretrained softmax model into this one, in stages, in place of plain training."""
     seed: int = 0
@@ -51,6 +56,12 @@ class TrainConfig:
     """Gradients are scaled down to this norm."""
     mixed_precision: Literal["fp32", "bf16"] = "bf16"
     """Arithmetic of the forward pass; weights stay float32."""
+    parallelism: Literal["ddp", "fsdp"] = "ddp"
+    """What several processes do: ddp, each has the whole model; fsdp, each has a part of weights,
+    gradients, optimizer and average (FSDP2)."""
+    compile: Literal["none", "regional", "whole"] = "none"
+    """torch.compile: regional compiles a transformer block once for all of them; whole the model,
+    which takes longer."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     ema_decay: float = 0.9999
@@ -63,6 +74,17 @@ class TrainConfig:
     """How many checkpoints stay on disk."""
     log_every: int = 50
     """Steps per line of log.jsonl."""
+    report_to: Literal["tensorboard", "wandb", "none"] = "tensorboard"
+    """Where curves and pictures go, besides log.jsonl and previews in output_dir."""
+    sample_every: int = 1000
+    """Steps between previews: samples of the averaged weights, and mixing matrices; 0 makes none.
+    """
+    samples: PreviewConfig = field(default_factory=PreviewConfig)
+    """Samples of a preview."""
+    evaluate_every: int = 0
+    """Steps between evaluations of samples of the averaged weights; 0 makes none."""
+    evaluation: RunEvaluationConfig = field(default_factory=RunEvaluationConfig)
+    """How samples are evaluated."""
     resume: Literal["never", "latest"] = "never"
     """latest goes on from the newest checkpoint in output_dir, or starts where there is none."""
 
@@ -70,7 +92,12 @@ class TrainConfig:
         check_choice(
             "lr_scheduler", self.lr_scheduler, ("constant_with_warmup", "cosine", "linear")
         )
+        if self.model.trainable == "lora" and self.wan is None:
+            raise ValueError("model.trainable=lora needs wan: diffusers' DiT takes no adapters")
         check_choice("mixed_precision", self.mixed_precision, ("fp32", "bf16"))
+        check_choice("parallelism", self.parallelism, ("ddp", "fsdp"))
+        check_choice("compile", self.compile, ("none", "regional", "whole"))
+        check_choice("report_to", self.report_to, ("tensorboard", "wandb", "none"))
         check_choice("resume", self.resume, ("never", "latest"))
         for name in (
             "max_steps",
@@ -80,8 +107,10 @@ class TrainConfig:
             "log_every",
         ):
             check_at_least(name, getattr(self, name), 1)
-        check_at_least("warmup_steps", self.warmup_steps, 0)
-        check_at_least("checkpoint_every", self.checkpoint_every, 0)
+        for name in ("warmup_steps", "checkpoint_every", "sample_every", "evaluate_every"):
+            check_at_least(name, getattr(self, name), 0)
+        if self.evaluate_every and self.evaluation.reference is None:
+            raise ValueError("evaluate_every needs evaluation.reference, images or statistics")
         for name in ("ema_decay", "label_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), found {getattr(self, name)}")

@@ -23,7 +23,9 @@ from mhla_gen.models.loading import load_transformer, transformer_class
 from mhla_gen.models.transformer import MHLATransformerMixin
 from mhla_gen.training.build import Task, build_task
 from mhla_gen.training.checkpoints import check_output_dir
+from mhla_gen.training.compiling import compile_model
 from mhla_gen.training.loop import train
+from mhla_gen.training.parallel import build_accelerator
 from mhla_gen.training.rehearsal import rehearse
 
 PIPELINE_NAME = "pipeline"
@@ -47,13 +49,13 @@ def convert(config: TrainConfig) -> Path:
         OSError: If data are missing, or an output folder holds something else.
     """
     check_output_dir(config)
-    folder, state = Path(config.output_dir), PartialState()
-    state.wait_for_everyone()
+    folder, processes = Path(config.output_dir), build_accelerator(config)
+    processes.wait_for_everyone()
 
     def build(stage: TrainConfig, data: TrainingData) -> Task:
         task = stage_task(stage, data)
         # Not before: what does not fit leaves nothing behind.
-        if state.is_main_process:
+        if processes.is_main_process:
             folder.mkdir(parents=True, exist_ok=True)
             save_config(config, folder / CONFIG_NAME)
         return task
@@ -63,10 +65,10 @@ def convert(config: TrainConfig) -> Path:
         last = Path(stage.output_dir)
         if not (last / PIPELINE_NAME).is_dir():
             train(stage, title=title, build=build)
-    if state.is_main_process:
+    if processes.is_main_process:
         with written_whole(folder / PIPELINE_NAME) as partial:
             shutil.copytree(last / PIPELINE_NAME, partial)
-    state.wait_for_everyone()
+    processes.wait_for_everyone()
     return folder / PIPELINE_NAME
 
 
@@ -109,6 +111,9 @@ def stage_runs(config: TrainConfig) -> Iterator[tuple[str, TrainConfig]]:
             for name in ("learning_rate", "warmup_steps", "ema_decay")
             if getattr(stage, name) is not None
         }
+        if stage.kind == "layers":
+            # What compares the layers is not compiled.
+            given["compile"] = "none"
         yield (
             f"stage {number} of {len(conversion.stages)}, {stage.kind}",
             replace(
@@ -160,6 +165,7 @@ def stage_task(config: TrainConfig, data: TrainingData) -> Task:
     else:
         bf16 = config.mixed_precision == "bf16"
         autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)
+        compile_model(teacher, config.compile)
         losses = OutputLosses(
             task.objective, task.conditioning, teacher, stage.teacher_weight, autocast
         )
@@ -174,6 +180,8 @@ def check_teacher(config: TrainConfig) -> None:
     """
     if config.model.attention == "softmax":
         raise ValueError("convert needs model.attention=mhla or linear, found softmax")
+    if config.model.trainable != "all":
+        raise ValueError("convert.stages say what is trained (train); leave model.trainable out")
     teacher = str(conversion_of(config).teacher)
     if issubclass(transformer_class(teacher), MHLATransformerMixin):
         raise ValueError(f"convert.teacher {teacher} has MHLA layers; it must be the softmax model")

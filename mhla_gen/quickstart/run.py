@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from accelerate import PartialState
 
 from mhla_gen.config import QuickstartConfig, SampleConfig, TrainConfig, save_config
 from mhla_gen.data.images import digits
@@ -21,7 +22,8 @@ from mhla_gen.sampling.manifest import manifest, weights_of
 from mhla_gen.sampling.sample_set import save_samples
 from mhla_gen.sampling.samplers import ClassSampler
 from mhla_gen.training.log import LOG_NAME, read_log
-from mhla_gen.training.loop import rehearse, train
+from mhla_gen.training.loop import train
+from mhla_gen.training.rehearsal import rehearse
 
 METRICS_NAME = "metrics.json"
 Attention = Literal["mhla", "linear"]
@@ -85,6 +87,8 @@ def training(config: QuickstartConfig, attention: Attention) -> TrainConfig:
         checkpoint_every=max(1, config.max_steps // 4),
         keep_checkpoints=1,
         log_every=10,
+        report_to="none",
+        sample_every=0,
     )
 
 
@@ -140,8 +144,9 @@ def _arm(config: QuickstartConfig, attention: Attention, labels: np.ndarray) -> 
     title = {"mhla": f"MHLA, {blocks} blocks", "linear": "linear attention, one block"}[attention]
     settings = training(config, attention)
     began = time.perf_counter()
-    pipeline = train(replace(settings, resume="latest"), title=f"train {title}")
+    saved = train(replace(settings, resume="latest"), title=f"train {title}")
     seconds = time.perf_counter() - began
+    pipeline = ClassConditionalPipeline.from_pretrained(saved).to(PartialState().device)
     images = generate(
         pipeline,
         labels,

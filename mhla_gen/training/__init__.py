@@ -2,8 +2,9 @@
 
 from mhla_gen.training.build import Task, build_model, build_task
 from mhla_gen.training.initialization import disable_label_dropout, initialize_dit
-from mhla_gen.training.loop import rehearse, train
+from mhla_gen.training.loop import train
 from mhla_gen.training.optim import build_optimizer, keep_mixing_in_range, parameter_groups
+from mhla_gen.training.rehearsal import rehearse
 
 __all__ = [
     "Task",

@@ -1,14 +1,18 @@
 """From settings and data to a model, and to what it learns."""
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import torch
 from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
-from mhla_gen.config import ModelConfig, ObjectiveConfig, TrainConfig
+from mhla_gen.config import ModelConfig, ObjectiveConfig, PreviewConfig, TrainConfig
 from mhla_gen.data import TrainingData
+from mhla_gen.data.caching.cached import CachedLatents
 from mhla_gen.models import MHLADiTTransformer2DModel
 from mhla_gen.sampling.pipeline import ClassConditionalPipeline
 from mhla_gen.training.conditioning import ClassLabels, Conditioning
@@ -85,13 +89,24 @@ class Task:
     """The trained transformer → what samples from it and is saved."""
     summary: str
     """The data, for a rehearsal."""
+    gathered: tuple[str, ...] = ()
+    """Classes of modules, besides the blocks, that are called by themselves: where processes share
+    a model, these are gathered by themselves."""
+    sampler: Callable[[Any, Sequence[int], PreviewConfig], np.ndarray] | None = None
+    """Pipeline, numbers of samples and their settings → uint8 `[images, (frames,) height, width,
+    channels]`; None for a model that previews show no samples of."""
     losses: Losses | None = None
     """What a step minimises; None is the loss of the objective."""
+    finished: Callable[[Any], Any] | None = None
+    """The trained transformer → the one that is saved at the end; None saves it as it is."""
 
     @property
     def step_losses(self) -> Losses:
         """What a step minimises."""
         return self.losses or ObjectiveLosses(self.objective, self.conditioning)
+
+
+BuildTask = Callable[[TrainConfig, TrainingData], Task]
 
 
 def build_task(config: TrainConfig, data: TrainingData) -> Task:
@@ -102,6 +117,11 @@ def build_task(config: TrainConfig, data: TrainingData) -> Task:
     """
     if config.convert is not None:
         raise ValueError("settings with convert are run by mhla_gen.distillation.convert")
+    if config.wan is not None:
+        # It builds on this module.
+        from mhla_gen.training.wan import wan_task
+
+        return wan_task(config, config.wan, data)
     if data.class_names is None:
         raise ValueError("the data have no class labels, which a class-conditional model needs")
     return _class_conditional(config, data, data.class_names)
@@ -112,10 +132,15 @@ def _class_conditional(config: TrainConfig, data: TrainingData, class_names: Seq
     shape = data.sample_shapes[0]
     model = build_model(config.model, shape, len(class_names), objective.out_channels(shape[0]))
 
+    @functools.cache
+    def vae() -> Any:
+        return data.autoencoder() if isinstance(data, CachedLatents) else None
+
     def pipeline(model: Any) -> ClassConditionalPipeline:
         return ClassConditionalPipeline(
             transformer=model,
             scheduler=objective.scheduler(),
+            vae=vae(),
             class_names=class_names,
             prediction_type=objective.prediction_type,
         )
@@ -125,5 +150,23 @@ def _class_conditional(config: TrainConfig, data: TrainingData, class_names: Seq
         objective=objective,
         conditioning=ClassLabels(len(class_names)),
         pipeline=pipeline,
+        sampler=class_samples,
+        # The output layer asks the first block's embedder for its condition.
+        gathered=("CombinedTimestepLabelEmbeddings",),
         summary=f"{len(data)} images of {len(class_names)} classes, {list(shape)}",
     )
+
+
+def class_samples(pipeline: Any, numbers: Sequence[int], config: PreviewConfig) -> np.ndarray:
+    """Images of a class-conditional pipeline, class after class; see `Task.sampler`."""
+    device = pipeline.transformer.device
+    pipeline.to(device)
+    generators = [torch.Generator().manual_seed(config.seed + number) for number in numbers]
+    images: Any = pipeline(
+        [number % pipeline.num_classes for number in numbers],
+        num_inference_steps=config.num_inference_steps,
+        guidance_scale=config.guidance_scale,
+        generator=generators,
+        output_type="np",
+    ).images
+    return np.round(images * 255).astype(np.uint8)

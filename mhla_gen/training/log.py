@@ -1,99 +1,211 @@
-"""What a run reports: a progress bar, and one JSON object a line in log.jsonl."""
+"""What a run reports: a progress bar, one JSON object a line in log.jsonl, and trackers."""
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
 from mhla_gen.files import written_whole
+from mhla_gen.training.checkpoints import last_checkpoint
+from mhla_gen.training.run import Run, StepResult
 
 LOG_NAME = "log.jsonl"
+# Ranges of the timesteps that losses are noted for, each as wide.
+_NUM_RANGES = 10
 
 
 class RunLog:
-    """Mean loss, learning rate and speed, every `every` steps.
+    """Losses, learning rate, speed and memory, every `log_every` steps.
 
     Losses stay on their device until a line is written: reading one waits for the device.
 
     Args:
-        path: The log; None to keep nothing on disk.
+        run: What is trained.
+        path: The log.
         start: Steps done before; later lines of an existing log are dropped.
-        stop: Steps of the whole run.
-        every: Steps per line.
         title: Name of the progress bar.
-        images_per_step: For the speed.
-        show: Draw the bar.
+        peak_flops: Operations a second of one device, for the share of them that is used; None
+            leaves it out.
     """
 
-    def __init__(
-        self,
-        path: Path | None,
-        *,
-        start: int,
-        stop: int,
-        every: int,
-        title: str,
-        images_per_step: int,
-        show: bool = True,
-    ):
+    def __init__(self, run: Run, path: Path, start: int, title: str, peak_flops: float | None):
+        self.run = run
         self.path = path
-        self.every = every
-        self.stop = stop
-        self.images_per_step = images_per_step
-        self.bar = tqdm(total=stop, initial=start, desc=title, unit="step", disable=not show)
-        self._losses: list[dict[str, Tensor]] = []
+        self.peak_flops = peak_flops
+        show = run.accelerator.is_main_process
+        self.bar = tqdm(
+            total=run.config.max_steps, initial=start, desc=title, unit="step", disable=not show
+        )
+        self._results: list[StepResult] = []
         self._since = time.perf_counter()
-        if path is not None:
+        if show:
             kept = [line for line in read_log(path) if line["step"] <= start]
             with written_whole(path) as partial:
                 partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
 
-    def step(self, step: int, losses: Mapping[str, Tensor], learning_rate: float) -> None:
+    def step(self, step: int, result: StepResult, learning_rate: float) -> None:
         """Note one finished step.
 
         Args:
             step: Steps done, this one included.
-            losses: Its `loss`, and others to be logged; scalars.
+            result: What it left.
             learning_rate: The rate that it was made with.
 
         Raises:
-            ValueError: If a loss since the last line is not finite.
+            ValueError: If a loss or a gradient since the last line is not finite.
         """
-        self._losses.append({name: loss.detach() for name, loss in losses.items()})
+        self._results.append(result)
         self.bar.update()
-        if step % self.every and step != self.stop:
+        if step % self.run.config.log_every and step != self.run.config.max_steps:
             return
-        noted = {name: torch.stack([loss[name] for loss in self._losses]) for name in losses}
-        finite = noted["loss"].isfinite()
-        if not bool(finite.all()):
-            first = step - len(finite) + 1 + int((~finite).nonzero()[0])
-            raise ValueError(
-                f"the loss of step {first} is not finite; lower learning_rate or max_grad_norm, "
-                "and go on from the last checkpoint with resume=latest"
-            )
+        losses, norms = self._collected()
+        self._require_finite(step, losses["loss"], norms)
         seconds = time.perf_counter() - self._since
-        line = {
+        rate = losses["loss"].numel() / seconds
+        line: dict[str, Any] = {
             "step": step,
-            **{name: float(values.mean()) for name, values in noted.items()},
+            **{name: float(values.mean()) for name, values in losses.items()},
             "learning_rate": learning_rate,
-            "images_per_second": round(len(finite) * self.images_per_step / seconds, 1),
+            "grad_norm": float(norms.mean()),
+            "images_per_second": round(rate, 1),
+            **self._use_of_device(rate),
         }
-        self.bar.set_postfix_str(f"loss {line['loss']:.4f}", refresh=False)
-        if self.path is not None:
-            with self.path.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-        self._losses, self._since = [], time.perf_counter()
+        timesteps = torch.cat([result.timesteps for result in self._results])
+        ranges = mean_by_timestep(losses["loss"].flatten(), timesteps)
+        self.run.accelerator.log(
+            {name: value for name, value in line.items() if name != "step"}
+            | {f"loss_by_timestep/{name}": loss for name, loss in ranges.items()},
+            step=step,
+        )
+        self._write({**line, "loss_by_timestep": ranges})
+        self._results, self._since = [], time.perf_counter()
+
+    def require_finite(self, step: int) -> None:
+        """Raise if a loss or gradient since the last line is not finite; before a checkpoint.
+
+        Raises:
+            ValueError: With the step, its samples, and the last checkpoint.
+        """
+        if self._results:
+            losses, norms = self._collected()
+            self._require_finite(step, losses["loss"], norms)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave what is done meanwhile out of the speed."""
+        began = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - began
 
     def close(self) -> None:
-        """Finish the progress bar."""
+        """Finish the progress bar and the trackers."""
         self.bar.close()
+        # Not accelerate's end_training, which ends the group of the processes too.
+        for tracker in self.run.accelerator.trackers:
+            tracker.finish()
+
+    def _collected(self) -> tuple[dict[str, Tensor], Tensor]:
+        """Losses by name, `[steps, batch]`, and norms of gradients, `[steps]`, of all processes."""
+        names = list(self._results[0].losses)
+        own = torch.stack(
+            [torch.stack([result.losses[name] for name in names]) for result in self._results]
+        )
+        gathered = gathered_parts(
+            self.run.accelerator, own, self.run.config.gradient_accumulation_steps
+        )
+        norms = torch.stack([result.grad_norm for result in self._results]).float().cpu()
+        return dict(zip(names, gathered.float().cpu().unbind(1), strict=True)), norms
+
+    def _require_finite(self, step: int, losses: Tensor, norms: Tensor) -> None:
+        finite = losses.isfinite()
+        wrong = ~(finite.all(1) & norms.isfinite())
+        if wrong.any():
+            first = int(wrong.nonzero()[0])
+            positions = (~finite[first]).nonzero().flatten().tolist()
+            number = step - len(losses) + first
+            raise ValueError(not_finite(self.run, number, positions))
+
+    def _use_of_device(self, samples_per_second: float) -> dict[str, float]:
+        used = {}
+        if self.peak_flops is not None:
+            flops = samples_per_second * self.run.sample_flops
+            used["mfu"] = round(flops / self.peak_flops / self.run.accelerator.num_processes, 4)
+        if self.run.accelerator.device.type == "cuda":
+            used["memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+        return used
+
+    def _write(self, line: dict[str, Any]) -> None:
+        shown = [f"loss {line['loss']:.4f}", f"lr {line['learning_rate']:.2g}"]
+        shown += [f"{line['images_per_second']:.1f} images/s"]
+        shown += [f"MFU {line['mfu']:.1%}"] if "mfu" in line else []
+        shown += [f"{line['memory_gib']} GiB"] if "memory_gib" in line else []
+        self.bar.set_postfix_str(", ".join(shown), refresh=False)
+        if self.run.accelerator.is_main_process:
+            with self.path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
 
 
-def read_log(path: Path) -> list[dict[str, float]]:
+def gathered_parts(accelerator: Accelerator, own: Tensor, num_parts: int) -> Tensor:
+    """What all processes have of each sample, in the order of the batch.
+
+    Args:
+        accelerator: Of the run.
+        own: `[…, samples]` of this process, part after part.
+        num_parts: Micro-batches; every process has as many samples of each.
+
+    Returns:
+        `[…, batch]`.
+    """
+    every: Any = accelerator.gather(own[None])
+    # [processes, …, parts, rows]: in the batch the processes' rows lie beside each other.
+    every = every.unflatten(-1, (num_parts, -1)).movedim(0, -2)
+    return every.flatten(-3)
+
+
+def mean_by_timestep(losses: Tensor, timesteps: Tensor) -> dict[str, float]:
+    """Mean loss of the samples in each range of timesteps that has any.
+
+    Args:
+        losses: `[samples]`.
+        timesteps: `[samples]` in [0, 1000].
+    """
+    width = 1000 // _NUM_RANGES
+    numbers = (timesteps.double() / width).floor().long().clamp(max=_NUM_RANGES - 1)
+    return {
+        f"{number * width:03d}": float(losses[numbers == number].mean())
+        for number in range(_NUM_RANGES)
+        if (numbers == number).any()
+    }
+
+
+def not_finite(run: Run, number: int, positions: Sequence[int]) -> str:
+    """What to say of step `number`, counted from 0, whose loss or gradient is not finite.
+
+    Args:
+        run: What is trained.
+        number: Steps done before.
+        positions: Samples of the batch whose loss is not finite.
+    """
+    names = run.describe(number, positions[:8])
+    more = f" and {len(positions) - 8} more" if len(positions) > 8 else ""
+    what = f"the loss of step {number + 1} is not finite for {', '.join(names)}{more}"
+    if not positions:
+        what = f"the gradient of step {number + 1} is not finite"
+    last = last_checkpoint(Path(run.config.output_dir))
+    remedy = (
+        f"go on from {last} with resume=latest" if last else "there is no checkpoint to go on from"
+    )
+    return f"{what}; lower learning_rate or max_grad_norm; {remedy}"
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
     """The whole lines of a log, oldest first; none if there is no log."""
     if not path.is_file():
         return []
@@ -105,3 +217,19 @@ def read_log(path: Path) -> list[dict[str, float]]:
             # A run that was killed may have left half of its last line.
             break
     return lines
+
+
+def start_trackers(run: Run, start: int) -> None:
+    """Open TensorBoard or W&B, where `report_to` asks for them.
+
+    Args:
+        run: What is trained.
+        start: Steps done before; later curves of an interrupted run are dropped.
+    """
+    config = run.config
+    options: dict[str, Any] = {
+        "tensorboard": {"purge_step": start + 1 if start else None},
+        "wandb": {"name": config.output_dir, "dir": config.output_dir},
+    }
+    name = "tensorboard" if config.report_to == "tensorboard" else "mhla_gen"
+    run.accelerator.init_trackers(name, init_kwargs=options)

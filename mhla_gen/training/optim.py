@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from mhla_gen.models import MHLA
+
 
 def mixing_matrices(model: nn.Module) -> list[nn.Parameter]:
     """The trainable mixing matrices of all MHLA layers."""
@@ -53,17 +55,35 @@ def build_optimizer(
     """AdamW that keeps the model's mixing matrices in [0, 1] after every step."""
     groups = parameter_groups(model, weight_decay, mixing_learning_rate)
     optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.999), fused=True)
-    keep_mixing_in_range(optimizer, mixing_matrices(model))
+    keep_mixing_in_range(optimizer, model)
     return optimizer
 
 
-def keep_mixing_in_range(optimizer: torch.optim.Optimizer, matrices: list[nn.Parameter]) -> None:
-    """Clip these parameters to [0, 1] after each step of the optimizer, whoever calls it."""
+def keep_mixing_in_range(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Clip a model's mixing matrices to [0, 1] after each step of an optimizer, whoever calls it.
+
+    Args:
+        optimizer: Of the model.
+        model: Its layers are asked at each step: sharing it among processes replaces parameters.
+    """
+    matrices = {id(matrix) for matrix in mixing_matrices(model)}
+    layers: list[Any] = [
+        module for module in model.modules() if id(getattr(module, "mixing", None)) in matrices
+    ]
 
     @torch.no_grad()
     def clip(*_: Any) -> None:
-        for matrix in matrices:
-            matrix.clamp_(0, 1)
+        for layer in layers:
+            layer.mixing.clamp_(0, 1)
 
-    if matrices:
+    if layers:
         optimizer.register_step_post_hook(clip)
+
+
+def train_only_mhla(model: nn.Module) -> None:
+    """Freeze everything but what MHLA added to the layers of a model."""
+    model.requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, MHLA):
+            module.requires_grad_(True)
+            module.mixing.requires_grad_(module.config.mixing_learnable)

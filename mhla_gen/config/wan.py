@@ -1,0 +1,83 @@
+"""Settings of training Wan's video transformers."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from mhla_gen.config.checks import check_at_least, check_choice
+
+WAN_PRESETS: dict[str, dict[str, int]] = {
+    "1.3B": {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30},
+    "5B": {"num_attention_heads": 24, "ffn_dim": 14336, "num_layers": 30},
+    "14B": {"num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40},
+}
+"""Sizes of Wan 2.1 (1.3B, 14B) and 2.2 (5B: TI2V; 14B: each of the two experts of A14B).
+
+Source: config.json of the transformers in Wan-AI's repositories in diffusers' format.
+"""
+_SIZES = ("num_layers", "num_attention_heads", "attention_head_dim", "ffn_dim")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WanConfig:
+    """A Wan transformer for clips with captions, and what of it is trained.
+
+    Raises:
+        ValueError: If values are out of range or do not fit together.
+    """
+
+    preset: str = "1.3B"
+    """Sizes of a new model, where model.pretrained is not given: 1.3B, 5B or 14B. Channels are
+    those of the data."""
+    num_layers: int | None = None
+    """Transformer blocks; None takes the preset's, as for the next three."""
+    num_attention_heads: int | None = None
+    """Heads per block; the hidden size is heads × attention_head_dim."""
+    attention_head_dim: int | None = None
+    """Channels per head."""
+    ffn_dim: int | None = None
+    """Channels inside the feed-forward layers."""
+    first_frame: bool = False
+    """Image to video: the model is given the first frame of a clip. With times_of_tokens it stands
+    in its place, as in Wan 2.2 TI2V-5B; else in further channels, as in I2V-A14B, and the cache
+    must have them: clips.condition=true."""
+    times_of_tokens: bool | None = None
+    """Tell the model a time for each token, as TI2V-5B has it; None asks the pretrained pipeline.
+    """
+    expert: Literal["high_noise", "low_noise"] | None = None
+    """Which of Wan 2.2's two 14B experts is trained, on its noise levels only."""
+    boundary: float | None = None
+    """Noise level between the experts; None asks the pretrained pipeline. Wan 2.2 has 0.875 for
+    text to video and 0.9 for image to video."""
+    lora_rank: int = 32
+    """model.trainable=lora: rank of the updates."""
+    lora_alpha: float | None = None
+    """model.trainable=lora: the updates are scaled by alpha / rank; None takes the rank."""
+    lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2")
+    """model.trainable=lora: which linear layers are updated, by the ends of their names."""
+    save_text_encoder: bool = False
+    """Save the text encoder of the cache with the pipeline, 11 GB for Wan's. Without it samples
+    are made from embedded prompts."""
+
+    def __post_init__(self):
+        check_choice("wan.preset", self.preset, tuple(WAN_PRESETS))
+        for name in _SIZES:
+            if getattr(self, name) is not None:
+                check_at_least(f"wan.{name}", getattr(self, name), 1)
+        check_at_least("wan.lora_rank", self.lora_rank, 1)
+        if self.expert is not None:
+            check_choice("wan.expert", self.expert, ("high_noise", "low_noise"))
+        if self.boundary is not None and not 0 < self.boundary < 1:
+            raise ValueError(f"wan.boundary must be in (0, 1), found {self.boundary}")
+        if self.boundary is not None and self.expert is None:
+            raise ValueError("wan.boundary is given without wan.expert: high_noise or low_noise")
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Arguments of a new model but channels."""
+        given = {name: getattr(self, name) for name in _SIZES}
+        return WAN_PRESETS[self.preset] | {k: v for k, v in given.items() if v is not None}
+
+    @property
+    def subfolder(self) -> str:
+        """Where the trained transformer lies in a pipeline."""
+        return "transformer_2" if self.expert == "low_noise" else "transformer"

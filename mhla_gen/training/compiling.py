@@ -1,0 +1,33 @@
+"""torch.compile for a transformer: its blocks, which are alike, or the whole of it."""
+
+from torch import nn
+
+
+def block_class(model: nn.Module) -> str:
+    """Name of the class of the blocks that a transformer repeats.
+
+    Raises:
+        ValueError: If it has no list of blocks.
+    """
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    lists = [blocks for blocks in lists if len({type(block) for block in blocks}) == 1]
+    if not lists:
+        raise ValueError(f"{type(model).__name__} repeats no blocks")
+    largest = max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters()))
+    return type(largest[0]).__name__
+
+
+def compile_model(model: nn.Module, how: str) -> None:
+    """Compile a model in place; its parameters keep their names.
+
+    Args:
+        model: A transformer.
+        how: none; regional, each of its blocks, which compile once for all; or whole.
+    """
+    if how == "whole":
+        model.compile()
+    elif how == "regional":
+        name = block_class(model)
+        for module in model.modules():
+            if type(module).__name__ == name:
+                module.compile(fullgraph=True)

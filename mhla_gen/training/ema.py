@@ -1,0 +1,80 @@
+"""The average of a model's weights over the steps of training."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+class WeightAverage(EMAModel):
+    """diffusers' `EMAModel` of a model that processes may share: each averages its part.
+
+    Args:
+        model: On its device, shared or not.
+        decay: Of the average; less in the first steps, (1 + step) / (10 + step).
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        self._weights = list(model.parameters())
+        super().__init__(_local(self._weights), decay=decay, foreach=True)
+
+    def step(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Average the parameters in."""
+        super().step(_local(parameters))
+
+    def copy_to(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Give parameters their averages."""
+        super().copy_to(_local(parameters))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps, averages whole; every process must ask."""
+        pairs = zip(self.shadow_params, self._weights, strict=True)
+        return {**super().state_dict(), "shadow_params": [_whole(*pair) for pair in pairs]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the state of a checkpoint, each process its part."""
+        super().load_state_dict(state_dict)
+        pairs = zip(self.shadow_params, self._weights, strict=True)
+        self.shadow_params = [_part(*pair) for pair in pairs]
+
+    @contextmanager
+    def applied(self, model: nn.Module) -> Iterator[None]:
+        """Give a model the averaged weights, and take them back at the end, bit for bit."""
+        parameters = list(model.parameters())
+        kept = [tensor.detach().clone() for tensor in _local(parameters)]
+        self.copy_to(parameters)
+        try:
+            yield
+        finally:
+            for parameter, old in zip(_local(parameters), kept, strict=True):
+                parameter.data.copy_(old)
+
+
+def _local(parameters: Iterable[Tensor]) -> list[Any]:
+    """What this process has of each, in the same memory."""
+    return [p.to_local() if isinstance(p, DTensor) else p for p in parameters]
+
+
+def _whole(part: Tensor, weight: Tensor) -> Tensor:
+    """All of a tensor that processes share as they do `weight`."""
+    if not isinstance(weight, DTensor):
+        return part
+    return DTensor.from_local(
+        part,
+        weight.device_mesh,
+        weight.placements,
+        run_check=False,
+        shape=weight.shape,
+        stride=weight.stride(),
+    ).full_tensor()
+
+
+def _part(whole: Tensor, weight: Tensor) -> Tensor:
+    """What this process has of a tensor that is shared as `weight` is, on its device."""
+    whole = whole.to(weight.device)
+    if not isinstance(weight, DTensor):
+        return whole
+    return distribute_tensor(whole, weight.device_mesh, weight.placements).to_local()

@@ -1,0 +1,95 @@
+"""Several processes: replicas of the model (DDP), or its parts (FSDP2), through accelerate."""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
+from accelerate.utils import DistributedType, ProjectConfiguration
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
+
+from mhla_gen.config import TrainConfig
+
+
+def build_accelerator(config: TrainConfig) -> Accelerator:
+    """Accelerate's state for a run.
+
+    Raises:
+        ValueError: If parts of a model are asked for on one process, or with FSDP's first version.
+    """
+    # accelerate's own name for float32 is "no", which YAML reads as false.
+    precision = "no" if config.mixed_precision == "fp32" else config.mixed_precision
+    sharded = config.parallelism == "fsdp"
+    accelerator = Accelerator(
+        mixed_precision=precision,
+        log_with=None if config.report_to == "none" else config.report_to,
+        project_config=ProjectConfiguration(config.output_dir, logging_dir=config.output_dir),
+        fsdp_plugin=_sharding_plugin() if sharded else None,
+    )
+    if sharded and accelerator.num_processes == 1:
+        raise ValueError(
+            "parallelism=fsdp shares a model among processes, found one; start them with "
+            "`accelerate launch train/train.py CONFIG.yaml`, or use parallelism=ddp"
+        )
+    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise ValueError("accelerate is configured for FSDP 1; set fsdp_version to 2")
+    if sharded and accelerator.device.type == "cpu":
+        # accelerate shards on accelerators only, PyTorch anywhere: this is how the tests run it.
+        accelerator.state.fsdp_plugin = _sharding_plugin()
+        for state in (accelerator.state, PartialState()):
+            state.distributed_type = DistributedType.FSDP
+    return accelerator
+
+
+def _sharding_plugin() -> FullyShardedDataParallelPlugin:
+    # accelerate reads the version from here before it looks at the argument.
+    os.environ["FSDP_VERSION"] = "2"
+    return FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        # Autocast chooses the arithmetic, as without sharding: the same numbers either way.
+        mixed_precision_policy=MixedPrecisionPolicy(),
+    )
+
+
+def shard_by(accelerator: Accelerator, model: nn.Module, names: Sequence[str]) -> None:
+    """Say which modules of a model are gathered one at a time, where it is shared.
+
+    Args:
+        accelerator: Of the run.
+        model: Not yet prepared.
+        names: Classes; those that the model does not have are left out.
+    """
+    if accelerator.is_fsdp2:
+        found = {type(module).__name__ for module in model.modules()}
+        plugin: Any = accelerator.state.fsdp_plugin
+        plugin.transformer_cls_names_to_wrap = [name for name in names if name in found]
+
+
+def free_whole(model: nn.Module) -> None:
+    """Leave each process its parts alone, of a model that was called without a backward pass."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor of which processes may hold parts, whole; every process must ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def whole_state(model: nn.Module, keep: bool) -> dict[str, Tensor]:
+    """The weights of a model on the CPU; every process must ask.
+
+    Args:
+        model: Shared among processes, or not.
+        keep: Whether this process gets them; nothing otherwise.
+    """
+    state = {}
+    for name, tensor in model.state_dict().items():
+        gathered = whole(tensor)
+        if keep:
+            state[name] = gathered.cpu()
+    return state

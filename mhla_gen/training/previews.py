@@ -1,0 +1,152 @@
+"""What a run shows of its model while it trains: samples, mixing matrices, and their scores.
+
+Nothing here touches the randomness or the weights of training.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from mhla_gen.config import EvaluateConfig, PreviewConfig
+from mhla_gen.evaluation import evaluate
+from mhla_gen.files import written_whole
+from mhla_gen.models import MHLA
+from mhla_gen.sampling.outputs import sheet_part, write_video
+from mhla_gen.training.parallel import whole
+from mhla_gen.training.run import Run
+
+PREVIEWS_NAME = "previews"
+# Least side of a mixing matrix in its picture, in pixels.
+_MATRIX_SIDE = 64
+_GAP = 2
+
+
+def write_previews(run: Run, step: int) -> None:
+    """Write samples and mixing matrices to `previews`, and to the trackers.
+
+    Every process must call it.
+    """
+    pictures = {}
+    samples = make_samples(run, run.config.samples)
+    if samples is not None and samples.ndim == 5:
+        pictures["samples"] = np.concatenate([np.hstack([*sheet_part(clip)]) for clip in samples])
+    elif samples is not None:
+        if samples.ndim == 5:
+            # Of a clip the first, the middle and the last frame.
+            frames = samples.shape[1]
+            samples = samples[:, sorted({0, frames // 2, frames - 1})].reshape(
+                -1, *samples.shape[2:]
+            )
+        pictures["samples"] = tiled(list(samples))
+    matrices = mixing_matrices(run.accelerator.unwrap_model(run.model))
+    if matrices:
+        pictures["mixing"] = mixing_picture(matrices)
+    if not run.accelerator.is_main_process:
+        return
+    for name, picture in pictures.items():
+        path = Path(run.config.output_dir) / PREVIEWS_NAME / f"{name}-{step:07d}.png"
+        with written_whole(path) as partial:
+            Image.fromarray(picture).save(partial, format="PNG")
+    if samples is not None and samples.ndim == 5:
+        for number, clip in enumerate(samples):
+            name = f"clip-{step:07d}-{number:02d}.mp4"
+            write_video(Path(run.config.output_dir) / PREVIEWS_NAME / name, clip, fps=16)
+    for tracker in run.accelerator.trackers:
+        axes = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+        tracker.log_images({name: p[None] for name, p in pictures.items()}, step=step, **axes)
+
+
+def evaluate_samples(run: Run, step: int) -> None:
+    """Score samples of the averaged weights, into `evaluations/<step>` and the trackers.
+
+    Every process must call it.
+
+    Raises:
+        ValueError: If the model cannot be sampled from, or samples and reference do not compare.
+    """
+    settings = run.config.evaluation
+    samples = make_samples(run, settings.samples)
+    if samples is None:
+        raise ValueError("evaluate_every is for class-conditional models of images")
+    folder = Path(run.config.output_dir) / "evaluations" / f"{step:07d}"
+    if run.accelerator.is_main_process:
+        with written_whole(folder / "samples.npz") as partial, partial.open("wb") as file:
+            np.savez(file, arr_0=samples)
+    run.accelerator.wait_for_everyone()
+    results = evaluate(
+        EvaluateConfig(
+            samples=str(folder / "samples.npz"),
+            reference=settings.reference,
+            metrics=settings.metrics,
+            features=settings.features,
+            out=str(folder / "metrics.json"),
+        )
+    )
+    run.accelerator.log({f"evaluation/{r.metric}": r.value for r in results}, step=step)
+
+
+def make_samples(run: Run, config: PreviewConfig) -> np.ndarray | None:
+    """Images of the averaged weights; every process makes its share, and gets all.
+
+    Returns:
+        uint8 `[images, height, width, channels]`; None for a model that no samples are made of.
+    """
+    if run.task.sampler is None:
+        return None
+    accelerator = run.accelerator
+    count = accelerator.num_processes
+    # As many for every process: where a model is shared, all must call it as often.
+    share = -(-config.num_images // count)
+    numbers = [(accelerator.process_index * share + i) % config.num_images for i in range(share)]
+    with run.averaged_model(gather=False) as model:
+        pipeline = run.task.pipeline(model)
+        pipeline.set_progress_bar_config(disable=True)
+        own = [
+            run.task.sampler(pipeline, numbers[first : first + config.batch_size], config)
+            for first in range(0, share, config.batch_size)
+        ]
+    images = torch.from_numpy(np.concatenate(own)).to(accelerator.device)
+    gathered: Any = accelerator.gather(images)
+    return gathered[: config.num_images].cpu().numpy()
+
+
+def mixing_matrices(model: nn.Module) -> list[np.ndarray]:
+    """The mixing matrix of every MHLA layer, the mean over heads where they have their own."""
+    matrices = [whole(m.mixing.detach()).float() for m in model.modules() if isinstance(m, MHLA)]
+    return [m.reshape(-1, *m.shape[-2:]).mean(0).cpu().numpy() for m in matrices]
+
+
+def mixing_picture(matrices: Sequence[np.ndarray]) -> np.ndarray:
+    """Heat maps of mixing matrices in the order of the layers, dark 0, bright the largest weight.
+
+    Returns:
+        uint8 `[height, width, 3]`.
+    """
+    largest = max(float(matrix.max()) for matrix in matrices) or 1.0
+    colours = matplotlib.colormaps["viridis"]
+    pictures = []
+    for matrix in matrices:
+        scale = -(-_MATRIX_SIDE // len(matrix))
+        shown = np.kron(matrix / largest, np.ones((scale, scale)))
+        pictures.append((colours(shown)[..., :3] * 255).astype(np.uint8))
+    return tiled(pictures)
+
+
+def tiled(pictures: Sequence[np.ndarray]) -> np.ndarray:
+    """Pictures of one size in rows, as square as may be; uint8 `[height, width, 3]`."""
+    columns = int(np.ceil(np.sqrt(len(pictures))))
+    height, width = pictures[0].shape[:2]
+    rows = -(-len(pictures) // columns)
+    size = rows * (height + _GAP) - _GAP, columns * (width + _GAP) - _GAP
+    sheet = np.full((*size, 3), 255, dtype=np.uint8)
+    for number, picture in enumerate(pictures):
+        top, left = (number // columns) * (height + _GAP), (number % columns) * (width + _GAP)
+        # Grey becomes three equal channels.
+        sheet[top : top + height, left : left + width] = picture
+    return sheet

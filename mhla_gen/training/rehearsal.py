@@ -1,0 +1,57 @@
+"""A run in small: everything is built, one step is done, and nothing is written."""
+
+import time
+from dataclasses import replace
+from datetime import timedelta
+
+import torch
+from accelerate import PartialState
+
+from mhla_gen.config import TrainConfig
+from mhla_gen.training.build import BuildTask, build_task
+from mhla_gen.training.checkpoints import check_output_dir
+from mhla_gen.training.run import Run, build_run
+
+
+def rehearse(config: TrainConfig, build: BuildTask = build_task) -> str:
+    """Build everything and do two steps in memory; what was found, in a few lines.
+
+    On a GPU the steps have the batch of the run, to show its memory. On a CPU, where time goes with
+    the batch, they have at most 4 samples per micro-batch.
+
+    Args:
+        config: Settings.
+        build: As in `build_run`.
+
+    Raises:
+        ValueError: As `train`.
+        OSError: As `train`.
+    """
+    check_output_dir(config)
+    state = PartialState()
+    parts = state.num_processes * config.gradient_accumulation_steps
+    on_gpu = str(state.device).startswith("cuda")
+    size = config.batch_size if on_gpu else min(config.batch_size, 4 * parts)
+    run = build_run(replace(config, batch_size=size, report_to="none"), build)
+    loss, seconds = _two_steps(run)
+    total = timedelta(seconds=round(seconds * config.batch_size / size * config.max_steps))
+    parameters = [p.numel() for p in run.model.parameters()]
+    trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+    epochs = config.max_steps * config.batch_size / len(run.data)
+    memory = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if on_gpu else ""
+    return (
+        f"{run.task.summary}; {config.model.attention} model with "
+        f"{sum(parameters) / 1e6:.2f} M parameters, {trained / 1e6:.2f} M trained; "
+        f"{run.sample_flops / 1e9:.4g} GFLOP per sample and step; first loss {loss:.4f}; "
+        f"{seconds:.3g} s for a step of {size}{memory}; {config.max_steps} steps of "
+        f"{config.batch_size} are {epochs:.1f} epochs and take about {total}"
+    )
+
+
+def _two_steps(run: Run) -> tuple[float, float]:
+    """The loss of the first step, and the seconds of the second: the first one warms up."""
+    results, began = [], 0.0
+    for number, parts in enumerate(run.batches(0, 2)):
+        began = time.perf_counter()
+        results.append(float(run.step(number, parts).losses["loss"].mean()))
+    return results[0], time.perf_counter() - began

@@ -1,0 +1,211 @@
+"""A run: data, model, optimizer and average, and one step of them."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from diffusers.optimization import get_scheduler
+from torch import Tensor
+
+from mhla_gen.config import TrainConfig
+from mhla_gen.data import Batch, BatchOrder, TrainingData, batches, load_data
+from mhla_gen.training.build import BuildTask, Task, build_task
+from mhla_gen.training.compiling import block_class, compile_model
+from mhla_gen.training.draws import draw
+from mhla_gen.training.ema import WeightAverage
+from mhla_gen.training.optim import build_optimizer, train_only_mhla
+from mhla_gen.training.parallel import (
+    build_accelerator,
+    free_whole,
+    shard_by,
+    whole,
+    whole_state,
+)
+from mhla_gen.training.throughput import step_flops
+
+
+@dataclass(frozen=True, eq=False)
+class StepResult:
+    """What one step leaves for the log. Tensors stay on their device: reading one waits for it."""
+
+    losses: dict[str, Tensor]
+    """`loss` and others by name, each `[samples]`, of this process's share, part after part."""
+    timesteps: Tensor
+    """Of the whole batch, `[batch]`, on the CPU."""
+    grad_norm: Tensor
+    """Norm of the gradient before it was clipped, a scalar."""
+
+
+@dataclass
+class Run:
+    """Everything that one optimizer step needs."""
+
+    config: TrainConfig
+    accelerator: Accelerator
+    data: TrainingData
+    task: Task
+    model: Any
+    """The task's transformer, as processes share it."""
+    model_class: Any
+    """What it was before."""
+    optimizer: Any
+    learning_rate: Any
+    ema: WeightAverage
+    sample_flops: int
+    """Operations of training on one sample; see `step_flops`."""
+
+    @cached_property
+    def order(self) -> BatchOrder:
+        """Which samples each micro-batch has, over all processes."""
+        size = self.config.batch_size // self.config.gradient_accumulation_steps
+        return BatchOrder(self.data.buckets, size, self.config.seed)
+
+    @property
+    def rows(self) -> slice:
+        """The rows of each micro-batch that this process works on."""
+        rows = self.order.size // self.accelerator.num_processes
+        first = self.accelerator.process_index * rows
+        return slice(first, first + rows)
+
+    def batches(self, start: int, stop: int) -> Iterator[list[Batch]]:
+        """This process's share of the micro-batches of each of these steps."""
+        parts = self.config.gradient_accumulation_steps
+        return batches(self.data, self.order, start, stop, parts=parts, rows=self.rows)
+
+    def step(self, number: int, parts: Sequence[Batch]) -> StepResult:
+        """Do optimizer step `number`, counted from 0.
+
+        Args:
+            number: Steps done before.
+            parts: This process's share of the step's micro-batches.
+        """
+        draws = draw(
+            self.task.objective,
+            seed=self.config.seed,
+            step=number,
+            batch_size=self.config.batch_size,
+            dropout=self.config.label_dropout,
+            flip=self.config.data.horizontal_flip,
+        )
+        device, size, losses = self.accelerator.device, self.order.size, []
+        for index, part in enumerate(parts):
+            # Gradients are averaged over processes once, with the last micro-batch.
+            last = index == len(parts) - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.model):
+                found = self.task.step_losses(
+                    self.model,
+                    {name: tensor.to(device, non_blocking=True) for name, tensor in part.items()},
+                    draws.part(slice(index * size, (index + 1) * size)).part(self.rows).to(device),
+                )
+                self.accelerator.backward(found["loss"].mean() / len(parts))
+            losses.append({name: values.detach() for name, values in found.items()})
+        norm: Any = self.accelerator.clip_grad_norm_(
+            self.model.parameters(), self.config.max_grad_norm
+        )
+        self.optimizer.step()
+        self.learning_rate.step()
+        self.optimizer.zero_grad()
+        self.ema.step(self.model.parameters())
+        return StepResult(
+            {name: torch.cat([part[name] for part in losses]) for name in losses[0]},
+            self.task.objective.timesteps(draws.times),
+            whole(norm),
+        )
+
+    @contextmanager
+    def averaged_model(self, gather: bool = True) -> Iterator[Any]:
+        """The transformer with the averaged weights, in evaluation mode.
+
+        Args:
+            gather: Where processes share the model, give the main one a model of its own, and the
+                others None. Otherwise all get the shared model, and all must call it.
+        """
+        model = self.accelerator.unwrap_model(self.model)
+        with self.ema.applied(model):
+            if gather and self.accelerator.is_fsdp2:
+                yield self._own_copy(model)
+            else:
+                model.eval()
+                yield model
+                model.train()
+                free_whole(model)
+
+    def _own_copy(self, model: Any) -> Any:
+        state = whole_state(model, self.accelerator.is_main_process)
+        if not state:
+            return None
+        copy = self.model_class.from_config(model.config)
+        copy.load_state_dict(state)
+        return copy.eval()
+
+    def describe(self, number: int, positions: Sequence[int]) -> list[str]:
+        """What the data call the samples at these positions of the batch of a step."""
+        parts = self.config.gradient_accumulation_steps
+        names = []
+        for position in positions:
+            part, row = divmod(position, self.order.size)
+            sample = self.order.micro_batch(number * parts + part)[row]
+            names.append(self.data.describe(sample))
+        return names
+
+
+def build_run(config: TrainConfig, build: BuildTask = build_task) -> Run:
+    """Open the data and build model, optimizer, learning-rate schedule and EMA.
+
+    Args:
+        config: Settings.
+        build: Makes the task of the settings and the data.
+
+    Raises:
+        ValueError: If the settings, the data and the number of processes do not fit together.
+    """
+    accelerator = build_accelerator(config)
+    parts = accelerator.num_processes * config.gradient_accumulation_steps
+    if config.batch_size % parts:
+        raise ValueError(
+            f"batch_size {config.batch_size} must be a multiple of {parts}, "
+            "processes × gradient_accumulation_steps"
+        )
+    data = load_data(config.data)
+    set_seed(config.seed)
+    task = build(config, data)
+    model = task.model
+    if config.model.trainable == "mhla":
+        train_only_mhla(model)
+    example = data.read([data.buckets[0][0]])
+    sample_flops = step_flops(model, task.conditioning, example, data.sample_shapes[0])
+    if config.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    model.train()
+    compile_model(model, config.compile)
+    optimizer = build_optimizer(
+        model, config.learning_rate, config.weight_decay, config.mixing_learning_rate
+    )
+    learning_rate = get_scheduler(
+        config.lr_scheduler,
+        optimizer,
+        num_warmup_steps=config.warmup_steps,
+        num_training_steps=config.max_steps,
+    )
+    model_class = type(model)
+    shard_by(accelerator, model, (block_class(model), *task.gathered))
+    model, optimizer = accelerator.prepare(model, optimizer)
+    ema = WeightAverage(model, config.ema_decay)
+    accelerator.register_for_checkpointing(learning_rate, ema)
+    return Run(
+        config=config,
+        accelerator=accelerator,
+        data=data,
+        task=task,
+        model=model,
+        model_class=model_class,
+        optimizer=optimizer,
+        learning_rate=learning_rate,
+        ema=ema,
+        sample_flops=sample_flops,
+    )

@@ -146,7 +146,7 @@ def test_two_processes_write_the_same_files(source, cache, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("21 samples") == 1 and "1 could not be read" in done.stdout
     found, expected = CachedLatents.open(tmp_path / "cache"), CachedLatents.open(cache)
-    assert found.index.files.keys() == expected.index.files.keys()
+    assert found.index.files == expected.index.files
     for name, tensor in expected.read(range(21)).items():
         torch.testing.assert_close(found.read(range(21))[name], tensor, rtol=1e-5, atol=1e-6)
     assert [found.describe(i) for i in range(21)] == [expected.describe(i) for i in range(21)]

@@ -57,13 +57,14 @@ class ModelConfig:
     hub. A softmax model is given the attention asked for."""
     new_classes: bool = False
     """Give a pretrained model labels for the classes of the data; each starts as "no class"."""
-    trainable: Literal["all", "mhla"] = "all"
-    """mhla trains only what MHLA added to the layers, and keeps the rest of the model."""
+    trainable: Literal["all", "mhla", "lora"] = "all"
+    """mhla trains only what MHLA added to the layers, and keeps the rest of the model; lora trains
+    low-rank updates of its linear layers beside that (Wan; see wan.lora_rank)."""
 
     def __post_init__(self):
         check_choice("model.attention", self.attention, ("softmax", "linear", "mhla"))
         check_choice("model.preset", self.preset, tuple(PRESETS))
-        check_choice("model.trainable", self.trainable, ("all", "mhla"))
+        check_choice("model.trainable", self.trainable, ("all", "mhla", "lora"))
         for name in DiTSizes._fields:
             value = getattr(self, name)
             if value is not None:
@@ -76,8 +77,10 @@ class ModelConfig:
             raise ValueError("model.new_classes is for a pretrained model; a new one has them")
         if self.trainable == "mhla" and self.attention == "softmax":
             raise ValueError("model.trainable=mhla needs model.attention=mhla or linear")
-        if self.trainable == "mhla" and self.new_classes:
-            raise ValueError("model.new_classes are never learned with model.trainable=mhla")
+        if self.trainable != "all" and self.new_classes:
+            raise ValueError(
+                f"model.new_classes are never learned with model.trainable={self.trainable}"
+            )
 
     @property
     def sizes(self) -> DiTSizes:

@@ -14,13 +14,17 @@ from mhla_gen.models.loading import load_transformer
 from mhla_gen.models.transformer import MHLATransformerMixin
 
 
-def load_pretrained(config: ModelConfig) -> Any:
+def load_pretrained(config: ModelConfig, subfolder: str = "transformer") -> Any:
     """The model that `config.pretrained` names, float32, with the attention asked for.
+
+    Args:
+        config: What to load.
+        subfolder: Which transformer of a pipeline.
 
     Raises:
         ValueError: If there is none, or it has other MHLA layers than the config says.
     """
-    model = load_transformer(str(config.pretrained), torch_dtype=torch.float32)
+    model = load_transformer(str(config.pretrained), subfolder, torch_dtype=torch.float32)
     if config.attention == "softmax":
         if isinstance(model, MHLATransformerMixin):
             raise ValueError(
@@ -28,7 +32,7 @@ def load_pretrained(config: ModelConfig) -> Any:
                 "or save it once after mhla_gen.restore(model)"
             )
         return model
-    asked = attention_settings(config)
+    asked = attention_settings(config, 2 if isinstance(model, DiTTransformer2DModel) else 3)
     if not isinstance(model, MHLATransformerMixin):
         return inject(model, asked)
     found = model.mhla_config
@@ -41,10 +45,10 @@ def load_pretrained(config: ModelConfig) -> Any:
     return model
 
 
-def attention_settings(config: ModelConfig) -> MHLAConfig:
-    """MHLA's settings; those of linear attention have one block."""
+def attention_settings(config: ModelConfig, rank: int = 2) -> MHLAConfig:
+    """MHLA's settings; those of linear attention have one block along each of `rank` axes."""
     if config.attention == "linear":
-        return replace(config.mhla, layout=(1, 1))
+        return replace(config.mhla, layout=(1,) * rank)
     return config.mhla
 
 

@@ -1,0 +1,126 @@
+"""Wan's conditions: embedded captions, and the first frame for image to video."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mhla_gen.data import Batch
+from mhla_gen.training.objectives import FlowMatching
+
+
+@dataclass(frozen=True, eq=False)
+class Prompts:
+    """Embedded captions, as diffusers' Wan takes them.
+
+    Source:
+        diffusers 0.42, `WanPipeline` and `WanImageToVideoPipeline`: how they call the transformer.
+    """
+
+    empty: Tensor
+    """The embedded empty caption, `[text_len, text_dim]`, for those that are dropped."""
+    patch_size: tuple[int, int, int]
+    """Frames, height and width of a token."""
+    times_of_tokens: bool = False
+    """Tell the model a time for each token."""
+    first_frame: bool = False
+    """Give the model the first latent frame: in its place, with a time of 0, if tokens have times;
+    else in further channels, with a mask in front."""
+
+    def predict(
+        self,
+        model: Callable[..., Any],
+        noisy: Tensor,
+        timesteps: Tensor,
+        batch: Batch,
+        dropped: Tensor,
+    ) -> Tensor:
+        """See `mhla_gen.training.conditioning.Conditioning`.
+
+        A first frame that is given in its place is predicted as zero: nobody asks for it.
+        """
+        embeds = batch["prompt_embeds"].float()
+        embeds = torch.where(dropped[:, None, None], self.empty.to(embeds), embeds)
+        inserted = self.first_frame and self.times_of_tokens and noisy.shape[2] > 1
+        if inserted:
+            noisy = torch.cat((batch["mean"][:, :, :1].to(noisy), noisy[:, :, 1:]), dim=2)
+        elif self.first_frame and not self.times_of_tokens:
+            noisy = torch.cat((noisy, first_frame_mask(noisy), batch["condition"]), dim=1)
+        if self.times_of_tokens:
+            timesteps = token_times(timesteps, noisy.shape[2:], self.patch_size, inserted)
+        # Only tuples can be joined where processes share a sequence.
+        texts = {"encoder_hidden_states": embeds}
+        found = model(noisy, timestep=timesteps, **texts, return_dict=False)[0]
+        if inserted:
+            found = torch.cat((torch.zeros_like(found[:, :, :1]), found[:, :, 1:]), dim=2)
+        return found
+
+
+@dataclass(frozen=True)
+class ClipMatching(FlowMatching):
+    """Flow matching for clips: the noise levels of one expert, and a first frame that is known."""
+
+    lowest: float = 0.0
+    """Least σ."""
+    highest: float = 1.0
+    """Largest σ."""
+    skips_first_frame: bool = False
+    """The first latent frame of a clip is given, so the loss is that of the others."""
+
+    def draw_times(self, num: int, generator: torch.Generator) -> Tensor:
+        """Noise levels between `lowest` and `highest`: the same density there, and none outside."""
+        if (self.lowest, self.highest) == (0.0, 1.0):
+            return super().draw_times(num, generator)
+        low, high = (self._quantile(sigma) for sigma in (self.lowest, self.highest))
+        share = torch.rand(num, generator=generator, device=generator.device, dtype=torch.float64)
+        normal = torch.special.ndtri(low + (high - low) * share)
+        sigmas = torch.sigmoid(normal * self.logit_std + self.logit_mean)
+        sigmas = self.shift * sigmas / (1 + (self.shift - 1) * sigmas)
+        return sigmas.clamp(self.lowest, self.highest).float()
+
+    def losses(self, prediction: Tensor, samples: Tensor, noise: Tensor, times: Tensor) -> Tensor:
+        """See `FlowMatching`; a still image has no first frame that could be given."""
+        if self.skips_first_frame and samples.shape[2] > 1:
+            prediction, samples, noise = (x[:, :, 1:] for x in (prediction, samples, noise))
+        return super().losses(prediction, samples, noise, times)
+
+    def _quantile(self, sigma: float) -> float:
+        """The share of all noise levels that lie below one."""
+        sigma = sigma / (self.shift - (self.shift - 1) * sigma)
+        logit = torch.tensor(sigma, dtype=torch.float64).logit()
+        return torch.special.ndtr((logit - self.logit_mean) / self.logit_std).item()
+
+
+def token_times(
+    timesteps: Tensor,
+    sizes: tuple[int, ...],
+    patch_size: tuple[int, int, int],
+    first_is_known: bool,
+) -> Tensor:
+    """The time of every token, `[batch, tokens]`; 0 in a first latent frame that is known.
+
+    Args:
+        timesteps: `[batch]`.
+        sizes: Frames, height and width of the latents.
+        patch_size: Those of a token.
+        first_is_known: Whether the first frame is given.
+    """
+    frames, height, width = (n // patch for n, patch in zip(sizes, patch_size, strict=True))
+    noisy = timesteps.new_ones(frames, height * width)
+    if first_is_known:
+        noisy[0] = 0
+    return timesteps[:, None] * noisy.flatten()
+
+
+def first_frame_mask(latents: Tensor) -> Tensor:
+    """Which frames are given, as I2V-A14B is told: 1 for the first latent frame, else 0.
+
+    Returns:
+        `[batch, 4, frames, height, width]` for latents of these sizes: one channel for each of the
+        four frames that a latent frame stands for.
+    """
+    mask = latents.new_zeros(latents.shape[0], 4, *latents.shape[2:])
+    mask[:, :, 0] = 1
+    return mask

@@ -1,0 +1,135 @@
+"""Wan for clips with captions: the model, and what it learns."""
+
+from typing import Any
+
+from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
+from torch import Tensor
+
+from mhla_gen.config import ObjectiveConfig, TrainConfig, WanConfig
+from mhla_gen.data import TrainingData
+from mhla_gen.models import inject
+from mhla_gen.training.build import Task
+from mhla_gen.training.lora import add_lora, merged
+from mhla_gen.training.pretrained import attention_settings, load_pretrained
+from mhla_gen.training.prompts import ClipMatching, Prompts
+from mhla_gen.training.wan_pipeline import ClipSamples, WanParts
+
+# Channels of an image-to-video model beside noisy and known latents: see `first_frame_mask`.
+_MASK_CHANNELS = 4
+_BOUNDARY = 0.875
+
+
+def wan_task(config: TrainConfig, wan: WanConfig, data: TrainingData) -> Task:
+    """A Wan transformer for clips with embedded captions.
+
+    Args:
+        config: Settings.
+        wan: Those of them that are about Wan.
+        data: A cache of clips, or another data set with `prompt_embeds` and
+            `empty_prompt_embeds`; image-sized clips have one frame.
+
+    Raises:
+        ValueError: If settings, data and a pretrained model do not fit together.
+    """
+    empty = _empty_prompt(data)
+    _check(config, wan, data)
+    parts = WanParts(config, wan, data)
+    by_token = parts.times_of_tokens
+    model = _build_model(config, wan, data, empty.shape[-1], by_token)
+    if config.model.trainable == "lora":
+        add_lora(model, wan)
+    patch_size: Any = tuple(model.config.patch_size)
+    conditioning = Prompts(empty, patch_size, by_token, wan.first_frame)
+    return Task(
+        model=model,
+        objective=_objective(config.objective, wan, parts.boundary, by_token),
+        conditioning=conditioning,
+        pipeline=parts.pipeline,
+        finished=merged if config.model.trainable == "lora" else None,
+        sampler=ClipSamples(data, empty, wan.first_frame) if parts.has_autoencoder else None,
+        gathered=("WanTimeTextImageEmbedding",),
+        summary=f"{len(data)} clips, latents {', '.join(map(_times, data.sample_shapes))}",
+    )
+
+
+def _empty_prompt(data: TrainingData) -> Tensor:
+    empty = getattr(data, "empty_prompt_embeds", None)
+    if empty is None:
+        raise ValueError(
+            "wan learns from clips with embedded captions: data.source=cache with what `mhla-gen "
+            "cache` wrote of data.source=clips"
+        )
+    return empty
+
+
+def _check(config: TrainConfig, wan: WanConfig, data: TrainingData) -> None:
+    for shape in data.sample_shapes:
+        if len(shape) != 4:
+            raise ValueError(f"wan takes latents of clips, the data have {_times(shape)}")
+        if shape[2] % 2 or shape[3] % 2:
+            raise ValueError(
+                f"wan's tokens are 2 × 2 latents, which do not tile {_times(shape)}; take clips "
+                "whose sides are multiples of 16 pixels (32 for Wan 2.2's 5B)"
+            )
+    if config.objective.name != "flow_matching":
+        raise ValueError(f"wan needs objective.name=flow_matching, found {config.objective.name}")
+    if config.parallelism == "fsdp" and config.model.trainable == "lora":
+        raise ValueError("model.trainable=lora needs parallelism=ddp")
+    if wan.first_frame and config.data.horizontal_flip:
+        raise ValueError("wan.first_frame needs data.horizontal_flip=false")
+
+
+def _objective(
+    config: ObjectiveConfig, wan: WanConfig, boundary: float | None, by_token: bool
+) -> ClipMatching:
+    lowest, highest = 0.0, 1.0
+    if wan.expert is not None:
+        edge = boundary or _BOUNDARY
+        lowest, highest = (edge, 1.0) if wan.expert == "high_noise" else (0.0, edge)
+    return ClipMatching(
+        config.logit_mean,
+        config.logit_std,
+        config.shift,
+        config.min_snr_gamma,
+        lowest=lowest,
+        highest=highest,
+        skips_first_frame=wan.first_frame and by_token,
+    )
+
+
+def _build_model(
+    config: TrainConfig, wan: WanConfig, data: TrainingData, text_dim: int, by_token: bool
+) -> Any:
+    (channels,) = {shape[0] for shape in data.sample_shapes}
+    concatenated = wan.first_frame and not by_token
+    wanted = {
+        "in_channels": 2 * channels + _MASK_CHANNELS if concatenated else channels,
+        "out_channels": channels,
+        "text_dim": text_dim,
+    }
+    if config.model.pretrained is None:
+        sizes: dict[str, Any] = wanted | wan.sizes
+        model: Any = WanTransformer3DModel(**sizes)
+        if config.model.attention != "softmax":
+            inject(model, attention_settings(config.model, rank=3))
+        return model
+    model = load_pretrained(config.model, wan.subfolder)
+    if not isinstance(model, WanTransformer3DModel):
+        raise ValueError(f"{config.model.pretrained} is a {type(model).__name__}, not a Wan")
+    found: Any = model.config
+    if found.image_dim is not None:
+        raise ValueError(
+            f"{config.model.pretrained} reads CLIP's embedding of the first frame, which caches do "
+            "not hold; take an image-to-video model of Wan 2.2"
+        )
+    wrong = [
+        f"{k} is {found[k]}, but the data need {v}" for k, v in wanted.items() if found[k] != v
+    ]
+    if wrong:
+        hint = "; see wan.first_frame" if found.in_channels != wanted["in_channels"] else ""
+        raise ValueError(f"{config.model.pretrained} does not fit: {'; '.join(wrong)}{hint}")
+    return model
+
+
+def _times(shape: tuple[int, ...]) -> str:
+    return " × ".join(map(str, shape))

@@ -1,0 +1,159 @@
+"""Pipelines that sample from a Wan in training, and the clips that previews show."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.pipelines.wan.pipeline_wan import WanPipeline
+from diffusers.pipelines.wan.pipeline_wan_i2v import WanImageToVideoPipeline
+from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
+from PIL import Image
+from torch import Tensor
+
+from mhla_gen.config import PreviewConfig, TextEncoderConfig, TrainConfig, WanConfig
+from mhla_gen.data import TrainingData
+from mhla_gen.data.caching.cached import CachedLatents
+from mhla_gen.data.text import load_text_encoder
+from mhla_gen.hub import is_pipeline
+from mhla_gen.models.loading import load_transformer
+
+
+@dataclass(frozen=True, eq=False)
+class WanParts:
+    """What a pipeline has besides the transformer in training; loaded when it is asked for."""
+
+    config: TrainConfig
+    wan: WanConfig
+    data: TrainingData
+
+    @cached_property
+    def index(self) -> dict[str, Any]:
+        """Settings of the pretrained pipeline, if there is one."""
+        path = self.config.model.pretrained
+        if path is None or not is_pipeline(path):
+            return {}
+        settings: Any = DiffusionPipeline.load_config(path)
+        return dict(settings)
+
+    @property
+    def times_of_tokens(self) -> bool:
+        """Whether the model is told a time for each token."""
+        given = self.wan.times_of_tokens
+        return bool(self.index.get("expand_timesteps")) if given is None else given
+
+    @property
+    def boundary(self) -> float | None:
+        """Noise level between two experts, if anybody says it."""
+        return self.wan.boundary or self.index.get("boundary_ratio")
+
+    def pipeline(self, model: Any) -> DiffusionPipeline:
+        """The pipeline of a trained transformer, with the other expert of the pretrained one."""
+        kind: Any = WanImageToVideoPipeline if self.wan.first_frame else WanPipeline
+        transformers = {"transformer": model}
+        if self._other_expert is not None:
+            other = "transformer" if self.wan.subfolder == "transformer_2" else "transformer_2"
+            transformers = {self.wan.subfolder: model, other: self._other_expert}
+        found = kind(
+            tokenizer=self._text[0],
+            text_encoder=self._text[1],
+            vae=self._vae,
+            scheduler=self._scheduler,
+            boundary_ratio=None if self._other_expert is None else self.boundary,
+            expand_timesteps=self.times_of_tokens,
+            **transformers,
+        )
+        found.set_progress_bar_config(disable=True)
+        return found
+
+    @property
+    def _scheduler(self) -> UniPCMultistepScheduler:
+        settings: dict[str, Any] = {
+            "prediction_type": "flow_prediction",
+            "use_flow_sigmas": True,
+            "num_train_timesteps": 1000,
+            "flow_shift": self.config.objective.shift,
+        }
+        return UniPCMultistepScheduler(**settings)
+
+    @property
+    def has_autoencoder(self) -> bool:
+        """Whether the data know one."""
+        return isinstance(self.data, CachedLatents)
+
+    @cached_property
+    def _vae(self) -> Any:
+        return self.data.autoencoder() if isinstance(self.data, CachedLatents) else None
+
+    @cached_property
+    def _text(self) -> tuple[Any, Any]:
+        if not (self.wan.save_text_encoder and isinstance(self.data, CachedLatents)):
+            return None, None
+        path = self.data.index.sources["text"]
+        encoder = load_text_encoder(TextEncoderConfig(path=path))
+        return encoder.tokenizer, encoder.model
+
+    @cached_property
+    def _other_expert(self) -> Any:
+        if self.wan.expert is None or self.index.get("transformer_2", [None])[0] is None:
+            return None
+        other = "transformer" if self.wan.subfolder == "transformer_2" else "transformer_2"
+        path = str(self.config.model.pretrained)
+        return load_transformer(path, other, torch_dtype=torch.bfloat16)
+
+
+@dataclass(frozen=True, eq=False)
+class ClipSamples:
+    """Makes clips with the captions, and first frames, of clips of the data; see `Task.sampler`."""
+
+    data: Any
+    empty: Tensor
+    first_frame: bool
+
+    def __call__(self, pipeline: Any, numbers: Sequence[int], config: PreviewConfig) -> np.ndarray:
+        """Clips of the size that most clips have, uint8 `[clips, frames, height, width, 3]`."""
+        device = pipeline.transformer.device
+        pipeline.vae.to(device)
+        return np.stack([self._clip(pipeline, number, config, device) for number in numbers])
+
+    def _clip(
+        self, pipeline: Any, number: int, config: PreviewConfig, device: torch.device
+    ) -> np.ndarray:
+        buckets = self.data.buckets
+        largest = max(range(len(buckets)), key=lambda i: len(buckets[i]))
+        item = self.data.read([buckets[largest][number % len(buckets[largest])]])
+        frames, height, width = self.data.sample_shapes[largest][1:]
+        options: dict[str, Any] = {
+            "height": height * pipeline.vae_scale_factor_spatial,
+            "width": width * pipeline.vae_scale_factor_spatial,
+            "num_frames": (frames - 1) * pipeline.vae_scale_factor_temporal + 1,
+        }
+        if self.first_frame:
+            options["image"] = decoded_frame(pipeline.vae, item["mean"][:, :, :1].to(device))
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            found = pipeline(
+                prompt_embeds=item["prompt_embeds"].to(device).float(),
+                negative_prompt_embeds=self.empty[None].to(device).float(),
+                num_inference_steps=config.num_inference_steps,
+                guidance_scale=config.guidance_scale,
+                generator=torch.Generator().manual_seed(config.seed + number),
+                output_type="np",
+                return_dict=False,
+                **options,
+            )[0]
+        return np.round(found[0] * 255).astype(np.uint8)
+
+
+@torch.no_grad()
+def decoded_frame(vae: Any, latents: Tensor) -> Image.Image:
+    """The picture that one normalised latent frame `[1, channels, 1, height, width]` stands for."""
+    mean, std = (
+        torch.tensor(values, device=latents.device).view(1, -1, 1, 1, 1)
+        for values in (vae.config.latents_mean, vae.config.latents_std)
+    )
+    pixels = vae.decode((latents * std + mean).to(vae.dtype)).sample[0, :, 0].float()
+    array = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0)
+    return Image.fromarray(array.cpu().numpy())

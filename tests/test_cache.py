@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import tiny_autoencoder, tiny_wan_autoencoder
+from tiny import tiny_autoencoder, tiny_wan_autoencoder, tiny_wan_pipeline
 
 from mhla_gen.cli import main
 from mhla_gen.config import AutoencoderConfig, CacheConfig, DataConfig, load_config, save_config
@@ -138,6 +139,23 @@ def test_an_interrupted_run_goes_on_and_ends_as_a_straight_one(source, cache, tm
     assert {p: p.stat().st_mtime_ns for p in times} == times
 
 
+def test_a_full_disk_leaves_whole_files(source, tmp_path, monkeypatch):
+    config = config_for(source, tmp_path / "cache")
+    # Files of latents have more bytes than a process may write into one file, settings fewer.
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1700, hard))
+    try:
+        with pytest.raises(OSError, match=r"latents-000000\.safetensors cannot be written"):
+            build_cache(config)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert sorted(p.name for p in (tmp_path / "cache").iterdir()) == [
+        "config.yaml",
+        "settings.json",
+    ]
+    assert "21 samples" in build_cache(config)
+
+
 def test_two_processes_write_the_same_files(source, cache, tmp_path):
     save_config(config_for(source, tmp_path / "cache"), tmp_path / "cache.yaml")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -170,6 +188,26 @@ def test_other_settings_are_refused_by_name(source, cache, tmp_path):
     (tmp_path / "full" / "letter.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="did not write"):
         build_cache(config_for(source, tmp_path / "full"))
+
+
+def test_captions_and_labels_of_images_are_kept(source, tmp_path):
+    tiny_wan_pipeline(text=True).save_pretrained(tmp_path / "text")
+    words = ["a red square", "", "a blue square"]
+    paths = sorted((source / "images").glob("bee/*.png"))[:6]
+    rows = [
+        {"path": str(path), "label": i % 2, "caption": words[i % 3]} for i, path in enumerate(paths)
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    overrides = ["data.source=list", f"data.path={tmp_path / 'a.jsonl'}", "dtype=bfloat16"]
+    overrides += [f"text.path={tmp_path / 'text'}", "text.max_sequence_length=5", "chunk_size=2"]
+    build_cache(config_for(source, tmp_path / "cache", *overrides))
+    data = CachedLatents.open(tmp_path / "cache")
+    batch = data.read([4, 0, 3, 5])
+    assert batch["labels"].tolist() == [0, 0, 1, 1]
+    prompts = batch["prompt_embeds"]
+    assert prompts.shape == (4, 5, 16) and torch.equal(prompts[1], prompts[2])
+    assert torch.equal(prompts[0], data.empty_prompt_embeds) and data.caption(5) == words[2]
+    assert not torch.equal(prompts[1], prompts[3])
 
 
 def test_moved_images_are_the_same_images(source, cache, tmp_path):

@@ -40,9 +40,11 @@ def clip_facts(path: str | Path) -> ClipFacts:
     """Count the frames of a file and decode the first.
 
     Raises:
-        RuntimeError: If decord cannot read it.
+        RuntimeError: If decord cannot read it, or there are no frames.
     """
     reader = _open(path)
+    if not len(reader):
+        raise RuntimeError("has no frames")
     times = reader.get_frame_timestamp(list(range(len(reader))))[:, 0].astype(np.float64)
     height, width, _ = visible_pixels(reader[0].asnumpy()).shape
     return ClipFacts(times - times[0], height, width)

@@ -1,6 +1,6 @@
 """`mhla-gen cache`: from images or clips to a folder of latents and embeddings."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -95,10 +95,7 @@ def _build(
         prompts=chunks_of("prompts", [range(len(captions or ()))], _CAPTIONS_PER_CHUNK),
         unreadable=unreadable,
     )
-
-    def again(record: dict[str, Any]) -> bool:
-        return config.retry_quarantined and bool(record.get("quarantined"))
-
+    again = config.retry_quarantined
     known = on_main(lambda: _known(folder, contents.latents + contents.prompts, again))
     if encoder is not None and captions is not None:
         encoder.model.to(state.device)
@@ -178,9 +175,7 @@ def _place_all(config: CacheConfig, files: ClipFiles, decoder: Decoder) -> list[
     return shared_map(one, range(len(files)), "probing", "file", config.num_workers)
 
 
-def _known(
-    folder: Path, chunks: Sequence[Chunk], again: Callable[[dict[str, Any]], bool]
-) -> dict[str, Facts]:
+def _known(folder: Path, chunks: Sequence[Chunk], again: bool) -> dict[str, Facts]:
     """Files of an earlier index that this run keeps."""
     if not (folder / INDEX_NAME).is_file():
         return {}

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -50,7 +50,7 @@ def write_missing(
     compute: Callable[[Chunk, Callable[[int], Any]], tuple[dict[str, Tensor], dict[str, Any]]],
     title: str,
     unit: str,
-    again: Callable[[dict[str, Any]], bool] = lambda record: False,
+    again: bool = False,
 ) -> None:
     """Compute the chunks that are not there, each process every n-th one.
 
@@ -63,7 +63,10 @@ def write_missing(
             its record.
         title: What the progress bar says.
         unit: What an item is called.
-        again: Whether to compute a chunk anew, by its record.
+        again: Compute chunks from which something was left out anew.
+
+    Raises:
+        OSError: If a file cannot be written; the others stay.
     """
     state = PartialState()
     mine = chunks[state.process_index :: state.num_processes]
@@ -80,12 +83,7 @@ def write_missing(
     ) as bar:
         for chunk in missing:
             tensors, record = compute(chunk, lambda n: bar.update(n * state.num_processes))
-            with written_whole(folder / chunk.name) as partial:
-                # Metadata are an unordered map of strings: one entry keeps files reproducible.
-                metadata = {"record": json.dumps(record)}
-                save_file({k: t.contiguous() for k, t in tensors.items()}, partial, metadata)
-                # safetensors writes files that only their owner may read.
-                partial.chmod(0o644)
+            _write(folder / chunk.name, tensors, record)
     state.wait_for_everyone()
 
 
@@ -112,7 +110,7 @@ def examine(path: Path) -> dict[str, Any]:
         return {"file": path.name, "problem": "is missing"}
     try:
         tensors, record = read_tensors(path), read_record(path)
-    except Exception as error:  # safetensors' own error has no public name
+    except (SafetensorError, OSError) as error:
         return {"file": path.name, "problem": f"cannot be read ({error})"}
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
@@ -133,6 +131,18 @@ def batched(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
         yield items[start : start + size]
 
 
-def is_complete(path: Path, again: Callable[[dict[str, Any]], bool]) -> bool:
-    """Whether a chunk is there and need not be computed anew."""
-    return path.is_file() and not again(read_record(path))
+def is_complete(path: Path, again: bool) -> bool:
+    """Whether a chunk is there and need not be computed anew; see `write_missing`."""
+    return path.is_file() and not (again and read_record(path).get("quarantined"))
+
+
+def _write(path: Path, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
+    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    with written_whole(path) as partial:
+        try:
+            # Metadata are an unordered map of strings: one entry keeps files reproducible.
+            save_file(whole, partial, {"record": json.dumps(record)})
+        except SafetensorError as error:
+            raise OSError(f"{path} cannot be written: {error}") from error
+        # safetensors writes files that only their owner may read.
+        partial.chmod(0o644)

@@ -1,5 +1,8 @@
 """Conversion by stages: a teacher in a folder becomes an MHLA model in another, exactly again."""
 
+import os
+import subprocess
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -167,6 +170,25 @@ def test_the_output_stage_starts_where_the_layer_stage_ended(tmp_path, teacher):
     convert(settings(tmp_path / "run", teacher, *stages))
     first, second = (weights(tmp_path, "run", f"stage-{s}") for s in ("1-layers", "2-output"))
     assert all(torch.allclose(first[name], second[name], atol=1e-6) for name in first)
+
+
+@pytest.mark.slow
+def test_two_processes_convert_as_one(tmp_path, teacher):
+    config = settings(tmp_path / "one", teacher, replace(LAYERS, train="attention"), OUTPUT)
+    convert(config)
+    save_config(replace(config, output_dir=str(tmp_path / "two")), tmp_path / "two.yaml")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*launch, "-m", "mhla_gen.cli", "train", str(tmp_path / "two.yaml")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    for stage in ("stage-1-layers", "stage-2-output"):
+        logs = [read_log(tmp_path / name / stage / "log.jsonl") for name in ("one", "two")]
+        for one, two in zip(*logs, strict=True):
+            parts = ("objective_loss", "teacher_distance", "transformer_blocks")
+            losses = {k: v for k, v in one.items() if k == "loss" or k.startswith(parts)}
+            assert len(losses) == 3
+            assert {k: two[k] for k in losses} == pytest.approx(losses, rel=1e-4)
 
 
 def test_linear_attention_goes_through_the_same_stages(tmp_path, teacher):

@@ -5,7 +5,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -37,8 +37,10 @@ from mhla_gen.sampling.outputs import (
 )
 from mhla_gen.sampling.progress import Progress
 from mhla_gen.sampling.samplers import ClassSampler, Sampler
-from mhla_gen.sampling.scoring import Scorer
 from mhla_gen.sampling.units import Units, Work, write_json, write_lines
+
+if TYPE_CHECKING:
+    from mhla_gen.sampling.scoring import Scorer
 
 RECORDS_NAME = "samples.jsonl"
 # A set may be gone on with under other values of these: they do not change a sample.
@@ -145,10 +147,13 @@ class Job:
             )
         return found
 
-    def _scorer(self) -> Scorer | None:
+    def _scorer(self) -> "Scorer | None":
         if self.config.evaluate is None:
             return None
         features, shape = self.work.features_folder, self.sampler.shape
+        # Sampling alone needs none of the packages that evaluation brings.
+        from mhla_gen.sampling.scoring import Scorer
+
         return Scorer(self.config.evaluate, self.folder, features, shape, len(self.sampler))
 
     def _begin(self) -> None:
@@ -156,7 +161,7 @@ class Job:
         save_config(replace(self.config, output_dir=str(self.folder)), self.folder / CONFIG_NAME)
         self.work.write_identity(self.identity)
 
-    def _draw(self, missing: Sequence[int], scorer: Scorer | None) -> None:
+    def _draw(self, missing: Sequence[int], scorer: "Scorer | None") -> None:
         config = self.config
         batch = self._batch_size(sum(len(self.units.numbers(unit)) for unit in missing))
         on_sheet = {number for _, numbers in self.sampler.rows() for number in numbers}

@@ -14,7 +14,6 @@ from PIL import Image
 from torch import nn
 
 from mhla_gen.config import EvaluateConfig, PreviewConfig
-from mhla_gen.evaluation import evaluate
 from mhla_gen.files import written_whole
 from mhla_gen.models import MHLA
 from mhla_gen.sampling.outputs import sheet_part, write_video
@@ -70,6 +69,9 @@ def evaluate_samples(run: Run, step: int) -> None:
     Raises:
         ValueError: If the model cannot be sampled from, or samples and reference do not compare.
     """
+    # Training alone needs none of the packages that evaluation brings.
+    from mhla_gen.evaluation import evaluate
+
     settings = run.config.evaluation
     samples = make_samples(run, settings.samples)
     if samples is None:

@@ -154,12 +154,15 @@ class Run:
         return names
 
 
-def build_run(config: TrainConfig, build: BuildTask = build_task) -> Run:
+def build_run(
+    config: TrainConfig, build: BuildTask = build_task, data: TrainingData | None = None
+) -> Run:
     """Open the data and build model, optimizer, learning-rate schedule and EMA.
 
     Args:
         config: Settings.
         build: Makes the task of the settings and the data.
+        data: What to train on, in place of what the settings name.
 
     Raises:
         ValueError: If the settings, the data and the number of processes do not fit together.
@@ -171,7 +174,7 @@ def build_run(config: TrainConfig, build: BuildTask = build_task) -> Run:
             f"batch_size {config.batch_size} must be a multiple of {parts}, "
             "processes × gradient_accumulation_steps"
         )
-    data = load_data(config.data)
+    data = data or load_data(config.data)
     set_seed(config.seed)
     task = build(config, data)
     model = task.model

@@ -17,13 +17,16 @@ import mhla_gen
 from mhla_gen.cli import main
 from mhla_gen.config import (
     ConversionConfig,
+    DataConfig,
     MHLAConfig,
     ModelConfig,
     StageConfig,
     TrainConfig,
+    WanConfig,
     load_config,
     save_config,
 )
+from mhla_gen.data import load_data
 from mhla_gen.distillation import OutputLosses, convert, softmax_twin
 from mhla_gen.training.draws import draw
 from mhla_gen.training.log import read_log
@@ -279,6 +282,36 @@ def test_conversions_that_make_no_sense_are_refused(values, match):
 def test_stages_that_make_no_sense_are_refused(values, match):
     with pytest.raises(ValueError, match=match):
         StageConfig(**values)
+
+
+def test_a_wan_goes_through_the_stages_on_clips_of_several_shapes(tmp_path):
+    cache = tiny.tiny_clip_cache(tmp_path / "clips")
+    base = tiny.tiny_wan(num_layers=2)
+    base.save_pretrained(tmp_path / "wan")
+    config = settings(
+        tmp_path / "run",
+        tmp_path / "wan",
+        replace(LAYERS, steps=6),
+        OUTPUT,
+        data=DataConfig(source="cache", path=str(cache)),
+        model=ModelConfig(mhla=MHLAConfig(layout=(2, 2, 2))),
+        wan=WanConfig(),
+        batch_size=4,
+        gradient_accumulation_steps=2,
+        sample_every=0,
+    )
+    shapes = load_data(config.data).sample_shapes
+    assert len({shape[1:] for shape in shapes}) == 3
+    folder = convert(config)
+    made = mhla_gen.MHLAWanTransformer3DModel.from_pretrained(folder, subfolder="transformer")
+    assert {row.kind for row in mhla_gen.summary(made)} == {"mhla"}
+    first = read_log(tmp_path / "run/stage-1-layers/log.jsonl")
+    names = [f"blocks.{i}.attn1" for i in range(2)]
+    assert all(first[0][name] > 0 for name in names)
+    distilled = load_file(
+        tmp_path / "run/stage-1-layers/pipeline/transformer/diffusion_pytorch_model.safetensors"
+    )
+    assert all(distilled[name].equal(value) for name, value in base.state_dict().items())
 
 
 @dataclass(frozen=True)

@@ -150,7 +150,9 @@ def stage_task(config: TrainConfig, data: TrainingData) -> Task:
     model = replace(config.model, pretrained=conversion.teacher)
     task = build_task(replace(config, model=model, convert=None), data)
     student = task.model
-    weights = {} if conversion.start is None else trained_weights(conversion.start, student)
+    weights: dict[str, Tensor] = {}
+    if conversion.start is not None:
+        weights = trained_weights(conversion.start, student, subfolder(config))
     learning = trained_names(student, stage.train or "all")
     moved = {n for n, p in student.named_parameters() if n in weights and not p.equal(weights[n])}
     teacher = softmax_twin(student, learning | moved)
@@ -183,17 +185,22 @@ def check_teacher(config: TrainConfig) -> None:
     if config.model.trainable != "all":
         raise ValueError("convert.stages say what is trained (train); leave model.trainable out")
     teacher = str(conversion_of(config).teacher)
-    if issubclass(transformer_class(teacher), MHLATransformerMixin):
+    if issubclass(transformer_class(teacher, subfolder(config)), MHLATransformerMixin):
         raise ValueError(f"convert.teacher {teacher} has MHLA layers; it must be the softmax model")
 
 
-def trained_weights(folder: str, student: Any) -> dict[str, Tensor]:
+def subfolder(config: TrainConfig) -> str:
+    """Where the trained transformer lies in a pipeline."""
+    return "transformer" if config.wan is None else config.wan.subfolder
+
+
+def trained_weights(folder: str, student: Any, subfolder: str) -> dict[str, Tensor]:
     """The weights that an earlier stage left, for a student like its own.
 
     Raises:
         ValueError: If they belong to another model.
     """
-    found = load_transformer(folder)
+    found = load_transformer(folder, subfolder)
     changes = differing_values(_settings(found), _settings(student))
     if changes:
         raise ValueError(f"the student in {folder} is another model ({'; '.join(changes)})")

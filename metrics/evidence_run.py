@@ -28,6 +28,7 @@ from evidence_plan import PLAN, Run, read_plan
 from evidence_scores import Judge, Real
 from PIL import Image
 
+from mhla_gen.config import TrainConfig
 from mhla_gen.devices import resolve_device
 from mhla_gen.files import written_whole
 from mhla_gen.pictures import centre_crop
@@ -58,9 +59,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_intermixed_args(arguments)
     began = time.perf_counter()
     runs = read_plan(options.plan)
-    for run in runs:
-        run.config(*options.overrides)  # a wrong setting is found before anything is trained
     comparison = Comparison(options)
+    for run in runs:
+        comparison.settings(run)  # a wrong one is found before anything is read or trained
+    comparison.prepare()
     spent: dict[int, float] = {}
     failed = []
     for run in runs:
@@ -93,10 +95,23 @@ class Comparison:
         self.options = options
         self.out: Path = options.out
         self.work: Path = options.work or options.out / "work"
-        self.work.mkdir(parents=True, exist_ok=True)
-        self.device = resolve_device("auto")
-        self.real = load_real(options.data)
         self.train_file = self.work / "train.npz"
+        self.device = resolve_device("auto")
+
+    def settings(self, run: Run) -> TrainConfig:
+        """All settings of one training."""
+        return run.config(
+            *self.options.overrides,
+            f"data.path={self.train_file}",
+            f"output_dir={self.work / run.name}",
+            "report_to=none",
+            "sample_every=0",
+        )
+
+    def prepare(self) -> None:
+        """Read the real images, write the training part, and get the judge ready."""
+        self.work.mkdir(parents=True, exist_ok=True)
+        self.real = load_real(self.options.data)
         images, labels = self.real.training()
         with written_whole(self.train_file) as partial, partial.open("wb") as file:
             np.savez(file, arr_0=images, labels=labels)
@@ -109,13 +124,7 @@ class Comparison:
         # Half a run of an interrupted comparison.
         shutil.rmtree(folder, ignore_errors=True)
         _reset_memory()
-        config = run.config(
-            *self.options.overrides,
-            f"data.path={self.train_file}",
-            f"output_dir={folder}",
-            "report_to=none",
-            "sample_every=0",
-        )
+        config = self.settings(run)
         began = time.perf_counter()
         saved = train(config, title=run.name)
         seconds = {"train": time.perf_counter() - began}

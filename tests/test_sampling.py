@@ -1,6 +1,6 @@
-"""The pipeline for any number of classes, and sample sets on disk."""
+"""The pipeline for any number of classes: guidance, schedulers, sizes, saving."""
 
-import json
+import inspect
 
 import numpy as np
 import pytest
@@ -13,28 +13,15 @@ from diffusers import (
     FlowMatchHeunDiscreteScheduler,
     UniPCMultistepScheduler,
 )
-from tiny import disturb, tiny_dit, tiny_dit_pipeline
+from diffusers.utils import hub_utils
+from tiny import tiny_dit_pipeline
+from tiny_sampling import FLOW, draw, latent_pipeline, tiny_pipeline
 
 import mhla_gen
-from mhla_gen import ClassConditionalPipeline, MHLAConfig
-from mhla_gen.config import SampleConfig
-from mhla_gen.sampling import class_labels, contact_sheet, generate, sample
-
-FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
-
-
-def tiny_pipeline(scheduler=None, num_classes=3, **changes):
-    size = {"in_channels": 1, "num_embeds_ada_norm": num_classes, "num_layers": 2}
-    model = mhla_gen.inject(tiny_dit(**size, **changes), MHLAConfig(layout=(2, 2)))
-    pipe = ClassConditionalPipeline(disturb(model), scheduler or FlowMatchEulerDiscreteScheduler())
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def draw(pipe, labels=(0, 1, 2), **options):
-    generators = [torch.Generator().manual_seed(i) for i in range(len(labels))]
-    options = {"num_inference_steps": 3, "generator": generators, "output_type": "pt"} | options
-    return pipe(labels, **options).images
+from mhla_gen import ClassConditionalPipeline
+from mhla_gen.sampling import Guidance, contact_sheet
+from mhla_gen.sampling.loading import class_conditional
+from mhla_gen.sampling.schedulers import other_scheduler
 
 
 @pytest.mark.parametrize(
@@ -59,6 +46,61 @@ def test_flow_schedulers_reload_exactly(tmp_path, scheduler):
     assert torch.equal(draw(loaded), images)
 
 
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        DDPMScheduler(variance_type="learned_range", clip_sample=False),
+        DDPMScheduler(),
+        DDIMScheduler(),
+        DPMSolverMultistepScheduler(),
+        UniPCMultistepScheduler(),
+    ],
+    ids=lambda s: f"{type(s).__name__}-{s.config.get('variance_type')}",
+)
+def test_noise_schedulers_on_latents_reload_exactly(tmp_path, scheduler):
+    pipe = latent_pipeline(scheduler)
+    images = draw(pipe)
+    assert images.shape == (3, 3, 64, 64)
+    assert draw(pipe, output_type="latent").shape == (3, 4, 8, 8)
+    assert draw(pipe, output_type="pil")[0].size == (64, 64)
+    pipe.save_pretrained(tmp_path)
+    loaded = ClassConditionalPipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    assert torch.equal(draw(loaded), images)
+
+
+def test_a_learned_variance_is_used_as_its_scheduler_uses_it():
+    pipe = latent_pipeline(DDPMScheduler(variance_type="learned_range", clip_sample=False))
+    found = draw(pipe, guidance_scale=1.0, output_type="latent")
+    generators = [torch.Generator().manual_seed(i) for i in range(3)]
+    latents = torch.cat([torch.randn(1, 4, 8, 8, generator=g) for g in generators])
+    scheduler = pipe.scheduler
+    scheduler.set_timesteps(3)
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            both = pipe.transformer(latents, t.expand(3), torch.tensor([0, 1, 2])).sample
+            assert both.shape[1] == 8
+            latents = scheduler.step(both, t, latents, generator=generators).prev_sample
+    torch.testing.assert_close(found, latents)
+
+
+def test_it_draws_what_the_pipeline_of_diffusers_draws():
+    theirs = tiny_dit_pipeline()
+    theirs.set_progress_bar_config(disable=True)
+    ours = class_conditional(theirs)
+    ours.set_progress_bar_config(disable=True)
+    assert ours.num_classes == 1000 and ours.prediction_type == "epsilon"
+    for scale in (1.0, 4.0):
+        made = theirs(
+            [3, 999],
+            guidance_scale=scale,
+            num_inference_steps=3,
+            generator=[torch.Generator().manual_seed(i) for i in range(2)],
+            output_type="pt",
+        ).images
+        torch.testing.assert_close(draw(ours, [3, 999], guidance_scale=scale), made)
+
+
 def test_an_image_depends_on_its_seed_and_class_not_on_its_batch():
     pipe = tiny_pipeline()
     together = draw(pipe)
@@ -73,15 +115,44 @@ def test_guidance_extrapolates_from_no_class():
     plain, guided = draw(pipe, guidance_scale=1.0), draw(pipe, guidance_scale=4.0)
     assert not torch.allclose(plain, guided)
     # With the null class in place of a class, guidance changes nothing.
-    labels = torch.full((3,), 3)
     embedders = [b.norm1.emb.class_embedder for b in pipe.transformer.transformer_blocks]
     with torch.no_grad():
         for embedder in embedders:
             embedder.embedding_table.weight[:3] = embedder.embedding_table.weight[3]
-    assert labels.tolist() == [pipe.num_classes] * 3
     torch.testing.assert_close(
         draw(pipe, guidance_scale=4.0), draw(pipe, guidance_scale=1.0), rtol=1e-4, atol=1e-5
     )
+
+
+def test_guidance_applies_inside_its_interval_only():
+    pipe = tiny_pipeline()
+    pipe.scheduler.set_timesteps(3)
+    levels = (pipe.scheduler.timesteps / 1000).tolist()
+    calls = []
+    forward = pipe.transformer.forward
+    pipe.transformer.forward = lambda x, **rest: calls.append(len(x)) or forward(x, **rest)
+    part = draw(pipe, guidance_scale=4.0, guidance_interval=(levels[1] - 0.01, levels[1] + 0.01))
+    assert calls == [3, 6, 3]
+    nowhere = draw(pipe, guidance_scale=4.0, guidance_interval=(0.0, 0.0))
+    assert torch.equal(nowhere, draw(pipe, guidance_scale=1.0))
+    everywhere = draw(pipe, guidance_scale=4.0, guidance_interval=(0.0, 1.0))
+    assert torch.equal(everywhere, draw(pipe, guidance_scale=4.0))
+    assert not torch.allclose(part, nowhere) and not torch.allclose(part, everywhere)
+
+
+def test_guided_channels_are_the_first_ones():
+    with_class, without = torch.randn(2, 5, 8, 3, 3)
+    # As forward_with_cfg of the original DiT: three channels guided, the rest with the class.
+    guided = Guidance(4.0, channels=3).combine(with_class, without, 4)
+    expected = without[:, :3] + 4.0 * (with_class[:, :3] - without[:, :3])
+    assert torch.equal(guided[:, :3], expected) and torch.equal(guided[:, 3:], with_class[:, 3:])
+    # All latent channels, but never a learned variance.
+    guided = Guidance(4.0).combine(with_class, without, 4)
+    assert torch.equal(guided[:, 4:], with_class[:, 4:])
+    assert not torch.equal(guided[:, 3], with_class[:, 3])
+    pipe = latent_pipeline(DDIMScheduler())
+    three = draw(pipe, guidance_scale=4.0, guidance_channels=3, output_type="latent")
+    assert not torch.allclose(three, draw(pipe, guidance_scale=4.0, output_type="latent"))
 
 
 @pytest.mark.parametrize("num_classes", [1, 10, 1000])
@@ -92,15 +163,12 @@ def test_any_number_of_classes(num_classes):
         draw(pipe, (num_classes,))
 
 
-def test_latent_models_decode_and_drop_a_learned_variance():
-    parts = tiny_dit_pipeline()
-    pipe = ClassConditionalPipeline(
-        parts.transformer, DDIMScheduler(), vae=parts.vae, prediction_type="epsilon"
-    )
-    pipe.set_progress_bar_config(disable=True)
-    assert draw(pipe).shape == (3, 3, 64, 64)
-    assert draw(pipe, output_type="latent").shape == (3, 4, 8, 8)
-    assert draw(pipe, output_type="pil")[0].size == (64, 64)
+def test_other_sizes_than_that_of_the_training():
+    assert draw(tiny_pipeline(), image_size=12).shape == (3, 1, 12, 12)
+    pipe = latent_pipeline(DDIMScheduler())
+    assert draw(pipe, image_size=96).shape == (3, 3, 96, 96)
+    with pytest.raises(ValueError, match="image_size must be a multiple of 16, found 72"):
+        draw(pipe, image_size=72)
 
 
 def test_callbacks_see_and_change_the_latents():
@@ -112,6 +180,45 @@ def test_callbacks_see_and_change_the_latents():
 
     images = draw(pipe, callback_on_step_end=callback)
     assert seen == [(i, (3, 1, 8, 8)) for i in range(3)] and (images == 0.5).all()
+
+
+def test_models_come_to_their_device_in_turns():
+    pipe = latent_pipeline(DDIMScheduler())
+    images = draw(pipe)
+    # On a machine without a GPU the hooks are the same, only the device is not another one.
+    pipe.enable_model_cpu_offload(device="cuda" if torch.cuda.is_available() else "cpu")
+    assert hasattr(pipe.transformer, "_hf_hook") and hasattr(pipe.vae, "_hf_hook")
+    torch.testing.assert_close(draw(pipe).cpu(), images)
+
+
+def test_a_pushed_pipeline_is_the_saved_one(tmp_path, monkeypatch):
+    pipe, pushed = tiny_pipeline(class_names=["a", "b", "c"]), tmp_path / "pushed"
+
+    class Repository:
+        repo_id = "someone/digits"
+
+    def upload_folder(*, repo_id, folder_path, **rest):
+        # What would go over the network.
+        import shutil
+
+        assert repo_id == "someone/digits"
+        shutil.copytree(folder_path, pushed)
+        return "url"
+
+    monkeypatch.setattr(hub_utils, "create_repo", lambda *args, **rest: Repository)
+    monkeypatch.setattr(hub_utils, "upload_folder", upload_folder)
+    monkeypatch.setattr(hub_utils.ModelCard, "load", _no_card)
+    assert pipe.push_to_hub("someone/digits") == "url"
+    loaded = ClassConditionalPipeline.from_pretrained(pushed)
+    loaded.set_progress_bar_config(disable=True)
+    assert torch.equal(draw(loaded), draw(pipe)) and loaded.class_names == ["a", "b", "c"]
+    assert (pushed / "README.md").is_file()
+
+
+def _no_card(*args, **rest):
+    from huggingface_hub.errors import EntryNotFoundError
+
+    raise EntryNotFoundError("there is no card yet")
 
 
 @pytest.mark.parametrize(
@@ -127,6 +234,34 @@ def test_schedulers_that_do_not_fit_are_refused(scheduler, message):
         tiny_pipeline(scheduler)
 
 
+def test_a_learned_variance_needs_model_and_scheduler():
+    pipe = tiny_pipeline()
+    learned = DDPMScheduler(variance_type="learned_range")
+    with pytest.raises(ValueError, match="the model makes none"):
+        ClassConditionalPipeline(pipe.transformer, learned, prediction_type="epsilon")
+    with pytest.raises(ValueError, match="DPMSolverMultistepScheduler cannot use it"):
+        latent_pipeline(DPMSolverMultistepScheduler(variance_type="learned"))
+
+
+def test_other_schedulers_keep_what_they_share():
+    ddpm = DDPMScheduler(variance_type="learned_range", beta_end=0.03, clip_sample=False)
+    options = {"prediction_type": "epsilon", "learned_variance": True}
+    ddim = other_scheduler(ddpm, "DDIMScheduler", {}, **options)
+    assert ddim.config.beta_end == 0.03 and not ddim.config.clip_sample
+    solver = other_scheduler(ddim, "DPMSolverMultistepScheduler", {"solver_order": 3}, **options)
+    assert solver.config.variance_type is None and solver.config.solver_order == 3
+    back = other_scheduler(solver, "DDPMScheduler", {}, **options)
+    assert back.config.variance_type == "learned_range"
+    euler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    unipc = other_scheduler(euler, "UniPCMultistepScheduler", {})
+    assert unipc.config.use_flow_sigmas and unipc.config.flow_shift == 3.0
+    assert other_scheduler(unipc, None, {"flow_shift": 5.0}).config.flow_shift == 5.0
+    with pytest.raises(ValueError, match="no option 'flow_shit'; did you mean 'flow_shift'"):
+        other_scheduler(unipc, None, {"flow_shit": 5.0})
+    with pytest.raises(ValueError, match="did you mean 'UniPCMultistepScheduler'"):
+        other_scheduler(unipc, "UniPcMultistep", {})
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -134,6 +269,9 @@ def test_schedulers_that_do_not_fit_are_refused(scheduler, message):
         ({"labels": (0.5,)}, "list of class numbers"),
         ({"labels": (-1,)}, "must be in"),
         ({"guidance_scale": 0.5}, "at least 1"),
+        ({"guidance_interval": (0.6, 0.4)}, "the lower one first"),
+        ({"guidance_interval": (0.0, 1.5)}, r"noise levels in \[0, 1\]"),
+        ({"guidance_channels": 0}, "guidance_channels must be at least 1"),
         ({"output_type": "jpeg"}, "pil, np, pt or latent"),
         ({"callback_on_step_end_tensor_inputs": ["noise"]}, "callbacks get"),
         ({"latents": torch.zeros(3, 2, 8, 8)}, "latents must be"),
@@ -144,66 +282,16 @@ def test_wrong_arguments_are_named(options, message):
         draw(tiny_pipeline(), **options)
 
 
-def test_batches_of_any_size_make_the_same_set():
-    pipe = tiny_pipeline()
-    labels = class_labels("all", 3, 3)
-    assert labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
-    options = {"seed": 5, "num_inference_steps": 2, "guidance_scale": 1.5}
-    whole = generate(pipe, labels, batch_size=9, **options)
-    parts = generate(pipe, labels, batch_size=2, **options)
-    assert whole.dtype == np.uint8 and whole.shape == (9, 8, 8, 1)
-    assert np.abs(whole.astype(int) - parts).max() <= 1
-    assert len({image.tobytes() for image in whole}) == 9
-
-
-def test_a_sample_set_on_disk(tmp_path, capsys):
-    tiny_pipeline().save_pretrained(tmp_path / "pipe")
-    config = SampleConfig(
-        pipeline=str(tmp_path / "pipe"),
-        output_dir=str(tmp_path / "set"),
-        classes=[2, 0],
-        samples_per_class=2,
-        num_inference_steps=2,
-    )
-    sample(config, dry_run=True)
-    assert "would write 4 images of 2 classes" in capsys.readouterr().out
-    assert not (tmp_path / "set").exists()
-    sample(config)
-    with np.load(tmp_path / "set" / "samples.npz") as arrays:
-        assert arrays["arr_0"].shape == (4, 8, 8, 1) and arrays["arr_0"].dtype == np.uint8
-        assert arrays["labels"].tolist() == [2, 2, 0, 0]
-    made = json.loads((tmp_path / "set" / "manifest.json").read_text())
-    assert made["num_images"] == 4 and made["settings"]["seed"] == 0
-    assert made["transformer"]["mhla"]["layout"] == [2, 2]
-    written = (tmp_path / "set" / "samples.npz").stat().st_mtime_ns
-    sample(config)
-    assert "already holds" in capsys.readouterr().out
-    assert (tmp_path / "set" / "samples.npz").stat().st_mtime_ns == written
-    with pytest.raises(FileExistsError, match="seed: found 0, asked for 1"):
-        sample(SampleConfig(**{**config.__dict__, "seed": 1}))
-
-
-def test_sampling_problems_are_named(tmp_path):
-    tiny_pipeline().save_pretrained(tmp_path / "pipe")
-    base = {"pipeline": str(tmp_path / "pipe"), "output_dir": str(tmp_path / "set")}
-    with pytest.raises(FileNotFoundError, match=r"no model_index\.json"):
-        sample(SampleConfig(**base | {"pipeline": str(tmp_path / "none")}))
-    with pytest.raises(ValueError, match="found 7 in classes"):
-        sample(SampleConfig(**base, classes=[7]))
-    with pytest.raises(ValueError, match="no scheduler 'Euler'"):
-        sample(SampleConfig(**base, scheduler="Euler"))
-    with pytest.raises(ValueError, match="DDPMScheduler needs use_flow_sigmas"):
-        sample(SampleConfig(**base, scheduler="DDPMScheduler"))
-    sample(SampleConfig(**base, scheduler="UniPCMultistepScheduler", num_inference_steps=2))
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "notes.txt").write_text("precious")
-    with pytest.raises(FileExistsError, match="did not write"):
-        sample(SampleConfig(**base | {"output_dir": str(tmp_path / "mine")}))
-    assert (tmp_path / "mine" / "notes.txt").read_text() == "precious"
-
-
 def test_a_contact_sheet_holds_every_row_and_group():
     images = np.random.randint(0, 256, (4, 8, 8, 3), np.uint8)
     sheet = contact_sheet({"real": [images, images], "made": [images, images]}, ["a", "b"])
     assert sheet.width > 8 * 48 and sheet.height > 2 * 48
     assert np.asarray(sheet).std() > 10
+    wide = np.random.randint(0, 256, (2, 300, 500, 3), np.uint8)
+    sheet = contact_sheet({"frames": [wide]}, ["a"], tile_size=100)
+    assert 200 < sheet.width < 300 and 60 < sheet.height < 120
+
+
+def test_its_arguments_are_those_that_diffusers_users_know():
+    known = inspect.signature(ClassConditionalPipeline.__call__).parameters
+    assert {"callback_on_step_end", "generator", "latents", "output_type"} <= set(known)

@@ -43,10 +43,10 @@ class Drawer:
     def __enter__(self) -> "Drawer":
         if self.reproducible:
             self._stack.enter_context(repeatable_kernels())
-        if self.reproducible and not self.sampler.one_call:
-            pipeline, rows = self.sampler.pipeline, self.units.rows
-            calls = [(pipeline.transformer, "forward", rows)]
-            if pipeline.vae is not None:
+            pipeline, rows, calls = self.sampler.pipeline, self.units.rows, []
+            if not self.sampler.one_call:
+                calls.append((pipeline.transformer, "forward", rows))
+            if getattr(pipeline, "vae", None) is not None:
                 calls.append((pipeline.vae, "decode", min(rows, _VAE_ROWS)))
             self._parts = [self._stack.enter_context(in_parts(*call)) for call in calls]
         return self

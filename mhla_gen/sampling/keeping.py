@@ -55,11 +55,10 @@ class Keeper:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        try:
-            if error is None:
-                self._wait(0)
-        finally:
-            self._pool.shutdown(cancel_futures=True)
+        # What is drawn is written even when the drawing was stopped.
+        self._pool.shutdown()
+        if error is None:
+            self._wait(0)
 
     def keep(self, unit: int, samples: Tensor, values: dict[str, Any]) -> None:
         """Keep the samples of a unit.

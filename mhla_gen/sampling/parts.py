@@ -43,13 +43,18 @@ class InParts:
 def in_parts(module: Any, method: str, rows: int) -> Iterator[InParts]:
     """Let a method of a module be called in parts inside.
 
+    Args:
+        module: A model.
+        method: Name of its method.
+        rows: Rows of a part.
+
     Yields:
         The replacement; its `rows` may be changed.
     """
     original = getattr(module, method)
     # A method stands in the class; a hook of accelerate has put its own into the module.
     hooked = method in vars(module)
-    parts = InParts(original, rows)
+    parts = InParts(_without_onednn(original) if method == "decode" else original, rows)
     setattr(module, method, parts)
     try:
         yield parts
@@ -73,6 +78,25 @@ def repeatable_kernels() -> Iterator[None]:
             yield
     finally:
         cudnn.benchmark, cudnn.deterministic = before
+
+
+def _without_onednn(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Call a function on a CPU without oneDNN, whose convolutions add as their threads are dealt.
+
+    A VAE decodes more slowly so, but the same with one thread and with many. Transformers have no
+    such convolutions.
+    """
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        backend = torch.backends.mkldnn
+        before = backend.enabled
+        try:
+            backend.enabled = False  # pyright: ignore[reportAttributeAccessIssue]
+            return function(*args, **kwargs)
+        finally:
+            backend.enabled = before  # pyright: ignore[reportAttributeAccessIssue]
+
+    return call
 
 
 def _has_rows(x: Any) -> bool:

@@ -20,7 +20,9 @@ def prediction_of(scheduler: Any) -> str:
 
 def learns_variance(scheduler: Any) -> bool:
     """Whether a scheduler takes its variance from the model."""
-    return "learned" in str(scheduler.config.get("variance_type"))
+    # A config made from another scheduler's keeps settings that this class does not have.
+    has_option = "variance_type" in inspect.signature(type(scheduler)).parameters
+    return has_option and "learned" in str(scheduler.config.get("variance_type"))
 
 
 def check_scheduler(scheduler: Any, prediction_type: str, learned_variance: bool = False) -> None:

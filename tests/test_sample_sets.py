@@ -1,0 +1,382 @@
+"""Sample sets on disk: the same for any batches, starts and processes; what is in them."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from PIL import Image
+from tiny_sampling import arrays_of, latent_pipeline, set_of, tiny_pipeline
+
+from mhla_gen import MHLADiTTransformer2DModel
+from mhla_gen.config import ConfigError, SampleConfig, load_config, save_config
+from mhla_gen.evaluation import load_images
+from mhla_gen.sampling import class_labels, generate, sample
+from mhla_gen.sampling.classes import class_numbers, ordered_labels
+from mhla_gen.sampling.drawing import Drawer, largest_batch
+from mhla_gen.sampling.samplers import ClassSampler
+from mhla_gen.sampling.units import Units
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pipe")
+    torch.manual_seed(0)
+    tiny_pipeline(class_names=["cat, house cat", "dog", "3"]).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def latents(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("latents")
+    torch.manual_seed(0)
+    scheduler = DDPMScheduler(variance_type="learned_range", clip_sample=False)
+    latent_pipeline(scheduler).save_pretrained(folder)
+    return folder
+
+
+def bytes_of(folder):
+    return (folder / "samples.npz").read_bytes()
+
+
+def interrupted(config, monkeypatch, after):
+    """Start a set and stop it when so many calls of the pipeline are done."""
+    draw, calls = ClassSampler.draw, []
+
+    def stop(self, *args, **rest):
+        if len(calls) == after:
+            raise KeyboardInterrupt
+        calls.append(args)
+        return draw(self, *args, **rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ClassSampler, "draw", stop)
+        with pytest.raises(KeyboardInterrupt):
+            sample(config)
+    return calls
+
+
+@pytest.mark.parametrize(("model", "count"), [("pipeline", 23), ("latents", 10)])
+def test_a_set_is_the_same_for_any_batch_and_any_starts(
+    model, count, request, tmp_path, monkeypatch
+):
+    saved = request.getfixturevalue(model)
+    # The last of the units is not full.
+    options = {"num_samples": count, "model_batch_size": 4}
+    sample(set_of(tmp_path / "one", saved, batch_size=1, **options))
+    for size in (7, 23):
+        sample(set_of(tmp_path / f"b{size}", saved, batch_size=size, **options))
+        assert bytes_of(tmp_path / f"b{size}") == bytes_of(tmp_path / "one")
+    for start, size in enumerate((1, 5)):
+        config = set_of(tmp_path / "parts", saved, batch_size=size, **options)
+        interrupted(config, monkeypatch, after=1)
+        assert not (tmp_path / "parts" / "samples.npz").exists()
+        assert len(list((tmp_path / "parts" / ".work" / "done").iterdir())) == start + 1
+    sample(set_of(tmp_path / "parts", saved, batch_size=23, **options))
+    assert bytes_of(tmp_path / "parts") == bytes_of(tmp_path / "one")
+    assert not (tmp_path / "parts" / ".work").exists()
+    arrays = arrays_of(tmp_path / "one")
+    classes = 3 if model == "pipeline" else 1000
+    assert arrays["labels"].tolist() == [i % classes for i in range(count)]
+    assert len({image.tobytes() for image in arrays["arr_0"]}) == count
+
+
+def test_what_is_not_repeatable_differs_by_rounding_at_most(latents, tmp_path):
+    options = {"num_samples": 6, "reproducible": False}
+    for size in (4, 6):
+        sample(set_of(tmp_path / str(size), latents, batch_size=size, **options))
+    first, second = (arrays_of(tmp_path / str(n))["arr_0"] for n in (4, 6))
+    assert np.abs(first.astype(int) - second).max() <= 1
+
+
+def test_a_small_set_in_memory_is_that_on_disk(pipeline, tmp_path):
+    sample(set_of(tmp_path / "set", pipeline, samples_per_class=3, seed=5, guidance_scale=3.0))
+    labels = class_labels("all", 3, 3)
+    assert labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    pipe = drawing_pipeline(pipeline)
+    options = {"seed": 5, "num_inference_steps": 2, "guidance_scale": 3.0}
+    for size in (1, 4, 9):
+        images = generate(pipe, labels, batch_size=size, **options)
+        assert (images == arrays_of(tmp_path / "set")["arr_0"]).all()
+    # The pipeline is left as it was.
+    assert "forward" not in vars(pipe.transformer)
+
+
+def drawing_pipeline(folder):
+    from mhla_gen import ClassConditionalPipeline
+
+    return ClassConditionalPipeline.from_pretrained(folder)
+
+
+def test_a_sample_set_on_disk(pipeline, tmp_path, capsys):
+    config = set_of(tmp_path / "set", pipeline, classes=[2, 0], samples_per_class=2)
+    sample(config, dry_run=True)
+    said = capsys.readouterr().out
+    assert "would write 4 images of 2 classes" in said and "2 steps each: 8 × 8 × 1" in said
+    assert "npz 256 B" in said and "samples/s" in said and not (tmp_path / "set").exists()
+    sample(config)
+    arrays = arrays_of(tmp_path / "set")
+    assert arrays["arr_0"].shape == (4, 8, 8, 1) and arrays["arr_0"].dtype == np.uint8
+    assert arrays["labels"].tolist() == [2, 2, 0, 0] and arrays["labels"].dtype == np.int64
+    assert {p.name for p in (tmp_path / "set").iterdir()} == {
+        "config.yaml",
+        "manifest.json",
+        "samples.npz",
+        "samples.png",
+    }
+    made = json.loads((tmp_path / "set" / "manifest.json").read_text())
+    assert made["num_images"] == 4 and made["settings"]["seed"] == 0
+    assert made["transformer"]["mhla"]["layout"] == [2, 2]
+    assert len(made["identity"]["weights"]["transformer"]) == 64
+    assert {"torch", "diffusers", "mhla_gen"} <= set(made["versions"])
+    assert made["command"] and made["devices"] and len(made["sha256"]) == 64
+    assert load_config(tmp_path / "set" / "config.yaml") == config
+    written = (tmp_path / "set" / "samples.npz").stat().st_mtime_ns
+    sample(replace(config, batch_size=1))
+    assert "already holds" in capsys.readouterr().out
+    assert (tmp_path / "set" / "samples.npz").stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": 1}, "seed: found 0, asked for 1"),
+        ({"num_samples": 9}, "num_samples: found 8, asked for 9"),
+        ({"scheduler_options": {"shift": 2.0}}, "scheduler_options.shift: found None"),
+        ({"model_batch_size": 2}, "model_batch_size: found 4, asked for 2"),
+    ],
+)
+def test_other_settings_are_refused_for_an_unfinished_set(
+    pipeline, tmp_path, monkeypatch, changes, message
+):
+    config = set_of(tmp_path / "set", pipeline, num_samples=8, model_batch_size=4)
+    interrupted(config, monkeypatch, after=1)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(FileExistsError, match=message):
+        sample(replace(config, **changes))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_another_model_at_the_same_place_is_refused(pipeline, tmp_path, monkeypatch):
+    tiny_pipeline().save_pretrained(tmp_path / "pipe")
+    config = set_of(tmp_path / "set", tmp_path / "pipe", num_samples=8, model_batch_size=4)
+    interrupted(config, monkeypatch, after=1)
+    tiny_pipeline().save_pretrained(tmp_path / "pipe")
+    with pytest.raises(FileExistsError, match=r"weights\.transformer: found"):
+        sample(config)
+
+
+def test_classes_by_number_and_name():
+    names = ["cat, house cat", "dog", "3"]
+    assert class_numbers(["House Cat", 1, "3"], names) == (0, 1, 2)
+    assert class_numbers(["cat, house cat"], names) == (0,)
+    with pytest.raises(ValueError, match="no class 'cta'; did you mean 'cat'"):
+        class_numbers(["cta"], names)
+    with pytest.raises(ValueError, match="classes 0…2, found 7"):
+        class_labels([7], 1, 3)
+    balanced = ordered_labels("all", 8, "balanced", 0, 3)
+    assert balanced.tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
+    drawn = ordered_labels([0, 2], 400, "random", 0, 3)
+    assert set(drawn.tolist()) == {0, 2} and 120 < (drawn == 0).sum() < 280
+    assert (ordered_labels([0, 2], 50, "random", 0, 3) == drawn[:50]).all()
+    assert (ordered_labels([0, 2], 400, "random", 1, 3) != drawn).any()
+
+
+def test_image_files_are_a_set_to_measure(pipeline, tmp_path):
+    config = set_of(tmp_path / "set", pipeline, num_samples=5, formats=["png", "npz"])
+    sample(config)
+    files = sorted((tmp_path / "set" / "images").iterdir())
+    assert [file.name for file in files] == [f"{i:06d}.png" for i in range(5)]
+    arrays = arrays_of(tmp_path / "set")
+    for file, image in zip(files, arrays["arr_0"], strict=True):
+        assert (np.asarray(Image.open(file)) == image[..., 0]).all()
+    records = [json.loads(x) for x in (tmp_path / "set" / "samples.jsonl").read_text().splitlines()]
+    assert [r["label"] for r in records] == arrays["labels"].tolist()
+    assert records[4] == {"label": 1, "class": "dog", "seed": 4}
+    (tmp_path / "set" / "samples.npz").unlink()
+    # The contact sheet beside them is none of the samples.
+    source = load_images(tmp_path / "set")
+    assert len(source) == 5 and (source.read(0)[..., 0] == arrays["arr_0"][0, ..., 0]).all()
+
+
+def out_of_memory(monkeypatch, most):
+    """Let the model take `most` rows at a time, as a small GPU would; the sizes of its calls."""
+    forward, sizes = MHLADiTTransformer2DModel.forward, []
+
+    def limited(self, hidden_states, *args, **rest):
+        sizes.append(len(hidden_states))
+        if len(hidden_states) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, hidden_states, *args, **rest)
+
+    monkeypatch.setattr(MHLADiTTransformer2DModel, "forward", limited)
+    return sizes
+
+
+def test_a_batch_that_does_not_fit_is_halved_and_nothing_is_lost(
+    pipeline, tmp_path, monkeypatch, capsys
+):
+    options = {"num_samples": 24, "guidance_scale": 1.0, "reproducible": False}
+    sample(set_of(tmp_path / "whole", pipeline, batch_size=24, **options))
+    sizes = out_of_memory(monkeypatch, most=6)
+    sample(set_of(tmp_path / "small", pipeline, batch_size=24, **options))
+    said = capsys.readouterr().out
+    assert "out of memory with 24 samples at a time; going on with 12" in said
+    assert "going on with 6" in said and max(sizes) == 24 and sizes[-1] == 6
+    whole, small = (arrays_of(tmp_path / name)["arr_0"] for name in ("whole", "small"))
+    assert np.abs(whole.astype(int) - small).max() <= 1
+
+
+def test_less_memory_than_a_repeatable_call_needs_is_noted(pipeline, tmp_path, monkeypatch, capsys):
+    options = {"num_samples": 16, "model_batch_size": 8}
+    sample(set_of(tmp_path / "whole", pipeline, **options))
+    out_of_memory(monkeypatch, most=3)
+    sample(set_of(tmp_path / "small", pipeline, batch_size=16, **options))
+    assert "fewer than model_batch_size 8" in capsys.readouterr().out
+    made = json.loads((tmp_path / "small" / "manifest.json").read_text())
+    assert any("going on with 2" in note for note in made["notes"])
+    whole, small = (arrays_of(tmp_path / name)["arr_0"] for name in ("whole", "small"))
+    assert np.abs(whole.astype(int) - small).max() <= 1
+    monkeypatch.undo()
+    out_of_memory(monkeypatch, most=0)
+    with pytest.raises(torch.OutOfMemoryError):
+        sample(set_of(tmp_path / "none", pipeline, **options))
+
+
+def test_the_largest_batch_is_tried_out(pipeline):
+    sampler = ClassSampler(drawing_pipeline(pipeline), np.zeros(1000, np.int64), seed=0)
+    tried = []
+
+    def draw(size):
+        tried.append(size)
+        if size > 48:
+            raise torch.OutOfMemoryError
+
+    assert largest_batch(sampler, 1000, on_cuda=True, draw=draw) == 32
+    assert tried == [1, 2, 4, 8, 16, 32, 64]
+    assert largest_batch(sampler, 20, on_cuda=True, draw=draw) == 20
+    assert largest_batch(sampler, 1000, on_cuda=False) == 32
+
+
+def test_units_are_few_and_of_one_size():
+    for count, most in ((1, 64), (64, 64), (65, 64), (200, 64), (7, 3)):
+        units = Units.split(count, most)
+        numbers = [n for unit in range(len(units)) for n in units.numbers(unit)]
+        assert numbers == list(range(count)) and units.rows <= most
+        assert len(units) == -(-count // most)
+        assert all(len(units.filled(unit)) == units.rows for unit in range(len(units)))
+    assert Units.split(200, 64).rows == 50
+
+
+def test_steps_are_streamed(pipeline):
+    sampler = ClassSampler(drawing_pipeline(pipeline), np.zeros(8, np.int64), seed=0)
+    sampler.pipeline.set_progress_bar_config(disable=True)
+    seen = []
+    with Drawer(sampler, Units(8, 4), 4, batch_size=8, reproducible=True) as drawer:
+        units = [unit for unit, _ in drawer.draw([0, 1], seen.append)]
+    assert units == [0, 1] and seen == [2, 4, 6, 8]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"classes": [7]}, "found 7 in classes"),
+        ({"classes": ["cow"]}, "no class 'cow'"),
+        ({"scheduler": "Euler"}, "no scheduler 'Euler'"),
+        ({"scheduler": "DDPMScheduler"}, "DDPMScheduler needs use_flow_sigmas"),
+        ({"prompts": "a cat"}, "makes images of classes"),
+        ({"height": 8, "width": 12}, "are square, found 8 × 12"),
+        ({"height": 9, "width": 9}, "multiple of 2, found 9"),
+        ({"formats": "mp4"}, "formats has mp4, but the samples are images"),
+        ({"vae_tiling": True}, "has no tiling"),
+        ({"offload": "model", "device": "cpu"}, "offload=model needs a GPU"),
+        ({"pipeline": "/no/such/place"}, r"no model_index\.json"),
+    ],
+)
+def test_problems_are_named_before_anything_is_written(pipeline, tmp_path, changes, message):
+    settings = {"pipeline": str(pipeline), "output_dir": str(tmp_path / "set")}
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        sample(SampleConfig(**settings | changes))
+    assert not (tmp_path / "set").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["samples_per_class=2", "num_samples=3"], "exclude each other"),
+        (["guidance_interval=[0.9,0.1]"], "the lower one first"),
+        (["guidance_interval=[0,1,2]"], "two noise levels"),
+        (["batch_size=many"], 'must be "auto" or a number'),
+        (["formats=[gif]"], "one of npz, png, mp4"),
+        (["keep_samples=false"], "leaves nothing behind"),
+        (["classes=[-1]"], "class numbers and names"),
+    ],
+)
+def test_mistakes_in_settings_are_named(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(None, overrides, SampleConfig)
+
+
+def test_folders_of_others_and_places_that_cannot_be_written(pipeline, tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("precious")
+    with pytest.raises(FileExistsError, match="did not write"):
+        sample(set_of(tmp_path / "mine", pipeline))
+    assert (tmp_path / "mine" / "notes.txt").read_text() == "precious"
+    with pytest.raises(PermissionError, match=r"notes\.txt is not writable"):
+        sample(set_of(tmp_path / "mine" / "notes.txt" / "set", pipeline))
+    # Root may write anywhere, so permissions are told instead of taken.
+    monkeypatch.setattr("os.access", lambda *args: False)
+    with pytest.raises(PermissionError, match="cannot be made"):
+        sample(set_of(tmp_path / "new" / "set", pipeline))
+
+
+def command(config, tmp_path, processes=None):
+    save_config(config, tmp_path / "run.yaml")
+    launch = []
+    if processes:
+        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return [sys.executable, *launch, "-m", "mhla_gen.cli", "sample", str(tmp_path / "run.yaml")]
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_same_set(latents, tmp_path):
+    options = {"num_samples": 11, "model_batch_size": 4, "device": "cpu"}
+    sample(set_of(tmp_path / "one", latents, **options))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = command(set_of(tmp_path / "two", latents, **options), tmp_path, processes=2)
+    done = subprocess.run(run, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert "wrote 11 images" in done.stdout and "11/11" in done.stderr
+    assert bytes_of(tmp_path / "two") == bytes_of(tmp_path / "one")
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_three_times_makes_the_same_set(latents, tmp_path):
+    options = {"num_samples": 24, "model_batch_size": 2, "num_inference_steps": 8}
+    sample(set_of(tmp_path / "one", latents, **options))
+    run = command(set_of(tmp_path / "killed", latents, **options), tmp_path)
+    marks, pick = tmp_path / "killed" / ".work" / "done", random.Random(0)
+    for _ in range(3):
+        before = len(list(marks.glob("*.json")))
+        process = subprocess.Popen(run, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while len(list(marks.glob("*.json"))) < before + pick.randint(1, 3):
+            assert process.poll() is None, "it finished before it could be killed"
+            time.sleep(0.01)
+        time.sleep(pick.random() * 0.1)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert not (tmp_path / "killed" / "manifest.json").exists()
+    done = subprocess.run(run, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert bytes_of(tmp_path / "killed") == bytes_of(tmp_path / "one")
+    hidden = [path for path in (tmp_path / "killed").rglob("*") if "partial" in path.name]
+    assert not hidden

@@ -12,6 +12,7 @@ import json
 import platform
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,9 @@ from mhla_gen.training.log import LOG_NAME, read_log
 from mhla_gen.version import __version__
 
 _BATCH = 256
-_GROUPS = 8
+_GROUPS = 4
+# Distances scored at a time: a singular value decomposition does not fill many cores.
+_THREADS = 4
 # Title → the runs whose steps led to the model, the last of which holds it.
 MODELS: dict[str, tuple[str, ...]] = {
     "softmax teacher": ("teacher",),
@@ -89,8 +92,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for title, runs in MODELS.items()
     }
     teacher = samples["softmax teacher"]
+    features = {title: judge.extract(images) for title, images in samples.items()}
+    with ThreadPoolExecutor(_THREADS) as pool:
+        scores = dict(zip(features, pool.map(judge.score, features.values()), strict=True))
     rows = [
-        row(options.out, title, runs, samples[title], teacher, judge)
+        row(options.out, title, runs, samples[title], teacher, scores[title])
         for title, runs in MODELS.items()
     ]
     content = {
@@ -185,10 +191,10 @@ class Judge:
         ]
         return torch.cat(found)
 
-    def score(self, images: np.ndarray) -> tuple[float, tuple[float, float]]:
+    def score(self, features: Tensor) -> tuple[float, tuple[float, float]]:
         """Distance to all real images and its 95 % interval over left-out groups of samples."""
         value, interval = jackknife_interval(
-            self.extract(images),
+            features,
             lambda statistics: frechet_distance(statistics, self.statistics),
             _GROUPS,
         )
@@ -207,10 +213,10 @@ def row(
     runs: Sequence[str],
     images: np.ndarray,
     teacher: np.ndarray,
-    judge: Judge,
+    score: tuple[float, tuple[float, float]],
 ) -> Row:
     """Everything about one model."""
-    distance, interval = judge.score(images)
+    distance, interval = score
     difference = images.astype(np.float32) - teacher.astype(np.float32)
     logs = [read_log(out / run / LOG_NAME) for run in runs]
     return Row(

@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
+import numpy as np
 from matplotlib.figure import Figure
 
 from mhla_gen.config import SensitivityConfig
@@ -76,32 +78,28 @@ def write_report(
 
 
 def draw_sensitivity(rows: Sequence[LayerSensitivity], plan: Plan | None) -> bytes:
-    """Errors over layers, logarithmic; the layers that stay softmax are marked. PNG."""
-    kept = () if plan is None else plan.softmax_layers
+    """Errors over layers, at each timestep and their mean, with the plan's layers marked; PNG."""
 
     def make(colours: Sequence[str]) -> Figure:
-        figure = Figure(figsize=(max(6.0, 0.28 * len(rows)), 3.6), layout="constrained")
+        figure = Figure(figsize=(max(6.5, 0.28 * len(rows)), 3.8), layout="constrained")
         axes: Any = figure.subplots()
-        layers = [row.layer for row in rows]
-        axes.bar(
-            layers,
-            [row.output_error for row in rows],
-            color=[colours[1] if row.layer in kept else colours[0] for row in rows],
-            label="mean over timesteps" + (" (other colour: stays softmax)" if kept else ""),
-        )
-        markers = "v^<>spDo"
-        for index, time in enumerate(rows[0].by_timestep):
+        layers, times = [row.layer for row in rows], list(rows[0].by_timestep)
+        for number, layer in enumerate(plan.softmax_layers if plan is not None else ()):
+            label = "stays softmax" if number == 0 else None
+            axes.axvspan(layer - 0.4, layer + 0.4, color=colours[1], alpha=0.25, lw=0, label=label)
+        for time, shade in zip(times, np.linspace(0.1, 0.85, len(times)), strict=True):
             values = [row.by_timestep[time] for row in rows]
-            style = {"ls": "none", "ms": 4, "mfc": "none", "mec": "gray"}
-            marker = markers[index % len(markers)]
-            axes.plot(layers, values, marker=marker, label=f"timestep {time}", **style)
+            colour = mpl.colormaps["viridis"](shade)
+            axes.plot(layers, values, "o-", ms=3, lw=0.8, color=colour, label=f"timestep {time}")
+        means = [row.output_error for row in rows]
+        axes.plot(layers, means, "s-", ms=5, lw=2.2, color=colours[0], label="mean")
         axes.set(
             yscale="log",
-            xlabel="layer replaced by MHLA, alone",
+            xlabel="the one layer that is replaced",
             ylabel="error of the output,\nshare of its squares",
         )
         axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.grid(alpha=0.25, axis="y")
+        axes.grid(alpha=0.25)
         figure.legend(loc="outside lower center", ncols=4, fontsize=8)
         return figure
 

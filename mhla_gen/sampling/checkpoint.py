@@ -11,21 +11,19 @@ from mhla_gen.config import ConfigError, TrainConfig, load_config
 from mhla_gen.data import load_data
 from mhla_gen.files import CONFIG_NAME
 from mhla_gen.training.build import build_task
-from mhla_gen.training.checkpoints import checkpoints
+from mhla_gen.training.checkpoints import last_checkpoint
 
 _WEIGHTS_NAME = "model.safetensors"
+_AVERAGE = "shadow_params"
 
 
 def checkpoint_in(folder: Path) -> Path | None:
-    """A checkpoint: the folder itself, or the newest one in a run's folder; None without any."""
-    candidates = [folder, *reversed(checkpoints(folder).values())]
-    return next(
-        (path for path in candidates if (path / CONFIG_NAME).is_file() and _has(path)), None
-    )
-
-
-def _has(folder: Path) -> bool:
-    return any(folder.glob("custom_checkpoint_*.pkl")) or (folder / _WEIGHTS_NAME).is_file()
+    """A checkpoint: the newest one in a run's folder, or the folder itself; None without any."""
+    newest = last_checkpoint(folder)
+    if newest is not None:
+        return newest
+    is_checkpoint = (folder / CONFIG_NAME).is_file() and any(folder.glob("custom_checkpoint_*.pkl"))
+    return folder if is_checkpoint else None
 
 
 def pipeline_of(folder: Path) -> Any:
@@ -43,18 +41,17 @@ def pipeline_of(folder: Path) -> Any:
         config = load_config(folder / CONFIG_NAME, schema=TrainConfig)
     except ConfigError as error:
         raise ValueError(f"{folder} was not written by `mhla-gen train`: {error}") from error
-    if not (folder / _WEIGHTS_NAME).is_file():
-        raise FileNotFoundError(
-            f"{folder} has its weights in several files; finish the run, or go on with it on one "
-            "process until its next checkpoint"
-        )
     task = build_task(config, load_data(config.data))
-    task.model.load_state_dict(load_file(folder / _WEIGHTS_NAME))
     averages = _averages(folder)
     if averages is not None:
-        average = EMAModel(task.model.parameters())
+        parameters = list(task.model.parameters())
+        average = EMAModel(parameters)
         average.load_state_dict(averages)
-        average.copy_to(task.model.parameters())
+        average.copy_to(parameters)
+    elif (folder / _WEIGHTS_NAME).is_file():
+        task.model.load_state_dict(load_file(folder / _WEIGHTS_NAME))
+    else:
+        raise FileNotFoundError(f"{folder} has neither averaged weights nor {_WEIGHTS_NAME}")
     return task.pipeline(task.model.eval())
 
 
@@ -62,6 +59,6 @@ def _averages(folder: Path) -> dict[str, Any] | None:
     """The state of the moving average, which accelerate keeps under a number."""
     for path in sorted(folder.glob("custom_checkpoint_*.pkl")):
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if isinstance(state, dict) and "shadow_params" in state:
+        if isinstance(state, dict) and _AVERAGE in state:
             return state
     return None

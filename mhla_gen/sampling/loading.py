@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,13 +65,22 @@ def _from_folder(folder: Path, dtype: torch.dtype) -> Any:
         pipeline = found.from_pretrained(folder, dtype=precise, **absent)
     except (KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"{folder} is not a whole {name}: {error}") from error
-    return class_conditional(pipeline) if name == "DiTPipeline" else pipeline
+    if name == "DiTPipeline":
+        return class_conditional(pipeline, index.get("id2label") or {})
+    return pipeline
 
 
-def class_conditional(pipeline: Any) -> ClassConditionalPipeline:
-    """Our pipeline from the parts of diffusers' `DiTPipeline`."""
+def class_conditional(
+    pipeline: Any, id2label: Mapping[str, str] | None = None
+) -> ClassConditionalPipeline:
+    """Our pipeline from the parts of diffusers' `DiTPipeline`.
+
+    Args:
+        pipeline: A `DiTPipeline`.
+        id2label: Names by class number, which it does not keep in order.
+    """
     names = [str(label) for label in range(pipeline.transformer.config.num_embeds_ada_norm)]
-    for number, text in (pipeline.config.get("id2label") or {}).items():
+    for number, text in (id2label or {}).items():
         names[int(number)] = text
     return ClassConditionalPipeline(
         pipeline.transformer,

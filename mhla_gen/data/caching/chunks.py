@@ -17,6 +17,8 @@ from mhla_gen.digests import file_digest
 from mhla_gen.files import written_whole
 
 T = TypeVar("T")
+Computed = tuple[dict[str, Tensor], dict[str, Any]]
+"""Tensors of a chunk, and its record."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ def chunks_of(kind: str, buckets: Sequence[Sequence[int]], size: int) -> list[Ch
 def write_missing(
     folder: Path,
     chunks: Sequence[Chunk],
-    compute: Callable[[Chunk, Callable[[int], Any]], tuple[dict[str, Tensor], dict[str, Any]]],
+    compute: Callable[[Sequence[Chunk], Callable[[int], Any]], Iterator[Computed]],
     title: str,
     unit: str,
     again: bool = False,
@@ -59,8 +61,8 @@ def write_missing(
     Args:
         folder: Of the cache.
         chunks: All chunks, the same in every process.
-        compute: From a chunk, and what it calls with the number of items done, to its tensors and
-            its record.
+        compute: From chunks, and what it calls with the number of items done, to the tensors and
+            the record of one after the other.
         title: What the progress bar says.
         unit: What an item is called.
         again: Compute chunks from which something was left out anew.
@@ -81,8 +83,8 @@ def write_missing(
         unit=unit,
         disable=not state.is_main_process,
     ) as bar:
-        for chunk in missing:
-            tensors, record = compute(chunk, lambda n: bar.update(n * state.num_processes))
+        computed = compute(missing, lambda n: bar.update(n * state.num_processes))
+        for chunk, (tensors, record) in zip(missing, computed, strict=True):
             _write(folder / chunk.name, tensors, record)
     state.wait_for_everyone()
 

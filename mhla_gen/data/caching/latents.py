@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mhla_gen.data.autoencoder import Normalisation, encode
-from mhla_gen.data.caching.chunks import Chunk, batched
+from mhla_gen.data.caching.chunks import Chunk, Computed, batched
 from mhla_gen.data.images import to_model_range
 from mhla_gen.data.protocol import Examples
 from mhla_gen.pictures import UnreadableImageError
@@ -37,21 +37,29 @@ class LatentChunks:
     ahead: int
     """How many images or clips."""
 
-    def compute(
-        self, chunk: Chunk, done: Callable[[int], Any]
-    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The tensors of a chunk, and its record.
+    def compute(self, chunks: Sequence[Chunk], done: Callable[[int], Any]) -> Iterator[Computed]:
+        """The tensors of each chunk, and its record; see `write_missing`.
 
-        Returns:
+        Yields:
             `mean`, `std` where encoding is not deterministic, and both `_flipped`; `item`, the
             example's number, `label` and `caption`, where there are any, int64; all `[rows, …]`.
             The record has `names`, one a row, and `quarantined`: `name` and `reason` of the rest.
         """
+        # While a chunk is encoded, the next one is read already.
+        pictures = self._read_ahead([item for chunk in chunks for item in chunk.items])
+        for chunk in chunks:
+            yield self._encoded(chunk, pictures, done)
+
+    def _encoded(
+        self,
+        chunk: Chunk,
+        pictures: Iterator[np.ndarray | UnreadableImageError],
+        done: Callable[[int], Any],
+    ) -> Computed:
         clips = len(self.examples.sample_shapes[chunk.bucket]) == 4
         rows: list[int] = []
         parts: list[dict[str, Tensor]] = []
         quarantined: list[dict[str, str]] = []
-        pictures = self._read_ahead(chunk.items)
         for items in batched(chunk.items, 1 if clips else self.batch_size):
             good: list[np.ndarray] = []
             for item in items:

@@ -1,13 +1,13 @@
 """Captions to chunks of embeddings."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mhla_gen.data.caching.chunks import Chunk, batched
+from mhla_gen.data.caching.chunks import Chunk, Computed, batched
 from mhla_gen.data.text import TextEncoder
 
 
@@ -25,18 +25,17 @@ class PromptChunks:
     batch_size: int
     """Captions per forward pass."""
 
-    def compute(
-        self, chunk: Chunk, done: Callable[[int], Any]
-    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The tensors of a chunk, and its empty record.
+    def compute(self, chunks: Sequence[Chunk], done: Callable[[int], Any]) -> Iterator[Computed]:
+        """The tensors of each chunk, and its empty record; see `write_missing`.
 
-        Returns:
+        Yields:
             `embeds`, without padding, one caption after the other `[tokens, text_dim]`, and
             `lengths`, the tokens of each, int64.
         """
-        parts: list[Tensor] = []
-        for items in batched(chunk.items, self.batch_size):
-            parts += self.encoder.embed([self.captions[item] for item in items])
-            done(len(items))
-        lengths = torch.tensor([len(part) for part in parts])
-        return {"embeds": torch.cat(parts), "lengths": lengths}, {}
+        for chunk in chunks:
+            parts: list[Tensor] = []
+            for items in batched(chunk.items, self.batch_size):
+                parts += self.encoder.embed([self.captions[item] for item in items])
+                done(len(items))
+            lengths = torch.tensor([len(part) for part in parts])
+            yield {"embeds": torch.cat(parts), "lengths": lengths}, {}

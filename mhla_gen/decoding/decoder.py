@@ -1,5 +1,6 @@
 """Decoding in processes of its own, so that a file that hangs or crashes costs only itself."""
 
+import os
 import pickle
 import queue
 import subprocess
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+import mhla_gen
 from mhla_gen.decoding.frames import ClipFacts, Crop
 from mhla_gen.pictures import UnreadableImageError
 
@@ -82,9 +84,12 @@ class Decoder:
 
 
 def _start() -> subprocess.Popen[bytes]:
-    # -P: the folder that the user is in must not hide the modules of the standard library.
+    # -P: the folder that the user is in must not hide the modules of the standard library. So the
+    # place of this package is named, for those who run it without having installed it.
     command = [sys.executable, "-P", "-m", "mhla_gen.decoding.worker"]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    places = [str(Path(mhla_gen.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, places))}
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
 
 
 def _ask(process: subprocess.Popen[bytes], request: Any, timeout: float) -> tuple[bool, Any]:

@@ -28,6 +28,8 @@ from mhla_gen.config import (
 )
 from mhla_gen.data import load_data
 from mhla_gen.distillation import OutputLosses, convert, softmax_twin
+from mhla_gen.inspection.loading import load_subject
+from mhla_gen.sampling.loading import load_pipeline
 from mhla_gen.training.draws import draw
 from mhla_gen.training.log import read_log
 from mhla_gen.training.loop import Run
@@ -166,6 +168,24 @@ def test_a_finished_conversion_is_not_run_again(tmp_path, teacher, monkeypatch):
     other = replace(config.convert, stages=[LAYERS])
     with pytest.raises(FileExistsError, match="other settings"):
         convert(replace(config, convert=other, resume="latest"))
+
+
+def test_a_checkpoint_of_a_stage_can_be_looked_into_and_sampled(tmp_path, teacher, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        whole = Run.step
+
+        def step(self, number, parts):
+            if number == 3:
+                raise KeyboardInterrupt
+            return whole(self, number, parts)
+
+        patch.setattr(Run, "step", step)
+        convert(settings(tmp_path / "run", teacher, LAYERS))
+    stage = tmp_path / "run/stage-1-layers"
+    saved = load_file(stage / "checkpoint-2/model.safetensors")
+    assert same(load_subject(stage, "transformer", torch.float32).model.state_dict(), saved)
+    pipeline = load_pipeline(str(stage), torch.float32)
+    assert isinstance(pipeline.transformer, mhla_gen.MHLADiTTransformer2DModel)
 
 
 def test_the_output_stage_starts_where_the_layer_stage_ended(tmp_path, teacher):

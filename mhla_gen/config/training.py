@@ -1,6 +1,6 @@
 """Settings of training, and of the quickstart."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from mhla_gen.config.checks import check_at_least, check_choice
@@ -114,6 +114,17 @@ class TrainConfig:
         for name in ("ema_decay", "label_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), found {getattr(self, name)}")
+
+    @property
+    def without_stages(self) -> "TrainConfig":
+        """These settings with the teacher of a conversion as a pretrained model.
+
+        They build the model that its stages train.
+        """
+        if self.convert is None:
+            return self
+        model = replace(self.model, pretrained=self.convert.teacher)
+        return replace(self, model=model, convert=None)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -147,8 +147,7 @@ def stage_task(config: TrainConfig, data: TrainingData) -> Task:
             "a stage of kind=layers cannot run under FSDP, which frees a layer's weights before "
             "its own backward pass; run it on one process or under DDP"
         )
-    model = replace(config.model, pretrained=conversion.teacher)
-    task = build_task(replace(config, model=model, convert=None), data)
+    task = build_task(config.without_stages, data)
     student = task.model
     weights: dict[str, Tensor] = {}
     if conversion.start is not None:

@@ -110,7 +110,7 @@ def _load_checkpoint(folder: Path, dtype: torch.dtype) -> Subject:
         config = load_config(folder / CONFIG_NAME, schema=TrainConfig)
     except ConfigError as error:
         raise ValueError(f"{folder} was not written by `mhla-gen train`: {error}") from error
-    task = build_task(config, load_data(config.data))
+    task = build_task(config.without_stages, load_data(config.data))
     model: Any = task.model
     model.load_state_dict(load_file(folder / "model.safetensors"))
     scheduler = task.objective.scheduler()

@@ -41,7 +41,7 @@ def pipeline_of(folder: Path) -> Any:
         config = load_config(folder / CONFIG_NAME, schema=TrainConfig)
     except ConfigError as error:
         raise ValueError(f"{folder} was not written by `mhla-gen train`: {error}") from error
-    task = build_task(config, load_data(config.data))
+    task = build_task(config.without_stages, load_data(config.data))
     averages = _averages(folder)
     if averages is not None:
         parameters = list(task.model.parameters())

@@ -68,7 +68,7 @@ def shared_map(
     with shown as bar, ThreadPoolExecutor(threads) as pool:
         for result in pool.map(function, mine):
             results.append(result)
-            bar.update(state.num_processes)
+            advance(bar, 1)
     if state.num_processes == 1:
         return results
     # gather_object joins lists of processes one after the other.
@@ -76,3 +76,8 @@ def shared_map(
     for process, part in enumerate(gather_object([results])):
         whole[process :: state.num_processes] = part
     return whole
+
+
+def advance(bar: tqdm, count: int) -> None:
+    """Move a progress bar as if all processes had done as much as this one."""
+    bar.update(min(count * PartialState().num_processes, bar.total - bar.n))

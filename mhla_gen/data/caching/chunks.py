@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from mhla_gen.digests import file_digest
 from mhla_gen.files import written_whole
+from mhla_gen.processes import advance
 
 T = TypeVar("T")
 Computed = tuple[dict[str, Tensor], dict[str, Any]]
@@ -83,7 +84,7 @@ def write_missing(
         unit=unit,
         disable=not state.is_main_process,
     ) as bar:
-        computed = compute(missing, lambda n: bar.update(n * state.num_processes))
+        computed = compute(missing, lambda n: advance(bar, n))
         for chunk, (tensors, record) in zip(missing, computed, strict=True):
             _write(folder / chunk.name, tensors, record)
     state.wait_for_everyone()

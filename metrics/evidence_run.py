@@ -1,12 +1,13 @@
 """Train, sample and score the arms of the comparison in docs/evidence.md, one after another.
 
-    python metrics/evidence_run.py DATA OUT [--seconds 500] [key=value ...]
+    python metrics/evidence_run.py DATA OUT [--seconds 500] [--part 0/4] [key=value ...]
 
 DATA is an npz file with `arr_0` and `labels` (metrics/emoji_dataset.py makes one), or a folder with
 one sub-folder of images a class. OUT gets one JSON file and one picture for each arm as soon as it
 is done; arms that are there are not run again, so an interrupted comparison goes on with the same
-command. With --seconds no arm is begun that would not end in time. key=value changes the training
-of all arms, see configs/evidence/base.yaml.
+command. With --seconds no arm is begun that would not end in time. --part 0/4 runs the first of four
+equal parts of the plan: with a process for each part and GPU, four GPUs share it. key=value changes
+the training of all arms, see configs/evidence/base.yaml.
 """
 
 import argparse
@@ -54,11 +55,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--plan", type=Path, default=PLAN)
     parser.add_argument("--work", type=Path, help="scratch folder; OUT/work by default")
     parser.add_argument("--seconds", type=float, default=float("inf"))
+    parser.add_argument("--part", type=part, default=(0, 1), metavar="NUMBER/PARTS")
     parser.add_argument("--samples", type=int, default=4096)
     parser.add_argument("--sampling-steps", type=int, default=25)
     options = parser.parse_intermixed_args(arguments)
     began = time.perf_counter()
-    runs = read_plan(options.plan)
+    number, parts = options.part
+    runs = read_plan(options.plan)[number::parts]
     comparison = Comparison(options)
     for run in runs:
         comparison.settings(run)  # a wrong one is found before anything is read or trained
@@ -82,6 +85,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"{run.name}: {spent[run.tokens]:.1f} s", flush=True)
     if failed:
         raise SystemExit(f"no result for {', '.join(failed)}; the errors are above")
+
+
+def part(text: str) -> tuple[int, int]:
+    """Number and count of a part written as 0/4."""
+    number, parts = map(int, text.split("/"))
+    if not 0 <= number < parts:
+        raise ValueError(f"parts are numbered from 0, found {text}")
+    return number, parts
 
 
 class Comparison:

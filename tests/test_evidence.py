@@ -118,6 +118,14 @@ def test_real_images_from_a_folder_and_from_a_file(scripts, tmp_path):
         load(tmp_path / "nowhere")
 
 
+def test_parts_of_a_plan(scripts):
+    part = scripts("evidence_run").part
+    assert part("0/1") == (0, 1) and part("3/4") == (3, 4)
+    for wrong in ("4/4", "1", "-1/2"):
+        with pytest.raises(ValueError):
+            part(wrong)
+
+
 def test_noise_levels_are_quantiles_of_what_training_draws(scripts):
     levels = scripts("evidence_measure").noise_levels(8)
     drawn = torch.randn(200_000).sigmoid()

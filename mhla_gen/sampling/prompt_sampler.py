@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.utils import is_ftfy_available
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
@@ -141,6 +142,9 @@ class PromptSampler:
                 raise FileNotFoundError(f"image {prompt.image} of prompt {number} does not exist")
         if self.embeds is None and getattr(self.pipeline, "text_encoder", None) is None:
             raise ValueError(f"this {name} has no text encoder; give prompt_embeds=FILE")
+        # diffusers 0.42 calls it there without asking whether it is installed.
+        if self.embeds is None and name == "WanImageToVideoPipeline" and not is_ftfy_available():
+            raise ValueError(f"{name} cleans prompts with ftfy: pip install ftfy")
 
     def _resolved(self, sizes: dict[str, int | None]) -> tuple[tuple[int, ...], dict[str, int]]:
         """The shape of a sample, and the arguments that ask for it."""

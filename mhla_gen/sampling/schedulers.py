@@ -20,9 +20,7 @@ def prediction_of(scheduler: Any) -> str:
 
 def learns_variance(scheduler: Any) -> bool:
     """Whether a scheduler takes its variance from the model."""
-    # A config made from another scheduler's keeps settings that this class does not have.
-    has_option = "variance_type" in inspect.signature(type(scheduler)).parameters
-    return has_option and "learned" in str(scheduler.config.get("variance_type"))
+    return "learned" in str(_setting(scheduler, "variance_type"))
 
 
 def check_scheduler(scheduler: Any, prediction_type: str, learned_variance: bool = False) -> None:
@@ -36,15 +34,15 @@ def check_scheduler(scheduler: Any, prediction_type: str, learned_variance: bool
     Raises:
         ValueError: If the scheduler expects another prediction, or a variance that is not there.
     """
-    name, config = type(scheduler).__name__, scheduler.config
+    name = type(scheduler).__name__
     expected = prediction_of(scheduler)
     if expected != prediction_type:
         raise ValueError(
             f"{name} works on {expected}, but the model makes {prediction_type}; "
             "choose a scheduler or its options to match"
         )
-    always_flow = name.startswith("FlowMatch")
-    if expected == "flow_prediction" and not (always_flow or config.get("use_flow_sigmas")):
+    flows = name.startswith("FlowMatch") or _setting(scheduler, "use_flow_sigmas")
+    if expected == "flow_prediction" and not flows:
         raise ValueError(
             f"{name} needs use_flow_sigmas=True for {prediction_type}; "
             "a scheduler without that option does not fit"
@@ -52,8 +50,8 @@ def check_scheduler(scheduler: Any, prediction_type: str, learned_variance: bool
     if learns_variance(scheduler) and not (learned_variance and name in _LEARNING):
         reason = "the model makes none" if not learned_variance else f"{name} cannot use it"
         raise ValueError(
-            f"variance_type={config.variance_type} takes a learned variance, but {reason}; "
-            "choose a fixed one"
+            f"variance_type={_setting(scheduler, 'variance_type')} takes a learned variance, but "
+            f"{reason}; choose a fixed one"
         )
 
 
@@ -113,6 +111,12 @@ def scheduler_class(name: str) -> Any:
         known = [key for key in dir(diffusers) if key.endswith("Scheduler")]
         raise ValueError(f"diffusers has no scheduler {name!r}{_suggestion(name, known)}")
     return found
+
+
+def _setting(scheduler: Any, name: str) -> Any:
+    # A config made from another scheduler's keeps settings that this class does not have.
+    has = name in inspect.signature(type(scheduler)).parameters
+    return scheduler.config.get(name) if has else None
 
 
 def _suggestion(word: str, known: Any) -> str:

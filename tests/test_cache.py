@@ -13,15 +13,25 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import tiny_autoencoder, tiny_wan_autoencoder, tiny_wan_pipeline
+from tiny import tiny_autoencoder, tiny_dit_pipeline, tiny_wan_autoencoder, tiny_wan_pipeline
 
 from mhla_gen.cli import main
-from mhla_gen.config import AutoencoderConfig, CacheConfig, DataConfig, load_config, save_config
+from mhla_gen.config import (
+    AutoencoderConfig,
+    CacheConfig,
+    DataConfig,
+    ModelConfig,
+    TrainConfig,
+    load_config,
+    save_config,
+)
 from mhla_gen.data import load_data
 from mhla_gen.data.autoencoder import encode, latent_normalisation, latent_shape, load_autoencoder
 from mhla_gen.data.caching.build import build_cache
 from mhla_gen.data.caching.cached import CachedLatents
+from mhla_gen.data.caching.matching import require_pipeline
 from mhla_gen.data.images import to_model_range
+from mhla_gen.training.build import build_task
 
 COUNT = 22
 
@@ -267,6 +277,26 @@ def test_a_cache_knows_its_autoencoder(source, cache):
         data.require_autoencoder(vae)
     with pytest.raises(ValueError, match="AutoencoderKLWan"):
         data.require_autoencoder(tiny_wan_autoencoder())
+
+
+def test_training_refuses_a_pipeline_with_another_autoencoder(source, cache, tmp_path):
+    data = CachedLatents.open(cache)
+    require_pipeline(data, str(source / "vae"))
+    pipeline = tiny_dit_pipeline()
+    pipeline.vae = data.autoencoder()
+    pipeline.save_pretrained(tmp_path / "same")
+    require_pipeline(data, str(tmp_path / "same"))
+    with torch.no_grad():
+        next(pipeline.vae.parameters()).add_(1)
+    pipeline.save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"model\.pretrained .*other does not fit data\.path"):
+        require_pipeline(data, str(tmp_path / "other"))
+    train = TrainConfig(
+        data=DataConfig(source="cache", path=str(cache)),
+        model=ModelConfig(pretrained=str(tmp_path / "other")),
+    )
+    with pytest.raises(ValueError, match="made by another autoencoder"):
+        build_task(train, data)
 
 
 def test_a_dry_run_writes_nothing(source, tmp_path, capsys):

@@ -13,6 +13,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from mhla_gen.config import ModelConfig, ObjectiveConfig, PreviewConfig, TrainConfig
 from mhla_gen.data import TrainingData
 from mhla_gen.data.caching.cached import CachedLatents
+from mhla_gen.data.caching.matching import require_pipeline
 from mhla_gen.models import MHLADiTTransformer2DModel
 from mhla_gen.sampling.pipeline import ClassConditionalPipeline
 from mhla_gen.training.conditioning import ClassLabels, Conditioning
@@ -117,6 +118,8 @@ def build_task(config: TrainConfig, data: TrainingData) -> Task:
     """
     if config.convert is not None:
         raise ValueError("settings with convert are run by mhla_gen.distillation.convert")
+    if config.model.pretrained is not None and isinstance(data, CachedLatents):
+        require_pipeline(data, config.model.pretrained)
     if config.wan is not None:
         # It builds on this module.
         from mhla_gen.training.wan import wan_task

@@ -74,6 +74,9 @@ class ClipsConfig:
     """Up to how many clips are cut out of one video: evenly spread and apart; one is its middle."""
     upscale: bool = False
     """Also take videos that are smaller than a bucket, enlarged."""
+    condition: bool = False
+    """Also encode what image-to-video models with further channels are given: the first frame, and
+    grey after it."""
     missing_caption: Literal["error", "empty"] = "error"
     """What to do about a video without a caption."""
     timeout: float = 60.0

@@ -14,6 +14,7 @@ Batch = dict[str, Tensor]
   `mean_flipped` and `std_flipped` where it holds mirrored images too.
 - `labels`: int64 `[batch]`, for class-conditional models.
 - `prompt_embeds`: `[batch, text_len, text_dim]`, for models of text.
+- `condition`: latents like `mean` of the first frame and grey after it, for image to video.
 """
 
 

@@ -102,6 +102,11 @@ def _build_model(
 ) -> Any:
     (channels,) = {shape[0] for shape in data.sample_shapes}
     concatenated = wan.first_frame and not by_token
+    if concatenated and not getattr(data, "has_condition", False):
+        raise ValueError(
+            "wan.first_frame needs a cache with clips.condition=true, or times_of_tokens=true for "
+            "a model like Wan 2.2's TI2V-5B"
+        )
     wanted = {
         "in_channels": 2 * channels + _MASK_CHANNELS if concatenated else channels,
         "out_channels": channels,

@@ -110,6 +110,7 @@ def _build(
             normalisation=latent_normalisation(vae),
             dtype=getattr(torch, config.dtype),
             flips=config.data.horizontal_flip,
+            condition=config.clips.condition and isinstance(files, ClipFiles),
             batch_size=config.batch_size,
             readers=readers,
             ahead=2 * config.num_workers,

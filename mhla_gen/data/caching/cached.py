@@ -72,6 +72,11 @@ class CachedLatents:
         return self.index.settings["flips"]
 
     @property
+    def has_condition(self) -> bool:
+        """Whether it holds what image-to-video models are given."""
+        return bool(self.index.settings["clips"].get("condition"))
+
+    @property
     def has_prompts(self) -> bool:
         """Whether it holds embedded captions."""
         return bool(self.index.prompts)
@@ -83,9 +88,9 @@ class CachedLatents:
         """Latents of one bucket, float32.
 
         Returns:
-            `mean` and `std`, and both `_flipped` if the cache has them, `[batch, channels, …]`;
-            `labels`, int64 `[batch]`, and `prompt_embeds`, `[batch, text_len, text_dim]`, zeros
-            after the last token, where it has them.
+            `mean` and `std`, both `_flipped` and `condition`, if the cache has them, `[batch,
+            channels, …]`; `labels`, int64 `[batch]`, and `prompt_embeds`, `[batch, text_len,
+            text_dim]`, zeros after the last token, where it has them.
         """
         places = [self._locate(index) for index in indices]
         batch: Batch = {}
@@ -96,6 +101,8 @@ class CachedLatents:
             batch[f"std{suffix}"] = (
                 torch.zeros_like(mean) if exact else self._rows(f"std{suffix}", places).float()
             )
+        if self.has_condition:
+            batch["condition"] = self._rows("condition", places).float()
         if self.class_names is not None:
             batch["labels"] = self._rows("label", places)
         if self.has_prompts:

@@ -30,6 +30,8 @@ class LatentChunks:
     """Of latents on disk."""
     flips: bool
     """Also encode mirrored images."""
+    condition: bool
+    """Also encode the first frame of each clip, followed by grey."""
     batch_size: int
     """Images per forward pass; clips go one by one."""
     readers: ThreadPoolExecutor
@@ -41,8 +43,9 @@ class LatentChunks:
         """The tensors of each chunk, and its record; see `write_missing`.
 
         Yields:
-            `mean`, `std` where encoding is not deterministic, and both `_flipped`; `item`, the
-            example's number, `label` and `caption`, where there are any, int64; all `[rows, …]`.
+            `mean`, `std` where encoding is not deterministic, both `_flipped`, `condition`; `item`,
+            the example's number, `label` and `caption`, where there are any, int64; all of them
+            `[rows, …]`.
             The record has `names`, one a row, and `quarantined`: `name` and `reason` of the rest.
         """
         # While a chunk is encoded, the next one is read already.
@@ -102,6 +105,10 @@ class LatentChunks:
         tensors = self._posterior(samples, "")
         if self.flips:
             tensors |= self._posterior(samples.flip(-1), "_flipped")
+        if self.condition:
+            grey = torch.zeros_like(samples[:, :, 1:])
+            given = self._posterior(torch.cat((samples[:, :, :1], grey), dim=2), "")
+            tensors["condition"] = given["mean"]
         return tensors
 
     def _posterior(self, samples: Tensor, suffix: str) -> dict[str, Tensor]:

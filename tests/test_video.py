@@ -1,0 +1,230 @@
+"""Training of Wan on clips with captions: what the model is given, and the whole way to mp4."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import WanImageToVideoPipeline, WanPipeline
+from PIL import Image
+from tiny import tiny_clip_cache, tiny_wan, tiny_wan_pipeline
+
+import mhla_gen
+from mhla_gen.config import (
+    ConversionConfig,
+    DataConfig,
+    MHLAConfig,
+    ModelConfig,
+    StageConfig,
+    TrainConfig,
+    WanConfig,
+)
+from mhla_gen.config.previews import PreviewConfig
+from mhla_gen.data import load_data
+from mhla_gen.data.buckets import Bucket, crop_for
+from mhla_gen.data.clips import read_placements
+from mhla_gen.decoding import Decoder
+from mhla_gen.distillation import convert
+from mhla_gen.training import rehearse, train
+from mhla_gen.training.build import build_task
+from mhla_gen.training.objectives import FlowMatching
+from mhla_gen.training.prompts import ClipMatching, Prompts, first_frame_mask, token_times
+from mhla_gen.training.run import build_run
+
+SMALL = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 32}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tiny_clip_cache(tmp_path_factory.mktemp("clips"))
+
+
+def wan_run(folder, cache, wan=None, model=None, **changes):
+    settings = {
+        "output_dir": str(folder),
+        "data": DataConfig(source="cache", path=str(cache)),
+        "model": ModelConfig(mhla=MHLAConfig(layout=(2, 2, 2)), **(model or {})),
+        "wan": WanConfig(**SMALL | (wan or {})),
+        "max_steps": 2,
+        "batch_size": 2,
+        "warmup_steps": 0,
+        "mixed_precision": "fp32",
+        "checkpoint_every": 0,
+        "sample_every": 0,
+        "log_every": 1,
+        "report_to": "none",
+    }
+    return TrainConfig(**settings | changes)
+
+
+def losses_of(folder):
+    return [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_a_new_wan_learns_from_a_cache_of_clips(cache, tmp_path):
+    samples = PreviewConfig(num_images=2, num_inference_steps=2, guidance_scale=2.0)
+    config = wan_run(tmp_path / "run", cache, sample_every=2, samples=samples)
+    assert "clips, latents 16 ×" in rehearse(config) and not (tmp_path / "run").exists()
+    train(config)
+    pipeline = WanPipeline.from_pretrained(
+        tmp_path / "run" / "pipeline", tokenizer=None, text_encoder=None, transformer_2=None
+    )
+    assert type(pipeline.transformer) is mhla_gen.MHLAWanTransformer3DModel
+    names = {path.name for path in (tmp_path / "run" / "previews").iterdir()}
+    assert {"clip-0000002-00.mp4", "clip-0000002-01.mp4", "samples-0000002.png"} <= names
+
+
+def test_two_shapes_meet_in_one_step_and_a_killed_run_goes_on_exactly(cache, tmp_path):
+    changes = {"gradient_accumulation_steps": 2, "batch_size": 4, "max_steps": 4}
+    config = wan_run(tmp_path / "whole", cache, gradient_checkpointing=True, **changes)
+    data = load_data(config.data)
+    assert {shape[1:] for shape in data.sample_shapes} == {(3, 4, 6), (3, 6, 4), (1, 4, 6)}
+    steps = build_run(config).batches(0, 4)
+    shapes = [{tuple(part["mean"].shape[2:]) for part in parts} for parts in steps]
+    assert any(len(found) == 2 for found in shapes)
+    train(config)
+    half = replace(config, output_dir=str(tmp_path / "half"), max_steps=2, checkpoint_every=2)
+    train(half)
+    train(replace(half, max_steps=4, resume="latest"))
+    assert losses_of(tmp_path / "half") == losses_of(tmp_path / "whole")
+
+
+def test_low_rank_updates_and_mhla_learn_and_nothing_else(cache, tmp_path):
+    source = tmp_path / "base"
+    tiny_wan().save_pretrained(source)
+    model = {"pretrained": str(source), "trainable": "lora"}
+    config = wan_run(tmp_path / "run", cache, {"lora_rank": 2}, model, learning_rate=1e-2)
+    config = replace(config, ema_decay=0.0)
+    task = build_task(config, load_data(config.data))
+    trained = {name for name, p in task.model.named_parameters() if p.requires_grad}
+    assert trained and all(".lora_" in name or ".mhla." in name for name in trained)
+    train(config)
+    before = dict(tiny_wan().from_pretrained(source).named_parameters())
+    found = mhla_gen.MHLAWanTransformer3DModel.from_pretrained(
+        tmp_path / "run" / "pipeline" / "transformer"
+    )
+    moved = {n for n, p in found.named_parameters() if n in before and not p.equal(before[n])}
+    assert {name.rsplit(".", 2)[-2] for name in moved} == {"to_q", "to_k", "to_v", "0", "proj", "2"}
+    assert not any("norm" in name or "embed" in name for name in moved)
+
+
+def test_an_expert_learns_its_noise_levels_and_is_saved_with_the_other(cache, tmp_path):
+    tiny_wan_pipeline(two_experts=True).save_pretrained(tmp_path / "pair")
+    model = {"pretrained": str(tmp_path / "pair")}
+    config = wan_run(tmp_path / "run", cache, {"expert": "low_noise"}, model)
+    task = build_task(config, load_data(config.data))
+    times = task.objective.draw_times(1000, torch.Generator().manual_seed(0))
+    assert times.max() <= 0.5 and times.max() > 0.48
+    train(config)
+    absent = {"tokenizer": None, "text_encoder": None}
+    pair = WanPipeline.from_pretrained(tmp_path / "run" / "pipeline", **absent)
+    assert type(pair.transformer) is type(tiny_wan()) and pair.config.boundary_ratio == 0.5
+    assert type(pair.transformer_2) is mhla_gen.MHLAWanTransformer3DModel
+
+
+def test_noise_levels_of_an_expert_are_those_of_all_cut_at_the_boundary():
+    whole = FlowMatching(0.3, 0.9, 3.0)
+    times = whole.draw_times(200_000, torch.Generator().manual_seed(0))
+    for low, high in ((0.0, 0.875), (0.875, 1.0)):
+        part = ClipMatching(0.3, 0.9, 3.0, lowest=low, highest=high)
+        found = part.draw_times(100_000, torch.Generator().manual_seed(1))
+        assert low <= found.min() and found.max() <= high
+        kept = times[(times >= low) & (times < high)]
+        at = torch.linspace(0.05, 0.95, 10)
+        torch.testing.assert_close(found.quantile(at), kept.quantile(at), rtol=0, atol=4e-3)
+
+
+def test_tokens_of_a_known_first_frame_have_time_zero():
+    times = token_times(torch.tensor([500.0, 20.0]), (3, 4, 6), (1, 2, 2), True)
+    assert times.shape == (2, 18) and times[:, :6].eq(0).all()
+    assert times[0, 6:].eq(500).all() and times[1, 6:].eq(20).all()
+    assert first_frame_mask(torch.rand(2, 16, 3, 4, 6))[:, :, 0].eq(1).all()
+
+
+@pytest.mark.parametrize("by_token", [True, False])
+def test_image_to_video_gives_the_model_what_the_pipeline_gives_it(tmp_path, by_token):
+    cache = tiny_clip_cache(tmp_path, "clips.condition=true", clips=1)
+    wan = {"first_frame": True, "times_of_tokens": by_token}
+    samples = PreviewConfig(num_images=1, num_inference_steps=2)
+    config = wan_run(tmp_path / "run", cache, wan, sample_every=2, samples=samples)
+    data = load_data(config.data)
+    task = build_task(config, data)
+    item = next(i for i in range(len(data)) if data.read([i])["mean"].shape[2] > 1)
+    batch, calls = data.read([item]), []
+
+    def record(model):
+        model.register_forward_pre_hook(
+            lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True
+        )
+        return model
+
+    noisy = torch.randn_like(batch["mean"])
+    dropped, time = torch.tensor([False]), torch.tensor([500.0])
+    task.conditioning.predict(record(task.model), noisy, time, batch, dropped)
+    given, ours = calls[0][0][0], calls[0][1]
+
+    pipeline = task.pipeline(task.model.eval())
+    assert type(pipeline) is WanImageToVideoPipeline
+    height, width = (8 * n for n in noisy.shape[3:])
+    frame = first_frame(cache, data.describe(item), height, width)
+    calls.clear()
+    pipeline(
+        image=frame, height=height, width=width, num_frames=9,
+        num_inference_steps=1, guidance_scale=1.0, latents=noisy,
+        prompt_embeds=batch["prompt_embeds"].float(), output_type="latent",
+    )  # fmt: skip
+    theirs = calls[0][1]
+    torch.testing.assert_close(theirs["hidden_states"], given, rtol=0, atol=2e-2)
+    assert theirs["timestep"].shape == ours["timestep"].shape
+    assert theirs["timestep"].eq(0).equal(ours["timestep"].eq(0))
+    train(config)
+    assert (tmp_path / "run" / "previews" / "clip-0000002-00.mp4").is_file()
+
+
+def first_frame(cache, name, height, width):
+    """As the cache was made of it."""
+    path = name.split(" frames")[0]
+    placement = next(p for p in read_placements(cache / "clips.json") if p.name == path)
+    crop = crop_for(Bucket(9, height, width), placement.height, placement.width)
+    with Decoder(60, 1) as decoder:
+        return Image.fromarray(decoder.frames(path, placement.windows[0][:1], crop)[0])
+
+
+def test_dropped_captions_become_the_empty_one():
+    seen = []
+
+    def model(noisy, *, timestep, encoder_hidden_states, return_dict):
+        seen.append(encoder_hidden_states)
+        return (noisy,)
+
+    empty, batch = torch.zeros(4, 8), {"prompt_embeds": torch.rand(2, 4, 8)}
+    prompts = Prompts(empty, (1, 2, 2))
+    noisy, dropped = torch.rand(2, 16, 1, 4, 4), torch.tensor([True, False])
+    prompts.predict(model, noisy, torch.rand(2), batch, dropped)
+    assert seen[0][0].equal(empty) and seen[0][1].equal(batch["prompt_embeds"][1])
+
+
+def test_what_does_not_fit_is_said_before_anything_is_written(cache, tmp_path):
+    def refused(message, **settings):
+        with pytest.raises(ValueError, match=message):
+            rehearse(wan_run(tmp_path / "run", cache, **settings))
+        assert not (tmp_path / "run").exists()
+
+    refused("clips.condition=true", wan={"first_frame": True})
+    refused("source=cache", data=DataConfig())
+    tiny_wan(text_dim=24).save_pretrained(tmp_path / "other")
+    refused("text_dim is 24, but the data need 16", model={"pretrained": str(tmp_path / "other")})
+    with pytest.raises(ValueError, match="needs wan"):
+        TrainConfig(model=ModelConfig(trainable="lora"))
+    with pytest.raises(ValueError, match="without wan"):
+        WanConfig(boundary=0.9)
+
+
+def test_a_conversion_runs_its_stages_on_clips(cache, tmp_path):
+    tiny_wan().save_pretrained(tmp_path / "teacher")
+    stages = [StageConfig(kind="layers", steps=2), StageConfig(kind="output", steps=2)]
+    conversion = ConversionConfig(teacher=str(tmp_path / "teacher"), stages=stages)
+    config = wan_run(tmp_path / "run", cache, convert=conversion)
+    folder = convert(config)
+    found = mhla_gen.MHLAWanTransformer3DModel.from_pretrained(folder / "transformer")
+    assert {row.kind for row in mhla_gen.summary(found)} == {"mhla"}

@@ -166,6 +166,7 @@ def test_a_full_disk_leaves_whole_files(source, tmp_path, monkeypatch):
     assert "21 samples" in build_cache(config)
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_same_files(source, cache, tmp_path):
     save_config(config_for(source, tmp_path / "cache"), tmp_path / "cache.yaml")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -218,6 +219,19 @@ def test_captions_and_labels_of_images_are_kept(source, tmp_path):
     assert prompts.shape == (4, 5, 16) and torch.equal(prompts[1], prompts[2])
     assert torch.equal(prompts[0], data.empty_prompt_embeds) and data.caption(5) == words[2]
     assert not torch.equal(prompts[1], prompts[3])
+
+
+def test_what_could_not_be_read_is_tried_again_on_request(source, tmp_path):
+    config = config_for(source, tmp_path / "cache", "retry_quarantined=true")
+    build_cache(config)
+    whole = content(tmp_path / "cache")
+    files = sorted((tmp_path / "cache").glob("latents-*"))
+    before = [file.stat().st_mtime_ns for file in files]
+    build_cache(config)
+    again = [file.stat().st_mtime_ns for file in files]
+    # The fourth image is the broken one: it is in the first file of five.
+    assert [new > old for new, old in zip(again, before, strict=True)] == [True] + [False] * 4
+    assert content(tmp_path / "cache") == whole
 
 
 def test_moved_images_are_the_same_images(source, cache, tmp_path):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from tiny import tiny_video
 
-from mhla_gen.config import ClipsConfig, DataConfig
+from mhla_gen.config import CacheConfig, ClipsConfig, DataConfig
 from mhla_gen.data.buckets import (
     Bucket,
     choose_bucket,
@@ -231,6 +231,14 @@ def test_captions_are_beside_the_clips_or_in_a_list(videos, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="has no clips"):
         find_clips(DataConfig(source="clips", path=str(tmp_path / "empty")), "empty")
+
+
+def test_mirrored_clips_have_no_condition():
+    with pytest.raises(ValueError, match=r"leave data\.horizontal_flip out"):
+        CacheConfig(
+            data=DataConfig(source="clips", path="x", horizontal_flip=True),
+            clips=ClipsConfig(condition=True),
+        )
 
 
 @pytest.mark.parametrize("buckets", [[], [[81, 480]], [[0, 8, 8]], "81", [[1, 8, 8], [1, 8, 8]]])

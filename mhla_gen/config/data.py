@@ -168,6 +168,10 @@ class CacheConfig:
             check_at_least(name, getattr(self, name), 1)
         if self.chunk_size is not None:
             check_at_least("chunk_size", self.chunk_size, 1)
+        if self.clips.condition and self.data.horizontal_flip:
+            raise ValueError(
+                "clips.condition is not encoded for mirrored clips; leave data.horizontal_flip out"
+            )
         if self.data.source == "cache":
             raise ValueError("data.source=cache is a cache already; name what it is to be made of")
 

@@ -48,7 +48,7 @@ def require_latents(
         return
     if "mean" not in shapes or flips != ("mean_flipped" in shapes):
         raise broken(chunk.name, f"has the tensors {', '.join(shapes)}")
-    for name in ("mean", "std", "mean_flipped", "std_flipped"):
+    for name in ("mean", "std", "mean_flipped", "std_flipped", "condition"):
         found = facts["dtypes"].get(name), shapes.get(name)
         if name in shapes and found != (dtype, [rows, *shape]):
             raise broken(

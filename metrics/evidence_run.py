@@ -5,9 +5,9 @@
 DATA is an npz file with `arr_0` and `labels` (metrics/emoji_dataset.py makes one), or a folder with
 one sub-folder of images a class. OUT gets one JSON file and one picture for each arm as soon as it
 is done; arms that are there are not run again, so an interrupted comparison goes on with the same
-command. With --seconds no arm is begun that would not end in time. --part 0/4 runs the first of four
-equal parts of the plan: with a process for each part and GPU, four GPUs share it. key=value changes
-the training of all arms, see configs/evidence/base.yaml.
+command. With --seconds no arm is begun that would not end in time. --part 0/4 runs the first of
+four equal parts of the plan: with a process for each part and GPU, four GPUs share it. key=value
+changes the training of all arms, see configs/evidence/base.yaml.
 """
 
 import argparse

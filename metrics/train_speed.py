@@ -118,6 +118,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for attention in options.attention
         for compiled in options.compile
     ]
+    # Without a GPU accelerate starts no group of processes unless it is told so.
+    PartialState(cpu=not torch.cuda.is_available())
     found: list[dict[str, Any]] = []
     for row in rows:
         result = measure(row, options)

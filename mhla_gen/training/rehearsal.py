@@ -5,11 +5,11 @@ from dataclasses import replace
 from datetime import timedelta
 
 import torch
-from accelerate import PartialState
 
 from mhla_gen.config import TrainConfig
 from mhla_gen.training.build import BuildTask, build_task
 from mhla_gen.training.checkpoints import check_output_dir
+from mhla_gen.training.parallel import build_accelerator
 from mhla_gen.training.run import Run, build_run
 
 
@@ -28,11 +28,12 @@ def rehearse(config: TrainConfig, build: BuildTask = build_task) -> str:
         OSError: As `train`.
     """
     check_output_dir(config)
-    state = PartialState()
-    parts = state.num_processes * config.gradient_accumulation_steps
-    on_gpu = str(state.device).startswith("cuda")
+    config = replace(config, report_to="none")
+    accelerator = build_accelerator(config)
+    parts = accelerator.num_processes * config.gradient_accumulation_steps
+    on_gpu = accelerator.device.type == "cuda"
     size = config.batch_size if on_gpu else min(config.batch_size, 4 * parts)
-    run = build_run(replace(config, batch_size=size, report_to="none"), build)
+    run = build_run(replace(config, batch_size=size), build)
     loss, seconds = _two_steps(run)
     total = timedelta(seconds=round(seconds * config.batch_size / size * config.max_steps))
     parameters = [p.numel() for p in run.model.parameters()]

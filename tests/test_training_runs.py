@@ -1,0 +1,336 @@
+"""What a run survives and shows: signals, full disks, NaN, other models, previews, its log."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_training import TINY, assert_same, fresh_accelerator, log_of, tiny_run, trained
+from tiny import tiny_dit
+
+import mhla_gen
+from mhla_gen.cli import main
+from mhla_gen.config import ObjectiveConfig, PreviewConfig, RunEvaluationConfig, save_config
+from mhla_gen.config.evaluation import FeaturesConfig
+from mhla_gen.data.images import digits
+from mhla_gen.training import rehearse, train
+from mhla_gen.training.checkpoints import checkpoints, load_latest, save_checkpoint
+from mhla_gen.training.compiling import block_class, compile_model
+from mhla_gen.training.conditioning import ClassLabels
+from mhla_gen.training.log import mean_by_timestep, read_log
+from mhla_gen.training.previews import mixing_picture, tiled
+from mhla_gen.training.run import build_run
+from mhla_gen.training.stopping import Stopped
+from mhla_gen.training.throughput import step_flops
+
+__all__ = ["fresh_accelerator"]
+
+
+def launch(*arguments, processes=1):
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command += ["-m", "mhla_gen.cli", "train", *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def wait_for(path, process):
+    while not path.exists():
+        assert process.poll() is None, process.communicate()[1]
+        try:
+            process.wait(0.05)
+        except subprocess.TimeoutExpired:
+            continue
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_answered_by_a_checkpoint(number, tmp_path, monkeypatch, capsys):
+    config = tiny_run(tmp_path / "stopped", max_steps=8)
+    step = mhla_gen.training.loop.Run.step
+
+    def signalled(run, done, parts):
+        if done == 2:
+            os.kill(os.getpid(), number)
+        return step(run, done, parts)
+
+    handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch:
+        patch.setattr(mhla_gen.training.loop.Run, "step", signalled)
+        with pytest.raises(Stopped, match=rf"{number.name} after step 3; .*checkpoint-3 is writ"):
+            train(config)
+        save_config(replace(config, output_dir=str(tmp_path / "again")), tmp_path / "run.yaml")
+        assert main(["train", str(tmp_path / "run.yaml")]) == 130
+        assert f"stopped by {number.name} after step 3" in capsys.readouterr().err
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
+    assert list(checkpoints(tmp_path / "stopped")) == [3]
+    straight = trained(tiny_run(tmp_path / "straight", max_steps=8))
+    assert_same(straight, trained(replace(config, resume="latest")))
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_of_two_processes_stops_both(tmp_path):
+    config = tiny_run(tmp_path / "run", max_steps=100_000, log_every=1)
+    save_config(config, tmp_path / "run.yaml")
+    process = launch(tmp_path / "run.yaml", processes=2)
+    wait_for(tmp_path / "run" / "log.jsonl", process)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    (done,) = checkpoints(tmp_path / "run")
+    assert f"stopped by SIGTERM after step {done}" in errors
+    resumed = launch(tmp_path / "run.yaml", "resume=latest", f"max_steps={done + 1}", processes=2)
+    assert resumed.wait(120) == 0
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
+    config = tiny_run(tmp_path / "a")
+    run = build_run(config)
+    Path(config.output_dir).mkdir()
+    save_checkpoint(run, 2)
+    before = {p.name: p.read_bytes() for p in (tmp_path / "a" / "checkpoint-2").iterdir()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # No file may be longer than this: every writer gets a real error in the midst of its work.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(
+            OSError, match=r"checkpoint-4 could not be written .*checkpoint-2; make"
+        ):
+            save_checkpoint(run, 4)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(checkpoints(tmp_path / "a")) == [2] and len(list((tmp_path / "a").iterdir())) == 1
+    after = {p.name: p.read_bytes() for p in (tmp_path / "a" / "checkpoint-2").iterdir()}
+    assert after == before and load_latest(run) == 2
+
+
+@pytest.mark.parametrize(("checkpoint_every", "last"), [(0, "no checkpoint"), (1, "checkpoint-2")])
+def test_what_is_not_finite_is_named(checkpoint_every, last, tmp_path, monkeypatch):
+    config = tiny_run(tmp_path / "a", checkpoint_every=checkpoint_every, log_every=5)
+    images = digits()
+    step = mhla_gen.training.loop.Run.step
+
+    def poisoned(run, number, parts):
+        if number == 2:
+            parts[0]["samples"][5] = torch.nan
+        return step(run, number, parts)
+
+    monkeypatch.setattr(mhla_gen.training.loop.Run, "step", poisoned)
+    name = images.describe(build_run(config).order.micro_batch(2)[5])
+    with pytest.raises(ValueError, match=rf"loss of step 3 is not finite for {name}; .*{last}"):
+        train(config)
+    assert max(checkpoints(tmp_path / "a"), default=2) == 2
+
+
+def test_a_checkpoint_of_another_model_is_refused_by_name(tmp_path):
+    config = tiny_run(tmp_path / "a", max_steps=2, checkpoint_every=2)
+    train(config)
+    other = build_run(replace(config, model=replace(TINY, num_layers=1)))
+    message = r"checkpoint-2 is a checkpoint of another model \(transformer_blocks\.1.*nothing"
+    with pytest.raises(ValueError, match=message):
+        load_latest(other)
+    wider = build_run(replace(config, model=replace(TINY, attention_head_dim=4)))
+    with pytest.raises(ValueError, match=r"found \[16\], the model has \[8\]"):
+        load_latest(wider)
+
+
+def test_data_that_changed_are_refused(tmp_path):
+    config = tiny_run(tmp_path / "a", max_steps=2, checkpoint_every=2)
+    train(config)
+    facts = tmp_path / "a" / "checkpoint-2" / "run.json"
+    facts.write_text(facts.read_text().replace("1797", "1800"))
+    with pytest.raises(ValueError, match="trained on 1800 samples, but the data are 1797"):
+        train(replace(config, resume="latest"))
+
+
+@pytest.mark.parametrize("objective", ["flow_matching", "ddpm"])
+def test_previews_do_not_touch_the_training(objective, tmp_path):
+    settings = {"objective": ObjectiveConfig(name=objective), "ema_decay": 0.5}
+    plain = trained(tiny_run(tmp_path / "plain", **settings))
+    shown = tiny_run(
+        tmp_path / "shown",
+        **settings,
+        sample_every=3,
+        samples=PreviewConfig(num_images=5, num_inference_steps=2, batch_size=3),
+        report_to="tensorboard",
+    )
+    assert_same(plain, trained(shown))
+    assert log_of(tmp_path / "plain") == log_of(tmp_path / "shown")
+    previews = tmp_path / "shown" / "previews"
+    names = [f"{kind}-{step:07d}.png" for kind in ("mixing", "samples") for step in (3, 6)]
+    assert sorted(path.name for path in previews.iterdir()) == names
+    assert Image.open(previews / names[2]).size == (28, 18)
+    assert list((tmp_path / "shown" / "tensorboard").glob("events*"))
+
+
+def test_samples_are_scored_in_between(tmp_path):
+    class Means(torch.nn.Module):
+        def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+            return pixels.float().mean((2, 3))
+
+    images = digits()
+    np.savez(tmp_path / "real.npz", arr_0=images.images[:200])
+    torch.jit.script(Means()).save(str(tmp_path / "means.pt"))
+    features = FeaturesConfig(
+        extractor="torchscript",
+        weights=str(tmp_path / "means.pt"),
+        cache_dir=str(tmp_path / "features"),
+    )
+    train(
+        tiny_run(
+            tmp_path / "run",
+            evaluate_every=3,
+            evaluation=RunEvaluationConfig(
+                reference=str(tmp_path / "real.npz"),
+                metrics=("fd",),
+                samples=PreviewConfig(num_images=20, num_inference_steps=2),
+                features=features,
+            ),
+        )
+    )
+    for step in (3, 6):
+        folder = tmp_path / "run" / "evaluations" / f"{step:07d}"
+        metrics = json.loads((folder / "metrics.json").read_text())
+        assert "fd" in json.dumps(metrics) and len(np.load(folder / "samples.npz")["arr_0"]) == 20
+    with pytest.raises(ValueError, match=r"needs evaluation\.reference"):
+        tiny_run(tmp_path / "other", evaluate_every=3)
+
+
+def test_a_line_of_the_log_says_what_happened(tmp_path):
+    train(tiny_run(tmp_path / "a"))
+    lines = read_log(tmp_path / "a" / "log.jsonl")
+    assert [line["step"] for line in lines] == [2, 4, 6]
+    for line in lines:
+        assert line["grad_norm"] > 0 and line["images_per_second"] > 0
+        assert set(line["loss_by_timestep"]) <= {f"{t:03d}" for t in range(0, 1000, 100)}
+
+
+def test_losses_are_noted_by_timestep():
+    losses, timesteps = torch.tensor([1.0, 2.0, 4.0, 8.0]), torch.tensor([0, 99.9, 100, 1000])
+    assert mean_by_timestep(losses, timesteps) == {"000": 1.5, "100": 4.0, "900": 8.0}
+
+
+def test_pictures_show_every_matrix_and_image():
+    matrices = [np.eye(4), np.full((4, 4), 0.5), np.zeros((4, 4))]
+    picture = mixing_picture(matrices)
+    assert picture.shape == (130, 130, 3) and picture.dtype == np.uint8
+    assert (picture[66:, :64] == picture[66, 0]).all() and (picture[66:, 66:] == 255).all()
+    grey = tiled([np.full((3, 5, 1), 7, np.uint8)] * 2)
+    assert grey.shape == (3, 12, 3) and (grey[:, :5] == 7).all()
+
+
+@pytest.mark.parametrize("attention", ["softmax", "mhla"])
+def test_operations_are_counted(attention):
+    model = tiny_dit(num_layers=2)
+    n, d, m = 16, 16, 4
+    inner = 2 * (4 * n * n * d)
+    if attention == "mhla":
+        mhla_gen.inject(model, mhla_gen.MHLAConfig(layout=(2, 2), conv=False, gate=False))
+        inner = 2 * (2 * n * d * 8 * 2 + 2 * m * m * 2 * 8 * 8)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    shape, sample = (4, 8, 8), {"labels": torch.zeros(3, dtype=torch.long)}
+    counted = step_flops(model, ClassLabels(10), sample, shape)
+    per_token = 2 * (4 * d * d + 8 * d * d)
+    embedder = 2 * (256 * d + d * d)
+    per_image = 3 * embedder + 2 * 2 * d * 6 * d + 2 * d * 2 * d
+    patches = 2 * n * (4 * 4 * d) * 2
+    expected = 3 * (2 * n * per_token + inner + per_image + patches)
+    # Two forms of MHLA's sums differ by what they cost, which is little here.
+    assert counted == pytest.approx(expected, rel=0 if attention == "softmax" else 0.1)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_only_mhla_is_trained_if_asked(tmp_path):
+    tiny_dit(in_channels=1).save_pretrained(tmp_path / "model")
+    model = replace(TINY, num_layers=None, num_attention_heads=None, attention_head_dim=None)
+    model = replace(model, pretrained=str(tmp_path / "model"), trainable="mhla")
+    weights = trained(tiny_run(tmp_path / "run", model=model, ema_decay=0.0))
+    base = tiny_dit().from_pretrained(tmp_path / "model").state_dict()
+    assert all(torch.equal(weights[key], base[key]) for key in base)
+    assert any(weights[key].any() for key in weights if key.endswith("mhla.gate.weight"))
+
+
+@pytest.mark.parametrize("how", ["regional", "whole"])
+def test_a_compiled_model_is_the_same_model(how, monkeypatch):
+    model, compiled = tiny_dit(), []
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self, **_: compiled.append(type(self).__name__)
+    )
+    compile_model(model, how)
+    assert block_class(model) == "BasicTransformerBlock"
+    blocks = ["BasicTransformerBlock"] * 3
+    assert compiled == (blocks if how == "regional" else ["DiTTransformer2DModel"])
+
+
+@pytest.mark.slow
+def test_a_compiled_run_learns_the_same(tmp_path):
+    plain = log_of(Path(trained_folder(tmp_path / "plain", "none")))
+    compiled = log_of(Path(trained_folder(tmp_path / "compiled", "regional")))
+    assert [loss for _, loss in compiled] == pytest.approx([loss for _, loss in plain], rel=1e-4)
+
+
+def trained_folder(folder, how):
+    train(tiny_run(folder, compile=how, sample_every=3, samples=PreviewConfig(num_images=2)))
+    return folder
+
+
+def test_a_rehearsal_says_what_to_expect(tmp_path):
+    summary = rehearse(tiny_run(tmp_path / "a", report_to="tensorboard"))
+    for part in ("M trained", "GFLOP per sample", "s for a step of 4", "take about"):
+        assert part in summary
+    assert not (tmp_path / "a").exists()
+
+
+def test_sharing_a_model_needs_processes(tmp_path):
+    with pytest.raises(ValueError, match="shares a model among processes, found one"):
+        train(tiny_run(tmp_path / "a", parallelism="fsdp"))
+
+
+@pytest.mark.parametrize("parallelism", ["fsdp", pytest.param("ddp", marks=pytest.mark.slow)])
+def test_two_processes_train_and_resume_as_one(parallelism, tmp_path):
+    settings = {
+        "max_steps": 6,
+        "checkpoint_every": 3,
+        "log_every": 3,
+        "gradient_accumulation_steps": 2,
+        "sample_every": 2,
+        "samples": PreviewConfig(num_images=3, num_inference_steps=2),
+        "ema_decay": 0.5,
+    }
+    one = trained(tiny_run(tmp_path / "one", **settings))
+    save_config(
+        tiny_run(tmp_path / "two", **settings, parallelism=parallelism, resume="latest"),
+        tmp_path / "run.yaml",
+    )
+    finished = launch(tmp_path / "run.yaml", processes=2)
+    assert finished.wait(240) == 0, finished.communicate()[1]
+    folder = tmp_path / "two"
+    whole = mhla_gen.ClassConditionalPipeline.from_pretrained(folder / "pipeline")
+    two = whole.transformer.state_dict()
+    for key in one:
+        torch.testing.assert_close(two[key], one[key], atol=2e-5, rtol=0)
+    lines = [read_log(path / "log.jsonl") for path in (tmp_path / "one", folder)]
+    for own, other in zip(*lines, strict=True):
+        assert other["loss"] == pytest.approx(own["loss"], rel=1e-5)
+        assert other["loss_by_timestep"] == pytest.approx(own["loss_by_timestep"], rel=1e-4)
+    # Killed after step 3, as far as its folder can tell.
+    for path in (folder / "checkpoint-6", folder / "pipeline"):
+        path.rename(tmp_path / path.name)
+    again = launch(tmp_path / "run.yaml", processes=2)
+    assert again.wait(240) == 0, again.communicate()[1]
+    resumed = mhla_gen.ClassConditionalPipeline.from_pretrained(folder / "pipeline")
+    assert_same(two, resumed.transformer.state_dict())
+    states = [
+        torch.load(path / "custom_checkpoint_1.pkl", weights_only=True)
+        for path in (tmp_path / "checkpoint-6", folder / "checkpoint-6")
+    ]
+    assert all(map(torch.equal, *(state["shadow_params"] for state in states)))

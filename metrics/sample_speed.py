@@ -136,7 +136,7 @@ def measure_small(count: int, limit: float, attention: str, tiny: bool) -> dict[
         "model_batch_size": batch,
         "steps": 25,
         "guidance_scale": config.guidance_scale,
-        "wall": "placing, compiling (counted to the model), drawing, writing units, joining the npz",
+        "wall": "placing, compiling (counted as model), drawing, writing units, joining the npz",
     }
 
 

@@ -209,3 +209,30 @@ def test_a_softmax_student_is_refused():
     _, _, teacher, _ = pair("dit")
     with pytest.raises(ValueError, match="no MHLA layers"):
         trained_names(teacher, "mhla")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("trained", ["mhla", "attention"])
+def test_fused_kernels_and_bfloat16_give_the_same_errors_and_gradients(trained):
+    def found(device, implementation, dtype):
+        torch.manual_seed(0)
+        base = tiny.tiny_dit(attention_head_dim=32, sample_size=16)
+        config = MHLAConfig(layout=(3, 3), implementation=implementation)
+        student = mhla_gen.inject(base, config).to(device)
+        names = trained_names(student, trained)
+        teacher = softmax_twin(student, names)
+        train_only(student, names)
+        layers = LayerErrors(without_dropout(student.train()), teacher)
+        inputs = {name: value.to(device) for name, value in tiny.dit_inputs(16).items()}
+        with torch.autocast(device, dtype or torch.bfloat16, enabled=dtype is not None):
+            errors = layers.during(lambda: output(student, inputs))
+        torch.stack(list(errors.values())).sum().backward()
+        gradients = {n: p.grad.cpu() for n, p in student.named_parameters() if n in names}
+        return torch.stack(list(errors.values())).detach().cpu(), gradients
+
+    exact, fused = found("cpu", "blockwise", None), found("cuda", "fused", torch.bfloat16)
+    torch.testing.assert_close(fused[0], exact[0], rtol=0.05, atol=0)
+    assert fused[1].keys() == exact[1].keys()
+    for name, gradient in exact[1].items():
+        error = (fused[1][name] - gradient).norm() / gradient.norm().clamp_min(1e-12)
+        assert error < 0.1, name

@@ -195,23 +195,53 @@ def test_the_output_stage_starts_where_the_layer_stage_ended(tmp_path, teacher):
     assert all(torch.allclose(first[name], second[name], atol=1e-6) for name in first)
 
 
+def run_by_two(config, file):
+    save_config(config, file)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    command = [*launch, "-m", "mhla_gen.cli", "train", str(file)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+
+
+def assert_same_losses(folders, stage):
+    parts = ("objective_loss", "teacher_distance", "transformer_blocks")
+    for one, two in zip(*(read_log(f / stage / "log.jsonl") for f in folders), strict=True):
+        losses = {k: v for k, v in one.items() if k == "loss" or k.startswith(parts)}
+        assert len(losses) == 3
+        assert {k: two[k] for k in losses} == pytest.approx(losses, rel=1e-4)
+
+
 @pytest.mark.slow
 def test_two_processes_convert_as_one(tmp_path, teacher):
-    config = settings(tmp_path / "one", teacher, replace(LAYERS, train="attention"), OUTPUT)
+    folders = tmp_path / "one", tmp_path / "two"
+    config = settings(folders[0], teacher, replace(LAYERS, train="attention"), OUTPUT)
     convert(config)
-    save_config(replace(config, output_dir=str(tmp_path / "two")), tmp_path / "two.yaml")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [*launch, "-m", "mhla_gen.cli", "train", str(tmp_path / "two.yaml")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    done = run_by_two(replace(config, output_dir=str(folders[1])), tmp_path / "two.yaml")
     assert done.returncode == 0, done.stderr
-    for stage in ("stage-1-layers", "stage-2-output"):
-        logs = [read_log(tmp_path / name / stage / "log.jsonl") for name in ("one", "two")]
-        for one, two in zip(*logs, strict=True):
-            parts = ("objective_loss", "teacher_distance", "transformer_blocks")
-            losses = {k: v for k, v in one.items() if k == "loss" or k.startswith(parts)}
-            assert len(losses) == 3
-            assert {k: two[k] for k in losses} == pytest.approx(losses, rel=1e-4)
+    assert_same_losses(folders, "stage-1-layers")
+    assert_same_losses(folders, "stage-2-output")
+
+
+@pytest.mark.slow
+def test_the_output_stage_runs_in_parts_and_the_layer_stage_says_that_it_cannot(tmp_path, teacher):
+    folders = tmp_path / "one", tmp_path / "parts"
+    config = settings(folders[0], teacher, OUTPUT, sample_every=0)
+    convert(config)
+    config = replace(config, output_dir=str(folders[1]), parallelism="fsdp")
+    done = run_by_two(config, tmp_path / "parts.yaml")
+    assert done.returncode == 0, done.stderr
+    assert_same_losses(folders, "stage-1-output")
+    first = load_pipeline(str(folders[0] / "pipeline"), torch.float32).transformer
+    for name, value in load_pipeline(
+        str(folders[1] / "pipeline"), torch.float32
+    ).transformer.named_parameters():
+        torch.testing.assert_close(value, first.get_parameter(name), rtol=1e-4, atol=1e-5)
+
+    layers = replace(config.convert, stages=[LAYERS])
+    config = replace(config, output_dir=str(tmp_path / "layers"), convert=layers)
+    done = run_by_two(config, tmp_path / "layers.yaml")
+    assert done.returncode != 0 and "cannot run under FSDP" in done.stderr
+    assert not (tmp_path / "layers").exists()
 
 
 def test_linear_attention_goes_through_the_same_stages(tmp_path, teacher):

@@ -130,6 +130,26 @@ def test_a_matrix_per_sample(poisoned, attention_form):
     assert_accurate(inputs, options, use_attention_form=attention_form)
 
 
+@FORMS
+@pytest.mark.parametrize("rotary", [False, True])
+def test_sequences_of_whole_tiles(poisoned, rotary, attention_form):
+    inputs, options = make((8, 16), (2, 2), head_dim=20, value_dim=20, heads=1, rotary=rotary)
+    assert_accurate(inputs, options, use_attention_form=attention_form)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_half_precision_scores_take_any_mixing(scale):
+    inputs, options = make((8, 16), (2, 2), torch.float16, heads=1)
+    inputs = *inputs[:3], inputs[3] * scale
+    form = {"use_attention_form": True, "stored": torch.float16}
+    options["eps"] = 0.0
+    expected = outputs_and_gradients(naive_mhla, inputs, options, torch.float64)
+    actual = outputs_and_gradients(fused_mhla, inputs, options | form)
+    # Gradients of queries, keys and values need bfloat16's range where mixing is far from 1.
+    some = 4 if scale == 1.0 else 1
+    assert max(errors(actual[:some], expected[:some])) < 3e-3
+
+
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 300.0])
 def test_float16_summaries_neither_overflow_nor_vanish(scale):
     inputs, options = make((5, 7), (2, 3), torch.float16, normalize=False)
@@ -261,6 +281,15 @@ def test_auto_takes_the_kernels_where_they_run():
 @FORMS
 def test_head_sizes_on_gpu(poisoned, head_dim, attention_form):
     inputs, options = make((5, 12, 14), (2, 3, 3), torch.bfloat16, head_dim=head_dim, value_dim=72)
+    assert_accurate(inputs, options, use_attention_form=attention_form)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("side", [16, 32])
+@FORMS
+def test_the_shapes_of_dit_on_gpu(poisoned, side, attention_form):
+    options = {"batch": 4, "heads": 16, "head_dim": 72, "value_dim": 72, "rotary": False}
+    inputs, options = make((side, side), (4, 4), torch.bfloat16, **options)
     assert_accurate(inputs, options, use_attention_form=attention_form)
 
 

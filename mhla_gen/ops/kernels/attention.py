@@ -2,28 +2,32 @@
 
 The weight tile m[block(q), block(k)] is a matrix product too: rows m[block(q), :], gathered once a
 program, times one-hot columns of key blocks. It lands in the layout of the scores, where a gather
-would not.
+would not. `EVEN` says that tiles divide the sequence, so that none needs a mask.
 """
 
 import triton
 import triton.language as tl
 
 from mhla_gen.ops.kernels.common import (
+    TINY,
     block_of_tokens,
     clear_padding,
     dot,
+    features,
     head_offset,
     load_pieces,
     phi,
+    rows_exist,
     store_pieces,
 )
 from mhla_gen.ops.kernels.linear import rotate_pieces
 
 
 @triton.jit
-def one_hot(blocks, BM: tl.constexpr, OPERAND: tl.constexpr):
-    """Rows [tokens, BM] with a one at each token's block, none at block -1."""
-    return (blocks[:, None] == tl.arange(0, BM)[None, :]).to(OPERAND)
+def one_hot_columns(blocks, BM: tl.constexpr, OPERAND: tl.constexpr):
+    """Columns [BM, tokens] with a one at each token's block, none at block -1."""
+    WEIGHT: tl.constexpr = tl.float32 if tl.float32 == OPERAND else tl.float16
+    return (tl.arange(0, BM)[:, None] == blocks[None, :]).to(WEIGHT)
 
 
 @triton.jit
@@ -31,36 +35,23 @@ def mixing_rows(
     mixing_ptr, blocks, valid, stride, stride_other, M: tl.constexpr, BM: tl.constexpr,
     OPERAND: tl.constexpr,
 ):  # fmt: skip
-    """m[block, :] of every token [tokens, BM], as the sum of two 16-bit numbers."""
+    """m[block, :] of every token as a row [tokens, BM] times a scale [tokens].
+
+    Rows are float16 next to 16-bit operands, with eight times the resolution of bfloat16; the scale
+    keeps them in range.
+    """
     others = tl.arange(0, BM)
     m = tl.load(
         mixing_ptr + blocks[:, None] * stride + others[None, :] * stride_other,
         mask=valid[:, None] & (others < M)[None, :],
         other=0.0,
     ).to(tl.float32)
-    high = m.to(OPERAND)
-    return high, (m - high.to(tl.float32)).to(OPERAND)
-
-
-@triton.jit
-def weights(high, low, columns, PRECISION: tl.constexpr):
-    """Weight tile [rows, columns] for `mixing_rows` and one-hot columns."""
-    out = tl.zeros((high.shape[0], columns.shape[0]), tl.float32)
-    out = dot(high, tl.trans(columns), out, PRECISION)
-    if high.dtype != tl.float32:
-        out = dot(low, tl.trans(columns), out, PRECISION)
-    return out
-
-
-@triton.jit
-def features(x, FEATURE_MAP: tl.constexpr, OPERAND: tl.constexpr):
-    """φ(x) as an operand."""
-    if FEATURE_MAP == "relu" and x.dtype == tl.bfloat16 and tl.bfloat16 == OPERAND:
-        # The same numbers as below at half the cost: one addition, rounded once either way.
-        positive = tl.where(x < 0, tl.full((1, 1), 0.0, tl.bfloat16), x)
-        return positive + tl.full((1, 1), 1e-6, tl.bfloat16)
-    else:
-        return phi(x.to(tl.float32), FEATURE_MAP).to(OPERAND)
+    scale = tl.full((blocks.shape[0],), 1.0, tl.float32)
+    if tl.float32 != OPERAND:
+        largest = tl.max(tl.abs(m), axis=1)
+        scale = tl.where(largest > TINY, largest, 1.0)
+        m = (m * (1 / scale)[:, None]).to(tl.float16)
+    return m, scale
 
 
 @triton.jit
@@ -141,6 +132,7 @@ def attend_kernel(
     BM: tl.constexpr,
     BQ: tl.constexpr,
     BK: tl.constexpr,
+    EVEN: tl.constexpr,
     RANK: tl.constexpr,
     ALIGN: tl.constexpr,
     FEATURE_MAP: tl.constexpr,
@@ -160,12 +152,12 @@ def attend_kernel(
     mixing_ptr += batch * mixing_strides[3] + head.to(tl.int64) * mixing_strides[0]
 
     q_rows = tl.program_id(0) % tiles * BQ + tl.arange(0, BQ)
-    q_tokens, q_valid = q_rows.to(tl.int64), q_rows < seq_len
+    q_tokens, q_valid = q_rows.to(tl.int64), rows_exist(q_rows, seq_len, EVEN)
     q0, q1 = load_pieces(q_ptr, q_tokens, q_valid, q_strides, D, D0, D1, ALIGN)
     u0, u1, r0, r1, qf0, qf1 = features_of_pieces(
         q0, q1, cos_ptr, sin_ptr, q_tokens, q_valid, D, D0, D1, FEATURE_MAP, ROTARY, OPERAND, True
     )
-    high, low = mixing_rows(
+    rows, scale = mixing_rows(
         mixing_ptr, block_of_tokens(q_rows, box, RANK), q_valid,
         mixing_strides[1], mixing_strides[2], M, BM, OPERAND,
     )  # fmt: skip
@@ -174,7 +166,7 @@ def attend_kernel(
     denominators = tl.zeros((BQ,), tl.float32)
     for start in range(0, seq_len, BK):
         k_rows = start + tl.arange(0, BK)
-        k_tokens, k_valid = k_rows.to(tl.int64), k_rows < seq_len
+        k_tokens, k_valid = k_rows.to(tl.int64), rows_exist(k_rows, seq_len, EVEN)
         k0, k1 = load_pieces(k_ptr, k_tokens, k_valid, k_strides, D, D0, D1, ALIGN)
         v0, v1 = load_pieces(v_ptr, k_tokens, k_valid, v_strides, V, V0, V1, ALIGN)
         w0, w1, _r0, _r1, kf0, kf1 = features_of_pieces(
@@ -183,7 +175,9 @@ def attend_kernel(
         )  # fmt: skip
         # Keys past the end have no block, so their weights are 0.
         k_blocks = tl.where(k_valid, block_of_tokens(k_rows, box, RANK), -1)
-        weight = weights(high, low, one_hot(k_blocks, BM, OPERAND), PRECISION)
+        weight = dot(
+            rows, one_hot_columns(k_blocks, BM, OPERAND), tl.zeros((BQ, BK), tl.float32), PRECISION
+        )
         scores = outer(u0, u1, w0, w1, D1, PRECISION)
         if ROTARY and tl.float32 != OPERAND:
             # Rotation rounds queries and keys; together with the scores that is once too often.
@@ -199,8 +193,9 @@ def attend_kernel(
             scores.to(OPERAND), v0.to(OPERAND), v1.to(OPERAND), out0, out1, V1, PRECISION
         )
     if NORMALIZE:
-        inverse = 1 / tl.where(q_valid, denominators + eps, 1.0)
-        out0, out1 = out0 * inverse[:, None], out1 * inverse[:, None]
+        inverse = 1 / tl.where(q_valid, denominators * scale + eps, 1.0)
         scalars = (batch * num_heads + head) * seq_len + q_rows
         tl.store(inverse_ptr + scalars, inverse, mask=q_valid)
+        scale *= inverse
+    out0, out1 = out0 * scale[:, None], out1 * scale[:, None]
     store_pieces(out_ptr, out0, out1, q_tokens, q_valid, out_strides, V, V0, V1, ALIGN)

@@ -7,9 +7,8 @@ from mhla_gen.ops.kernels.attention import (
     add_times,
     features_of_pieces,
     mixing_rows,
-    one_hot,
+    one_hot_columns,
     outer,
-    weights,
 )
 from mhla_gen.ops.kernels.common import (
     block_of_tokens,
@@ -17,6 +16,7 @@ from mhla_gen.ops.kernels.common import (
     head_offset,
     load_pieces,
     phi_grad,
+    rows_exist,
     store_pieces,
 )
 from mhla_gen.ops.kernels.linear import rotate_pieces
@@ -56,6 +56,7 @@ def attention_backward_queries_kernel(
     BM: tl.constexpr,
     BQ: tl.constexpr,
     BK: tl.constexpr,
+    EVEN: tl.constexpr,
     RANK: tl.constexpr,
     ALIGN: tl.constexpr,
     FEATURE_MAP: tl.constexpr,
@@ -80,7 +81,7 @@ def attention_backward_queries_kernel(
     mixing_ptr += batch * mixing_strides[3] + head.to(tl.int64) * mixing_strides[0]
 
     q_rows = tl.program_id(0) % tiles * BQ + tl.arange(0, BQ)
-    q_tokens, q_valid = q_rows.to(tl.int64), q_rows < seq_len
+    q_tokens, q_valid = q_rows.to(tl.int64), rows_exist(q_rows, seq_len, EVEN)
     q0, q1 = load_pieces(q_ptr, q_tokens, q_valid, q_strides, D, D0, D1, ALIGN)
     g0, g1 = load_pieces(do_ptr, q_tokens, q_valid, do_strides, V, V0, V1, ALIGN)
     u0, u1, _r0, _r1, qf0, qf1 = features_of_pieces(
@@ -96,17 +97,17 @@ def attention_backward_queries_kernel(
         tl.store(delta_ptr + scalars, delta, mask=q_valid)
     g0, g1 = g0.to(OPERAND), g1.to(OPERAND)
     q_blocks = block_of_tokens(q_rows, box, RANK)
-    q_one_hot = one_hot(q_blocks, BM, OPERAND)
-    high, low = mixing_rows(
+    rows, scale = mixing_rows(
         mixing_ptr, q_blocks, q_valid, mixing_strides[1], mixing_strides[2], M, BM, OPERAND
     )
     du0 = tl.zeros((BQ, D0), tl.float32)
     du1 = tl.zeros((BQ, D1 if D1 > 0 else 1), tl.float32)
     df0, df1 = du0, du1
-    dmixing = tl.zeros((BM, BM), tl.float32)
+    # Sums over the keys of each block, by query.
+    drows = tl.zeros((BQ, BM), tl.float32)
     for start in range(0, seq_len, BK):
         k_rows = start + tl.arange(0, BK)
-        k_tokens, k_valid = k_rows.to(tl.int64), k_rows < seq_len
+        k_tokens, k_valid = k_rows.to(tl.int64), rows_exist(k_rows, seq_len, EVEN)
         k0, k1 = load_pieces(k_ptr, k_tokens, k_valid, k_strides, D, D0, D1, ALIGN)
         v0, v1 = load_pieces(v_ptr, k_tokens, k_valid, v_strides, V, V0, V1, ALIGN)
         w0, w1, _r2, _r3, kf0, kf1 = features_of_pieces(
@@ -114,24 +115,25 @@ def attention_backward_queries_kernel(
             FEATURE_MAP, ROTARY, OPERAND, False,
         )  # fmt: skip
         k_blocks = tl.where(k_valid, block_of_tokens(k_rows, box, RANK), -1)
-        k_one_hot = one_hot(k_blocks, BM, OPERAND)
-        weight = weights(high, low, k_one_hot, PRECISION)
-        # The denominator scales fp32 sums, so that gradients enter products unrounded.
+        columns = one_hot_columns(k_blocks, BM, OPERAND)
+        weight = dot(rows, columns, tl.zeros((BQ, BK), tl.float32), PRECISION)
         dscores = outer(g0, g1, v0.to(OPERAND), v1.to(OPERAND), V1, PRECISION)
-        if NORMALIZE:
-            if not ROTARY:
-                dscores -= delta[:, None]
-            dscores *= inverse[:, None]
+        if NORMALIZE and not ROTARY:
+            dscores -= delta[:, None]
         du0, du1 = add_times((dscores * weight).to(OPERAND), w0, w1, du0, du1, D1, PRECISION)
         dweight = dscores * outer(u0, u1, w0, w1, D1, PRECISION)
         if NORMALIZE and ROTARY:
-            dplain = -(delta * inverse)[:, None]
-            df0, df1 = add_times((dplain * weight).to(OPERAND), kf0, kf1, df0, df1, D1, PRECISION)
-            dweight += dplain * outer(qf0, qf1, kf0, kf1, D1, PRECISION)
-        by_block = dot(
-            tl.trans(q_one_hot), dweight.to(OPERAND), tl.zeros((BM, BK), tl.float32), PRECISION
-        )
-        dmixing = dot(by_block.to(OPERAND), k_one_hot, dmixing, PRECISION)
+            dplain = (-delta[:, None] * weight).to(OPERAND)
+            df0, df1 = add_times(dplain, kf0, kf1, df0, df1, D1, PRECISION)
+            dweight -= delta[:, None] * outer(qf0, qf1, kf0, kf1, D1, PRECISION)
+        drows = dot(dweight.to(OPERAND), tl.trans(columns.to(OPERAND)), drows, PRECISION)
+    if NORMALIZE:
+        # Once, on float32 sums, so that gradients enter products unrounded.
+        drows *= inverse[:, None]
+        scale *= inverse
+    du0, du1 = du0 * scale[:, None], du1 * scale[:, None]
+    if NORMALIZE and ROTARY:
+        df0, df1 = df0 * scale[:, None], df1 * scale[:, None]
     if ROTARY:
         du0, du1 = rotate_pieces(du0, du1, cos_ptr, sin_ptr, q_tokens, q_valid, D, D0, D1, -1)
         du0 += df0
@@ -141,6 +143,11 @@ def attention_backward_queries_kernel(
         dq1 = du1 * phi_grad(q1.to(tl.float32), FEATURE_MAP)
     store_pieces(dq_ptr, dq0, dq1, q_tokens, q_valid, dq_strides, D, D0, D1, ALIGN)
     blocks = tl.arange(0, BM)
+    by_block = (blocks[:, None] == q_blocks[None, :]).to(tl.float32)
+    if tl.float32 == OPERAND:
+        dmixing = tl.dot(by_block, drows, input_precision=PRECISION)
+    else:
+        dmixing = tl.dot(by_block, drows, input_precision="tf32")
     tl.store(
         partial_ptr
         + tl.program_id(0).to(tl.int64) * (M * M)
@@ -184,6 +191,7 @@ def attention_backward_keys_kernel(
     BM: tl.constexpr,
     BQ: tl.constexpr,
     BK: tl.constexpr,
+    EVEN: tl.constexpr,
     RANK: tl.constexpr,
     ALIGN: tl.constexpr,
     FEATURE_MAP: tl.constexpr,
@@ -205,14 +213,14 @@ def attention_backward_keys_kernel(
     mixing_ptr += batch * mixing_strides[3] + head.to(tl.int64) * mixing_strides[0]
 
     k_rows = tl.program_id(0) % tiles * BK + tl.arange(0, BK)
-    k_tokens, k_valid = k_rows.to(tl.int64), k_rows < seq_len
+    k_tokens, k_valid = k_rows.to(tl.int64), rows_exist(k_rows, seq_len, EVEN)
     k0, k1 = load_pieces(k_ptr, k_tokens, k_valid, k_strides, D, D0, D1, ALIGN)
     v0, v1 = load_pieces(v_ptr, k_tokens, k_valid, v_strides, V, V0, V1, ALIGN)
     v0, v1 = v0.to(OPERAND), v1.to(OPERAND)
     w0, w1, r0, r1, _f0, _f1 = features_of_pieces(
         k0, k1, cos_ptr, sin_ptr, k_tokens, k_valid, D, D0, D1, FEATURE_MAP, ROTARY, OPERAND, True
     )
-    high, low = mixing_rows(
+    rows, scale = mixing_rows(
         mixing_ptr, block_of_tokens(k_rows, box, RANK), k_valid,
         mixing_strides[2], mixing_strides[1], M, BM, OPERAND,
     )  # fmt: skip
@@ -223,7 +231,7 @@ def attention_backward_keys_kernel(
     dv1 = tl.zeros((BK, V1 if V1 > 0 else 1), tl.float32)
     for start in range(0, seq_len, BQ):
         q_rows = start + tl.arange(0, BQ)
-        q_tokens, q_valid = q_rows.to(tl.int64), q_rows < seq_len
+        q_tokens, q_valid = q_rows.to(tl.int64), rows_exist(q_rows, seq_len, EVEN)
         q0, q1 = load_pieces(q_ptr, q_tokens, q_valid, q_strides, D, D0, D1, ALIGN)
         g0, g1 = load_pieces(do_ptr, q_tokens, q_valid, do_strides, V, V0, V1, ALIGN)
         g0, g1 = g0.to(OPERAND), g1.to(OPERAND)
@@ -233,7 +241,9 @@ def attention_backward_keys_kernel(
         )  # fmt: skip
         q_blocks = tl.where(q_valid, block_of_tokens(q_rows, box, RANK), -1)
         # Transposed: [keys, queries].
-        weight = weights(high, low, one_hot(q_blocks, BM, OPERAND), PRECISION)
+        weight = dot(
+            rows, one_hot_columns(q_blocks, BM, OPERAND), tl.zeros((BK, BQ), tl.float32), PRECISION
+        )
         dscores = outer(v0, v1, g0, g1, V1, PRECISION)
         if NORMALIZE:
             scalars = (batch * num_heads + head) * seq_len + q_rows
@@ -251,7 +261,10 @@ def attention_backward_keys_kernel(
             scores += outer(r0, r1, u0, u1, D1, PRECISION)
         scores *= weight
         dv0, dv1 = add_times(scores.to(OPERAND), g0, g1, dv0, dv1, V1, PRECISION)
+    dw0, dw1 = dw0 * scale[:, None], dw1 * scale[:, None]
+    dv0, dv1 = dv0 * scale[:, None], dv1 * scale[:, None]
     if ROTARY:
+        df0, df1 = df0 * scale[:, None], df1 * scale[:, None]
         dw0, dw1 = rotate_pieces(dw0, dw1, cos_ptr, sin_ptr, k_tokens, k_valid, D, D0, D1, -1)
         dw0 += df0
         dw1 += df1

@@ -25,7 +25,8 @@ def forward(
         query, key, value, call.cos, call.sin, mixing, out, inverse,
         query.stride(), key.stride(), value.stride(), out.stride(), mixing_strides(mixing),
         call.box, seq_len, heads, call.eps, M=call.num_blocks, BM=padded(call.num_blocks),
-        ALIGN=alignment(query, key, value, out), **call.options, **call.pieces, **tiles,
+        EVEN=even(seq_len, tiles), ALIGN=alignment(query, key, value, out),
+        **call.options, **call.pieces, **tiles,
     )  # fmt: skip
     return out, inverse
 
@@ -73,7 +74,7 @@ def backward_queries(
         query.stride(), key.stride(), value.stride(), out.stride(), grad.stride(),
         dquery.stride(), mixing_strides(mixing), call.box, seq_len, heads,
         M=call.num_blocks, BM=padded(call.num_blocks),
-        ALIGN=alignment(query, key, value, out, grad, dquery),
+        EVEN=even(seq_len, tiles), ALIGN=alignment(query, key, value, out, grad, dquery),
         **call.options, **call.pieces, **tiles,
     )  # fmt: skip
     summed = (*shared_axes(mixing), 2)
@@ -99,7 +100,7 @@ def backward_keys(
         query.stride(), key.stride(), value.stride(), grad.stride(),
         dkey.stride(), dvalue.stride(), mixing_strides(mixing), call.box, seq_len, heads,
         M=call.num_blocks, BM=padded(call.num_blocks),
-        ALIGN=alignment(query, key, value, grad, dkey, dvalue),
+        EVEN=even(seq_len, tiles), ALIGN=alignment(query, key, value, grad, dkey, dvalue),
         **call.options, **call.pieces, **tiles,
     )  # fmt: skip
     return dkey, dvalue
@@ -109,5 +110,18 @@ def tile_options(kernel: str, call: Call) -> dict:
     """Tokens of a tile, warps and pipeline stages."""
     if call.options["OPERAND"] == tl.float32:
         return {"BQ": 32, "BK": 32, "PRECISION": "ieee", "num_warps": 8, "num_stages": 1}
-    keys = 32 if kernel == "backward_queries" else 64
-    return {"BQ": 64, "BK": keys, "PRECISION": "tf32x3", "num_warps": 4, "num_stages": 1}
+    wide = max(call.pieces["D0"] + call.pieces["D1"], call.pieces["V0"] + call.pieces["V1"]) > 80
+    return {
+        "BQ": 64,
+        "BK": 32 if wide and kernel == "backward_queries" else 64,
+        "PRECISION": "tf32x3",
+        "num_warps": 4,
+        "num_stages": 1,
+        # So that three programs share a multiprocessor. Wide heads and backward need more.
+        "maxnreg": 168 if kernel == "attend" and not wide else None,
+    }
+
+
+def even(seq_len: int, tiles: dict) -> bool:
+    """Whether tiles divide the sequence."""
+    return seq_len % tiles["BQ"] == 0 and seq_len % tiles["BK"] == 0

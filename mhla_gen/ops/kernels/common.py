@@ -34,6 +34,30 @@ def phi(x, FEATURE_MAP: tl.constexpr):
 
 
 @triton.jit
+def features(x, FEATURE_MAP: tl.constexpr, OPERAND: tl.constexpr):
+    """φ(x) as an operand."""
+    if FEATURE_MAP == "relu" and x.dtype == tl.bfloat16 and tl.bfloat16 == OPERAND:
+        # The same numbers as below, two at once: one addition, rounded once either way.
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 zero, one, small, positive;
+            mov.b32 zero, 0;
+            mov.b32 one, 0x3f803f80;
+            mov.b32 small, 0x35863586;
+            max.NaN.bf16x2 positive, $1, zero;
+            fma.rn.bf16x2 $0, positive, one, small;
+            }""",
+            "=r,r",
+            [x],
+            dtype=tl.bfloat16,
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        return phi(x.to(tl.float32), FEATURE_MAP).to(OPERAND)
+
+
+@triton.jit
 def phi_grad(x, FEATURE_MAP: tl.constexpr):
     """Derivative of `phi`."""
     if FEATURE_MAP == "relu":
@@ -69,6 +93,15 @@ def load_angles(
     cos = tl.load(cos_ptr + offsets, mask=mask, other=0.0)
     sin = tl.load(sin_ptr + offsets, mask=mask, other=0.0)
     return cos.to(tl.float32), sin.to(tl.float32)
+
+
+@triton.jit
+def rows_exist(rows, last, EVEN: tl.constexpr):
+    """Whether rows come before `last`; a constant if `EVEN`."""
+    if EVEN:
+        return tl.full(rows.shape, True, tl.int1)
+    else:
+        return rows < last
 
 
 @triton.jit

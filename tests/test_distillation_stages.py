@@ -285,6 +285,8 @@ def test_what_does_not_fit_is_named(tmp_path, teacher):
 
     refused("neither a folder", convert=replace(config.convert, teacher="no/such/folder"))
     refused("found softmax", model=ModelConfig(attention="softmax"))
+    refused("leave model.pretrained out", model=ModelConfig(pretrained=str(teacher)))
+    refused("leave model.trainable out", model=ModelConfig(trainable="mhla"))
     converted = mhla_gen.inject(digits_dit(), MHLAConfig(layout=(2, 2)))
     refused("has MHLA layers", convert=with_teacher(converted, "converted"))
     other = digits_dit(in_channels=3, sample_size=12, num_embeds_ada_norm=7)

@@ -183,6 +183,10 @@ def check_teacher(config: TrainConfig) -> None:
         raise ValueError("convert needs model.attention=mhla or linear, found softmax")
     if config.model.trainable != "all":
         raise ValueError("convert.stages say what is trained (train); leave model.trainable out")
+    if config.model.pretrained is not None:
+        raise ValueError(
+            "convert.teacher is what the student starts from; leave model.pretrained out"
+        )
     teacher = str(conversion_of(config).teacher)
     if issubclass(transformer_class(teacher, subfolder(config)), MHLATransformerMixin):
         raise ValueError(f"convert.teacher {teacher} has MHLA layers; it must be the softmax model")

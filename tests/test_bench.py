@@ -29,11 +29,12 @@ def test_operators_are_measured_side_by_side(tmp_path, capsys):
 
 
 def test_a_model_is_measured_with_every_attention(tmp_path):
-    settings = ["grids=[[4,4]]", "num_layers=1", "methods=[softmax,blockwise]"]
+    methods = ["softmax", "linear", "blockwise", "blockwise conv=false gate=false"]
+    settings = ["grids=[[4,4]]", "num_layers=1", f"methods={methods}"]
     assert main(["bench", "model", f"output_dir={tmp_path}", *settings]) == 0
     rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
-    assert [row["method"] for row in rows] == ["softmax", "blockwise"]
-    assert all(row["forward_ms"] > 0 for row in rows)
+    assert [row["method"] for row in rows] == methods
+    assert all(row["train_ms"] > row["forward_ms"] > 0 for row in rows)
 
 
 def test_a_method_that_cannot_run_is_part_of_the_result(tmp_path):
@@ -60,6 +61,8 @@ def test_crossover_lies_between_the_sizes_where_the_order_changes():
         ("methods=[performer]", "methods must be one of"),
         ("methods=fast", 'methods must be "auto" or a list'),
         ("num_heads=0", "num_heads"),
+        ('methods=["fused conv=false"]', "subject=model"),
+        ("compile=all", "compile"),
     ],
 )
 def test_mistakes_are_named(override, message):

@@ -1,39 +1,63 @@
-"""Whole transformers with softmax attention and with MHLA: one denoising step."""
+"""Whole transformers with softmax attention and with MHLA: one denoising or training step."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mhla_gen.bench.measure import latency_ms, peak_memory_gib
-from mhla_gen.config import BenchConfig, MHLAConfig
+from mhla_gen.config import BenchConfig, MHLAConfig, load_config
 
-_SOFTMAX = ("softmax", "softmax_cudnn", "softmax_flash")
+_BACKENDS = {"softmax_cudnn": "_native_cudnn", "softmax_flash": "_native_flash"}
 
 
 def bench_model(config: BenchConfig, device: torch.device) -> Iterator[dict[str, Any]]:
-    """One row for every grid and method: latency of a forward pass of random weights."""
-    from mhla_gen.models import inject
-
+    """One row for every grid and method: a forward pass of random weights, and a training step."""
     dtype = getattr(torch, config.dtype)
     grids = ((21, 30, 50),) if config.model == "wan" else ((16, 16), (32, 32))
     for grid in grids if config.grids == "models" else config.grids:
         for method in config.methods:
             row = {"method": method, "model": config.model, "grid": grid, "tokens": math.prod(grid)}
-            layout = (1,) * len(grid) if method == "linear" else config.layout
             try:
                 torch.manual_seed(0)
-                model = _build(config, grid).to(device, dtype).eval()
-                if method not in _SOFTMAX:
-                    implementation = "auto" if method == "linear" else method
-                    inject(model, MHLAConfig(layout=layout, implementation=implementation))
-                elif method != "softmax":
-                    backend = "_native_cudnn" if method == "softmax_cudnn" else "_native_flash"
-                    model.set_attention_backend(backend)
+                model = _prepare(method, config, grid, device, dtype)
                 yield row | _measure(model, config, grid, device, dtype)
             except (RuntimeError, ValueError, AttributeError) as error:
                 yield row | {"error": str(error).splitlines()[0]}
+            # Neither weights nor compiled code of one method are there when the next is measured.
+            model = None
+            torch.compiler.reset()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+
+
+def _prepare(
+    method: str,
+    config: BenchConfig,
+    grid: tuple[int, ...],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Any:
+    """The model with the attention that `method` names, compiled if the config says so."""
+    from mhla_gen.models import inject
+
+    with device:
+        model = _build(config, grid).to(dtype)
+    name, *settings = method.split()
+    if not name.startswith("softmax"):
+        layout = (1,) * len(grid) if name == "linear" else config.layout
+        defaults = [f"layout={list(layout) if isinstance(layout, tuple) else layout}"]
+        defaults.append(f"implementation={'auto' if name == 'linear' else name}")
+        inject(model, load_config(None, [*defaults, *settings], MHLAConfig))
+    elif name in _BACKENDS:
+        model.set_attention_backend(_BACKENDS[name])
+    if config.compile == "whole":
+        model.compile(fullgraph=True)
+    elif config.compile:
+        model.compile_repeated_blocks(fullgraph=True)
+    return model
 
 
 def _measure(
@@ -47,16 +71,31 @@ def _measure(
         name: x.to(device, dtype) if x.is_floating_point() else x.to(device)
         for name, x in _inputs(config, grid).items()
     }
-    if config.compile:
-        model.compile_repeated_blocks(fullgraph=True)
 
     @torch.no_grad()
     def forward() -> Any:
         return model(**inputs, return_dict=False)
 
-    forward()
-    latency = latency_ms(forward, device)
-    return {"forward_ms": latency, "forward_peak_gib": peak_memory_gib(forward, device)}
+    row = _time("forward", forward, model.eval(), device)
+    if not config.backward:
+        return row
+    if config.checkpointing:
+        model.enable_gradient_checkpointing()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def train() -> tuple[Tensor, ...]:
+        loss = model(**inputs, return_dict=False)[0].float().square().mean()
+        return torch.autograd.grad(loss, parameters, allow_unused=True)
+
+    return row | _time("train", train, model.train(), device)
+
+
+def _time(
+    step: str, function: Callable[[], Any], model: Any, device: torch.device
+) -> dict[str, Any]:
+    function()
+    latency = latency_ms(function, device)
+    return {f"{step}_ms": latency, f"{step}_peak_gib": peak_memory_gib(function, device)}
 
 
 def _build(config: BenchConfig, grid: tuple[int, ...]) -> Any:

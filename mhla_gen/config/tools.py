@@ -67,7 +67,8 @@ class BenchConfig:
     methods: Any = "auto"
     """Rows for every size: softmax (torch's choice), softmax_cudnn, softmax_flash, linear, and MHLA
     as naive, blockwise, fused or auto. "auto" takes softmax_cudnn, softmax_flash, linear and fused
-    on a GPU, softmax, linear and blockwise elsewhere."""
+    on a GPU, softmax, linear and blockwise elsewhere. For models, settings of MHLA may follow, as
+    in "fused conv=false gate=false" or "fused layers=2/3"."""
     grids: Any = "squares"
     """Token grids, one size each: a list such as [[16, 16], [32, 32]], "squares" (8×8 to 64×64),
     or "models", those of DiT and Wan models with their heads."""
@@ -82,13 +83,15 @@ class BenchConfig:
     rotary: bool = False
     """Rotate queries and keys inside the linear operators."""
     backward: bool = True
-    """Time forward and backward together too; operators only."""
+    """Time forward and backward together too."""
+    checkpointing: bool = True
+    """Recompute the layers of a model during backward instead of keeping what they computed."""
     model: Literal["dit", "wan"] = "dit"
     """DiT-XL/2 or Wan2.1-1.3B, random weights."""
     num_layers: int | None = None
     """Layers of the model; None takes all."""
-    compile: bool = False
-    """Compile the model's layers with torch.compile."""
+    compile: Any = False
+    """torch.compile: false, true (the layer that the model repeats) or "whole" (all in one)."""
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     """Arithmetic of inputs and models; auto is bfloat16 on a GPU and float32 elsewhere."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -107,7 +110,12 @@ class BenchConfig:
                     f"found {self.methods!r}"
                 )
             for method in self.methods:
-                check_choice("methods", method, known)
+                name, *settings = method.split()
+                check_choice("methods", name, known)
+                if settings and (self.subject == "ops" or name.startswith("softmax")):
+                    raise ValueError(
+                        f"settings in methods are for MHLA in subject=model, found {method!r}"
+                    )
             object.__setattr__(self, "methods", tuple(self.methods))
         object.__setattr__(self, "layout", normalize_layout(self.layout))
         if self.grids == "squares":
@@ -122,6 +130,7 @@ class BenchConfig:
             grids = tuple(normalize_integers("grids", grid, 1) for grid in self.grids)
             object.__setattr__(self, "grids", grids)
         check_choice("subject", self.subject, ("ops", "model"))
+        check_choice("compile", self.compile, (False, True, "whole"))
         check_choice("model", self.model, ("dit", "wan"))
         check_choice("dtype", self.dtype, ("auto", "float32", "float16", "bfloat16"))
         check_choice("device", self.device, ("auto", "cpu", "cuda"))

@@ -1,6 +1,5 @@
 """From settings and data to a model, and to what it learns."""
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -135,15 +134,14 @@ def _class_conditional(config: TrainConfig, data: TrainingData, class_names: Seq
     shape = data.sample_shapes[0]
     model = build_model(config.model, shape, len(class_names), objective.out_channels(shape[0]))
 
-    @functools.cache
-    def vae() -> Any:
-        return data.autoencoder() if isinstance(data, CachedLatents) else None
+    # Now rather than at the end: a run whose samples cannot be decoded should not start.
+    vae = data.autoencoder() if isinstance(data, CachedLatents) else None
 
     def pipeline(model: Any) -> ClassConditionalPipeline:
         return ClassConditionalPipeline(
             transformer=model,
             scheduler=objective.scheduler(),
-            vae=vae(),
+            vae=vae,
             class_names=class_names,
             prediction_type=objective.prediction_type,
         )

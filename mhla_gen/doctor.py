@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from packaging.requirements import Requirement
 
+from mhla_gen.config import FeaturesConfig
 from mhla_gen.ops import linear_attention, locality_mixing, mhla
 from mhla_gen.version import __version__
 
@@ -180,6 +181,28 @@ def check_inception() -> tuple[State, str, str]:
     )
 
 
+def check_caches() -> tuple[State, str, str]:
+    """Can the folders be written where weights and features are kept?"""
+    from huggingface_hub import constants
+
+    folders = {
+        "models of the hub": (Path(constants.HF_HUB_CACHE), "HF_HUB_CACHE"),
+        "other weights": (Path(torch.hub.get_dir()), "TORCH_HOME"),
+        "features": (Path(FeaturesConfig().cache_dir).expanduser(), "features.cache_dir"),
+    }
+    closed = []
+    for what, (folder, setting) in folders.items():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder) as file:
+                file.write(b"once")
+        except OSError as error:
+            closed.append(f"{what} in {folder}: {error.strerror}; set {setting} to another folder")
+    if closed:
+        return "broken", "cannot write " + " and ".join(c.split(";")[0] for c in closed), closed[0]
+    return "ok", "writable: " + ", ".join(str(folder) for folder, _ in folders.values()), ""
+
+
 def _operator_error(device: str, implementation: str, dtype: torch.dtype) -> float:
     query, key, value = torch.randn(3, 1, 35, 2, 32, device=device, dtype=dtype)
     run = functools.partial(mhla, grid=(5, 7), layout=(2, 3))
@@ -199,6 +222,7 @@ CHECKS: dict[str, Callable[[], tuple[State, str, str]]] = {
     "compile": check_compile,
     "video": check_video,
     "inception": check_inception,
+    "caches": check_caches,
 }
 
 # What usually helps when a check raises.

@@ -5,7 +5,7 @@ import pytest
 from mhla_gen import doctor
 from mhla_gen.cli import main
 
-QUICK = ["packages", "operator", "GPU", "conversion", "video", "inception"]
+QUICK = ["packages", "operator", "GPU", "conversion", "video", "inception", "caches"]
 
 
 def test_nothing_is_broken_here():
@@ -24,6 +24,16 @@ def test_a_check_that_raises_is_a_finding_with_its_remedy(monkeypatch, capsys):
     assert "broken" in captured.out and "RuntimeError: no encoder" in captured.out
     assert doctor.REMEDIES["video"] in captured.out and "long story" not in captured.out
     assert captured.err == "mhla-gen doctor: error: video does not work; the table names remedies\n"
+
+
+def test_a_cache_that_cannot_be_written_is_named_with_its_setting(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path / "file" / "hub"))
+    (finding,) = doctor.examine(["caches"])
+    assert finding.state == "broken" and str(tmp_path / "file") in finding.detail
+    assert "set TORCH_HOME to another folder" in finding.remedy
+    monkeypatch.undo()
+    assert doctor.examine(["caches"])[0].state == "ok"
 
 
 def test_a_missing_package_is_named(monkeypatch):

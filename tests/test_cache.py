@@ -293,6 +293,33 @@ def test_a_cache_knows_its_autoencoder(source, cache):
         data.require_autoencoder(tiny_wan_autoencoder())
 
 
+def test_an_image_is_a_clip_of_one_frame(source, tmp_path):
+    tiny_wan_autoencoder().save_pretrained(tmp_path / "wan")
+    build_cache(config_for(source, tmp_path / "video", f"vae.path={tmp_path / 'wan'}"))
+    video = CachedLatents.open(tmp_path / "video")
+    assert video.sample_shapes == ((16, 1, 2, 2),)
+    frame = to_model_range(np.array(Image.open(video.describe(3)))[None, None])
+    mean, std = encode(wan := video.autoencoder(), frame)
+    mean, std = latent_normalisation(wan).apply(mean, std)
+    torch.testing.assert_close(video.read([3])["mean"], mean)
+    torch.testing.assert_close(video.read([3])["std"], std)
+
+    stills = ["data.source=clips", "clips.missing_caption=empty", "clips.buckets=[[1, 16, 16]]"]
+    build_cache(config_for(source, tmp_path / "image", *stills, "data.horizontal_flip=false"))
+    image = CachedLatents.open(tmp_path / "image")
+    assert image.sample_shapes == ((4, 2, 2),) and len(image) == COUNT - 1
+    with pytest.raises(ValueError, match=r"clips\.condition needs an autoencoder of videos"):
+        build_cache(
+            config_for(
+                source,
+                tmp_path / "c",
+                *stills,
+                "data.horizontal_flip=false",
+                "clips.condition=true",
+            )
+        )
+
+
 def test_training_refuses_a_pipeline_with_another_autoencoder(source, cache, tmp_path):
     data = CachedLatents.open(cache)
     require_pipeline(data, str(source / "vae"))

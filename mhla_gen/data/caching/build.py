@@ -9,7 +9,12 @@ import torch
 from accelerate import PartialState
 
 from mhla_gen.config import CacheConfig
-from mhla_gen.data.autoencoder import latent_normalisation, latent_shape, load_autoencoder
+from mhla_gen.data.autoencoder import (
+    is_video,
+    latent_normalisation,
+    latent_shape,
+    load_autoencoder,
+)
 from mhla_gen.data.caching.checking import Facts, verify
 from mhla_gen.data.caching.chunks import Chunk, chunks_of, is_complete, write_missing
 from mhla_gen.data.caching.finish import Contents, finish
@@ -132,6 +137,10 @@ def _text_encoder(config: CacheConfig, files: Files) -> TextEncoder | None:
 
 
 def _check_sizes(config: CacheConfig, files: Files, vae: Any) -> None:
+    if config.clips.condition and not is_video(vae):
+        raise ValueError(
+            f"clips.condition needs an autoencoder of videos, not {type(vae).__name__}"
+        )
     if isinstance(files, ClipFiles):
         for bucket in config.clips.buckets:
             latent_shape(vae, *bucket)

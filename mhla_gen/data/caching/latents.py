@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mhla_gen.data.autoencoder import Normalisation, encode
+from mhla_gen.data.autoencoder import Normalisation, encode, is_video
 from mhla_gen.data.caching.chunks import Chunk, Computed, batched
 from mhla_gen.data.images import to_model_range
 from mhla_gen.data.protocol import Examples
@@ -101,6 +101,11 @@ class LatentChunks:
         if samples.shape[1] == 1:
             # Grey becomes three equal channels, as it does when a file is read.
             samples = samples.repeat_interleave(3, dim=1)
+        # An image is a clip of one frame, and the other way round.
+        if is_video(self.vae) and samples.ndim == 4:
+            samples = samples.unsqueeze(2)
+        if not is_video(self.vae) and samples.ndim == 5:
+            samples = samples.squeeze(2)
         samples = samples.to(self.vae.device)
         tensors = self._posterior(samples, "")
         if self.flips:

@@ -17,6 +17,7 @@ MAIN = ("softmax", "linear", CONTROL, "mhla", "mhla-conv-gate")
 _COLOURS: dict[str, str] = dict(
     zip(MAIN, ("#444444", "#999999", "#1f77b4", "#ff9d4d", "#d62728"), strict=True)
 )
+_OTHERS = ("#2ca02c", "#9467bd", "#8c564b", "#e377c2", "#17becf", "#bcbd22")
 _FONT = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
 _FONT_SIZE = 16
 
@@ -47,6 +48,7 @@ def draw_curves(groups: Sequence[Group], path: Path) -> None:
             if control is not None:
                 losses = losses / _curve(control, _seeds(group))[1] - 1
             style: dict[str, Any] = {"lw": 1.0, "ls": ("--", ":", "-.")[number % 3]}
+            style["color"] = _OTHERS[number % len(_OTHERS)]
             if group.arm in MAIN:
                 style = {"lw": 2.0, "color": _COLOURS[group.arm]}
             axes.plot(steps, 100 * losses, label=_name(group), **style)
@@ -146,19 +148,24 @@ def draw_probe(probes: Sequence[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(5.4 * len(tasks), 4.2), layout="constrained")
     panels = figure.subplots(1, len(tasks), squeeze=False, sharey=True)[0]
     for axes, task in zip(panels, tasks, strict=True):
-        for arm in dict.fromkeys(probe["arm"] for probe in probes):
+        arms = {probe["arm"] for probe in probes}
+        others = sorted(arms - set(MAIN))
+        for arm in [*(arm for arm in MAIN if arm in arms), *others]:
             same = [p for p in probes if p["task"] == task and p["arm"] == arm]
             if not same:
                 continue
             numbers = [int(n) for n in same[0]["accuracy"]]
             means = np.mean([list(p["accuracy"].values()) for p in same], axis=0)
-            style: dict[str, Any] = {"ls": "--"}
             if arm in MAIN:
-                style = {"color": _COLOURS[arm], "lw": 2}
+                style: dict[str, Any] = {"color": _COLOURS[arm], "lw": 2}
+            else:
+                style = {"color": _OTHERS[others.index(arm) % len(_OTHERS)], "ls": "--"}
             title = same[0]["title"].replace("… ", "MHLA + conv + gate, ")
             axes.plot(numbers, means, marker="o", label=title, **style)
         axes.axhline(probes[0]["chance"], color="black", lw=0.8, ls=":", label="chance")
         axes.set_xscale("log", base=2)
+        numbers = sorted({int(n) for probe in probes for n in probe["accuracy"]})
+        axes.set_xticks(numbers, [str(n) for n in numbers])
         axes.set(title=f"pair {task}", xlabel="pairs on the grid", ylim=(0, 1.03))
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("share of queries answered")

@@ -34,6 +34,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--page", type=Path)
     options = parser.parse_args(arguments)
     folder: Path = options.results
+    # The probe needs no arm, so it is drawn before arms are asked for.
+    probes = [json.loads(path.read_text()) for path in sorted(folder.glob("probe-*.json"))]
+    if probes:
+        draw_probe(probes, folder / "probe.png")
     groups = load_groups(folder)
     real: dict[str, Any] = json.loads((folder / "real.json").read_text())
     text = tables(groups, real)
@@ -47,9 +51,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for tokens in sorted({group.tokens for group in groups}):
         same = [group for group in groups if group.tokens == tokens]
         draw_samples(same, folder, folder / f"samples-{tokens}.png")
-    probes = [json.loads(path.read_text()) for path in sorted(folder.glob("probe-*.json"))]
-    if probes:
-        draw_probe(probes, folder / "probe.png")
     print(text)
 
 

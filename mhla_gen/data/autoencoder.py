@@ -42,7 +42,9 @@ def load_autoencoder(config: AutoencoderConfig) -> Any:
         values: Any = diffusers.AutoencoderKL.load_config(path, **subfolder)
     except OSError as error:
         line = str(error).splitlines()[0]
-        raise ValueError(f"vae.path {path} holds no autoencoder of diffusers: {line}") from error
+        raise ValueError(
+            f"vae.path {path} holds no autoencoder of diffusers, or cannot be reached: {line}"
+        ) from error
     name = values.get("_class_name")
     known = IMAGE_AUTOENCODERS + VIDEO_AUTOENCODERS
     if name not in known:

@@ -334,3 +334,16 @@ def test_two_processes_train_and_resume_as_one(parallelism, tmp_path):
         for path in (tmp_path / "checkpoint-6", folder / "checkpoint-6")
     ]
     assert all(map(torch.equal, *(state["shadow_params"] for state in states)))
+
+
+@pytest.mark.slow
+def test_shared_and_whole_models_compute_in_the_same_arithmetic(tmp_path):
+    losses = {}
+    for precision, parallelism in (("bf16", "ddp"), ("bf16", "fsdp"), ("fp32", "fsdp")):
+        folder = tmp_path / f"{precision}-{parallelism}"
+        config = tiny_run(folder, mixed_precision=precision, parallelism=parallelism)
+        save_config(config, tmp_path / "run.yaml")
+        process = launch(tmp_path / "run.yaml", processes=2)
+        assert process.wait(240) == 0, process.communicate()[1]
+        losses[precision, parallelism] = log_of(folder)
+    assert losses["bf16", "ddp"] == losses["bf16", "fsdp"] != losses["fp32", "fsdp"]

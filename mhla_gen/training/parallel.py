@@ -4,8 +4,9 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
-from accelerate.utils import DistributedType, ProjectConfiguration
+from accelerate.utils import DistributedType, ProjectConfiguration, convert_outputs_to_fp32
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
@@ -66,6 +67,13 @@ def shard_by(accelerator: Accelerator, model: nn.Module, names: Sequence[str]) -
         found = {type(module).__name__ for module in model.modules()}
         plugin: Any = accelerator.state.fsdp_plugin
         plugin.transformer_cls_names_to_wrap = [name for name in names if name in found]
+
+
+def autocast_shared(accelerator: Accelerator, model: Any) -> None:
+    """Compute a shared model in the run's arithmetic, which accelerate does for others only."""
+    if accelerator.is_fsdp2 and accelerator.mixed_precision == "bf16":
+        autocast = torch.autocast(accelerator.device.type, torch.bfloat16)
+        model.forward = convert_outputs_to_fp32(autocast(model.forward))
 
 
 def free_whole(model: nn.Module) -> None:

@@ -20,6 +20,7 @@ from mhla_gen.training.draws import draw
 from mhla_gen.training.ema import WeightAverage
 from mhla_gen.training.optim import build_optimizer, train_only_mhla
 from mhla_gen.training.parallel import (
+    autocast_shared,
     build_accelerator,
     free_whole,
     shard_by,
@@ -198,6 +199,7 @@ def build_run(
     model_class = type(model)
     shard_by(accelerator, model, (block_class(model), *task.gathered))
     model, optimizer = accelerator.prepare(model, optimizer)
+    autocast_shared(accelerator, model)
     ema = WeightAverage(model, config.ema_decay)
     accelerator.register_for_checkpointing(learning_rate, ema)
     return Run(

@@ -191,6 +191,18 @@ def test_opcheck(attention_form):
     torch.library.opcheck(operator, arguments)
 
 
+@FORMS
+def test_frozen_mixing_has_no_gradient(attention_form):
+    inputs, options = make((4, 5), (2, 2))
+    options["use_attention_form"] = attention_form
+    *expected, _ = outputs_and_gradients(fused_mhla, inputs, options)
+    tokens = [x.detach().requires_grad_() for x in inputs[:3]]
+    out = fused_mhla(*tokens, inputs[3], **options)
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    gradients = torch.autograd.grad(out, tokens, grad.to(out).bfloat16().to(out.dtype))
+    assert all(torch.equal(a, e) for a, e in zip((out, *gradients), expected, strict=True))
+
+
 def test_compiles_into_one_graph():
     (q, k, v, mixing), _ = make((4, 5), (2, 2))
 

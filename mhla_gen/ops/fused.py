@@ -150,19 +150,22 @@ def linear_mhla_backward(
     feature_map: str,
     normalize: bool,
     eps: float,
+    mixing_trains: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value and mixing in the linear form."""
+    """Gradients of query, key, value and, unless it is frozen (then empty), of mixing."""
     stored = summaries[0].dtype
     call = _call(query, value, cos, sin, grid, layout, feature_map, normalize, eps, stored)
     with torch.cuda.device_of(query):
         return linear_form.backward(
-            grad, query, key, value, mixing, Summaries(*summaries), Summaries(*mixed), call
-        )
+            grad, query, key, value, mixing, Summaries(*summaries), Summaries(*mixed), call,
+            mixing_trains,
+        )  # fmt: skip
 
 
 @linear_mhla_backward.register_fake
-def _(grad, query, key, value, mixing, *_):
-    return tuple(x.new_empty(x.shape) for x in (query, key, value, mixing))
+def _(grad, query, key, value, mixing, *options):
+    gradients = (x.new_empty(x.shape) for x in (query, key, value))
+    return *gradients, mixing.new_empty(mixing.shape if options[-1] else 0)
 
 
 def _linear_setup(ctx, inputs, output):
@@ -177,10 +180,12 @@ def _linear_backward(ctx, grad, *_):
     query, key, value, mixing, cos, sin, *summaries = ctx.saved_tensors
     if grad is None:
         return (None,) * 12
-    gradients = linear_mhla_backward(
-        grad, query, key, value, mixing, cos, sin, summaries[:3], summaries[3:], *ctx.options
-    )
-    return *gradients, *(None,) * 8
+    trains = ctx.needs_input_grad[3]
+    *gradients, dmixing = linear_mhla_backward(
+        grad, query, key, value, mixing, cos, sin, summaries[:3], summaries[3:],
+        *ctx.options, trains,
+    )  # fmt: skip
+    return *gradients, dmixing if trains else None, *(None,) * 8
 
 
 linear_mhla.register_autograd(_linear_backward, setup_context=_linear_setup)

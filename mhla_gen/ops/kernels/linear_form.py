@@ -68,10 +68,11 @@ def backward(
     summaries: Summaries,
     mixed: Summaries,
     call: Call,
+    mixing_trains: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value and mixing."""
+    """Gradients of query, key, value and mixing, the last one without elements if it is unused."""
     dquery, dmixed = backward_queries(grad, query, value, mixed, call)
-    dmixing = correlate(dmixed, summaries, mixing, call)
+    dmixing = correlate(dmixed, summaries, mixing, call) if mixing_trains else mixing.new_empty(0)
     dsummaries = mix(mixing.mT, dmixed, call)
     dkey, dvalue = backward_keys(key, value, dsummaries, call)
     return dquery, dkey, dvalue, dmixing

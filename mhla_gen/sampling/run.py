@@ -91,7 +91,9 @@ class Job:
 
     def __init__(self, config: SampleConfig, folder: Path, sampler: Sampler, state: PartialState):
         self.config, self.folder, self.sampler, self.state = config, folder, sampler, state
-        self.device = torch.device(state.device or "cpu")
+        # Of several GPUs a process has its own.
+        wanted = resolve_device(config.device)
+        self.device = torch.device(state.device or "cuda") if wanted.type == "cuda" else wanted
         most = config.model_batch_size or sampler.model_batch_size
         self.units = Units.split(len(sampler), most)
         self.work = Work(folder, self.units)

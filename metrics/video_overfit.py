@@ -1,11 +1,13 @@
 """One real clip memorised by a small Wan, with MHLA and with softmax attention.
 
-    python metrics/video_overfit.py CLIP.mp4 OUT_FOLDER --seconds 45
+    python metrics/video_overfit.py CLIP OUT_FOLDER --seconds 45
+
+CLIP is a video, or a .npy file of its frames, uint8 `[frames, height, width, 3]`.
 
 No pretrained autoencoder is needed: "latents" are pixels, 4 × 4 of them folded into 48 channels.
 Each model learns the clip by flow matching for the same wall time, then draws it from noise; PSNR
-is against the clip. Writes overfit.json, overfit.png (original and draws, frame under frame) and an
-mp4 of each.
+is against the clip. Writes overfit.json, overfit.png (original and draws, frame under frame) and
+the draws as overfit.npz.
 """
 
 import argparse
@@ -24,8 +26,7 @@ from diffusers import WanTransformer3DModel
 import mhla_gen
 from mhla_gen.config import MHLAConfig
 from mhla_gen.data.buckets import Bucket, crop_for, resampled_frames
-from mhla_gen.decoding import Decoder
-from mhla_gen.sampling.outputs import write_sheet, write_video
+from mhla_gen.sampling.outputs import write_sheet
 from mhla_gen.training.draws import draw
 from mhla_gen.training.objectives import FlowMatching
 from mhla_gen.training.optim import build_optimizer
@@ -42,7 +43,18 @@ MODELS = {
 
 
 def read_clip(path: Path, frames: int, height: int, width: int) -> np.ndarray:
-    """The first frames, cropped and resized, uint8 `[frames, height, width, 3]`."""
+    """The first frames, cropped and resized, uint8 `[frames, height, width, 3]`.
+
+    Raises:
+        ValueError: If frames in a .npy file are of another size.
+    """
+    if path.suffix == ".npy":
+        clip = np.load(path)[:frames]
+        if clip.shape != (frames, height, width, 3):
+            raise ValueError(f"{path} has {clip.shape}, not {(frames, height, width, 3)}")
+        return clip
+    from mhla_gen.decoding import Decoder
+
     with Decoder(60, 1) as decoder:
         facts = decoder.facts(path)
         shown = resampled_frames(facts.times, 16.0)[:frames]
@@ -154,9 +166,12 @@ def main() -> None:
         row["psnr_db"] = psnr(found, clip)
         rows.append(row)
         print(json.dumps(row), flush=True)
-        write_video(options.out / f"{name}.mp4", found, fps=16)
         pictures.append((f"{name}, {row['psnr_db']:.1f} dB", found))
     shown = np.linspace(0, len(clip) - 1, 6).round().astype(int)
+    np.savez_compressed(
+        options.out / "overfit.npz",
+        **{row["model"]: draws for row, (_, draws) in zip(rows, pictures[1:], strict=True)},
+    )
     rows_shown = [(title, frames[shown]) for title, frames in pictures]
     write_sheet(options.out / "overfit.png", rows_shown, is_video=True)
     name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor()

@@ -14,12 +14,21 @@ import pytest
 import torch
 from PIL import Image
 from test_training import TINY, assert_same, fresh_accelerator, log_of, tiny_run, trained
-from tiny import tiny_dit
+from tiny import tiny_autoencoder, tiny_dit
 
 import mhla_gen
 from mhla_gen.cli import main
-from mhla_gen.config import ObjectiveConfig, PreviewConfig, RunEvaluationConfig, save_config
+from mhla_gen.config import (
+    AutoencoderConfig,
+    CacheConfig,
+    DataConfig,
+    ObjectiveConfig,
+    PreviewConfig,
+    RunEvaluationConfig,
+    save_config,
+)
 from mhla_gen.config.evaluation import FeaturesConfig
+from mhla_gen.data.caching.build import build_cache
 from mhla_gen.data.images import digits
 from mhla_gen.training import rehearse, train
 from mhla_gen.training.checkpoints import checkpoints, load_latest, save_checkpoint
@@ -172,6 +181,32 @@ def test_previews_do_not_touch_the_training(objective, tmp_path):
     assert list((tmp_path / "shown" / "tensorboard").glob("events*"))
 
 
+def test_latents_become_pictures_in_the_end(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 16, 16, 3), dtype=np.uint8)
+    np.savez(tmp_path / "images.npz", arr_0=pixels, labels=np.arange(12) % 3)
+    tiny_autoencoder().save_pretrained(tmp_path / "vae")
+    data = DataConfig(source="npz", path=str(tmp_path / "images.npz"), horizontal_flip=True)
+    vae = AutoencoderConfig(path=str(tmp_path / "vae"))
+    cache = tmp_path / "cache"
+    build_cache(CacheConfig(output_dir=str(cache), data=data, vae=vae, device="cpu"))
+    config = tiny_run(
+        tmp_path / "run",
+        data=DataConfig(source="cache", path=str(cache), horizontal_flip=True),
+        model=replace(TINY, patch_size=1),
+        objective=ObjectiveConfig(name="ddpm"),
+        sample_every=6,
+        samples=PreviewConfig(num_images=3, num_inference_steps=2),
+    )
+    saved = mhla_gen.ClassConditionalPipeline.from_pretrained(train(config))
+    assert saved.transformer.config.out_channels == 2 * saved.transformer.config.in_channels
+    images = saved([0, 2], num_inference_steps=2, output_type="np").images
+    assert images.shape == (2, 16, 16, 3) and np.isfinite(images).all()
+    assert Image.open(tmp_path / "run" / "previews" / "samples-0000006.png").size == (34, 34)
+    (tmp_path / "vae").rename(tmp_path / "moved")
+    with pytest.raises(ValueError, match="vae"):
+        train(replace(config, output_dir=str(tmp_path / "other")))
+
+
 def test_samples_are_scored_in_between(tmp_path):
     class Means(torch.nn.Module):
         def forward(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -295,7 +330,8 @@ def test_sharing_a_model_needs_processes(tmp_path):
         train(tiny_run(tmp_path / "a", parallelism="fsdp"))
 
 
-@pytest.mark.parametrize("parallelism", ["fsdp", pytest.param("ddp", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("parallelism", ["ddp", "fsdp"])
 def test_two_processes_train_and_resume_as_one(parallelism, tmp_path):
     settings = {
         "max_steps": 6,
@@ -347,3 +383,23 @@ def test_shared_and_whole_models_compute_in_the_same_arithmetic(tmp_path):
         assert process.wait(240) == 0, process.communicate()[1]
         losses[precision, parallelism] = log_of(folder)
     assert losses["bf16", "ddp"] == losses["bf16", "fsdp"] != losses["fp32", "fsdp"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("how", ["none", "regional"])
+def test_a_run_on_a_gpu_learns_in_bf16(how, tmp_path):
+    model = replace(TINY, attention_head_dim=16)
+    config = tiny_run(
+        tmp_path / "a",
+        model=model,
+        max_steps=40,
+        batch_size=64,
+        learning_rate=3e-3,
+        mixed_precision="bf16",
+        compile=how,
+        sample_every=20,
+        log_every=10,
+    )
+    train(config)
+    lines = read_log(tmp_path / "a" / "log.jsonl")
+    assert lines[-1]["loss"] < 0.9 * lines[0]["loss"] and lines[-1]["memory_gib"] > 0

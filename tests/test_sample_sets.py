@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler
+from diffusers.models.autoencoders.vae import DecoderOutput
 from PIL import Image
 from tiny_sampling import arrays_of, latent_pipeline, set_of, tiny_pipeline
 
@@ -22,6 +23,7 @@ from mhla_gen.evaluation import load_images
 from mhla_gen.sampling import class_labels, generate, sample
 from mhla_gen.sampling.classes import class_numbers, ordered_labels
 from mhla_gen.sampling.drawing import Drawer, largest_batch
+from mhla_gen.sampling.parts import InParts, in_parts
 from mhla_gen.sampling.samplers import ClassSampler
 from mhla_gen.sampling.units import Units
 
@@ -266,6 +268,26 @@ def test_the_largest_batch_is_tried_out(pipeline):
     assert largest_batch(sampler, 1000, on_cuda=False) == 32
 
 
+def test_functions_are_called_in_parts_of_one_size():
+    calls = []
+
+    def function(x, scale, *, labels, name):
+        calls.append((x.shape, labels.shape, float(scale), name))
+        return (x * scale + labels[:, None], labels)
+
+    parts = InParts(function, rows=3)
+    x, labels = torch.randn(7, 2), torch.arange(7)
+    sums, same = parts(x, torch.tensor(2.0), labels=labels, name="n")
+    assert torch.equal(sums, x * 2 + labels[:, None]) and torch.equal(same, labels)
+    assert calls == [((3, 2), (3,), 2.0, "n")] * 3
+    output = InParts(lambda z: DecoderOutput(sample=z + 1), rows=2)(x)
+    assert isinstance(output, DecoderOutput) and torch.equal(output.sample, x + 1)
+    model = torch.nn.Linear(2, 2)
+    with in_parts(model, "forward", 2) as inside:
+        assert model.forward is inside and model(x).shape == (7, 2)
+    assert "forward" not in vars(model)
+
+
 def test_units_are_few_and_of_one_size():
     for count, most in ((1, 64), (64, 64), (65, 64), (200, 64), (7, 3)):
         units = Units.split(count, most)
@@ -317,6 +339,7 @@ def test_problems_are_named_before_anything_is_written(pipeline, tmp_path, chang
         (["batch_size=many"], 'must be "auto" or a number'),
         (["formats=[gif]"], "one of npz, png, mp4"),
         (["keep_samples=false"], "leaves nothing behind"),
+        (["evaluate.samples=x"], "leave it out"),
         (["classes=[-1]"], "class numbers and names"),
     ],
 )

@@ -122,6 +122,8 @@ class SampleConfig:
                 raise ValueError(f'batch_size must be "auto" or a number, found {self.batch_size}')
             check_at_least("batch_size", self.batch_size, 1)
         object.__setattr__(self, "formats", _formats(self.formats))
+        if self.evaluate is not None and self.evaluate.samples is not None:
+            raise ValueError("evaluate.samples is the set that is made; leave it out")
         if not self.keep_samples and self.evaluate is None:
             raise ValueError("keep_samples=false leaves nothing behind without evaluate")
         if isinstance(self.prompts, Sequence) and not isinstance(self.prompts, str):

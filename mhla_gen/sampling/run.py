@@ -115,9 +115,10 @@ class Job:
         time = estimate.timed(self.sampler, self.units, self.config, processes)
         if self.state.is_main_process:
             shape = " × ".join(map(str, self.sampler.shape))
+            formats = self.formats if self.config.keep_samples else ()
             print(
                 f"would write {self.summary} to {self.folder}, {self.config.num_inference_steps} "
-                f"steps each: {shape}, {estimate.size(self.sampler, self.formats)}; "
+                f"steps each: {shape}, {estimate.size(self.sampler, formats)}; "
                 f"{time}{estimate.memory()}" + (", measured on the way" if scorer else "")
             )
 

@@ -111,14 +111,15 @@ def tile_options(kernel: str, call: Call) -> dict:
     if call.options["OPERAND"] == tl.float32:
         return {"BQ": 32, "BK": 32, "PRECISION": "ieee", "num_warps": 8, "num_stages": 1}
     wide = max(call.pieces["D0"] + call.pieces["D1"], call.pieces["V0"] + call.pieces["V1"]) > 80
+    capped = kernel != "backward_keys" and not wide and not call.options["ROTARY"]
     return {
         "BQ": 64,
-        "BK": 32 if wide and kernel == "backward_queries" else 64,
+        "BK": 32 if kernel == "backward_queries" else 64,
         "PRECISION": "tf32x3",
         "num_warps": 4,
         "num_stages": 1,
-        # So that three programs share a multiprocessor. Wide heads and backward need more.
-        "maxnreg": 168 if kernel == "attend" and not wide else None,
+        # So that three programs share a multiprocessor; what is left out here would spill.
+        "maxnreg": 168 if capped else None,
     }
 
 

@@ -87,9 +87,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     judge = Judge(pixels, options.features, device)
     folder = options.out / "report"
     folder.mkdir(exist_ok=True)
+    models = {
+        title: runs
+        for title, runs in MODELS.items()
+        if (options.out / runs[-1] / "pipeline").is_dir()
+    }
+    missing = [title for title in MODELS if title not in models]
+    if missing:
+        print(f"left out, not trained to the end: {', '.join(missing)}")
     samples = {
         title: drawn(options, folder, title, runs[-1], wanted, device)
-        for title, runs in MODELS.items()
+        for title, runs in models.items()
     }
     teacher = samples["softmax teacher"]
     features = {title: judge.extract(images) for title, images in samples.items()}
@@ -97,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         scores = dict(zip(features, pool.map(judge.score, features.values()), strict=True))
     rows = [
         row(options.out, title, runs, samples[title], teacher, scores[title])
-        for title, runs in MODELS.items()
+        for title, runs in models.items()
     ]
     content = {
         "data": {"images": len(real), "classes": len(names), "side": pixels.shape[1]},
@@ -105,9 +113,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "halves_of_the_data": judge.halves(),
         "sampling": f"{options.inference_steps} Euler steps, no guidance",
         "rows": [asdict(item) for item in rows],
+        "left_out": missing,
         "first_layer_errors": {
-            arm: layer_errors(options.out / f"{arm}/stage-1-layers", first=True)
-            for arm in ("mhla", "linear")
+            arm: layer_errors(options.out / f"{arm}/stage-1-layers") for arm in ("mhla", "linear")
         },
         "machine": machine(device),
         "date": time.strftime("%Y-%m-%d"),
@@ -252,9 +260,9 @@ def last_losses(log: Sequence[dict[str, float]]) -> dict[str, float]:
     return {name: float(np.mean([line[name] for line in lines])) for name in kept}
 
 
-def layer_errors(run: Path, *, first: bool) -> dict[str, float]:
-    """Relative errors of the layers in the first or the last line of a log."""
-    line = read_log(run / LOG_NAME)[0 if first else -1]
+def layer_errors(run: Path) -> dict[str, float]:
+    """Relative errors of the layers in the first line of a log."""
+    line = read_log(run / LOG_NAME)[0]
     return {name: value for name, value in line.items() if name.endswith(".attn1")}
 
 

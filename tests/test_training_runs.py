@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +39,7 @@ from mhla_gen.training.log import mean_by_timestep, read_log
 from mhla_gen.training.previews import mixing_picture, tiled
 from mhla_gen.training.run import build_run
 from mhla_gen.training.stopping import Stopped
-from mhla_gen.training.throughput import step_flops
+from mhla_gen.training.throughput import specified_flops, step_flops
 
 __all__ = ["fresh_accelerator"]
 
@@ -323,6 +324,19 @@ def test_a_rehearsal_says_what_to_expect(tmp_path):
     for part in ("M trained", "GFLOP per sample", "s for a step of 4", "take about"):
         assert part in summary
     assert not (tmp_path / "a").exists()
+
+
+def test_the_table_of_devices_takes_whole_names():
+    assert specified_flops("NVIDIA H100 80GB HBM3") == 989e12
+    assert specified_flops("NVIDIA H100 PCIe") == 756e12
+    assert specified_flops("NVIDIA A100-SXM4-80GB") == 312e12
+    assert specified_flops("NVIDIA L40") is None and specified_flops("NVIDIA L4") == 121e12
+
+
+@pytest.mark.skipif(find_spec("wandb") is not None, reason="needs a tracker that is missing")
+def test_a_tracker_that_is_missing_is_named(tmp_path):
+    with pytest.raises(ValueError, match="report_to=wandb needs the package wandb"):
+        train(tiny_run(tmp_path / "a", report_to="wandb"))
 
 
 def test_sharing_a_model_needs_processes(tmp_path):

@@ -6,7 +6,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
-from accelerate.utils import DistributedType, ProjectConfiguration, convert_outputs_to_fp32
+from accelerate.utils import (
+    DistributedType,
+    ProjectConfiguration,
+    convert_outputs_to_fp32,
+    is_tensorboard_available,
+    is_wandb_available,
+)
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
@@ -18,8 +24,16 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
     """Accelerate's state for a run.
 
     Raises:
-        ValueError: If parts of a model are asked for on one process, or with FSDP's first version.
+        ValueError: If parts of a model are asked for on one process, or with FSDP's first version,
+            or a tracker is not installed.
     """
+    available = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available}
+    if config.report_to != "none" and not available[config.report_to]():
+        # accelerate would leave it out without a word.
+        raise ValueError(
+            f"report_to={config.report_to} needs the package {config.report_to}; install it, or "
+            "use report_to=none"
+        )
     # accelerate's own name for float32 is "no", which YAML reads as false.
     precision = "no" if config.mixed_precision == "fp32" else config.mixed_precision
     sharded = config.parallelism == "fsdp"

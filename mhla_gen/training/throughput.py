@@ -1,5 +1,6 @@
 """Arithmetic of a training step, and what a device could do."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -41,8 +42,14 @@ def peak_flops(device: torch.device, mixed_precision: str) -> float | None:
     """
     if device.type != "cuda" or mixed_precision != "bf16":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((1e12 * peak for part, peak in _PEAK_TFLOPS.items() if part in name), None)
+    return specified_flops(torch.cuda.get_device_name(device))
+
+
+def specified_flops(name: str) -> float | None:
+    """Dense bfloat16 operations a second of a GPU by its name; None for one not in the table."""
+    found = (peak for part, peak in _PEAK_TFLOPS.items() if re.search(rf"\b{part}\b", name))
+    peak = next(found, None)
+    return None if peak is None else 1e12 * peak
 
 
 def step_flops(

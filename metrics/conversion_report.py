@@ -115,7 +115,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "rows": [asdict(item) for item in rows],
         "left_out": missing,
         "first_layer_errors": {
-            arm: layer_errors(options.out / f"{arm}/stage-1-layers") for arm in ("mhla", "linear")
+            arm: layer_errors(options.out / f"{arm}/stage-1-layers")
+            for arm in ("mhla", "linear")
+            if any(f"{arm}/stage-1-layers" in runs for runs in models.values())
         },
         "machine": machine(device),
         "date": time.strftime("%Y-%m-%d"),

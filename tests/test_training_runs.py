@@ -89,7 +89,7 @@ def test_a_signal_is_answered_by_a_checkpoint(number, tmp_path, monkeypatch, cap
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_of_two_processes_stops_both(tmp_path):
+def test_a_signal_to_the_launcher_stops_both_processes(tmp_path):
     config = tiny_run(tmp_path / "run", max_steps=100_000, log_every=1)
     save_config(config, tmp_path / "run.yaml")
     process = launch(tmp_path / "run.yaml", processes=2)

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ class Row:
 
     def config(self, options: argparse.Namespace, num_processes: int) -> TrainConfig:
         """The settings of its run."""
-        size = options.batch_size or _BATCH_SIZES[self.model.split("/")[0][4:], self.pixels]
+        size = options.batch_size or _BATCH_SIZES.get((self.model[4:-2], self.pixels), 64)
         return TrainConfig(
             output_dir="unused",
             model=ModelConfig(
@@ -155,26 +156,23 @@ def measure(row: Row, options: argparse.Namespace) -> dict[str, Any]:
 
 def timed(run: Run, options: argparse.Namespace) -> dict[str, Any]:
     """Speed and memory of a run's steps."""
-    steps = run.batches(0, 100_000)
-    began = time.perf_counter()
-    for number in range(_WARM_UP):
-        run.step(number, next(steps))
-    synchronize()
-    warm_up = time.perf_counter() - began
+    steps = enumerate(run.batches(0, 100_000))
+
+    def seconds_of(count: int) -> float:
+        synchronize()
+        began = time.perf_counter()
+        for number, parts in islice(steps, count):
+            run.step(number, parts)
+        synchronize()
+        return time.perf_counter() - began
+
+    warm_up = seconds_of(_WARM_UP)
+    pace = seconds_of(_WARM_UP) / _WARM_UP
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    began, count = time.perf_counter(), 0
-    # Decided by the step number, so that all processes stop at the same one.
-    wanted = max(2, agreed(run, options.seconds * _WARM_UP / max(warm_up, 1e-9)))
-    while count < wanted:
-        run.step(_WARM_UP + count, next(steps))
-        count += 1
-        if count == 5:
-            synchronize()
-            pace = (time.perf_counter() - began) / count
-            wanted = max(wanted, agreed(run, options.seconds / pace))
-    synchronize()
-    seconds = (time.perf_counter() - began) / count
+    # The main process decides: all must do as many.
+    count = max(3, agreed(run, options.seconds / pace))
+    seconds = seconds_of(count) / count
     rate = run.config.batch_size / seconds
     peak = peak_flops(run.accelerator.device, run.config.mixed_precision)
     found: dict[str, Any] = {
@@ -189,6 +187,7 @@ def timed(run: Run, options: argparse.Namespace) -> dict[str, Any]:
         found["gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
     if peak is not None:
         found["mfu"] = round(rate * run.sample_flops / peak / run.accelerator.num_processes, 4)
+    run.accelerator.free_memory()
     return found
 
 

@@ -9,6 +9,7 @@ import math
 import pytest
 import tiny
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from mhla_gen import MHLAConfig, inject
@@ -192,6 +193,28 @@ def test_opcheck(attention_form):
 
 
 @FORMS
+def test_operators_are_seen_by_whoever_watches(attention_form):
+    inputs, options = make((6,), (2,), heads=1)
+    options["use_attention_form"] = attention_form
+    name = "mhla_gen.attention_mhla" if attention_form else "mhla_gen.linear_mhla"
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    with torch.no_grad():
+        alone = fused_mhla(*inputs, **options)
+        with Watch():
+            watched = fused_mhla(*inputs, **options)
+    assert torch.equal(alone, watched)
+    assert f"{name}.default" in seen
+    trained = fused_mhla(*(x.detach().requires_grad_() for x in inputs), **options)
+    assert torch.equal(trained, alone) and trained.requires_grad
+
+
+@FORMS
 def test_frozen_mixing_has_no_gradient(attention_form):
     inputs, options = make((4, 5), (2, 2))
     options["use_attention_form"] = attention_form
@@ -218,6 +241,8 @@ def test_compiles_into_one_graph():
             expected = out, *gradients
     for actual, reference in zip((out, *gradients), expected, strict=True):
         torch.testing.assert_close(actual, reference)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(q, k, v, mixing), attend(q, k, v, mixing))
 
 
 def test_activation_checkpointing():

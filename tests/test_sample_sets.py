@@ -18,6 +18,7 @@ from PIL import Image
 from tiny_sampling import arrays_of, latent_pipeline, set_of, tiny_pipeline
 
 from mhla_gen import MHLADiTTransformer2DModel
+from mhla_gen.cli import main
 from mhla_gen.config import ConfigError, SampleConfig, load_config, save_config
 from mhla_gen.evaluation import load_images
 from mhla_gen.sampling import class_labels, generate, sample
@@ -368,6 +369,16 @@ def command(config, tmp_path, processes=None):
     if processes:
         launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     return [sys.executable, *launch, "-m", "mhla_gen.cli", "sample", str(tmp_path / "run.yaml")]
+
+
+def test_the_command_takes_a_pipeline_and_goes_to_its_folder(pipeline, tmp_path, capsys):
+    rest = [f"output_dir={tmp_path / 'set'}", "num_samples=4", "num_inference_steps=1"]
+    assert main(["sample", str(pipeline), "classes=[dog]", *rest]) == 0
+    printed = capsys.readouterr()
+    assert "wrote 4 images of 1 classes" in printed.out and "4/4" in printed.err
+    assert "sample/s" in printed.err
+    assert main(["sample", str(pipeline), "classes=[cow]", *rest]) == 2
+    assert "settings (classes: found ('dog',), asked for ('cow',))" in capsys.readouterr().err
 
 
 @pytest.mark.slow

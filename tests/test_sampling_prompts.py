@@ -7,10 +7,17 @@ import imageio.v2 as imageio
 import numpy as np
 import pytest
 import torch
-from diffusers import WanImageToVideoPipeline
+from diffusers import DPMSolverMultistepScheduler, PixArtAlphaPipeline, WanImageToVideoPipeline
 from PIL import Image
 from safetensors.torch import save_file
-from tiny import tiny_umt5, tiny_wan, tiny_wan_autoencoder, tiny_wan_pipeline
+from tiny import (
+    tiny_autoencoder,
+    tiny_pixart,
+    tiny_umt5,
+    tiny_wan,
+    tiny_wan_autoencoder,
+    tiny_wan_pipeline,
+)
 from tiny_sampling import set_of
 
 import mhla_gen
@@ -176,6 +183,25 @@ def test_images_start_videos(image_to_video, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="pip install ftfy"):
         options["prompt_embeds"] = None
         sample(set_of(tmp_path / "none", image_to_video, **options))
+
+
+def test_images_of_prompts_from_another_family(tmp_path):
+    tokenizer, text_encoder = tiny_umt5()
+    transformer = tiny_pixart(caption_channels=16, sample_size=32, out_channels=8)
+    PixArtAlphaPipeline(
+        tokenizer=tokenizer,
+        text_encoder=text_encoder,
+        vae=tiny_autoencoder(),
+        transformer=mhla_gen.inject(transformer, MHLAConfig(layout=(2, 2))),
+        scheduler=DPMSolverMultistepScheduler(),
+    ).save_pretrained(tmp_path / "pixart")
+    options = {"prompts": ["a red square", "up"], "guidance_scale": 4.0}
+    sample(set_of(tmp_path / "set", tmp_path / "pixart", **options))
+    pictures = [Image.open(tmp_path / "set" / "images" / f"00000{i}.png") for i in range(2)]
+    assert [picture.size for picture in pictures] == [(256, 256)] * 2
+    assert not np.array_equal(*map(np.asarray, pictures))
+    with pytest.raises(ValueError, match="PixArtAlphaPipeline takes no num_frames"):
+        sample(set_of(tmp_path / "no", tmp_path / "pixart", num_frames=5, **options))
 
 
 def test_prompts_from_text_lists_and_files(tmp_path):

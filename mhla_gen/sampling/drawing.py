@@ -132,7 +132,7 @@ class Drawer:
 def largest_batch(
     sampler: Sampler, limit: int, on_cuda: bool, draw: Callable[[int], object] | None = None
 ) -> int:
-    """The batch size that `auto` means: the largest power of two that one step fits with.
+    """The batch size that `auto` means: the largest power of two that fits.
 
     Args:
         sampler: Of the set.
@@ -142,7 +142,7 @@ def largest_batch(
     """
     if not on_cuda:
         return min(limit, _CPU_BATCH)
-    draw = draw or (lambda size: sampler.draw([i % len(sampler) for i in range(size)], steps=1))
+    draw = draw or (lambda size: sampler.draw([i % len(sampler) for i in range(size)], steps=2))
     size = fits = 1
     while True:
         try:

@@ -1,5 +1,6 @@
 """Training of Wan on clips with captions: what the model is given, and the whole way to mp4."""
 
+import copy
 import json
 from dataclasses import replace
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from diffusers import WanImageToVideoPipeline, WanPipeline
 from PIL import Image
-from tiny import tiny_clip_cache, tiny_wan, tiny_wan_pipeline
+from tiny import disturb, tiny_clip_cache, tiny_wan, tiny_wan_pipeline, wan_inputs
 
 import mhla_gen
 from mhla_gen.config import (
@@ -25,6 +26,7 @@ from mhla_gen.data.buckets import Bucket, crop_for
 from mhla_gen.data.clips import read_placements
 from mhla_gen.decoding import Decoder
 from mhla_gen.distillation import convert
+from mhla_gen.models import MHLA
 from mhla_gen.training import rehearse, train
 from mhla_gen.training.build import build_task
 from mhla_gen.training.objectives import FlowMatching
@@ -228,3 +230,26 @@ def test_a_conversion_runs_its_stages_on_clips(cache, tmp_path):
     folder = convert(config)
     found = mhla_gen.MHLAWanTransformer3DModel.from_pretrained(folder / "transformer")
     assert {row.kind for row in mhla_gen.summary(found)} == {"mhla"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [(21, 60, 104), (21, 104, 60), (2, 60, 104), (1, 60, 104)])
+def test_one_set_of_weights_takes_every_size_as_the_definition_says(size):
+    # Latents of 81, 5 and 1 frames at 480 × 832 and upright: 52 or 30 columns into 9 blocks.
+    torch.manual_seed(0)
+    model = disturb(mhla_gen.inject(tiny_wan(num_layers=2, rope_max_seq_len=128)))
+    exact = copy.deepcopy(model).double()
+    for layer in exact.modules():
+        if isinstance(layer, MHLA):
+            layer.config = replace(layer.config, implementation="naive")
+    inputs = wan_inputs(*size)
+    found = model(**inputs).sample
+    expected = exact(**{name: x.double() for name, x in inputs.items()}).sample
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
+    found.square().mean().backward()
+    expected.square().mean().backward()
+    for (name, ours), theirs in zip(model.named_parameters(), exact.parameters(), strict=True):
+        if theirs.grad is not None:
+            scale = theirs.grad.abs().max().clamp(min=1e-6)
+            gradients = ours.grad / scale, (theirs.grad / scale).float()
+            torch.testing.assert_close(*gradients, rtol=0, atol=2e-3, msg=lambda m, n=name: n + m)

@@ -103,7 +103,7 @@ def measure_small(count: int, limit: float, attention: str, tiny: bool) -> dict[
     pipe = ClassConditionalPipeline(model, FlowMatchEulerDiscreteScheduler())
     with tempfile.TemporaryDirectory() as folder:
         pipe.save_pretrained(Path(folder, "pipe"))
-        batch = 8 if tiny else 1024
+        batch = 8 if tiny else 4096
         settings: dict[str, Any] = {
             "pipeline": f"{folder}/pipe",
             "output_dir": f"{folder}/set",

@@ -9,6 +9,7 @@ from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
     UniPCMultistepScheduler,
@@ -54,6 +55,7 @@ def test_flow_schedulers_reload_exactly(tmp_path, scheduler):
         DDIMScheduler(),
         DPMSolverMultistepScheduler(),
         UniPCMultistepScheduler(),
+        EulerAncestralDiscreteScheduler(),
     ],
     ids=lambda s: f"{type(s).__name__}-{s.config.get('variance_type')}",
 )

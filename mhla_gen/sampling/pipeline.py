@@ -120,13 +120,13 @@ class ClassConditionalPipeline(DiffusionPipeline):
             raise ValueError(f"callbacks get {self._callback_tensor_inputs}, not {sorted(unknown)}")
         device = self._execution_device
         labels = labels.to(device)
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        # The scheduler's own copy stays on the CPU: reading it does not wait for the device.
+        self.scheduler.set_timesteps(num_inference_steps)
+        times = self.scheduler.timesteps.to(device)
         if hasattr(self.scheduler, "set_begin_index"):
-            # Otherwise the scheduler looks for its first timestep, and the device has to wait.
             self.scheduler.set_begin_index(0)
-        # Shares of noise are compared on the CPU, for the same reason.
         num_levels = self.scheduler.config.num_train_timesteps
-        levels = (self.scheduler.timesteps.cpu().double() / num_levels).tolist()
+        levels = (self.scheduler.timesteps.double() / num_levels).tolist()
         sample: Any = self._initial_noise(len(labels), image_size, generator, latents, device)
         options: dict[str, Any] = {"return_dict": False}
         if "generator" in inspect.signature(self.scheduler.step).parameters:
@@ -136,7 +136,10 @@ class ClassConditionalPipeline(DiffusionPipeline):
         with progress_bar(total=num_inference_steps) as bar:
             for i, t in enumerate(self.scheduler.timesteps):
                 guide = guidance if guidance.applies(levels[i]) else None
-                prediction = self._predict(sample, t, labels, guide)
+                scaled = sample
+                if hasattr(self.scheduler, "scale_model_input"):
+                    scaled = self.scheduler.scale_model_input(sample, t)
+                prediction = self._predict(scaled, times[i], labels, guide)
                 sample = self.scheduler.step(prediction, t, sample, **options)[0]
                 if callback_on_step_end is not None:
                     changed = callback_on_step_end(self, i, t, {"latents": sample})
@@ -202,8 +205,6 @@ class ClassConditionalPipeline(DiffusionPipeline):
         if guidance is not None:
             labels = torch.cat([labels, torch.full_like(labels, self.num_classes)])
             latents = torch.cat([latents, latents])
-        if hasattr(self.scheduler, "scale_model_input"):
-            latents = self.scheduler.scale_model_input(latents, t)
         dtype = self.transformer.proj_out_2.weight.dtype
         prediction = self.transformer(
             latents.to(dtype),

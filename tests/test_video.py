@@ -111,7 +111,9 @@ def test_low_rank_updates_and_mhla_learn_and_nothing_else(cache, tmp_path):
 
 
 def test_an_expert_learns_its_noise_levels_and_is_saved_with_the_other(cache, tmp_path):
-    tiny_wan_pipeline(two_experts=True).save_pretrained(tmp_path / "pair")
+    pair = tiny_wan_pipeline(two_experts=True)
+    pair.register_modules(vae=load_data(DataConfig(source="cache", path=str(cache))).autoencoder())
+    pair.save_pretrained(tmp_path / "pair")
     model = {"pretrained": str(tmp_path / "pair")}
     config = wan_run(tmp_path / "run", cache, {"expert": "low_noise"}, model)
     task = build_task(config, load_data(config.data))

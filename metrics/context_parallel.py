@@ -3,8 +3,8 @@
     torchrun --standalone --nproc-per-node=2 metrics/context_parallel.py OUT.json --grids 21x30x52
 
 Wan2.1-1.3B's sizes with random weights in bfloat16, one forward pass (a denoising step without
-guidance) and, with `--train`, one training step with gradient checkpointing. Every process first
-runs the whole sequence alone, then all share it. Bytes are counted at every collective of a
+guidance) and, for grids in `--train`, one training step with gradient checkpointing. Every process
+first runs the whole sequence alone, then all share it. Bytes are counted at every collective of a
 forward pass: what one process receives if messages travel in a ring.
 """
 
@@ -75,7 +75,8 @@ def measure(grid, method, options, device) -> dict:
     row = {"grid": grid, "method": method, "gpus": world, "layers": options.layers}
     alone = forward()
     row["alone_forward_s"] = seconds(forward, device)
-    if options.train:
+    trains = "x".join(map(str, grid)) in options.train
+    if trains:
         row |= trained("alone", model, training_step, device)
     mesh = init_device_mesh(device.type, mesh_shape(degree), mesh_dim_names=("ring", "ulysses"))
     model.enable_parallelism(config=ContextParallelConfig(**{f"{degree}_degree": world}, mesh=mesh))
@@ -83,7 +84,7 @@ def measure(grid, method, options, device) -> dict:
     difference = (forward().float() - alone.float()).norm() / alone.float().norm()
     row["relative_difference"] = difference.item()
     row["shared_forward_s"] = seconds(forward, device)
-    if options.train:
+    if trains:
         row |= trained("shared", model, training_step, device)
     row["speed_up"] = row["alone_forward_s"] / row["shared_forward_s"]
     return row
@@ -96,16 +97,20 @@ def mesh_shape(degree: str) -> tuple[int, int]:
 
 
 def seconds(function, device) -> float:
-    """Median time of as many calls as every other process does, after one that does not count."""
-    times = []
-    for _ in range(4):
-        dist.barrier()
-        synchronize(device)
-        start = time.perf_counter()
-        function()
-        synchronize(device)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
+    """Median time of a call; all processes call as often: three times, or once if it is long."""
+    first = torch.tensor(timed(function, device), device=device)
+    dist.all_reduce(first, dist.ReduceOp.MAX)
+    return statistics.median(timed(function, device) for _ in range(3 if first < 1 else 1))
+
+
+def timed(function, device) -> float:
+    """Seconds of one call that all processes begin together."""
+    dist.barrier()
+    synchronize(device)
+    start = time.perf_counter()
+    function()
+    synchronize(device)
+    return time.perf_counter() - start
 
 
 def synchronize(device) -> None:
@@ -117,7 +122,6 @@ def synchronize(device) -> None:
 def trained(name: str, model, step, device) -> dict:
     """Seconds and peak memory of a training step with gradient checkpointing."""
     model.train().enable_gradient_checkpointing()
-    step()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     row = {f"{name}_training_s": seconds(step, device)}
@@ -175,7 +179,7 @@ def main() -> None:
     parser.add_argument("--grids", nargs="+", default=["21x30x52", "21x45x80"])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--layers", type=int, default=30)
-    parser.add_argument("--train", action="store_true")
+    parser.add_argument("--train", nargs="*", default=[], help="grids with a training step too")
     options = parser.parse_args()
     logging.set_verbosity_error()
     gpu = torch.cuda.is_available()
@@ -185,20 +189,23 @@ def main() -> None:
     else:
         torch.accelerator.device_count = lambda: 1
     dist.init_process_group("cuda:nccl,cpu:gloo" if gpu else "cpu:gloo")
+    name = torch.cuda.get_device_name() if gpu else platform.processor()
+    facts = {"device": name, "torch": torch.__version__, "date": str(date.today())}
     rows = []
     for grid in options.grids:
         for method in options.methods:
             grid_sizes = tuple(map(int, grid.split("x")))
-            rows.append(measure(grid_sizes, method, options, device))
+            try:
+                rows.append(measure(grid_sizes, method, options, device))
+            except (RuntimeError, ValueError, NotImplementedError) as error:
+                reason = str(error).splitlines()[0]
+                rows.append({"grid": grid_sizes, "method": method, "error": reason})
             gc.collect()
             if gpu:
                 torch.cuda.empty_cache()
             if dist.get_rank() == 0:
                 print(json.dumps(rows[-1]), flush=True)
-    if dist.get_rank() == 0:
-        name = torch.cuda.get_device_name() if gpu else platform.processor()
-        facts = {"device": name, "torch": torch.__version__, "date": str(date.today())}
-        options.out.write_text(json.dumps(facts | {"rows": rows}, indent=1) + "\n")
+                options.out.write_text(json.dumps(facts | {"rows": rows}, indent=1) + "\n")
     dist.destroy_process_group()
 
 

@@ -217,7 +217,8 @@ class DepthwiseConv(nn.Module):
         `group`: processes that share them, or None.
         """
         if group is not None:
-            return sharded_depthwise_conv(tokens, self.weight, self.bias, grid=grid, group=group)
+            convolve: Any = sharded_depthwise_conv
+            return convolve(tokens, self.weight, self.bias, grid=grid, group=group)
         return depthwise_conv(tokens, self.weight, self.bias, grid=grid)
 
     def extra_repr(self) -> str:

@@ -13,9 +13,13 @@ out=${2:?usage: train/conversion.sh IMAGES OUT [key=value …]}
 shift 2
 here=$(cd "$(dirname "$0")/.." && pwd)
 configs=${CONFIGS:-$here/configs/conversion}
-features=efficientnet-lite0
+report=(--features efficientnet-lite0)
 case $images in
-    digits) data=() features=pixels configs=${CONFIGS:-$here/configs/conversion/digits} ;;
+    digits)
+        data=()
+        report=(--features pixels --samples 400 --inference-steps 25)
+        configs=${CONFIGS:-$here/configs/conversion/digits}
+        ;;
     *.npz) data=(data.source=npz "data.path=$images") ;;
     *) data=(data.source=folder "data.path=$images" data.image_size=64) ;;
 esac
@@ -27,4 +31,4 @@ for arm in mhla linear; do
     train "$arm" "convert.teacher=$out/teacher/pipeline" "$@"
 done
 train continued "model.pretrained=$out/teacher/pipeline" "$@"
-python "$here/metrics/conversion_report.py" "$out" --features "$features"
+python "$here/metrics/conversion_report.py" "$out" "${report[@]}"

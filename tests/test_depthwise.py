@@ -48,11 +48,14 @@ def test_kernels_equal_torch_in_float64(grid, sizes, channels, dtype):
 
 def test_registration_is_sound():
     tokens, weight, bias = make_inputs((3, 4), (3, 3), 8, torch.float32)
-    from mhla_gen.ops.kernels.depthwise import depthwise_tokens
+    from mhla_gen.ops.kernels.depthwise import depthwise_tokens, depthwise_tokens_backward
 
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(depthwise_tokens, (tokens, weight, bias, [3, 4]), test_utils=checks)
     torch.library.opcheck(depthwise_tokens, (tokens, weight, None, [3, 4]), test_utils=checks)
+    # Compiled training relies on the strides of its gradients.
+    gradients = (torch.randn(2, 12, 8, device=DEVICE), tokens.detach(), weight.detach(), [3, 4])
+    torch.library.opcheck(depthwise_tokens_backward, gradients, test_utils=checks)
 
 
 def test_a_centred_one_is_the_identity():

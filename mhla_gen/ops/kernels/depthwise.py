@@ -116,7 +116,8 @@ def depthwise_tokens_backward(
             tokens, grad, partial, channels, *box, parts, part_size, *tokens.stride()[:2],
             *sizes, BT=_TOKENS, BC=_CHANNELS,
         )  # fmt: skip
-    weight_grad = partial.sum(dim=0).t().reshape(weight.shape).to(weight.dtype)
+    # In memory as the fake says: compiled code relies on its strides.
+    weight_grad = partial.sum(dim=0).t().to(weight.dtype).contiguous().view(weight.shape)
     return _convolve(grad, weight, None, grid, turned=True), weight_grad
 
 

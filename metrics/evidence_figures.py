@@ -91,7 +91,12 @@ def draw_layers(groups: Sequence[Group], path: Path) -> None:
 
 
 def draw_quality_and_speed(groups: Sequence[Group], path: Path) -> None:
-    """Fréchet distance over images per second in sampling: down and to the right is better."""
+    """Fréchet distance over images per second in sampling: down and to the right is better.
+
+    Nothing is drawn unless every arm had a GPU of its own.
+    """
+    if not all(group.timed for group in groups):
+        return
     sizes = _tokens(groups)
     figure = Figure(figsize=(5.6 * len(sizes), 4.4), layout="constrained")
     panels = figure.subplots(1, len(sizes), squeeze=False)[0]

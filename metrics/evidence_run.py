@@ -6,7 +6,8 @@ DATA is an npz file with `arr_0` and `labels` (metrics/emoji_dataset.py makes on
 one sub-folder of images a class. OUT gets one JSON file and one picture for each arm as soon as it
 is done; arms that are there are not run again, so an interrupted comparison goes on with the same
 command. With --seconds no arm is begun that would not end in time. --part 0/4 runs the first of
-four equal parts of the plan: with a process for each part and GPU, four GPUs share it. key=value
+four equal parts of the plan: with a process for each part and GPU, four GPUs share it. Where
+several processes share one GPU, --sharing says how many, and speeds are not reported. key=value
 changes the training of all arms, see configs/evidence/base.yaml.
 """
 
@@ -56,6 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, help="scratch folder; OUT/work by default")
     parser.add_argument("--seconds", type=float, default=float("inf"))
     parser.add_argument("--part", type=part, default=(0, 1), metavar="NUMBER/PARTS")
+    parser.add_argument("--sharing", type=int, default=1, help="processes on this GPU")
     parser.add_argument("--samples", type=int, default=4096)
     parser.add_argument("--sampling-steps", type=int, default=25)
     options = parser.parse_intermixed_args(arguments)
@@ -152,6 +154,7 @@ class Comparison:
             "parameters": sum(p.numel() for p in pipeline.transformer.parameters()),
             "steps": config.max_steps,
             "batch_size": config.batch_size,
+            "processes_per_gpu": self.options.sharing,
             "curve": [[line["step"], round(line["loss"], 6)] for line in log],
             **self._measure(run, pipeline, seconds),
         }

@@ -22,6 +22,11 @@ class Group:
     tokens: int
     results: list[dict[str, Any]]
 
+    @property
+    def timed(self) -> bool:
+        """Whether each of its runs had a GPU of its own, so that speeds mean something."""
+        return all(result.get("processes_per_gpu", 1) == 1 for result in self.results)
+
     def mean(self, *keys: str) -> float:
         """Mean over seeds of a number deep inside the results; NaN where it is missing."""
         return float(np.mean(self.values(*keys)))
@@ -117,8 +122,8 @@ def cost_table(groups: Sequence[Group]) -> str:
             f"{group.mean('parameters') / 1e6:.3f} M",
             f"{group.layers('effective_rank').mean():.1f}",
             f"{group.layers('entropy').mean():.2f}",
-            f"{group.mean('images_per_second', 'train'):.0f}",
-            f"{group.mean('images_per_second', 'sample'):.0f}",
+            _speed(group, "train"),
+            _speed(group, "sample"),
             f"{group.mean('gib', 'train'):.2f}",
         ]
         for group in groups
@@ -144,6 +149,10 @@ def _quality_row(group: Group, groups: Sequence[Group]) -> list[str]:
         f"{group.mean('scores', 'recognised'):.1%}",
         f"{group.mean('scores', 'copies'):.1%}",
     ]
+
+
+def _speed(group: Group, phase: str) -> str:
+    return f"{group.mean('images_per_second', phase):.0f}" if group.timed else "–"
 
 
 def _each(values: list[float], form: str) -> str:

@@ -27,6 +27,7 @@ from mhla_gen.data.clips import read_placements
 from mhla_gen.decoding import Decoder
 from mhla_gen.distillation import convert
 from mhla_gen.models import MHLA
+from mhla_gen.sampling.checkpoint import pipeline_of
 from mhla_gen.training import rehearse, train
 from mhla_gen.training.build import build_task
 from mhla_gen.training.objectives import FlowMatching
@@ -96,7 +97,7 @@ def test_low_rank_updates_and_mhla_learn_and_nothing_else(cache, tmp_path):
     tiny_wan().save_pretrained(source)
     model = {"pretrained": str(source), "trainable": "lora"}
     config = wan_run(tmp_path / "run", cache, {"lora_rank": 2}, model, learning_rate=1e-2)
-    config = replace(config, ema_decay=0.0)
+    config = replace(config, ema_decay=0.0, checkpoint_every=config.max_steps)
     task = build_task(config, load_data(config.data))
     trained = {name for name, p in task.model.named_parameters() if p.requires_grad}
     assert trained and all(".lora_" in name or ".mhla." in name for name in trained)
@@ -108,6 +109,12 @@ def test_low_rank_updates_and_mhla_learn_and_nothing_else(cache, tmp_path):
     moved = {n for n, p in found.named_parameters() if n in before and not p.equal(before[n])}
     assert {name.rsplit(".", 2)[-2] for name in moved} == {"to_q", "to_k", "to_v", "0", "proj", "2"}
     assert not any("norm" in name or "embed" in name for name in moved)
+    # A checkpoint gives the same pipeline, without adapters.
+    (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
+    state = pipeline_of(checkpoint).transformer.state_dict()
+    assert state.keys() == found.state_dict().keys()
+    for name, value in found.state_dict().items():
+        torch.testing.assert_close(state[name], value)
 
 
 def test_an_expert_learns_its_noise_levels_and_is_saved_with_the_other(cache, tmp_path):

@@ -52,7 +52,7 @@ def pipeline_of(folder: Path) -> Any:
         task.model.load_state_dict(load_file(folder / _WEIGHTS_NAME))
     else:
         raise FileNotFoundError(f"{folder} has neither averaged weights nor {_WEIGHTS_NAME}")
-    return task.pipeline(task.model.eval())
+    return task.finished_pipeline(task.model.eval())
 
 
 def _averages(folder: Path) -> dict[str, Any] | None:

@@ -105,6 +105,10 @@ class Task:
         """What a step minimises."""
         return self.losses or ObjectiveLosses(self.objective, self.conditioning)
 
+    def finished_pipeline(self, model: Any) -> DiffusionPipeline:
+        """The pipeline of the trained transformer, as it is saved."""
+        return self.pipeline(model if self.finished is None else self.finished(model))
+
 
 BuildTask = Callable[[TrainConfig, TrainingData], Task]
 

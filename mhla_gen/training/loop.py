@@ -78,9 +78,8 @@ def save_pipeline(run: Run, folder: Path) -> Path:
     """Save the pipeline with the averaged weights; every process must call it."""
     with run.averaged_model() as model:
         if run.accelerator.is_main_process:
-            finished = run.task.finished or (lambda model: model)
             with written_whole(folder) as partial:
-                run.task.pipeline(finished(model)).save_pretrained(partial)
+                run.task.finished_pipeline(model).save_pretrained(partial)
     run.accelerator.wait_for_everyone()
     return folder
 

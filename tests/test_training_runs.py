@@ -136,7 +136,8 @@ def test_what_is_not_finite_is_named(checkpoint_every, last, tmp_path, monkeypat
 
     monkeypatch.setattr(mhla_gen.training.loop.Run, "step", poisoned)
     name = images.describe(build_run(config).order.micro_batch(2)[5])
-    with pytest.raises(ValueError, match=rf"loss of step 3 is not finite for {name}; .*{last}"):
+    message = rf"loss of step 3 is not finite for {name}; .*{last}; start again in another output"
+    with pytest.raises(ValueError, match=message):
         train(config)
     assert max(checkpoints(tmp_path / "a"), default=2) == 2
 

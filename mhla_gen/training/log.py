@@ -199,10 +199,12 @@ def not_finite(run: Run, number: int, positions: Sequence[int]) -> str:
     if not positions:
         what = f"the gradient of step {number + 1} is not finite"
     last = last_checkpoint(Path(run.config.output_dir))
-    remedy = (
-        f"go on from {last} with resume=latest" if last else "there is no checkpoint to go on from"
+    # Going on exactly would come to the same step, and resume=latest refuses other settings.
+    kept = f"the last good checkpoint is {last}" if last else "there is no checkpoint"
+    return (
+        f"{what}; {kept}; start again in another output_dir with a lower learning_rate or "
+        "max_grad_norm"
     )
-    return f"{what}; lower learning_rate or max_grad_norm; {remedy}"
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

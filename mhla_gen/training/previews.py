@@ -36,12 +36,6 @@ def write_previews(run: Run, step: int) -> None:
     if samples is not None and samples.ndim == 5:
         pictures["samples"] = np.concatenate([np.hstack([*sheet_part(clip)]) for clip in samples])
     elif samples is not None:
-        if samples.ndim == 5:
-            # Of a clip the first, the middle and the last frame.
-            frames = samples.shape[1]
-            samples = samples[:, sorted({0, frames // 2, frames - 1})].reshape(
-                -1, *samples.shape[2:]
-            )
         pictures["samples"] = tiled(list(samples))
     matrices = mixing_matrices(run.accelerator.unwrap_model(run.model))
     if matrices:

@@ -2,7 +2,7 @@
 # The comparison of docs/evidence.md: every arm trained, sampled and scored, the probe, the report.
 #   bash train/evidence.sh DATA OUTPUT [key=value ... | --seconds N]
 # DATA: emoji64.npz (metrics/emoji_dataset.py) or a folder with one sub-folder of images a class.
-# About half a minute an arm on one H100. Interrupted, it goes on with the same command.
+# Three to five minutes an arm where five share one H100. Interrupted, it goes on with the same command.
 set -euo pipefail
 data=${1:?usage: bash train/evidence.sh DATA OUTPUT [key=value ...]}
 output=${2:?usage: bash train/evidence.sh DATA OUTPUT [key=value ...]}

@@ -3,6 +3,7 @@
 import itertools
 import os
 import subprocess
+import threading
 import time
 
 import imageio.v3 as iio
@@ -99,6 +100,19 @@ def test_broken_files_are_named_with_a_reason(video, decoder, tmp_path):
         with pytest.raises(UnreadableImageError, match="cannot be decoded"):
             decoder.frames(tmp_path / name, range(30), None)
     assert len(decoder.facts(video).times) == 30
+
+
+def test_a_time_limit_that_ends_with_the_answer_does_not_cost_the_next_video(video, monkeypatch):
+    class Late(threading.Timer):
+        """Fires when the answer is there."""
+
+        def cancel(self):
+            super().cancel()
+            self.function()
+
+    monkeypatch.setattr(threading, "Timer", Late)
+    with Decoder(timeout=20) as decoder:
+        assert [len(decoder.facts(video).times) for _ in range(3)] == [30, 30, 30]
 
 
 def test_a_decoder_that_hangs_is_ended_and_replaced(video, tmp_path):

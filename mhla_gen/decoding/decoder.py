@@ -67,8 +67,10 @@ class Decoder:
     def _call(self, *request: Any) -> Any:
         process = self._free.get()
         try:
-            if process is None or process.poll() is not None:
-                process = _start()
+            if process is not None and process.poll() is not None:
+                _end(process)
+                process = None
+            process = process or _start()
             answer = _ask(process, request, self.timeout)
         except UnreadableImageError:
             if process is not None:
@@ -116,6 +118,10 @@ def _ask(process: subprocess.Popen[bytes], request: Any, timeout: float) -> tupl
         raise UnreadableImageError(f"cannot be decoded ({reason})") from error
     finally:
         timer.cancel()
+        timer.join()
+        if late.is_set():
+            # Killed after its answer: the next call must find it dead, not dying.
+            process.wait()
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -60,11 +60,12 @@ def tables(groups: Sequence[Group], real: dict[str, Any]) -> str:
     for tokens in sorted({group.tokens for group in groups}):
         same = [group for group in groups if group.tokens == tokens]
         first = same[0].results[0]
-        seconds = [sum(r["seconds"].values()) for group in same for r in group.results]
+        seconds = {round(sum(r["seconds"].values())) for group in same for r in group.results}
+        span = " to ".join(str(end) for end in sorted({min(seconds), max(seconds)}))
         parts += [
             f"**{tokens} tokens**: {first['steps']} steps of {first['batch_size']} images, "
             f"{first['scores']['samples']} samples; "
-            f"{min(seconds):.0f} to {max(seconds):.0f} s an arm on one "
+            f"{span} s an arm on one "
             f"{first['machine']['device']}.",
             quality_table(same),
             cost_table(same),

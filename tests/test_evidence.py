@@ -249,3 +249,13 @@ def test_a_tiny_comparison_from_data_to_page(scripts, tmp_path):
     assert "old" not in text and "mixing from content" in text and text.endswith("after\n")
     for name in ("curves", "layers", "quality-speed", "samples-256", "samples-1024"):
         assert (out / f"{name}.png").stat().st_size > 1000
+
+
+def test_the_page_has_the_tables_of_the_results(scripts):
+    report = scripts("evidence_report")
+    folder = ROOT / "docs" / "results" / "evidence"
+    real = json.loads((folder / "real.json").read_text())
+    text = report.tables(report.load_groups(folder), real)
+    assert "; 294 s an arm on one" in text  # two arms, equally long
+    assert text == (folder / "tables.md").read_text()
+    assert text in (ROOT / "docs" / "evidence.md").read_text()

@@ -26,7 +26,10 @@ COMMANDS: dict[str, Command] = {
         "train, sample and score on handwritten digits: minutes on a CPU",
         "mhla_gen.cli.quickstart",
     ),
-    "train": Command("train a class-conditional diffusion transformer", "mhla_gen.cli.train"),
+    "train": Command(
+        "train a diffusion transformer on images of classes, or a Wan on clips",
+        "mhla_gen.cli.train",
+    ),
     "cache": Command(
         "encode images or clips to latents, once for every training run", "mhla_gen.cli.cache"
     ),

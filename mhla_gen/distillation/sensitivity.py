@@ -28,6 +28,7 @@ from mhla_gen.inspection.loading import load_subject
 from mhla_gen.models import inject
 from mhla_gen.models.surgery import swap_processor
 from mhla_gen.models.transformer import MHLATransformerMixin
+from mhla_gen.training.log import read_log
 from mhla_gen.training.optim import keep_mixing_in_range
 
 LAYERS_NAME = "layers.jsonl"
@@ -169,7 +170,7 @@ class Scan:
         folder.mkdir(parents=True, exist_ok=True)
         save_config(self.config, folder / CONFIG_NAME)
         file = folder / LAYERS_NAME
-        lines = _read_lines(file)
+        lines = read_log(file)
         if lines and lines[0].get("weights") != self.digest:
             raise FileExistsError(
                 f"output_dir {folder} was measured on other weights of {self.config.model}; "
@@ -226,7 +227,7 @@ class Scan:
 
     def measure(self, file: Path) -> list[LayerSensitivity]:
         """The errors of every layer, from the file where they are there already."""
-        found = {line["layer"]: LayerSensitivity(**line) for line in _read_lines(file)[1:]}
+        found = {line["layer"]: LayerSensitivity(**line) for line in read_log(file)[1:]}
         missing = {i: name for i, name in self.layers.items() if i not in found}
         for index, name in tqdm(missing.items(), desc="measure layers", unit="layer"):
             found[index] = LayerSensitivity(
@@ -304,16 +305,3 @@ def _joined(inputs: Sequence[Input]) -> dict[str, Tensor]:
     return {
         name: torch.cat([item.arguments[name] for item in inputs]) for name in inputs[0].arguments
     }
-
-
-def _read_lines(file: Path) -> list[dict[str, Any]]:
-    """The whole lines of a file, if it is there."""
-    if not file.is_file():
-        return []
-    lines = []
-    for line in file.read_text().splitlines():
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return lines

@@ -114,6 +114,34 @@ def test_an_unreadable_image_is_listed_and_left_out(source, cache, tmp_path):
         build_cache(config)
 
 
+def test_latents_beyond_the_dtype_are_listed_and_left_out(source, cache, tmp_path):
+    latents = load_data(DataConfig(source="cache", path=str(cache)))
+    rows = latents.read(range(len(latents)))
+    largest = torch.stack(
+        [
+            rows[f"{name}{side}"].abs().flatten(1).amax(1)
+            for name in ("mean", "std")
+            for side in ("", "_flipped")
+        ]
+    ).amax(0)
+    second, first = largest.sort().values[-2:].tolist()
+    vae = diffusers.AutoencoderKL.from_pretrained(source / "vae")
+    # The image with the largest latent overflows float16, all others fit.
+    factor = torch.finfo(torch.float16).max / (first + second) * 2
+    vae.register_to_config(scaling_factor=vae.config.scaling_factor * factor)
+    vae.save_pretrained(tmp_path / "vae")
+    overrides = ("dtype=float16", f"vae.path={tmp_path / 'vae'}")
+    build_cache(config_for(source, tmp_path / "cache", *overrides))
+    listed = [json.loads(line) for line in (tmp_path / "cache" / "quarantine.jsonl").open()]
+    named = {line["name"]: line["reason"] for line in listed}
+    expected = latents.describe(int(largest.argmax()))
+    assert named.keys() == {expected, next(name for name in named if name.endswith("06.png"))}
+    assert named[expected] == "its latents are not finite in float16"
+    kept = load_data(DataConfig(source="cache", path=str(tmp_path / "cache")))
+    assert len(kept) == len(latents) - 1
+    assert expected not in [kept.describe(i) for i in range(len(kept))]
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_latents_are_rounded_once(source, cache, tmp_path, dtype):
     build_cache(config_for(source, tmp_path / "cache", f"dtype={dtype}"))

@@ -1,7 +1,7 @@
 """Images and clips to chunks of latents."""
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -64,22 +64,32 @@ class LatentChunks:
         parts: list[dict[str, Tensor]] = []
         quarantined: list[dict[str, str]] = []
         for items in batched(chunk.items, 1 if clips else self.batch_size):
-            good: list[np.ndarray] = []
+            good: dict[int, np.ndarray] = {}
             for item in items:
                 picture = next(pictures)
                 if isinstance(picture, UnreadableImageError):
-                    name = self.examples.describe(item)
-                    quarantined.append({"name": name, "reason": str(picture)})
+                    quarantined.append(self._left_out(item, str(picture)))
                 else:
-                    good.append(picture)
-                    rows.append(item)
+                    good[item] = picture
             if good:
-                parts.append(self._latents(np.stack(good)))
+                latents = self._latents(np.stack(list(good.values())))
+                finite = finite_rows(latents)
+                reason = f"its latents are not finite in {self.dtype}".replace("torch.", "")
+                quarantined += [
+                    self._left_out(item, reason)
+                    for item, kept in zip(good, finite.tolist(), strict=True)
+                    if not kept
+                ]
+                rows += [item for item, kept in zip(good, finite.tolist(), strict=True) if kept]
+                parts.append({name: tensor[finite] for name, tensor in latents.items()})
             done(len(items))
         names = parts[0] if parts else ()
         tensors = {name: torch.cat([part[name] for part in parts]) for name in names}
         record = {"names": [self.examples.describe(i) for i in rows], "quarantined": quarantined}
         return tensors | self._known(rows), record
+
+    def _left_out(self, item: int, reason: str) -> dict[str, str]:
+        return {"name": self.examples.describe(item), "reason": reason}
 
     def _read_ahead(self, items: Sequence[int]) -> Iterator[np.ndarray | UnreadableImageError]:
         waiting: deque[Future[np.ndarray | UnreadableImageError]] = deque()
@@ -130,3 +140,9 @@ class LatentChunks:
         if self.caption_rows is not None:
             known["caption"] = torch.tensor([self.caption_rows[i] for i in rows])
         return {name: tensor.to(torch.int64) for name, tensor in known.items()}
+
+
+def finite_rows(tensors: Mapping[str, Tensor]) -> Tensor:
+    """Which rows have no NaN and no infinity in any of the tensors `[rows, …]`; bool `[rows]`."""
+    rows = [tensor.isfinite().flatten(1).all(dim=1) for tensor in tensors.values()]
+    return torch.stack(rows).all(dim=0)

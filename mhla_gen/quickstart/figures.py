@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor
 
 from mhla_gen.config import MHLAConfig
 from mhla_gen.models import MHLA
 from mhla_gen.models.attention import initial_mixing
+from mhla_gen.training.previews import mean_mixing, mean_over_heads
 
 
 def draw_losses(logs: Mapping[str, Sequence[dict[str, float]]], path: Path) -> None:
@@ -32,16 +32,6 @@ def draw_losses(logs: Mapping[str, Sequence[dict[str, float]]], path: Path) -> N
     figure.savefig(path, dpi=150)
 
 
-def mixing_matrices(model: torch.nn.Module) -> list[Tensor]:
-    """The mixing matrix of every MHLA layer, the mean over heads if each has its own."""
-    layers = [module for module in model.modules() if isinstance(module, MHLA)]
-    return [_over_heads(layer.mixing.detach().cpu()) for layer in layers]
-
-
-def _over_heads(matrix: Tensor) -> Tensor:
-    return matrix.mean(0) if matrix.ndim == 3 else matrix
-
-
 def draw_mixing(model: torch.nn.Module, config: MHLAConfig, path: Path) -> None:
     """Mixing matrices as training found and left them: rows read, columns are read.
 
@@ -50,9 +40,9 @@ def draw_mixing(model: torch.nn.Module, config: MHLAConfig, path: Path) -> None:
         config: Its settings, which say how the matrices started.
         path: Picture to write.
     """
-    matrices = mixing_matrices(model)
+    matrices = mean_mixing(model)
     heads = next(module.num_heads for module in model.modules() if isinstance(module, MHLA))
-    before = _over_heads(initial_mixing(config, heads))
+    before = mean_over_heads(initial_mixing(config, heads))
     pictures = {"before training": before}
     pictures |= {f"after, layer {i}": matrix for i, matrix in enumerate(matrices)}
     top = max(float(matrix.max()) for matrix in pictures.values())
@@ -60,12 +50,12 @@ def draw_mixing(model: torch.nn.Module, config: MHLAConfig, path: Path) -> None:
     panels = figure.subplots(1, len(pictures), squeeze=False)[0]
     image = None
     for axes, (title, matrix) in zip(panels, pictures.items(), strict=True):
-        image = axes.imshow(matrix.numpy(), vmin=0, vmax=top, cmap="viridis")
+        image = axes.imshow(matrix, vmin=0, vmax=top, cmap="viridis")
         axes.set_title(title, fontsize=10)
         axes.set_xticks([])
         axes.set_yticks([])
         if len(matrix) <= 8:
-            _write_values(axes, matrix.numpy(), top)
+            _write_values(axes, matrix, top)
     panels[0].set(xlabel="block read", ylabel="block of the query")
     assert image is not None
     figure.colorbar(image, ax=panels, shrink=0.8, label="weight")

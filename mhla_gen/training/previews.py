@@ -11,7 +11,7 @@ import matplotlib
 import numpy as np
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 from mhla_gen.config import EvaluateConfig, PreviewConfig
 from mhla_gen.files import written_whole
@@ -37,7 +37,7 @@ def write_previews(run: Run, step: int) -> None:
         pictures["samples"] = np.concatenate([np.hstack([*sheet_part(clip)]) for clip in samples])
     elif samples is not None:
         pictures["samples"] = tiled(list(samples))
-    matrices = mixing_matrices(run.accelerator.unwrap_model(run.model))
+    matrices = mean_mixing(run.accelerator.unwrap_model(run.model))
     if matrices:
         pictures["mixing"] = mixing_picture(matrices)
     if not run.accelerator.is_main_process:
@@ -112,10 +112,15 @@ def make_samples(run: Run, config: PreviewConfig) -> np.ndarray | None:
     return gathered[: config.num_images].cpu().numpy()
 
 
-def mixing_matrices(model: nn.Module) -> list[np.ndarray]:
+def mean_mixing(model: nn.Module) -> list[np.ndarray]:
     """The mixing matrix of every MHLA layer, the mean over heads where they have their own."""
-    matrices = [whole(m.mixing.detach()).float() for m in model.modules() if isinstance(m, MHLA)]
-    return [m.reshape(-1, *m.shape[-2:]).mean(0).cpu().numpy() for m in matrices]
+    matrices = [whole(m.mixing.detach()) for m in model.modules() if isinstance(m, MHLA)]
+    return [mean_over_heads(matrix) for matrix in matrices]
+
+
+def mean_over_heads(mixing: Tensor) -> np.ndarray:
+    """A mixing matrix `[(heads,) blocks, blocks]` as one picture of it, float32."""
+    return mixing.float().reshape(-1, *mixing.shape[-2:]).mean(0).cpu().numpy()
 
 
 def mixing_picture(matrices: Sequence[np.ndarray]) -> np.ndarray:

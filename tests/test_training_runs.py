@@ -340,6 +340,14 @@ def test_a_tracker_that_is_missing_is_named(tmp_path):
         train(tiny_run(tmp_path / "a", report_to="wandb"))
 
 
+def test_processes_that_do_not_know_each_other_are_refused(tmp_path, monkeypatch):
+    # What a launcher sets; on a CPU accelerate ignores it unless it is told to use the CPU.
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="2 processes were started but accelerate joins 1"):
+        train(tiny_run(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_sharing_a_model_needs_processes(tmp_path):
     with pytest.raises(ValueError, match="shares a model among processes, found one"):
         train(tiny_run(tmp_path / "a", parallelism="fsdp"))

@@ -25,7 +25,7 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
 
     Raises:
         ValueError: If parts of a model are asked for on one process, or with FSDP's first version,
-            or a tracker is not installed.
+            a tracker is not installed, or the processes that were started do not know each other.
     """
     available = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available}
     if config.report_to != "none" and not available[config.report_to]():
@@ -43,6 +43,13 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
         project_config=ProjectConfiguration(config.output_dir, logging_dir=config.output_dir),
         fsdp_plugin=_sharding_plugin() if sharded else None,
     )
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != accelerator.num_processes:
+        # Each would train alone, and all of them write into one folder.
+        raise ValueError(
+            f"{started} processes were started but accelerate joins {accelerator.num_processes}; "
+            "without GPUs, use `accelerate launch --cpu` or set ACCELERATE_USE_CPU=1"
+        )
     if sharded and accelerator.num_processes == 1:
         raise ValueError(
             "parallelism=fsdp shares a model among processes, found one; start them with "

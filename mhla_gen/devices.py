@@ -16,3 +16,14 @@ def resolve_device(name: str) -> torch.device:
     if name == "cuda" and not available:
         raise ValueError("device=cuda but PyTorch finds no CUDA device; use device=auto")
     return torch.device("cuda" if available and name != "cpu" else "cpu")
+
+
+def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the CPU on a device.
+
+    To a GPU it goes through pinned memory: a plain copy would wait until the GPU has done all that
+    was asked of it before, which then has nothing to do until the next kernels are launched.
+    """
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

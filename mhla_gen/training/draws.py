@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from mhla_gen.data import derived_seed
+from mhla_gen.devices import send
 from mhla_gen.training.objectives import Objective
 
 
@@ -32,11 +32,12 @@ class Draws:
         """The draws of some of these samples."""
         return Draws(self.times[rows], self.dropped[rows], self.flipped[rows], self.seeds[rows])
 
-    def to(self, device: Any) -> "Draws":
-        """The same, with all that a model sees on another device."""
-        return Draws(
-            self.times.to(device), self.dropped.to(device), self.flipped.to(device), self.seeds
+    def to(self, device: torch.device) -> "Draws":
+        """The same, with all that a model sees sent from the CPU to a device."""
+        times, dropped, flipped = (
+            send(x, device) for x in (self.times, self.dropped, self.flipped)
         )
+        return Draws(times, dropped, flipped, self.seeds)
 
     def noise(self, shape: Sequence[int]) -> Tensor:
         """Noise of diffusion: standard normal, float32 `[batch, *shape]`."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mhla_gen.config import TrainConfig
 from mhla_gen.data import Batch, BatchOrder, TrainingData, batches, load_data
+from mhla_gen.devices import send
 from mhla_gen.training.build import BuildTask, Task, build_task
 from mhla_gen.training.compiling import block_class, compile_model
 from mhla_gen.training.draws import draw
@@ -100,7 +101,7 @@ class Run:
             with nullcontext() if last else self.accelerator.no_sync(self.model):
                 found = self.task.step_losses(
                     self.model,
-                    {name: tensor.to(device, non_blocking=True) for name, tensor in part.items()},
+                    {name: send(tensor, device) for name, tensor in part.items()},
                     draws.part(slice(index * size, (index + 1) * size)).part(self.rows).to(device),
                 )
                 self.accelerator.backward(found["loss"].mean() / len(parts))

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
         restore,
         summary,
     )
-    from mhla_gen.sampling import ClassConditionalPipeline
+    from mhla_gen.pipelines.class_conditional import ClassConditionalPipeline
 
 # diffusers looks up ModelMixin in the package of a saved component before it loads the component.
 _HOMES = {
@@ -45,7 +45,7 @@ _HOMES = {
     "inject": "mhla_gen.models",
     "restore": "mhla_gen.models",
     "summary": "mhla_gen.models",
-    "ClassConditionalPipeline": "mhla_gen.sampling",
+    "ClassConditionalPipeline": "mhla_gen.pipelines.class_conditional",
 }
 
 __all__ = [

@@ -1,6 +1,7 @@
 """What is installed, and what importing it costs."""
 
 import ast
+import graphlib
 import shutil
 import subprocess
 import sys
@@ -52,9 +53,23 @@ MODULES = [p.relative_to(ROOT) for p in (ROOT / "mhla_gen").glob("*/**/*.py")]
 @pytest.mark.parametrize("module", MODULES, ids=str)
 def test_arrows_point_one_way(module):
     level = LEVELS.get(module.parts[1], 2)
+    for package in packages_imported_by(module):
+        if package in LEVELS:
+            assert LEVELS[package] <= level, f"{module} imports {package}"
+
+
+def test_no_two_packages_import_each_other():
+    imports = {}
+    for module in MODULES:
+        package = module.parts[1]
+        imports.setdefault(package, set()).update(packages_imported_by(module) - {package})
+    # Imports inside functions count, too.
+    graphlib.TopologicalSorter(imports).prepare()
+
+
+def packages_imported_by(module):
+    names = []
     for node in ast.walk(ast.parse((ROOT / module).read_text())):
-        names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
         names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        for name in names:
-            if name.startswith("mhla_gen.") and (package := name.split(".")[1]) in LEVELS:
-                assert LEVELS[package] <= level, f"{module} imports {name}"
+    return {name.split(".")[1] for name in names if name.startswith("mhla_gen.")}

@@ -20,9 +20,9 @@ from tiny_sampling import FLOW, draw, latent_pipeline, tiny_pipeline
 
 import mhla_gen
 from mhla_gen import ClassConditionalPipeline
+from mhla_gen.pipelines.schedulers import other_scheduler
 from mhla_gen.sampling import Guidance, contact_sheet
 from mhla_gen.sampling.loading import class_conditional
-from mhla_gen.sampling.schedulers import other_scheduler
 
 
 @pytest.mark.parametrize(

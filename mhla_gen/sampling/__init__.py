@@ -1,9 +1,9 @@
 """Sampling: the class-conditional pipeline, and sample sets of classes and prompts on disk."""
 
+from mhla_gen.pipelines.class_conditional import ClassConditionalPipeline
+from mhla_gen.pipelines.guidance import Guidance
 from mhla_gen.sampling.classes import class_labels
 from mhla_gen.sampling.contact_sheet import contact_sheet
-from mhla_gen.sampling.guidance import Guidance
-from mhla_gen.sampling.pipeline import ClassConditionalPipeline
 from mhla_gen.sampling.run import sample
 from mhla_gen.sampling.sample_set import generate
 

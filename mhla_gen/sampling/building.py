@@ -7,14 +7,14 @@ import numpy as np
 import torch
 
 from mhla_gen.config import SampleConfig
+from mhla_gen.pipelines.class_conditional import ClassConditionalPipeline, makes_variance
+from mhla_gen.pipelines.guidance import Guidance
+from mhla_gen.pipelines.schedulers import other_scheduler
 from mhla_gen.sampling.classes import class_labels, class_numbers, ordered_labels
-from mhla_gen.sampling.guidance import Guidance
 from mhla_gen.sampling.loading import load_pipeline
-from mhla_gen.sampling.pipeline import ClassConditionalPipeline, makes_variance
 from mhla_gen.sampling.prompt_sampler import PromptSampler, read_embeds
 from mhla_gen.sampling.prompts import Prompt, read_prompts
 from mhla_gen.sampling.samplers import ClassSampler, Sampler
-from mhla_gen.sampling.schedulers import other_scheduler
 
 _SAMPLES_PER_CLASS = 10
 

@@ -10,8 +10,9 @@ import diffusers
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
-from mhla_gen.sampling.pipeline import ClassConditionalPipeline
-from mhla_gen.sampling.schedulers import prediction_of
+from mhla_gen.pipelines.class_conditional import ClassConditionalPipeline
+from mhla_gen.pipelines.schedulers import prediction_of
+from mhla_gen.sampling.checkpoint import checkpoint_in, pipeline_of
 
 INDEX_NAME = "model_index.json"
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -92,9 +93,6 @@ def class_conditional(
 
 
 def _from_checkpoint(folder: Path, dtype: torch.dtype) -> Any:
-    # Training imports the pipelines of this package.
-    from mhla_gen.sampling.checkpoint import checkpoint_in, pipeline_of
-
     checkpoint = checkpoint_in(folder)
     if checkpoint is None:
         raise FileNotFoundError(

@@ -3,7 +3,6 @@
 import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.lib import format as npy
@@ -11,12 +10,11 @@ from PIL import Image
 
 from mhla_gen.files import written_whole
 from mhla_gen.sampling.contact_sheet import contact_sheet
+from mhla_gen.videos import shown_frames
 
 SAMPLES_NAME = "samples.npz"
 SHEET_NAME = "samples.png"
 IMAGES_NAME, VIDEOS_NAME = "images", "videos"
-# Frames of a video that the contact sheet shows.
-_SHEET_FRAMES = 8
 # All zip files of the same samples are the same bytes.
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 
@@ -55,35 +53,9 @@ def write_image(path: Path, pixels: np.ndarray) -> None:
         _picture(pixels).save(partial, format="png")
 
 
-def write_video(path: Path, frames: np.ndarray, fps: int) -> None:
-    """Write an mp4 file (H.264) of uint8 `[frames, height, width, 3]`, whole or not at all.
-
-    Raises:
-        ValueError: If a side is odd, which H.264's 4:2:0 colour cannot hold.
-    """
-    import imageio
-
-    height, width = frames.shape[1:3]
-    if height % 2 or width % 2:
-        raise ValueError(f"mp4 needs even sides, found {height} × {width}; write png or npz")
-    options: dict[str, Any] = {
-        "fps": fps,
-        "quality": 8,
-        # By default imageio scales sides up to multiples of 16.
-        "macro_block_size": 2,
-        # The temporary name does not tell the format.
-        "output_params": ["-f", "mp4"],
-    }
-    with written_whole(path) as partial:
-        imageio.mimwrite(partial, list(frames), format="mp4", **options)  # pyright: ignore[reportArgumentType]
-
-
 def sheet_part(pixels: np.ndarray) -> np.ndarray:
     """What the contact sheet shows of a sample: the image, or some frames, `[images, …]`."""
-    if pixels.ndim == 3:
-        return pixels[None]
-    count = min(len(pixels), _SHEET_FRAMES)
-    return pixels[np.linspace(0, len(pixels) - 1, count).round().astype(int)]
+    return pixels[None] if pixels.ndim == 3 else shown_frames(pixels)
 
 
 def write_sheet(path: Path, rows: Sequence[tuple[str, np.ndarray]], is_video: bool) -> None:

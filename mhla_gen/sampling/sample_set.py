@@ -4,9 +4,9 @@ from pathlib import Path
 
 import numpy as np
 
+from mhla_gen.pipelines.class_conditional import ClassConditionalPipeline
 from mhla_gen.sampling.drawing import Drawer
 from mhla_gen.sampling.outputs import write_samples
-from mhla_gen.sampling.pipeline import ClassConditionalPipeline
 from mhla_gen.sampling.progress import Progress
 from mhla_gen.sampling.samplers import ClassSampler
 from mhla_gen.sampling.units import Units

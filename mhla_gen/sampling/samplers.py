@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mhla_gen.sampling.pipeline import ClassConditionalPipeline
+from mhla_gen.pipelines.class_conditional import ClassConditionalPipeline
 
 OnStep = Callable[[int], None]
 

@@ -14,7 +14,7 @@ from mhla_gen.data import TrainingData
 from mhla_gen.data.caching.cached import CachedLatents
 from mhla_gen.data.caching.matching import require_pipeline
 from mhla_gen.models import MHLADiTTransformer2DModel
-from mhla_gen.sampling.pipeline import ClassConditionalPipeline
+from mhla_gen.pipelines.class_conditional import ClassConditionalPipeline
 from mhla_gen.training.conditioning import ClassLabels, Conditioning
 from mhla_gen.training.ddpm import DDPM
 from mhla_gen.training.initialization import disable_label_dropout, initialize_dit

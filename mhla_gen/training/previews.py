@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from mhla_gen.config import EvaluateConfig, PreviewConfig
 from mhla_gen.files import written_whole
 from mhla_gen.models import MHLA
-from mhla_gen.sampling.outputs import sheet_part, write_video
 from mhla_gen.training.parallel import whole
 from mhla_gen.training.run import Run
+from mhla_gen.videos import shown_frames, write_video
 
 PREVIEWS_NAME = "previews"
 # Least side of a mixing matrix in its picture, in pixels.
@@ -34,7 +34,7 @@ def write_previews(run: Run, step: int) -> None:
     pictures = {}
     samples = make_samples(run, run.config.samples)
     if samples is not None and samples.ndim == 5:
-        pictures["samples"] = np.concatenate([np.hstack([*sheet_part(clip)]) for clip in samples])
+        pictures["samples"] = np.concatenate([np.hstack([*shown_frames(clip)]) for clip in samples])
     elif samples is not None:
         pictures["samples"] = tiled(list(samples))
     matrices = mean_mixing(run.accelerator.unwrap_model(run.model))

@@ -11,8 +11,8 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from mhla_gen.data.autoencoder import compression, latent_normalisation
-from mhla_gen.sampling.guidance import Guidance
-from mhla_gen.sampling.schedulers import check_scheduler, learns_variance
+from mhla_gen.pipelines.guidance import Guidance
+from mhla_gen.pipelines.schedulers import check_scheduler, learns_variance
 
 Callback = Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor]]
 

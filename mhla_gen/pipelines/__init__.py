@@ -1,0 +1,1 @@
+"""Pipelines of our own: what training saves, and sampling draws from."""

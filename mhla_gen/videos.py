@@ -1,0 +1,40 @@
+"""Frames of one video → an mp4 file, and those that stand for it in a picture."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mhla_gen.files import written_whole
+
+# Frames of a video that a picture shows.
+_SHOWN_FRAMES = 8
+
+
+def write_video(path: Path, frames: np.ndarray, fps: float) -> None:
+    """Write an mp4 file (H.264) of uint8 `[frames, height, width, 3]`, whole or not at all.
+
+    Raises:
+        ValueError: If a side is odd, which H.264's 4:2:0 colour cannot hold.
+    """
+    import imageio
+
+    height, width = frames.shape[1:3]
+    if height % 2 or width % 2:
+        raise ValueError(f"mp4 needs even sides, found {height} × {width}; write png or npz")
+    options: dict[str, Any] = {
+        "fps": fps,
+        "quality": 8,
+        # By default imageio scales sides up to multiples of 16.
+        "macro_block_size": 2,
+        # The temporary name does not tell the format.
+        "output_params": ["-f", "mp4"],
+    }
+    with written_whole(path) as partial:
+        imageio.mimwrite(partial, list(frames), format="mp4", **options)  # pyright: ignore[reportArgumentType]
+
+
+def shown_frames(frames: np.ndarray) -> np.ndarray:
+    """Some frames of a video `[frames, …]`, evenly spread, the first and the last among them."""
+    count = min(len(frames), _SHOWN_FRAMES)
+    return frames[np.linspace(0, len(frames) - 1, count).round().astype(int)]

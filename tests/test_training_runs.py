@@ -123,6 +123,50 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
     assert after == before and load_latest(run) == 2
 
 
+def test_a_checkpoint_is_replaced_without_a_moment_without_one(tmp_path, monkeypatch):
+    run = build_run(tiny_run(tmp_path / "a"))
+    (tmp_path / "a").mkdir()
+    save_checkpoint(run, 2)
+    mark = tmp_path / "a" / "checkpoint-2" / "run.json"
+    mark.write_text(mark.read_text() + "\n")
+    first = mark.read_text()
+    replace_path = os.replace
+
+    def killed(source, target):
+        if Path(target).name == "checkpoint-2":
+            raise KeyboardInterrupt
+        replace_path(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", killed)
+        save_checkpoint(run, 2)
+    assert not checkpoints(tmp_path / "a")
+    # The one that was set aside is taken, and what else is left goes.
+    assert load_latest(run) == 2 and mark.read_text() == first
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["checkpoint-2"]
+    save_checkpoint(run, 2)
+    assert mark.read_text() == first.removesuffix("\n")
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["checkpoint-2"]
+
+
+def test_half_a_checkpoint_is_never_taken(tmp_path, monkeypatch):
+    run = build_run(tiny_run(tmp_path / "a", keep_checkpoints=1))
+    (tmp_path / "a").mkdir()
+    save_checkpoint(run, 2)
+
+    def killed(path):
+        (path / "model.safetensors").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("mhla_gen.training.checkpoints.shutil.rmtree", killed)
+        save_checkpoint(run, 4)
+    assert list(checkpoints(tmp_path / "a")) == [4]
+    assert len(list((tmp_path / "a").iterdir())) == 2
+    save_checkpoint(run, 6)
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["checkpoint-6"]
+
+
 @pytest.mark.parametrize(("checkpoint_every", "last"), [(0, "no checkpoint"), (1, "checkpoint-2")])
 def test_what_is_not_finite_is_named(checkpoint_every, last, tmp_path, monkeypatch):
     config = tiny_run(tmp_path / "a", checkpoint_every=checkpoint_every, log_every=5)
@@ -393,6 +437,22 @@ def test_two_processes_train_and_resume_as_one(parallelism, tmp_path):
         for path in (tmp_path / "checkpoint-6", folder / "checkpoint-6")
     ]
     assert all(map(torch.equal, *(state["shadow_params"] for state in states)))
+
+
+@pytest.mark.slow
+def test_a_shared_checkpoint_of_another_model_is_refused_by_name(tmp_path):
+    config = tiny_run(tmp_path / "a", max_steps=2, checkpoint_every=2, parallelism="fsdp")
+    save_config(config, tmp_path / "run.yaml")
+    assert launch(tmp_path / "run.yaml", processes=2).wait(240) == 0
+    # Its settings say so too, and are asked first.
+    (tmp_path / "a" / "config.yaml").unlink()
+    other = replace(config, model=replace(TINY, num_layers=1), resume="latest")
+    save_config(other, tmp_path / "a" / "config.yaml")
+    save_config(other, tmp_path / "run.yaml")
+    again = launch(tmp_path / "run.yaml", processes=2)
+    _, errors = again.communicate(timeout=240)
+    assert again.returncode and "checkpoint-2 is a checkpoint of another model (trans" in errors
+    assert "transformer_blocks.1.attn1.mhla.conv.weight: found [16, 1, 3, 3]" in errors
 
 
 @pytest.mark.slow

@@ -5,15 +5,22 @@ import os
 import shutil
 from pathlib import Path
 
+from accelerate.utils.constants import FSDP_MODEL_NAME
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from mhla_gen.config import TrainConfig, load_config, save_config
 from mhla_gen.files import CONFIG_NAME, differences
 from mhla_gen.training.run import Run
 
 _PREFIX = "checkpoint-"
+# Names of checkpoints that are being written or removed, and of one that another replaces.
+_PARTIAL, _ASIDE = ".partial", ".old"
 _FACTS_NAME = "run.json"
+# Where accelerate writes a model that processes share.
+_SHARED_NAME = f"{FSDP_MODEL_NAME}_0"
 # A resumed run may differ in these, and in all below them: they do not change what a step computes.
 _FREE = (
     "output_dir",
@@ -49,8 +56,8 @@ def save_checkpoint(run: Run, step: int) -> Path:
 
     The folder gets its name when all processes have written their part, so a run that is killed
     meanwhile, or finds no room, keeps its previous checkpoints. Weights, optimizer, random states
-    of every process, and what was registered with the accelerator (EMA, learning rate) are in it;
-    the position in the data is the step.
+    of every process, and what was registered with the accelerator (EMA, learning rate, losses that
+    the log has no line of yet) are in it; the position in the data is the step.
 
     Returns:
         The folder.
@@ -59,10 +66,10 @@ def save_checkpoint(run: Run, step: int) -> Path:
         OSError: If it cannot be written.
     """
     accelerator, folder = run.accelerator, Path(run.config.output_dir)
-    partial, target = folder / f".{_PREFIX}{step}.partial", folder / f"{_PREFIX}{step}"
+    target = folder / f"{_PREFIX}{step}"
+    partial = _hidden(target, _PARTIAL)
     if accelerator.is_main_process:
-        for left in folder.glob(f".{_PREFIX}*.partial"):
-            shutil.rmtree(left, ignore_errors=True)
+        tidy(folder)
     accelerator.wait_for_everyone()
     try:
         accelerator.save_state(str(partial))
@@ -80,12 +87,44 @@ def save_checkpoint(run: Run, step: int) -> Path:
         ) from error
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(partial, target)
+        _put(partial, target)
         for old in list(checkpoints(folder).values())[: -run.config.keep_checkpoints]:
-            shutil.rmtree(old)
+            _remove(old)
     accelerator.wait_for_everyone()
     return target
+
+
+def tidy(folder: Path) -> None:
+    """Remove what a run that was killed left of checkpoints; one that it set aside comes back."""
+    for aside in list(folder.glob(f".{_PREFIX}*{_ASIDE}")):
+        target = folder / aside.name.removeprefix(".").removesuffix(_ASIDE)
+        if target.exists():
+            _remove(aside)
+        else:
+            os.replace(aside, target)
+    for partial in list(folder.glob(f".{_PREFIX}*{_PARTIAL}")):
+        shutil.rmtree(partial)
+
+
+def _put(partial: Path, target: Path) -> None:
+    """Give a checkpoint its name; one that had it is there until then, and set aside meanwhile."""
+    aside = _hidden(target, _ASIDE)
+    if target.exists():
+        os.replace(target, aside)
+    os.replace(partial, target)
+    if aside.exists():
+        _remove(aside)
+
+
+def _remove(path: Path) -> None:
+    # Renamed first: half a checkpoint must not look like a whole one.
+    partial = _hidden(path, _PARTIAL)
+    os.replace(path, partial)
+    shutil.rmtree(partial)
+
+
+def _hidden(path: Path, ending: str) -> Path:
+    return path.with_name(f".{path.name.removeprefix('.')}{ending}")
 
 
 def load_latest(run: Run) -> int:
@@ -94,6 +133,9 @@ def load_latest(run: Run) -> int:
     Raises:
         ValueError: If it is of another model, or the data have changed.
     """
+    if run.accelerator.is_main_process:
+        tidy(Path(run.config.output_dir))
+    run.accelerator.wait_for_everyone()
     found = checkpoints(Path(run.config.output_dir))
     if not found:
         return 0
@@ -105,29 +147,41 @@ def load_latest(run: Run) -> int:
             f"{len(run.data)} now: the run cannot go on exactly; restore the data, or start a new "
             "run in another output_dir"
         )
-    if not run.accelerator.is_fsdp2:
-        changes = different_weights(folder, run.accelerator.unwrap_model(run.model))
-        if changes:
-            raise ValueError(
-                f"{folder} is a checkpoint of another model ({'; '.join(changes[:3])}"
-                f"{f'; and {len(changes) - 3} more' if len(changes) > 3 else ''})"
-            )
+    changes = different_weights(folder, run.accelerator.unwrap_model(run.model))
+    if changes:
+        raise ValueError(
+            f"{folder} is a checkpoint of another model ({'; '.join(changes[:3])}"
+            f"{f'; and {len(changes) - 3} more' if len(changes) > 3 else ''})"
+        )
     run.accelerator.load_state(str(folder))
     return step
 
 
 def different_weights(folder: Path, model: nn.Module) -> list[str]:
     """In which weights a checkpoint differs from a model, by name and shape."""
-    saved: dict[str, list[int]] = {}
-    for path in folder.glob("model*.safetensors"):
-        with safe_open(path, framework="pt") as file:
-            saved |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    saved = _saved_shapes(folder)
     own = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     return [
         f"{name}: found {saved.get(name, 'nothing')}, the model has {own.get(name, 'nothing')}"
         for name in sorted({*saved, *own})
         if saved.get(name) != own.get(name)
     ]
+
+
+def _saved_shapes(folder: Path) -> dict[str, list[int]]:
+    """Shapes of the weights in a checkpoint, without reading them."""
+    if (folder / _SHARED_NAME).is_dir():
+        shared = FileSystemReader(folder / _SHARED_NAME).read_metadata().state_dict_metadata
+        return {
+            name.removeprefix("model."): list(entry.size)
+            for name, entry in shared.items()
+            if isinstance(entry, TensorStorageMetadata)
+        }
+    shapes: dict[str, list[int]] = {}
+    for path in folder.glob("model*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            shapes |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    return shapes
 
 
 def check_output_dir(config: TrainConfig) -> None:

@@ -283,6 +283,31 @@ def test_a_run_that_was_stopped_goes_on_exactly(lr_scheduler, tmp_path, monkeypa
         assert all(torch.equal(one[key], other[key]) for key in one)
 
 
+def test_a_line_of_the_log_knows_the_steps_before_a_resume(tmp_path, monkeypatch):
+    changes = {"checkpoint_every": 5, "log_every": 4, "max_steps": 11}
+    train(tiny_run(tmp_path / "straight", **changes))
+    stopped = tiny_run(tmp_path / "stopped", **changes)
+    step = mhla_gen.training.loop.Run.step
+
+    def interrupted(run, number, parts):
+        if number == 7:
+            raise KeyboardInterrupt
+        return step(run, number, parts)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(mhla_gen.training.loop.Run, "step", interrupted)
+        train(stopped)
+    train(replace(stopped, resume="latest"))
+    straight, resumed = (
+        [
+            {key: value for key, value in json.loads(line).items() if key != "images_per_second"}
+            for line in (tmp_path / name / "log.jsonl").read_text().splitlines()
+        ]
+        for name in ("straight", "stopped")
+    )
+    assert straight == resumed and [line["step"] for line in straight] == [4, 8, 11]
+
+
 def test_micro_batches_make_the_same_step_to_rounding(tmp_path):
     whole = trained(tiny_run(tmp_path / "a", max_steps=3))
     parts = trained(tiny_run(tmp_path / "b", max_steps=3, gradient_accumulation_steps=4))

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
 from mhla_gen.files import written_whole
 from mhla_gen.training.checkpoints import last_checkpoint
-from mhla_gen.training.run import Run, StepResult
+from mhla_gen.training.recent import Recorded
+from mhla_gen.training.run import Run
+from mhla_gen.training.step import StepResult
 
 LOG_NAME = "log.jsonl"
 # Ranges of the timesteps that losses are noted for, each as wide.
@@ -23,8 +24,6 @@ _NUM_RANGES = 10
 
 class RunLog:
     """Losses, learning rate, speed and memory, every `log_every` steps.
-
-    Losses stay on their device until a line is written: reading one waits for the device.
 
     Args:
         run: What is trained.
@@ -43,8 +42,8 @@ class RunLog:
         self.bar = tqdm(
             total=run.config.max_steps, initial=start, desc=title, unit="step", disable=not show
         )
-        self._results: list[StepResult] = []
-        self._since = time.perf_counter()
+        # Steps since then; those of a run before it was resumed do not count for the speed.
+        self._steps, self._since = 0, time.perf_counter()
         if show:
             kept = [line for line in read_log(path) if line["step"] <= start]
             with written_whole(path) as partial:
@@ -61,31 +60,30 @@ class RunLog:
         Raises:
             ValueError: If a loss or a gradient since the last line is not finite.
         """
-        self._results.append(result)
+        self.run.recent.add(result)
+        self._steps += 1
         self.bar.update()
         if step % self.run.config.log_every and step != self.run.config.max_steps:
             return
-        losses, norms = self._collected()
-        self._require_finite(step, losses["loss"], norms)
-        seconds = time.perf_counter() - self._since
-        rate = losses["loss"].numel() / seconds
+        recorded = self._finite(step)
+        rate = self._steps * self.run.config.batch_size / (time.perf_counter() - self._since)
         line: dict[str, Any] = {
             "step": step,
-            **{name: float(values.mean()) for name, values in losses.items()},
+            **{name: float(values.mean()) for name, values in recorded.losses.items()},
             "learning_rate": learning_rate,
-            "grad_norm": float(norms.mean()),
+            "grad_norm": float(recorded.grad_norms.mean()),
             "images_per_second": round(rate, 1),
             **self._use_of_device(rate),
         }
-        timesteps = torch.cat([result.timesteps for result in self._results])
-        ranges = mean_by_timestep(losses["loss"].flatten(), timesteps)
+        ranges = mean_by_timestep(recorded.losses["loss"].flatten(), recorded.timesteps.flatten())
         self.run.accelerator.log(
             {name: value for name, value in line.items() if name != "step"}
             | {f"loss_by_timestep/{name}": loss for name, loss in ranges.items()},
             step=step,
         )
         self._write({**line, "loss_by_timestep": ranges})
-        self._results, self._since = [], time.perf_counter()
+        self.run.recent.clear()
+        self._steps, self._since = 0, time.perf_counter()
 
     def require_finite(self, step: int) -> None:
         """Raise if a loss or gradient since the last line is not finite; before a checkpoint.
@@ -93,9 +91,8 @@ class RunLog:
         Raises:
             ValueError: With the step, its samples, and the last checkpoint.
         """
-        if self._results:
-            losses, norms = self._collected()
-            self._require_finite(step, losses["loss"], norms)
+        if self.run.recent.recorded() is not None:
+            self._finite(step)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -111,26 +108,17 @@ class RunLog:
         for tracker in self.run.accelerator.trackers:
             tracker.finish()
 
-    def _collected(self) -> tuple[dict[str, Tensor], Tensor]:
-        """Losses by name, `[steps, batch]`, and norms of gradients, `[steps]`, of all processes."""
-        names = list(self._results[0].losses)
-        own = torch.stack(
-            [torch.stack([result.losses[name] for name in names]) for result in self._results]
-        )
-        gathered = gathered_parts(
-            self.run.accelerator, own, self.run.config.gradient_accumulation_steps
-        )
-        norms = torch.stack([result.grad_norm for result in self._results]).float().cpu()
-        return dict(zip(names, gathered.float().cpu().unbind(1), strict=True)), norms
-
-    def _require_finite(self, step: int, losses: Tensor, norms: Tensor) -> None:
-        finite = losses.isfinite()
-        wrong = ~(finite.all(1) & norms.isfinite())
+    def _finite(self, step: int) -> Recorded:
+        """The steps since the last line, up to this one, if all is finite in them."""
+        recorded = self.run.recent.recorded()
+        assert recorded is not None
+        finite = recorded.losses["loss"].isfinite()
+        wrong = ~(finite.all(1) & recorded.grad_norms.isfinite())
         if wrong.any():
             first = int(wrong.nonzero()[0])
             positions = (~finite[first]).nonzero().flatten().tolist()
-            number = step - len(losses) + first
-            raise ValueError(not_finite(self.run, number, positions))
+            raise ValueError(not_finite(self.run, step - len(finite) + first, positions))
+        return recorded
 
     def _use_of_device(self, samples_per_second: float) -> dict[str, float]:
         used = {}
@@ -150,23 +138,6 @@ class RunLog:
         if self.run.accelerator.is_main_process:
             with self.path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
-
-
-def gathered_parts(accelerator: Accelerator, own: Tensor, num_parts: int) -> Tensor:
-    """What all processes have of each sample, in the order of the batch.
-
-    Args:
-        accelerator: Of the run.
-        own: `[…, samples]` of this process, part after part.
-        num_parts: Micro-batches; every process has as many samples of each.
-
-    Returns:
-        `[…, batch]`.
-    """
-    every: Any = accelerator.gather(own[None])
-    # [processes, …, parts, rows]: in the batch the processes' rows lie beside each other.
-    every = every.unflatten(-1, (num_parts, -1)).movedim(0, -2)
-    return every.flatten(-3)
 
 
 def mean_by_timestep(losses: Tensor, timesteps: Tensor) -> dict[str, float]:

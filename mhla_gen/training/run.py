@@ -10,7 +10,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers.optimization import get_scheduler
-from torch import Tensor
 
 from mhla_gen.config import TrainConfig
 from mhla_gen.data import Batch, BatchOrder, TrainingData, batches, load_data
@@ -28,19 +27,9 @@ from mhla_gen.training.parallel import (
     whole,
     whole_state,
 )
+from mhla_gen.training.recent import RecentSteps
+from mhla_gen.training.step import StepResult
 from mhla_gen.training.throughput import step_flops
-
-
-@dataclass(frozen=True, eq=False)
-class StepResult:
-    """What one step leaves for the log. Tensors stay on their device: reading one waits for it."""
-
-    losses: dict[str, Tensor]
-    """`loss` and others by name, each `[samples]`, of this process's share, part after part."""
-    timesteps: Tensor
-    """Of the whole batch, `[batch]`, on the CPU."""
-    grad_norm: Tensor
-    """Norm of the gradient before it was clipped, a scalar."""
 
 
 @dataclass
@@ -58,6 +47,8 @@ class Run:
     optimizer: Any
     learning_rate: Any
     ema: WeightAverage
+    recent: RecentSteps
+    """Steps that the log has no line of yet."""
     sample_flops: int
     """Operations of training on one sample; see `step_flops`."""
 
@@ -202,7 +193,8 @@ def build_run(
     model, optimizer = accelerator.prepare(model, optimizer)
     autocast_shared(accelerator, model)
     ema = WeightAverage(model, config.ema_decay)
-    accelerator.register_for_checkpointing(learning_rate, ema)
+    recent = RecentSteps(accelerator, config.gradient_accumulation_steps)
+    accelerator.register_for_checkpointing(learning_rate, ema, recent)
     return Run(
         config=config,
         accelerator=accelerator,
@@ -213,5 +205,6 @@ def build_run(
         optimizer=optimizer,
         learning_rate=learning_rate,
         ema=ema,
+        recent=recent,
         sample_flops=sample_flops,
     )

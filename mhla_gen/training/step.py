@@ -79,6 +79,18 @@ def training_losses(
     return objective.losses(prediction, x.samples, x.noise, draws.times)
 
 
+@dataclass(frozen=True, eq=False)
+class StepResult:
+    """What one step leaves for the log. Tensors stay on their device: reading one waits for it."""
+
+    losses: dict[str, Tensor]
+    """`loss` and others by name, each `[samples]`, of this process's share, part after part."""
+    timesteps: Tensor
+    """Of the whole batch, `[batch]`, on the CPU."""
+    grad_norm: Tensor
+    """Norm of the gradient before it was clipped, a scalar."""
+
+
 class Losses(Protocol):
     """What the steps of a run minimise, as a function of a micro-batch."""
 

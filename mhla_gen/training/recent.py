@@ -1,0 +1,102 @@
+"""What the steps since the last line of the log left; a checkpoint keeps it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from mhla_gen.training.step import StepResult
+
+
+@dataclass(frozen=True, eq=False)
+class Recorded:
+    """Losses and gradients of some steps, of all processes, on the CPU."""
+
+    losses: dict[str, Tensor]
+    """`loss` and others by name, each `[steps, batch]`, float32."""
+    grad_norms: Tensor
+    """`[steps]`, float32."""
+    timesteps: Tensor
+    """`[steps, batch]`."""
+
+
+class RecentSteps:
+    """The steps since the last line of the log.
+
+    Losses stay on their device until they are asked for: reading one waits for the device. In a
+    checkpoint they let the next line of a resumed run be that of an uninterrupted one.
+
+    Args:
+        accelerator: Of the run.
+        num_parts: Micro-batches of a step.
+    """
+
+    def __init__(self, accelerator: Accelerator, num_parts: int):
+        self.accelerator, self.num_parts = accelerator, num_parts
+        self._recorded: Recorded | None = None
+        self._results: list[StepResult] = []
+
+    def add(self, result: StepResult) -> None:
+        """Take what a step left."""
+        self._results.append(result)
+
+    def clear(self) -> None:
+        """Forget all steps, which have their line."""
+        self._recorded, self._results = None, []
+
+    def recorded(self) -> Recorded | None:
+        """All of them, None if there are none; every process must ask."""
+        if self._results:
+            new = self._gathered()
+            self._recorded = _joined(self._recorded, new) if self._recorded else new
+            self._results = []
+        return self._recorded
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps; every process must ask."""
+        recorded = self.recorded()
+        return {} if recorded is None else dict(vars(recorded))
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the state of a checkpoint."""
+        self.clear()
+        if state_dict:
+            self._recorded = Recorded(**state_dict)
+
+    def _gathered(self) -> Recorded:
+        results = self._results
+        names = list(results[0].losses)
+        own = torch.stack([torch.stack([r.losses[name] for r in results]) for name in names])
+        losses = gathered_parts(self.accelerator, own, self.num_parts).float().cpu()
+        return Recorded(
+            dict(zip(names, losses, strict=True)),
+            torch.stack([result.grad_norm for result in results]).float().cpu(),
+            torch.stack([result.timesteps for result in results]),
+        )
+
+
+def _joined(earlier: Recorded, later: Recorded) -> Recorded:
+    return Recorded(
+        {name: torch.cat([earlier.losses[name], later.losses[name]]) for name in later.losses},
+        torch.cat([earlier.grad_norms, later.grad_norms]),
+        torch.cat([earlier.timesteps, later.timesteps]),
+    )
+
+
+def gathered_parts(accelerator: Accelerator, own: Tensor, num_parts: int) -> Tensor:
+    """What all processes have of each sample, in the order of the batch.
+
+    Args:
+        accelerator: Of the run.
+        own: `[…, samples]` of this process, part after part.
+        num_parts: Micro-batches; every process has as many samples of each.
+
+    Returns:
+        `[…, batch]`.
+    """
+    every: Any = accelerator.gather(own[None])
+    # [processes, …, parts, rows]: in the batch the processes' rows lie beside each other.
+    every = every.unflatten(-1, (num_parts, -1)).movedim(0, -2)
+    return every.flatten(-3)

@@ -254,6 +254,34 @@ def block_box(block, T, H, W, LT, LH, LW, RANK: tl.constexpr):
 
 
 @triton.jit
+def held_box(block, box, window, RANK: tl.constexpr):
+    """`block_box` of one of the blocks of `box`, or, with a window, what it may hold of a block.
+
+    A window is (blocks along the first axis, the first of them that `box` counts, first token,
+    token past the last): the blocks of `box` are some of all, and their boxes are cut to the planes
+    that hold tokens of the window. It takes three axes.
+    """
+    T, H, W, LT, LH, LW = box
+    first_t, first_h, first_w, size_t, size_h, size_w = block_box(block, T, H, W, LT, LH, LW, RANK)
+    if window is not None:
+        num_blocks, first_block, first, last = window
+        block_t = first_block + block // (LH * LW)
+        first_t = tl.maximum(_axis_start(block_t, T, num_blocks), first // (H * W))
+        last_t = tl.minimum(_axis_start(block_t + 1, T, num_blocks), tl.cdiv(last, H * W))
+        size_t = tl.maximum(last_t - first_t, 0)
+    return first_t, first_h, first_w, size_t, size_h, size_w
+
+
+@triton.jit
+def in_window(tokens, valid, window):
+    """Tokens counted from the first one of a window, and which of the valid ones are in it."""
+    if window is not None:
+        valid = valid & (tokens >= window[2]) & (tokens < window[3])
+        tokens -= window[2]
+    return tokens, valid
+
+
+@triton.jit
 def box_tokens(slots, first_t, first_h, first_w, size_h, size_w, H, W, RANK: tl.constexpr):
     """Raster-order tokens (int64) of `slots`, which enumerate a box in raster order."""
     if RANK == 1:

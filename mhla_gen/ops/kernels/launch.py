@@ -100,6 +100,9 @@ class Call:
     normalize: bool
     eps: float
     stored: torch.dtype
+    window: tuple[int, int, int, int] | None = None
+    """Which tokens are there, see `common.held_box`; None: all. With it, three axes, and `layout`
+    counts, along the first of them, only the blocks that are there."""
 
     def __post_init__(self) -> None:
         if len(self.grid) > 1 and self.block_size > _LARGEST_BOX:
@@ -111,7 +114,8 @@ class Call:
     @property
     def block_size(self) -> int:
         """Tokens of the largest block."""
-        return block_size(self.grid, self.layout)
+        layout = self.layout if self.window is None else [self.window[0], *self.layout[1:]]
+        return block_size(self.grid, layout)
 
     @cached_property
     def box(self) -> tuple[int, ...]:

@@ -2,17 +2,19 @@
 
 `box` is (T, H, W, LT, LH, LW): the token grid and the blocks along each axis, ones in front where
 `RANK` is less than three. Strides are those of [batch, seq_len, num_heads, channels].
+`window` is None, or says which tokens of the grid are there (`common.held_box`).
 """
 
 import triton
 import triton.language as tl
 
 from mhla_gen.ops.kernels.common import (
-    block_box,
     box_tokens,
     clear_padding,
     dot,
     head_offset,
+    held_box,
+    in_window,
     load_angles,
     load_pieces,
     load_vector,
@@ -54,6 +56,7 @@ def summarise_kernel(
     k_strides,
     v_strides,
     box,
+    window,
     num_heads,
     num_parts,
     D: tl.constexpr,
@@ -72,9 +75,9 @@ def summarise_kernel(
     PRECISION: tl.constexpr,
 ):
     """S = Σ R(φ(k)) vᵀ and z = Σ φ(k) over one part of one block: one program a part and head."""
-    T, H, W, LT, LH, LW = box
+    _T, H, W, LT, LH, LW = box
     batch, head, row, block = locate_part(box, num_heads, num_parts, RANK, GROUP)
-    first_t, first_h, first_w, size_t, size_h, size_w = block_box(block, T, H, W, LT, LH, LW, RANK)
+    first_t, first_h, first_w, size_t, size_h, size_w = held_box(block, box, window, RANK)
     first, last = part_slots(row, num_parts, size_t * size_h * size_w, BT)
     k_ptr += head_offset(k_strides, batch, head, ALIGN)
     v_ptr += head_offset(v_strides, batch, head, ALIGN)
@@ -85,6 +88,7 @@ def summarise_kernel(
         slots = start + tl.arange(0, BT)
         valid = slots < last
         tokens = box_tokens(slots, first_t, first_h, first_w, size_h, size_w, H, W, RANK)
+        tokens, valid = in_window(tokens, valid, window)
         k, _k = load_pieces(k_ptr, tokens, valid, k_strides, D, BD, 0, ALIGN)
         v, _v = load_pieces(v_ptr, tokens, valid, v_strides, V, BV, 0, ALIGN)
         # Rows past the end hold φ(0), which their values of 0 keep out of the summary.
@@ -114,6 +118,7 @@ def apply_kernel(
     q_strides,
     out_strides,
     box,
+    window,
     num_heads,
     num_parts,
     eps,
@@ -134,9 +139,9 @@ def apply_kernel(
     PRECISION: tl.constexpr,
 ):
     """Output o = R(φ(q))ᵀ S̃ / (φ(q)ᵀ z̃ + eps) for the queries of one part of one block and head."""
-    T, H, W, LT, LH, LW = box
+    _T, H, W, LT, LH, LW = box
     batch, head, row, block = locate_part(box, num_heads, num_parts, RANK, GROUP)
-    first_t, first_h, first_w, size_t, size_h, size_w = block_box(block, T, H, W, LT, LH, LW, RANK)
+    first_t, first_h, first_w, size_t, size_h, size_w = held_box(block, box, window, RANK)
     first, last = part_slots(row, num_parts, size_t * size_h * size_w, BT)
     q_ptr += head_offset(q_strides, batch, head, ALIGN)
     out_ptr += head_offset(out_strides, batch, head, ALIGN)
@@ -155,6 +160,7 @@ def apply_kernel(
         slots = start + tl.arange(0, BT)
         valid = slots < last
         tokens = box_tokens(slots, first_t, first_h, first_w, size_h, size_w, H, W, RANK)
+        tokens, valid = in_window(tokens, valid, window)
         q0, q1 = load_pieces(q_ptr, tokens, valid, q_strides, D, D0, D1, ALIGN)
         f0 = clear_padding(phi(q0.to(tl.float32), FEATURE_MAP), D, 0)
         f1 = f0

@@ -8,11 +8,12 @@ import triton
 import triton.language as tl
 
 from mhla_gen.ops.kernels.common import (
-    block_box,
     box_tokens,
     clear_padding,
     dot,
     head_offset,
+    held_box,
+    in_window,
     load_angles,
     load_pieces,
     load_vector,
@@ -46,6 +47,7 @@ def backward_queries_kernel(
     do_strides,
     dq_strides,
     box,
+    window,
     num_heads,
     num_parts,
     eps,
@@ -64,9 +66,9 @@ def backward_queries_kernel(
     PRECISION: tl.constexpr,
 ):
     """Gradient dq, and dS̃ = Σ R(φ(q)) gᵀ, dz̃ = -Σ δ φ(q) over one part of one block and head."""
-    T, H, W, LT, LH, LW = box
+    _T, H, W, LT, LH, LW = box
     batch, head, row, block = locate_part(box, num_heads, num_parts, RANK, GROUP)
-    first_t, first_h, first_w, size_t, size_h, size_w = block_box(block, T, H, W, LT, LH, LW, RANK)
+    first_t, first_h, first_w, size_t, size_h, size_w = held_box(block, box, window, RANK)
     first, last = part_slots(row, num_parts, size_t * size_h * size_w, BT)
     q_ptr += head_offset(q_strides, batch, head, ALIGN)
     do_ptr += head_offset(do_strides, batch, head, ALIGN)
@@ -84,6 +86,7 @@ def backward_queries_kernel(
         slots = start + tl.arange(0, BT)
         valid = slots < last
         tokens = box_tokens(slots, first_t, first_h, first_w, size_h, size_w, H, W, RANK)
+        tokens, valid = in_window(tokens, valid, window)
         q, _q = load_pieces(q_ptr, tokens, valid, q_strides, D, BD, 0, ALIGN)
         grad, _g = load_pieces(do_ptr, tokens, valid, do_strides, V, BV, 0, ALIGN)
         q, grad = q.to(tl.float32), grad.to(tl.float32)
@@ -141,6 +144,7 @@ def backward_keys_kernel(
     dk_strides,
     dv_strides,
     box,
+    window,
     num_heads,
     num_parts,
     D: tl.constexpr,
@@ -160,9 +164,9 @@ def backward_keys_kernel(
     PRECISION: tl.constexpr,
 ):
     """Gradients dk = φ'(k) (Rᵀ dS v + dz), dv = dSᵀ R(φ(k)) of one part of one block and head."""
-    T, H, W, LT, LH, LW = box
+    _T, H, W, LT, LH, LW = box
     batch, head, row, block = locate_part(box, num_heads, num_parts, RANK, GROUP)
-    first_t, first_h, first_w, size_t, size_h, size_w = block_box(block, T, H, W, LT, LH, LW, RANK)
+    first_t, first_h, first_w, size_t, size_h, size_w = held_box(block, box, window, RANK)
     first, last = part_slots(row, num_parts, size_t * size_h * size_w, BT)
     k_ptr += head_offset(k_strides, batch, head, ALIGN)
     v_ptr += head_offset(v_strides, batch, head, ALIGN)
@@ -183,6 +187,7 @@ def backward_keys_kernel(
         slots = start + tl.arange(0, BT)
         valid = slots < last
         tokens = box_tokens(slots, first_t, first_h, first_w, size_h, size_w, H, W, RANK)
+        tokens, valid = in_window(tokens, valid, window)
         k0, k1 = load_pieces(k_ptr, tokens, valid, k_strides, D, D0, D1, ALIGN)
         v0, v1 = load_pieces(v_ptr, tokens, valid, v_strides, V, V0, V1, ALIGN)
         k0, k1, v0, v1 = (

@@ -87,14 +87,14 @@ def summarise(key: Tensor, value: Tensor, call: Call) -> Summaries:
     summaries = _empty(call, call.num_blocks * call.num_parts)
     summarise_kernel[call.programs](
         key, value, call.cos, call.sin, *summaries,
-        key.stride(), value.stride(), call.box, call.num_heads, call.num_parts,
+        key.stride(), value.stride(), call.box, call.window, call.num_heads, call.num_parts,
         ALIGN=alignment(key, value), **tile_options("summarise", call),
     )  # fmt: skip
     return summaries
 
 
 def mix(mixing: Tensor, summaries: Summaries, call: Call) -> Summaries:
-    """Σ_b m_ib S_b, over all parts of block b."""
+    """Σ_b m_ib S_b, over all parts of block b; of b there may be more than of i."""
     batch, rows, heads, head_dim, value_dim = summaries.matrices.shape
     mixed = _empty(call, call.num_blocks)
     tiles = mix_tiles(call.num_blocks, rows, call.stored)
@@ -103,7 +103,8 @@ def mix(mixing: Tensor, summaries: Summaries, call: Call) -> Summaries:
     coefficients = summaries.matrices.new_empty((batch, heads, padded_blocks, padded_rows))
     coefficients_kernel[(batch * heads * padded_blocks // 16,)](
         mixing, summaries.scales, summaries.key_sums, coefficients, mixed.scales, mixed.key_sums,
-        mixing_strides(mixing), heads, call.num_blocks, call.num_parts, padded_blocks, padded_rows,
+        mixing_strides(mixing), heads, call.num_blocks, rows, call.num_parts, padded_blocks,
+        padded_rows,
         D=head_dim, BD=padded(head_dim), BI=16, BR=padded(padded_rows), BZ=min(64, padded(rows)),
         NORMALIZE=call.normalize, num_warps=max(4, padded(padded_rows) // 128),
     )  # fmt: skip
@@ -121,7 +122,8 @@ def apply(query: Tensor, value: Tensor, mixed: Summaries, call: Call) -> Tensor:
     out = value.new_empty(value.shape)
     apply_kernel[call.programs](
         query, call.cos, call.sin, *mixed, out,
-        query.stride(), out.stride(), call.box, call.num_heads, call.num_parts, call.eps,
+        query.stride(), out.stride(),
+        call.box, call.window, call.num_heads, call.num_parts, call.eps,
         ALIGN=alignment(query, out), **tile_options("apply", call),
     )  # fmt: skip
     return out
@@ -136,7 +138,7 @@ def backward_queries(
     backward_queries_kernel[call.programs](
         query, grad, call.cos, call.sin, *mixed, dquery, *dmixed,
         query.stride(), grad.stride(), dquery.stride(),
-        call.box, call.num_heads, call.num_parts, call.eps,
+        call.box, call.window, call.num_heads, call.num_parts, call.eps,
         ALIGN=alignment(query, grad, dquery), **tile_options("backward_queries", call),
     )  # fmt: skip
     return dquery, dmixed
@@ -144,19 +146,21 @@ def backward_queries(
 
 def correlate(dmixed: Summaries, summaries: Summaries, mixing: Tensor, call: Call) -> Tensor:
     """Gradient of mixing, <dS̃_i, S_b> + <dz̃_i, z_b>, in a fixed order of summation."""
-    batch, rows, heads, head_dim, value_dim = summaries.matrices.shape
+    batch, rows, heads, head_dim, value_dim = dmixed.matrices.shape
+    others = summaries.matrices.shape[1]
     tiles = correlate_tiles(rows, call.stored)
-    pairs = triton.cdiv(rows, tiles["BI"]) ** 2
+    pairs = triton.cdiv(rows, tiles["BI"]) * triton.cdiv(others, tiles["BI"])
     columns = head_dim * value_dim
     splits = max(1, min(512 // (pairs * batch * heads), columns // 1024))
-    partial = summaries.key_sums.new_empty((batch, heads, splits, rows, rows))
+    partial = summaries.key_sums.new_empty((batch, heads, splits, rows, others))
     correlate_kernel[(pairs * splits * batch * heads,)](
-        *dmixed, *summaries, partial, heads, rows, splits,
+        *dmixed, *summaries, partial, heads, rows, others, splits,
         D=head_dim, V=value_dim, NORMALIZE=call.normalize, **tiles,
     )  # fmt: skip
-    parts = (call.num_blocks, call.num_parts)
+    parts = call.num_parts
+    sizes = (call.num_blocks, parts, others // parts, parts)
     summed = (*shared_axes(mixing), 2, 4, 6)
-    return partial.view(batch, heads, splits, *parts, *parts).sum(dim=summed).to(mixing.dtype)
+    return partial.view(batch, heads, splits, *sizes).sum(dim=summed).to(mixing.dtype)
 
 
 def backward_keys(
@@ -167,7 +171,7 @@ def backward_keys(
     backward_keys_kernel[call.programs](
         key, value, call.cos, call.sin, *dsummaries, dkey, dvalue,
         key.stride(), value.stride(), dkey.stride(), dvalue.stride(),
-        call.box, call.num_heads, call.num_parts,
+        call.box, call.window, call.num_heads, call.num_parts,
         ALIGN=alignment(key, value, dkey, dvalue), **tile_options("backward_keys", call),
     )  # fmt: skip
     return dkey, dvalue

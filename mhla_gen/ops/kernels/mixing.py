@@ -17,6 +17,7 @@ def coefficients_kernel(
     mixing_strides,
     num_heads,
     num_blocks,
+    num_rows,
     num_parts,
     padded_blocks,
     padded_rows,
@@ -40,7 +41,6 @@ def coefficients_kernel(
     head = batch_head % num_heads
     rows_i = tl.program_id(0) % tiles * BI + tl.arange(0, BI)
     valid_i = rows_i < num_blocks
-    num_rows = num_blocks * num_parts
     mixing_ptr += batch * mixing_strides[3] + head * mixing_strides[0]
     mixing_ptr += rows_i[:, None] * mixing_strides[1]
     coefficients_ptr += (batch_head * padded_blocks + rows_i[:, None]) * padded_rows
@@ -144,6 +144,7 @@ def correlate_kernel(
     partial_ptr,
     num_heads,
     num_rows,
+    num_columns,
     num_splits,
     D: tl.constexpr,
     V: tl.constexpr,
@@ -153,19 +154,19 @@ def correlate_kernel(
 ):
     """<dS̃_i, S_b> + <dz̃_i, z_b> for BI × BI pairs (i, b) over one split of the columns.
 
-    Partial sums go to `partial` [batch, num_heads, num_splits, num_rows, num_rows] in float32.
+    Partial sums go to `partial` [batch, num_heads, num_splits, num_rows, num_columns], float32.
     """
     HALF: tl.constexpr = left_ptr.dtype.element_ty == tl.float16
-    tiles = tl.cdiv(num_rows, BI)
-    rows_b = tl.program_id(0) % tiles * BI + tl.arange(0, BI)
-    rows_i = tl.program_id(0) // tiles % tiles * BI + tl.arange(0, BI)
-    partial = tl.program_id(0) // (tiles * tiles)
+    tiles_i, tiles_b = tl.cdiv(num_rows, BI), tl.cdiv(num_columns, BI)
+    rows_b = tl.program_id(0) % tiles_b * BI + tl.arange(0, BI)
+    rows_i = tl.program_id(0) // tiles_b % tiles_i * BI + tl.arange(0, BI)
+    partial = tl.program_id(0) // (tiles_i * tiles_b)
     split = partial % num_splits
     batch = (partial // num_splits // num_heads).to(tl.int64)
     head = partial // num_splits % num_heads
-    valid_i, valid_b = rows_i < num_rows, rows_b < num_rows
+    valid_i, valid_b = rows_i < num_rows, rows_b < num_columns
     left = (batch * num_rows + rows_i) * num_heads + head
-    right = (batch * num_rows + rows_b) * num_heads + head
+    right = (batch * num_columns + rows_b) * num_heads + head
 
     span = tl.cdiv(tl.cdiv(D * V, num_splits), BC) * BC
     last = tl.minimum((split + 1) * span, D * V)
@@ -204,9 +205,9 @@ def correlate_kernel(
                 other=0.0,
             )
             acc = dot(a, tl.trans(b), acc, "tf32x3")
-    partial_ptr += partial.to(tl.int64) * num_rows * num_rows
+    partial_ptr += partial.to(tl.int64) * num_rows * num_columns
     tl.store(
-        partial_ptr + rows_i[:, None] * num_rows + rows_b[None, :],
+        partial_ptr + rows_i[:, None] * num_columns + rows_b[None, :],
         acc,
         mask=valid_i[:, None] & valid_b[None, :],
     )

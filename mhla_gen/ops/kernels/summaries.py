@@ -73,9 +73,10 @@ def store_summary(summaries_ptr, scales_ptr, matrix, summary, D: tl.constexpr, V
         by_row = tl.max(tl.abs(summary), axis=1)
         # φ(0) of channels that do not exist must not set the scale.
         scale = tl.max(tl.where(tl.arange(0, BD) < D, by_row, 0.0), axis=0)
-        scale = tl.where(scale > TINY, scale, 1.0)
+        # A scale of 0 keeps an empty matrix out of the bound that scales what it is mixed into.
+        scale = tl.where(scale > TINY, scale, 0.0)
         tl.store(scales_ptr + matrix, scale)
-        summary *= 1.0 / scale
+        summary *= 1.0 / tl.where(scale > 0, scale, 1.0)
     offsets, mask = _piece(D, V, 0, 0, BD, summary.shape[1])
     dtype: tl.constexpr = summaries_ptr.dtype.element_ty
     tl.store(summaries_ptr + matrix * (D * V) + offsets, summary.to(dtype), mask=mask)

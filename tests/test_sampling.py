@@ -15,11 +15,13 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from diffusers.utils import hub_utils
+from diffusers.utils.torch_utils import randn_tensor
 from tiny import tiny_dit_pipeline
 from tiny_sampling import FLOW, draw, latent_pipeline, tiny_pipeline
 
 import mhla_gen
 from mhla_gen import ClassConditionalPipeline
+from mhla_gen.pipelines.noise import noise_of
 from mhla_gen.pipelines.schedulers import other_scheduler
 from mhla_gen.sampling import Guidance, contact_sheet
 from mhla_gen.sampling.loading import class_conditional
@@ -110,6 +112,37 @@ def test_an_image_depends_on_its_seed_and_class_not_on_its_batch():
         generator = [torch.Generator().manual_seed(i)]
         torch.testing.assert_close(draw(pipe, (i,), generator=generator), together[i : i + 1])
     assert not torch.allclose(draw(pipe, (1, 1, 1))[0], together[0])
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 5, 7), (2, 4, 8, 8), (4, 3)])
+def test_noise_of_many_generators_is_that_of_diffusers(shape):
+    def generators():
+        return [torch.Generator().manual_seed(i) for i in range(shape[0])]
+
+    device, theirs = torch.device("cpu"), generators()
+    noise, source = noise_of(generators(), shape[0], device)
+    for dtype in (torch.float32, torch.float32, torch.bfloat16):
+        with noise:
+            own = randn_tensor(shape, generator=source, device=device, dtype=dtype)
+            other = torch.randn(4, generator=torch.Generator().manual_seed(9))
+        assert torch.equal(own, randn_tensor(shape, generator=theirs, device=device, dtype=dtype))
+        assert torch.equal(other, torch.randn(4, generator=torch.Generator().manual_seed(9)))
+    one = torch.Generator()
+    assert noise_of(one, 1, device)[1] is one and noise_of([one], 3, device)[1] == [one]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["pixels", "latents"])
+def test_drawing_never_waits_for_the_gpu(kind):
+    pipe = tiny_pipeline() if kind == "pixels" else latent_pipeline(DDPMScheduler())
+    draw(pipe.to("cuda"))
+    generators = [torch.Generator().manual_seed(i) for i in range(3)]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        made = pipe([0, 1, 2], num_inference_steps=3, generator=generators, output_type="pt")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(made.images.cpu(), draw(pipe.to("cpu")), atol=1e-2, rtol=0)
 
 
 def test_guidance_extrapolates_from_no_class():

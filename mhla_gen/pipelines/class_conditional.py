@@ -11,7 +11,9 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from mhla_gen.data.autoencoder import compression, latent_normalisation
+from mhla_gen.devices import send
 from mhla_gen.pipelines.guidance import Guidance
+from mhla_gen.pipelines.noise import noise_of
 from mhla_gen.pipelines.schedulers import check_scheduler, learns_variance
 
 Callback = Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor]]
@@ -119,18 +121,21 @@ class ClassConditionalPipeline(DiffusionPipeline):
         if unknown:
             raise ValueError(f"callbacks get {self._callback_tensor_inputs}, not {sorted(unknown)}")
         device = self._execution_device
-        labels = labels.to(device)
-        # The scheduler's own copy stays on the CPU: reading it does not wait for the device.
+        # Nothing in this function waits for the device, so that it always has work. The
+        # scheduler's own numbers stay on the CPU.
+        labels = send(labels, device)
         self.scheduler.set_timesteps(num_inference_steps)
-        times = self.scheduler.timesteps.to(device)
+        times = send(self.scheduler.timesteps, device)
         if hasattr(self.scheduler, "set_begin_index"):
             self.scheduler.set_begin_index(0)
         num_levels = self.scheduler.config.num_train_timesteps
         levels = (self.scheduler.timesteps.double() / num_levels).tolist()
-        sample: Any = self._initial_noise(len(labels), image_size, generator, latents, device)
+        noise, source = noise_of(generator, len(labels), device)
+        with noise:
+            sample: Any = self._initial_noise(len(labels), image_size, source, latents, device)
         options: dict[str, Any] = {"return_dict": False}
         if "generator" in inspect.signature(self.scheduler.step).parameters:
-            options["generator"] = generator
+            options["generator"] = source
 
         progress_bar: Any = self.progress_bar
         with progress_bar(total=num_inference_steps) as bar:
@@ -140,7 +145,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
                 if hasattr(self.scheduler, "scale_model_input"):
                     scaled = self.scheduler.scale_model_input(sample, t)
                 prediction = self._predict(scaled, times[i], labels, guide)
-                sample = self.scheduler.step(prediction, t, sample, **options)[0]
+                with noise:
+                    sample = self.scheduler.step(prediction, t, sample, **options)[0]
                 if callback_on_step_end is not None:
                     changed = callback_on_step_end(self, i, t, {"latents": sample})
                     sample = (changed or {}).get("latents", sample)
@@ -220,7 +226,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
     def _decode(self, latents: Tensor, output_type: str) -> Any:
         if self.vae is not None:
             mean, std = (
-                torch.tensor(values, device=latents.device).view(1, -1, 1, 1)
+                send(torch.tensor(values).view(1, -1, 1, 1), latents.device)
                 for values in latent_normalisation(self.vae)
             )
             latents = latents * std + mean

@@ -3,6 +3,7 @@
 import difflib
 import inspect
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import diffusers
@@ -77,7 +78,7 @@ def other_scheduler(
     """
     new_class = type(scheduler) if name is None else scheduler_class(name)
     name = new_class.__name__
-    known = set(inspect.signature(new_class).parameters)
+    known = _options(new_class)
     for option in options:
         if option not in known:
             raise ValueError(f"{name} has no option {option!r}{_suggestion(option, known)}")
@@ -115,8 +116,12 @@ def scheduler_class(name: str) -> Any:
 
 def _setting(scheduler: Any, name: str) -> Any:
     # A config made from another scheduler's keeps settings that this class does not have.
-    has = name in inspect.signature(type(scheduler)).parameters
-    return scheduler.config.get(name) if has else None
+    return scheduler.config.get(name) if name in _options(type(scheduler)) else None
+
+
+@cache
+def _options(scheduler: type) -> frozenset[str]:
+    return frozenset(inspect.signature(scheduler).parameters)
 
 
 def _suggestion(word: str, known: Any) -> str:

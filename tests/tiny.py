@@ -15,6 +15,7 @@ from diffusers import (
     PixArtTransformer2DModel,
     SanaVideoTransformer3DModel,
     UniPCMultistepScheduler,
+    WanImageToVideoPipeline,
     WanPipeline,
     WanTransformer3DModel,
 )
@@ -23,7 +24,14 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
-from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    PreTrainedTokenizerFast,
+    UMT5Config,
+    UMT5EncoderModel,
+)
 
 from mhla_gen.config import CacheConfig, load_config
 from mhla_gen.data.caching.build import build_cache
@@ -253,6 +261,35 @@ def tiny_wan_pipeline(two_experts=False, text=False):
     )
 
 
+def tiny_image_encoder():
+    """An image processor and an encoder with 5 tokens of 20 channels."""
+    sizes = {"hidden_size": 20, "intermediate_size": 40, "num_hidden_layers": 3}
+    sizes |= {"num_attention_heads": 2, "image_size": 16, "patch_size": 8}
+    processor = CLIPImageProcessor(
+        size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}
+    )
+    return processor, CLIPVisionModel(CLIPVisionConfig(**sizes)).eval()
+
+
+def tiny_wan_image_pipeline(transformer=None):
+    """As Wan 2.1's for image to video: it reads noise, a mask, latents and a CLIP embedding."""
+    tokenizer, text_encoder = tiny_umt5()
+    image_processor, image_encoder = tiny_image_encoder()
+    if transformer is None:
+        transformer = tiny_wan(in_channels=36, image_dim=20, added_kv_proj_dim=24)
+    return WanImageToVideoPipeline(
+        tokenizer=tokenizer,
+        text_encoder=text_encoder,
+        vae=tiny_wan_autoencoder(),
+        scheduler=UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        ),
+        image_processor=image_processor,
+        image_encoder=image_encoder,
+        transformer=transformer,
+    )
+
+
 def tiny_video(path, frames=12, height=32, width=48, fps=16, moves="right"):
     """A real mp4 of a red square that moves over a green ground."""
     pictures = np.zeros((frames, height, width, 3), np.uint8)
@@ -264,11 +301,12 @@ def tiny_video(path, frames=12, height=32, width=48, fps=16, moves="right"):
     return pictures
 
 
-def tiny_clip_cache(folder, *overrides, clips=3):
+def tiny_clip_cache(folder, *overrides, clips=3, pipeline=None):
     """A cache of real, tiny clips of two shapes and of still images, as `mhla-gen cache` writes it.
 
     Returns the folder of the cache; `folder / "pipeline"` has the Wan pipeline that made it.
     """
+    pipeline = pipeline or tiny_wan_pipeline(text=True)
     videos = folder / "videos"
     videos.mkdir(parents=True)
     for k in range(clips):
@@ -278,7 +316,7 @@ def tiny_clip_cache(folder, *overrides, clips=3):
             (videos / f"{name}{k}.txt").write_text(f"a red square moves {moves}")
     tiny_video(videos / "short.mp4", frames=3)
     (videos / "short.txt").write_text("a square")
-    tiny_wan_pipeline(text=True).save_pretrained(folder / "pipeline")
+    pipeline.save_pretrained(folder / "pipeline")
     config = load_config(
         None,
         [

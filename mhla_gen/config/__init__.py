@@ -10,6 +10,7 @@ from mhla_gen.config.data import (
     CacheConfig,
     ClipsConfig,
     DataConfig,
+    ImageEncoderConfig,
     TextEncoderConfig,
 )
 from mhla_gen.config.evaluation import EvaluateConfig, FeaturesConfig, ReferenceConfig
@@ -38,6 +39,7 @@ __all__ = [
     "DoctorConfig",
     "EvaluateConfig",
     "FeaturesConfig",
+    "ImageEncoderConfig",
     "InputsConfig",
     "InspectConfig",
     "MHLAConfig",

@@ -76,7 +76,7 @@ class ClipsConfig:
     """Also take videos that are smaller than a bucket, enlarged."""
     condition: bool = False
     """Also encode what image-to-video models with further channels are given: the first frame, and
-    grey after it."""
+    grey after it; and the first frame by image_encoder, for models of Wan 2.1."""
     missing_caption: Literal["error", "empty"] = "error"
     """What to do about a video without a caption."""
     timeout: float = 60.0
@@ -129,6 +129,20 @@ class TextEncoderConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ImageEncoderConfig:
+    """The encoder of first frames, which image-to-video models of Wan 2.1 read."""
+
+    path: str | None = None
+    """Folder or hub name of a pipeline with a CLIP `image_encoder` and an `image_processor`. None:
+    those of the pipeline in vae.path, if it has them and clips.condition=true."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Arithmetic of the encoder, and of its embeddings on disk."""
+
+    def __post_init__(self):
+        check_choice("image_encoder.dtype", self.dtype, ("float32", "bfloat16", "float16"))
+
+
+@dataclass(frozen=True, kw_only=True)
 class CacheConfig:
     """Latents, labels and embedded captions of a data set, computed once.
 
@@ -146,6 +160,8 @@ class CacheConfig:
     """What makes latents."""
     text: TextEncoderConfig = field(default_factory=TextEncoderConfig)
     """What embeds captions."""
+    image_encoder: ImageEncoderConfig = field(default_factory=ImageEncoderConfig)
+    """What embeds first frames, where clips.condition=true."""
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
     """Latents on disk."""
     batch_size: int = 16
@@ -172,6 +188,8 @@ class CacheConfig:
             raise ValueError(
                 "clips.condition is not encoded for mirrored clips; leave data.horizontal_flip out"
             )
+        if self.image_encoder.path is not None and not self.clips.condition:
+            raise ValueError("image_encoder.path is given; it needs clips.condition=true, too")
         if self.data.source == "cache":
             raise ValueError("data.source=cache is a cache already; name what it is to be made of")
 

@@ -6,9 +6,17 @@ from typing import Literal
 from mhla_gen.config.checks import check_at_least, check_choice
 
 WAN_PRESETS: dict[str, dict[str, int]] = {
-    "1.3B": {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30},
-    "5B": {"num_attention_heads": 24, "ffn_dim": 14336, "num_layers": 30},
-    "14B": {"num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40},
+    name: {
+        "num_attention_heads": heads,
+        "attention_head_dim": 128,
+        "ffn_dim": ffn_dim,
+        "num_layers": num_layers,
+    }
+    for name, heads, ffn_dim, num_layers in (
+        ("1.3B", 12, 8960, 30),
+        ("5B", 24, 14336, 30),
+        ("14B", 40, 13824, 40),
+    )
 }
 """Sizes of Wan 2.1 (1.3B, 14B) and 2.2 (5B: TI2V; 14B: each of the two experts of A14B).
 
@@ -39,7 +47,8 @@ class WanConfig:
     first_frame: bool = False
     """Image to video: the model is given the first frame of a clip. With times_of_tokens it stands
     in its place, as in Wan 2.2 TI2V-5B; else in further channels, as in I2V-A14B, and the cache
-    must have them: clips.condition=true."""
+    must have them: clips.condition=true. A new model also reads the embedded first frame, as in Wan
+    2.1, where the cache has that."""
     times_of_tokens: bool | None = None
     """Tell the model a time for each token, as TI2V-5B has it; None asks the pretrained pipeline.
     """

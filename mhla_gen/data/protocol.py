@@ -15,6 +15,8 @@ Batch = dict[str, Tensor]
 - `labels`: int64 `[batch]`, for class-conditional models.
 - `prompt_embeds`: `[batch, text_len, text_dim]`, for models of text.
 - `condition`: latents like `mean` of the first frame and grey after it, for image to video.
+- `image_embeds`: the first frame as CLIP sees it `[batch, tokens, image_dim]`, for Wan 2.1's image
+  to video.
 """
 
 

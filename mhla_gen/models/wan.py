@@ -24,6 +24,10 @@ from mhla_gen.models.transformer import MHLATransformerMixin, accepts_mhla
 # 81 frames at 480×832 after Wan's VAE (4×8×8) and patches (1×2×2): the size it was trained at.
 _NATIVE_GRID = (21, 30, 52)
 
+TEXT_LENGTH_WITH_IMAGE = 512
+"""Tokens of a caption for a model that reads an image, too: diffusers' attention to both takes all
+that precedes this many for the image's, whatever the caption's length is."""
+
 
 class GridRotaryPosEmbed(PatchGridCarrier, WanRotaryPosEmbed):
     """Wan's rotary embedding, which also tells its grid to the attention layers."""

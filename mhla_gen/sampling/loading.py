@@ -15,6 +15,8 @@ from mhla_gen.pipelines.schedulers import prediction_of
 from mhla_gen.sampling.checkpoint import checkpoint_in, pipeline_of
 
 INDEX_NAME = "model_index.json"
+# Parts of Wan's pipelines.
+_PRECISE = {"vae": torch.float32, "image_encoder": torch.float32}
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 # Of files on the hub, all that `save_pretrained` writes.
 _SAVED = ("*.json", "*.safetensors", "*.txt", "*.model")
@@ -30,7 +32,7 @@ def load_pipeline(path: str, dtype: torch.dtype) -> Any:
         path: Run of `mhla-gen train`, of which the pipeline is taken, or while it lasts the newest
             checkpoint; one of its checkpoints; a folder that `save_pretrained` wrote; or a name on
             the hub.
-        dtype: Of the models. Wan's VAE stays float32, as its makers use it.
+        dtype: Of the models. Wan's VAE and image encoder stay float32, as its makers use them.
 
     Raises:
         FileNotFoundError: If there is nothing to load.
@@ -61,7 +63,7 @@ def _from_folder(folder: Path, dtype: torch.dtype) -> Any:
         raise ValueError(f"{folder}: diffusers {diffusers.__version__} has no pipeline {name!r}")
     # Components that were saved as missing have to be named as missing.
     absent = {key: None for key, value in index.items() if value == [None, None]}
-    precise = {"default": dtype, "vae": torch.float32} if name.startswith("Wan") else dtype
+    precise = _PRECISE | {"default": dtype} if name.startswith("Wan") else dtype
     try:
         pipeline = found.from_pretrained(folder, dtype=precise, **absent)
     except (KeyError, AttributeError, TypeError) as error:
@@ -99,7 +101,12 @@ def _from_checkpoint(folder: Path, dtype: torch.dtype) -> Any:
             f"pipeline={folder} holds neither a saved pipeline ({INDEX_NAME}) nor a run of "
             "`mhla-gen train` with a pipeline or a checkpoint"
         )
-    return pipeline_of(checkpoint).to(dtype)
+    pipeline = pipeline_of(checkpoint)
+    precise = _PRECISE if type(pipeline).__name__.startswith("Wan") else {}
+    for name, part in pipeline.components.items():
+        if isinstance(part, torch.nn.Module):
+            part.to(dtype=precise.get(name, dtype))
+    return pipeline
 
 
 def _downloaded(name: str) -> Path:

@@ -11,6 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
+from mhla_gen.models.wan import TEXT_LENGTH_WITH_IMAGE
 from mhla_gen.sampling.prompts import Prompt
 from mhla_gen.sampling.samplers import OnStep, generator_of, step_callback, to_pixels
 
@@ -140,11 +141,21 @@ class PromptSampler:
                 raise ValueError(f"prompt {number} has an image, but {name} takes none")
             if prompt.image is not None and not Path(prompt.image).is_file():
                 raise FileNotFoundError(f"image {prompt.image} of prompt {number} does not exist")
+        if self.embeds is not None and self.takes_image:
+            self._check_embeds(name, self.embeds)
         if self.embeds is None and getattr(self.pipeline, "text_encoder", None) is None:
             raise ValueError(f"this {name} has no text encoder; give prompt_embeds=FILE")
         # diffusers 0.42 calls it there without asking whether it is installed.
         if self.embeds is None and name == "WanImageToVideoPipeline" and not is_ftfy_available():
             raise ValueError(f"{name} cleans prompts with ftfy: pip install ftfy")
+
+    def _check_embeds(self, name: str, embeds: Mapping[str, Tensor]) -> None:
+        lengths = {values.shape[1] for values in embeds.values()} - {TEXT_LENGTH_WITH_IMAGE}
+        if lengths and getattr(self.pipeline.transformer.config, "image_dim", None) is not None:
+            raise ValueError(
+                f"this {name} takes prompt_embeds of {TEXT_LENGTH_WITH_IMAGE} tokens, found "
+                f"{lengths.pop()}; pad them with zeros"
+            )
 
     def _resolved(self, sizes: dict[str, int | None]) -> tuple[tuple[int, ...], dict[str, int]]:
         """The shape of a sample, and the arguments that ask for it."""

@@ -28,6 +28,9 @@ class Prompts:
     first_frame: bool = False
     """Give the model the first latent frame: in its place, with a time of 0, if tokens have times;
     else in further channels, with a mask in front."""
+    image_embeds: bool = False
+    """Give the model the first frame as CLIP sees it, too. It stays where the caption is dropped:
+    the pipeline has it in both branches of guidance."""
 
     def predict(
         self,
@@ -51,8 +54,10 @@ class Prompts:
         if self.times_of_tokens:
             timesteps = token_times(timesteps, noisy.shape[2:], self.patch_size, inserted)
         # Only tuples can be joined where processes share a sequence.
-        texts = {"encoder_hidden_states": embeds}
-        found = model(noisy, timestep=timesteps, **texts, return_dict=False)[0]
+        given = {"encoder_hidden_states": embeds}
+        if self.image_embeds:
+            given["encoder_hidden_states_image"] = batch["image_embeds"]
+        found = model(noisy, timestep=timesteps, **given, return_dict=False)[0]
         if inserted:
             found = torch.cat((torch.zeros_like(found[:, :, :1]), found[:, :, 1:]), dim=2)
         return found

@@ -8,6 +8,7 @@ from torch import Tensor
 from mhla_gen.config import ObjectiveConfig, TrainConfig, WanConfig
 from mhla_gen.data import TrainingData
 from mhla_gen.models import inject
+from mhla_gen.models.wan import TEXT_LENGTH_WITH_IMAGE
 from mhla_gen.training.build import Task
 from mhla_gen.training.lora import add_lora, merged
 from mhla_gen.training.pretrained import attention_settings, load_pretrained
@@ -36,10 +37,17 @@ def wan_task(config: TrainConfig, wan: WanConfig, data: TrainingData) -> Task:
     parts = WanParts(config, wan, data)
     by_token = parts.times_of_tokens
     model = _build_model(config, wan, data, empty.shape[-1], by_token)
+    sees_image = model.config.image_dim is not None
+    if sees_image and len(empty) != TEXT_LENGTH_WITH_IMAGE:
+        raise ValueError(
+            "a Wan that reads an image beside the caption takes captions of "
+            f"{TEXT_LENGTH_WITH_IMAGE} tokens, found {len(empty)}; build the cache again with "
+            f"text.max_sequence_length={TEXT_LENGTH_WITH_IMAGE}"
+        )
     if config.model.trainable == "lora":
         add_lora(model, wan)
     patch_size: Any = tuple(model.config.patch_size)
-    conditioning = Prompts(empty, patch_size, by_token, wan.first_frame)
+    conditioning = Prompts(empty, patch_size, by_token, wan.first_frame, sees_image)
     return Task(
         model=model,
         objective=_objective(config.objective, wan, parts.boundary, by_token),
@@ -107,6 +115,7 @@ def _build_model(
             "wan.first_frame needs a cache with clips.condition=true, or times_of_tokens=true for "
             "a model like Wan 2.2's TI2V-5B"
         )
+    image_dim = _image_dim(data)
     wanted = {
         "in_channels": 2 * channels + _MASK_CHANNELS if concatenated else channels,
         "out_channels": channels,
@@ -114,6 +123,10 @@ def _build_model(
     }
     if config.model.pretrained is None:
         sizes: dict[str, Any] = wanted | wan.sizes
+        if concatenated and image_dim is not None:
+            # As in Wan 2.1: the projections of the image take what the image embedder makes.
+            hidden_size = sizes["num_attention_heads"] * sizes["attention_head_dim"]
+            sizes |= {"image_dim": image_dim, "added_kv_proj_dim": hidden_size}
         model: Any = WanTransformer3DModel(**sizes)
         if config.model.attention != "softmax":
             inject(model, attention_settings(config.model, rank=3))
@@ -123,10 +136,7 @@ def _build_model(
         raise ValueError(f"{config.model.pretrained} is a {type(model).__name__}, not a Wan")
     found: Any = model.config
     if found.image_dim is not None:
-        raise ValueError(
-            f"{config.model.pretrained} reads CLIP's embedding of the first frame, which caches do "
-            "not hold; take an image-to-video model of Wan 2.2"
-        )
+        _check_image(str(config.model.pretrained), found, image_dim)
     wrong = [
         f"{k} is {found[k]}, but the data need {v}" for k, v in wanted.items() if found[k] != v
     ]
@@ -134,6 +144,32 @@ def _build_model(
         hint = "; see wan.first_frame" if found.in_channels != wanted["in_channels"] else ""
         raise ValueError(f"{config.model.pretrained} does not fit: {'; '.join(wrong)}{hint}")
     return model
+
+
+def _check_image(name: str, found: Any, image_dim: int | None) -> None:
+    """Raise unless the data have what an image-to-video model of Wan 2.1 reads."""
+    if found.pos_embed_seq_len is not None:
+        raise ValueError(
+            f"{name} reads a first and a last frame, and caches hold the first; take a model of "
+            "image to video"
+        )
+    if image_dim is None:
+        raise ValueError(
+            f"{name} reads CLIP's embedding of the first frame, which the data do not hold; build "
+            "the cache again, in a new folder, with clips.condition=true and "
+            "image_encoder.path=PIPELINE, the pipeline of this model"
+        )
+    if found.image_dim != image_dim:
+        raise ValueError(
+            f"{name} does not fit: image_dim is {found.image_dim}, but the data need {image_dim}"
+        )
+
+
+def _image_dim(data: TrainingData) -> int | None:
+    """Channels of embedded first frames, where the data have them."""
+    if not getattr(data, "has_image_embeds", False):
+        return None
+    return data.read([data.buckets[0][0]])["image_embeds"].shape[-1]
 
 
 def _times(shape: tuple[int, ...]) -> str:

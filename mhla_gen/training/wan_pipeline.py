@@ -53,10 +53,13 @@ class WanParts:
     def pipeline(self, model: Any) -> DiffusionPipeline:
         """The pipeline of a trained transformer, with the other expert of the pretrained one."""
         kind: Any = WanImageToVideoPipeline if self.wan.first_frame else WanPipeline
-        transformers = {"transformer": model}
+        parts = {"transformer": model}
         if self._other_expert is not None:
             other = "transformer" if self.wan.subfolder == "transformer_2" else "transformer_2"
-            transformers = {self.wan.subfolder: model, other: self._other_expert}
+            parts = {self.wan.subfolder: model, other: self._other_expert}
+        if model.config.image_dim is not None:
+            encoder, processor = self._image_encoder
+            parts |= {"image_encoder": encoder, "image_processor": processor}
         found = kind(
             tokenizer=self._text[0],
             text_encoder=self._text[1],
@@ -64,7 +67,7 @@ class WanParts:
             scheduler=self._scheduler,
             boundary_ratio=None if self._other_expert is None else self.boundary,
             expand_timesteps=self.times_of_tokens,
-            **transformers,
+            **parts,
         )
         found.set_progress_bar_config(disable=True)
         return found
@@ -87,6 +90,10 @@ class WanParts:
     @cached_property
     def _vae(self) -> Any:
         return self.data.autoencoder() if isinstance(self.data, CachedLatents) else None
+
+    @cached_property
+    def _image_encoder(self) -> tuple[Any, Any]:
+        return self.data.image_encoder() if isinstance(self.data, CachedLatents) else (None, None)
 
     @cached_property
     def _text(self) -> tuple[Any, Any]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from mhla_gen.data.caching.settings import (
 )
 from mhla_gen.data.clip_files import ClipFiles, find_clips
 from mhla_gen.data.clips import Clips, Placement, place, read_placements, report, write_placements
+from mhla_gen.data.image_encoder import ImageEncoder, has_image_encoder, load_image_encoder
 from mhla_gen.data.images import ArrayImages, EncodedImages
 from mhla_gen.data.opening import load_images
 from mhla_gen.data.protocol import Examples
@@ -75,19 +77,27 @@ def build_cache(config: CacheConfig, dry_run: bool = False) -> str:
     with state.local_main_process_first():
         vae = load_autoencoder(config.vae)
         encoder = _text_encoder(config, files)
+        config, frame_encoder = _frame_encoder(config, files)
     _check_sizes(config, files, vae)
     with Decoder(config.clips.timeout, config.num_workers) as decoder:
         if dry_run:
             return _rehearse(config, files, vae, decoder)
-        return _build(config, files, vae, encoder, decoder)
+        return _build(config, files, vae, encoder, frame_encoder, decoder)
 
 
 def _build(
-    config: CacheConfig, files: Files, vae: Any, encoder: TextEncoder | None, decoder: Decoder
+    config: CacheConfig,
+    files: Files,
+    vae: Any,
+    encoder: TextEncoder | None,
+    frame_encoder: ImageEncoder | None,
+    decoder: Decoder,
 ) -> str:
     folder, state = Path(config.output_dir), PartialState()
     digests = shared_map(files.digest, range(len(files)), "reading", "file", config.num_workers)
-    settings = on_main(lambda: content_settings(config, files, digests, vae, encoder))
+    settings = on_main(
+        lambda: content_settings(config, files, digests, vae, encoder, frame_encoder)
+    )
     on_main(lambda: check_settings(config, settings))
     examples, unreadable = _examples(config, files, decoder)
     on_main(lambda: _keep(config, settings, examples))
@@ -107,6 +117,8 @@ def _build(
         prompts = PromptChunks(captions, encoder, config.text.batch_size)
         write_missing(folder, contents.prompts, prompts.compute, "captions", "caption")
         encoder.model.to("cpu")
+    if frame_encoder is not None:
+        frame_encoder.model.to(state.device)
     with ThreadPoolExecutor(config.num_workers) as readers:
         latents = LatentChunks(
             examples=examples,
@@ -116,6 +128,7 @@ def _build(
             dtype=getattr(torch, config.dtype),
             flips=config.data.horizontal_flip,
             condition=config.clips.condition and isinstance(files, ClipFiles),
+            image_encoder=frame_encoder,
             batch_size=config.batch_size,
             readers=readers,
             ahead=2 * config.num_workers,
@@ -134,6 +147,18 @@ def _text_encoder(config: CacheConfig, files: Files) -> TextEncoder | None:
             f"{config.data.caption_column}"
         )
     return load_text_encoder(config.text)
+
+
+def _frame_encoder(config: CacheConfig, files: Files) -> tuple[CacheConfig, ImageEncoder | None]:
+    """What embeds first frames, and the settings with where it is."""
+    if not (config.clips.condition and isinstance(files, ClipFiles)):
+        return config, None
+    if config.image_encoder.path is None:
+        if not has_image_encoder(str(config.vae.path)):
+            return config, None
+        found = replace(config.image_encoder, path=config.vae.path)
+        config = replace(config, image_encoder=found)
+    return config, load_image_encoder(config.image_encoder)
 
 
 def _check_sizes(config: CacheConfig, files: Files, vae: Any) -> None:

@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mhla_gen.config import AutoencoderConfig, DataConfig
+from mhla_gen.config import AutoencoderConfig, DataConfig, ImageEncoderConfig
+from mhla_gen.data import image_encoder
 from mhla_gen.data.autoencoder import identity, load_autoencoder
 from mhla_gen.data.buckets import consecutive
 from mhla_gen.data.caching.chunks import read_record, read_tensors
 from mhla_gen.data.caching.index import CAPTIONS_NAME, Index
+from mhla_gen.data.image_encoder import ImageEncoder, load_image_encoder
 from mhla_gen.data.protocol import Batch
 
 
@@ -77,6 +79,11 @@ class CachedLatents:
         return bool(self.index.settings["clips"].get("condition"))
 
     @property
+    def has_image_embeds(self) -> bool:
+        """Whether it holds embedded first frames."""
+        return self.index.settings.get("image_encoder") is not None
+
+    @property
     def has_prompts(self) -> bool:
         """Whether it holds embedded captions."""
         return bool(self.index.prompts)
@@ -89,8 +96,9 @@ class CachedLatents:
 
         Returns:
             `mean` and `std`, both `_flipped` and `condition`, if the cache has them, `[batch,
-            channels, …]`; `labels`, int64 `[batch]`, and `prompt_embeds`, `[batch, text_len,
-            text_dim]`, zeros after the last token, where it has them.
+            channels, …]`; `labels`, int64 `[batch]`, `prompt_embeds`, `[batch, text_len,
+            text_dim]`, zeros after the last token, and `image_embeds`, `[batch, tokens,
+            image_dim]`, where it has them.
         """
         places = [self._locate(index) for index in indices]
         batch: Batch = {}
@@ -103,6 +111,8 @@ class CachedLatents:
             )
         if self.has_condition:
             batch["condition"] = self._rows("condition", places).float()
+        if self.has_image_embeds:
+            batch["image_embeds"] = self._rows("image_embeds", places).float()
         if self.class_names is not None:
             batch["labels"] = self._rows("label", places)
         if self.has_prompts:
@@ -164,12 +174,8 @@ class CachedLatents:
         known = self.index.settings["vae"]
         config = AutoencoderConfig(dtype=known["dtype"], tiling=known["tiling"])
         found = identity(vae, config)
-        for key in ("class", "weights"):
-            if found[key] != known[key]:
-                raise ValueError(
-                    f"the latents of {self.folder} were made by another autoencoder ({key}: "
-                    f"{known[key]}, found {found[key]})"
-                )
+        found = {key: found[key] for key in ("class", "weights")}
+        self._require_maker("latents", "autoencoder", found, known)
 
     def autoencoder(self) -> Any:
         """The autoencoder that made the latents, from where it was then.
@@ -182,6 +188,39 @@ class CachedLatents:
         vae = load_autoencoder(config)
         self.require_autoencoder(vae)
         return vae
+
+    def image_encoder(self) -> ImageEncoder:
+        """What embedded first frames, from where it was then.
+
+        Raises:
+            ValueError: If it is not there any more, or is another one now.
+        """
+        dtype = self.index.settings["image_encoder"]["dtype"]
+        encoder = load_image_encoder(
+            ImageEncoderConfig(path=self.index.sources["image_encoder"], dtype=dtype)
+        )
+        self.require_image_encoder(encoder)
+        return encoder
+
+    def require_image_encoder(self, encoder: ImageEncoder) -> None:
+        """Raise unless an encoder is the one that embedded first frames.
+
+        Raises:
+            ValueError: If it has other weights or another class, or prepares images otherwise.
+        """
+        known = self.index.settings["image_encoder"]
+        found = image_encoder.identity(encoder, ImageEncoderConfig(dtype=known["dtype"]))
+        self._require_maker("embedded first frames", "image encoder", found, known)
+
+    def _require_maker(
+        self, what: str, maker: str, found: dict[str, Any], known: dict[str, Any]
+    ) -> None:
+        for key, value in found.items():
+            if value != known[key]:
+                raise ValueError(
+                    f"the {what} of {self.folder} were made by another {maker} ({key}: "
+                    f"{known[key]}, found {value})"
+                )
 
     @cached_property
     def _files(self) -> tuple[list[str], list[int]]:

@@ -10,6 +10,8 @@ from mhla_gen.processes import shared_map
 
 Facts = dict[str, Any]
 """What `examine` finds in a file."""
+EXTRAS = {"mean_flipped", "condition", "image_embeds"}
+"""Tensors that a cache has beside its latents, if its settings say so."""
 
 
 def examine_all(folder: Path, names: Sequence[str]) -> dict[str, Facts]:
@@ -26,7 +28,7 @@ def examine_all(folder: Path, names: Sequence[str]) -> dict[str, Facts]:
 
 
 def require_latents(
-    facts: Facts, chunk: Chunk, shape: tuple[int, ...], dtype: str, flips: bool
+    facts: Facts, chunk: Chunk, shape: tuple[int, ...], dtype: str, extras: set[str]
 ) -> None:
     """Raise unless a chunk holds the latents that it was to hold.
 
@@ -35,7 +37,7 @@ def require_latents(
         chunk: What it was to hold.
         shape: Of a sample, `[channels, …]`.
         dtype: Of a sample.
-        flips: Whether mirrored images are in it.
+        extras: Which of `EXTRAS` are in it.
 
     Raises:
         ValueError: If rows, tensors, shapes or types are others.
@@ -46,7 +48,7 @@ def require_latents(
         raise broken(chunk.name, f"has {shapes['item'][0]} samples of {len(chunk.items)}")
     if rows == 0:
         return
-    if "mean" not in shapes or flips != ("mean_flipped" in shapes):
+    if "mean" not in shapes or extras != EXTRAS & shapes.keys():
         raise broken(chunk.name, f"has the tensors {', '.join(shapes)}")
     for name in ("mean", "std", "mean_flipped", "std_flipped", "condition"):
         found = facts["dtypes"].get(name), shapes.get(name)

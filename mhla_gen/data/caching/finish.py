@@ -57,11 +57,19 @@ def finish(
     require_digests(found.values(), known)
     for chunk in contents.latents:
         shape = contents.shapes[chunk.bucket]
-        flips = config.data.horizontal_flip
-        require_latents(found[chunk.name], chunk, shape, config.dtype, flips)
+        require_latents(found[chunk.name], chunk, shape, config.dtype, _extras(settings))
     for chunk in contents.prompts:
         require_prompts(found[chunk.name], chunk)
     return on_main(lambda: _write(config, settings, contents, found))
+
+
+def _extras(settings: dict[str, Any]) -> set[str]:
+    given = {
+        "mean_flipped": settings["flips"],
+        "condition": settings["clips"].get("condition"),
+        "image_embeds": settings["image_encoder"],
+    }
+    return {name for name, value in given.items() if value}
 
 
 def _write(
@@ -89,6 +97,7 @@ def _write(
             "data": _place(config.data.path),
             "vae": _place(config.vae.path),
             "text": _place(config.text.path),
+            "image_encoder": _place(config.image_encoder.path),
         },
         class_names=contents.examples.class_names,
         buckets=buckets,

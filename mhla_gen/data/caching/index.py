@@ -38,7 +38,7 @@ class Index:
     normalisation: dict[str, list[float]]
     """`mean` and `std` of each channel: `(latents - mean) / std` is what the cache holds."""
     sources: dict[str, Any]
-    """Where autoencoder, text encoder and data were: `vae`, `text`, `data`."""
+    """Where the models and the data were: `vae`, `text`, `image_encoder`, `data`."""
     class_names: tuple[str, ...] | None
     buckets: tuple[BucketIndex, ...]
     prompts: tuple[tuple[str, int], ...]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mhla_gen.data.autoencoder import Normalisation, encode, is_video
 from mhla_gen.data.caching.chunks import Chunk, Computed, batched
+from mhla_gen.data.image_encoder import ImageEncoder
 from mhla_gen.data.images import to_model_range
 from mhla_gen.data.protocol import Examples
 from mhla_gen.pictures import UnreadableImageError
@@ -32,6 +33,8 @@ class LatentChunks:
     """Also encode mirrored images."""
     condition: bool
     """Also encode the first frame of each clip, followed by grey."""
+    image_encoder: ImageEncoder | None
+    """Also embeds the first frame of each clip."""
     batch_size: int
     """Images per forward pass; clips go one by one."""
     readers: ThreadPoolExecutor
@@ -43,9 +46,9 @@ class LatentChunks:
         """The tensors of each chunk, and its record; see `write_missing`.
 
         Yields:
-            `mean`, `std` where encoding is not deterministic, both `_flipped`, `condition`; `item`,
-            the example's number, `label` and `caption`, where there are any, int64; all of them
-            `[rows, …]`.
+            `mean`, `std` where encoding is not deterministic, both `_flipped`, `condition` and
+            `image_embeds`; `item`, the example's number, `label` and `caption`, where there are
+            any, int64; all of them `[rows, …]`.
             The record has `names`, one a row, and `quarantined`: `name` and `reason` of the rest.
         """
         # While a chunk is encoded, the next one is read already.
@@ -124,6 +127,9 @@ class LatentChunks:
             grey = torch.zeros_like(samples[:, :, 1:])
             given = self._posterior(torch.cat((samples[:, :, :1], grey), dim=2), "")
             tensors["condition"] = given["mean"]
+        if self.image_encoder is not None:
+            frames = [clip[0] for clip in pixels]
+            tensors["image_embeds"] = torch.cat([self.image_encoder.embed(f) for f in frames])
         return tensors
 
     def _posterior(self, samples: Tensor, suffix: str) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mhla_gen.config import CacheConfig, save_config
-from mhla_gen.data import autoencoder, text
+from mhla_gen.data import autoencoder, image_encoder, text
 from mhla_gen.data.clip_files import ClipFiles
 from mhla_gen.data.images import ArrayImages, EncodedImages
 from mhla_gen.digests import settings_digest
@@ -22,6 +22,7 @@ _FREE = (
     "vae.path",
     "text.path",
     "text.batch_size",
+    "image_encoder.path",
     "batch_size",
     "num_workers",
     "clips.timeout",
@@ -41,7 +42,12 @@ def chunk_size(config: CacheConfig) -> int:
 
 
 def content_settings(
-    config: CacheConfig, files: Files, digests: Sequence[str], vae: Any, encoder: Any
+    config: CacheConfig,
+    files: Files,
+    digests: Sequence[str],
+    vae: Any,
+    encoder: Any,
+    frame_encoder: Any,
 ) -> dict[str, Any]:
     """Plain values that decide every byte of a cache, but for rounding by device.
 
@@ -51,6 +57,7 @@ def content_settings(
         digests: Of the content of each.
         vae: Encodes them.
         encoder: Embeds their captions, or None.
+        frame_encoder: Embeds first frames, or None.
     """
     data: dict[str, Any] = {"files": len(files), "content": _digest(digests)}
     if not isinstance(files, ClipFiles):
@@ -66,6 +73,9 @@ def content_settings(
         "vae": autoencoder.identity(vae, config.vae),
         "normalisation": autoencoder.latent_normalisation(vae)._asdict(),
         "text": None if encoder is None else text.identity(encoder, config.text),
+        "image_encoder": None
+        if frame_encoder is None
+        else image_encoder.identity(frame_encoder, config.image_encoder),
         "dtype": config.dtype,
         "flips": config.data.horizontal_flip,
         "chunk_size": chunk_size(config),

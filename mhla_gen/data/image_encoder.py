@@ -1,0 +1,90 @@
+"""First frames to embeddings, as diffusers' image-to-video pipeline of Wan 2.1 makes them."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from PIL import Image
+from torch import Tensor
+
+from mhla_gen.config import ImageEncoderConfig
+from mhla_gen.digests import settings_digest, tensors_digest
+from mhla_gen.hub import is_pipeline
+
+IMAGE_ENCODERS = ("CLIPVisionModel", "CLIPVisionModelWithProjection")
+
+
+class ImageEncoder(NamedTuple):
+    """A CLIP encoder with its image processor."""
+
+    model: Any
+    processor: Any
+
+    @torch.inference_mode()
+    def embed(self, frame: np.ndarray) -> Tensor:
+        """The embedding of uint8 `[height, width, 3]`: `[1, tokens, image_dim]`, on the CPU.
+
+        Source:
+            diffusers 0.42, `WanImageToVideoPipeline.encode_image`.
+        """
+        # An array is taken for what the processor guesses; a picture is what users give.
+        inputs = self.processor(images=Image.fromarray(frame), return_tensors="pt")
+        found = self.model(**inputs.to(self.model.device), output_hidden_states=True)
+        return found.hidden_states[-2].cpu()
+
+
+def has_image_encoder(path: str) -> bool:
+    """Whether a folder or a name on the hub is a pipeline that has an encoder of images."""
+    if not is_pipeline(path):
+        return False
+    parts: Any = DiffusionPipeline.load_config(path)
+    return any(parts.get("image_encoder") or ())
+
+
+def load_image_encoder(config: ImageEncoderConfig) -> ImageEncoder:
+    """The encoder and image processor of a pipeline.
+
+    Raises:
+        ValueError: If there is no pipeline of this name, or its encoder is of another kind.
+    """
+    import transformers
+
+    path = str(config.path)
+    if not has_image_encoder(path):
+        raise ValueError(
+            f"image_encoder.path {path} must be a pipeline with the folders image_encoder and "
+            "image_processor, such as Wan 2.1's for image to video"
+        )
+    parts: Any = DiffusionPipeline.load_config(path)
+    name = parts["image_encoder"][1]
+    if name not in IMAGE_ENCODERS:
+        raise ValueError(
+            f"image_encoder.path {path} has a {name}; known are {', '.join(IMAGE_ENCODERS)}"
+        )
+    dtype = getattr(torch, config.dtype)
+    try:
+        model = getattr(transformers, name).from_pretrained(
+            path, subfolder="image_encoder", dtype=dtype
+        )
+        kind = getattr(transformers, parts["image_processor"][1])
+        processor = kind.from_pretrained(path, subfolder="image_processor")
+    except (OSError, KeyError, TypeError) as error:
+        line = str(error).splitlines()[0]
+        raise ValueError(
+            f"image_encoder.path {path} has no image_encoder and image_processor: {line}"
+        ) from error
+    return ImageEncoder(model.eval().requires_grad_(False), processor)
+
+
+def identity(encoder: ImageEncoder, config: ImageEncoderConfig) -> dict[str, Any]:
+    """What decides the embedding of a frame; plain values for a fingerprint."""
+    # As a config's dtype holds them, whatever the dtype that they are in now.
+    dtype = getattr(torch, config.dtype)
+    weights = {name: tensor.to(dtype) for name, tensor in encoder.model.state_dict().items()}
+    return {
+        "class": type(encoder.model).__name__,
+        "weights": tensors_digest(weights)[:32],
+        "processor": settings_digest(encoder.processor.to_dict())[:32],
+        "dtype": config.dtype,
+    }

@@ -138,9 +138,22 @@ def test_bad_files_are_named(tmp_path, image_folder):
         load_images(DataConfig(source="npz", path=str(tmp_path / "b.npz")))
     with pytest.raises(FileNotFoundError, match="is not a file"):
         load_images(DataConfig(source="npz", path=str(tmp_path / "none.npz")))
+
+
+def test_the_next_of_its_class_takes_the_place_of_a_broken_image(image_folder, capsys):
     (image_folder / "cat" / "9.png").write_text("junk")
     images = load_images(DataConfig(source="folder", path=str(image_folder), image_size=6))
-    with pytest.raises(ValueError, match=r"9\.png cannot be decoded"):
+    labels = np.asarray(images.labels)
+    assert images.describe(6).endswith("cat/9.png") and labels[6] not in labels[7:]
+    first = int(np.flatnonzero(labels == labels[6])[0])
+    for _ in range(2):
+        found = images.read([6, first])
+        assert torch.equal(found["samples"][0], found["samples"][1])
+        assert torch.equal(found["labels"], torch.from_numpy(labels[[6, first]]))
+    assert capsys.readouterr().err.count("9.png cannot be decoded") == 1
+    for path in (image_folder / "cat").iterdir():
+        path.write_text("junk")
+    with pytest.raises(ValueError, match=r"9\.png cannot be decoded .* no image near it"):
         images.read([6])
 
 

@@ -1,5 +1,7 @@
 """`mhla-gen train`: see `mhla_gen.training`."""
 
+from accelerate import PartialState
+
 from mhla_gen.config import TrainConfig
 from mhla_gen.distillation import convert, rehearse_conversion
 from mhla_gen.training import rehearse, train
@@ -9,7 +11,7 @@ def run(config: TrainConfig, dry_run: bool) -> None:
     """Train or convert, or build everything and do one step without writing."""
     if dry_run:
         print(rehearse(config) if config.convert is None else rehearse_conversion(config))
-    elif config.convert is None:
-        train(config)
-    else:
-        convert(config)
+        return
+    pipeline = train(config) if config.convert is None else convert(config)
+    if PartialState().is_main_process:
+        print(f"wrote {pipeline}; to draw from it: mhla-gen sample {pipeline}")

@@ -2,20 +2,26 @@
 
 import hashlib
 import io
+import sys
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from mhla_gen.data.protocol import Batch
 from mhla_gen.data.stores import ImageStore
 from mhla_gen.pictures import UnreadableImageError, read_rgb
+
+# Broken images in turn that are data of another kind, not a few that are broken.
+_TRIES = 10
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,6 +103,7 @@ class EncodedImages:
     """Where the files are."""
     image_size: int
     """Side in pixels after ADM's centre crop."""
+    _said: set[int] = field(default_factory=set, init=False, repr=False)
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
@@ -134,12 +141,15 @@ class EncodedImages:
     def read(self, indices: Sequence[int]) -> Batch:
         """See `TrainingData`.
 
+        In place of an image that cannot be read comes the next one of its class, which is said. So
+        a long run does not end with it, and what sample i is stays a function of the files.
+
         Raises:
-            ValueError: If a file is no readable image.
+            ValueError: If many of a class in turn cannot be read.
         """
         # Pillow decodes without holding the interpreter lock.
         with ThreadPoolExecutor(8) as readers:
-            images = list(readers.map(self._named_pixels, indices))
+            images = list(readers.map(self._readable, indices))
         batch = {"samples": to_model_range(np.stack(images))}
         if self.labels is not None:
             batch["labels"] = torch.from_numpy(self.labels[np.asarray(indices)]).long()
@@ -164,13 +174,26 @@ class EncodedImages:
         except OSError:
             return "unreadable"
 
-    def _named_pixels(self, index: int) -> np.ndarray:
-        try:
-            return self.pixels(index)
-        except UnreadableImageError as error:
-            raise ValueError(
-                f"{self.describe(index)} {error}; `mhla-gen cache` leaves such images out"
-            ) from error
+    def _readable(self, index: int) -> np.ndarray:
+        broken: dict[int, str] = {}
+        for other in islice(self._class_from(index), _TRIES):
+            try:
+                pixels = self.pixels(other)
+            except UnreadableImageError as error:
+                broken[other] = f"{self.describe(other)} {error}"
+                continue
+            for number in broken.keys() - self._said:
+                self._said.add(number)
+                message = f"{broken[number]}; the next image of its class takes its place"
+                tqdm.write(message, file=sys.stderr)
+            return pixels
+        raise ValueError(f"{broken[index]}, and no image near it in its class can be read")
+
+    def _class_from(self, index: int) -> Iterator[int]:
+        """This image, and those of its class after it, in a circle."""
+        for other in chain(range(index, len(self)), range(index)):
+            if self.labels is None or self.labels[other] == self.labels[index]:
+                yield other
 
 
 def digits() -> ArrayImages:

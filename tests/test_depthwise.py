@@ -13,6 +13,7 @@ CASES = [
     ((5, 7), (3, 3), 66),
     ((3, 4, 5), (3, 3, 3), 6),
     ((2, 9, 1), (1, 5, 3), 4),
+    ((3, 5), (5, 5), 3),
 ]
 
 
@@ -44,6 +45,16 @@ def test_kernels_equal_torch_in_float64(grid, sizes, channels, dtype):
         assert a.dtype == dtype
         error = (a.double() - e).norm() / e.norm()
         assert error < max(torch.finfo(dtype).eps, 1e-6), f"{name}: {error:.1e}"
+
+
+def test_gradients_may_have_any_strides():
+    tensors = make_inputs((3, 4), (3, 3), 6, torch.float32)
+    out = depthwise_conv(*tensors, grid=(3, 4), implementation="fused")
+    wide = torch.randn(2, 12, 12, device=DEVICE)
+    for grad in (wide[..., 3:9], wide[..., ::2], wide[:1, :, :6].expand(2, -1, -1)):
+        expected = torch.autograd.grad(out, tensors, grad.contiguous(), retain_graph=True)
+        actual = torch.autograd.grad(out, tensors, grad, retain_graph=True)
+        assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
 
 
 def test_registration_is_sound():

@@ -1,8 +1,8 @@
 """Depthwise convolution of tokens on their grid, where they lie.
 
 torch's convolutions want channels before positions. For tokens `[batch, seq_len, channels]` that is
-a transposed copy each way, and in three dimensions the layer itself is slow on a GPU; the Triton
-kernel here reads raster order in place.
+a transposed copy each way, and a compiled model then keeps other tensors of four axes, such as
+queries and keys, in that order too. The Triton kernels here read raster order in place.
 """
 
 import importlib.util
@@ -30,7 +30,8 @@ def depthwise_conv(
         weight: `[channels, 1, size, …]`, one odd size an axis of `grid`.
         bias: `[channels]`, or None.
         grid: Tokens along each axis; 1 to 3 axes.
-        implementation: `torch`, `fused` (Triton, on a CUDA device) or `auto`, the faster one.
+        implementation: `torch`, `fused` (Triton, on a CUDA device) or `auto`: `fused` where it can
+            run.
 
     Returns:
         A tensor like `tokens`; products are summed in float32 by the kernel.
@@ -48,7 +49,7 @@ def depthwise_conv(
             f"tokens {tuple(tokens.shape)} do not fit weight {tuple(weight.shape)} and grid={grid}"
         )
     if implementation == "auto":
-        implementation = "fused" if _fused_is_faster(tokens, weight) else "torch"
+        implementation = "fused" if _fused_can_run(tokens) else "torch"
     if implementation == "torch":
         return _torch_conv(tokens, weight, bias, grid)
     if implementation != "fused":
@@ -62,16 +63,8 @@ def depthwise_conv(
     return depthwise_tokens(tokens, weight, bias, list(grid))
 
 
-def _fused_is_faster(tokens: Tensor, weight: Tensor) -> bool:
-    """Whether the kernel can run and saves time (docs/results/depthwise-h100.json).
-
-    In three dimensions it takes a quarter of torch's time, with and without gradients. In one or
-    two it is as fast or faster forward, but the gradient of the filter takes twice as long.
-    """
-    if not tokens.is_cuda or tokens.dtype == torch.float64 or not _HAS_TRITON:
-        return False
-    trains = torch.is_grad_enabled() and (tokens.requires_grad or weight.requires_grad)
-    return weight.ndim == 5 or not trains
+def _fused_can_run(tokens: Tensor) -> bool:
+    return tokens.is_cuda and tokens.dtype != torch.float64 and _HAS_TRITON
 
 
 def _torch_conv(

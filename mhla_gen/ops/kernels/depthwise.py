@@ -1,8 +1,10 @@
 """Triton kernels of the depthwise convolution over tokens, as torch custom operators.
 
-A program takes a tile of tokens and channels and reads every neighbour of the tile from cache; the
-gradient of the tokens is the same convolution with the filter turned around. The gradient of the
-filter is summed in two steps, so that it does not depend on the order of programs.
+A program takes some channels of one part of one sequence and goes through its tokens tile by tile;
+neighbours come from cache. One pass over the gradient finds those of tokens, filter and bias where
+the registers hold all taps; a larger filter is cut into groups of taps, and the gradient of the
+tokens is the same convolution with the filter turned around. Sums over tokens are taken in two
+steps, so that they do not depend on the order of programs.
 """
 
 import math
@@ -13,76 +15,142 @@ import triton.language as tl
 from torch import Tensor
 
 INTERPRETED = triton.knobs.runtime.interpret
-# Tokens and channels of a tile: whole 128-byte lines of half-precision channels.
-_TOKENS, _CHANNELS = 32, 64
-# Parts of a sequence that the sum over tokens of the filter's gradient is cut into.
-_PARTS = 32
+# Tokens and channels of a tile: whole 128-byte lines of half-precision channels, 8 for a thread.
+_TOKENS, _CHANNELS = 16, 64
+# A thread's registers hold this many taps of its channels.
+_MOST_HELD_TAPS = 9
+# Programs that keep a large GPU busy: several for each of 132 multiprocessors.
+_ENOUGH_PROGRAMS = 2048
 
 
 @triton.jit
-def _neighbour(tokens, t, h, w, T, H, W, tap, KH: tl.constexpr, KW: tl.constexpr, PT, PH, PW):
-    """Token at `tap` of the filter around each token, and whether it lies on the grid."""
-    dt, dh, dw = tap // (KH * KW) - PT, tap // KW % KH - PH, tap % KW - PW
-    inside = (t + dt >= 0) & (t + dt < T) & (h + dh >= 0) & (h + dh < H)
-    inside = inside & (w + dw >= 0) & (w + dw < W)
-    return tokens + (dt * H + dh) * W + dw, inside
+def _part(parts, part_size, seq_len, C, BC: tl.constexpr):
+    """What a program works on: its sequence, tokens [first, last) and channels."""
+    batch = (tl.program_id(0) // parts).to(tl.int64)
+    first = tl.program_id(0) % parts * part_size
+    channels = (tl.program_id(1) * BC + tl.arange(0, BC))[None, :]
+    return batch, first, tl.minimum(first + part_size, seq_len), channels, channels < C
+
+
+@triton.jit
+def _neighbours(
+    x_ptr, x_token, tokens, valid, channels, held, T, H, W, tap,
+    KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, SIGN: tl.constexpr,
+):  # fmt: skip
+    """Float32 `x` where each token's filter, turned around if SIGN is -1, has `tap`; 0 outside."""
+    dt = SIGN * (tap // (KH * KW) - KT // 2)
+    dh, dw = SIGN * (tap // KW % KH - KH // 2), SIGN * (tap % KW - KW // 2)
+    h, w = tokens // W % H + dh, tokens % W + dw
+    valid = valid & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+    if KT > 1:
+        t = tokens // (H * W) + dt
+        valid = valid & (t >= 0) & (t < T)
+    near = (tokens + (dt * H + dh) * W + dw).to(tl.int64)
+    return tl.load(x_ptr + near * x_token + channels, mask=valid & held, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _factor(weight_ptr, tap, weight_tap, weight_channel, channels, held):
+    """Float32 [1, BC] of one tap."""
+    offsets = tap * weight_tap + channels * weight_channel
+    return tl.load(weight_ptr + offsets, mask=held, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _factors(weight_ptr, weight_tap, weight_channel, channels, held, TAPS: tl.constexpr):
+    """Those of all taps."""
+    factors = ()
+    for tap in tl.static_range(TAPS):
+        factor = _factor(weight_ptr, tap, weight_tap, weight_channel, channels, held)
+        factors += (factor,)
+    return factors
 
 
 @triton.jit
 def _conv_kernel(
     x_ptr, weight_ptr, bias_ptr, out_ptr,
-    C, T, H, W, x_batch, x_token,
+    C, T, H, W, parts, part_size, x_batch, x_token, weight_tap, weight_channel,
     KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
-    HAS_BIAS: tl.constexpr, TURNED: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
+    HAS_BIAS: tl.constexpr, SIGN: tl.constexpr, HOLD: tl.constexpr,
+    BT: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
+    TAPS: tl.constexpr = KT * KH * KW
     seq_len = T * H * W
-    tokens = tl.program_id(0) * BT + tl.arange(0, BT)
-    channels = tl.program_id(1) * BC + tl.arange(0, BC)
-    batch = tl.program_id(2).to(tl.int64)
-    t, h, w = tokens // (H * W), tokens // W % H, tokens % W
-    held = channels < C
-    total = tl.zeros((BT, BC), tl.float32)
+    batch, first, last, channels, held = _part(parts, part_size, seq_len, C, BC)
+    x_ptr += batch * x_batch
+    out_ptr += batch * seq_len * C
+    bias = tl.zeros((1, BC), tl.float32)
     if HAS_BIAS:
-        total += tl.load(bias_ptr + channels, mask=held, other=0.0).to(tl.float32)[None, :]
-    for tap in tl.static_range(KT * KH * KW):
-        near, inside = _neighbour(tokens, t, h, w, T, H, W, tap, KH, KW, KT // 2, KH // 2, KW // 2)
-        mask = (inside & (tokens < seq_len))[:, None] & held[None, :]
-        offsets = near.to(tl.int64)[:, None] * x_token + channels[None, :]
-        x = tl.load(x_ptr + batch * x_batch + offsets, mask=mask, other=0.0).to(tl.float32)
-        entry = KT * KH * KW - 1 - tap if TURNED else tap
-        factor = tl.load(weight_ptr + entry * C + channels, mask=held, other=0.0)
-        total += x * factor.to(tl.float32)[None, :]
-    mask = (tokens < seq_len)[:, None] & held[None, :]
-    offsets = (batch * seq_len + tokens)[:, None] * C + channels[None, :]
-    tl.store(out_ptr + offsets, total.to(out_ptr.dtype.element_ty), mask=mask)
+        bias = tl.load(bias_ptr + channels, mask=held, other=0.0).to(tl.float32)
+    HELD_TAPS: tl.constexpr = TAPS if HOLD else 0
+    factors = _factors(weight_ptr, weight_tap, weight_channel, channels, held, HELD_TAPS)
+    for start in range(first, last, BT):
+        tokens = (start + tl.arange(0, BT))[:, None]
+        valid = tokens < last
+        total = tl.zeros((BT, BC), tl.float32) + bias
+        for tap in tl.static_range(TAPS):
+            x = _neighbours(
+                x_ptr, x_token, tokens, valid, channels, held, T, H, W, tap, KT, KH, KW, SIGN
+            )
+            if HOLD:
+                total += x * factors[tap]
+            else:
+                total += x * _factor(weight_ptr, tap, weight_tap, weight_channel, channels, held)
+        offsets = tokens.to(tl.int64) * C + channels
+        tl.store(out_ptr + offsets, total.to(out_ptr.dtype.element_ty), mask=valid & held)
 
 
 @triton.jit
-def _weight_grad_kernel(
-    x_ptr, grad_ptr, partial_ptr,
-    C, T, H, W, parts, part_size, x_batch, x_token,
-    KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
+def _backward_kernel(
+    x_ptr, grad_ptr, weight_ptr, dx_ptr, partial_ptr, bias_partial_ptr,
+    C, T, H, W, parts, part_size, x_batch, x_token, grad_batch, grad_token,
+    KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, GROUP: tl.constexpr,
+    BT: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
+    """Sums over a part for `GROUP` taps of the filter; with all taps dx too."""
+    TAPS: tl.constexpr = KT * KH * KW
+    WHOLE: tl.constexpr = GROUP == TAPS
     seq_len = T * H * W
-    tap, row = tl.program_id(0), tl.program_id(2)
-    batch = (row // parts).to(tl.int64)
-    first = row % parts * part_size
-    last = tl.minimum(first + part_size, seq_len)
-    channels = tl.program_id(1) * BC + tl.arange(0, BC)
-    held = channels < C
-    total = tl.zeros((BT, BC), tl.float32)
+    batch, first, last, channels, held = _part(parts, part_size, seq_len, C, BC)
+    x_ptr += batch * x_batch
+    grad_ptr += batch * grad_batch
+    dx_ptr += batch * seq_len * C
+    first_tap = 0 if WHOLE else tl.program_id(2) * GROUP
+    factors = _factors(weight_ptr, 1, TAPS, channels, held, TAPS if WHOLE else 0)
+    bias_sum = tl.zeros((BT, BC), tl.float32)
+    sums = ()
+    for _ in tl.static_range(GROUP):
+        sums += (tl.zeros((BT, BC), tl.float32),)
     for start in range(first, last, BT):
-        tokens = start + tl.arange(0, BT)
-        t, h, w = tokens // (H * W), tokens // W % H, tokens % W
-        near, inside = _neighbour(tokens, t, h, w, T, H, W, tap, KH, KW, KT // 2, KH // 2, KW // 2)
-        mask = (inside & (tokens < last))[:, None] & held[None, :]
-        offsets = near.to(tl.int64)[:, None] * x_token + channels[None, :]
-        x = tl.load(x_ptr + batch * x_batch + offsets, mask=mask, other=0.0)
-        offsets = (batch * seq_len + tokens)[:, None] * C + channels[None, :]
-        grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0)
-        total += x.to(tl.float32) * grad.to(tl.float32)
-    offset = (row * KT * KH * KW + tap) * C
-    tl.store(partial_ptr + offset + channels, tl.sum(total, axis=0), mask=held)
+        tokens = (start + tl.arange(0, BT))[:, None]
+        valid = tokens < last
+        x = tl.load(
+            x_ptr + tokens.to(tl.int64) * x_token + channels, mask=valid & held, other=0.0
+        ).to(tl.float32)
+        dx = tl.zeros((BT, BC), tl.float32)
+        added = ()
+        for index in tl.static_range(GROUP):
+            # Of the output that this token reaches through this tap.
+            grad = _neighbours(
+                grad_ptr, grad_token, tokens, valid, channels, held, T, H, W, first_tap + index,
+                KT, KH, KW, -1,
+            )  # fmt: skip
+            added += (sums[index] + x * grad,)
+            if WHOLE:
+                dx += grad * factors[index]
+            if index == GROUP // 2:
+                # The centre, if this group has it.
+                bias_sum += grad
+        sums = added
+        if WHOLE:
+            offsets = tokens.to(tl.int64) * C + channels
+            tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), mask=valid & held)
+    row = tl.program_id(0) * C + channels
+    for index in tl.static_range(GROUP):
+        total = tl.sum(sums[index], axis=0, keep_dims=True)
+        tl.store(partial_ptr + row * TAPS + first_tap + index, total, mask=held)
+    centre = first_tap + GROUP // 2 == TAPS // 2
+    tl.store(bias_partial_ptr + row, tl.sum(bias_sum, axis=0, keep_dims=True), mask=held & centre)
 
 
 @torch.library.custom_op("mhla_gen::depthwise_tokens", mutates_args=())
@@ -90,7 +158,7 @@ def depthwise_tokens(
     tokens: Tensor, weight: Tensor, bias: Tensor | None, grid: list[int]
 ) -> Tensor:
     """See `mhla_gen.ops.depthwise.depthwise_conv`."""
-    return _convolve(tokens, weight, bias, grid, turned=False)
+    return _convolve(tokens, weight, bias, grid, sign=1)
 
 
 @depthwise_tokens.register_fake
@@ -101,29 +169,37 @@ def _(tokens, weight, bias, grid):
 @torch.library.custom_op("mhla_gen::depthwise_tokens_backward", mutates_args=())
 def depthwise_tokens_backward(
     grad: Tensor, tokens: Tensor, weight: Tensor, grid: list[int]
-) -> tuple[Tensor, Tensor]:
-    """Gradients of tokens and weight."""
-    grad = grad.contiguous()
-    tokens = _unit_channels(tokens)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of tokens, weight and bias, the last in float32."""
+    grad, tokens, weight = _unit_channels(grad), _unit_channels(tokens), weight.contiguous()
     batch, seq_len, channels = tokens.shape
     box, sizes = _box(weight, grid)
     taps = math.prod(sizes)
-    part_size = triton.cdiv(triton.cdiv(seq_len, _PARTS), _TOKENS) * _TOKENS
-    parts = triton.cdiv(seq_len, part_size)
-    partial = tokens.new_empty((batch * parts, taps, channels), dtype=torch.float32)
+    whole = taps <= _MOST_HELD_TAPS
+    group = taps if whole else _group(sizes)
+    tiles = triton.cdiv(channels, _CHANNELS)
+    parts, part_size = _parts(seq_len, batch * tiles * (taps // group))
+    rows = batch * parts
+    # In the order of the weight: compiled code relies on the strides of its gradient.
+    partial = tokens.new_empty((rows, channels, taps), dtype=torch.float32)
+    bias_partial = tokens.new_empty((rows, channels), dtype=torch.float32)
+    tokens_grad = tokens.new_empty(tokens.shape) if whole else tokens
     with torch.cuda.device_of(tokens):
-        _weight_grad_kernel[(taps, triton.cdiv(channels, _CHANNELS), batch * parts)](
-            tokens, grad, partial, channels, *box, parts, part_size, *tokens.stride()[:2],
-            *sizes, BT=_TOKENS, BC=_CHANNELS,
+        _backward_kernel[(rows, tiles, taps // group)](
+            tokens, grad, weight, tokens_grad, partial, bias_partial,
+            channels, *box, parts, part_size, *tokens.stride()[:2], *grad.stride()[:2],
+            *sizes, GROUP=group, BT=_TOKENS, BC=_CHANNELS,
         )  # fmt: skip
-    # In memory as the fake says: compiled code relies on its strides.
-    weight_grad = partial.sum(dim=0).t().to(weight.dtype).contiguous().view(weight.shape)
-    return _convolve(grad, weight, None, grid, turned=True), weight_grad
+    if not whole:
+        tokens_grad = _convolve(grad, weight, None, grid, sign=-1)
+    weight_grad = partial.sum(dim=0).view(weight.shape).to(weight.dtype)
+    return tokens_grad, weight_grad, bias_partial.sum(dim=0)
 
 
 @depthwise_tokens_backward.register_fake
 def _(grad, tokens, weight, grid):
-    return tokens.new_empty(tokens.shape), weight.new_empty(weight.shape)
+    bias_grad = weight.new_empty(weight.shape[0], dtype=torch.float32)
+    return tokens.new_empty(tokens.shape), weight.new_empty(weight.shape), bias_grad
 
 
 def _setup(ctx, inputs, output):
@@ -134,33 +210,51 @@ def _setup(ctx, inputs, output):
 
 def _backward(ctx, grad):
     tokens, weight = ctx.saved_tensors
-    tokens_grad, weight_grad = depthwise_tokens_backward(grad, tokens, weight, ctx.grid)
-    bias_grad = None
-    if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
-        bias_grad = grad.sum(dim=(0, 1), dtype=torch.float32).to(ctx.bias_dtype)
-    return tokens_grad, weight_grad, bias_grad, None
+    *gradients, bias_grad = depthwise_tokens_backward(grad, tokens, weight, ctx.grid)
+    return *gradients, None if ctx.bias_dtype is None else bias_grad.to(ctx.bias_dtype), None
 
 
 depthwise_tokens.register_autograd(_backward, setup_context=_setup)
 
 
 def _convolve(
-    tokens: Tensor, weight: Tensor, bias: Tensor | None, grid: list[int], turned: bool
+    tokens: Tensor, weight: Tensor, bias: Tensor | None, grid: list[int], sign: int
 ) -> Tensor:
     tokens = _unit_channels(tokens)
     batch, seq_len, channels = tokens.shape
     out = tokens.new_empty(tokens.shape)
     box, sizes = _box(weight, grid)
-    launch = (triton.cdiv(seq_len, _TOKENS), triton.cdiv(channels, _CHANNELS), batch)
-    # Channels last, so that a tap's factors lie together.
-    factors = weight.reshape(channels, -1).t().contiguous()
+    tiles = triton.cdiv(channels, _CHANNELS)
+    hold = math.prod(sizes) <= _MOST_HELD_TAPS
+    factors = weight.reshape(channels, -1).t()
+    if hold:
+        tile = _TOKENS
+        parts, part_size = _parts(seq_len, batch * tiles)
+    else:
+        # Read again for every tile: a tap's factors should lie together, and tiles be large.
+        factors = factors.contiguous()
+        tile = part_size = 2 * _TOKENS
+        parts = triton.cdiv(seq_len, tile)
     with torch.cuda.device_of(tokens):
-        _conv_kernel[launch](
+        _conv_kernel[(batch * parts, tiles)](
             tokens, factors, factors if bias is None else bias, out,
-            channels, *box, *tokens.stride()[:2], *sizes,
-            HAS_BIAS=bias is not None, TURNED=turned, BT=_TOKENS, BC=_CHANNELS,
+            channels, *box, parts, part_size, *tokens.stride()[:2], *factors.stride(), *sizes,
+            HAS_BIAS=bias is not None, SIGN=sign, HOLD=hold, BT=tile, BC=_CHANNELS,
         )  # fmt: skip
     return out
+
+
+def _parts(seq_len: int, programs: int) -> tuple[int, int]:
+    """Parts to cut a sequence into, and the tokens of each."""
+    parts = triton.cdiv(_ENOUGH_PROGRAMS, programs)
+    part_size = triton.cdiv(triton.cdiv(seq_len, parts), _TOKENS) * _TOKENS
+    return triton.cdiv(seq_len, part_size), part_size
+
+
+def _group(sizes: list[int]) -> int:
+    """Taps of a larger filter that one program sums: those of a plane, or of a line."""
+    plane = sizes[1] * sizes[2]
+    return plane if plane <= _MOST_HELD_TAPS else sizes[2]
 
 
 def _unit_channels(tokens: Tensor) -> Tensor:

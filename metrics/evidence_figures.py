@@ -93,16 +93,18 @@ def draw_layers(groups: Sequence[Group], path: Path) -> None:
 def draw_quality_and_speed(groups: Sequence[Group], path: Path) -> None:
     """Fréchet distance over images per second in sampling: down and to the right is better.
 
-    Nothing is drawn unless every arm had a GPU of its own.
+    Arms whose speed was not measured are left out.
     """
-    if not all(group.timed for group in groups):
+    groups = [group for group in groups if group.speed is not None]
+    if not groups:
         return
     sizes = _tokens(groups)
     figure = Figure(figsize=(5.6 * len(sizes), 4.4), layout="constrained")
     panels = figure.subplots(1, len(sizes), squeeze=False)[0]
     for axes, tokens in zip(panels, sizes, strict=True):
         for group in (g for g in groups if g.tokens == tokens):
-            x = group.mean("images_per_second", "sample")
+            assert group.speed is not None
+            x = group.speed["sample"]["images_per_second"]
             y = group.mean("scores", "frechet")
             main = group.arm in MAIN
             colour = _COLOURS[group.arm] if main else "#bbbbbb"

@@ -1,6 +1,5 @@
-"""What is measured of a trained model itself: loss on held-out images, attention, speed."""
+"""What is measured of a trained model itself: loss on held-out images, attention."""
 
-import time
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -133,21 +132,3 @@ def mixing_statistics(model: torch.nn.Module) -> list[dict[str, float]]:
             }
         )
     return found
-
-
-@torch.no_grad()
-def sampling_speed(pipeline: Any, batch_size: int, num_steps: int, device: torch.device) -> float:
-    """Images per second of whole sampling runs of `num_steps`, from the time of a few steps."""
-    labels = [i % pipeline.num_classes for i in range(batch_size)]
-    timed = max(1, num_steps // 4)
-
-    def run(steps: int) -> float:
-        began = time.perf_counter()
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            pipeline(labels, num_inference_steps=steps, guidance_scale=1.0, output_type="latent")
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - began
-
-    run(1)
-    return batch_size / (run(timed) / timed * num_steps)

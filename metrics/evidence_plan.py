@@ -36,24 +36,31 @@ class Run:
 
 def read_titles(path: str | Path = PLAN) -> dict[str, str]:
     """Name and title of every arm, in the order of the tables."""
-    return {
-        name: arm["title"] for name, arm in yaml.safe_load(Path(path).read_text())["arms"].items()
-    }
+    return {name: arm["title"] for name, arm in _read(Path(path))["arms"].items()}
 
 
 def read_plan(path: str | Path = PLAN) -> list[Run]:
     """All runs of a plan, the most informative first.
 
+    Args:
+        path: A file with `tokens`, `arms` and `order`. One with `extends` takes what it lacks from
+            the plan of that name beside it; its `set` changes all arms.
+
     Raises:
         ValueError: If a line of `order` names no arm or number of tokens, or comes twice.
     """
-    plan: dict[str, Any] = yaml.safe_load(Path(path).read_text())
+    plan = _read(Path(path))
     runs = [_run(plan, line) for line in plan["order"]]
     names = [run.name for run in runs]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(f"{path} orders {', '.join(twice)} more than once")
     return runs
+
+
+def _read(path: Path) -> dict[str, Any]:
+    plan = yaml.safe_load(path.read_text())
+    return _read(path.with_name(plan["extends"])) | plan if "extends" in plan else plan
 
 
 def _run(plan: dict[str, Any], line: str) -> Run:
@@ -64,5 +71,5 @@ def _run(plan: dict[str, Any], line: str) -> Run:
             f"a line of order is ARM TOKENS SEED with an arm and tokens of the plan, found {line!r}"
         )
     arm, tokens = plan["arms"][parts[0]], int(parts[1])
-    overrides = (*plan["tokens"][tokens], *arm["set"])
+    overrides = (*plan["tokens"][tokens], *plan.get("set", ()), *arm["set"])
     return Run(parts[0], arm["title"], tokens, int(parts[2]), overrides)

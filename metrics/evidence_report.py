@@ -1,10 +1,10 @@
 """Tables and pictures of the comparison, from its results.
 
-    python metrics/evidence_report.py RESULTS [--page docs/evidence.md]
+    python metrics/evidence_report.py RESULTS [--plan PLAN.yaml] [--page docs/evidence.md]
 
-RESULTS holds what metrics/evidence_run.py and metrics/evidence_probe.py wrote; it gets tables.md
-and the pictures. With --page the tables also replace what stands in that page between the lines
-`<!-- tables -->` and `<!-- end of tables -->`.
+RESULTS holds what metrics/evidence_run.py, _speed.py and _probe.py wrote; it gets tables.md and the
+pictures. With --page the tables also replace what stands in that page between the lines
+`<!-- tables of PLAN -->` and `<!-- end of tables -->`; PLAN is the name of the plan, `arms`.
 """
 
 import argparse
@@ -20,17 +20,19 @@ from evidence_figures import (
     draw_quality_and_speed,
     draw_samples,
 )
+from evidence_plan import PLAN
 from evidence_table import Group, cost_table, load_groups, quality_table
 
 from mhla_gen.files import written_whole
 
-_BEGIN, _END = "<!-- tables -->\n", "<!-- end of tables -->"
+_END = "<!-- end of tables -->"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Write tables and pictures."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("results", type=Path)
+    parser.add_argument("--plan", type=Path, default=PLAN)
     parser.add_argument("--page", type=Path)
     options = parser.parse_args(arguments)
     folder: Path = options.results
@@ -38,13 +40,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     probes = [json.loads(path.read_text()) for path in sorted(folder.glob("probe-*.json"))]
     if probes:
         draw_probe(probes, folder / "probe.png")
-    groups = load_groups(folder)
+    groups = load_groups(folder, options.plan)
     real: dict[str, Any] = json.loads((folder / "real.json").read_text())
     text = tables(groups, real)
     with written_whole(folder / "tables.md") as partial:
         partial.write_text(text)
     if options.page:
-        replace_tables(options.page, text)
+        replace_tables(options.page, options.plan.stem, text)
     draw_curves(groups, folder / "curves.png")
     draw_layers(groups, folder / "layers.png")
     draw_quality_and_speed(groups, folder / "quality-speed.png")
@@ -77,18 +79,18 @@ def tables(groups: Sequence[Group], real: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def replace_tables(page: Path, text: str) -> None:
-    """Put tables between the two markers of a page.
+def replace_tables(page: Path, name: str, text: str) -> None:
+    """Put the tables of a plan between its two markers in a page.
 
     Raises:
         ValueError: If the page lacks a marker.
     """
-    old = page.read_text()
-    if _BEGIN not in old or _END not in old:
-        raise ValueError(f"{page} lacks the lines {_BEGIN.strip()} and {_END}")
-    before, rest = old.split(_BEGIN, 1)
+    begin = f"<!-- tables of {name} -->\n"
+    before, found, rest = page.read_text().partition(begin)
+    if not found or _END not in rest:
+        raise ValueError(f"{page} lacks the lines {begin.strip()} and {_END}")
     with written_whole(page) as partial:
-        partial.write_text(before + _BEGIN + text + _END + rest.split(_END, 1)[1])
+        partial.write_text(before + begin + text + _END + rest.split(_END, 1)[1])
 
 
 if __name__ == "__main__":

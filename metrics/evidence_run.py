@@ -1,31 +1,33 @@
 """Train, sample and score the arms of the comparison in docs/evidence.md, one after another.
 
-    python metrics/evidence_run.py DATA OUT [--seconds 500] [--part 0/4] [key=value ...]
+    python metrics/evidence_run.py DATA OUT [--plan PLAN.yaml] [--seconds 500] [key=value ...]
 
 DATA is an npz file with `arr_0` and `labels` (metrics/emoji_dataset.py makes one), or a folder with
 one sub-folder of images a class. OUT gets one JSON file and one picture for each arm as soon as it
 is done; arms that are there are not run again, so an interrupted comparison goes on with the same
-command. With --seconds no arm is begun that would not end in time. --part 0/4 runs the first of
-four equal parts of the plan: with a process for each part and GPU, four GPUs share it. Where
-several processes share one GPU, --sharing says how many, and speeds are not reported. key=value
-changes the training of all arms, see configs/evidence/base.yaml.
+command. Any number of processes may work on one OUT, on one GPU or several (CUDA_VISIBLE_DEVICES):
+each takes the next arm that nobody has. With --seconds no arm is begun that would not end in time.
+Speeds are measured apart, by metrics/evidence_speed.py. key=value changes the training of all arms,
+see configs/evidence/base.yaml.
 """
 
 import argparse
+import fcntl
 import gc
 import json
 import platform
 import shutil
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from evidence_measure import held_out_loss, layer_statistics, mixing_statistics, sampling_speed
+from evidence_measure import held_out_loss, layer_statistics, mixing_statistics
 from evidence_plan import PLAN, Run, read_plan
 from evidence_scores import Judge, Real
 from PIL import Image
@@ -56,14 +58,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--plan", type=Path, default=PLAN)
     parser.add_argument("--work", type=Path, help="scratch folder; OUT/work by default")
     parser.add_argument("--seconds", type=float, default=float("inf"))
-    parser.add_argument("--part", type=part, default=(0, 1), metavar="NUMBER/PARTS")
-    parser.add_argument("--sharing", type=int, default=1, help="processes on this GPU")
     parser.add_argument("--samples", type=int, default=4096)
     parser.add_argument("--sampling-steps", type=int, default=25)
     options = parser.parse_intermixed_args(arguments)
     began = time.perf_counter()
-    number, parts = options.part
-    runs = read_plan(options.plan)[number::parts]
+    runs = read_plan(options.plan)
     comparison = Comparison(options)
     for run in runs:
         comparison.settings(run)  # a wrong one is found before anything is read or trained
@@ -73,28 +72,35 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for run in runs:
         left = options.seconds - (time.perf_counter() - began)
         # The first run of a size compiles kernels; the next ones take less than it.
-        if (options.out / f"{run.name}.json").is_file() or left < 1.05 * spent.get(run.tokens, 0):
+        if left < 1.05 * spent.get(run.tokens, 0):
             continue
-        started = time.perf_counter()
-        try:
-            comparison.run(run)
-        except Exception:
-            # One arm that cannot be trained must not cost the others.
-            traceback.print_exc()
-            failed.append(run.name)
-            continue
-        spent[run.tokens] = time.perf_counter() - started
-        print(f"{run.name}: {spent[run.tokens]:.1f} s", flush=True)
+        with claimed(comparison.work / f"{run.name}.lock") as ours:
+            if not ours or (options.out / f"{run.name}.json").is_file():
+                continue
+            started = time.perf_counter()
+            try:
+                comparison.run(run)
+            except Exception:
+                # One arm that cannot be trained must not cost the others.
+                traceback.print_exc()
+                failed.append(run.name)
+                continue
+            spent[run.tokens] = time.perf_counter() - started
+            print(f"{run.name}: {spent[run.tokens]:.1f} s", flush=True)
     if failed:
         raise SystemExit(f"no result for {', '.join(failed)}; the errors are above")
 
 
-def part(text: str) -> tuple[int, int]:
-    """Number and count of a part written as 0/4."""
-    number, parts = map(int, text.split("/"))
-    if not 0 <= number < parts:
-        raise ValueError(f"parts are numbered from 0, found {text}")
-    return number, parts
+@contextmanager
+def claimed(path: Path) -> Iterator[bool]:
+    """Whether this process alone has the file; the system takes it back from one that dies."""
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
 
 
 class Comparison:
@@ -129,22 +135,20 @@ class Comparison:
         with written_whole(self.train_file) as partial, partial.open("wb") as file:
             np.savez(file, arr_0=images, labels=labels)
         self.judge = Judge(self.real, self.device)
-        _write_json(self.out / _REAL_NAME, self.judge.score_real())
+        write_json(self.out / _REAL_NAME, self.judge.score_real())
 
     def run(self, run: Run) -> None:
         """Train one model, measure it, and write its result."""
         folder = self.work / run.name
         # Half a run of an interrupted comparison.
         shutil.rmtree(folder, ignore_errors=True)
-        _reset_memory()
+        gc.collect()
         config = self.settings(run)
         began = time.perf_counter()
         saved = train(config, title=run.name)
         seconds = {"train": time.perf_counter() - began}
         pipeline: Any = ClassConditionalPipeline.from_pretrained(saved).to(self.device)
         log = read_log(folder / LOG_NAME)
-        gib = {"train": _peak_gib()}
-        _reset_memory()
         result = {
             "name": run.name,
             "arm": run.arm,
@@ -154,17 +158,13 @@ class Comparison:
             "parameters": sum(p.numel() for p in pipeline.transformer.parameters()),
             "steps": config.max_steps,
             "batch_size": config.batch_size,
-            "processes_per_gpu": self.options.sharing,
             "curve": [[line["step"], round(line["loss"], 6)] for line in log],
             **self._measure(run, pipeline, seconds),
         }
-        speeds = [line["images_per_second"] for line in log]
-        result["images_per_second"]["train"] = float(np.median(speeds))
-        result["gib"] = gib | {"sample": _peak_gib()}
         result["seconds"] = {name: round(value, 1) for name, value in seconds.items()}
         result["config"] = asdict(config)
-        result["machine"] = _machine(self.device)
-        _write_json(self.out / f"{run.name}.json", result)
+        result["machine"] = machine(self.device)
+        write_json(self.out / f"{run.name}.json", result)
         shutil.rmtree(folder)
 
     def _measure(self, run: Run, pipeline: Any, seconds: dict[str, float]) -> dict[str, Any]:
@@ -185,11 +185,9 @@ class Comparison:
                 title=f"{run.name} samples",
             )
         seconds["sample"] = time.perf_counter() - began
-        speed = sampling_speed(pipeline, min(batch_size, len(wanted)), steps, self.device)
         self._draw(run, samples, wanted)
         began = time.perf_counter()
         measured = {
-            "images_per_second": {"sample": round(speed, 1)},
             "held_out": held_out_loss(model, images, labels, self.device),
             "scores": self.judge.score(samples, wanted),
             "layers": layer_statistics(
@@ -250,20 +248,8 @@ def _read_folder(path: Path) -> tuple[np.ndarray, np.ndarray, list[str]]:
     return np.stack(images)[order], np.asarray(labels, np.int64)[order], names
 
 
-def _reset_memory() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-
-
-def _peak_gib() -> float | None:
-    if not torch.cuda.is_available():
-        return None
-    return round(torch.cuda.max_memory_allocated() / 2**30, 2)
-
-
-def _machine(device: torch.device) -> dict[str, str]:
+def machine(device: torch.device) -> dict[str, str]:
+    """What a result was found on, with what, and when."""
     name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor()
     return {
         "device": name or device.type,
@@ -273,7 +259,8 @@ def _machine(device: torch.device) -> dict[str, str]:
     }
 
 
-def _write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
+    """Write a result, whole or not at all."""
     with written_whole(path) as partial:
         partial.write_text(json.dumps(value, indent=1) + "\n")
 

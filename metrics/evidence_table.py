@@ -21,11 +21,8 @@ class Group:
     title: str
     tokens: int
     results: list[dict[str, Any]]
-
-    @property
-    def timed(self) -> bool:
-        """Whether each of its runs had a GPU of its own, so that speeds mean something."""
-        return all(result.get("processes_per_gpu", 1) == 1 for result in self.results)
+    speed: dict[str, Any] | None = None
+    """What metrics/evidence_speed.py measured."""
 
     def mean(self, *keys: str) -> float:
         """Mean over seeds of a number deep inside the results; NaN where it is missing."""
@@ -65,7 +62,15 @@ def load_groups(folder: Path, plan: Path = PLAN) -> list[Group]:
     titles = read_titles(plan)
     order = list(titles)
     keys = sorted(found, key=lambda key: (key[0], order.index(key[1])))
-    return [Group(arm, titles[arm], tokens, found[tokens, arm]) for tokens, arm in keys]
+    return [
+        Group(arm, titles[arm], tokens, found[tokens, arm], _speed_of(folder, arm, tokens))
+        for tokens, arm in keys
+    ]
+
+
+def _speed_of(folder: Path, arm: str, tokens: int) -> dict[str, Any] | None:
+    path = folder / f"speed-{arm}-{tokens}.json"
+    return json.loads(path.read_text()) if path.is_file() else None
 
 
 @dataclass(frozen=True)
@@ -122,9 +127,7 @@ def cost_table(groups: Sequence[Group]) -> str:
             f"{group.mean('parameters') / 1e6:.3f} M",
             f"{group.layers('effective_rank').mean():.1f}",
             f"{group.layers('entropy').mean():.2f}",
-            _speed(group, "train"),
-            _speed(group, "sample"),
-            f"{group.mean('gib', 'train'):.2f}",
+            *_speeds(group),
         ]
         for group in groups
     ]
@@ -151,8 +154,12 @@ def _quality_row(group: Group, groups: Sequence[Group]) -> list[str]:
     ]
 
 
-def _speed(group: Group, phase: str) -> str:
-    return f"{group.mean('images_per_second', phase):.0f}" if group.timed else "–"
+def _speeds(group: Group) -> list[str]:
+    if group.speed is None:
+        return ["–"] * 3
+    train, sample = group.speed["train"], group.speed["sample"]
+    gib = f"{train['gib']:.1f}" if "gib" in train else "–"
+    return [f"{train['images_per_second']:.0f}", f"{sample['images_per_second']:.0f}", gib]
 
 
 def _each(values: list[float], form: str) -> str:

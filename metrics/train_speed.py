@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -39,12 +40,22 @@ _BATCH_SIZES = {("S", 256): 256, ("S", 512): 64, ("XL", 256): 64, ("XL", 512): 1
 
 
 @dataclass(frozen=True)
-class RandomLatents:
-    """Latents in memory: what is measured is the step, not reading."""
+class RandomSamples:
+    """Latents or images in memory: what is measured is the step, not reading."""
 
-    side: int
+    shape: tuple[int, ...]
+    num_classes: int
     count: int = 512
-    class_names = tuple(map(str, range(_NUM_CLASSES)))
+
+    @cached_property
+    def samples(self) -> torch.Tensor:
+        """All of them."""
+        return torch.randn(self.count, *self.shape)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Their numbers."""
+        return tuple(map(str, range(self.num_classes)))
 
     @property
     def buckets(self) -> tuple[range]:
@@ -53,20 +64,20 @@ class RandomLatents:
 
     @property
     def sample_shapes(self) -> tuple[tuple[int, ...]]:
-        """Four channels."""
-        return ((4, self.side, self.side),)
+        """One."""
+        return (self.shape,)
 
     def __len__(self) -> int:
         return self.count
 
     def read(self, indices: Sequence[int]) -> Batch:
-        """Others at every call."""
-        samples = torch.randn(len(indices), *self.sample_shapes[0])
-        return {"samples": samples, "labels": torch.randint(_NUM_CLASSES, (len(indices),))}
+        """Some of them, with classes in turn."""
+        chosen = torch.tensor(indices)
+        return {"samples": self.samples[chosen], "labels": chosen % self.num_classes}
 
     def describe(self, index: int) -> str:
         """Nothing to name."""
-        return f"random latents {index}"
+        return f"random sample {index}"
 
 
 @dataclass(frozen=True)
@@ -148,8 +159,9 @@ def measure(row: Row, options: argparse.Namespace) -> dict[str, Any]:
         "gradient_checkpointing": config.gradient_checkpointing,
     }
     with fresh(), attention_kernel(row.attention):
+        data = RandomSamples((4, row.pixels // 8, row.pixels // 8), _NUM_CLASSES)
         try:
-            return named | timed(build_run(config, data=RandomLatents(row.pixels // 8)), options)
+            return named | timed(build_run(config, data=data), options)
         except torch.OutOfMemoryError:
             return named | {"error": "out of memory"}
 

@@ -3,6 +3,7 @@
 import importlib
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -118,12 +119,22 @@ def test_real_images_from_a_folder_and_from_a_file(scripts, tmp_path):
         load(tmp_path / "nowhere")
 
 
-def test_parts_of_a_plan(scripts):
-    part = scripts("evidence_run").part
-    assert part("0/1") == (0, 1) and part("3/4") == (3, 4)
-    for wrong in ("4/4", "1", "-1/2"):
-        with pytest.raises(ValueError):
-            part(wrong)
+def test_an_arm_is_claimed_by_one_process_at_a_time(scripts, tmp_path):
+    claimed = scripts("evidence_run").claimed
+    path = tmp_path / "arm.lock"
+    with claimed(path) as first, claimed(path) as second:
+        assert first and not second
+    with claimed(path) as again:
+        assert again
+
+
+def test_the_long_plan_trains_the_same_arms_longer(scripts):
+    plan = scripts("evidence_plan")
+    short = {run.name: run.config() for run in plan.read_plan()}
+    for run in plan.read_plan(ROOT / "configs" / "evidence" / "long.yaml"):
+        config = run.config()
+        assert config.max_steps > short[run.name].max_steps
+        assert replace(config, max_steps=short[run.name].max_steps) == short[run.name]
 
 
 def test_noise_levels_are_quantiles_of_what_training_draws(scripts):
@@ -243,7 +254,9 @@ def test_a_tiny_comparison_from_data_to_page(scripts, tmp_path):
         run.main(command)
     assert made == {path.name: path.stat().st_mtime_ns for path in out.glob("*-s0.json")}
     page = tmp_path / "page.md"
-    page.write_text("before\n<!-- tables -->\nold\n<!-- end of tables -->\nafter\n")
+    page.write_text("before\n<!-- tables of arms -->\nold\n<!-- end of tables -->\nafter\n")
+    speed = {"images_per_second": 12.0}
+    (out / "speed-content-256.json").write_text(json.dumps({"train": speed, "sample": speed}))
     scripts("evidence_report").main([str(out), "--page", str(page)])
     text = page.read_text()
     assert "old" not in text and "mixing from content" in text and text.endswith("after\n")

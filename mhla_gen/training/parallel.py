@@ -1,5 +1,6 @@
 """Several processes: replicas of the model (DDP), or its parts (FSDP2), through accelerate."""
 
+import copy
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -95,6 +96,18 @@ def autocast_shared(accelerator: Accelerator, model: Any) -> None:
     if accelerator.is_fsdp2 and accelerator.mixed_precision == "bf16":
         autocast = torch.autocast(accelerator.device.type, torch.bfloat16)
         model.forward = convert_outputs_to_fp32(autocast(model.forward))
+
+
+def without_weights(model: nn.Module) -> nn.Module:
+    """A copy of a model whose parameters have a shape only.
+
+    With adapters and all else that its config does not tell: `load_state_dict(…, assign=True)`
+    makes a whole model of it.
+    """
+    shapes = {
+        id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()
+    }
+    return copy.deepcopy(model, shapes)
 
 
 def free_whole(model: nn.Module) -> None:

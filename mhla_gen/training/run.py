@@ -1,5 +1,6 @@
 """A run: data, model, optimizer and average, and one step of them."""
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from mhla_gen.training.parallel import (
     shard_by,
     whole,
     whole_state,
+    without_weights,
 )
 from mhla_gen.training.recent import RecentSteps
 from mhla_gen.training.step import StepResult
@@ -42,8 +44,8 @@ class Run:
     task: Task
     model: Any
     """The task's transformer, as processes share it."""
-    model_class: Any
-    """What it was before."""
+    outline: Any
+    """What it was before, without weights; None where every process has the whole of it."""
     optimizer: Any
     learning_rate: Any
     ema: WeightAverage
@@ -132,9 +134,9 @@ class Run:
         state = whole_state(model, self.accelerator.is_main_process)
         if not state:
             return None
-        copy = self.model_class.from_config(model.config)
-        copy.load_state_dict(state)
-        return copy.eval()
+        own = copy.deepcopy(self.outline)
+        own.load_state_dict(state, assign=True)
+        return own.eval()
 
     def describe(self, number: int, positions: Sequence[int]) -> list[str]:
         """What the data call the samples at these positions of the batch of a step."""
@@ -175,6 +177,7 @@ def build_run(
         train_only_mhla(model)
     example = data.read([data.buckets[0][0]])
     sample_flops = step_flops(model, task.conditioning, example, data.sample_shapes[0])
+    outline = without_weights(model) if accelerator.is_fsdp2 else None
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     model.train()
@@ -188,7 +191,6 @@ def build_run(
         num_warmup_steps=config.warmup_steps,
         num_training_steps=config.max_steps,
     )
-    model_class = type(model)
     shard_by(accelerator, model, (block_class(model), *task.gathered))
     model, optimizer = accelerator.prepare(model, optimizer)
     autocast_shared(accelerator, model)
@@ -201,7 +203,7 @@ def build_run(
         data=data,
         task=task,
         model=model,
-        model_class=model_class,
+        outline=outline,
         optimizer=optimizer,
         learning_rate=learning_rate,
         ema=ema,

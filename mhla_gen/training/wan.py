@@ -81,8 +81,6 @@ def _check(config: TrainConfig, wan: WanConfig, data: TrainingData) -> None:
             )
     if config.objective.name != "flow_matching":
         raise ValueError(f"wan needs objective.name=flow_matching, found {config.objective.name}")
-    if config.parallelism == "fsdp" and config.model.trainable == "lora":
-        raise ValueError("model.trainable=lora needs parallelism=ddp")
     if wan.first_frame and config.data.horizontal_flip:
         raise ValueError("wan.first_frame needs data.horizontal_flip=false")
 

@@ -4,6 +4,7 @@ import copy
 import json
 from dataclasses import replace
 
+import imageio.v3 as iio
 import pytest
 import torch
 from diffusers import WanImageToVideoPipeline, WanPipeline
@@ -75,6 +76,11 @@ def test_a_new_wan_learns_from_a_cache_of_clips(cache, tmp_path):
     assert type(pipeline.transformer) is mhla_gen.MHLAWanTransformer3DModel
     names = {path.name for path in (tmp_path / "run" / "previews").iterdir()}
     assert {"clip-0000002-00.mp4", "clip-0000002-01.mp4", "samples-0000002.png"} <= names
+    assert preview_fps(tmp_path / "run") == 16
+
+
+def preview_fps(folder):
+    return iio.immeta(folder / "previews" / "clip-0000002-00.mp4", plugin="FFMPEG")["fps"]
 
 
 def test_two_shapes_meet_in_one_step_and_a_killed_run_goes_on_exactly(cache, tmp_path):
@@ -154,7 +160,8 @@ def test_tokens_of_a_known_first_frame_have_time_zero():
 
 @pytest.mark.parametrize("by_token", [True, False])
 def test_image_to_video_gives_the_model_what_the_pipeline_gives_it(tmp_path, by_token):
-    cache = tiny_clip_cache(tmp_path, "clips.condition=true", clips=1)
+    # 12 frames at 16 a second are 9 at 12.
+    cache = tiny_clip_cache(tmp_path, "clips.condition=true", "clips.fps=12", clips=1)
     wan = {"first_frame": True, "times_of_tokens": by_token}
     samples = PreviewConfig(num_images=1, num_inference_steps=2)
     config = wan_run(tmp_path / "run", cache, wan, sample_every=2, samples=samples)
@@ -189,7 +196,7 @@ def test_image_to_video_gives_the_model_what_the_pipeline_gives_it(tmp_path, by_
     assert theirs["timestep"].shape == ours["timestep"].shape
     assert theirs["timestep"].eq(0).equal(ours["timestep"].eq(0))
     train(config)
-    assert (tmp_path / "run" / "previews" / "clip-0000002-00.mp4").is_file()
+    assert preview_fps(tmp_path / "run") == 12
 
 
 def first_frame(cache, name, height, width):

@@ -95,6 +95,8 @@ class Task:
     sampler: Callable[[Any, Sequence[int], PreviewConfig], np.ndarray] | None = None
     """Pipeline, numbers of samples and their settings → uint8 `[images, (frames,) height, width,
     channels]`; None for a model that previews show no samples of."""
+    fps: float = 16.0
+    """Frames per second of clips that previews show."""
     losses: Losses | None = None
     """What a step minimises; None is the loss of the objective."""
     finished: Callable[[Any], Any] | None = None

@@ -49,7 +49,7 @@ def write_previews(run: Run, step: int) -> None:
     if samples is not None and samples.ndim == 5:
         for number, clip in enumerate(samples):
             name = f"clip-{step:07d}-{number:02d}.mp4"
-            write_video(Path(run.config.output_dir) / PREVIEWS_NAME / name, clip, fps=16)
+            write_video(Path(run.config.output_dir) / PREVIEWS_NAME / name, clip, run.task.fps)
     for tracker in run.accelerator.trackers:
         axes = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
         tracker.log_images({name: p[None] for name, p in pictures.items()}, step=step, **axes)

@@ -18,6 +18,7 @@ from mhla_gen.training.wan_pipeline import ClipSamples, WanParts
 # Channels of an image-to-video model beside noisy and known latents: see `first_frame_mask`.
 _MASK_CHANNELS = 4
 _BOUNDARY = 0.875
+_WAN_FPS = 16.0
 
 
 def wan_task(config: TrainConfig, wan: WanConfig, data: TrainingData) -> Task:
@@ -55,6 +56,8 @@ def wan_task(config: TrainConfig, wan: WanConfig, data: TrainingData) -> Task:
         pipeline=parts.pipeline,
         finished=merged if config.model.trainable == "lora" else None,
         sampler=ClipSamples(data, empty, wan.first_frame) if parts.has_autoencoder else None,
+        # Where clips keep the rates of their files, that of Wan.
+        fps=getattr(data, "fps", None) or _WAN_FPS,
         gathered=("WanTimeTextImageEmbedding",),
         summary=f"{len(data)} clips, latents {', '.join(map(_times, data.sample_shapes))}",
     )

@@ -74,6 +74,11 @@ class CachedLatents:
         return self.index.settings["flips"]
 
     @property
+    def fps(self) -> float | None:
+        """Frames per second of its clips; None for images, and where files keep their rates."""
+        return self.index.settings["clips"].get("fps")
+
+    @property
     def has_condition(self) -> bool:
         """Whether it holds what image-to-video models are given."""
         return bool(self.index.settings["clips"].get("condition"))

@@ -31,6 +31,8 @@ SCHEMAS: dict[str, type] = {
     "doctor": DoctorConfig,
 }
 
+_UNFIT = (OmegaConfBaseException, ValueError, TypeError)
+
 
 class ConfigError(ValueError):
     """A config file or an override that does not fit; the message is one sentence for the user."""
@@ -67,12 +69,9 @@ def load_config(
         if "=" not in override:
             raise ConfigError(f"overrides are written key=value, found {override!r}")
     try:
-        # Overrides go into the file's values: a frozen dataclass is read-only once structured.
-        given = OmegaConf.create(values)
-        given.merge_with_dotlist(list(overrides))
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), given))
-    except (OmegaConfBaseException, ValueError, TypeError) as error:
-        where = "the overrides" if path is None else str(path)
+        return _structured(schema, values, overrides)
+    except _UNFIT as error:
+        where = _at_fault(path, values, schema)
         raise ConfigError(f"{where}: {_first_line(error)}") from error
 
 
@@ -87,6 +86,24 @@ def save_config(config: Any, path: str | Path) -> None:
 def to_yaml(config: Any) -> str:
     """The resolved config as YAML, `job` first."""
     return f"job: {_job_of(type(config))}\n" + OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def _structured(schema: type, values: dict[str, Any], overrides: Sequence[str]) -> Any:
+    # Overrides go into the file's values: a frozen dataclass is read-only once structured.
+    given = OmegaConf.create(values)
+    given.merge_with_dotlist(list(overrides))
+    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), given))
+
+
+def _at_fault(path: str | Path | None, values: dict[str, Any], schema: type) -> str:
+    """Where a setting stands that does not fit."""
+    if path is None:
+        return "the overrides"
+    try:
+        _structured(schema, values, ())
+    except _UNFIT:
+        return str(path)
+    return f"{path} with the overrides"
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -21,9 +21,10 @@ from evidence_plan import Run, read_plan
 from evidence_run import machine, write_json
 from train_speed import RandomSamples, attention_kernel, fresh, synchronize, timed
 
+from mhla_gen.config import SampleConfig
 from mhla_gen.devices import resolve_device
 from mhla_gen.sampling import ClassConditionalPipeline
-from mhla_gen.sampling.building import compile_layers
+from mhla_gen.sampling.building import place
 from mhla_gen.training.build import build_model
 from mhla_gen.training.run import build_run
 
@@ -88,8 +89,7 @@ def sampling(run: Run, batch_size: int, device: torch.device) -> dict[str, Any]:
         ClassConditionalPipeline(model, FlowMatchEulerDiscreteScheduler()).save_pretrained(folder)
         pipeline: Any = ClassConditionalPipeline.from_pretrained(folder, dtype=dtype)
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.to(device)
-    compile_layers(pipeline.transformer)
+    place(SampleConfig(pipeline="", output_dir="", compile=True), pipeline, device)
     labels = [i % _CLASSES for i in range(batch_size)]
 
     def draw(steps: int) -> float:
@@ -99,7 +99,7 @@ def sampling(run: Run, batch_size: int, device: torch.device) -> dict[str, Any]:
         synchronize()
         return time.perf_counter() - began
 
-    draw(2)
+    draw(4)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     seconds = draw(_STEPS)

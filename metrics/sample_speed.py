@@ -4,7 +4,8 @@ python metrics/sample_speed.py OUT.json [--count 50000] [--limit 60] [--parts sm
 
 Weights are random: speed does not depend on them. `small` runs `mhla-gen sample` as it is, on a
 DiT-S of 32 × 32 pixels in patches of 4. `xl` draws one batch of 256 px images whole, decoded by an
-AutoencoderKL of Stable Diffusion's size, with softmax (cuDNN) and with MHLA, layers compiled.
+AutoencoderKL of Stable Diffusion's size, with softmax (cuDNN) and with MHLA, compiled as by
+`mhla-gen sample compile=true`.
 """
 
 import argparse
@@ -32,7 +33,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mhla_gen import ClassConditionalPipeline, MHLAConfig, inject
 from mhla_gen.config import SampleConfig
-from mhla_gen.sampling.building import build_sampler, compile_layers
+from mhla_gen.sampling.building import build_sampler, place
 from mhla_gen.sampling.drawing import Drawer
 from mhla_gen.sampling.run import Job
 from mhla_gen.sampling.samplers import ClassSampler
@@ -144,9 +145,7 @@ def measure_small(count: int, limit: float, attention: str, tiny: bool) -> dict[
 def _rate(config: SampleConfig, folder: Path) -> float:
     """Images a second of the second of two units: the first one compiles."""
     sampler = build_sampler(config)
-    sampler.pipeline.to(DEVICE)
-    if config.compile:
-        compile_layers(sampler.pipeline.transformer)
+    place(config, sampler.pipeline, DEVICE)
     units = Units.split(len(sampler), config.model_batch_size or 1)
     steps = config.num_inference_steps
     with Drawer(sampler, units, steps, units.rows, config.reproducible) as drawer:
@@ -180,8 +179,7 @@ def measure_xl(attention: str, batch: int, tiny: bool) -> list[dict[str, Any]]:
     for name, parameter in model.named_parameters():
         if name.endswith("mixing"):
             parameter.data = parameter.data.float()
-    if ON_GPU:
-        compile_layers(pipe.transformer)
+    place(SampleConfig(pipeline="", output_dir="", compile=ON_GPU), pipe, DEVICE)
     rows = []
     for scheduler, steps in ((ddpm, 250), (DPMSolverMultistepScheduler(), 50)):
         pipe.scheduler = scheduler

@@ -25,6 +25,7 @@ from mhla_gen.pipelines.noise import noise_of
 from mhla_gen.pipelines.schedulers import other_scheduler
 from mhla_gen.sampling import Guidance, contact_sheet
 from mhla_gen.sampling.loading import class_conditional
+from mhla_gen.sampling.recording import Recorded
 
 
 @pytest.mark.parametrize(
@@ -330,3 +331,48 @@ def test_a_contact_sheet_holds_every_row_and_group():
 def test_its_arguments_are_those_that_diffusers_users_know():
     known = inspect.signature(ClassConditionalPipeline.__call__).parameters
     assert {"callback_on_step_end", "generator", "latents", "output_type"} <= set(known)
+
+
+def test_calls_without_a_gpu_are_not_recorded():
+    model = torch.nn.Linear(3, 2)
+    x = torch.randn(4, 3)
+    recorded = Recorded(model.forward)
+    with torch.no_grad():
+        for _ in range(4):
+            torch.testing.assert_close(recorded(x), model(x), rtol=0, atol=0)
+    recorded(x).sum().backward()
+    assert model.weight.grad is not None
+
+
+@pytest.mark.gpu
+def test_a_recorded_pass_gives_the_same_bits():
+    model = (
+        mhla_gen.inject(tiny_dit_pipeline().transformer, mhla_gen.MHLAConfig(layout=(2, 2)))
+        .cuda()
+        .eval()
+    )
+    recorded = Recorded(model.forward)
+
+    def inputs(batch):
+        side = model.config.sample_size
+        generator = torch.Generator("cuda").manual_seed(batch)
+        return {
+            "hidden_states": torch.randn(
+                batch, model.config.in_channels, side, side, device="cuda", generator=generator
+            ),
+            # Not dense, as the pipeline's.
+            "timestep": torch.tensor(500.0 + batch, device="cuda").expand(batch),
+            "class_labels": torch.arange(batch, device="cuda") % 2,
+            "return_dict": False,
+        }
+
+    with torch.no_grad():
+        # More shapes than are kept, each often enough to be recorded.
+        for batch in (2, 3, 2, 3, 2, 3, 2, 5, 5, 5, 5, 2):
+            found = recorded(**inputs(batch))[0]
+            again = recorded(**inputs(batch))[0]
+            expected = model(**inputs(batch))[0]
+            for x in (found, again):
+                torch.testing.assert_close(x, expected, rtol=0, atol=0)
+        model.proj_out_2.bias.add_(1)
+        torch.testing.assert_close(recorded(**inputs(2))[0], model(**inputs(2))[0], rtol=0, atol=0)

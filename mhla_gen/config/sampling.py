@@ -72,7 +72,8 @@ class SampleConfig:
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Arithmetic of the models."""
     compile: bool = False
-    """Compile the layers of the transformer with torch.compile."""
+    """Compile the layers of the transformer with torch.compile. For images of classes on a GPU, a
+    step is also recorded as a CUDA graph, which takes the memory of one more call."""
     reproducible: bool = True
     """Call the models with model_batch_size samples whatever batch_size is: a sample's pixels are
     the same bit for bit. False calls them with the batch: pixels may differ by rounding."""

@@ -14,6 +14,7 @@ from mhla_gen.sampling.classes import class_labels, class_numbers, ordered_label
 from mhla_gen.sampling.loading import load_pipeline
 from mhla_gen.sampling.prompt_sampler import PromptSampler, read_embeds
 from mhla_gen.sampling.prompts import Prompt, read_prompts
+from mhla_gen.sampling.recording import Recorded
 from mhla_gen.sampling.samplers import ClassSampler, Sampler
 
 _SAMPLES_PER_CLASS = 10
@@ -120,6 +121,8 @@ def _completed(config: SampleConfig, prompt: Prompt) -> Prompt:
 def place(config: SampleConfig, pipeline: Any, device: torch.device) -> None:
     """Move a pipeline to its device, or let it come there in turns, and compile its layers.
 
+    Compiled images of classes on a GPU are drawn by recorded passes: their models are small.
+
     Raises:
         ValueError: If it cannot be offloaded here.
     """
@@ -135,6 +138,12 @@ def place(config: SampleConfig, pipeline: Any, device: torch.device) -> None:
         for name, model in pipeline.components.items():
             if name.startswith("transformer") and model is not None:
                 compile_layers(model)
+        if (
+            device.type == "cuda"
+            and config.offload == "none"
+            and isinstance(pipeline, ClassConditionalPipeline)
+        ):
+            pipeline.transformer.forward = Recorded(pipeline.transformer.forward)
 
 
 def compile_layers(transformer: Any) -> None:

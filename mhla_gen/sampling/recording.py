@@ -1,0 +1,78 @@
+"""A model's forward pass, recorded on the GPU and replayed.
+
+Every step of a sampler launches the same kernels, hundreds of them. For a small model, or few
+tokens, the host takes longer to launch them than the GPU to run them; a recorded pass (a CUDA
+graph) is launched at once.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+# Calls of one shape before it is recorded: the first compiles, and both allocate.
+_WARM_UP = 2
+# Guidance on an interval calls with two shapes in turn.
+_MOST_RECORDINGS = 2
+
+
+class Recorded:
+    """A function of CUDA tensors, recorded once for each shape of its arguments.
+
+    Kernels and their order are those of the function, so results are the same bits. A recording
+    keeps the memory of one call. It reads the model's weights where they were, so weights may
+    change in place, but not move. Calls that autograd watches, and such with a tensor on another
+    device, are not recorded.
+
+    Args:
+        function: A forward pass without random numbers and without a look at the values of tensors;
+            arguments are tensors or hashable.
+    """
+
+    def __init__(self, function: Callable[..., Any]):
+        self.function = function
+        self._seen: Counter[Any] = Counter()
+        self._recordings: dict[Any, _Recording] = {}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The function's result, in memory of its own."""
+        values = [*args, *kwargs.values()]
+        if torch.is_grad_enabled() or not all(x.is_cuda for x in values if torch.is_tensor(x)):
+            return self.function(*args, **kwargs)
+        key = (len(args), *kwargs, *map(_kind, values))
+        if key not in self._recordings:
+            self._seen[key] += 1
+            if self._seen[key] <= _WARM_UP:
+                return self.function(*args, **kwargs)
+            while len(self._recordings) >= _MOST_RECORDINGS:
+                self._recordings.pop(next(iter(self._recordings)))
+            # What the calls before have left in the allocator is needed by the recording's own.
+            torch.cuda.empty_cache()
+            self._recordings[key] = _Recording(self.function, args, kwargs)
+        return self._recordings[key].replay(values)
+
+
+class _Recording:
+    """One shape's pass, with the memory of its arguments and results."""
+
+    def __init__(self, function: Callable[..., Any], args: Any, kwargs: Any):
+        own_args, own_kwargs = tree_map_only(Tensor, torch.clone, (args, kwargs))
+        self._inputs = [*own_args, *own_kwargs.values()]
+        self._graph = torch.cuda.CUDAGraph()
+        # Another thread may copy finished samples meanwhile.
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            self._outputs = function(*own_args, **own_kwargs)
+
+    def replay(self, values: list[Any]) -> Any:
+        for own, value in zip(self._inputs, values, strict=True):
+            if torch.is_tensor(value):
+                own.copy_(value)
+        self._graph.replay()
+        return tree_map_only(Tensor, torch.clone, self._outputs)
+
+
+def _kind(value: Any) -> Any:
+    return (value.shape, value.dtype, value.device) if torch.is_tensor(value) else value

@@ -72,6 +72,18 @@ def made_with(folder: str | Path, config: Any, ignore: Sequence[str] = ("output_
     return True
 
 
+def check_writable(folder: str | Path) -> None:
+    """Raise unless files can be written to an output folder, which need not exist yet.
+
+    Raises:
+        PermissionError: Naming what stands in the way.
+    """
+    folder = Path(folder)
+    parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise PermissionError(f"output_dir {folder} cannot be made: {parent} is not writable")
+
+
 def differences(found: Any, asked: Any, ignore: Sequence[str] = ()) -> list[str]:
     """The settings in which two configs differ, as `key: found X, asked for Y`."""
     return differing_values(asdict(found), asdict(asked), ignore)

@@ -1,7 +1,6 @@
 """The sample command: settings → a folder of samples, by any number of processes and starts."""
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from accelerate import PartialState
 
 from mhla_gen.config import SampleConfig, save_config
 from mhla_gen.devices import resolve_device
-from mhla_gen.files import CONFIG_NAME, differing_values, made_with
+from mhla_gen.files import CONFIG_NAME, check_writable, differing_values, made_with
 from mhla_gen.processes import join_processes, on_main
 from mhla_gen.sampling import card, estimate
 from mhla_gen.sampling.building import build_sampler, place
@@ -68,7 +67,8 @@ def sample(config: SampleConfig, dry_run: bool = False) -> Path:
     resolve_device(config.device)
     state = join_processes(config.device)
     folder = Path(config.output_dir)
-    on_main(lambda: _check_folder(folder, config))
+    on_main(lambda: made_with(folder, config, _FREE))
+    on_main(lambda: check_writable(folder))
     if config.card:
         on_main(lambda: card.check(config.pipeline))
     sampler = build_sampler(config)
@@ -233,14 +233,6 @@ def _formats(config: SampleConfig, sampler: Sampler) -> tuple[str, ...]:
     if wrong in config.formats:
         raise ValueError(f"formats has {wrong}, but the samples are {kind}")
     return config.formats
-
-
-def _check_folder(folder: Path, config: SampleConfig) -> None:
-    """Refuse a folder that is not free, or cannot be written."""
-    made_with(folder, config, _FREE)
-    parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise PermissionError(f"output_dir {folder} cannot be made: {parent} is not writable")
 
 
 def _read_identity(folder: Path) -> dict[str, Any] | None:

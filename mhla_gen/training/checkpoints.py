@@ -12,7 +12,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from mhla_gen.config import TrainConfig, load_config, save_config
-from mhla_gen.files import CONFIG_NAME, differences
+from mhla_gen.files import CONFIG_NAME, check_writable, differences
 from mhla_gen.training.run import Run
 
 _PREFIX = "checkpoint-"
@@ -189,8 +189,10 @@ def check_output_dir(config: TrainConfig) -> None:
 
     Raises:
         FileExistsError: If it holds anything else.
+        PermissionError: If it cannot be written.
     """
     folder = Path(config.output_dir)
+    check_writable(folder)
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     if not (folder / CONFIG_NAME).is_file():

@@ -11,7 +11,13 @@ from mhla_gen.data import autoencoder, image_encoder, text
 from mhla_gen.data.clip_files import ClipFiles
 from mhla_gen.data.images import ArrayImages, EncodedImages
 from mhla_gen.digests import settings_digest
-from mhla_gen.files import CONFIG_NAME, differing_values, made_with, written_whole
+from mhla_gen.files import (
+    CONFIG_NAME,
+    check_writable,
+    differing_values,
+    made_with,
+    written_whole,
+)
 
 SETTINGS_NAME = "settings.json"
 
@@ -49,7 +55,7 @@ def content_settings(
     encoder: Any,
     frame_encoder: Any,
 ) -> dict[str, Any]:
-    """Plain values that decide every byte of a cache, but for rounding by device.
+    """Plain values that decide every byte of a cache, but for rounding by device and batch size.
 
     Args:
         config: Settings.
@@ -88,8 +94,10 @@ def check_output_dir(config: CacheConfig) -> None:
 
     Raises:
         FileExistsError: Naming the settings that differ.
+        PermissionError: If it cannot be written.
     """
     made_with(config.output_dir, config, _FREE)
+    check_writable(config.output_dir)
 
 
 def check_settings(config: CacheConfig, settings: dict[str, Any]) -> None:

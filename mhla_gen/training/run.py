@@ -99,13 +99,13 @@ class Run:
                 )
                 self.accelerator.backward(found["loss"].mean() / len(parts))
             losses.append({name: values.detach() for name, values in found.items()})
-        norm: Any = self.accelerator.clip_grad_norm_(
-            self.model.parameters(), self.config.max_grad_norm
-        )
+        # Looked for once: a model has many modules.
+        parameters = list(self.model.parameters())
+        norm: Any = self.accelerator.clip_grad_norm_(parameters, self.config.max_grad_norm)
         self.optimizer.step()
         self.learning_rate.step()
         self.optimizer.zero_grad()
-        self.ema.step(self.model.parameters())
+        self.ema.step(parameters)
         return StepResult(
             {name: torch.cat([part[name] for part in losses]) for name in losses[0]},
             self.task.objective.timesteps(draws.times),

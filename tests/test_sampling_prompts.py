@@ -243,7 +243,7 @@ def test_lines_that_are_no_prompts_are_named(tmp_path, line, message):
         ({"height": 40}, "height must be a multiple of 16, found 40"),
         ({"num_frames": 6}, "num_frames must be 1 . a multiple of 4, found 6"),
         ({"formats": ["png"]}, "formats has png, but the samples are videos"),
-        ({"scheduler": "DDPMScheduler"}, "needs use_flow_sigmas"),
+        ({"scheduler": "DDPMScheduler"}, "cannot take flow_prediction"),
     ],
 )
 def test_settings_that_do_not_fit_prompts_are_named(wan, tmp_path, changes, message):

@@ -44,9 +44,12 @@ def check_scheduler(scheduler: Any, prediction_type: str, learned_variance: bool
         )
     flows = name.startswith("FlowMatch") or _setting(scheduler, "use_flow_sigmas")
     if expected == "flow_prediction" and not flows:
+        if "use_flow_sigmas" in _options(type(scheduler)):
+            raise ValueError(f"{name} needs use_flow_sigmas=True for {prediction_type}")
         raise ValueError(
-            f"{name} needs use_flow_sigmas=True for {prediction_type}; "
-            "a scheduler without that option does not fit"
+            f"{name} cannot take {prediction_type}; choose one that can, such as "
+            "FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler or "
+            "DPMSolverMultistepScheduler"
         )
     if learns_variance(scheduler) and not (learned_variance and name in _LEARNING):
         reason = "the model makes none" if not learned_variance else f"{name} cannot use it"

@@ -50,7 +50,10 @@ def _of_classes(config: SampleConfig, pipeline: ClassConditionalPipeline) -> Cla
         if getattr(config, key) is not None:
             raise ValueError(f"{key} is given, but {config.pipeline} makes images of classes")
     if config.height != config.width:
-        raise ValueError(f"images of classes are square, found {config.height} × {config.width}")
+        raise ValueError(
+            "images of classes are square: height and width must be equal, found "
+            f"{config.height} and {config.width}"
+        )
     if config.height is not None:
         pipeline.latent_size(config.height)
     guidance = Guidance(config.guidance_scale, config.guidance_interval, config.guidance_channels)

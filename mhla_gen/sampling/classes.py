@@ -6,6 +6,9 @@ from typing import Any
 
 import numpy as np
 
+# Names that a message about an unknown one lists.
+_SHOWN = 5
+
 
 def class_labels(classes: Any, samples_per_class: int, num_classes: int) -> np.ndarray:
     """One label per sample, class after class; int64.
@@ -67,8 +70,9 @@ def class_numbers(classes: Any, class_names: Sequence[str]) -> Any:
 def _number_of(name: str, by_name: dict[str, int]) -> int:
     if name.casefold() not in by_name:
         close = difflib.get_close_matches(name.casefold(), by_name, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"the model has no class {name!r}{hint}")
+        some = ", ".join(sorted(by_name)[:_SHOWN])
+        hint = f"did you mean {close[0]!r}?" if close else f"among its classes are {some}"
+        raise ValueError(f"the model has no class {name!r}; {hint}")
     return by_name[name.casefold()]
 
 

@@ -331,6 +331,32 @@ def test_the_shapes_of_dit_on_gpu(poisoned, side, attention_form):
 
 
 @pytest.mark.gpu
+@FORMS
+def test_repeated_launches_on_gpu(attention_form):
+    """What was compiled for one call serves no other that needs more."""
+    inputs, options = make((12, 14), (3, 3), torch.bfloat16, head_dim=64, value_dim=64)
+    options["use_attention_form"] = attention_form
+    q, k, v, mixing = (x.contiguous() for x in inputs)
+    shifted = [q.new_empty(x.numel() + 1)[1:].view(x.shape).copy_(x) for x in (q, k, v)]
+    per_head = mixing.expand(2, -1, -1).contiguous()
+    expected = outputs_and_gradients(fused_mhla, (q, k, v, mixing), options)
+    transposed = mixing.mT.contiguous().mT
+    for tokens, matrix in (
+        ((q, k, v), mixing),
+        ((q, k, v), transposed),
+        (shifted, mixing),
+        (inputs[:3], mixing),
+    ):
+        actual = outputs_and_gradients(fused_mhla, (*tokens, matrix), options)
+        # Layouts, and with them the order of sums, may differ.
+        assert max(errors(actual, expected)) < torch.finfo(torch.bfloat16).eps
+    out, *_ = outputs_and_gradients(fused_mhla, (q, k, v, per_head), options)
+    assert torch.equal(out, expected[0])
+    out, *_ = outputs_and_gradients(fused_mhla, (q, k, v, mixing), options | {"eps": 100.0})
+    assert errors([out], expected[:1])[0] > 0.1
+
+
+@pytest.mark.gpu
 def test_many_tokens_on_gpu(poisoned):
     inputs, options = make((256, 256), (8, 8), torch.bfloat16, head_dim=64, value_dim=64, heads=1)
     assert_accurate(inputs, options)

@@ -1,7 +1,6 @@
 """Launches of the attention form and of its backward."""
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -10,7 +9,15 @@ from mhla_gen.ops.kernels.attention_backward import (
     attention_backward_keys_kernel,
     attention_backward_queries_kernel,
 )
-from mhla_gen.ops.kernels.launch import Call, alignment, mixing_strides, padded, shared_axes
+from mhla_gen.ops.kernels.compiled import launch
+from mhla_gen.ops.kernels.launch import (
+    Call,
+    alignment,
+    mixing_strides,
+    padded,
+    quotient_up,
+    shared_axes,
+)
 
 
 def forward(
@@ -21,13 +28,14 @@ def forward(
     out = value.new_empty(value.shape)
     inverse = empty_inverse(query, call.normalize)
     tiles = tile_options("attend", call)
-    attend_kernel[(triton.cdiv(seq_len, tiles["BQ"]) * heads * batch,)](
-        query, key, value, call.cos, call.sin, mixing, out, inverse,
-        query.stride(), key.stride(), value.stride(), out.stride(), mixing_strides(mixing),
-        call.box, seq_len, heads, call.eps, M=call.num_blocks, BM=padded(call.num_blocks),
-        EVEN=even(seq_len, tiles), ALIGN=alignment(query, key, value, out),
-        **call.options, **call.pieces, **tiles,
-    )  # fmt: skip
+    strides = query.stride(), key.stride(), value.stride(), out.stride()
+    launch(
+        attend_kernel,
+        (quotient_up(seq_len, tiles["BQ"]) * heads * batch,),
+        (query, key, value, call.cos, call.sin, mixing, out, inverse),
+        (*strides, mixing_strides(mixing), call.box, seq_len, heads, call.eps),
+        _constants(call, tiles, seq_len) | {"ALIGN": alignment(*strides)},
+    )
     return out, inverse
 
 
@@ -66,17 +74,18 @@ def backward_queries(
     """Gradient of the queries, δ of every query, gradient of mixing."""
     batch, seq_len, heads, _ = query.shape
     tiles = tile_options("backward_queries", call)
-    q_tiles = triton.cdiv(seq_len, tiles["BQ"])
+    q_tiles = quotient_up(seq_len, tiles["BQ"])
     dquery, delta = query.new_empty(query.shape), torch.empty_like(inverse)
     partial = inverse.new_empty((batch, heads, q_tiles, call.num_blocks, call.num_blocks))
-    attention_backward_queries_kernel[(q_tiles * heads * batch,)](
-        query, key, value, out, grad, call.cos, call.sin, mixing, inverse, delta, dquery, partial,
-        query.stride(), key.stride(), value.stride(), out.stride(), grad.stride(),
-        dquery.stride(), mixing_strides(mixing), call.box, seq_len, heads,
-        M=call.num_blocks, BM=padded(call.num_blocks),
-        EVEN=even(seq_len, tiles), ALIGN=alignment(query, key, value, out, grad, dquery),
-        **call.options, **call.pieces, **tiles,
-    )  # fmt: skip
+    tokens = query, key, value, out, grad
+    strides = (*(x.stride() for x in tokens), dquery.stride())
+    launch(
+        attention_backward_queries_kernel,
+        (q_tiles * heads * batch,),
+        (*tokens, call.cos, call.sin, mixing, inverse, delta, dquery, partial),
+        (*strides, mixing_strides(mixing), call.box, seq_len, heads),
+        _constants(call, tiles, seq_len) | {"ALIGN": alignment(*strides)},
+    )
     summed = (*shared_axes(mixing), 2)
     return dquery, delta, partial.sum(dim=summed).to(mixing.dtype)
 
@@ -95,15 +104,22 @@ def backward_keys(
     batch, seq_len, heads, _ = query.shape
     dkey, dvalue = key.new_empty(key.shape), value.new_empty(value.shape)
     tiles = tile_options("backward_keys", call)
-    attention_backward_keys_kernel[(triton.cdiv(seq_len, tiles["BK"]) * heads * batch,)](
-        query, key, value, grad, call.cos, call.sin, mixing, inverse, delta, dkey, dvalue,
-        query.stride(), key.stride(), value.stride(), grad.stride(),
-        dkey.stride(), dvalue.stride(), mixing_strides(mixing), call.box, seq_len, heads,
-        M=call.num_blocks, BM=padded(call.num_blocks),
-        EVEN=even(seq_len, tiles), ALIGN=alignment(query, key, value, grad, dkey, dvalue),
-        **call.options, **call.pieces, **tiles,
-    )  # fmt: skip
+    tokens = query, key, value, grad
+    strides = (*(x.stride() for x in tokens), dkey.stride(), dvalue.stride())
+    launch(
+        attention_backward_keys_kernel,
+        (quotient_up(seq_len, tiles["BK"]) * heads * batch,),
+        (*tokens, call.cos, call.sin, mixing, inverse, delta, dkey, dvalue),
+        (*strides, mixing_strides(mixing), call.box, seq_len, heads),
+        _constants(call, tiles, seq_len) | {"ALIGN": alignment(*strides)},
+    )
     return dkey, dvalue
+
+
+def _constants(call: Call, tiles: dict, seq_len: int) -> dict:
+    """Compile-time sizes and options, but for `ALIGN`."""
+    blocks = {"M": call.num_blocks, "BM": padded(call.num_blocks), "EVEN": even(seq_len, tiles)}
+    return {**blocks, **call.options, **call.pieces, **tiles}
 
 
 def tile_options(kernel: str, call: Call) -> dict:

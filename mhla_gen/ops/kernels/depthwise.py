@@ -14,6 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mhla_gen.ops.kernels.compiled import launch
+from mhla_gen.ops.kernels.launch import quotient_up
+
 INTERPRETED = triton.knobs.runtime.interpret
 # Tokens and channels of a tile: whole 128-byte lines of half-precision channels, 8 for a thread.
 _TOKENS, _CHANNELS = 16, 64
@@ -177,7 +180,7 @@ def depthwise_tokens_backward(
     taps = math.prod(sizes)
     whole = taps <= _MOST_HELD_TAPS
     group = taps if whole else _group(sizes)
-    tiles = triton.cdiv(channels, _CHANNELS)
+    tiles = quotient_up(channels, _CHANNELS)
     parts, part_size = _parts(seq_len, batch * tiles * (taps // group))
     rows = batch * parts
     # In the order of the weight: compiled code relies on the strides of its gradient.
@@ -185,11 +188,13 @@ def depthwise_tokens_backward(
     bias_partial = tokens.new_empty((rows, channels), dtype=torch.float32)
     tokens_grad = tokens.new_empty(tokens.shape) if whole else tokens
     with torch.cuda.device_of(tokens):
-        _backward_kernel[(rows, tiles, taps // group)](
-            tokens, grad, weight, tokens_grad, partial, bias_partial,
-            channels, *box, parts, part_size, *tokens.stride()[:2], *grad.stride()[:2],
-            *sizes, GROUP=group, BT=_TOKENS, BC=_CHANNELS,
-        )  # fmt: skip
+        launch(
+            _backward_kernel,
+            (rows, tiles, taps // group),
+            (tokens, grad, weight, tokens_grad, partial, bias_partial),
+            (channels, *box, parts, part_size, *tokens.stride()[:2], *grad.stride()[:2]),
+            {**_named(sizes), "GROUP": group, "BT": _TOKENS, "BC": _CHANNELS},
+        )
     if not whole:
         tokens_grad = _convolve(grad, weight, None, grid, sign=-1)
     weight_grad = partial.sum(dim=0).view(weight.shape).to(weight.dtype)
@@ -224,7 +229,7 @@ def _convolve(
     batch, seq_len, channels = tokens.shape
     out = tokens.new_empty(tokens.shape)
     box, sizes = _box(weight, grid)
-    tiles = triton.cdiv(channels, _CHANNELS)
+    tiles = quotient_up(channels, _CHANNELS)
     hold = math.prod(sizes) <= _MOST_HELD_TAPS
     factors = weight.reshape(channels, -1).t()
     if hold:
@@ -234,27 +239,40 @@ def _convolve(
         # Read again for every tile: a tap's factors should lie together, and tiles be large.
         factors = factors.contiguous()
         tile = part_size = 2 * _TOKENS
-        parts = triton.cdiv(seq_len, tile)
+        parts = quotient_up(seq_len, tile)
     with torch.cuda.device_of(tokens):
-        _conv_kernel[(batch * parts, tiles)](
-            tokens, factors, factors if bias is None else bias, out,
-            channels, *box, parts, part_size, *tokens.stride()[:2], *factors.stride(), *sizes,
-            HAS_BIAS=bias is not None, SIGN=sign, HOLD=hold, BT=tile, BC=_CHANNELS,
-        )  # fmt: skip
+        launch(
+            _conv_kernel,
+            (batch * parts, tiles),
+            (tokens, factors, bias, out),
+            (channels, *box, parts, part_size, *tokens.stride()[:2], *factors.stride()),
+            {
+                **_named(sizes),
+                "HAS_BIAS": bias is not None,
+                "SIGN": sign,
+                "HOLD": hold,
+                "BT": tile,
+                "BC": _CHANNELS,
+            },
+        )
     return out
 
 
 def _parts(seq_len: int, programs: int) -> tuple[int, int]:
     """Parts to cut a sequence into, and the tokens of each."""
-    parts = triton.cdiv(_ENOUGH_PROGRAMS, programs)
-    part_size = triton.cdiv(triton.cdiv(seq_len, parts), _TOKENS) * _TOKENS
-    return triton.cdiv(seq_len, part_size), part_size
+    parts = quotient_up(_ENOUGH_PROGRAMS, programs)
+    part_size = quotient_up(quotient_up(seq_len, parts), _TOKENS) * _TOKENS
+    return quotient_up(seq_len, part_size), part_size
 
 
 def _group(sizes: list[int]) -> int:
     """Taps of a larger filter that one program sums: those of a plane, or of a line."""
     plane = sizes[1] * sizes[2]
     return plane if plane <= _MOST_HELD_TAPS else sizes[2]
+
+
+def _named(sizes: list[int]) -> dict[str, int]:
+    return dict(zip(("KT", "KH", "KW"), sizes, strict=True))
 
 
 def _unit_channels(tokens: Tensor) -> Tensor:

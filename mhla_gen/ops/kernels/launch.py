@@ -27,6 +27,11 @@ def stored_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float16 if dtype == torch.bfloat16 else torch.float32
 
 
+def quotient_up(number: int, divisor: int) -> int:
+    """`number / divisor`, rounded up; `triton.cdiv` takes as long as half a launch."""
+    return -(-number // divisor)
+
+
 @cache
 def padded(size: int) -> int:
     """The power of two that holds `size` entries, at least what a matrix product needs."""
@@ -41,13 +46,14 @@ def pieces(channels: int) -> tuple[int, int]:
     return (first, second) if first + second < padded(channels) else (padded(channels), 0)
 
 
-def alignment(*tensors: Tensor) -> int:
-    """Elements, up to 16, of which every row of `[batch, seq_len, heads, dim]` is a multiple."""
-    return math.gcd(
-        16,
-        *(stride for x in tensors for stride in x.stride()[:3]),
-        *(x.data_ptr() // x.element_size() for x in tensors),
-    )
+@cache
+def alignment(*strides: tuple[int, ...]) -> int:
+    """Elements, up to 16, of which every row's offset is a multiple.
+
+    Args:
+        strides: Those of tensors `[batch, seq_len, heads, dim]`.
+    """
+    return math.gcd(16, *(stride for each in strides for stride in each[:3]))
 
 
 def mixing_strides(mixing: Tensor) -> tuple[int, int, int, int]:
@@ -71,7 +77,7 @@ def num_parts(batch_heads: int, grid: list[int], layout: list[int]) -> int:
 
 def block_size(grid: list[int], layout: list[int]) -> int:
     """Tokens of the largest block."""
-    return math.prod(-(-n // count) for n, count in zip(grid, layout, strict=True))
+    return math.prod(map(quotient_up, grid, layout))
 
 
 def merge_axes(grid: list[int], layout: list[int]) -> tuple[list[int], list[int]]:
@@ -153,6 +159,14 @@ class Call:
     def programs(self) -> tuple[int]:
         """Launch grid of kernels with one program for each part and head."""
         return (self.query.shape[0] * self.num_blocks * self.num_parts * self.num_heads,)
+
+    @cached_property
+    def kind(self) -> tuple:
+        """All that compile-time arguments depend on, besides strides."""
+        heads, rotary = self.query.shape[2:], self.cos is not None
+        options = self.feature_map, self.normalize, self.stored
+        sizes = len(self.grid), self.block_size
+        return heads, self.value.shape[3], self.query.dtype, rotary, *options, *sizes
 
     @cached_property
     def options(self) -> dict:

@@ -1,14 +1,21 @@
 """Launches of the linear form: summarise → mix → apply, and their backward."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from mhla_gen.ops.kernels.launch import Call, alignment, mixing_strides, padded, shared_axes
+from mhla_gen.ops.kernels.compiled import launch
+from mhla_gen.ops.kernels.launch import (
+    Call,
+    alignment,
+    mixing_strides,
+    padded,
+    quotient_up,
+    shared_axes,
+)
 from mhla_gen.ops.kernels.linear import apply_kernel, summarise_kernel
 from mhla_gen.ops.kernels.linear_backward import backward_keys_kernel, backward_queries_kernel
 from mhla_gen.ops.kernels.mixing import coefficients_kernel, correlate_kernel, mix_kernel
@@ -23,6 +30,9 @@ _TILES = {
 }
 # The same for blocks of one tile, where nothing can be loaded ahead.
 _SMALL_BLOCKS = {"summarise": (64, 4, 1, None), "backward_queries": (32, 4, 1, None)}
+
+# What `tile_options` found for kernels and kinds of calls.
+_TILE_OPTIONS: dict[tuple, dict] = {}
 
 
 class Summaries(NamedTuple):
@@ -85,11 +95,8 @@ def _empty(call: Call, rows: int) -> Summaries:
 def summarise(key: Tensor, value: Tensor, call: Call) -> Summaries:
     """Summaries and key sums of every part of every block."""
     summaries = _empty(call, call.num_blocks * call.num_parts)
-    summarise_kernel[call.programs](
-        key, value, call.cos, call.sin, *summaries,
-        key.stride(), value.stride(), call.box, call.window, call.num_heads, call.num_parts,
-        ALIGN=alignment(key, value), **tile_options("summarise", call),
-    )  # fmt: skip
+    tensors = key, value, call.cos, call.sin, *summaries
+    _over_tokens(summarise_kernel, "summarise", call, tensors, (key.stride(), value.stride()))
     return summaries
 
 
@@ -98,34 +105,42 @@ def mix(mixing: Tensor, summaries: Summaries, call: Call) -> Summaries:
     batch, rows, heads, head_dim, value_dim = summaries.matrices.shape
     mixed = _empty(call, call.num_blocks)
     tiles = mix_tiles(call.num_blocks, rows, call.stored)
-    padded_blocks = triton.cdiv(call.num_blocks, tiles["BI"]) * tiles["BI"]
-    padded_rows = triton.cdiv(rows, tiles["BR"]) * tiles["BR"]
+    padded_blocks = quotient_up(call.num_blocks, tiles["BI"]) * tiles["BI"]
+    padded_rows = quotient_up(rows, tiles["BR"]) * tiles["BR"]
     coefficients = summaries.matrices.new_empty((batch, heads, padded_blocks, padded_rows))
-    coefficients_kernel[(batch * heads * padded_blocks // 16,)](
-        mixing, summaries.scales, summaries.key_sums, coefficients, mixed.scales, mixed.key_sums,
-        mixing_strides(mixing), heads, call.num_blocks, rows, call.num_parts, padded_blocks,
-        padded_rows,
-        D=head_dim, BD=padded(head_dim), BI=16, BR=padded(padded_rows), BZ=min(64, padded(rows)),
-        NORMALIZE=call.normalize, num_warps=max(4, padded(padded_rows) // 128),
-    )  # fmt: skip
-    columns = triton.cdiv(head_dim * value_dim, tiles["BC"])
-    mix_kernel[(padded_blocks // tiles["BI"] * columns * batch * heads,)](
-        coefficients, summaries.matrices, mixed.matrices,
-        heads, call.num_blocks, rows, padded_blocks, padded_rows,
-        D=head_dim, V=value_dim, **tiles,
-    )  # fmt: skip
+    sizes = heads, call.num_blocks, rows
+    padded_sizes = padded_blocks, padded_rows
+    launch(
+        coefficients_kernel,
+        (batch * heads * padded_blocks // 16,),
+        (mixing, *summaries[1:], coefficients, *mixed[1:]),
+        (mixing_strides(mixing), *sizes, call.num_parts, *padded_sizes),
+        {
+            "D": head_dim,
+            "BD": padded(head_dim),
+            "BI": 16,
+            "BR": padded(padded_rows),
+            "BZ": min(64, padded(rows)),
+            "NORMALIZE": call.normalize,
+            "num_warps": max(4, padded(padded_rows) // 128),
+        },
+    )
+    columns = quotient_up(head_dim * value_dim, tiles["BC"])
+    launch(
+        mix_kernel,
+        (padded_blocks // tiles["BI"] * columns * batch * heads,),
+        (coefficients, summaries.matrices, mixed.matrices),
+        (*sizes, *padded_sizes),
+        {"D": head_dim, "V": value_dim, **tiles},
+    )
     return mixed
 
 
 def apply(query: Tensor, value: Tensor, mixed: Summaries, call: Call) -> Tensor:
     """The output, shaped and typed like `value`."""
     out = value.new_empty(value.shape)
-    apply_kernel[call.programs](
-        query, call.cos, call.sin, *mixed, out,
-        query.stride(), out.stride(),
-        call.box, call.window, call.num_heads, call.num_parts, call.eps,
-        ALIGN=alignment(query, out), **tile_options("apply", call),
-    )  # fmt: skip
+    tensors = query, call.cos, call.sin, *mixed, out
+    _over_tokens(apply_kernel, "apply", call, tensors, (query.stride(), out.stride()), call.eps)
     return out
 
 
@@ -135,12 +150,9 @@ def backward_queries(
     """Gradients of the queries and, by part, of the mixed summaries."""
     dquery = query.new_empty(query.shape)
     dmixed = _empty(call, call.num_blocks * call.num_parts)
-    backward_queries_kernel[call.programs](
-        query, grad, call.cos, call.sin, *mixed, dquery, *dmixed,
-        query.stride(), grad.stride(), dquery.stride(),
-        call.box, call.window, call.num_heads, call.num_parts, call.eps,
-        ALIGN=alignment(query, grad, dquery), **tile_options("backward_queries", call),
-    )  # fmt: skip
+    tensors = query, grad, call.cos, call.sin, *mixed, dquery, *dmixed
+    strides = query.stride(), grad.stride(), dquery.stride()
+    _over_tokens(backward_queries_kernel, "backward_queries", call, tensors, strides, call.eps)
     return dquery, dmixed
 
 
@@ -149,14 +161,17 @@ def correlate(dmixed: Summaries, summaries: Summaries, mixing: Tensor, call: Cal
     batch, rows, heads, head_dim, value_dim = dmixed.matrices.shape
     others = summaries.matrices.shape[1]
     tiles = correlate_tiles(rows, call.stored)
-    pairs = triton.cdiv(rows, tiles["BI"]) * triton.cdiv(others, tiles["BI"])
+    pairs = quotient_up(rows, tiles["BI"]) * quotient_up(others, tiles["BI"])
     columns = head_dim * value_dim
     splits = max(1, min(512 // (pairs * batch * heads), columns // 1024))
     partial = summaries.key_sums.new_empty((batch, heads, splits, rows, others))
-    correlate_kernel[(pairs * splits * batch * heads,)](
-        *dmixed, *summaries, partial, heads, rows, others, splits,
-        D=head_dim, V=value_dim, NORMALIZE=call.normalize, **tiles,
-    )  # fmt: skip
+    launch(
+        correlate_kernel,
+        (pairs * splits * batch * heads,),
+        (*dmixed, *summaries, partial),
+        (heads, rows, others, splits),
+        {"D": head_dim, "V": value_dim, "NORMALIZE": call.normalize, **tiles},
+    )
     parts = call.num_parts
     sizes = (call.num_blocks, parts, others // parts, parts)
     summed = (*shared_axes(mixing), 2, 4, 6)
@@ -168,13 +183,22 @@ def backward_keys(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of keys and values."""
     dkey, dvalue = key.new_empty(key.shape), value.new_empty(value.shape)
-    backward_keys_kernel[call.programs](
-        key, value, call.cos, call.sin, *dsummaries, dkey, dvalue,
-        key.stride(), value.stride(), dkey.stride(), dvalue.stride(),
-        call.box, call.window, call.num_heads, call.num_parts,
-        ALIGN=alignment(key, value, dkey, dvalue), **tile_options("backward_keys", call),
-    )  # fmt: skip
+    tensors = key, value, call.cos, call.sin, *dsummaries, dkey, dvalue
+    strides = key.stride(), value.stride(), dkey.stride(), dvalue.stride()
+    _over_tokens(backward_keys_kernel, "backward_keys", call, tensors, strides)
     return dkey, dvalue
+
+
+def _over_tokens(
+    kernel: Any, name: str, call: Call, tensors: tuple, strides: tuple, *others: float
+) -> None:
+    """Launch one program for each part and head."""
+    scalars = *strides, call.box, call.window, call.num_heads, call.num_parts, *others
+    key = name, call.kind
+    if key not in _TILE_OPTIONS:
+        _TILE_OPTIONS[key] = tile_options(name, call)
+    constants = _TILE_OPTIONS[key] | {"ALIGN": alignment(*strides)}
+    launch(kernel, call.programs, tensors, scalars, constants)
 
 
 def tile_options(kernel: str, call: Call) -> dict:

@@ -169,3 +169,16 @@ def test_the_command_is_dry_repeatable_and_careful(tmp_path, capsys):
     assert "source is missing" in capsys.readouterr().err
     assert cli(f"source={tmp_path}", "direction=export", f"output_dir={tmp_path / 'x'}") == 2
     assert "no config.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"layout": (2, 2), "format": "mhla_dit"},
+        {"normalizer": "paper"},
+        {"allow_differences": True, "format": "mhla_wan"},
+    ],
+)
+def test_settings_of_another_format_are_refused(settings):
+    with pytest.raises(ValueError, match="is for format=mhla_"):
+        ConvertConfig(source="model.pt", **settings)

@@ -48,6 +48,11 @@ class ConvertConfig:
         check_choice("normalizer", self.normalizer, ("released", "paper"))
         if self.layout is not None:
             object.__setattr__(self, "layout", normalize_integers("layout", self.layout, 1))
+        only = {"layout": "mhla_wan", "normalizer": "mhla_dit", "allow_differences": "mhla_dit"}
+        for name, used in only.items():
+            given = getattr(self, name) not in (None, False, "released")
+            if given and self.format != used:
+                raise ValueError(f"{name} is for format={used}, found format={self.format}")
         if self.num_attention_heads is not None:
             check_at_least("num_attention_heads", self.num_attention_heads, 1)
 

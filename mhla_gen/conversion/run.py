@@ -85,7 +85,7 @@ def _export(config: ConvertConfig, folder: Path, dry_run: bool) -> None:
     state = read_checkpoint(Path(str(config.source)))
     written = _write(state, settings, config)
     hints = replace(config, num_attention_heads=settings["num_attention_heads"])
-    if "mhla" in settings:
+    if config.format == "mhla_wan":
         hints = replace(hints, layout=settings["mhla"]["layout"])
     model = model_class.from_pretrained(config.source, torch_dtype=torch.float32).eval()
     summary = _summary(config, model, ())

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import imageio.v3 as iio
+import numpy as np
 import pytest
 import torch
 from diffusers import WanImageToVideoPipeline
@@ -19,6 +20,7 @@ from mhla_gen.config.previews import PreviewConfig
 from mhla_gen.data import load_data
 from mhla_gen.data.caching.build import build_cache
 from mhla_gen.sampling import sample
+from mhla_gen.sampling.building import build_sampler
 from mhla_gen.sampling.loading import load_pipeline
 from mhla_gen.training import rehearse, train
 from mhla_gen.training.build import build_task
@@ -151,6 +153,20 @@ def sample_of(folder, cache, source, **changes):
     sizes = {"height": 32, "width": 48, "num_frames": 5, "guidance_scale": 2.0, "device": "cpu"}
     texts = {"prompts": str(prompts), "prompt_embeds": str(embeds)}
     return set_of(folder / f"{source.name}-samples", source, **sizes, **texts | changes)
+
+
+def test_a_first_frame_of_another_shape_is_cropped_as_clips_are(cache, tmp_path):
+    config = sample_of(tmp_path, cache, cache.parent / "pipeline")
+    sampler, given = build_sampler(config), []
+    tall = np.zeros((80, 48, 3), np.uint8)
+    # What is left of it: the middle 32 of 80 rows.
+    tall[24:56] = (200, 30, 30)
+    Image.fromarray(tall).save(tmp_path / "green.png")
+    sampler.pipeline.encode_image = lambda image, device: (
+        given.append(image) or torch.zeros(1, 5, 20)
+    )
+    sampler.draw([0], steps=1)
+    assert given[0].size == (48, 32) and (np.asarray(given[0]) == (200, 30, 30)).all()
 
 
 def test_embedded_prompts_of_another_length_are_refused(cache, tmp_path):

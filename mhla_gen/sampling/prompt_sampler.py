@@ -11,7 +11,10 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
+from mhla_gen.data.buckets import Bucket, crop_for
+from mhla_gen.decoding.frames import cropped
 from mhla_gen.models.wan import TEXT_LENGTH_WITH_IMAGE
+from mhla_gen.pictures import read_rgb
 from mhla_gen.sampling.prompts import Prompt
 from mhla_gen.sampling.samplers import OnStep, generator_of, step_callback, to_pixels
 
@@ -78,7 +81,7 @@ class PromptSampler:
             callback = {}
         result = self.pipeline(
             **self._texts(numbers, chosen),
-            **({"image": _open_image(chosen[0].image)} if self.takes_image else {}),
+            **({"image": self._first_frame(str(chosen[0].image))} if self.takes_image else {}),
             **self._sizes,
             **self.options,
             **callback,
@@ -131,6 +134,13 @@ class PromptSampler:
             rows = [i // self.samples_per_prompt if len(values) > 1 else 0 for i in numbers]
             found[key] = values[rows].to(device)
         return found
+
+    def _first_frame(self, path: str) -> Image.Image:
+        """An image, scaled and cropped to the size of the video as first frames of a cache are."""
+        pixels = read_rgb(Path(path))
+        height, width = self.shape[-3:-1]
+        crop = crop_for(Bucket(1, height, width), *pixels.shape[:2])
+        return Image.fromarray(cropped(pixels, crop))
 
     def _check_prompts(self) -> None:
         name = type(self.pipeline).__name__
@@ -214,9 +224,3 @@ def read_embeds(path: str, num_prompts: int | None, guided: bool) -> dict[str, T
                 f"found {list(found.shape) if found.numel() else 'none'}"
             )
     return {key: tensors[key] for key in needed}
-
-
-def _open_image(path: str | None) -> Image.Image:
-    assert path is not None
-    with Image.open(path) as image:
-        return image.convert("RGB")

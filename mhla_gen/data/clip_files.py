@@ -87,7 +87,7 @@ def find_clips(config: DataConfig, missing_caption: str) -> ClipFiles:
             suffixes = " ".join(sorted(VIDEO_SUFFIXES | STILL_SUFFIXES))
             raise FileNotFoundError(f"data.path {root} has no clips ({suffixes})")
         captions = [_text_beside(path) for path in paths]
-        remedy = f"write captions into text files of the same names, such as {paths[0].stem}.txt"
+        remedy = "write captions into text files of the same names, dog.txt for dog.mp4"
     elif root.exists():
         rows = read_list(root)
         paths = list(listed_paths(root, rows))

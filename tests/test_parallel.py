@@ -92,8 +92,6 @@ def test_slabs_cover_the_planes_of_a_shard_block_by_block():
         (2, 4, 7),
     ]
     assert slabs[1].blocks == slice(2, 4) and slabs[1].grid == (2, 2, 3)
-    # Of plane 1, tokens 6 to 9 lie before the shard; of plane 6, tokens 38 to 41 behind it.
-    assert shard.padding_of_blocks((3, 2, 1), torch.device("cpu")).tolist() == [3, 1, 0, 0, 1, 3]
 
 
 def test_a_halo_is_a_plane_a_row_and_a_token():

@@ -12,8 +12,8 @@ from mhla_gen.config import MHLAConfig
 from mhla_gen.models.content_mixing import ContentMixing
 from mhla_gen.models.head_rotary import mhla_rotated_by_head
 from mhla_gen.ops import MIXING_INITS, depthwise_conv, mhla, multiscale_mixing
-from mhla_gen.ops.halo import sharded_depthwise_conv
-from mhla_gen.ops.sharded import sharded_mhla
+from mhla_gen.ops.halo import begin_halo, sharded_depthwise_conv
+from mhla_gen.ops.sharded import begin_sharded_mhla
 
 # silu(x) = 1 here, to the last bit in float32, bfloat16 and float16.
 _SILU_ONE = 1.2784645427610738
@@ -99,8 +99,11 @@ class MHLA(nn.Module):
         Returns:
             `[batch, seq_len, num_heads * head_dim]`.
         """
+        halo = None
+        if self.conv is not None and group is not None:
+            halo = self.conv.begin_halo(value.flatten(2), grid, group)
         layout, mixing = self.block_mixing(query, key, grid, group)
-        out = _operator(rotary, group)(
+        attend = _begin_operator(rotary, group)(
             query,
             key,
             value,
@@ -113,11 +116,14 @@ class MHLA(nn.Module):
             eps=self.config.eps,
             implementation=self.config.implementation,
         )
+        # Where processes share the sequence, this hides what they tell each other.
+        convolved = None if self.conv is None else self.conv(value.flatten(2), grid, group, halo)
+        out = attend()
         if self.norm is not None:
             out = self.norm(out)
         out = out.flatten(2)
-        if self.conv is not None:
-            out = out + self.conv(value.flatten(2), grid, group)
+        if convolved is not None:
+            out = out + convolved
         if self.gate is not None:
             out = out * F.silu(self.gate(hidden_states))
         return out
@@ -171,19 +177,23 @@ class MHLA(nn.Module):
         )
 
 
-def _operator(rotary: tuple[Tensor, Tensor] | None, group: Any) -> Callable[..., Tensor]:
+def _begin_operator(
+    rotary: tuple[Tensor, Tensor] | None, group: Any
+) -> Callable[..., Callable[[], Tensor]]:
     """Functions of one signature, which differ in the shape of `rotary` or in who has the tokens.
+
+    What they return runs the operator, or the rest of it where others are told something first.
 
     Raises:
         ValueError: If both are out of the ordinary.
     """
     by_head = rotary is not None and rotary[0].ndim == 4
     if group is None:
-        return mhla_rotated_by_head if by_head else mhla
+        return partial(partial, mhla_rotated_by_head if by_head else mhla)
     if by_head:
         raise ValueError("a sequence that ranks share needs one rotary table for all heads")
-    sharded: Any = sharded_mhla
-    return partial(sharded, group=group)
+    begin: Any = begin_sharded_mhla
+    return partial(begin, group=group)
 
 
 def initial_mixing(config: MHLAConfig, num_heads: int) -> Tensor:
@@ -211,15 +221,26 @@ class DepthwiseConv(nn.Module):
         self.weight = nn.Parameter(torch.zeros(channels, 1, *[kernel_size] * rank))
         self.bias = nn.Parameter(torch.zeros(channels))
 
-    def forward(self, tokens: Tensor, grid: tuple[int, ...], group: Any = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        grid: tuple[int, ...],
+        group: Any = None,
+        halo: Callable[[], Tensor] | None = None,
+    ) -> Tensor:
         """Convolve tokens `[batch, seq_len, channels]`, raster order of `grid`.
 
-        `group`: processes that share them, or None.
+        `group`: processes that share them, or None; `halo`: what `begin_halo` returned, if called.
         """
         if group is not None:
             convolve: Any = sharded_depthwise_conv
-            return convolve(tokens, self.weight, self.bias, grid=grid, group=group)
+            return convolve(tokens, self.weight, self.bias, grid=grid, group=group, halo=halo)
         return depthwise_conv(tokens, self.weight, self.bias, grid=grid)
+
+    def begin_halo(self, tokens: Tensor, grid: tuple[int, ...], group: Any) -> Callable[[], Tensor]:
+        """Start to borrow what `forward` needs of other processes' tokens."""
+        begin: Any = begin_halo
+        return begin(tokens, tuple(self.weight.shape[2:]), grid=grid, group=group)
 
     def extra_repr(self) -> str:
         """Channels and filter size, for `print(model)`."""

@@ -4,11 +4,15 @@ Gradients follow one rule: what a rank computes is its own share of the loss, so
 tensor that all ranks read is the sum of theirs.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+# torch 2.14 renames it.
+_all_gather: Any = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 
 
 def sum_over_ranks(x: Tensor, group: Any) -> Tensor:
@@ -38,8 +42,35 @@ def _summed(x: Tensor, group: Any) -> Tensor:
     return x
 
 
-def exchange(rows: Tensor, sent: list[int], received: list[int], group: Any) -> Tensor:
-    """Send rows to each rank, in the order of ranks, and receive theirs; gradients travel back.
+def gather_rows(x: Tensor, group: Any) -> Callable[[], Tensor]:
+    """Start to collect the rows of all ranks; without gradients.
+
+    Args:
+        x: `[batch, rows, ...]`, contiguous, of one shape on all ranks.
+        group: A `torch.distributed` process group.
+
+    Returns:
+        A function that waits for `[batch, ranks * rows, ...]`, contiguous, rows of rank 0 first.
+    """
+    num_ranks = dist.get_world_size(group)
+    batch, rows, *rest = x.shape
+    out = x.new_empty((num_ranks * batch, rows, *rest))
+    # Some tensors of a call have no elements; every rank knows that.
+    work = _all_gather(out, x, group, async_op=True) if x.numel() else None
+
+    def wait() -> Tensor:
+        if work is not None:
+            work.wait()
+        by_batch = out.unflatten(0, (num_ranks, batch)).transpose(0, 1)
+        return by_batch.flatten(1, 2).contiguous()
+
+    return wait
+
+
+def exchange(
+    rows: Tensor, sent: list[int], received: list[int], group: Any
+) -> Callable[[], Tensor]:
+    """Start to send rows to each rank and to receive theirs; gradients travel back.
 
     Args:
         rows: `[sum(sent), ...]`, first those for rank 0.
@@ -48,23 +79,37 @@ def exchange(rows: Tensor, sent: list[int], received: list[int], group: Any) -> 
         group: A `torch.distributed` process group.
 
     Returns:
-        `[sum(received), ...]`, first those of rank 0.
+        A function that waits for `[sum(received), ...]`, first those of rank 0.
     """
-    return _Exchange.apply(rows, sent, received, group)
+    works: list[Any] = []
+    out = _Exchange.apply(rows, sent, received, group, works)
+
+    def wait() -> Tensor:
+        works.pop().wait()
+        return out
+
+    return wait
 
 
 class _Exchange(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, sent: list[int], received: list[int], group: Any) -> Tensor:
+    def forward(
+        ctx: Any, rows: Tensor, sent: list[int], received: list[int], group: Any, works: list[Any]
+    ) -> Tensor:
         ctx.options = received, sent, group
-        return _exchanged(rows, sent, received, group)
+        out, work = _exchanged(rows, sent, received, group)
+        works.append(work)
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return _exchanged(grads[0], *ctx.options), None, None, None
+        out, work = _exchanged(grads[0], *ctx.options)
+        work.wait()
+        return out, None, None, None, None
 
 
-def _exchanged(rows: Tensor, sent: list[int], received: list[int], group: Any) -> Tensor:
-    out = rows.new_empty((sum(received), *rows.shape[1:]))
-    dist.all_to_all_single(out, rows.contiguous(), received, sent, group=group)
-    return out
+def _exchanged(
+    rows: Tensor, sent: list[int], received: list[int], group: Any
+) -> tuple[Tensor, Any]:
+    out, rows = rows.new_empty((sum(received), *rows.shape[1:])), rows.contiguous()
+    return out, dist.all_to_all_single(out, rows, received, sent, group=group, async_op=True)

@@ -1,6 +1,7 @@
 """Depthwise convolution of tokens that ranks share: each borrows the tokens around its own."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,12 +21,10 @@ def sharded_depthwise_conv(
     *,
     grid: tuple[int, ...],
     group: Any,
+    halo: Callable[[], Tensor] | None = None,
     implementation: str = "auto",
 ) -> Tensor:
     """`depthwise_conv` of a sequence shared by a group; every rank gets its own tokens' output.
-
-    In raster order a filter reaches `halo_size` tokens to either side, so that many are received
-    from the ranks before and after, however many ranks these are.
 
     Args:
         tokens: This rank's, `[batch, its tokens, channels]`; see `Shard.of_rank`.
@@ -33,23 +32,19 @@ def sharded_depthwise_conv(
         bias: Likewise.
         grid: Tokens along each axis of the whole grid.
         group: A `torch.distributed` process group.
+        halo: What `begin_halo` returned for these tokens, if they are on their way already.
         implementation: As in `depthwise_conv`.
 
     Raises:
         ValueError: If `tokens` are not what this rank holds of `grid`.
     """
     rank, num_ranks = dist.get_rank(group), dist.get_world_size(group)
-    shards = [Shard.of_rank(grid, other, num_ranks) for other in range(num_ranks)]
-    check_shard(tokens, shards[rank])
-    wanted = [_with_halo(shard, weight) for shard in shards]
-    sent = [_overlap(shards[rank], wanted[other], rank == other) for other in range(num_ranks)]
-    received = [_overlap(shards[other], wanted[rank], rank == other) for other in range(num_ranks)]
-    first = shards[rank].first
-    rows = torch.cat([tokens[:, start - first : stop - first] for start, stop in sent], dim=1)
-    counts_sent, counts = ([b - a for a, b in ranges] for ranges in (sent, received))
-    borrowed = exchange(rows.transpose(0, 1), counts_sent, counts, group).transpose(0, 1)
-    before = sum(counts[:rank])
-    held = wanted[rank]
+    shard = Shard.of_rank(grid, rank, num_ranks)
+    sizes = tuple(weight.shape[2:])
+    begin: Any = begin_halo
+    wait = begin(tokens, sizes, grid=grid, group=group) if halo is None else halo
+    held = _with_halo(shard, sizes)
+    before, borrowed = shard.first - held.first, wait()
     first_plane, last_plane = held.planes
     planes = held.whole_planes(borrowed[:, :before], tokens, borrowed[:, before:])
     out = depthwise_conv(
@@ -59,7 +54,42 @@ def sharded_depthwise_conv(
         grid=(last_plane - first_plane, *grid[1:]),
         implementation=implementation,
     )
-    return held.from_whole_planes(out).narrow(1, first - held.first, tokens.shape[1])
+    return held.from_whole_planes(out).narrow(1, before, tokens.shape[1])
+
+
+@torch.compiler.disable
+def begin_halo(
+    tokens: Tensor, sizes: tuple[int, ...], *, grid: tuple[int, ...], group: Any
+) -> Callable[[], Tensor]:
+    """Start to borrow the tokens that a filter reaches around this rank's.
+
+    In raster order a filter reaches `halo_size` tokens to either side, so that many are received
+    from the ranks before and after, however many ranks these are.
+
+    Args:
+        tokens: This rank's, `[batch, its tokens, channels]`.
+        sizes: Of the filter, along each axis.
+        grid: Tokens along each axis of the whole grid.
+        group: A `torch.distributed` process group.
+
+    Returns:
+        A function to be called once, which waits for `[batch, borrowed tokens, channels]`, those
+        before this rank's and then those after.
+
+    Raises:
+        ValueError: If `tokens` are not what this rank holds of `grid`.
+    """
+    rank, num_ranks = dist.get_rank(group), dist.get_world_size(group)
+    shards = [Shard.of_rank(grid, other, num_ranks) for other in range(num_ranks)]
+    check_shard(tokens, shards[rank])
+    wanted = [_with_halo(shard, sizes) for shard in shards]
+    sent = [_overlap(shards[rank], wanted[other], rank == other) for other in range(num_ranks)]
+    received = [_overlap(shards[other], wanted[rank], rank == other) for other in range(num_ranks)]
+    first = shards[rank].first
+    rows = torch.cat([tokens[:, start - first : stop - first] for start, stop in sent], dim=1)
+    counts_sent, counts = ([b - a for a, b in ranges] for ranges in (sent, received))
+    wait = exchange(rows.transpose(0, 1), counts_sent, counts, group)
+    return lambda: wait().transpose(0, 1)
 
 
 def halo_size(grid: tuple[int, ...], sizes: tuple[int, ...]) -> int:
@@ -81,8 +111,8 @@ def check_shard(tokens: Tensor, shard: Shard) -> None:
         )
 
 
-def _with_halo(shard: Shard, weight: Tensor) -> Shard:
-    halo = halo_size(shard.grid, tuple(weight.shape[2:]))
+def _with_halo(shard: Shard, sizes: tuple[int, ...]) -> Shard:
+    halo = halo_size(shard.grid, sizes)
     first, stop = max(0, shard.first - halo), min(math.prod(shard.grid), shard.stop + halo)
     return Shard(shard.grid, first, stop)
 

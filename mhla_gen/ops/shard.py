@@ -14,7 +14,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from mhla_gen.ops.partition import block_of_tokens, block_starts
+from mhla_gen.ops.partition import block_starts
 
 
 @dataclass(frozen=True)
@@ -83,13 +83,6 @@ class Shard:
             if start < stop and first < end
         ]
 
-    def padding_of_blocks(self, layout: tuple[int, ...], device: torch.device) -> Tensor:
-        """How many tokens of its `slabs` are not the shard's own, int64 `[num_blocks]`."""
-        first, stop = (plane * self.plane for plane in self.planes)
-        blocks = block_of_tokens(self.grid, layout, device)
-        others = torch.cat((blocks[first : self.first], blocks[self.stop : stop]))
-        return others.bincount(minlength=math.prod(layout))
-
 
 @dataclass(frozen=True)
 class Slab:
@@ -118,3 +111,40 @@ class Slab:
         """Its blocks among those of the whole grid."""
         count = math.prod(self.plane_layout)
         return slice(self.block * count, (self.block + 1) * count)
+
+
+@dataclass(frozen=True)
+class HeldBlocks:
+    """Which blocks the tokens of each rank fall into: some of the first axis, as many on each rank.
+
+    Ranks whose tokens fall into fewer than those of others get neighbours, which hold none of their
+    tokens. What a rank adds to a block that it holds is a *part* of the block.
+    """
+
+    firsts: tuple[int, ...]
+    """The first one of each rank, counted along the first axis."""
+    count: int
+    """How many, along the first axis."""
+    plane: int
+    """Blocks at one position of the first axis."""
+
+    @classmethod
+    def of_ranks(
+        cls, grid: tuple[int, ...], layout: tuple[int, ...], num_ranks: int
+    ) -> "HeldBlocks":
+        """What ranks hold that share a grid of this layout."""
+        slabs = [Shard.of_rank(grid, rank, num_ranks).slabs(layout) for rank in range(num_ranks)]
+        count = max(len(held) for held in slabs)
+        firsts = tuple(min(held[0].block, layout[0] - count) for held in slabs)
+        return cls(firsts, count, math.prod(layout[1:]))
+
+    @property
+    def num_parts(self) -> int:
+        """Parts of blocks that all ranks have together."""
+        return len(self.firsts) * self.count * self.plane
+
+    def entries(self, mixing: Tensor, rank: int) -> Tensor:
+        """What the blocks of one rank weigh the parts of all by, `[..., its blocks, num_parts]`."""
+        held = self.count * self.plane
+        rows = mixing.narrow(-2, self.firsts[rank] * self.plane, held)
+        return torch.cat([rows.narrow(-1, first * self.plane, held) for first in self.firsts], -1)

@@ -1,14 +1,15 @@
 """MHLA over a sequence that the ranks of a group share: context parallelism.
 
-Each rank sums its part of every block, the parts are summed over the group, and each rank mixes and
+Each rank sums its part of every block, ranks tell each other their parts, and each mixes and
 applies what its own queries read. What travels are summaries: their bytes do not depend on the
-number of tokens. Both implementations see whole planes inside one block of the first axis (`Slab`),
-which is how a piece of the raster order falls into blocks; tokens of the other ranks in these
-planes are zeros.
+number of tokens. The kernels are in `sharded_fused`. Batched PyTorch, here, sums the parts over the
+group; it sees whole planes inside one block of the first axis (`Slab`), which is how a piece of the
+raster order falls into blocks, with zeros for other ranks' tokens in these planes.
 """
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,13 +28,19 @@ from mhla_gen.ops.dispatch import (
 from mhla_gen.ops.feature_maps import FEATURE_MAPS, rotate
 from mhla_gen.ops.halo import check_shard
 from mhla_gen.ops.partition import BlockSlots, block_slots
-from mhla_gen.ops.shard import Shard, Slab
+from mhla_gen.ops.shard import HeldBlocks, Shard, Slab
 
 Rotary = tuple[Tensor, Tensor] | None
 
 
+def sharded_mhla(query: Tensor, key: Tensor, value: Tensor, mixing: Tensor, **options) -> Tensor:
+    """`begin_sharded_mhla` and its end, with nothing between them."""
+    begin: Any = begin_sharded_mhla
+    return begin(query, key, value, mixing, **options)()
+
+
 @torch.compiler.disable
-def sharded_mhla(
+def begin_sharded_mhla(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -47,8 +54,11 @@ def sharded_mhla(
     normalize: bool = True,
     eps: float = 1e-6,
     implementation: str = "auto",
-) -> Tensor:
+) -> Callable[[], Tensor]:
     """`mhla` of a sequence that a group shares; every rank gets the output of its own tokens.
+
+    Kernels send summaries of keys and values on their way and return a function that waits for
+    those of the other ranks: what a layer computes besides hides the journey.
 
     Outputs equal those of one process to rounding. In backward, gradients of tokens are complete;
     that of `mixing` is this rank's share, like those of all weights: the sum over the group is the
@@ -69,7 +79,8 @@ def sharded_mhla(
         implementation: `blockwise`, `fused` or `auto`.
 
     Returns:
-        `[batch, its tokens, num_heads, value_dim]` in the dtype of `query`.
+        A function to be called once, which returns `[batch, its tokens, num_heads, value_dim]` in
+        the dtype of `query`.
 
     Raises:
         ValueError: If shapes do not fit, or the tokens are not what this rank holds of `grid`.
@@ -78,14 +89,16 @@ def sharded_mhla(
         Zhang et al. 2026, arXiv:2601.07832, Eq. (4): the sum over a block is taken in any order.
     """
     grid, layout = tuple(grid), tuple(layout)
-    shard = Shard.of_rank(grid, dist.get_rank(group), dist.get_world_size(group))
+    num_ranks = dist.get_world_size(group)
+    shard = Shard.of_rank(grid, dist.get_rank(group), num_ranks)
     check_shard(query, shard)
     check_tokens(query, key, value, (query.shape[1],))
     check_blocks(query, mixing, grid, layout)
     check_options(query, feature_map, rotary, False, len(grid))
-    run = _implementation(implementation, query, value, mixing)
+    num_parts = HeldBlocks.of_ranks(grid, layout, num_ranks).num_parts
+    begin = _implementation(implementation, query, value, num_parts)
     with torch.autocast(query.device.type, enabled=False):
-        return run(
+        finish = begin(
             query,
             key,
             value,
@@ -99,26 +112,33 @@ def sharded_mhla(
             eps=eps,
         )
 
+    def finish_without_autocast() -> Tensor:
+        with torch.autocast(query.device.type, enabled=False):
+            return finish()
+
+    hidden: Any = torch.compiler.disable(finish_without_autocast)
+    return hidden
+
 
 def _implementation(
-    implementation: str, query: Tensor, value: Tensor, mixing: Tensor
-) -> Callable[..., Tensor]:
+    implementation: str, query: Tensor, value: Tensor, num_parts: int
+) -> Callable[..., Callable[[], Tensor]]:
     chosen = resolve_implementation(
         implementation,
         device=query.device,
         dtype=query.dtype,
         head_dim=query.shape[3],
         value_dim=value.shape[3],
-        num_blocks=mixing.shape[-1],
+        num_blocks=num_parts,
     )
     if chosen == "blockwise":
-        return _blockwise_shard
+        return partial(partial, _blockwise_shard)
     if chosen != "fused":
         raise ValueError(f"implementation={chosen!r} cannot share a sequence; use 'auto'")
     # Imported on first use: Triton is neither needed nor installed everywhere.
-    from mhla_gen.ops.sharded_fused import fused_shard
+    from mhla_gen.ops.sharded_fused import begin_fused_shard
 
-    return fused_shard
+    return begin_fused_shard
 
 
 def _blockwise_shard(

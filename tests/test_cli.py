@@ -52,6 +52,18 @@ def test_an_unknown_key_is_one_line_and_a_failure(name, capsys):
     assert error.startswith(f"mhla-gen {name}: error: ")
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_is_one_line_with_the_remedy(monkeypatch, capsys):
+    def fill(*_, **__):
+        with Path("/dev/full").open("w") as file:
+            file.write("1")
+
+    monkeypatch.setattr("mhla_gen.cli.doctor.run", fill)
+    assert main(["doctor"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "No space left" in error and "make room" in error
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a device that is not there")
 def test_a_missing_device_is_one_line(tmp_path, capsys):
     for command in ("bench", "sample"):

@@ -113,7 +113,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
     try:
         with pytest.raises(
-            OSError, match=r"checkpoint-4 could not be written .*checkpoint-2; make"
+            OSError, match=r"checkpoint-4 could not be written .* MB are free .*checkpoint-2; make"
         ):
             save_checkpoint(run, 4)
     finally:

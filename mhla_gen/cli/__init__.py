@@ -1,6 +1,7 @@
 """`mhla-gen COMMAND [CONFIG.yaml] [key=value …]`: parse, load the config, make one call."""
 
 import argparse
+import errno
 import importlib
 import os
 import sys
@@ -117,7 +118,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         if os.environ.get("MHLA_GEN_TRACEBACK") == "1":
             raise
-        print(f"mhla-gen {args.command}: error: {error}", file=sys.stderr)
+        full = getattr(error, "errno", None) == errno.ENOSPC
+        # What is whole stays, and is not made again.
+        remedy = "; make room, then give the same command again" if full else ""
+        print(f"mhla-gen {args.command}: error: {error}{remedy}", file=sys.stderr)
         return 2
     except RuntimeError as error:
         # torch.OutOfMemoryError, told by name so that --help needs no torch.

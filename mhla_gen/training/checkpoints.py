@@ -81,9 +81,10 @@ def save_checkpoint(run: Run, step: int) -> Path:
     except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         last = last_checkpoint(folder) or "none"
+        free = shutil.disk_usage(folder).free / 1e6
         raise OSError(
-            f"{target} could not be written ({str(error).splitlines()[0]}); the last checkpoint is "
-            f"{last}; make room, and go on with resume=latest"
+            f"{target} could not be written ({str(error).splitlines()[0]}); {free:.3g} MB are free "
+            f"there; the last checkpoint is {last}; make room, and go on with resume=latest"
         ) from error
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:

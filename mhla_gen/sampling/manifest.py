@@ -50,6 +50,9 @@ def identity(
     contents = [file_digest(image) for image in images]
     digest = hashlib.sha256(json.dumps([records, contents]).encode()).hexdigest()
     found: dict[str, Any] = {"weights": weights, "samples": digest, "num_samples": len(sampler)}
+    embeds = getattr(sampler, "embeds", None)
+    if embeds is not None:
+        found["prompt_embeds"] = tensors_digest(embeds)
     if exact:
         found |= {"model_batch_size": units.rows, "device": device.type}
     return found

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from itertools import permutations
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,17 @@ def test_print_config_prints_a_config_that_loads(name, capsys, tmp_path):
     file.write_text(capsys.readouterr().out)
     assert main([name, str(file), "--print-config"]) == 0
     assert capsys.readouterr().out == file.read_text()
+
+
+def test_flags_may_stand_anywhere(capsys):
+    places = [
+        ["train", *words] for words in permutations(("seed=3", "--print-config", "batch_size=8"))
+    ]
+    printed = set()
+    for arguments in [*places, ["--print-config", "train", "seed=3", "batch_size=8"]]:
+        assert main(arguments) == 0
+        printed.add(capsys.readouterr().out)
+    assert len(printed) == 1 and "seed: 3\n" in printed.pop()
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -106,7 +106,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Errors that a user can mend are printed as one line. `MHLA_GEN_TRACEBACK=1` shows where they
     come from.
     """
-    args = build_parser().parse_args(_joined_command(sys.argv[1:] if argv is None else argv))
+    given = _joined_command(sys.argv[1:] if argv is None else argv)
+    # argparse takes settings on one side of a flag only.
+    args = build_parser().parse_args(sorted(given, key=lambda word: word.startswith("-")))
     try:
         path, overrides = _split_arguments(args.arguments, COMMANDS[args.command].folder_key)
         config = load_config(path, overrides, SCHEMAS[args.command])

@@ -8,24 +8,30 @@ import tempfile
 import torch
 import torch.distributed as dist
 
+from mhla_gen import MHLAConfig
+from mhla_gen.models.attention import MHLA
 from mhla_gen.ops import depthwise_conv, mhla
 from mhla_gen.ops.halo import sharded_depthwise_conv
 from mhla_gen.ops.shard import Shard
 from mhla_gen.ops.sharded import sharded_mhla
 
 
-def launch(num_ranks, check, *arguments):
-    """Run `check(*arguments)` in processes of one gloo group; the first error of any is raised."""
+def launch(num_ranks, check, *arguments, nccl=False):
+    """Run `check(*arguments)` in processes of one group; the first error of any is raised.
+
+    With `nccl` each has a GPU of its own; else gloo carries everything, tensors of one GPU too.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        options = num_ranks, f"file://{folder}/store", check, arguments
+        options = num_ranks, f"file://{folder}/store", nccl, check, arguments
         torch.multiprocessing.spawn(_worker, options, nprocs=num_ranks)  # type: ignore[attr-defined]
 
 
-def _worker(rank, num_ranks, store, check, arguments):
+def _worker(rank, num_ranks, store, nccl, check, arguments):
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "cpu:gloo,cuda:gloo", init_method=store, rank=rank, world_size=num_ranks
-    )
+    if nccl:
+        torch.cuda.set_device(rank)
+    backends = f"cpu:gloo,cuda:{'nccl' if nccl else 'gloo'}"
+    dist.init_process_group(backends, init_method=store, rank=rank, world_size=num_ranks)
     try:
         check(*arguments)
     finally:
@@ -86,6 +92,53 @@ def _check_mhla(
     dist.all_reduce(mine[3].grad)
     scale = whole[3].grad.abs().max().clamp(min=1)
     close(mine[3].grad / scale, whole[3].grad / scale, tolerance, f"gradient of mixing of {grid}")
+
+
+def layers_equal_one_process(cases):
+    """With convolution, whose halo is under way together with the summaries, and gate."""
+    for case in cases:
+        torch.manual_seed(0)
+        _check_layer(**case)
+
+
+def _check_layer(
+    grid, layout, dtype=torch.float64, tolerance=1e-12, heads=2, head_dim=6, device="cpu",
+    repeats=1, **config,
+):  # fmt: skip
+    group = dist.group.WORLD
+    shard = Shard.of_rank(grid, dist.get_rank(), dist.get_world_size())
+    seq_len, channels = int(torch.tensor(grid).prod()), heads * head_dim
+    layer = MHLA(heads, head_dim, channels, MHLAConfig(layout=layout, **config))
+    for parameter in layer.parameters():
+        parameter.data.add_(torch.rand_like(parameter), alpha=0.1)
+    layer.to(device, dtype)
+    layer.mixing.data = layer.mixing.data.to(torch.promote_types(dtype, torch.float32))
+    tokens = torch.randn(3, 1, seq_len, heads, head_dim).to(device, dtype)
+    hidden, probe = torch.randn(2, 1, seq_len, channels).to(device, dtype)
+    angles = torch.rand(seq_len, head_dim // 2, device=device)
+
+    def run(held, group):
+        inputs = [x[:, held].clone().requires_grad_() for x in (*tokens, hidden)]
+        tables = angles[held].cos(), angles[held].sin()
+        out = layer(*inputs, grid, tables, group)
+        out.backward(probe[:, held])
+        weights = [parameter.grad for parameter in layer.parameters()]
+        layer.zero_grad()
+        return [out.detach(), *(x.grad for x in inputs)], weights
+
+    expected, expected_weights = run(slice(None), None)
+    held = slice(shard.first, shard.stop)
+    found, weights = run(held, group)
+    for _ in range(repeats - 1):
+        again, weights_again = run(held, group)
+        for x, y in zip(found + weights, again + weights_again, strict=True):
+            assert x.equal(y), f"run again, rank {dist.get_rank()}: other bits"
+    for number, (x, y) in enumerate(zip(found, expected, strict=True)):
+        close(x, y[:, held], tolerance, f"output or gradient of input {number} of {grid}")
+    for (name, _), x, y in zip(layer.named_parameters(), weights, expected_weights, strict=True):
+        dist.all_reduce(x)
+        scale = y.abs().max().clamp(min=1)
+        close(x / scale, y / scale, tolerance, f"gradient of {name} of {grid}")
 
 
 def _check_convolution(grid, size):

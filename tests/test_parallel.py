@@ -19,7 +19,6 @@ SHAPES = [
     {"grid": (3, 4, 5), "layout": (2, 2, 2), "dtype": torch.bfloat16, "tolerance": 3e-2},
 ]
 FUSED = {"heads": 1, "head_dim": 16, "value_dim": 16, "implementation": "fused"}
-PADDED = {"grid": (3, 2, 7), "layout": (2, 1, 3)} | FUSED
 FILTERS = [((3, 4, 5), 3), ((2, 3, 4), 5), ((6, 3), 3), ((9,), 5), ((4,), 1)]
 
 
@@ -28,12 +27,54 @@ def test_ranks_compute_what_one_process_computes(num_ranks):
     ranks.launch(num_ranks, ranks.operators_equal_one_process, SHAPES, FILTERS)
 
 
-@pytest.mark.slow
+# A border inside a plane, all ranks inside one plane, two axes with matrices per sample, one axis
+# with a block a rank, one long block that is cut into parts, and more ranks than blocks.
+WINDOWS = [
+    {"grid": (3, 2, 7), "layout": (2, 1, 3)},
+    {"grid": (3, 2, 7), "layout": (3, 2, 1), "feature_map": "elu+1"},
+    {"grid": (1, 3, 7), "layout": (1, 2, 3), "normalize": False},
+    {"grid": (4, 5), "layout": (3, 2), "rotary": False, "mixing_shape": (2, 1)},
+    {"grid": (4,), "layout": (2,), "feature_map": "identity", "normalize": False},
+    {"grid": (3, 9, 10), "layout": (1, 1, 1)},
+    {"grid": (3, 2, 7), "layout": (2, 1, 3), "dtype": torch.float16, "tolerance": 2e-2},
+]
+SINGLE = FUSED | {"dtype": torch.float32, "tolerance": 2e-5}
+
+
 def test_kernels_compute_on_ranks_what_one_process_computes():
-    single = {"dtype": torch.float32, "tolerance": 2e-5}
-    half = {"dtype": torch.float16, "tolerance": 2e-2}
-    cases = [PADDED | single, PADDED | single | {"feature_map": "elu+1"}, PADDED | half]
-    ranks.launch(2, ranks.operators_equal_one_process, cases)
+    # Rank 0 ends inside row 1 of rows [0, 1) [1, 3).
+    ranks.launch(
+        2, ranks.operators_equal_one_process, [SINGLE | {"grid": (3, 5), "layout": (2, 1)}]
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_ranks", [2, 3, 4])
+def test_kernels_compute_on_ranks_at_many_shapes(num_ranks):
+    ranks.launch(num_ranks, ranks.operators_equal_one_process, [SINGLE | case for case in WINDOWS])
+
+
+LAYERS = [
+    {"grid": (3, 5, 4), "layout": (2, 2, 2)},
+    {"grid": (1, 4, 5), "layout": (1, 2, 2), "output_norm": True},
+    {"grid": (7, 3), "layout": (3, 1), "conv_kernel_size": 5, "normalize": False},
+]
+
+
+@pytest.mark.parametrize("num_ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_layers_compute_on_ranks_what_one_process_computes(num_ranks):
+    ranks.launch(num_ranks, ranks.layers_equal_one_process, LAYERS)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_layers_on_two_gpus_wait_for_what_is_under_way():
+    small = {"grid": (5, 9, 13), "layout": (3, 2, 4), "head_dim": 16}
+    large = {"grid": (21, 45, 80), "layout": (3, 5, 9), "heads": 12, "head_dim": 128, "repeats": 3}
+    exact = {"dtype": torch.float32, "tolerance": 1e-4, "device": "cuda"}
+    half = {"dtype": torch.bfloat16, "tolerance": 6e-2, "device": "cuda"}
+    cases = [small | exact, small | half, large | half]
+    ranks.launch(2, ranks.layers_equal_one_process, cases, nccl=True)
 
 
 @pytest.mark.gpu

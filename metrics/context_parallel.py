@@ -97,10 +97,10 @@ def mesh_shape(degree: str) -> tuple[int, int]:
 
 
 def seconds(function, device) -> float:
-    """Median time of a call; all processes call as often: three times, or once if it is long."""
+    """Median time of a call; all processes call as often: five times, or once if it is long."""
     first = torch.tensor(timed(function, device), device=device)
     dist.all_reduce(first, dist.ReduceOp.MAX)
-    return statistics.median(timed(function, device) for _ in range(3 if first < 1 else 1))
+    return statistics.median(timed(function, device) for _ in range(5 if first < 1 else 1))
 
 
 def timed(function, device) -> float:
@@ -141,20 +141,21 @@ class Received(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         space, _, name = func._schema.name.partition("::")
+        name = name.strip("_")
         world = dist.get_world_size()
         if space not in ("c10d", "_c10d_functional"):
             return result
-        if name.startswith("all") and "reduce" in name:
+        if name.startswith(("allreduce", "all_reduce")):
             self.bytes["all_reduce"] += 2 * (world - 1) / world * size(args[0])
-        elif name in ("alltoall_base_", "all_to_all_single"):
+        elif name in ("alltoall_base", "all_to_all_single"):
             # Splits say that a halo is sent; without them a process keeps its own part.
-            splits = args[-2] if name == "alltoall_base_" else args[2]
+            splits = args[-2] if name == "alltoall_base" else args[2]
             kept = 1.0 if len(set(splits)) > 1 else (world - 1) / world
             self.bytes["all_to_all"] += kept * size(args[0])
-        elif name.startswith("all") and "gather" in name:
+        elif name.startswith(("allgather", "all_gather")):
             pieces = args[0] if space == "_c10d_functional" else args[1]
             self.bytes["all_gather"] += (world - 1) * size(pieces)
-        elif name not in ("wait_tensor", "barrier", "_wrap_tensor_autograd"):
+        elif name not in ("wait_tensor", "barrier", "wrap_tensor_autograd"):
             raise NotImplementedError(f"bytes of {func}")
         return result
 

@@ -1,6 +1,7 @@
 """Output folders: written whole or not at all, and never over somebody else's files."""
 
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator, Sequence
@@ -12,6 +13,8 @@ from typing import Any
 from mhla_gen.config import ConfigError, load_config
 
 CONFIG_NAME = "config.yaml"
+# Names that `written_whole` gives for a while.
+_PARTIAL = re.compile(r"\..+\.\d+(-[0-9a-f]{8})?\.(partial|old)")
 
 
 @contextmanager
@@ -40,6 +43,16 @@ def written_whole(path: str | Path) -> Iterator[Path]:
             os.replace(partial, path)
     finally:
         _remove(partial)
+
+
+def remove_partials(folder: str | Path) -> None:
+    """Remove what `written_whole` left in a folder when it was killed.
+
+    Only where nothing writes to the folder meanwhile.
+    """
+    for path in list(Path(folder).glob(".*")):
+        if _PARTIAL.fullmatch(path.name):
+            _remove(path)
 
 
 def made_with(folder: str | Path, config: Any, ignore: Sequence[str] = ("output_dir",)) -> bool:

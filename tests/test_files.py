@@ -1,8 +1,11 @@
 """Output files: whole or not at all, whoever else is writing."""
 
+import subprocess
+import sys
+
 import pytest
 
-from mhla_gen.files import written_whole
+from mhla_gen.files import remove_partials, written_whole
 from mhla_gen.training.log import read_log
 
 
@@ -36,3 +39,23 @@ def test_half_a_last_line_of_a_log_is_dropped(tmp_path):
     log = tmp_path / "log.jsonl"
     log.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
     assert read_log(log) == [{"step": 1, "loss": 2.0}]
+
+
+def test_what_a_kill_left_is_removed_and_nothing_else(tmp_path):
+    kept = {".hidden", ".checkpoint-20.partial", "1.partial", "samples.npz", ".git"}
+    for name in kept - {".git"}:
+        (tmp_path / name).write_text("mine")
+    (tmp_path / ".git").mkdir()
+    program = f"""
+import os
+from mhla_gen.files import remove_partials, written_whole
+with written_whole("{tmp_path}/a.png") as file, written_whole("{tmp_path}/b") as folder:
+    file.write_text("half")
+    folder.mkdir()
+    (folder / "c").write_text("half")
+    os.kill(os.getpid(), 9)
+"""
+    subprocess.run([sys.executable, "-c", program], check=False)
+    assert len(list(tmp_path.iterdir())) == len(kept) + 2
+    remove_partials(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == kept

@@ -12,7 +12,13 @@ from accelerate import PartialState
 
 from mhla_gen.config import SampleConfig, save_config
 from mhla_gen.devices import resolve_device
-from mhla_gen.files import CONFIG_NAME, check_writable, differing_values, made_with
+from mhla_gen.files import (
+    CONFIG_NAME,
+    check_writable,
+    differing_values,
+    made_with,
+    remove_partials,
+)
 from mhla_gen.processes import join_processes, on_main
 from mhla_gen.sampling import card, estimate
 from mhla_gen.sampling.building import build_sampler, place
@@ -192,6 +198,8 @@ class Job:
     def _finish(self) -> None:
         """Join what the units left, and write the manifest, which says that the set is complete."""
         files = [SHEET_NAME]
+        for name in (".", IMAGES_NAME, VIDEOS_NAME):
+            remove_partials(self.folder / name)
         if self.config.keep_samples:
             files += self._finish_samples()
         rows = [

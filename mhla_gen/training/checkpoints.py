@@ -12,7 +12,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from mhla_gen.config import TrainConfig, load_config, save_config
-from mhla_gen.files import CONFIG_NAME, check_writable, differences
+from mhla_gen.files import CONFIG_NAME, check_writable, differences, remove_partials
 from mhla_gen.training.run import Run
 
 _PREFIX = "checkpoint-"
@@ -96,7 +96,8 @@ def save_checkpoint(run: Run, step: int) -> Path:
 
 
 def tidy(folder: Path) -> None:
-    """Remove what a run that was killed left of checkpoints; one that it set aside comes back."""
+    """Remove what a run that was killed left half-written; a checkpoint set aside comes back."""
+    remove_partials(folder)
     for aside in list(folder.glob(f".{_PREFIX}*{_ASIDE}")):
         target = folder / aside.name.removeprefix(".").removesuffix(_ASIDE)
         if target.exists():

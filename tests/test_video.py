@@ -128,13 +128,16 @@ def test_an_expert_learns_its_noise_levels_and_is_saved_with_the_other(cache, tm
     pair.register_modules(vae=load_data(DataConfig(source="cache", path=str(cache))).autoencoder())
     pair.save_pretrained(tmp_path / "pair")
     model = {"pretrained": str(tmp_path / "pair")}
-    config = wan_run(tmp_path / "run", cache, {"expert": "low_noise"}, model)
+    samples = PreviewConfig(num_images=1, num_inference_steps=4)
+    previews = {"sample_every": 2, "samples": samples}
+    config = wan_run(tmp_path / "run", cache, {"expert": "low_noise"}, model, **previews)
     task = build_task(config, load_data(config.data))
     times = task.objective.draw_times(1000, torch.Generator().manual_seed(0))
     assert times.max() <= 0.5 and times.max() > 0.48
     train(config)
     absent = {"tokenizer": None, "text_encoder": None}
     pair = WanPipeline.from_pretrained(tmp_path / "run" / "pipeline", **absent)
+    assert (tmp_path / "run" / "previews" / "clip-0000002-00.mp4").is_file()
     assert type(pair.transformer) is type(tiny_wan()) and pair.config.boundary_ratio == 0.5
     assert type(pair.transformer_2) is mhla_gen.MHLAWanTransformer3DModel
 

@@ -55,7 +55,7 @@ def wan_task(config: TrainConfig, wan: WanConfig, data: TrainingData) -> Task:
         conditioning=conditioning,
         pipeline=parts.pipeline,
         finished=merged if config.model.trainable == "lora" else None,
-        sampler=ClipSamples(data, empty, wan.first_frame) if parts.has_autoencoder else None,
+        sampler=ClipSamples(data, empty, wan) if parts.has_autoencoder else None,
         # Where clips keep the rates of their files, that of Wan.
         fps=getattr(data, "fps", None) or _WAN_FPS,
         gathered=("WanTimeTextImageEmbedding",),

@@ -55,8 +55,7 @@ class WanParts:
         kind: Any = WanImageToVideoPipeline if self.wan.first_frame else WanPipeline
         parts = {"transformer": model}
         if self._other_expert is not None:
-            other = "transformer" if self.wan.subfolder == "transformer_2" else "transformer_2"
-            parts = {self.wan.subfolder: model, other: self._other_expert}
+            parts = {self.wan.subfolder: model, other_subfolder(self.wan): self._other_expert}
         if model.config.image_dim is not None:
             encoder, processor = self._image_encoder
             parts |= {"image_encoder": encoder, "image_processor": processor}
@@ -107,9 +106,13 @@ class WanParts:
     def _other_expert(self) -> Any:
         if self.wan.expert is None or self.index.get("transformer_2", [None])[0] is None:
             return None
-        other = "transformer" if self.wan.subfolder == "transformer_2" else "transformer_2"
         path = str(self.config.model.pretrained)
-        return load_transformer(path, other, torch_dtype=torch.bfloat16)
+        return load_transformer(path, other_subfolder(self.wan), torch_dtype=torch.bfloat16)
+
+
+def other_subfolder(wan: WanConfig) -> str:
+    """Where the expert lies in a pipeline that is not trained."""
+    return "transformer" if wan.subfolder == "transformer_2" else "transformer_2"
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,13 +121,25 @@ class ClipSamples:
 
     data: Any
     empty: Tensor
-    first_frame: bool
+    wan: WanConfig
 
     def __call__(self, pipeline: Any, numbers: Sequence[int], config: PreviewConfig) -> np.ndarray:
         """Clips of the size that most clips have, uint8 `[clips, frames, height, width, 3]`."""
-        device = pipeline.transformer.device
+        experts = [pipeline.transformer, pipeline.transformer_2]
+        others = [e for e in experts if e is not None and e is not self._trained(pipeline)]
+        device = self._trained(pipeline).device
         pipeline.vae.to(device)
-        return np.stack([self._clip(pipeline, number, config, device) for number in numbers])
+        # They have no part in training, so that they stay on the CPU otherwise.
+        try:
+            for expert in others:
+                expert.to(device)
+            return np.stack([self._clip(pipeline, number, config, device) for number in numbers])
+        finally:
+            for expert in others:
+                expert.to("cpu")
+
+    def _trained(self, pipeline: Any) -> Any:
+        return getattr(pipeline, self.wan.subfolder) or pipeline.transformer
 
     def _clip(
         self, pipeline: Any, number: int, config: PreviewConfig, device: torch.device
@@ -138,9 +153,11 @@ class ClipSamples:
             "width": width * pipeline.vae_scale_factor_spatial,
             "num_frames": (frames - 1) * pipeline.vae_scale_factor_temporal + 1,
         }
-        if self.first_frame:
+        if self.wan.first_frame:
             options["image"] = decoded_frame(pipeline.vae, item["mean"][:, :, :1].to(device))
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        # The other expert is in bfloat16.
+        mixed = device.type == "cuda" or self.wan.expert is not None
+        with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
             found = pipeline(
                 prompt_embeds=item["prompt_embeds"].to(device).float(),
                 negative_prompt_embeds=self.empty[None].to(device).float(),

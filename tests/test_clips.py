@@ -239,6 +239,12 @@ def test_captions_are_beside_the_clips_or_in_a_list(videos, tmp_path):
     assert set(find_clips(config, "empty").captions) == {""}
     (videos / "more" / "tall.txt").write_text("a tall clip\n")
     assert find_clips(config, "empty").captions[2] == "a tall clip"
+    (videos / "more" / "tall.txt").write_bytes("\ufeffa tall clip\r\n".encode())
+    assert find_clips(config, "empty").captions[2] == "a tall clip"
+    (videos / "more" / "tall.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(ValueError, match=r"tall\.txt is not UTF-8"):
+        find_clips(config, "empty")
+    (videos / "more" / "tall.txt").unlink()
     (tmp_path / "a.csv").write_text("path,text\nvideos/long.mp4,one\nvideos/short.mp4,two")
     listed = DataConfig(source="clips", path=str(tmp_path / "a.csv"), caption_column="text")
     files = find_clips(listed, "error")

@@ -213,6 +213,11 @@ def test_prompts_from_text_lists_and_files(tmp_path):
     file.write_text("\n \n")
     with pytest.raises(ValueError, match="has no prompt; write one a line"):
         read_prompts(str(file))
+    (tmp_path / "marked.txt").write_bytes("\ufeffa red square\r\ntwo\r\n".encode())
+    assert [p.prompt for p in read_prompts(str(tmp_path / "marked.txt"))] == ["a red square", "two"]
+    (tmp_path / "other.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(ValueError, match=r"other\.txt is not UTF-8"):
+        read_prompts(str(tmp_path / "other.txt"))
     with pytest.raises(FileNotFoundError, match=r"none\.jsonl does not exist"):
         read_prompts(str(tmp_path / "none.jsonl"))
 

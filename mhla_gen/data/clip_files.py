@@ -78,7 +78,7 @@ def find_clips(config: DataConfig, missing_caption: str) -> ClipFiles:
 
     Raises:
         FileNotFoundError: If there are no files.
-        ValueError: If the list cannot be read, or captions are missing.
+        ValueError: If the list or a caption cannot be read, or captions are missing.
     """
     root = Path(str(config.path))
     if root.is_dir():
@@ -115,7 +115,15 @@ def _videos_below(root: Path) -> list[Path]:
 
 def _text_beside(path: Path) -> str:
     text = path.with_suffix(".txt")
-    return text.read_text(encoding="utf-8").strip() if text.is_file() else ""
+    if not text.is_file():
+        return ""
+    try:
+        # Some editors begin a file with a mark of its encoding.
+        return text.read_text(encoding="utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"caption {text} is not UTF-8 ({error.reason}); save it as such"
+        ) from error
 
 
 def _text(value: Any) -> str:

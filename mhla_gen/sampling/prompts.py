@@ -45,7 +45,13 @@ def read_prompts(prompts: Any) -> list[Prompt]:
 def _read_file(path: Path) -> list[Prompt]:
     if not path.is_file():
         raise FileNotFoundError(f"prompts={path} does not exist")
-    lines = path.read_text().splitlines()
+    try:
+        # Some editors begin a file with a mark of its encoding.
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"prompts={path} is not UTF-8 ({error.reason}); save it as such"
+        ) from error
     read = _parse_line if path.suffix == ".jsonl" else lambda text, _: Prompt(text.strip())
     found = [read(text, f"{path}:{i}") for i, text in enumerate(lines, 1) if text.strip()]
     # Images stand beside the file that names them.

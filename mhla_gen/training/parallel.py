@@ -49,7 +49,7 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
         # Each would train alone, and all of them write into one folder.
         raise ValueError(
             f"{started} processes were started but accelerate joins {accelerator.num_processes}; "
-            "without GPUs, use `accelerate launch --cpu` or set ACCELERATE_USE_CPU=1"
+            "without GPUs, set ACCELERATE_USE_CPU=1 and start them with torchrun"
         )
     if sharded and accelerator.num_processes == 1:
         raise ValueError(

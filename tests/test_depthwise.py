@@ -14,6 +14,8 @@ CASES = [
     ((3, 4, 5), (3, 3, 3), 6),
     ((2, 9, 1), (1, 5, 3), 4),
     ((3, 5), (5, 5), 3),
+    ((2, 9, 5), (1, 3, 3), 3),
+    ((19, 18), (3, 3), 2),
 ]
 
 
@@ -45,6 +47,19 @@ def test_kernels_equal_torch_in_float64(grid, sizes, channels, dtype):
         assert a.dtype == dtype
         error = (a.double() - e).norm() / e.norm()
         assert error < max(torch.finfo(dtype).eps, 1e-6), f"{name}: {error:.1e}"
+
+
+@pytest.mark.parametrize("sizes", [(3, 3), (1, 5)])
+def test_parts_of_a_grid_add_up_to_all_of_it(monkeypatch, sizes):
+    from mhla_gen.ops.kernels import depthwise as kernels
+
+    tensors = make_inputs((9, 17), sizes, 2, torch.float32)
+    found = []
+    for programs in (1, 1024):
+        monkeypatch.setattr(kernels, "_ENOUGH_PROGRAMS", programs)
+        found.append(outputs_and_gradients(tensors, (9, 17), "fused"))
+    for whole, parts in zip(*found, strict=True):
+        assert (whole - parts).norm() < 1e-6 * whole.norm()
 
 
 def test_gradients_may_have_any_strides():

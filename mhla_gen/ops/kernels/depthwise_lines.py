@@ -1,0 +1,149 @@
+"""Depthwise convolution with a small filter: every line of the grid is read once.
+
+A program takes some channels of some lines and columns and goes down the lines. A line that it has
+read counts for the `KH` lines that the filter reaches from there, whose sums the registers hold
+until they are complete, as they do the filter. `T` frames are sequences of their own.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _frame_offset(frame, T, H, W, batch_stride, token_stride):
+    """Elements from the start of a tensor to the first token of a frame."""
+    return frame // T * batch_stride + frame % T * (H * W) * token_stride
+
+
+@triton.jit
+def _extent(part, line_parts, lines, column_parts, columns, H, W):
+    """Number of the frame; its lines [first, last) and columns [left, right) in this part."""
+    part_of_frame = part % (line_parts * column_parts)
+    first = part_of_frame // column_parts * lines
+    left = part_of_frame % column_parts * columns
+    frame = (part // (line_parts * column_parts)).to(tl.int64)
+    return frame, first, tl.minimum(first + lines, H), left, tl.minimum(left + columns, W)
+
+
+@triton.jit
+def _load(x_ptr, x_token, line, columns, channels, held, first, last, W):
+    """Float32 tokens of a line, 0 where it is not in [first, last) or a column not on the grid."""
+    inside = (line >= first) & (line < last)
+    mask = inside & (columns >= 0) & (columns < W) & held
+    offsets = (line * W + columns).to(tl.int64) * x_token + channels
+    return tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _store(x_ptr, x, line, columns, channels, held, first, last, W, C):
+    mask = (line >= first) & (line < last) & (columns < W) & held
+    offsets = (line * W + columns).to(tl.int64) * C + channels
+    tl.store(x_ptr + offsets, x.to(x_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _zeros(COUNT: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
+    zeros = ()
+    for _ in tl.static_range(COUNT):
+        zeros += (tl.zeros((BT, BC), tl.float32),)
+    return zeros
+
+
+@triton.jit
+def _filter(weight_ptr, channels, held, TAPS: tl.constexpr):
+    """Float32 [1, BC] of every tap."""
+    factors = ()
+    for tap in tl.static_range(TAPS):
+        factor = tl.load(weight_ptr + channels * TAPS + tap, mask=held, other=0.0)
+        factors += (factor.to(tl.float32),)
+    return factors
+
+
+@triton.jit
+def conv_lines_kernel(
+    x_ptr, weight_ptr, bias_ptr, out_ptr,
+    C, T, H, W, line_parts, lines, column_parts, columns, x_batch, x_token,
+    KH: tl.constexpr, KW: tl.constexpr, HAS_BIAS: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """out[n] = bias + Σ weight[tap] x[n + tap]."""
+    PH: tl.constexpr = KH // 2
+    frame, first, last, left, right = _extent(
+        tl.program_id(0), line_parts, lines, column_parts, columns, H, W
+    )
+    channels = (tl.program_id(1) * BC + tl.arange(0, BC))[None, :]
+    held = channels < C
+    x_ptr += _frame_offset(frame, T, H, W, x_batch, x_token)
+    out_ptr += frame * H * W * C
+    factors = _filter(weight_ptr, channels, held, KH * KW)
+    bias = tl.zeros((1, BC), tl.float32)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + channels, mask=held, other=0.0).to(tl.float32)
+    for start in range(left, right, BT):
+        here = (start + tl.arange(0, BT))[:, None]
+        # Of the lines from PH before to PH after the one that is read.
+        totals = _zeros(KH, BT, BC)
+        for line in range(first - PH, last + PH):
+            added = totals
+            for kw in tl.static_range(KW):
+                x = _load(x_ptr, x_token, line, here + (kw - KW // 2), channels, held, 0, H, W)
+                sums = ()
+                for j in tl.static_range(KH):
+                    sums += (added[j] + x * factors[(KH - 1 - j) * KW + kw],)
+                added = sums
+            _store(out_ptr, added[0] + bias, line - PH, here, channels, held, first, last, W, C)
+            totals = added[1:] + _zeros(1, BT, BC)
+
+
+@triton.jit
+def backward_lines_kernel(
+    x_ptr, grad_ptr, weight_ptr, dx_ptr, partial_ptr, bias_partial_ptr,
+    C, T, H, W, line_parts, lines, column_parts, columns, x_batch, x_token, grad_batch, grad_token,
+    KH: tl.constexpr, KW: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """dx[m] = Σ weight[tap] grad[m - tap]; sums over the part of x[m] grad[m - tap] and grad[m]."""
+    TAPS: tl.constexpr = KH * KW
+    PH: tl.constexpr = KH // 2
+    frame, first, last, left, right = _extent(
+        tl.program_id(0), line_parts, lines, column_parts, columns, H, W
+    )
+    channels = (tl.program_id(1) * BC + tl.arange(0, BC))[None, :]
+    held = channels < C
+    x_ptr += _frame_offset(frame, T, H, W, x_batch, x_token)
+    grad_ptr += _frame_offset(frame, T, H, W, grad_batch, grad_token)
+    dx_ptr += frame * H * W * C
+    factors = _filter(weight_ptr, channels, held, TAPS)
+    sums = _zeros(TAPS, BT, BC)
+    bias_sum = tl.zeros((BT, BC), tl.float32)
+    for start in range(left, right, BT):
+        here = (start + tl.arange(0, BT))[:, None]
+        # Of the lines from PH before to PH after the one of which the gradient is read.
+        totals = _zeros(KH, BT, BC)
+        xs = _zeros(KH, BT, BC)
+        for line in range(first - PH, last + PH):
+            next_x = _load(x_ptr, x_token, line + PH, here, channels, held, first, last, W)
+            xs = xs[1:]
+            xs += (next_x,)
+            for kw in tl.static_range(KW):
+                grad = _load(
+                    grad_ptr, grad_token, line, here - (kw - KW // 2), channels, held, 0, H, W
+                )
+                if kw == KW // 2:
+                    own = (line >= first) & (line < last) & (here < W)
+                    bias_sum += tl.where(own, grad, 0.0)
+                new_totals = ()
+                new_sums = ()
+                for tap in tl.static_range(TAPS):
+                    if tap % KW == kw:
+                        new_sums += (sums[tap] + xs[tap // KW] * grad,)
+                        new_totals += (totals[tap // KW] + factors[tap] * grad,)
+                    else:
+                        new_sums += (sums[tap],)
+                sums = new_sums
+                totals = new_totals
+            _store(dx_ptr, totals[0], line - PH, here, channels, held, first, last, W, C)
+            totals = totals[1:] + _zeros(1, BT, BC)
+    row = tl.program_id(0) * C + channels
+    for tap in tl.static_range(TAPS):
+        total = tl.sum(sums[tap], axis=0, keep_dims=True)
+        tl.store(partial_ptr + row * TAPS + tap, total, mask=held)
+    tl.store(bias_partial_ptr + row, tl.sum(bias_sum, axis=0, keep_dims=True), mask=held)

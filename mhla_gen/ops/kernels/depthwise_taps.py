@@ -1,0 +1,94 @@
+"""Depthwise convolution with any filter: every tap reads the tokens anew, mostly from cache.
+
+A program takes some channels of some tokens in raster order.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _neighbours(
+    x_ptr, x_token, tokens, valid, channels, held, T, H, W, tap,
+    KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, SIGN: tl.constexpr,
+):  # fmt: skip
+    """Float32 `x` where each token's filter, turned around if SIGN is -1, has `tap`; 0 outside."""
+    dt = SIGN * (tap // (KH * KW) - KT // 2)
+    dh, dw = SIGN * (tap // KW % KH - KH // 2), SIGN * (tap % KW - KW // 2)
+    t, h, w = tokens // (H * W) + dt, tokens // W % H + dh, tokens % W + dw
+    valid = valid & (t >= 0) & (t < T) & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+    near = (tokens + (dt * H + dh) * W + dw).to(tl.int64)
+    return tl.load(x_ptr + near * x_token + channels, mask=valid & held, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def conv_taps_kernel(
+    x_ptr, weight_ptr, bias_ptr, out_ptr,
+    C, T, H, W, x_batch, x_token,
+    KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    HAS_BIAS: tl.constexpr, SIGN: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """out[n] = bias + Σ weight[tap] x[n + SIGN tap]; `weight` is [taps, channels]."""
+    seq_len = T * H * W
+    tokens = (tl.program_id(0) * BT + tl.arange(0, BT))[:, None]
+    channels = (tl.program_id(1) * BC + tl.arange(0, BC))[None, :]
+    batch = tl.program_id(2).to(tl.int64)
+    valid, held = tokens < seq_len, channels < C
+    x_ptr += batch * x_batch
+    total = tl.zeros((BT, BC), tl.float32)
+    if HAS_BIAS:
+        total += tl.load(bias_ptr + channels, mask=held, other=0.0).to(tl.float32)
+    for tap in tl.static_range(KT * KH * KW):
+        x = _neighbours(
+            x_ptr, x_token, tokens, valid, channels, held, T, H, W, tap, KT, KH, KW, SIGN
+        )
+        factor = tl.load(weight_ptr + tap * C + channels, mask=held, other=0.0)
+        total += x * factor.to(tl.float32)
+    offsets = (batch * seq_len + tokens) * C + channels
+    tl.store(out_ptr + offsets, total.to(out_ptr.dtype.element_ty), mask=valid & held)
+
+
+@triton.jit
+def sums_taps_kernel(
+    x_ptr, grad_ptr, partial_ptr, bias_partial_ptr,
+    C, T, H, W, parts, part_size, x_batch, x_token, grad_batch, grad_token,
+    KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, GROUP: tl.constexpr,
+    BT: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """Sums over a part of x[m] grad[m - tap], for GROUP taps in a row, and of grad."""
+    TAPS: tl.constexpr = KT * KH * KW
+    seq_len = T * H * W
+    batch = (tl.program_id(0) // parts).to(tl.int64)
+    first = tl.program_id(0) % parts * part_size
+    last = tl.minimum(first + part_size, seq_len)
+    channels = (tl.program_id(1) * BC + tl.arange(0, BC))[None, :]
+    held = channels < C
+    x_ptr += batch * x_batch
+    grad_ptr += batch * grad_batch
+    first_tap = tl.program_id(2) * GROUP
+    bias_sum = tl.zeros((BT, BC), tl.float32)
+    sums = ()
+    for _ in tl.static_range(GROUP):
+        sums += (tl.zeros((BT, BC), tl.float32),)
+    for start in range(first, last, BT):
+        tokens = (start + tl.arange(0, BT))[:, None]
+        valid = tokens < last
+        offsets = tokens.to(tl.int64) * x_token + channels
+        x = tl.load(x_ptr + offsets, mask=valid & held, other=0.0).to(tl.float32)
+        added = ()
+        for index in tl.static_range(GROUP):
+            grad = _neighbours(
+                grad_ptr, grad_token, tokens, valid, channels, held, T, H, W, first_tap + index,
+                KT, KH, KW, -1,
+            )  # fmt: skip
+            added += (sums[index] + x * grad,)
+            if index == GROUP // 2:
+                # The centre, if this group has it.
+                bias_sum += grad
+        sums = added
+    row = tl.program_id(0) * C + channels
+    for index in tl.static_range(GROUP):
+        total = tl.sum(sums[index], axis=0, keep_dims=True)
+        tl.store(partial_ptr + row * TAPS + first_tap + index, total, mask=held)
+    centre = first_tap + GROUP // 2 == TAPS // 2
+    tl.store(bias_partial_ptr + row, tl.sum(bias_sum, axis=0, keep_dims=True), mask=held & centre)

@@ -6,7 +6,10 @@ import ranks_of_wan
 import torch
 
 from mhla_gen.ops.halo import halo_size
-from mhla_gen.ops.shard import Shard
+from mhla_gen.ops.kernels import linear_form
+from mhla_gen.ops.kernels.launch import Call
+from mhla_gen.ops.partition import block_of_tokens
+from mhla_gen.ops.shard import HeldBlocks, Shard
 
 # Ragged columns, a border inside a block, more ranks than planes, and one token a rank.
 SHAPES = [
@@ -52,6 +55,20 @@ def test_kernels_compute_on_ranks_what_one_process_computes():
 @pytest.mark.parametrize("num_ranks", [2, 3, 4])
 def test_kernels_compute_on_ranks_at_many_shapes(num_ranks):
     ranks.launch(num_ranks, ranks.operators_equal_one_process, [SINGLE | case for case in WINDOWS])
+
+
+def test_a_block_without_tokens_has_no_scale():
+    # As 1 it would coarsen the sum of summaries that are small.
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    key, value = torch.rand(2, 1, 6, 1, 16, device=device).half()
+    # Of planes 0 to 3, tokens 6 to 11 are planes 2 and 3: the second of two blocks.
+    options = "relu", True, 1e-6, torch.float16, (2, 0, 6, 12)
+    call = Call(key, value * 1e-4, None, None, [4, 1, 3], [2, 1, 1], *options)
+    parts = linear_form.summarise(key, value * 1e-4, call)
+    assert parts.scales[0, 0].item() == 0 and 0 < parts.scales[0, 1].item() < 1e-2
+    assert parts.matrices[0, 0].count_nonzero() == 0 == parts.key_sums[0, 0].count_nonzero()
+    mixed = linear_form.mix(torch.ones(2, 2, device=device), parts, call)
+    assert mixed.scales.allclose(parts.scales[:, 1:])
 
 
 LAYERS = [
@@ -133,6 +150,23 @@ def test_slabs_cover_the_planes_of_a_shard_block_by_block():
         (2, 4, 7),
     ]
     assert slabs[1].blocks == slice(2, 4) and slabs[1].grid == (2, 2, 3)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 5, 8])
+def test_ranks_hold_the_blocks_that_their_tokens_fall_into(num_ranks):
+    grid, layout = (7, 2, 3), (3, 2, 1)
+    held = HeldBlocks.of_ranks(grid, layout, num_ranks)
+    blocks = block_of_tokens(grid, layout)
+    mixing = torch.arange(36.0).view(6, 6)
+    starts = [first * 2 for first in held.firsts]
+    size = held.count * 2
+    columns = [block for start in starts for block in range(start, start + size)]
+    assert held.num_parts == len(columns)
+    for rank, start in enumerate(starts):
+        shard = Shard.of_rank(grid, rank, num_ranks)
+        mine = blocks[shard.first : shard.stop]
+        assert start <= mine.min() and mine.max() < start + size <= 6
+        assert held.entries(mixing, rank).equal(mixing[start : start + size][:, columns])
 
 
 def test_a_halo_is_a_plane_a_row_and_a_token():

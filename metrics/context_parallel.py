@@ -189,6 +189,8 @@ def main() -> None:
         torch.cuda.set_device(device)
     else:
         torch.accelerator.device_count = lambda: 1
+    # What is under way must not queue behind a kernel that fills the GPU.
+    os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")
     dist.init_process_group("cuda:nccl,cpu:gloo" if gpu else "cpu:gloo")
     name = torch.cuda.get_device_name() if gpu else platform.processor()
     facts = {"device": name, "torch": torch.__version__, "date": str(date.today())}

@@ -24,6 +24,7 @@ from mhla_gen import ClassConditionalPipeline
 from mhla_gen.pipelines.noise import noise_of
 from mhla_gen.pipelines.schedulers import other_scheduler
 from mhla_gen.sampling import Guidance, contact_sheet
+from mhla_gen.sampling.building import compile_layers
 from mhla_gen.sampling.loading import class_conditional
 from mhla_gen.sampling.recording import Recorded
 
@@ -345,12 +346,15 @@ def test_calls_without_a_gpu_are_not_recorded():
 
 
 @pytest.mark.gpu
-def test_a_recorded_pass_gives_the_same_bits():
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_recorded_pass_gives_the_same_bits(compiled):
     model = (
         mhla_gen.inject(tiny_dit_pipeline().transformer, mhla_gen.MHLAConfig(layout=(2, 2)))
         .cuda()
         .eval()
     )
+    if compiled:
+        compile_layers(model)
     recorded = Recorded(model.forward)
 
     def inputs(batch):

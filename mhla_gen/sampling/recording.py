@@ -5,7 +5,6 @@ tokens, the host takes longer to launch them than the GPU to run them; a recorde
 graph) is launched at once.
 """
 
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -34,7 +33,6 @@ class Recorded:
 
     def __init__(self, function: Callable[..., Any]):
         self.function = function
-        self._seen: Counter[Any] = Counter()
         self._recordings: dict[Any, _Recording] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -44,34 +42,43 @@ class Recorded:
             return self.function(*args, **kwargs)
         key = (len(args), *kwargs, *map(_kind, values))
         if key not in self._recordings:
-            self._seen[key] += 1
-            if self._seen[key] <= _WARM_UP:
-                return self.function(*args, **kwargs)
             while len(self._recordings) >= _MOST_RECORDINGS:
                 self._recordings.pop(next(iter(self._recordings)))
-            # What the calls before have left in the allocator is needed by the recording's own.
-            torch.cuda.empty_cache()
             self._recordings[key] = _Recording(self.function, args, kwargs)
-        return self._recordings[key].replay(values)
+        return self._recordings[key](values)
 
 
 class _Recording:
     """One shape's pass, with the memory of its arguments and results."""
 
     def __init__(self, function: Callable[..., Any], args: Any, kwargs: Any):
-        own_args, own_kwargs = tree_map_only(Tensor, torch.clone, (args, kwargs))
-        self._inputs = [*own_args, *own_kwargs.values()]
-        self._graph = torch.cuda.CUDAGraph()
-        # Another thread may copy finished samples meanwhile.
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-            self._outputs = function(*own_args, **own_kwargs)
+        self._function = function
+        # Also for the calls before: compiled code would compile again for other strides.
+        self._args, self._kwargs = tree_map_only(Tensor, torch.clone, (args, kwargs))
+        self._calls = 0
+        self._graph: Any = None
+        self._outputs: Any = None
 
-    def replay(self, values: list[Any]) -> Any:
-        for own, value in zip(self._inputs, values, strict=True):
+    def __call__(self, values: list[Any]) -> Any:
+        for own, value in zip([*self._args, *self._kwargs.values()], values, strict=True):
             if torch.is_tensor(value):
                 own.copy_(value)
+        self._calls += 1
+        if self._calls <= _WARM_UP:
+            return self._function(*self._args, **self._kwargs)
+        if self._graph is None:
+            self._graph = self._record()
         self._graph.replay()
         return tree_map_only(Tensor, torch.clone, self._outputs)
+
+    def _record(self) -> torch.cuda.CUDAGraph:
+        # What the calls before have left in the allocator is needed by the recording's own.
+        torch.cuda.empty_cache()
+        graph = torch.cuda.CUDAGraph()
+        # Another thread may copy finished samples meanwhile.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            self._outputs = self._function(*self._args, **self._kwargs)
+        return graph
 
 
 def _kind(value: Any) -> Any:

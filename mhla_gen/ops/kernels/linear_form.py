@@ -31,8 +31,8 @@ _TILES = {
 # The same for blocks of one tile, where nothing can be loaded ahead.
 _SMALL_BLOCKS = {"summarise": (64, 4, 1, None), "backward_queries": (32, 4, 1, None)}
 
-# What `tile_options` found for kernels and kinds of calls.
-_TILE_OPTIONS: dict[tuple, dict] = {}
+# Compile-time arguments of the kernels over tokens, by name, kind of call and strides.
+_CONSTANTS: dict[tuple, dict] = {}
 
 
 class Summaries(NamedTuple):
@@ -194,10 +194,10 @@ def _over_tokens(
 ) -> None:
     """Launch one program for each part and head."""
     scalars = *strides, call.box, call.window, call.num_heads, call.num_parts, *others
-    key = name, call.kind
-    if key not in _TILE_OPTIONS:
-        _TILE_OPTIONS[key] = tile_options(name, call)
-    constants = _TILE_OPTIONS[key] | {"ALIGN": alignment(*strides)}
+    key = name, call.kind, strides
+    constants = _CONSTANTS.get(key)
+    if constants is None:
+        constants = _CONSTANTS[key] = tile_options(name, call) | {"ALIGN": alignment(*strides)}
     launch(kernel, call.programs, tensors, scalars, constants)
 
 

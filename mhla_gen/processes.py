@@ -9,6 +9,8 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from tqdm import tqdm
 
+from mhla_gen.devices import resolve_device
+
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -22,10 +24,21 @@ def join_processes(device: str) -> PartialState:
     Returns:
         The state, with this process's device. Processes wait for each other for up to a day: parts
         of such work differ in length.
+
+    Raises:
+        ValueError: If there is no such device.
     """
     if PartialState._shared_state:
         return PartialState()
-    return PartialState(cpu=device == "cpu", timeout=timedelta(days=1))
+    # Where there is no GPU, accelerate joins processes only if it is told to use the CPU.
+    cpu = resolve_device(device).type == "cpu"
+    return PartialState(cpu=cpu, timeout=timedelta(days=1))
+
+
+def part_processes() -> None:
+    """Take leave of the others when all is done; torch may abort a process that ends without."""
+    if PartialState._shared_state:
+        PartialState().destroy_process_group()
 
 
 def on_main(compute: Callable[[], T]) -> T:

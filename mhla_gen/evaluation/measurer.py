@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from accelerate import PartialState
 
 from mhla_gen.config import FeaturesConfig
 from mhla_gen.evaluation.errors import EvaluationError
@@ -14,6 +13,7 @@ from mhla_gen.evaluation.features import FeatureSet, extract_features
 from mhla_gen.evaluation.protocol import Protocol
 from mhla_gen.evaluation.sources import ImageSource, frame_shape, load_images
 from mhla_gen.evaluation.video import ClipRule
+from mhla_gen.processes import join_processes
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Measurer:
             raise EvaluationError(
                 "features.device=cuda but PyTorch finds no CUDA device; use device=auto"
             )
-        state = PartialState(cpu=config.device == "cpu")
+        state = join_processes(config.device)
         # One process per machine downloads; the others find the file.
         with state.local_main_process_first():
             extractor = build_extractor(config)

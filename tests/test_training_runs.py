@@ -207,6 +207,25 @@ def test_data_that_changed_are_refused(tmp_path):
         train(replace(config, resume="latest"))
 
 
+def test_a_run_stopped_before_its_previews_makes_them_when_it_goes_on(tmp_path):
+    samples = PreviewConfig(num_images=2, num_inference_steps=2)
+    config = tiny_run(
+        tmp_path / "run", max_steps=2, checkpoint_every=2, sample_every=2, samples=samples
+    )
+    train(config)
+    previews = sorted((tmp_path / "run" / "previews").iterdir())
+    before = [path.read_bytes() for path in previews]
+    assert len(before) == 2
+    for path in previews:
+        path.unlink()
+    train(replace(config, resume="latest"))
+    assert [path.read_bytes() for path in previews] == before
+    for path in previews:
+        path.write_bytes(b"seen")
+    train(replace(config, resume="latest"))
+    assert {path.read_bytes() for path in previews} == {b"seen"}
+
+
 @pytest.mark.parametrize("objective", ["flow_matching", "ddpm"])
 def test_previews_do_not_touch_the_training(objective, tmp_path):
     settings = {"objective": ObjectiveConfig(name=objective), "ema_decay": 0.5}

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from mhla_gen.config import TrainConfig, save_config
 from mhla_gen.files import CONFIG_NAME, written_whole
+from mhla_gen.processes import on_main
 from mhla_gen.training.build import BuildTask, build_task
 from mhla_gen.training.checkpoints import (
     check_output_dir,
@@ -13,7 +14,7 @@ from mhla_gen.training.checkpoints import (
     save_checkpoint,
 )
 from mhla_gen.training.log import LOG_NAME, RunLog, start_trackers
-from mhla_gen.training.previews import evaluate_samples, write_previews
+from mhla_gen.training.previews import evaluate_samples, has_previews, write_previews
 from mhla_gen.training.run import Run, build_run
 from mhla_gen.training.stopping import Stopped, StopRequest
 from mhla_gen.training.throughput import peak_flops
@@ -52,6 +53,10 @@ def train(config: TrainConfig, title: str = "training", build: BuildTask = build
     peak = peak_flops(run.accelerator.device, config.mixed_precision)
     log = RunLog(run, folder / LOG_NAME, start, title, peak)
     with closing(log), StopRequest(run.accelerator) as stop:
+        if _due(start, config.sample_every) and not on_main(lambda: has_previews(folder, start)):
+            # Stopped between the checkpoint and them.
+            with log.paused():
+                write_previews(run, start)
         for number, parts in enumerate(run.batches(start, config.max_steps), start):
             learning_rate = run.learning_rate.get_last_lr()[0]
             result = run.step(number, parts)
@@ -85,4 +90,4 @@ def save_pipeline(run: Run, folder: Path) -> Path:
 
 
 def _due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
+    return step > 0 and every > 0 and step % every == 0

@@ -42,17 +42,22 @@ def write_previews(run: Run, step: int) -> None:
         pictures["mixing"] = mixing_picture(matrices)
     if not run.accelerator.is_main_process:
         return
-    for name, picture in pictures.items():
-        path = Path(run.config.output_dir) / PREVIEWS_NAME / f"{name}-{step:07d}.png"
-        with written_whole(path) as partial:
-            Image.fromarray(picture).save(partial, format="PNG")
+    folder = Path(run.config.output_dir) / PREVIEWS_NAME
     if samples is not None and samples.ndim == 5:
         for number, clip in enumerate(samples):
-            name = f"clip-{step:07d}-{number:02d}.mp4"
-            write_video(Path(run.config.output_dir) / PREVIEWS_NAME / name, clip, run.task.fps)
+            write_video(folder / f"clip-{step:07d}-{number:02d}.mp4", clip, run.task.fps)
+    # Last: they say that the previews of this step are there.
+    for name, picture in pictures.items():
+        with written_whole(folder / f"{name}-{step:07d}.png") as partial:
+            Image.fromarray(picture).save(partial, format="PNG")
     for tracker in run.accelerator.trackers:
         axes = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
         tracker.log_images({name: p[None] for name, p in pictures.items()}, step=step, **axes)
+
+
+def has_previews(folder: Path, step: int) -> bool:
+    """Whether a run's folder has what `write_previews` writes."""
+    return any((folder / PREVIEWS_NAME).glob(f"*-{step:07d}.png"))
 
 
 def evaluate_samples(run: Run, step: int) -> None:

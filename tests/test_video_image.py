@@ -1,12 +1,14 @@
 """Image to video as in Wan 2.1: the first frame also reaches the model through CLIP."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from diffusers import WanImageToVideoPipeline
 from PIL import Image
 from safetensors.torch import save_file
@@ -15,7 +17,7 @@ from tiny import disturb, tiny_clip_cache, tiny_image_encoder, tiny_wan, tiny_wa
 from tiny_sampling import set_of
 
 import mhla_gen
-from mhla_gen.config import MHLAConfig, load_config
+from mhla_gen.config import ImageEncoderConfig, MHLAConfig, load_config
 from mhla_gen.config.previews import PreviewConfig
 from mhla_gen.data import load_data
 from mhla_gen.data.caching.build import build_cache
@@ -27,6 +29,7 @@ from mhla_gen.training.build import build_task
 
 CONDITION = ("clips.condition=true", "text.max_sequence_length=512", "dtype=float32")
 FIRST_FRAME = {"first_frame": True}
+NONE = ImageEncoderConfig()
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +102,13 @@ def test_a_training_step_calls_the_model_as_the_pipeline_does(cache, tmp_path):
     assert with_caption["encoder_hidden_states_image"].equal(without["encoder_hidden_states_image"])
 
 
+def test_a_dry_run_names_the_encoder_of_first_frames(cache, tmp_path):
+    config = load_config(cache / "config.yaml", [f"output_dir={tmp_path / 'new'}"])
+    assert "first frames by CLIPVisionModel" in build_cache(config, dry_run=True)
+    plain = replace(config, clips=replace(config.clips, condition=False), image_encoder=NONE)
+    assert "first frames" not in build_cache(plain, dry_run=True)
+
+
 def test_injection_leaves_attention_to_the_image_alone():
     model = tiny_wan(in_channels=36, image_dim=20, added_kv_proj_dim=24)
     before = [block.attn2.state_dict() for block in model.blocks]
@@ -152,7 +162,7 @@ def sample_of(folder, cache, source, **changes):
     save_file({"prompt_embeds": empty.repeat(2, 1, 1), "negative_prompt_embeds": empty}, embeds)
     sizes = {"height": 32, "width": 48, "num_frames": 5, "guidance_scale": 2.0, "device": "cpu"}
     texts = {"prompts": str(prompts), "prompt_embeds": str(embeds)}
-    return set_of(folder / f"{source.name}-samples", source, **sizes, **texts | changes)
+    return set_of(folder / f"{source.name}-samples", source, **sizes | texts | changes)
 
 
 def test_a_first_frame_of_another_shape_is_cropped_as_clips_are(cache, tmp_path):
@@ -215,3 +225,42 @@ def test_a_new_model_reads_embeddings_where_the_cache_has_them(cache, tmp_path):
     assert model.config.added_kv_proj_dim == (
         SMALL["num_attention_heads"] * SMALL["attention_head_dim"]
     )
+
+
+@pytest.fixture
+def fresh_state():
+    """Accelerate keeps the arithmetic of the first run in a process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("fresh_state")
+@pytest.mark.parametrize("experts", [False, True])
+def test_on_a_gpu_from_clips_to_mp4(tmp_path, experts):
+    sizes = {"attention_head_dim": 16, "in_channels": 36}
+    model = tiny_wan(**sizes, **({} if experts else {"image_dim": 20, "added_kv_proj_dim": 32}))
+    pipeline = tiny_wan_image_pipeline(model)
+    if experts:
+        # Wan 2.2: two models, and no encoder of images.
+        parts = pipeline.components | {"image_encoder": None, "image_processor": None}
+        parts["transformer_2"] = tiny_wan(**sizes)
+        pipeline = WanImageToVideoPipeline(**parts, boundary_ratio=0.5)
+    cache = tiny_clip_cache(tmp_path, *CONDITION, "device=cuda", clips=1, pipeline=pipeline)
+    samples = PreviewConfig(num_images=1, num_inference_steps=4, guidance_scale=2.0)
+    changes = {"sample_every": 2, "samples": samples, "mixed_precision": "bf16"}
+    for expert in ("high_noise", "low_noise") if experts else (None,):
+        folder = tmp_path / f"run-{expert}"
+        wan = FIRST_FRAME | {"expert": expert}
+        config = wan_run(folder, cache, wan, {"pretrained": str(tmp_path / "pipeline")}, **changes)
+        train(config)
+        assert (folder / "previews" / "clip-0000002-00.mp4").is_file()
+        for offload in ("none", "model"):
+            made = sample_of(
+                tmp_path, cache, folder, offload=offload, device="cuda", dtype="bfloat16"
+            )
+            made = replace(made, output_dir=str(tmp_path / f"{expert}-{offload}"))
+            sample(made)
+            videos = Path(made.output_dir) / "videos"
+            assert iio.imread(videos / "000000.mp4", plugin="FFMPEG").shape == (5, 32, 48, 3)

@@ -81,7 +81,7 @@ def build_cache(config: CacheConfig, dry_run: bool = False) -> str:
     _check_sizes(config, files, vae)
     with Decoder(config.clips.timeout, config.num_workers) as decoder:
         if dry_run:
-            return _rehearse(config, files, vae, decoder)
+            return _rehearse(config, files, vae, frame_encoder, decoder)
         return _build(config, files, vae, encoder, frame_encoder, decoder)
 
 
@@ -226,10 +226,17 @@ def _caption_rows(examples: Examples, captions: list[str] | None) -> list[int] |
     return [rows[caption] for caption in examples.captions or ()]
 
 
-def _rehearse(config: CacheConfig, files: Files, vae: Any, decoder: Decoder) -> str:
+def _rehearse(
+    config: CacheConfig,
+    files: Files,
+    vae: Any,
+    frame_encoder: ImageEncoder | None,
+    decoder: Decoder,
+) -> str:
     if isinstance(files, ClipFiles):
         table = report(config.clips, _place_all(config, files, decoder))
-        return f"{len(files)} files\n{table}\nwould be encoded by {type(vae).__name__}"
+        frames = f", first frames by {type(frame_encoder.model).__name__}" if frame_encoder else ""
+        return f"{len(files)} files\n{table}\nwould be encoded by {type(vae).__name__}{frames}"
     shape = _latent_shape(vae, files.image_shape)
     return (
         f"{len(files)} images of {len(files.class_names or ())} classes, "

@@ -55,8 +55,8 @@ class WanConfig:
     expert: Literal["high_noise", "low_noise"] | None = None
     """Which of Wan 2.2's two 14B experts is trained, on its noise levels only."""
     boundary: float | None = None
-    """Noise level between the experts; None asks the pretrained pipeline. Wan 2.2 has 0.875 for
-    text to video and 0.9 for image to video."""
+    """Noise level between the experts; None asks the pretrained pipeline, and takes Wan 2.2's where
+    there is none: 0.875 for text to video, 0.9 for image to video."""
     lora_rank: int = 32
     """model.trainable=lora: rank of the updates."""
     lora_alpha: float | None = None

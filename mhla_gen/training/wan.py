@@ -17,7 +17,8 @@ from mhla_gen.training.wan_pipeline import ClipSamples, WanParts
 
 # Channels of an image-to-video model beside noisy and known latents: see `first_frame_mask`.
 _MASK_CHANNELS = 4
-_BOUNDARY = 0.875
+# Between Wan 2.2's experts, of text to video and of image to video.
+_BOUNDARY, _BOUNDARY_WITH_IMAGE = 0.875, 0.9
 _WAN_FPS = 16.0
 
 
@@ -93,7 +94,7 @@ def _objective(
 ) -> ClipMatching:
     lowest, highest = 0.0, 1.0
     if wan.expert is not None:
-        edge = boundary or _BOUNDARY
+        edge = boundary or (_BOUNDARY_WITH_IMAGE if wan.first_frame else _BOUNDARY)
         lowest, highest = (edge, 1.0) if wan.expert == "high_noise" else (0.0, edge)
     return ClipMatching(
         config.logit_mean,

@@ -229,8 +229,8 @@ def test_a_new_model_reads_embeddings_where_the_cache_has_them(cache, tmp_path):
 
 def test_experts_without_a_pipeline_meet_where_those_of_wan_do(cache, tmp_path):
     data = load_data(wan_run(cache, cache).data)
-    for first_frame, boundary in ((False, 0.875), (True, 0.9)):
-        wan = {"first_frame": first_frame, "expert": "high_noise"}
+    for given, boundary in ((False, 0.875), (True, 0.9)):
+        wan = {"first_frame": given, "expert": "high_noise"}
         objective = build_task(wan_run(tmp_path / "run", cache, wan), data).objective
         assert (objective.lowest, objective.highest) == (boundary, 1.0)
 

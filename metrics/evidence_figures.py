@@ -38,22 +38,30 @@ def _tokens(groups: Sequence[Group]) -> list[int]:
 def draw_curves(groups: Sequence[Group], path: Path) -> None:
     """Training loss relative to the control's, over steps: all arms see the same noise."""
     sizes = _tokens(groups)
-    figure = Figure(figsize=(6.2 * len(sizes), 4.2), layout="constrained")
+    figure = Figure(figsize=(5.2 * len(sizes), 5.0), layout="constrained")
     panels = figure.subplots(1, len(sizes), squeeze=False)[0]
+    others = list(dict.fromkeys(group.arm for group in groups if group.arm not in MAIN))
+    lines: dict[str, Any] = {}
     for axes, tokens in zip(panels, sizes, strict=True):
         same = [group for group in groups if group.tokens == tokens]
         control = next((group for group in same if group.arm == CONTROL), None)
-        for number, group in enumerate(same):
+        for group in same:
             steps, losses = _curve(group, _seeds(control) if control else None)
             if control is not None:
                 losses = losses / _curve(control, _seeds(group))[1] - 1
-            style: dict[str, Any] = {"lw": 1.0, "ls": ("--", ":", "-.")[number % 3]}
-            style["color"] = _OTHERS[number % len(_OTHERS)]
             if group.arm in MAIN:
-                style = {"lw": 2.0, "color": _COLOURS[group.arm]}
-            axes.plot(steps, 100 * losses, label=_name(group), **style)
-        axes.set(title=f"{tokens} tokens", xlabel="step", ylabel="training loss against control, %")
-        axes.legend(fontsize=7)
+                style: dict[str, Any] = {"lw": 2.0, "color": _COLOURS[group.arm]}
+            else:
+                number = others.index(group.arm)
+                style = {"lw": 1.0, "ls": ("--", ":", "-.")[number // len(_OTHERS) % 3]}
+                style["color"] = _OTHERS[number % len(_OTHERS)]
+            (lines[_name(group)],) = axes.plot(steps, 100 * losses, **style)
+        axes.set(title=f"{tokens} tokens", xlabel="step")
+    panels[0].set_ylabel("training loss against control, %")
+    columns = 2 * len(sizes)
+    figure.legend(
+        lines.values(), lines.keys(), loc="outside lower center", ncols=columns, fontsize=8
+    )
     _save(figure, path)
 
 

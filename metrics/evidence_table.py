@@ -108,10 +108,8 @@ QUALITY = (
     "arm", "seeds", "held-out loss", "against control", "Fréchet", "KID × 1000",
     "precision / recall", "recognised", "copies",
 )  # fmt: skip
-COST = (
-    "arm", "parameters", "effective rank", "entropy", "training images/s", "sampling images/s",
-    "training GiB",
-)  # fmt: skip
+COST = ("arm", "parameters", "effective rank", "entropy")
+SPEED = ("training images/s", "sampling images/s", "training GiB")
 
 
 def quality_table(groups: Sequence[Group]) -> str:
@@ -120,18 +118,19 @@ def quality_table(groups: Sequence[Group]) -> str:
 
 
 def cost_table(groups: Sequence[Group]) -> str:
-    """What the attention is like and what it costs, as a Markdown table."""
+    """What the attention is like and what it costs, as a Markdown table; speeds if measured."""
+    timed = any(group.speed for group in groups)
     rows = [
         [
             group.title,
             f"{group.mean('parameters') / 1e6:.3f} M",
             f"{group.layers('effective_rank').mean():.1f}",
             f"{group.layers('entropy').mean():.2f}",
-            *_speeds(group),
+            *(_speeds(group) if timed else ()),
         ]
         for group in groups
     ]
-    return markdown(COST, rows)
+    return markdown(COST + SPEED if timed else COST, rows)
 
 
 def _quality_row(group: Group, groups: Sequence[Group]) -> list[str]:

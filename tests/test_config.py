@@ -16,8 +16,9 @@ from mhla_gen.config import (
 )
 
 FOLDER = Path(__file__).parents[1] / "configs"
-# The arms of the comparison are a plan of runs, not a config; tests/test_evidence.py reads it.
-CONFIGS = sorted(set(FOLDER.rglob("*.yaml")) - {FOLDER / "evidence" / "arms.yaml"})
+# Plans of the comparison's runs are no configs; tests/test_evidence.py reads them.
+PLANS = {FOLDER / "evidence" / name for name in ("arms.yaml", "long.yaml")}
+CONFIGS = sorted(set(FOLDER.rglob("*.yaml")) - PLANS)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

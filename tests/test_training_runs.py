@@ -81,7 +81,9 @@ def test_a_signal_is_answered_by_a_checkpoint(number, tmp_path, monkeypatch, cap
             train(config)
         save_config(replace(config, output_dir=str(tmp_path / "again")), tmp_path / "run.yaml")
         assert main(["train", str(tmp_path / "run.yaml")]) == 130
-        assert f"stopped by {number.name} after step 3" in capsys.readouterr().err
+        said = capsys.readouterr().err
+        assert f"stopped by {number.name} after step 3" in said
+        assert "the same command with resume=latest goes on from it" in said
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
     assert list(checkpoints(tmp_path / "stopped")) == [3]
     straight = trained(tiny_run(tmp_path / "straight", max_steps=8))

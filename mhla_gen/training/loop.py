@@ -68,9 +68,10 @@ def train(config: TrainConfig, title: str = "training", build: BuildTask = build
                     log.require_finite(done)
                     save_checkpoint(run, done)
                 if stopping:
+                    again = "" if config.resume == "latest" else " with resume=latest"
                     raise Stopped(
                         f"{stop.name} after step {done}; {last_checkpoint(folder)} is written, "
-                        "and resume=latest goes on from it"
+                        f"and the same command{again} goes on from it"
                     )
                 if _due(done, config.sample_every):
                     write_previews(run, done)

@@ -1,13 +1,21 @@
 #!/usr/bin/env bash
-# The comparison of docs/evidence.md: every arm trained, sampled and scored, the probe, the report.
+# The comparison of docs/evidence.md: arms trained, sampled and scored, the main ones longer too; the
+# speed of each; the probe; the report. Every result is kept: interrupted, it goes on where it was.
 #   bash train/evidence.sh DATA OUTPUT [key=value ... | --seconds N]
 # DATA: emoji64.npz (metrics/emoji_dataset.py) or a folder with one sub-folder of images a class.
-# Three to five minutes an arm where five share one H100. Interrupted, it goes on with the same command.
+# Any number of these may work on one OUTPUT: each takes the next arm that nobody has. Two to six
+# minutes an arm where seven share one H100. Leave the GPU alone while speeds are measured.
 set -euo pipefail
 data=${1:?usage: bash train/evidence.sh DATA OUTPUT [key=value ...]}
 output=${2:?usage: bash train/evidence.sh DATA OUTPUT [key=value ...]}
 shift 2
 metrics=$(dirname "$0")/../metrics
+long=$metrics/../configs/evidence/long.yaml
 python "$metrics/evidence_run.py" "$data" "$output" "$@"
-python "$metrics/evidence_probe.py" "$output"
+python "$metrics/evidence_run.py" "$data" "$output/long" --plan "$long" "$@"
+python "$metrics/evidence_speed.py" "$output"
+for seed in 0 1; do
+    python "$metrics/evidence_probe.py" "$output" --seed "$seed"
+done
 python "$metrics/evidence_report.py" "$output"
+python "$metrics/evidence_report.py" "$output/long" --plan "$long"

@@ -382,3 +382,18 @@ def test_a_recorded_pass_gives_the_same_bits(compiled):
             torch.testing.assert_close(found, model(**inputs(batch))[0], **tolerance)
         model.proj_out_2.bias.add_(1)
         torch.testing.assert_close(recorded(**inputs(2))[0], model(**inputs(2))[0], **tolerance)
+
+
+@pytest.mark.gpu
+def test_without_memory_for_a_recording_steps_are_launched(capsys):
+    def forward(x):
+        if torch.cuda.is_current_stream_capturing():
+            raise torch.OutOfMemoryError("no memory")
+        return x + 1
+
+    recorded = Recorded(forward)
+    with torch.no_grad():
+        for number in range(6):
+            x = torch.full((3,), float(number), device="cuda")
+            torch.testing.assert_close(recorded(x), x + 1, rtol=0, atol=0)
+    assert capsys.readouterr().out.count("no memory to record") == 1

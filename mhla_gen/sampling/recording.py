@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
+from tqdm import tqdm
 
 # Calls of one shape before it is recorded: the first compiles, and both allocate.
 _WARM_UP = 2
@@ -64,21 +65,33 @@ class _Recording:
             if torch.is_tensor(value):
                 own.copy_(value)
         self._calls += 1
-        if self._calls <= _WARM_UP:
-            return self._function(*self._args, **self._kwargs)
-        if self._graph is None:
+        if self._calls == _WARM_UP + 1:
             self._graph = self._record()
+        if self._graph is None:
+            return self._function(*self._args, **self._kwargs)
         self._graph.replay()
         return tree_map_only(Tensor, torch.clone, self._outputs)
 
-    def _record(self) -> torch.cuda.CUDAGraph:
+    def _record(self) -> torch.cuda.CUDAGraph | None:
+        """The recording, or None if there is no memory for it."""
         # What the calls before have left in the allocator is needed by the recording's own.
         torch.cuda.empty_cache()
-        graph = torch.cuda.CUDAGraph()
-        # Another thread may copy finished samples meanwhile.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            self._outputs = self._function(*self._args, **self._kwargs)
-        return graph
+        graph, missing = torch.cuda.CUDAGraph(), None
+        try:
+            # Another thread may copy finished samples meanwhile.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                try:
+                    self._outputs = self._function(*self._args, **self._kwargs)
+                except torch.OutOfMemoryError as error:
+                    missing = error
+        except RuntimeError:
+            # Leaving a recording that was broken off may fail in turn.
+            if missing is None:
+                raise
+        if missing is None:
+            return graph
+        tqdm.write("no memory to record a step: samples are the same, each step takes longer")
+        return None
 
 
 def _kind(value: Any) -> Any:

@@ -14,6 +14,7 @@ from mhla_gen.config import MHLAConfig, ModelConfig, QuickstartConfig, load_conf
 from mhla_gen.data.images import digits
 from mhla_gen.quickstart import quickstart
 from mhla_gen.quickstart.report import next_commands
+from mhla_gen.quickstart.run import training_seconds
 from mhla_gen.quickstart.scores import closest_pairs, score, score_real
 from mhla_gen.sampling import generate
 
@@ -103,6 +104,11 @@ def test_an_interrupted_one_goes_on_to_the_same_end(tmp_path, monkeypatch):
     assert not (tmp_path / "parts" / "metrics.json").exists()
     quickstart(tiny(tmp_path / "parts"))
     assert (samples(tmp_path / "parts")[0] == samples(tmp_path / "whole")[0]).all()
+
+
+def test_the_time_of_a_training_counts_what_came_before_an_interruption():
+    log = [{"step": 10, "images_per_second": 40.0}, {"step": 15, "images_per_second": 20.0}]
+    assert training_seconds(log, batch_size=8) == pytest.approx(10 * 8 / 40 + 5 * 8 / 20)
 
 
 def test_a_dry_run_writes_nothing(tmp_path, capsys):

@@ -222,7 +222,10 @@ def load_npz(path: Path, num_classes: int | None = None) -> ArrayImages:
         ValueError: If it is no npz file, or lacks an array.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"data.path {path} is not a file")
+        raise FileNotFoundError(
+            f"data.path {path} is not a file, which data.source=npz takes; "
+            "a folder of class folders is data.source=folder"
+        )
     try:
         with np.load(path, allow_pickle=False) as arrays:
             images, labels = arrays["arr_0"], arrays["labels"]

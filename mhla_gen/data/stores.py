@@ -81,7 +81,8 @@ def class_folders(root: Path) -> FileStore:
         FileNotFoundError: If there is no folder, no class folder, or a class without images.
     """
     if not root.is_dir():
-        raise FileNotFoundError(f"data.path {root} is not a folder")
+        known = ", an npz file is data.source=npz" if root.suffix == ".npz" else ""
+        raise FileNotFoundError(f"data.path {root} is not a folder{known}")
     folders = sorted(d for d in root.iterdir() if d.is_dir() and not d.name.startswith("."))
     if not folders:
         raise FileNotFoundError(

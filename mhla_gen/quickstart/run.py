@@ -143,9 +143,7 @@ def _arm(config: QuickstartConfig, attention: Attention, labels: np.ndarray) -> 
     blocks = layout if isinstance(layout, str) else " × ".join(map(str, layout))
     title = {"mhla": f"MHLA, {blocks} blocks", "linear": "linear attention, one block"}[attention]
     settings = training(config, attention)
-    began = time.perf_counter()
     saved = train(replace(settings, resume="latest"), title=f"train {title}")
-    seconds = time.perf_counter() - began
     pipeline = ClassConditionalPipeline.from_pretrained(saved).to(PartialState().device)
     images = generate(
         pipeline,
@@ -156,7 +154,15 @@ def _arm(config: QuickstartConfig, attention: Attention, labels: np.ndarray) -> 
         guidance_scale=config.guidance_scale,
         title=f"sample {title}",
     )
-    return Arm(title, pipeline, images, read_log(Path(settings.output_dir) / LOG_NAME), seconds)
+    log = read_log(Path(settings.output_dir) / LOG_NAME)
+    return Arm(title, pipeline, images, log, training_seconds(log, config.batch_size))
+
+
+def training_seconds(log: list[dict[str, float]], batch_size: int) -> float:
+    """What the logged steps took, those before an interruption included."""
+    steps = np.diff([0] + [line["step"] for line in log])
+    rates = [line["images_per_second"] for line in log]
+    return float((steps * batch_size / rates).sum())
 
 
 def _sampling(config: QuickstartConfig) -> SampleConfig:

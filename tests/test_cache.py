@@ -199,7 +199,9 @@ def test_two_processes_write_the_same_files(source, cache, tmp_path):
     save_config(config_for(source, tmp_path / "cache"), tmp_path / "cache.yaml")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command = [*launch, "-m", "mhla_gen.cli", "cache", str(tmp_path / "cache.yaml")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    # The launcher would give each process one thread, and convolutions add as threads are dealt.
+    env = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=env)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("21 samples") == 1 and "1 could not be read" in done.stdout
     found, expected = CachedLatents.open(tmp_path / "cache"), CachedLatents.open(cache)

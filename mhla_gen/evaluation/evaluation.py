@@ -115,9 +115,13 @@ def check_metrics(config: EvaluateConfig) -> None:
     extractor = config.features.extractor
     wrong = [name for name in config.metrics if not _fits(name, extractor)]
     if wrong:
+        remedy = {"inception": "metrics=[fid]", "i3d": "metrics=[fvd]"}.get(
+            extractor, "metrics=[fd,precision,recall,kid]"
+        )
         raise EvaluationError(
             f"{', '.join(wrong)} cannot be measured with features.extractor={extractor}: fid, sfid "
-            "and is mean inception, fvd means i3d, fd is the same distance on any other network"
+            "and is mean inception, fvd means i3d, fd is the same distance on any other network; "
+            f"give {remedy}, for example"
         )
 
 

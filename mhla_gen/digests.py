@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _BLOCK_BYTES = 1 << 20
 
@@ -29,6 +29,11 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         digest.update(tensor.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def weights_digest(model: nn.Module, dtype: torch.dtype) -> str:
+    """SHA-256 of a model's weights as `dtype` holds them, whatever the dtype they are in now."""
+    return tensors_digest({name: tensor.to(dtype) for name, tensor in model.state_dict().items()})
 
 
 def settings_digest(settings: Mapping[str, Any]) -> str:

@@ -26,7 +26,7 @@ from mhla_gen.pipelines.schedulers import other_scheduler
 from mhla_gen.sampling import Guidance, contact_sheet
 from mhla_gen.sampling.building import compile_layers
 from mhla_gen.sampling.loading import class_conditional
-from mhla_gen.sampling.recording import Recorded
+from mhla_gen.sampling.recording import RecordedForward
 
 
 @pytest.mark.parametrize(
@@ -337,7 +337,7 @@ def test_its_arguments_are_those_that_diffusers_users_know():
 def test_calls_without_a_gpu_are_not_recorded():
     model = torch.nn.Linear(3, 2)
     x = torch.randn(4, 3)
-    recorded = Recorded(model.forward)
+    recorded = RecordedForward(model.forward)
     with torch.no_grad():
         for _ in range(4):
             torch.testing.assert_close(recorded(x), model(x), rtol=0, atol=0)
@@ -358,7 +358,7 @@ def test_a_recorded_pass_gives_the_same_bits(compiled):
         compile_layers(model)
         # For timesteps that are not dense other code is compiled, which rounds otherwise.
         tolerance = {"rtol": 1e-5, "atol": 1e-5}
-    recorded = Recorded(model.forward)
+    recorded = RecordedForward(model.forward)
 
     def inputs(batch):
         side = model.config.sample_size
@@ -391,7 +391,7 @@ def test_without_memory_for_a_recording_steps_are_launched(capsys):
             raise torch.OutOfMemoryError("no memory")
         return x + 1
 
-    recorded = Recorded(forward)
+    recorded = RecordedForward(forward)
     with torch.no_grad():
         for number in range(6):
             x = torch.full((3,), float(number), device="cuda")

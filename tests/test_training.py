@@ -256,22 +256,26 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(tmp_path):
     assert not torch.equal(first["proj_out_2.weight"], other["proj_out_2.weight"])
 
 
+def train_until(last, config, monkeypatch):
+    step = mhla_gen.training.loop.Run.step
+
+    def interrupted(run, number, parts):
+        if number == last:
+            raise KeyboardInterrupt
+        return step(run, number, parts)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(mhla_gen.training.loop.Run, "step", interrupted)
+        train(config)
+
+
 @pytest.mark.parametrize("lr_scheduler", ["cosine", "constant_with_warmup"])
 def test_a_run_that_was_stopped_goes_on_exactly(lr_scheduler, tmp_path, monkeypatch):
     changes = {"max_steps": 12, "checkpoint_every": 4, "lr_scheduler": lr_scheduler}
     straight = trained(tiny_run(tmp_path / "straight", **changes))
 
     stopped = tiny_run(tmp_path / "stopped", **changes)
-    step = mhla_gen.training.loop.Run.step
-
-    def interrupted(run, number, parts):
-        if number == 7:
-            raise KeyboardInterrupt
-        return step(run, number, parts)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(mhla_gen.training.loop.Run, "step", interrupted)
-        train(stopped)
+    train_until(7, stopped, monkeypatch)
     assert list(checkpoints(tmp_path / "stopped")) == [4]
     assert_same(straight, trained(replace(stopped, resume="latest")))
     assert log_of(tmp_path / "stopped") == log_of(tmp_path / "straight")
@@ -287,16 +291,7 @@ def test_a_line_of_the_log_knows_the_steps_before_a_resume(tmp_path, monkeypatch
     changes = {"checkpoint_every": 5, "log_every": 4, "max_steps": 11}
     train(tiny_run(tmp_path / "straight", **changes))
     stopped = tiny_run(tmp_path / "stopped", **changes)
-    step = mhla_gen.training.loop.Run.step
-
-    def interrupted(run, number, parts):
-        if number == 7:
-            raise KeyboardInterrupt
-        return step(run, number, parts)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(mhla_gen.training.loop.Run, "step", interrupted)
-        train(stopped)
+    train_until(7, stopped, monkeypatch)
     train(replace(stopped, resume="latest"))
     straight, resumed = (
         [

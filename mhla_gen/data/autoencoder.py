@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mhla_gen.config import AutoencoderConfig
-from mhla_gen.digests import settings_digest, tensors_digest
+from mhla_gen.digests import settings_digest, weights_digest
 from mhla_gen.hub import is_pipeline
 
 IMAGE_AUTOENCODERS = ("AutoencoderKL", "AutoencoderDC", "AutoencoderTiny")
@@ -60,14 +60,11 @@ def load_autoencoder(config: AutoencoderConfig) -> Any:
 
 def identity(vae: Any, config: AutoencoderConfig) -> dict[str, Any]:
     """What decides the latents of an autoencoder; plain values for a fingerprint."""
-    # As a config's dtype holds them, whatever the dtype that they are in now.
-    dtype = getattr(torch, config.dtype)
-    weights = {k: t.to(dtype) for k, t in vae.state_dict().items()}
     plain = {k: v for k, v in vae.config.items() if not k.startswith("_")}
     return {
         "class": type(vae).__name__,
         "config": settings_digest(plain)[:16],
-        "weights": tensors_digest(weights)[:32],
+        "weights": weights_digest(vae, getattr(torch, config.dtype))[:32],
         "dtype": config.dtype,
         "tiling": config.tiling,
     }

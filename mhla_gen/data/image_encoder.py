@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from mhla_gen.config import ImageEncoderConfig
-from mhla_gen.digests import settings_digest, tensors_digest
+from mhla_gen.digests import settings_digest, weights_digest
 from mhla_gen.hub import is_pipeline
 
 IMAGE_ENCODERS = ("CLIPVisionModel", "CLIPVisionModelWithProjection")
@@ -79,12 +79,9 @@ def load_image_encoder(config: ImageEncoderConfig) -> ImageEncoder:
 
 def identity(encoder: ImageEncoder, config: ImageEncoderConfig) -> dict[str, Any]:
     """What decides the embedding of a frame; plain values for a fingerprint."""
-    # As a config's dtype holds them, whatever the dtype that they are in now.
-    dtype = getattr(torch, config.dtype)
-    weights = {name: tensor.to(dtype) for name, tensor in encoder.model.state_dict().items()}
     return {
         "class": type(encoder.model).__name__,
-        "weights": tensors_digest(weights)[:32],
+        "weights": weights_digest(encoder.model, getattr(torch, config.dtype))[:32],
         "processor": settings_digest(encoder.processor.to_dict())[:32],
         "dtype": config.dtype,
     }

@@ -14,7 +14,7 @@ from mhla_gen.sampling.classes import class_labels, class_numbers, ordered_label
 from mhla_gen.sampling.loading import load_pipeline
 from mhla_gen.sampling.prompt_sampler import PromptSampler, read_embeds
 from mhla_gen.sampling.prompts import Prompt, read_prompts
-from mhla_gen.sampling.recording import Recorded
+from mhla_gen.sampling.recording import RecordedForward
 from mhla_gen.sampling.samplers import ClassSampler, Sampler
 
 _SAMPLES_PER_CLASS = 10
@@ -146,7 +146,7 @@ def place(config: SampleConfig, pipeline: Any, device: torch.device) -> None:
             and config.offload == "none"
             and isinstance(pipeline, ClassConditionalPipeline)
         ):
-            pipeline.transformer.forward = Recorded(pipeline.transformer.forward)
+            pipeline.transformer.forward = RecordedForward(pipeline.transformer.forward)
 
 
 def compile_layers(transformer: Any) -> None:

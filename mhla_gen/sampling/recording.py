@@ -19,7 +19,7 @@ _WARM_UP = 2
 _MOST_RECORDINGS = 2
 
 
-class Recorded:
+class RecordedForward:
     """A function of CUDA tensors, recorded once for each shape of its arguments.
 
     Kernels and their order are those of the function, so results are the same bits. A recording

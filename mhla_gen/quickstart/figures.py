@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 from mhla_gen.config import MHLAConfig
 from mhla_gen.models import MHLA
@@ -25,9 +26,11 @@ def draw_losses(logs: Mapping[str, Sequence[dict[str, float]]], path: Path) -> N
     for title, lines in logs.items():
         axes.plot([line["step"] for line in lines], [line["loss"] for line in lines], label=title)
     axes.set(xlabel="optimizer step", ylabel="flow-matching loss", yscale="log")
-    for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-        axis("{x:g}")
-    axes.grid(alpha=0.3, which="both")
+    # The default labels nothing between 1 and 2.
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=150)
 

@@ -62,6 +62,9 @@ class TrainConfig:
     compile: Literal["none", "regional", "whole"] = "none"
     """torch.compile: regional compiles a transformer block once for all of them; whole the model,
     which takes longer."""
+    cuda_graphs: bool = True
+    """On GPUs, with compile=regional: record the forward and backward pass of a DiT once and launch
+    it whole at every step. Not with fsdp, micro-batches or gradient_checkpointing."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     ema_decay: float = 0.9999

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from mhla_gen.config import SampleConfig
+from mhla_gen.cuda_graphs import RecordedForward
 from mhla_gen.pipelines.class_conditional import ClassConditionalPipeline, makes_variance
 from mhla_gen.pipelines.guidance import Guidance
 from mhla_gen.pipelines.schedulers import other_scheduler
@@ -14,7 +15,6 @@ from mhla_gen.sampling.classes import class_labels, class_numbers, ordered_label
 from mhla_gen.sampling.loading import load_pipeline
 from mhla_gen.sampling.prompt_sampler import PromptSampler, read_embeds
 from mhla_gen.sampling.prompts import Prompt, read_prompts
-from mhla_gen.sampling.recording import RecordedForward
 from mhla_gen.sampling.samplers import ClassSampler, Sampler
 
 _SAMPLES_PER_CLASS = 10

@@ -1,6 +1,10 @@
-"""torch.compile for a transformer: its blocks, which are alike, or the whole of it."""
+"""torch.compile for a transformer: its blocks, which are alike, or the whole; and CUDA graphs."""
 
+from accelerate import Accelerator
 from torch import nn
+
+from mhla_gen.config import TrainConfig
+from mhla_gen.cuda_graphs import RecordedTraining
 
 
 def block_class(model: nn.Module) -> str:
@@ -32,3 +36,26 @@ def compile_model(model: nn.Module, how: str) -> None:
             if type(module).__name__ == name:
                 # Not as one graph: what FSDP2 gathers inside a block is called outside of it.
                 module.compile()
+
+
+def record_passes(accelerator: Accelerator, model: nn.Module, config: TrainConfig) -> None:
+    """Record a DiT's forward and backward pass as CUDA graphs, where `cuda_graphs` can have it.
+
+    A Wan has work enough for each launch, and clips of several shapes.
+
+    Args:
+        accelerator: Of the run.
+        model: Prepared by it; called once a step, and in a way that does not change.
+        config: Settings.
+    """
+    if (
+        config.cuda_graphs
+        and config.compile == "regional"
+        and config.wan is None
+        and config.gradient_accumulation_steps == 1
+        and not config.gradient_checkpointing
+        and accelerator.device.type == "cuda"
+        and not accelerator.is_fsdp2
+    ):
+        own = accelerator.unwrap_model(model)
+        own.forward = RecordedTraining(own, own.forward)

@@ -16,7 +16,7 @@ from mhla_gen.config import TrainConfig
 from mhla_gen.data import Batch, BatchOrder, TrainingData, batches, load_data
 from mhla_gen.devices import send
 from mhla_gen.training.build import BuildTask, Task, build_task
-from mhla_gen.training.compiling import block_class, compile_model
+from mhla_gen.training.compiling import block_class, compile_model, record_passes
 from mhla_gen.training.draws import draw
 from mhla_gen.training.ema import WeightAverage
 from mhla_gen.training.optim import build_optimizer, train_only_mhla
@@ -194,6 +194,8 @@ def build_run(
     shard_by(accelerator, model, (block_class(model), *task.gathered))
     model, optimizer = accelerator.prepare(model, optimizer)
     autocast_shared(accelerator, model)
+    if task.losses is None:
+        record_passes(accelerator, model, config)
     ema = WeightAverage(model, config.ema_decay)
     recent = RecentSteps(accelerator, config.gradient_accumulation_steps)
     accelerator.register_for_checkpointing(learning_rate, ema, recent)

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from test_training import TINY, assert_same, fresh_accelerator, log_of, tiny_run, trained
+from test_training import TINY, assert_same, fresh_accelerator, tiny_run, trained
 from tiny import tiny_dit, tiny_dit_pipeline
 
 import mhla_gen
 from mhla_gen.cuda_graphs import RecordedForward, RecordedTraining
 from mhla_gen.sampling.building import compile_layers
 from mhla_gen.training.compiling import compile_model
+from mhla_gen.training.log import read_log
 from mhla_gen.training.run import build_run
 
 __all__ = ["fresh_accelerator"]
@@ -160,7 +161,7 @@ def test_a_recorded_run_resumes_exactly_and_equals_one_that_is_not(tmp_path):
             **changes,
         }
         config = tiny_run(tmp_path / name, model=TINY, **options)
-        return trained(config), log_of(tmp_path / name)
+        return trained(config), read_log(tmp_path / name / "log.jsonl")
 
     straight, lines = run("straight")
     run("stopped", max_steps=4)

@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from diffusers.training_utils import EMAModel
 from tiny import tiny_dit
 
 import mhla_gen
@@ -26,6 +27,7 @@ from mhla_gen.training import (
 from mhla_gen.training.checkpoints import checkpoints
 from mhla_gen.training.conditioning import ClassLabels
 from mhla_gen.training.draws import draw
+from mhla_gen.training.ema import WeightAverage
 from mhla_gen.training.objectives import FlowMatching
 from mhla_gen.training.optim import mixing_matrices
 from mhla_gen.training.step import samples_of, training_losses
@@ -227,6 +229,20 @@ def test_mixing_stays_in_range_whoever_steps_the_optimizer():
     keep_mixing_in_range(plain, model)
     plain.step()
     assert all(m.min() >= 0 and m.max() <= 1 for m in mixing_matrices(model))
+
+
+def test_the_average_is_that_of_diffusers():
+    model = tiny_dit()
+    model.pos_embed.requires_grad_(False)
+    ours, theirs = WeightAverage(model, 0.9), EMAModel(model.parameters(), decay=0.9)
+    for _ in range(12):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter) * parameter.requires_grad)
+        ours.step(model.parameters())
+        theirs.step(model.parameters())
+    assert ours.cur_decay_value == theirs.cur_decay_value
+    torch.testing.assert_close(ours.shadow_params, theirs.shadow_params, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("attention", ["softmax", "linear", "mhla"])

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -21,9 +22,21 @@ class WeightAverage(EMAModel):
         self._weights = list(model.parameters())
         super().__init__(_local(self._weights), decay=decay, foreach=True)
 
+    @torch.no_grad()
     def step(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Average the parameters in."""
-        super().step(_local(parameters))
+        """Average the parameters in; frozen ones are their own average.
+
+        As `EMAModel`, which goes over the memory twice and takes that of a third copy.
+        """
+        self.optimization_step += 1
+        self.cur_decay_value = self.get_decay(self.optimization_step)
+        trained = [
+            pair
+            for pair in zip(self.shadow_params, parameters, strict=True)
+            if pair[1].requires_grad
+        ]
+        averages, weights = zip(*trained, strict=True)
+        torch._foreach_lerp_(averages, _local(weights), 1 - self.cur_decay_value)
 
     def copy_to(self, parameters: Iterable[nn.Parameter]) -> None:
         """Give parameters their averages."""

@@ -5,7 +5,8 @@
 
 A step is that of `mhla-gen train`: forward and backward pass in bfloat16, clipping, AdamW, the
 average of the weights. Images of P pixels are latents of P / 8. Softmax is torch's attention with
-cuDNN's kernel forced, where there is a GPU.
+cuDNN's kernel forced, where there is a GPU; mhla is MHLA with convolution and gate, mhla-plain
+without.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mhla_gen.config import ModelConfig, ObjectiveConfig, TrainConfig
+from mhla_gen.config import MHLAConfig, ModelConfig, ObjectiveConfig, TrainConfig
 from mhla_gen.data import Batch
 from mhla_gen.files import written_whole
 from mhla_gen.training.run import Run, build_run
@@ -91,11 +92,15 @@ class Row:
 
     def config(self, options: argparse.Namespace, num_processes: int) -> TrainConfig:
         """The settings of its run."""
+        plain = self.attention.endswith("-plain")
         size = options.batch_size or _BATCH_SIZES.get((self.model[4:-2], self.pixels), 64)
         return TrainConfig(
             output_dir="unused",
             model=ModelConfig(
-                preset=self.model, attention=self.attention, num_layers=options.num_layers
+                preset=self.model,
+                attention=self.attention.removesuffix("-plain"),
+                mhla=MHLAConfig(conv=not plain, gate=not plain),
+                num_layers=options.num_layers,
             ),
             objective=ObjectiveConfig(name="ddpm"),
             batch_size=size * num_processes,
@@ -103,6 +108,7 @@ class Row:
             mixed_precision=options.precision,
             parallelism=options.parallelism,
             compile=self.compile,
+            cuda_graphs=not options.no_cuda_graphs,
             gradient_checkpointing=options.gradient_checkpointing,
             report_to="none",
         )
@@ -119,6 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--parallelism", default="ddp", choices=["ddp", "fsdp"])
     parser.add_argument("--precision", default="bf16", choices=["bf16", "fp32"])
     parser.add_argument("--gradient-checkpointing", action="store_true")
+    parser.add_argument("--no-cuda-graphs", action="store_true", help="launch every kernel")
     parser.add_argument("--batch-size", type=int, help="samples of a step on one device")
     parser.add_argument("--num-layers", type=int, help="blocks, in place of the model's own")
     parser.add_argument("--seconds", type=float, default=6.0, help="measured time of a row")
@@ -153,6 +160,7 @@ def measure(row: Row, options: argparse.Namespace) -> dict[str, Any]:
         "pixels": row.pixels,
         "attention": row.attention,
         "compile": row.compile,
+        "cuda_graphs": config.cuda_graphs,
         "parallelism": config.parallelism,
         "devices": state.num_processes,
         "batch_size_per_device": config.batch_size // state.num_processes,

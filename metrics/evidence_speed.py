@@ -99,9 +99,9 @@ def sampling(run: Run, batch_size: int, device: torch.device) -> dict[str, Any]:
         synchronize()
         return time.perf_counter() - began
 
-    draw(4)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
+    draw(4)
     seconds = draw(_STEPS)
     found = {"images_per_second": round(batch_size / seconds, 1), "steps": _STEPS}
     if device.type == "cuda":

@@ -195,11 +195,12 @@ def measure_xl(attention: str, batch: int, tiny: bool) -> list[dict[str, Any]]:
 def _timed(sampler: ClassSampler, steps: int) -> dict[str, Any]:
     batch = len(sampler)
     units = Units(batch, batch)
-    with Drawer(sampler, units, 2, batch, True) as drawer:
-        list(drawer.draw([0]))
-    model_time = ModelTime(sampler.pipeline.transformer)
     if ON_GPU:
         torch.cuda.reset_peak_memory_stats()
+    # Enough steps for one to be recorded, which is when its memory is allocated.
+    with Drawer(sampler, units, 4, batch, True) as drawer:
+        list(drawer.draw([0]))
+    model_time = ModelTime(sampler.pipeline.transformer)
     with Drawer(sampler, units, steps, batch, True) as drawer:
         began = time.perf_counter()
         for _, samples in drawer.draw([0]):

@@ -63,8 +63,8 @@ class TrainConfig:
     """torch.compile: regional compiles a transformer block once for all of them; whole the model,
     which takes longer."""
     cuda_graphs: bool = True
-    """On GPUs, with compile=regional: record the forward and backward pass of a DiT once and launch
-    it whole at every step. Not with fsdp, micro-batches or gradient_checkpointing."""
+    """With compile=regional on one GPU: record the forward and the backward pass of a DiT once and
+    launch each whole at every step. Not with micro-batches or gradient_checkpointing."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     ema_decay: float = 0.9999

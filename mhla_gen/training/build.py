@@ -92,6 +92,9 @@ class Task:
     gathered: tuple[str, ...] = ()
     """Classes of modules, besides the blocks, that are called by themselves: where processes share
     a model, these are gathered by themselves."""
+    reused: tuple[str, ...] = ()
+    """Names of modules of which a part is called again later: these stay gathered until their
+    backward pass."""
     sampler: Callable[[Any, Sequence[int], PreviewConfig], np.ndarray] | None = None
     """Pipeline, numbers of samples and their settings → uint8 `[images, (frames,) height, width,
     channels]`; None for a model that previews show no samples of."""
@@ -159,7 +162,7 @@ def _class_conditional(config: TrainConfig, data: TrainingData, class_names: Seq
         pipeline=pipeline,
         sampler=class_samples,
         # The output layer asks the first block's embedder for its condition.
-        gathered=("CombinedTimestepLabelEmbeddings",),
+        reused=("transformer_blocks.0",),
         summary=f"{len(data)} images of {len(class_names)} classes, {list(shape)}",
     )
 

@@ -1,5 +1,6 @@
 """torch.compile for a transformer: its blocks, which are alike, or the whole; and CUDA graphs."""
 
+import torch
 from accelerate import Accelerator
 from torch import nn
 
@@ -34,8 +35,8 @@ def compile_model(model: nn.Module, how: str) -> None:
         name = block_class(model)
         for module in model.modules():
             if type(module).__name__ == name:
-                # Not as one graph: what FSDP2 gathers inside a block is called outside of it.
-                module.compile()
+                # What FSDP2 hooks to a block then runs around the compiled code, not inside.
+                module.forward = torch.compile(module.forward, fullgraph=True)
 
 
 def record_passes(accelerator: Accelerator, model: nn.Module, config: TrainConfig) -> None:
@@ -55,7 +56,7 @@ def record_passes(accelerator: Accelerator, model: nn.Module, config: TrainConfi
         and config.gradient_accumulation_steps == 1
         and not config.gradient_checkpointing
         and accelerator.device.type == "cuda"
-        and not accelerator.is_fsdp2
+        and accelerator.num_processes == 1
     ):
         own = accelerator.unwrap_model(model)
         own.forward = RecordedTraining(own, own.forward)

@@ -91,6 +91,19 @@ def shard_by(accelerator: Accelerator, model: nn.Module, names: Sequence[str]) -
         plugin.transformer_cls_names_to_wrap = [name for name in names if name in found]
 
 
+def keep_gathered(accelerator: Accelerator, model: Any, names: Sequence[str]) -> None:
+    """Leave modules of a shared model whole between their forward and their backward pass.
+
+    Args:
+        accelerator: Of the run.
+        model: Prepared.
+        names: Of its blocks.
+    """
+    if accelerator.is_fsdp2:
+        for name in names:
+            model.get_submodule(name).set_reshard_after_forward(False, recurse=False)
+
+
 def autocast_shared(accelerator: Accelerator, model: Any) -> None:
     """Compute a shared model in the run's arithmetic, which accelerate does for others only."""
     if accelerator.is_fsdp2 and accelerator.mixed_precision == "bf16":

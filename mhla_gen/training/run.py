@@ -24,6 +24,7 @@ from mhla_gen.training.parallel import (
     autocast_shared,
     build_accelerator,
     free_whole,
+    keep_gathered,
     shard_by,
     whole,
     whole_state,
@@ -193,6 +194,7 @@ def build_run(
     )
     shard_by(accelerator, model, (block_class(model), *task.gathered))
     model, optimizer = accelerator.prepare(model, optimizer)
+    keep_gathered(accelerator, model, task.reused)
     autocast_shared(accelerator, model)
     if task.losses is None:
         record_passes(accelerator, model, config)

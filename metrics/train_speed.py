@@ -29,6 +29,7 @@ from accelerate.state import AcceleratorState
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mhla_gen.config import MHLAConfig, ModelConfig, ObjectiveConfig, TrainConfig
+from mhla_gen.cuda_graphs import RecordedTraining
 from mhla_gen.data import Batch
 from mhla_gen.files import written_whole
 from mhla_gen.training.run import Run, build_run
@@ -160,7 +161,6 @@ def measure(row: Row, options: argparse.Namespace) -> dict[str, Any]:
         "pixels": row.pixels,
         "attention": row.attention,
         "compile": row.compile,
-        "cuda_graphs": config.cuda_graphs,
         "parallelism": config.parallelism,
         "devices": state.num_processes,
         "batch_size_per_device": config.batch_size // state.num_processes,
@@ -201,6 +201,7 @@ def timed(run: Run, options: argparse.Namespace) -> dict[str, Any]:
         "milliseconds_per_step": round(1000 * seconds, 2),
         "steps": count,
         "warm_up_seconds": round(warm_up, 1),
+        "recorded": isinstance(run.accelerator.unwrap_model(run.model).forward, RecordedTraining),
         "gflop_per_image": round(run.sample_flops / 1e9, 2),
         "parameters": sum(p.numel() for p in run.model.parameters()),
     }

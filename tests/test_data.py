@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
+from mhla_gen.cli import main
 from mhla_gen.config import DataConfig
 from mhla_gen.data import ArrayImages, BatchOrder, batches, derived_seed, load_images
 from mhla_gen.data.images import digits
@@ -174,6 +175,15 @@ def test_a_size_that_the_data_do_not_have_is_refused():
         load_images(DataConfig(image_size=16))
     with pytest.raises(ValueError, match="image_size"):
         DataConfig(source="folder", path="x")
+
+
+def test_a_path_without_a_source_is_no_digits(tmp_path, capsys):
+    with pytest.raises(ValueError, match=r"data\.path=images is given.*write data\.source=folder"):
+        DataConfig(path="images")
+    run = [f"output_dir={tmp_path / 'run'}", f"data.path={tmp_path}"]
+    assert main(["train", *run]) == 2
+    assert "data.source=digits reads no files" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_class_names_must_cover_the_labels():

@@ -15,7 +15,7 @@ class DataConfig:
     """The images or clips to learn from, and what they are conditioned on.
 
     Raises:
-        ValueError: If the source needs a path or a size that is not given.
+        ValueError: If the source needs a path or a size that is not given, or has no path.
     """
 
     source: Literal[
@@ -49,6 +49,12 @@ class DataConfig:
         check_choice("data.source", self.source, SOURCES)
         if self.source != "digits" and self.path is None:
             raise ValueError(f"data.source={self.source} needs data.path")
+        if self.source == "digits" and self.path is not None:
+            others = ", ".join(source for source in SOURCES if source != "digits")
+            raise ValueError(
+                f"data.path={self.path} is given, but data.source=digits reads no files; write "
+                f"data.source=folder for a folder of class folders, or another of {others}"
+            )
         if self.source in _ENCODED and self.image_size is None:
             raise ValueError(f"data.source={self.source} needs data.image_size, in pixels")
         for name in ("image_size", "num_classes"):

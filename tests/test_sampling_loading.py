@@ -17,7 +17,7 @@ import mhla_gen
 from mhla_gen import ClassConditionalPipeline, MHLAConfig
 from mhla_gen.config import EvaluateConfig, FeaturesConfig, ModelConfig, TrainConfig
 from mhla_gen.evaluation import evaluate
-from mhla_gen.sampling import sample
+from mhla_gen.sampling import loading, sample
 from mhla_gen.sampling.loading import load_pipeline
 from mhla_gen.training import train
 
@@ -62,6 +62,16 @@ def test_an_empty_folder_holds_no_pipeline(tmp_path):
     (tmp_path / "empty" / "model_index.json").write_text('{"_class_name": "MoonPipeline"}')
     with pytest.raises(ValueError, match="has no pipeline 'MoonPipeline'"):
         load_pipeline(str(tmp_path / "empty"), torch.float32)
+
+
+@pytest.mark.parametrize("path", ["./typo", "../typo", "runs/typo", "typo", "runs/file"])
+def test_a_misspelt_path_is_not_looked_for_on_the_hub(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "file").write_text("no folder")
+    monkeypatch.setattr(loading, "_downloaded", lambda name: pytest.fail(f"asked for {name}"))
+    with pytest.raises(FileNotFoundError, match=f"pipeline={path}: there is no such folder"):
+        load_pipeline(path, torch.float32)
 
 
 @pytest.mark.parametrize("converted", [False, True])

@@ -1,7 +1,6 @@
 """Find a pipeline: in a run of ours, in a folder of diffusers, or on the Hugging Face hub."""
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,8 @@ from typing import Any
 import diffusers
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from mhla_gen.pipelines.class_conditional import ClassConditionalPipeline
 from mhla_gen.pipelines.schedulers import prediction_of
@@ -17,7 +18,6 @@ from mhla_gen.sampling.checkpoint import checkpoint_in, pipeline_of
 INDEX_NAME = "model_index.json"
 # Parts of Wan's pipelines.
 _PRECISE = {"vae": torch.float32, "image_encoder": torch.float32}
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 # Of files on the hub, all that `save_pretrained` writes.
 _SAVED = ("*.json", "*.safetensors", "*.txt", "*.model")
 
@@ -44,12 +44,21 @@ def load_pipeline(path: str, dtype: torch.dtype) -> Any:
             if (candidate / INDEX_NAME).is_file():
                 return _from_folder(candidate, dtype)
         return _from_checkpoint(folder, dtype)
-    if not folder.exists() and _HUB_NAME.fullmatch(path):
+    if _is_hub_name(path):
         return _from_folder(_downloaded(path), dtype)
     raise FileNotFoundError(
-        f"pipeline={path} is no saved pipeline or run (no {INDEX_NAME} there), nor the name of a "
-        "pipeline on the hub (owner/name)"
+        f"pipeline={path}: there is no such folder, and it is not taken for the name of a pipeline "
+        "on the hub, which is owner/name where no folder here is called owner"
     )
+
+
+def _is_hub_name(path: str) -> bool:
+    """Whether to ask the hub: a misspelt path would be looked for there for a long time."""
+    try:
+        validate_repo_id(path)
+    except HFValidationError:
+        return False
+    return path.count("/") == 1 and not Path(path).parent.exists()
 
 
 def _from_folder(folder: Path, dtype: torch.dtype) -> Any:

@@ -38,7 +38,7 @@ def _tokens(groups: Sequence[Group]) -> list[int]:
 def draw_curves(groups: Sequence[Group], path: Path) -> None:
     """Training loss relative to the control's, over steps: all arms see the same noise."""
     sizes = _tokens(groups)
-    figure = Figure(figsize=(5.2 * len(sizes), 5.0), layout="constrained")
+    figure = Figure(figsize=(5.2 * len(sizes), 5.6), layout="constrained")
     panels = figure.subplots(1, len(sizes), squeeze=False)[0]
     others = list(dict.fromkeys(group.arm for group in groups if group.arm not in MAIN))
     lines: dict[str, Any] = {}
@@ -58,10 +58,7 @@ def draw_curves(groups: Sequence[Group], path: Path) -> None:
             (lines[_name(group)],) = axes.plot(steps, 100 * losses, **style)
         axes.set(title=f"{tokens} tokens", xlabel="step")
     panels[0].set_ylabel("training loss against control, %")
-    columns = 2 * len(sizes)
-    figure.legend(
-        lines.values(), lines.keys(), loc="outside lower center", ncols=columns, fontsize=8
-    )
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=4, fontsize=8)
     _save(figure, path)
 
 
@@ -107,30 +104,30 @@ def draw_quality_and_speed(groups: Sequence[Group], path: Path) -> None:
     if not groups:
         return
     sizes = _tokens(groups)
-    figure = Figure(figsize=(5.6 * len(sizes), 4.4), layout="constrained")
+    figure = Figure(figsize=(4.4 * len(sizes), 4.4), layout="constrained")
     panels = figure.subplots(1, len(sizes), squeeze=False)[0]
+    others = list(dict.fromkeys(group.arm for group in groups if group.arm not in MAIN))
+    marks: dict[str, Any] = {}
     for axes, tokens in zip(panels, sizes, strict=True):
         for group in (g for g in groups if g.tokens == tokens):
             assert group.speed is not None
-            x = group.speed["sample"]["images_per_second"]
-            y = group.mean("scores", "frechet")
             main = group.arm in MAIN
-            colour = _COLOURS[group.arm] if main else "#bbbbbb"
-            axes.scatter(x, y, s=60 if main else 25, color=colour, zorder=3 if main else 2)
-            axes.annotate(
-                _name(group) if main else group.title,
-                (x, y),
-                xytext=(5, 4),
-                textcoords="offset points",
-                fontsize=8 if main else 6,
+            marks[_name(group)] = axes.scatter(
+                group.speed["sample"]["images_per_second"],
+                group.mean("scores", "frechet"),
+                s=70,
+                marker="o" if main else "D",
+                color=_COLOURS[group.arm] if main else _OTHERS[others.index(group.arm)],
+                zorder=3,
             )
         axes.set(
-            title=f"{tokens} tokens",
-            xlabel="sampled images per second and GPU",
-            ylabel="Fréchet distance to real images",
+            title=f"{tokens:,} tokens",
+            xlabel="sampled images per second and GPU → better",
+            ylabel="better ← Fréchet distance to real images",
         )
-        axes.margins(0.25, 0.12)
+        axes.margins(0.12, 0.12)
         axes.grid(alpha=0.3)
+    figure.legend(marks.values(), marks.keys(), loc="outside lower center", ncols=4)
     _save(figure, path)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from test_training import TINY, assert_same, fresh_accelerator, log_of, tiny_run, trained
 from tiny import tiny_autoencoder, tiny_dit
@@ -22,10 +24,14 @@ from mhla_gen.cli import main
 from mhla_gen.config import (
     AutoencoderConfig,
     CacheConfig,
+    ConversionConfig,
     DataConfig,
+    MHLAConfig,
+    ModelConfig,
     ObjectiveConfig,
     PreviewConfig,
     RunEvaluationConfig,
+    StageConfig,
     save_config,
 )
 from mhla_gen.config.evaluation import FeaturesConfig
@@ -393,6 +399,34 @@ def test_a_rehearsal_says_what_to_expect(tmp_path):
     for part in ("M trained", "GFLOP per sample", "s for a step of 4", "take about"):
         assert part in summary
     assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("stages", [(), pytest.param(("layers", "output"), marks=pytest.mark.slow)])
+def test_two_processes_rehearse_as_one(stages, tmp_path, capsys):
+    config = tiny_run(tmp_path / "run", batch_size=4)
+    if stages:
+        mhla_gen.ClassConditionalPipeline(
+            transformer=tiny_dit(in_channels=1, patch_size=1),
+            scheduler=FlowMatchEulerDiscreteScheduler(),
+        ).save_pretrained(tmp_path / "teacher")
+        conversion = ConversionConfig(
+            teacher=str(tmp_path / "teacher"),
+            stages=[StageConfig(kind=kind, steps=2) for kind in stages],
+        )
+        model = ModelConfig(mhla=MHLAConfig(layout=(2, 2)))
+        config = replace(config, model=model, convert=conversion)
+    save_config(config, tmp_path / "run.yaml")
+    assert main(["train", str(tmp_path / "run.yaml"), "--dry-run"]) == 0
+    alone = capsys.readouterr().out
+    together, errors = launch(tmp_path / "run.yaml", "--dry-run", processes=2).communicate()
+    first, second = (
+        [float(loss) for loss in re.findall(r"first loss ([\d.]+)", said)]
+        for said in (alone, together)
+    )
+    # Said once, of the batch of both.
+    assert len(second) == len(stages or "1") == together.count("a step of 4"), errors
+    assert second == pytest.approx(first, abs=2e-4)
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_table_of_devices_takes_whole_names():

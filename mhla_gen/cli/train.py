@@ -10,8 +10,9 @@ from mhla_gen.training import rehearse, train
 def run(config: TrainConfig, dry_run: bool) -> None:
     """Train or convert, or build everything and do one step without writing."""
     if dry_run:
-        print(rehearse(config) if config.convert is None else rehearse_conversion(config))
-        return
-    pipeline = train(config) if config.convert is None else convert(config)
+        said = rehearse(config) if config.convert is None else rehearse_conversion(config)
+    else:
+        pipeline = train(config) if config.convert is None else convert(config)
+        said = f"wrote {pipeline}; to draw from it: mhla-gen sample {pipeline}"
     if PartialState().is_main_process:
-        print(f"wrote {pipeline}; to draw from it: mhla-gen sample {pipeline}")
+        print(said)

@@ -3,6 +3,7 @@
 import time
 from dataclasses import replace
 from datetime import timedelta
+from typing import Any
 
 import torch
 
@@ -54,5 +55,7 @@ def _two_steps(run: Run) -> tuple[float, float]:
     results, began = [], 0.0
     for number, parts in enumerate(run.batches(0, 2)):
         began = time.perf_counter()
-        results.append(float(run.step(number, parts).losses["loss"].mean()))
+        # Every process has as many samples.
+        losses: Any = run.accelerator.gather(run.step(number, parts).losses["loss"])
+        results.append(float(losses.mean()))
     return results[0], time.perf_counter() - began

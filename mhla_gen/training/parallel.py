@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
 from accelerate.utils import (
+    DistributedDataParallelKwargs,
     DistributedType,
     ProjectConfiguration,
     convert_outputs_to_fp32,
@@ -19,6 +20,10 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
 from mhla_gen.config import TrainConfig
+
+# Gradients stay in the buckets that travel: half as much to copy and to launch. Buffers of
+# transformers are tables, the same everywhere.
+_REPLICATION = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
 def build_accelerator(config: TrainConfig) -> Accelerator:
@@ -43,6 +48,7 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
         log_with=None if config.report_to == "none" else config.report_to,
         project_config=ProjectConfiguration(config.output_dir, logging_dir=config.output_dir),
         fsdp_plugin=_sharding_plugin() if sharded else None,
+        kwargs_handlers=[_REPLICATION],
     )
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != accelerator.num_processes:

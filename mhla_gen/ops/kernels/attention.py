@@ -8,19 +8,18 @@ would not. `EVEN` says that tiles divide the sequence, so that none needs a mask
 import triton
 import triton.language as tl
 
-from mhla_gen.ops.kernels.common import (
+from mhla_gen.ops.kernels.boxes import block_of_tokens
+from mhla_gen.ops.kernels.features import features, phi
+from mhla_gen.ops.kernels.linear import rotate_pieces
+from mhla_gen.ops.kernels.pieces import (
     TINY,
-    block_of_tokens,
     clear_padding,
     dot,
-    features,
     head_offset,
     load_pieces,
-    phi,
     rows_exist,
     store_pieces,
 )
-from mhla_gen.ops.kernels.linear import rotate_pieces
 
 
 @triton.jit

@@ -10,16 +10,10 @@ from mhla_gen.ops.kernels.attention import (
     one_hot_columns,
     outer,
 )
-from mhla_gen.ops.kernels.common import (
-    block_of_tokens,
-    dot,
-    head_offset,
-    load_pieces,
-    phi_grad,
-    rows_exist,
-    store_pieces,
-)
+from mhla_gen.ops.kernels.boxes import block_of_tokens
+from mhla_gen.ops.kernels.features import phi_grad
 from mhla_gen.ops.kernels.linear import rotate_pieces
+from mhla_gen.ops.kernels.pieces import dot, head_offset, load_pieces, rows_exist, store_pieces
 
 
 @triton.jit

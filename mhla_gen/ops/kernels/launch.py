@@ -107,7 +107,7 @@ class Call:
     eps: float
     stored: torch.dtype
     window: tuple[int, int, int, int] | None = None
-    """Which tokens are there, see `common.held_box`; None: all. With it, three axes, and `layout`
+    """Which tokens are there, see `boxes.held_box`; None: all. With it, three axes, and `layout`
     counts, along the first of them, only the blocks that are there."""
 
     def __post_init__(self) -> None:

@@ -2,26 +2,20 @@
 
 `box` is (T, H, W, LT, LH, LW): the token grid and the blocks along each axis, ones in front where
 `RANK` is less than three. Strides are those of [batch, seq_len, num_heads, channels].
-`window` is None, or says which tokens of the grid are there (`common.held_box`).
+`window` is None, or says which tokens of the grid are there (`boxes.held_box`).
 """
 
 import triton
 import triton.language as tl
 
-from mhla_gen.ops.kernels.common import (
-    box_tokens,
+from mhla_gen.ops.kernels.boxes import box_tokens, held_box, in_window, locate_part, part_slots
+from mhla_gen.ops.kernels.features import load_angles, phi, rotate
+from mhla_gen.ops.kernels.pieces import (
     clear_padding,
     dot,
     head_offset,
-    held_box,
-    in_window,
-    load_angles,
     load_pieces,
     load_vector,
-    locate_part,
-    part_slots,
-    phi,
-    rotate,
     scale_rows,
     store_pieces,
     store_vector,

@@ -7,26 +7,19 @@ recomputed from q, k, v and the (mixed) summaries; nothing of the size of the to
 import triton
 import triton.language as tl
 
-from mhla_gen.ops.kernels.common import (
-    box_tokens,
+from mhla_gen.ops.kernels.boxes import box_tokens, held_box, in_window, locate_part, part_slots
+from mhla_gen.ops.kernels.features import load_angles, phi, phi_grad, rotate
+from mhla_gen.ops.kernels.linear import rotate_pieces
+from mhla_gen.ops.kernels.pieces import (
     clear_padding,
     dot,
     head_offset,
-    held_box,
-    in_window,
-    load_angles,
     load_pieces,
     load_vector,
-    locate_part,
-    part_slots,
-    phi,
-    phi_grad,
-    rotate,
     scale_rows,
     store_pieces,
     store_vector,
 )
-from mhla_gen.ops.kernels.linear import rotate_pieces
 from mhla_gen.ops.kernels.summaries import load_summary, store_summary, times_summary
 
 

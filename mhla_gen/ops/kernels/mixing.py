@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from mhla_gen.ops.kernels.common import TINY, dot
+from mhla_gen.ops.kernels.pieces import TINY, dot
 
 
 @triton.jit

@@ -7,7 +7,7 @@ scale per matrix (`scales`), which keeps them in range whatever the inputs are.
 import triton
 import triton.language as tl
 
-from mhla_gen.ops.kernels.common import TINY, dot
+from mhla_gen.ops.kernels.pieces import TINY, dot
 
 
 @triton.jit

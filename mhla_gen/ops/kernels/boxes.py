@@ -1,0 +1,120 @@
+"""Where the tokens of a block lie: boxes of the token grid, which has `RANK` axes."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _axis_start(block, length, num_blocks):
+    # block * length // num_blocks, split so that no product leaves 32 bits.
+    return block * (length // num_blocks) + block * (length % num_blocks) // num_blocks
+
+
+@triton.jit
+def _divide(x, divisor):
+    # Integer division is slow. A float quotient is exact below 2**21; `Call` checks the size.
+    inverse = 1.0 / tl.cast(divisor, tl.float32)
+    quotient = ((x.to(tl.float32) + 0.5) * inverse).to(tl.int32)
+    return quotient, x - quotient * divisor
+
+
+@triton.jit
+def block_box(block, T, H, W, LT, LH, LW, RANK: tl.constexpr):
+    """The box of tokens of `block` on the grid T×H×W cut into LT×LH×LW blocks.
+
+    Returns:
+        Its first position along each axis, then its size along each axis.
+    """
+    first_w = _axis_start(block % LW, W, LW)
+    size_w = _axis_start(block % LW + 1, W, LW) - first_w
+    first_t, first_h, size_t, size_h = 0, 0, 1, 1
+    if RANK > 1:
+        row = block // LW
+        first_h = _axis_start(row % LH, H, LH)
+        size_h = _axis_start(row % LH + 1, H, LH) - first_h
+        if RANK > 2:
+            first_t = _axis_start(row // LH, T, LT)
+            size_t = _axis_start(row // LH + 1, T, LT) - first_t
+    return first_t, first_h, first_w, size_t, size_h, size_w
+
+
+@triton.jit
+def held_box(block, box, window, RANK: tl.constexpr):
+    """`block_box` of one of the blocks of `box`, or, with a window, what it may hold of a block.
+
+    A window is (blocks along the first axis, the first of them that `box` counts, first token,
+    token past the last): the blocks of `box` are some of all, and their boxes are cut to the planes
+    that hold tokens of the window. It takes three axes.
+    """
+    T, H, W, LT, LH, LW = box
+    first_t, first_h, first_w, size_t, size_h, size_w = block_box(block, T, H, W, LT, LH, LW, RANK)
+    if window is not None:
+        num_blocks, first_block, first, last = window
+        block_t = first_block + block // (LH * LW)
+        first_t = tl.maximum(_axis_start(block_t, T, num_blocks), first // (H * W))
+        last_t = tl.minimum(_axis_start(block_t + 1, T, num_blocks), tl.cdiv(last, H * W))
+        size_t = tl.maximum(last_t - first_t, 0)
+    return first_t, first_h, first_w, size_t, size_h, size_w
+
+
+@triton.jit
+def in_window(tokens, valid, window):
+    """Tokens counted from the first one of a window, and which of the valid ones are in it."""
+    if window is not None:
+        valid = valid & (tokens >= window[2]) & (tokens < window[3])
+        tokens -= window[2]
+    return tokens, valid
+
+
+@triton.jit
+def box_tokens(slots, first_t, first_h, first_w, size_h, size_w, H, W, RANK: tl.constexpr):
+    """Raster-order tokens (int64) of `slots`, which enumerate a box in raster order."""
+    if RANK == 1:
+        return (first_w + slots).to(tl.int64)
+    else:
+        row, w = _divide(slots, size_w)
+        if RANK == 2:
+            return ((first_h + row) * W + first_w + w).to(tl.int64)
+        else:
+            t, h = _divide(row, size_h)
+            return (((first_t + t) * H + first_h + h) * W + first_w + w).to(tl.int64)
+
+
+@triton.jit
+def locate_part(box, num_heads, num_parts, RANK: tl.constexpr, GROUP: tl.constexpr):
+    """What a program works on: batch element, head, number of its part, block.
+
+    `GROUP` heads are neighbours in the launch grid, to share rotary tables and memory pages.
+    """
+    num_rows = box[3] * box[4] * box[5] * num_parts
+    group = tl.program_id(0) // (GROUP * num_rows)
+    inside = tl.program_id(0) % (GROUP * num_rows)
+    groups = num_heads // GROUP
+    batch = (group // groups).to(tl.int64)
+    head = group % groups * GROUP + inside % GROUP
+    row = inside // GROUP
+    return batch, head, row, row // num_parts
+
+
+@triton.jit
+def part_slots(row, num_parts, count, BT: tl.constexpr):
+    """Slots [first, last) of part `row`, whole tiles each, of a block of `count` slots."""
+    span = tl.cdiv(tl.cdiv(count, num_parts), BT) * BT
+    first = tl.minimum(row % num_parts * span, count)
+    return first, tl.minimum(first + span, count)
+
+
+@triton.jit
+def block_of_tokens(tokens, box, RANK: tl.constexpr):
+    """Block of each raster-order token (int32), the inverse of `box_tokens`; below 2**21 tokens."""
+    T, H, W, LT, LH, LW = box
+    row, w = _divide(tokens, W)
+    block, _rest = _divide((w + 1) * LW - 1, W)
+    if RANK > 1:
+        t, h = _divide(row, H)
+        block_h, _rest = _divide((h + 1) * LH - 1, H)
+        block += block_h * LW
+        if RANK > 2:
+            block_t, _rest = _divide((t + 1) * LT - 1, T)
+            block += block_t * (LH * LW)
+    return block

@@ -1,5 +1,7 @@
 """Data sets, and the order in which training reads them."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,14 @@ from PIL import Image
 
 from mhla_gen.cli import main
 from mhla_gen.config import DataConfig
-from mhla_gen.data import ArrayImages, BatchOrder, batches, derived_seed, load_images
+from mhla_gen.data import (
+    ArrayImages,
+    BatchOrder,
+    batches,
+    derived_seed,
+    load_data,
+    load_images,
+)
 from mhla_gen.data.images import digits
 from mhla_gen.pictures import centre_crop
 
@@ -152,10 +161,49 @@ def test_the_next_of_its_class_takes_the_place_of_a_broken_image(image_folder, c
         assert torch.equal(found["samples"][0], found["samples"][1])
         assert torch.equal(found["labels"], torch.from_numpy(labels[[6, first]]))
     assert capsys.readouterr().err.count("9.png cannot be decoded") == 1
-    for path in (image_folder / "cat").iterdir():
+
+
+def test_any_number_of_broken_images_is_gone_past_and_listed(tmp_path, capsys):
+    for name in ("ant", "bee", "cat"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(30):
+            Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / "images" / name / f"{i:02d}.png")
+    broken = [tmp_path / "images" / "bee" / f"{i:02d}.png" for i in range(30) if i != 17]
+    for path in broken:
         path.write_text("junk")
-    with pytest.raises(ValueError, match=r"9\.png cannot be decoded .* no image near it"):
-        images.read([6])
+    config = DataConfig(source="folder", path=str(tmp_path / "images"), image_size=8)
+    listing = tmp_path / "broken.jsonl"
+    read = []
+    # As two starts of a run, which read in other orders.
+    for first, others in (([0], [40, 45]), ([45, 1], [40, 0])):
+        images = load_data(config)
+        images.read(first)
+        images.broken.list_in(listing)
+        images.read(others)
+        read.append(images.read(range(90)))
+        said = capsys.readouterr().err
+        assert all(said.count(f"bee/{path.name} cannot be decoded") == 1 for path in broken)
+    assert torch.equal(read[0]["samples"], read[1]["samples"])
+    labels = read[0]["labels"]
+    assert labels.bincount().tolist() == [30, 30, 30]
+    bees = read[0]["samples"][labels == 1]
+    assert (bees == bees[0]).all() and bees[0, 0, 0, 0] == 17 / 127.5 - 1
+    lines = [json.loads(line) for line in listing.read_text().splitlines()]
+    assert sorted(line["name"] for line in lines) == sorted(map(str, broken))
+    assert all("cannot be decoded" in line["reason"] for line in lines)
+
+
+def test_a_class_of_broken_images_is_an_error_before_the_first_step(image_folder, tmp_path, capsys):
+    for path in (image_folder / "cat").glob("*.png"):
+        path.write_text("junk")
+    settings = {"source": "folder", "path": str(image_folder), "image_size": 8}
+    with pytest.raises(ValueError, match=r"no image of class cat .*3 in all.*0\.png cannot be dec"):
+        # An ant, which could be read.
+        load_data(DataConfig(**settings)).read([0])
+    given = [f"data.{key}={value}" for key, value in settings.items()]
+    assert main(["train", f"output_dir={tmp_path / 'run'}", *given]) == 2
+    assert "no image of class cat can be read" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_folders_without_images_are_refused(tmp_path):

@@ -2,26 +2,26 @@
 
 import hashlib
 import io
-import sys
 import zipfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import chain, islice
+from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from mhla_gen.data.broken import BrokenImages
 from mhla_gen.data.protocol import Batch
 from mhla_gen.data.stores import ImageStore
 from mhla_gen.pictures import UnreadableImageError, read_rgb
 
-# Broken images in turn that are data of another kind, not a few that are broken.
-_TRIES = 10
+# Pillow decodes without holding the interpreter lock.
+_READERS = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +103,8 @@ class EncodedImages:
     """Where the files are."""
     image_size: int
     """Side in pixels after ADM's centre crop."""
-    _said: set[int] = field(default_factory=set, init=False, repr=False)
+    broken: BrokenImages = field(default_factory=BrokenImages, init=False, repr=False)
+    """What `read` found that it could not read."""
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
@@ -141,15 +142,16 @@ class EncodedImages:
     def read(self, indices: Sequence[int]) -> Batch:
         """See `TrainingData`.
 
-        In place of an image that cannot be read comes the next one of its class, which is said. So
-        a long run does not end with it, and what sample i is stays a function of the files.
+        In place of an image that cannot be read comes the next one of its class that can, which is
+        said. So a long run does not end with it, and what sample i is stays a function of the
+        files.
 
         Raises:
-            ValueError: If many of a class in turn cannot be read.
+            ValueError: If no image of a class can be read, also of one that is not asked for: a run
+                fails when it starts, not when it comes to that class.
         """
-        # Pillow decodes without holding the interpreter lock.
-        with ThreadPoolExecutor(8) as readers:
-            images = list(readers.map(self._readable, indices))
+        classes = [self._classes[self._label(index)] for index in indices]
+        images = list(self._each_readable(indices, classes))
         batch = {"samples": to_model_range(np.stack(images))}
         if self.labels is not None:
             batch["labels"] = torch.from_numpy(self.labels[np.asarray(indices)]).long()
@@ -174,26 +176,48 @@ class EncodedImages:
         except OSError:
             return "unreadable"
 
-    def _readable(self, index: int) -> np.ndarray:
-        broken: dict[int, str] = {}
-        for other in islice(self._class_from(index), _TRIES):
+    def _label(self, index: int) -> int:
+        return 0 if self.labels is None else int(self.labels[index])
+
+    @cached_property
+    def _classes(self) -> dict[int, np.ndarray]:
+        """The images of each class, of which at least one can be read; one class without labels."""
+        labels = np.zeros(len(self), int) if self.labels is None else self.labels
+        order = np.argsort(labels, kind="stable")
+        numbers, starts = np.unique(labels[order], return_index=True)
+        classes = dict(zip(numbers.tolist(), np.split(order, starts[1:]), strict=True))
+        for _ in self._each_readable([int(c[0]) for c in classes.values()], list(classes.values())):
+            # Not kept: there may be thousands of classes.
+            pass
+        return classes
+
+    def _each_readable(
+        self, indices: Sequence[int], classes: Sequence[np.ndarray]
+    ) -> Iterator[np.ndarray]:
+        with ThreadPoolExecutor(_READERS) as readers:
+            yield from readers.map(self._readable, indices, classes)
+
+    def _readable(self, index: int, images: np.ndarray) -> np.ndarray:
+        """An image of a class, or the first one after it, in a circle, that can be read."""
+        start, broken = int(np.searchsorted(images, index)), {}
+        for other in map(int, chain(images[start:], images[:start])):
+            if other in self.broken:
+                continue
             try:
                 pixels = self.pixels(other)
             except UnreadableImageError as error:
-                broken[other] = f"{self.describe(other)} {error}"
+                broken[other] = str(error)
                 continue
-            for number in broken.keys() - self._said:
-                self._said.add(number)
-                message = f"{broken[number]}; the next image of its class takes its place"
-                tqdm.write(message, file=sys.stderr)
+            for number, reason in broken.items():
+                self.broken.add(number, self.describe(number), reason)
             return pixels
-        raise ValueError(f"{broken[index]}, and no image near it in its class can be read")
-
-    def _class_from(self, index: int) -> Iterator[int]:
-        """This image, and those of its class after it, in a circle."""
-        for other in chain(range(index, len(self)), range(index)):
-            if self.labels is None or self.labels[other] == self.labels[index]:
-                yield other
+        first, reason = next(iter(broken.items()))
+        names = self.class_names
+        whose = "" if names is None else f" of class {names[self._label(index)]}"
+        raise ValueError(
+            f"no image{whose} can be read ({len(images)} in all): {self.describe(first)} {reason}; "
+            "mend them, or remove the class from the data"
+        )
 
 
 def digits() -> ArrayImages:

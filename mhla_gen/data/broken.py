@@ -1,0 +1,48 @@
+"""Images that training cannot read: said once, listed, and not tried again."""
+
+import json
+import sys
+from pathlib import Path
+from threading import Lock
+
+from tqdm import tqdm
+
+
+class BrokenImages:
+    """What could not be read so far, by the image's number. Threads may share it."""
+
+    def __init__(self):
+        self._found: dict[int, dict[str, str]] = {}
+        self._listing: Path | None = None
+        self._lock = Lock()
+
+    def __contains__(self, index: int) -> bool:
+        return index in self._found
+
+    def add(self, index: int, name: str, reason: str) -> None:
+        """Note an image, say so on the terminal, and list it."""
+        with self._lock:
+            if index in self._found:
+                return
+            self._found[index] = {"name": name, "reason": reason}
+            message = f"{name} {reason}; the next image of its class takes its place"
+            tqdm.write(message, file=sys.stderr)
+            self._list([self._found[index]])
+
+    def list_in(self, path: Path) -> None:
+        """Also list them in a file, those before and those to come: one JSON object a line.
+
+        Processes of a run, and starts after an interruption, share the file.
+        """
+        with self._lock:
+            self._listing = path
+            self._list(list(self._found.values()))
+
+    def _list(self, lines: list[dict[str, str]]) -> None:
+        if self._listing is None or not lines:
+            return
+        known = self._listing.read_text().splitlines() if self._listing.is_file() else []
+        new = [line for line in map(json.dumps, lines) if line not in known]
+        # One short write at the end of a file: what others write meanwhile stays whole.
+        with self._listing.open("a") as file:
+            file.write("".join(f"{line}\n" for line in new))

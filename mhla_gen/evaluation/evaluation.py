@@ -10,7 +10,7 @@ from accelerate import PartialState
 
 from mhla_gen.config import EvaluateConfig
 from mhla_gen.evaluation.errors import EvaluationError
-from mhla_gen.evaluation.features import FeatureSet
+from mhla_gen.evaluation.feature_files import FeatureSet
 from mhla_gen.evaluation.measurer import Measurer
 from mhla_gen.evaluation.protocol import Protocol
 from mhla_gen.evaluation.reference import MeasuredReference, Reference

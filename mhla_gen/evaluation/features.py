@@ -1,9 +1,9 @@
-"""Extraction: images → features on disk, in chunks that any number of processes can share."""
+"""Extraction: images → features, in chunks that any number of processes can share."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,8 +17,7 @@ from tqdm import tqdm
 from mhla_gen.digests import settings_digest
 from mhla_gen.evaluation.errors import EvaluationError
 from mhla_gen.evaluation.extractor import Extractor
-from mhla_gen.evaluation.frechet import FeatureStatistics, FeatureSums
-from mhla_gen.evaluation.npz import open_array, write_npz
+from mhla_gen.evaluation.feature_files import FeatureSet, collect, is_complete, write_chunk
 from mhla_gen.evaluation.sources import ImageSource, frame_shape
 from mhla_gen.files import written_whole
 from mhla_gen.pictures import UnreadableImageError
@@ -28,44 +27,6 @@ from mhla_gen.processes import on_main
 # files; an interruption loses one chunk a process.
 CHUNK = 1024
 _LISTED = 10
-
-
-@dataclass(frozen=True)
-class FeatureSet:
-    """Features of one source, on disk."""
-
-    folder: Path
-    chunks: int
-    count: int
-    """Images that were read."""
-    unreadable: tuple[str, ...]
-    """One line for each image that was left out."""
-    frame_shape: tuple[int, ...]
-    """(height, width), or (frames, height, width)."""
-    digest: str
-    """SHA-256 of the images."""
-
-    def stream(self, name: str) -> Iterator[np.ndarray]:
-        """Features [n, dim] chunk by chunk, in order."""
-        for chunk in range(self.chunks):
-            yield np.load(_chunk_file(self.folder, name, chunk))
-
-    def load(self, name: str) -> Tensor:
-        """All features [count, dim], float32, in order."""
-        return torch.from_numpy(np.concatenate(list(self.stream(name))))
-
-    def statistics(self, name: str) -> FeatureStatistics:
-        """Mean and covariance; kept beside the features once computed."""
-        path = self.folder / f"{name}-statistics.npz"
-        if path.is_file():
-            return FeatureStatistics(open_array(path, "mu"), open_array(path, "sigma"), self.count)
-        sums: FeatureSums | None = None
-        for features in self.stream(name):
-            sums = (sums or FeatureSums(features.shape[1])).add(features)
-        assert sums is not None
-        statistics = sums.statistics()
-        write_npz(path, {"mu": statistics.mean, "sigma": statistics.covariance})
-        return statistics
 
 
 class Batch(NamedTuple):
@@ -141,7 +102,7 @@ def extract_features(
     chunks = [range(i, min(i + CHUNK, len(source))) for i in range(0, len(source), CHUNK)]
     state = PartialState()
     mine = range(state.process_index, len(chunks), state.num_processes)
-    missing = [i for i in mine if not _is_complete(folder, names, i)]
+    missing = [i for i in mine if not is_complete(folder, names, i)]
     batches = [
         [range(i, min(i + batch_size, chunks[c].stop)) for i in chunks[c][::batch_size]]
         for c in missing
@@ -161,13 +122,13 @@ def extract_features(
                     outputs.append(_forward(extractor, batch.images, names))
                 bar.update(len(indices) * state.num_processes)
             dims = {name: extractor.dims[name] for name in names}
-            written.append(writer.submit(_write_chunk, folder, chunk, outputs, dims, unreadable))
+            written.append(writer.submit(write_chunk, folder, chunk, outputs, dims, unreadable))
             if len(written) > 1:
                 written[-2].result()
         if written:
             written[-1].result()
     state.wait_for_everyone()
-    found = _collect(folder, len(chunks), names[0], shape, digest)
+    found = collect(folder, len(chunks), names[0], shape, digest)
     _require_readable(found, source, skip_corrupt)
     return found
 
@@ -225,47 +186,6 @@ def _forward(extractor: Extractor, images: Tensor, names: Sequence[str]) -> dict
 
 def _device(extractor: Extractor) -> torch.device:
     return next(extractor.parameters(), torch.empty(0)).device
-
-
-def _chunk_file(folder: Path, name: str, chunk: int) -> Path:
-    return folder / f"{name}-{chunk:06d}.npy"
-
-
-def _problems_file(folder: Path, chunk: int) -> Path:
-    return folder / f"unreadable-{chunk:06d}.json"
-
-
-def _write_chunk(
-    folder: Path,
-    chunk: int,
-    outputs: list[dict[str, Tensor]],
-    dims: dict[str, int],
-    unreadable: list[str],
-) -> None:
-    with written_whole(_problems_file(folder, chunk)) as partial:
-        partial.write_text(json.dumps(unreadable))
-    for name, dim in dims.items():
-        # Copied here, not after each batch: a copy waits for the device.
-        parts = [output[name].cpu() for output in outputs]
-        features = torch.cat(parts) if parts else torch.zeros(0, dim)
-        path = _chunk_file(folder, name, chunk)
-        with written_whole(path) as partial, partial.open("wb") as file:
-            np.save(file, features.numpy())
-
-
-def _is_complete(folder: Path, names: Sequence[str], chunk: int) -> bool:
-    files = [_chunk_file(folder, name, chunk) for name in names]
-    return all(file.is_file() for file in [_problems_file(folder, chunk), *files])
-
-
-def _collect(
-    folder: Path, chunks: int, name: str, shape: tuple[int, ...], digest: str
-) -> FeatureSet:
-    unreadable, count = [], 0
-    for chunk in range(chunks):
-        unreadable += json.loads(_problems_file(folder, chunk).read_text())
-        count += len(np.load(_chunk_file(folder, name, chunk), mmap_mode="r"))
-    return FeatureSet(folder, chunks, count, tuple(unreadable), shape, digest)
 
 
 def _require_one_size(batch: Batch, source: ImageSource, shape: tuple[int, ...]) -> None:

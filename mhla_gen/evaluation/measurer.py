@@ -9,7 +9,8 @@ from mhla_gen.config import FeaturesConfig
 from mhla_gen.evaluation.errors import EvaluationError
 from mhla_gen.evaluation.extractor import Extractor
 from mhla_gen.evaluation.extractors import build_extractor
-from mhla_gen.evaluation.features import FeatureSet, extract_features
+from mhla_gen.evaluation.feature_files import FeatureSet
+from mhla_gen.evaluation.features import extract_features
 from mhla_gen.evaluation.protocol import Protocol
 from mhla_gen.evaluation.sources import ImageSource, frame_shape, load_images
 from mhla_gen.evaluation.video import ClipRule

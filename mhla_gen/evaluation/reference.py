@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mhla_gen.config import ReferenceConfig
 from mhla_gen.evaluation.errors import EvaluationError
-from mhla_gen.evaluation.features import FeatureSet
+from mhla_gen.evaluation.feature_files import FeatureSet
 from mhla_gen.evaluation.frechet import FeatureStatistics
 from mhla_gen.evaluation.measurer import Measurer
 from mhla_gen.evaluation.protocol import Protocol

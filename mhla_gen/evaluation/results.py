@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from mhla_gen.config import EvaluateConfig
-from mhla_gen.evaluation.features import FeatureSet
+from mhla_gen.evaluation.feature_files import FeatureSet
 from mhla_gen.evaluation.frechet import FewSamplesWarning, frechet_distance
 from mhla_gen.evaluation.intervals import jackknife_interval, subsampling_interval
 from mhla_gen.evaluation.protocol import Protocol, short_count

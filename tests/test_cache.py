@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,6 +32,7 @@ from mhla_gen.data.caching.build import build_cache
 from mhla_gen.data.caching.cached import CachedLatents
 from mhla_gen.data.caching.matching import require_pipeline
 from mhla_gen.data.images import to_model_range
+from mhla_gen.training import rehearse, train
 from mhla_gen.training.build import build_task
 
 COUNT = 22
@@ -114,6 +116,32 @@ def test_an_unreadable_image_is_listed_and_left_out(source, cache, tmp_path):
         build_cache(config)
 
 
+def test_a_class_of_which_nothing_is_left_is_said(source, tmp_path, capsys):
+    for name in ("ant", "bee", "cat"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(3):
+            shutil.copy(source / "images" / "bee" / "01.png", tmp_path / f"images/{name}/{i}.png")
+    (tmp_path / "images" / "ant" / "1.png").write_bytes(b"junk")
+    for path in (tmp_path / "images" / "bee").iterdir():
+        path.write_bytes(b"junk")
+    config = config_for(source, tmp_path / "cache", f"data.path={tmp_path / 'images'}")
+    said = build_cache(config)
+    assert "4 could not be read" in said and "no image is left of 1 of 3 classes (bee)" in said
+    assert said == build_cache(config)
+    run = TrainConfig(
+        output_dir=str(tmp_path / "run"),
+        data=DataConfig(source="cache", path=str(tmp_path / "cache")),
+        model=ModelConfig(num_layers=1, num_attention_heads=1, attention_head_dim=8, patch_size=1),
+        max_steps=1,
+        batch_size=2,
+        mixed_precision="fp32",
+        report_to="none",
+    )
+    assert "no image is left of 1 of 3 classes (bee)" in rehearse(run)
+    train(run)
+    assert capsys.readouterr().err.count("1 of 3 classes (bee)") == 1
+
+
 def test_latents_beyond_the_dtype_are_listed_and_left_out(source, cache, tmp_path):
     latents = load_data(DataConfig(source="cache", path=str(cache)))
     rows = latents.read(range(len(latents)))
@@ -166,7 +194,7 @@ def test_an_interrupted_run_goes_on_and_ends_as_a_straight_one(source, cache, tm
     process.wait()
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").glob("latents-*")}
     assert 2 <= len(before) < 5
-    with pytest.raises(FileNotFoundError, match="no finished cache"):
+    with pytest.raises(FileNotFoundError, match="a cache that is not finished"):
         CachedLatents.open(tmp_path / "cache")
     build_cache(config)
     assert all(p.stat().st_mtime_ns == time_ns for p, time_ns in before.items())
@@ -290,6 +318,8 @@ def test_changed_and_missing_files_are_found_and_mended(source, tmp_path):
     with pytest.raises(ValueError, match=r"latents-000002\.safetensors .*cannot be read"):
         build_cache(verify)
     file.unlink()
+    with pytest.raises(ValueError, match=r"000002\.safetensors of the cache is missing; run `mhla"):
+        build_cache(verify)
     build_cache(config)
     assert content(tmp_path / "cache") == whole
 
@@ -307,8 +337,21 @@ def test_a_run_says_when_a_cache_is_not_what_its_config_describes(source, cache,
     plain = DataConfig(source="cache", path=str(tmp_path / "plain"), horizontal_flip=True)
     with pytest.raises(ValueError, match="has no mirrored images"):
         load_data(plain)
-    with pytest.raises(FileNotFoundError, match="no finished cache"):
-        load_data(DataConfig(source="cache", path=str(tmp_path)))
+
+
+def test_what_is_no_finished_cache_is_told_apart(source, tmp_path):
+    def found(path):
+        with pytest.raises(FileNotFoundError) as error:
+            load_data(DataConfig(source="cache", path=str(path)))
+        return str(error.value)
+
+    assert "none does not exist" in found(tmp_path / "none")
+    (tmp_path / "images.npz").write_bytes(b"")
+    for path in (tmp_path / "images.npz", source / "images"):
+        assert "is no cache, which" in found(path) and "data.source: npz" in found(path)
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "settings.json").write_text("{}")
+    assert "not finished: index.json is missing; run `mhla-gen cache`" in found(tmp_path / "cache")
 
 
 def test_a_cache_knows_its_autoencoder(source, cache):
@@ -378,9 +421,9 @@ def test_a_dry_run_writes_nothing(source, tmp_path, capsys):
     assert main(["cache", str(tmp_path / "cache.yaml"), "data.image_size=12", "--dry-run"]) == 2
     assert "sizes that are multiples of 8, found 12 × 12" in capsys.readouterr().err
     assert main(["cache", str(tmp_path / "cache.yaml"), f"vae.path={tmp_path}"]) == 2
-    assert "holds no autoencoder" in capsys.readouterr().err
+    assert "holds no saved pipeline" in capsys.readouterr().err
     assert main(["cache", str(tmp_path / "cache.yaml"), "vae.path=/no/such/folder"]) == 2
-    assert "/no/such/folder is neither a folder nor" in capsys.readouterr().err
+    assert "/no/such/folder: there is no such folder" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["cache.yaml"]
 
 

@@ -12,6 +12,7 @@ from mhla_gen.config import DataConfig
 from mhla_gen.data import (
     ArrayImages,
     BatchOrder,
+    EncodedImages,
     batches,
     derived_seed,
     load_data,
@@ -177,6 +178,7 @@ def test_any_number_of_broken_images_is_gone_past_and_listed(tmp_path, capsys):
     # As two starts of a run, which read in other orders.
     for first, others in (([0], [40, 45]), ([45, 1], [40, 0])):
         images = load_data(config)
+        assert isinstance(images, EncodedImages)
         images.read(first)
         images.broken.list_in(listing)
         images.read(others)

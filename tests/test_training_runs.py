@@ -4,6 +4,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -212,7 +213,59 @@ def test_data_that_changed_are_refused(tmp_path):
     facts = tmp_path / "a" / "checkpoint-2" / "run.json"
     facts.write_text(facts.read_text().replace("1797", "1800"))
     with pytest.raises(ValueError, match="trained on 1800 samples, but the data are 1797"):
-        train(replace(config, resume="latest"))
+        train(replace(config, resume="latest", max_steps=3))
+
+
+def test_a_finished_run_is_not_run_again_and_can_be_extended(tmp_path, capsys):
+    # Shorter than checkpoint_every, and no multiple of it.
+    for steps, every in ((3, 20), (5, 2)):
+        folder = tmp_path / str(every)
+        settings = {"checkpoint_every": every, "log_every": 1, "resume": "latest"}
+        config = tiny_run(folder, max_steps=steps, **settings)
+        train(config)
+        assert max(checkpoints(folder)) == steps
+        before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+        assert main(["train", str(folder / "config.yaml")]) == 0
+        printed = capsys.readouterr()
+        assert f"all of its {steps} steps are done, and nothing was run" in printed.err
+        assert f"mhla-gen sample {folder / 'pipeline'}" in printed.out
+        assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+        weights = trained(replace(config, max_steps=8))
+        straight = tiny_run(tmp_path / f"straight-{every}", max_steps=8, **settings)
+        assert_same(weights, trained(straight))
+        assert log_of(folder) == log_of(tmp_path / f"straight-{every}")
+        # Killed before it saved the pipeline, of which that of fewer steps is still there.
+        facts = folder / "pipeline" / "run.json"
+        facts.write_text(facts.read_text().replace("8", str(steps), 1))
+        weights_file = folder / "pipeline" / "transformer" / "diffusion_pytorch_model.safetensors"
+        whole = weights_file.read_bytes()
+        weights_file.write_bytes(b"old")
+        train(replace(config, max_steps=8))
+        assert weights_file.read_bytes() == whole
+        with pytest.raises(FileExistsError, match=r"has done 8 steps, more than max_steps=7"):
+            train(replace(config, max_steps=7))
+
+
+def test_a_run_without_checkpoints_is_finished_too(tmp_path, capsys):
+    config = tiny_run(tmp_path / "a", max_steps=1, resume="latest")
+    train(config)
+    assert not checkpoints(tmp_path / "a")
+    train(config)
+    assert "already finished" in capsys.readouterr().err
+
+
+def test_broken_images_are_listed_in_the_folder_of_the_run(tmp_path):
+    for name in ("ant", "bee"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(12):
+            Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / "images" / name / f"{i:02d}.png")
+    for i in range(11):
+        (tmp_path / "images" / "bee" / f"{i:02d}.png").write_text("junk")
+    data = DataConfig(source="folder", path=str(tmp_path / "images"), image_size=8)
+    train(tiny_run(tmp_path / "run", data=data))
+    lines = (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()
+    assert len(lines) == 11 and "bee/00.png" in json.loads(lines[0])["name"]
 
 
 def test_a_run_stopped_before_its_previews_makes_them_when_it_goes_on(tmp_path):
@@ -226,10 +279,12 @@ def test_a_run_stopped_before_its_previews_makes_them_when_it_goes_on(tmp_path):
     assert len(before) == 2
     for path in previews:
         path.unlink()
+    shutil.rmtree(tmp_path / "run" / "pipeline")
     train(replace(config, resume="latest"))
     assert [path.read_bytes() for path in previews] == before
     for path in previews:
         path.write_bytes(b"seen")
+    shutil.rmtree(tmp_path / "run" / "pipeline")
     train(replace(config, resume="latest"))
     assert {path.read_bytes() for path in previews} == {b"seen"}
 
@@ -504,7 +559,7 @@ def test_a_shared_checkpoint_of_another_model_is_refused_by_name(tmp_path):
     assert launch(tmp_path / "run.yaml", processes=2).wait(240) == 0
     # Its settings say so too, and are asked first.
     (tmp_path / "a" / "config.yaml").unlink()
-    other = replace(config, model=replace(TINY, num_layers=1), resume="latest")
+    other = replace(config, model=replace(TINY, num_layers=1), resume="latest", max_steps=3)
     save_config(other, tmp_path / "a" / "config.yaml")
     save_config(other, tmp_path / "run.yaml")
     again = launch(tmp_path / "run.yaml", processes=2)

@@ -72,7 +72,7 @@ class TrainConfig:
     label_dropout: float = 0.1
     """Share of labels replaced by "no class", which classifier-free guidance needs."""
     checkpoint_every: int = 1000
-    """Steps between checkpoints; 0 writes none."""
+    """Steps between checkpoints; the last step has one, too. 0 writes none."""
     keep_checkpoints: int = 2
     """How many checkpoints stay on disk."""
     log_every: int = 50

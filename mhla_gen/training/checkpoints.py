@@ -15,6 +15,7 @@ from mhla_gen.config import TrainConfig, load_config, save_config
 from mhla_gen.files import CONFIG_NAME, check_writable, differences, remove_partials
 from mhla_gen.training.run import Run
 
+PIPELINE_NAME = "pipeline"
 _PREFIX = "checkpoint-"
 # Names of checkpoints that are being written or removed, and of one that another replaces.
 _PARTIAL, _ASIDE = ".partial", ".old"
@@ -75,8 +76,7 @@ def save_checkpoint(run: Run, step: int) -> Path:
         accelerator.save_state(str(partial))
         if accelerator.is_main_process:
             save_config(run.config, partial / CONFIG_NAME)
-            facts = json.dumps({"step": step, "num_samples": len(run.data)})
-            (partial / _FACTS_NAME).write_text(facts + "\n")
+            write_facts(run, partial, step)
     # A full disk is one of these, by who was writing.
     except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -93,6 +93,18 @@ def save_checkpoint(run: Run, step: int) -> Path:
             _remove(old)
     accelerator.wait_for_everyone()
     return target
+
+
+def write_facts(run: Run, folder: Path, step: int) -> None:
+    """Say in a checkpoint, or in a trained pipeline, how many steps it has."""
+    facts = json.dumps({"step": step, "num_samples": len(run.data)})
+    (folder / _FACTS_NAME).write_text(facts + "\n")
+
+
+def pipeline_steps(folder: Path) -> int:
+    """How many steps the pipeline in a run's folder has; 0 if there is none that says it."""
+    path = folder / PIPELINE_NAME / _FACTS_NAME
+    return json.loads(path.read_text())["step"] if path.is_file() else 0
 
 
 def tidy(folder: Path) -> None:
@@ -153,7 +165,8 @@ def load_latest(run: Run) -> int:
     if changes:
         raise ValueError(
             f"{folder} is a checkpoint of another model ({'; '.join(changes[:3])}"
-            f"{f'; and {len(changes) - 3} more' if len(changes) > 3 else ''})"
+            f"{f'; and {len(changes) - 3} more' if len(changes) > 3 else ''}); choose another "
+            "output_dir"
         )
     run.accelerator.load_state(str(folder))
     return step
@@ -214,7 +227,14 @@ def check_output_dir(config: TrainConfig) -> None:
     if changes:
         raise FileExistsError(
             f"the run in {folder} had other settings and cannot go on exactly "
-            f"({'; '.join(changes)})"
+            f"({'; '.join(changes)}); choose another output_dir, or give it the settings it had"
+        )
+    done = max([pipeline_steps(folder), *checkpoints(folder)])
+    # The steps of a conversion are those of its stages, which have folders of their own.
+    if config.convert is None and done > config.max_steps:
+        raise FileExistsError(
+            f"the run in {folder} has done {done} steps, more than max_steps={config.max_steps}; "
+            f"choose another output_dir, or max_steps of at least {done}"
         )
 
 

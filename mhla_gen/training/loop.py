@@ -1,25 +1,38 @@
 """The training loop."""
 
+import sys
 from contextlib import closing
 from pathlib import Path
 
+from tqdm import tqdm
+
 from mhla_gen.config import TrainConfig, save_config
+from mhla_gen.data import EncodedImages
+from mhla_gen.data.caching.cached import CachedLatents
+from mhla_gen.data.caching.index import QUARANTINE_NAME
 from mhla_gen.files import CONFIG_NAME, written_whole
 from mhla_gen.processes import on_main
 from mhla_gen.training.build import BuildTask, build_task
 from mhla_gen.training.checkpoints import (
+    PIPELINE_NAME,
     check_output_dir,
     last_checkpoint,
     load_latest,
+    pipeline_steps,
     save_checkpoint,
+    write_facts,
 )
 from mhla_gen.training.log import LOG_NAME, RunLog, start_trackers
-from mhla_gen.training.previews import evaluate_samples, has_previews, write_previews
+from mhla_gen.training.parallel import build_accelerator
+from mhla_gen.training.previews import (
+    evaluate_samples,
+    has_previews,
+    has_scores,
+    write_previews,
+)
 from mhla_gen.training.run import Run, build_run
 from mhla_gen.training.stopping import Stopped, StopRequest
 from mhla_gen.training.throughput import peak_flops
-
-PIPELINE_NAME = "pipeline"
 
 
 def train(config: TrainConfig, title: str = "training", build: BuildTask = build_task) -> Path:
@@ -43,20 +56,24 @@ def train(config: TrainConfig, title: str = "training", build: BuildTask = build
         Stopped: If a signal stopped it.
     """
     check_output_dir(config)
-    run = build_run(config, build)
     folder = Path(config.output_dir)
+    if pipeline_steps(folder) == config.max_steps:
+        if build_accelerator(config).is_main_process:
+            done = f"{folder} is already finished: all of its {config.max_steps} steps are done"
+            tqdm.write(f"{done}, and nothing was run", file=sys.stderr)
+        return folder / PIPELINE_NAME
+    run = build_run(config, build)
     if run.accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         save_config(config, folder / CONFIG_NAME)
+    _list_left_out(run, folder)
     start = load_latest(run)
     start_trackers(run, start)
     peak = peak_flops(run.accelerator.device, config.mixed_precision)
     log = RunLog(run, folder / LOG_NAME, start, title, peak)
     with closing(log), StopRequest(run.accelerator) as stop:
-        if _due(start, config.sample_every) and not on_main(lambda: has_previews(folder, start)):
-            # Stopped between the checkpoint and them.
-            with log.paused():
-                write_previews(run, start)
+        with log.paused():
+            _catch_up(run, start)
         for number, parts in enumerate(run.batches(start, config.max_steps), start):
             learning_rate = run.learning_rate.get_last_lr()[0]
             result = run.step(number, parts)
@@ -64,7 +81,7 @@ def train(config: TrainConfig, title: str = "training", build: BuildTask = build
             log.step(done, result, learning_rate)
             stopping = stop.made() and done < config.max_steps
             with log.paused():
-                if stopping or _due(done, config.checkpoint_every):
+                if stopping or _checkpoint_due(done, config):
                     log.require_finite(done)
                     save_checkpoint(run, done)
                 if stopping:
@@ -86,8 +103,33 @@ def save_pipeline(run: Run, folder: Path) -> Path:
         if run.accelerator.is_main_process:
             with written_whole(folder) as partial:
                 run.task.finished_pipeline(model).save_pretrained(partial)
+                write_facts(run, partial, run.config.max_steps)
     run.accelerator.wait_for_everyone()
     return folder
+
+
+def _list_left_out(run: Run, folder: Path) -> None:
+    """Say, and list, which data the model does not see."""
+    if isinstance(run.data, EncodedImages):
+        run.data.broken.list_in(folder / QUARANTINE_NAME)
+    warning = run.data.index.warning if isinstance(run.data, CachedLatents) else None
+    if warning and run.accelerator.is_main_process:
+        tqdm.write(warning, file=sys.stderr)
+
+
+def _catch_up(run: Run, start: int) -> None:
+    """Make what a run that was stopped after a checkpoint had not come to."""
+    config, folder = run.config, Path(run.config.output_dir)
+    if _due(start, config.sample_every) and not on_main(lambda: has_previews(folder, start)):
+        write_previews(run, start)
+    if _due(start, config.evaluate_every) and not on_main(lambda: has_scores(folder, start)):
+        evaluate_samples(run, start)
+
+
+def _checkpoint_due(step: int, config: TrainConfig) -> bool:
+    # The last step, too: a run may go on with more of them.
+    last = config.checkpoint_every > 0 and step == config.max_steps
+    return last or _due(step, config.checkpoint_every)
 
 
 def _due(step: int, every: int) -> bool:

@@ -21,6 +21,7 @@ from mhla_gen.training.run import Run
 from mhla_gen.videos import shown_frames, write_video
 
 PREVIEWS_NAME = "previews"
+_METRICS_NAME = "metrics.json"
 # Least side of a mixing matrix in its picture, in pixels.
 _MATRIX_SIDE = 64
 _GAP = 2
@@ -60,6 +61,15 @@ def has_previews(folder: Path, step: int) -> bool:
     return any((folder / PREVIEWS_NAME).glob(f"*-{step:07d}.png"))
 
 
+def has_scores(folder: Path, step: int) -> bool:
+    """Whether a run's folder has what `evaluate_samples` writes."""
+    return (_scores(folder, step) / _METRICS_NAME).is_file()
+
+
+def _scores(folder: Path, step: int) -> Path:
+    return folder / "evaluations" / f"{step:07d}"
+
+
 def evaluate_samples(run: Run, step: int) -> None:
     """Score samples of the averaged weights, into `evaluations/<step>` and the trackers.
 
@@ -75,7 +85,7 @@ def evaluate_samples(run: Run, step: int) -> None:
     samples = make_samples(run, settings.samples)
     if samples is None:
         raise ValueError("evaluate_every is for class-conditional models of images")
-    folder = Path(run.config.output_dir) / "evaluations" / f"{step:07d}"
+    folder = _scores(Path(run.config.output_dir), step)
     if run.accelerator.is_main_process:
         with written_whole(folder / "samples.npz") as partial, partial.open("wb") as file:
             np.savez(file, arr_0=samples)
@@ -86,7 +96,7 @@ def evaluate_samples(run: Run, step: int) -> None:
             reference=settings.reference,
             metrics=settings.metrics,
             features=settings.features,
-            out=str(folder / "metrics.json"),
+            out=str(folder / _METRICS_NAME),
         )
     )
     run.accelerator.log({f"evaluation/{r.metric}": r.value for r in results}, step=step)

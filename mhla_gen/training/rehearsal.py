@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from mhla_gen.config import TrainConfig
+from mhla_gen.data.caching.cached import CachedLatents
 from mhla_gen.training.build import BuildTask, build_task
 from mhla_gen.training.checkpoints import check_output_dir
 from mhla_gen.training.parallel import build_accelerator
@@ -40,6 +41,7 @@ def rehearse(config: TrainConfig, build: BuildTask = build_task) -> str:
     parameters = [p.numel() for p in run.model.parameters()]
     trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     epochs = config.max_steps * config.batch_size / len(run.data)
+    left_out = run.data.index.warning if isinstance(run.data, CachedLatents) else None
     memory = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if on_gpu else ""
     return (
         f"{run.task.summary}; {config.model.attention} model with "
@@ -47,6 +49,7 @@ def rehearse(config: TrainConfig, build: BuildTask = build_task) -> str:
         f"{run.sample_flops / 1e9:.4g} GFLOP per sample and step; first loss {loss:.4f}; "
         f"{seconds:.3g} s for a step of {size}{memory}; {config.max_steps} steps of "
         f"{config.batch_size} are {epochs:.1f} epochs and take about {total}"
+        f"{f'; {left_out}' if left_out else ''}"
     )
 
 

@@ -252,4 +252,6 @@ def _summary(folder: Path, index: Index) -> str:
     line = f"{folder}: {count} samples ({shapes}), {len(index.files)} files, {size:.2f} GiB"
     if index.quarantined:
         line += f"; {index.quarantined} could not be read: quarantine.jsonl lists them"
+    if index.warning:
+        line += f"; {index.warning}"
     return line

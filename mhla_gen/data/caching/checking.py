@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mhla_gen.data.caching.chunks import Chunk, examine
+from mhla_gen.data.caching.chunks import MISSING, Chunk, examine
 from mhla_gen.data.caching.index import Index
 from mhla_gen.processes import shared_map
 
@@ -83,8 +83,9 @@ def require_digests(found: Iterable[Facts], known: dict[str, Facts]) -> None:
 
 def broken(name: str, problem: str) -> ValueError:
     """The error for a file that must be computed again."""
+    delete = "" if problem == MISSING else "delete this file and "
     return ValueError(
-        f"{name} of the cache {problem}; delete this file and run `mhla-gen cache` again, which "
+        f"{name} of the cache {problem}; {delete}run `mhla-gen cache` with its config again, which "
         "computes it anew"
     )
 

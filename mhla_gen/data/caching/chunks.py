@@ -21,6 +21,9 @@ T = TypeVar("T")
 Computed = tuple[dict[str, Tensor], dict[str, Any]]
 """Tensors of a chunk, and its record."""
 
+MISSING = "is missing"
+"""The problem of a file that is not there."""
+
 
 @dataclass(frozen=True)
 class Chunk:
@@ -110,7 +113,7 @@ def examine(path: Path) -> dict[str, Any]:
         `problem`.
     """
     if not path.is_file():
-        return {"file": path.name, "problem": "is missing"}
+        return {"file": path.name, "problem": MISSING}
     try:
         tensors, record = read_tensors(path), read_record(path)
     except (SafetensorError, OSError) as error:

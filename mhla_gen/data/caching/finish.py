@@ -13,13 +13,11 @@ from mhla_gen.data.caching.checking import (
     require_latents,
     require_prompts,
 )
-from mhla_gen.data.caching.chunks import Chunk
-from mhla_gen.data.caching.index import CAPTIONS_NAME, BucketIndex, Index
+from mhla_gen.data.caching.chunks import Chunk, read_tensors
+from mhla_gen.data.caching.index import CAPTIONS_NAME, QUARANTINE_NAME, BucketIndex, Index
 from mhla_gen.data.protocol import Examples
 from mhla_gen.files import written_whole
 from mhla_gen.processes import on_main
-
-QUARANTINE_NAME = "quarantine.jsonl"
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,9 +102,20 @@ def _write(
         prompts=tuple((chunk.name, len(chunk.items)) for chunk in contents.prompts),
         files={n: {"bytes": f["bytes"], "sha256": f["sha256"]} for n, f in found.items()},
         quarantined=len(quarantined),
+        empty_classes=_empty_classes(folder, contents) if quarantined else (),
     )
     index.write(folder)
     return index
+
+
+def _empty_classes(folder: Path, contents: Contents) -> tuple[str, ...]:
+    labels, names = contents.examples.labels, contents.examples.class_names
+    if labels is None or names is None:
+        return ()
+    kept: set[int] = set()
+    for chunk in contents.latents:
+        kept |= {*read_tensors(folder / chunk.name)["label"].tolist()}
+    return tuple(names[label] for label in sorted({*labels.tolist()} - kept))
 
 
 def _buckets(contents: Contents, found: dict[str, Facts]) -> list[BucketIndex]:

@@ -9,6 +9,8 @@ from mhla_gen.files import written_whole
 
 INDEX_NAME = "index.json"
 CAPTIONS_NAME = "captions.json"
+QUARANTINE_NAME = "quarantine.jsonl"
+SETTINGS_NAME = "settings.json"
 FORMAT = 1
 
 
@@ -48,20 +50,43 @@ class Index:
     """Bytes and SHA-256 of every chunk, by name."""
     quarantined: int
     """Images or clips that could not be read; quarantine.jsonl lists them."""
+    empty_classes: tuple[str, ...] = ()
+    """Classes whose images were all left out."""
+
+    @property
+    def warning(self) -> str | None:
+        """What to say of classes that a model will not learn; None if there are none."""
+        if not self.empty_classes:
+            return None
+        names, count = self.empty_classes, len(self.empty_classes)
+        shown = ", ".join(names[:8]) + (f" and {count - 8} more" if count > 8 else "")
+        return (
+            f"no image is left of {count} of {len(self.class_names or ())} classes ({shown}): all "
+            f"were left out, and {QUARANTINE_NAME} of the cache says why"
+        )
 
     @classmethod
     def read(cls, folder: Path) -> "Index":
         """The index of a cache.
 
         Raises:
-            FileNotFoundError: If there is no finished cache.
+            FileNotFoundError: If there is no finished cache, with what is there in its place.
             ValueError: If it has another format.
         """
         path = folder / INDEX_NAME
+        if not folder.exists():
+            raise FileNotFoundError(
+                f"{folder} does not exist; a cache is a folder that `mhla-gen cache` writes"
+            )
+        if not path.is_file() and not (folder / SETTINGS_NAME).is_file():
+            raise FileNotFoundError(
+                f"{folder} is no cache, which `mhla-gen cache` writes; images are another "
+                "data.source: npz for such a file, folder for a folder of class folders"
+            )
         if not path.is_file():
             raise FileNotFoundError(
-                f"{folder} is no finished cache: {INDEX_NAME} is missing; run `mhla-gen cache` "
-                "with its config, which goes on where it stopped"
+                f"{folder} is a cache that is not finished: {INDEX_NAME} is missing; run "
+                "`mhla-gen cache` with its config, which goes on where it stopped"
             )
         values = json.loads(path.read_text())
         if values.pop("format", None) != FORMAT:
@@ -77,6 +102,7 @@ class Index:
         values["prompts"] = tuple((name, count) for name, count in values["prompts"])
         if values["class_names"] is not None:
             values["class_names"] = tuple(values["class_names"])
+        values["empty_classes"] = tuple(values.get("empty_classes", ()))
         return cls(**values)
 
     def write(self, folder: Path) -> None:

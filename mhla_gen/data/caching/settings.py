@@ -8,6 +8,7 @@ from typing import Any
 
 from mhla_gen.config import CacheConfig, save_config
 from mhla_gen.data import autoencoder, image_encoder, text
+from mhla_gen.data.caching.index import SETTINGS_NAME
 from mhla_gen.data.clip_files import ClipFiles
 from mhla_gen.data.images import ArrayImages, EncodedImages
 from mhla_gen.digests import settings_digest
@@ -18,8 +19,6 @@ from mhla_gen.files import (
     made_with,
     written_whole,
 )
-
-SETTINGS_NAME = "settings.json"
 
 # Two runs may differ in these: paths are known by content, and the rest does not change it.
 _FREE = (

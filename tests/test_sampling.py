@@ -10,6 +10,7 @@ from diffusers import (
     DDPMScheduler,
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
     UniPCMultistepScheduler,
@@ -259,14 +260,55 @@ def _no_card(*args, **rest):
 @pytest.mark.parametrize(
     ("scheduler", "message"),
     [
-        (DDPMScheduler(), "works on epsilon"),
-        (UniPCMultistepScheduler(prediction_type="flow_prediction"), "needs use_flow_sigmas"),
-        (DDPMScheduler(variance_type="learned_range"), "works on epsilon"),
+        (DDPMScheduler(), "cannot take flow_prediction"),
+        (UniPCMultistepScheduler(prediction_type="flow_prediction"), "and use_flow_sigmas=True"),
+        (UniPCMultistepScheduler(use_flow_sigmas=True), 'needs prediction_type="flow_pred'),
+        (DDPMScheduler(variance_type="learned_range"), "cannot take flow_prediction"),
     ],
 )
 def test_schedulers_that_do_not_fit_are_refused(scheduler, message):
     with pytest.raises(ValueError, match=message):
         tiny_pipeline(scheduler)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "message"),
+    [
+        (DDIMScheduler, "DDIMScheduler cannot take flow_prediction"),
+        (EulerDiscreteScheduler, "EulerDiscreteScheduler cannot take flow_prediction"),
+        (DPMSolverMultistepScheduler, "needs prediction_type=.* and use_flow_sigmas=True"),
+        (UniPCMultistepScheduler, "needs prediction_type=.* and use_flow_sigmas=True"),
+    ],
+)
+def test_a_scheduler_put_into_a_pipeline_must_fit(scheduler, message):
+    pipe = tiny_pipeline(FlowMatchEulerDiscreteScheduler(shift=3.0))
+    saved = pipe.scheduler.config
+    pipe.scheduler = scheduler.from_config(saved)
+    with pytest.raises(ValueError, match=message):
+        draw(pipe)
+
+
+@pytest.mark.parametrize("scheduler", [DPMSolverMultistepScheduler, UniPCMultistepScheduler])
+def test_the_ways_of_the_documents_to_change_a_scheduler_are_one(scheduler):
+    pipe = tiny_pipeline(FlowMatchEulerDiscreteScheduler(shift=3.0))
+    saved = pipe.scheduler
+    pipe.scheduler = other_scheduler(saved, scheduler.__name__, {})
+    images = draw(pipe)
+    pipe.scheduler = scheduler.from_config(saved.config, **FLOW, flow_shift=3.0)
+    assert torch.equal(draw(pipe), images)
+
+
+def test_a_model_of_noise_takes_no_flow_scheduler_later():
+    pipe = latent_pipeline(DDPMScheduler(variance_type="learned_range"))
+    saved = pipe.scheduler.config
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(saved)
+    with pytest.raises(ValueError, match="works on flow_prediction, but the model makes epsilon"):
+        draw(pipe)
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(saved)
+    with pytest.raises(ValueError, match="cannot use it; choose variance_type=None"):
+        draw(pipe)
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(saved, variance_type=None)
+    assert draw(pipe, output_type="latent").shape == (3, 4, 8, 8)
 
 
 def test_a_learned_variance_needs_model_and_scheduler():

@@ -14,7 +14,7 @@ from mhla_gen.data.autoencoder import compression, latent_normalisation
 from mhla_gen.devices import send
 from mhla_gen.pipelines.guidance import Guidance
 from mhla_gen.pipelines.noise import noise_of
-from mhla_gen.pipelines.schedulers import check_scheduler, learns_variance
+from mhla_gen.pipelines.schedulers import check_scheduler, learns_variance, makes_variance
 
 Callback = Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor]]
 
@@ -113,8 +113,10 @@ class ClassConditionalPipeline(DiffusionPipeline):
             The images.
 
         Raises:
-            ValueError: If a label is no class of the model, or an argument is out of its range.
+            ValueError: If a label is no class of the model, an argument is out of its range, or a
+                scheduler was put in that does not fit the model.
         """
+        check_scheduler(self.scheduler, self.prediction_type, makes_variance(self.transformer))
         guidance = Guidance(guidance_scale, guidance_interval, guidance_channels)
         labels = self._check_inputs(class_labels, output_type)
         unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
@@ -233,8 +235,3 @@ class ClassConditionalPipeline(DiffusionPipeline):
             latents = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
         return self.image_processor.postprocess(latents.float(), output_type=output_type)
 
-
-def makes_variance(transformer: Any) -> bool:
-    """Whether a DiT predicts a variance: twice as many channels as it gets."""
-    config = transformer.config
-    return (config.out_channels or config.in_channels) == 2 * config.in_channels

@@ -24,6 +24,12 @@ def learns_variance(scheduler: Any) -> bool:
     return "learned" in str(_setting(scheduler, "variance_type"))
 
 
+def makes_variance(transformer: Any) -> bool:
+    """Whether a DiT predicts a variance: twice as many channels as it gets."""
+    config = transformer.config
+    return (config.out_channels or config.in_channels) == 2 * config.in_channels
+
+
 def check_scheduler(scheduler: Any, prediction_type: str, learned_variance: bool = False) -> None:
     """Raise unless the scheduler works with what the model predicts.
 
@@ -35,27 +41,30 @@ def check_scheduler(scheduler: Any, prediction_type: str, learned_variance: bool
     Raises:
         ValueError: If the scheduler expects another prediction, or a variance that is not there.
     """
-    name = type(scheduler).__name__
+    name, known = type(scheduler).__name__, _options(type(scheduler))
     expected = prediction_of(scheduler)
-    if expected != prediction_type:
+    if prediction_type == "flow_prediction" and not name.startswith("FlowMatch"):
+        if "use_flow_sigmas" not in known:
+            raise ValueError(
+                f"{name} cannot take {prediction_type}; choose one that can, such as "
+                "FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler or "
+                "DPMSolverMultistepScheduler"
+            )
+        if expected != prediction_type or not scheduler.config.use_flow_sigmas:
+            raise ValueError(
+                f'{name} needs prediction_type="flow_prediction" and use_flow_sigmas=True for what '
+                "this model makes"
+            )
+    elif expected != prediction_type:
         raise ValueError(
             f"{name} works on {expected}, but the model makes {prediction_type}; "
             "choose a scheduler or its options to match"
-        )
-    flows = name.startswith("FlowMatch") or _setting(scheduler, "use_flow_sigmas")
-    if expected == "flow_prediction" and not flows:
-        if "use_flow_sigmas" in _options(type(scheduler)):
-            raise ValueError(f"{name} needs use_flow_sigmas=True for {prediction_type}")
-        raise ValueError(
-            f"{name} cannot take {prediction_type}; choose one that can, such as "
-            "FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler or "
-            "DPMSolverMultistepScheduler"
         )
     if learns_variance(scheduler) and not (learned_variance and name in _LEARNING):
         reason = "the model makes none" if not learned_variance else f"{name} cannot use it"
         raise ValueError(
             f"variance_type={_setting(scheduler, 'variance_type')} takes a learned variance, but "
-            f"{reason}; choose a fixed one"
+            f"{reason}; choose variance_type={_default(type(scheduler), 'variance_type')}"
         )
 
 
@@ -97,8 +106,9 @@ def other_scheduler(
         settings |= {key: shift for key in ("flow_shift", "shift") if key in known}
     if "variance_type" in known and type(scheduler) is not new_class:
         learns = learned_variance and name in _LEARNING
-        default = inspect.signature(new_class).parameters["variance_type"].default
-        settings["variance_type"] = "learned_range" if learns else default
+        settings["variance_type"] = (
+            "learned_range" if learns else _default(new_class, "variance_type")
+        )
     new = new_class.from_config(scheduler.config, **{**settings, **options})
     check_scheduler(new, prediction_type, learned_variance)
     return new
@@ -120,6 +130,10 @@ def scheduler_class(name: str) -> Any:
 def _setting(scheduler: Any, name: str) -> Any:
     # A config made from another scheduler's keeps settings that this class does not have.
     return scheduler.config.get(name) if name in _options(type(scheduler)) else None
+
+
+def _default(scheduler: type, name: str) -> Any:
+    return inspect.signature(scheduler).parameters[name].default
 
 
 @cache

@@ -8,9 +8,9 @@ import torch
 
 from mhla_gen.config import SampleConfig
 from mhla_gen.cuda_graphs import RecordedForward
-from mhla_gen.pipelines.class_conditional import ClassConditionalPipeline, makes_variance
+from mhla_gen.pipelines.class_conditional import ClassConditionalPipeline
 from mhla_gen.pipelines.guidance import Guidance
-from mhla_gen.pipelines.schedulers import other_scheduler
+from mhla_gen.pipelines.schedulers import makes_variance, other_scheduler
 from mhla_gen.sampling.classes import class_labels, class_numbers, ordered_labels
 from mhla_gen.sampling.loading import load_pipeline
 from mhla_gen.sampling.prompt_sampler import PromptSampler, read_embeds

@@ -1,6 +1,6 @@
 """The pipeline for any number of classes: guidance, schedulers, sizes, saving."""
 
-import inspect
+import json
 
 import numpy as np
 import pytest
@@ -369,6 +369,28 @@ def test_a_contact_sheet_holds_every_row_and_group():
     assert 200 < sheet.width < 300 and 60 < sheet.height < 120
 
 
-def test_its_arguments_are_those_that_diffusers_users_know():
-    known = inspect.signature(ClassConditionalPipeline.__call__).parameters
-    assert {"callback_on_step_end", "generator", "latents", "output_type"} <= set(known)
+@pytest.mark.parametrize(
+    "make",
+    [
+        tiny_pipeline,
+        lambda: latent_pipeline(DDIMScheduler()),
+        lambda: class_conditional(tiny_dit_pipeline()),
+    ],
+    ids=["pixels", "latents", "diffusers"],
+)
+def test_a_pipeline_is_made_of_another_ones_parts(make, tmp_path):
+    pipe = make()
+    pipe.set_progress_bar_config(disable=True)
+    pipe.register_to_config(class_names=[f"c{i}" for i in range(pipe.num_classes)])
+    images = draw(pipe)
+    taken = ClassConditionalPipeline.from_pipe(pipe)
+    made = ClassConditionalPipeline(**pipe.components)
+    assert taken.class_names == pipe.class_names
+    for new in (taken, made):
+        new.set_progress_bar_config(disable=True)
+        assert new.transformer is pipe.transformer and new.vae is pipe.vae
+        assert torch.equal(draw(new), images)
+    # What the model predicts is written down, not taken from a later scheduler.
+    made.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "model_index.json").read_text())
+    assert saved["prediction_type"] == pipe.prediction_type == made.prediction_type

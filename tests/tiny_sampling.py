@@ -17,7 +17,9 @@ def tiny_pipeline(scheduler=None, num_classes=3, class_names=None, **changes):
     size = {"in_channels": 1, "num_embeds_ada_norm": num_classes, "num_layers": 2}
     model = mhla_gen.inject(tiny_dit(**size | changes), MHLAConfig(layout=(2, 2)))
     scheduler = scheduler or FlowMatchEulerDiscreteScheduler()
-    pipe = ClassConditionalPipeline(disturb(model), scheduler, class_names=class_names)
+    pipe = ClassConditionalPipeline(
+        disturb(model), scheduler, class_names=class_names, prediction_type="flow_prediction"
+    )
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

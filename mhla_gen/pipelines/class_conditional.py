@@ -5,6 +5,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
+from diffusers import (
+    AutoencoderDC,
+    AutoencoderKL,
+    AutoencoderTiny,
+    DiTTransformer2DModel,
+    SchedulerMixin,
+)
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
@@ -12,10 +19,19 @@ from torch import Tensor
 
 from mhla_gen.data.autoencoder import compression, latent_normalisation
 from mhla_gen.devices import send
+from mhla_gen.models import MHLADiTTransformer2DModel, OriginalDiTTransformer2DModel
 from mhla_gen.pipelines.guidance import Guidance
 from mhla_gen.pipelines.noise import noise_of
-from mhla_gen.pipelines.schedulers import check_scheduler, learns_variance, makes_variance
+from mhla_gen.pipelines.schedulers import (
+    check_scheduler,
+    learns_variance,
+    makes_variance,
+    prediction_of,
+)
 
+# diffusers' `from_pipe` takes over a model only if its very class is named here.
+Transformer = DiTTransformer2DModel | MHLADiTTransformer2DModel | OriginalDiTTransformer2DModel
+Autoencoder = AutoencoderKL | AutoencoderDC | AutoencoderTiny
 Callback = Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor]]
 
 
@@ -31,7 +47,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
         scheduler: Any diffusers scheduler for what the transformer predicts.
         vae: Decoder from latents to images; None for a model of pixels.
         class_names: One name per class.
-        prediction_type: `flow_prediction` or a `prediction_type` of diffusers' other schedulers.
+        prediction_type: What the transformer predicts: `flow_prediction` or a `prediction_type` of
+            diffusers' other schedulers; None takes that of `scheduler`.
 
     Raises:
         ValueError: If the scheduler does not fit the model.
@@ -43,13 +60,14 @@ class ClassConditionalPipeline(DiffusionPipeline):
 
     def __init__(
         self,
-        transformer: Any,
-        scheduler: Any,
-        vae: Any = None,
+        transformer: Transformer,
+        scheduler: SchedulerMixin,
+        vae: Autoencoder | None = None,
         class_names: Sequence[str] | None = None,
-        prediction_type: str = "flow_prediction",
+        prediction_type: str | None = None,
     ):
         super().__init__()
+        prediction_type = prediction_type or prediction_of(scheduler)
         check_scheduler(scheduler, prediction_type, makes_variance(transformer))
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
         names = None if class_names is None else list(class_names)
@@ -234,4 +252,3 @@ class ClassConditionalPipeline(DiffusionPipeline):
             latents = latents * std + mean
             latents = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
         return self.image_processor.postprocess(latents.float(), output_type=output_type)
-

@@ -21,8 +21,9 @@ from mhla_gen import MHLADiTTransformer2DModel
 from mhla_gen.cli import main
 from mhla_gen.config import ConfigError, SampleConfig, load_config, save_config
 from mhla_gen.evaluation import load_images
+from mhla_gen.pipelines.classes import class_numbers
 from mhla_gen.sampling import class_labels, generate, sample
-from mhla_gen.sampling.classes import class_numbers, ordered_labels
+from mhla_gen.sampling.classes import ordered_labels
 from mhla_gen.sampling.drawing import Drawer, largest_batch
 from mhla_gen.sampling.parts import InParts, in_parts
 from mhla_gen.sampling.samplers import ClassSampler
@@ -318,6 +319,7 @@ def test_steps_are_streamed(pipeline):
         ({"prompts": "a cat"}, "makes images of classes"),
         ({"height": 8, "width": 12}, "must be equal, found 8 and 12"),
         ({"height": 9, "width": 9}, "multiple of 2, found 9"),
+        ({"guidance_channels": 2}, "guidance_channels must be at most 1, .* found 2"),
         ({"formats": "mp4"}, "formats has mp4, but the samples are images"),
         ({"vae_tiling": True}, "has no tiling"),
         ({"offload": "model", "device": "cpu"}, "offload=model needs a GPU"),

@@ -345,13 +345,20 @@ def test_other_schedulers_keep_what_they_share():
         ({"labels": ()}, "list of class numbers"),
         ({"labels": (0.5,)}, "list of class numbers"),
         ({"labels": (-1,)}, "must be in"),
+        ({"labels": (3,)}, "must be in 0…2, found 3…3"),
+        ({"labels": torch.zeros(2, 2, dtype=torch.int64)}, "list of class numbers"),
+        ({"labels": ("4",)}, "no class '4'"),
+        ({"generator": [torch.Generator()] * 2}, "one per image, found 2 for 3 images"),
+        ({"generator": [torch.Generator()]}, "one per image, found 1 for 3 images"),
         ({"guidance_scale": 0.5}, "at least 1"),
         ({"guidance_interval": (0.6, 0.4)}, "the lower one first"),
         ({"guidance_interval": (0.0, 1.5)}, r"noise levels in \[0, 1\]"),
         ({"guidance_channels": 0}, "guidance_channels must be at least 1"),
+        ({"guidance_channels": 2}, "guidance_channels must be at most 1, .* found 2"),
         ({"output_type": "jpeg"}, "pil, np, pt or latent"),
         ({"callback_on_step_end_tensor_inputs": ["noise"]}, "callbacks get"),
         ({"latents": torch.zeros(3, 2, 8, 8)}, "latents must be"),
+        ({"latents": torch.zeros(3, 1, 7, 8)}, r"must be \[3, 1, 8, 8\], found \[3, 1, 7, 8\]"),
     ],
 )
 def test_wrong_arguments_are_named(options, message):
@@ -394,3 +401,47 @@ def test_a_pipeline_is_made_of_another_ones_parts(make, tmp_path):
     made.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "model_index.json").read_text())
     assert saved["prediction_type"] == pipe.prediction_type == made.prediction_type
+
+
+def test_classes_are_numbers_or_names():
+    pipe = tiny_pipeline(class_names=["tench, Tinca tinca", "cock", "c2"])
+    images = draw(pipe)
+    for labels in (["tench", "Cock", 2], ["Tinca tinca", 1, "c2"], torch.arange(3), np.arange(3)):
+        assert torch.equal(draw(pipe, labels), images)
+    for label in (0, "tench", [0]):
+        generator = torch.Generator().manual_seed(0)
+        made = pipe(label, num_inference_steps=3, generator=generator, output_type="pt").images
+        assert torch.equal(made, draw(pipe, [0]))
+    assert pipe.get_label_ids(["cock", "tench"]) == [1, 0] and pipe.get_label_ids("c2") == [2]
+    with pytest.raises(ValueError, match="no class 'cook'; did you mean 'cock'"):
+        pipe(["cook"])
+    assert tiny_pipeline().get_label_ids(["2", "0"]) == [2, 0]
+
+
+def test_noise_comes_from_generators_or_latents():
+    pipe = latent_pipeline(DDIMScheduler())
+    images = draw(pipe)
+    noise = [torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    assert torch.equal(draw(pipe, generator=None, latents=torch.cat(noise)), images)
+    # One generator draws the noise of all images at once.
+    noise = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(5))
+    one = draw(pipe, generator=torch.Generator().manual_seed(5))
+    assert torch.equal(one, draw(pipe, latents=noise)) and not torch.equal(one, images)
+
+
+def test_every_output_type_is_the_same_images():
+    pipe = latent_pipeline(DDIMScheduler())
+    images = draw(pipe)
+    assert (draw(pipe, output_type="np") == images.movedim(1, -1).numpy()).all()
+    pixels = np.stack([np.asarray(image) for image in draw(pipe, output_type="pil")])
+    assert (pixels == (images.movedim(1, -1).numpy() * 255).round()).all()
+    pipe.vae.eval()
+    latents = draw(pipe, output_type="latent") / pipe.vae.config.scaling_factor
+    with torch.no_grad():
+        decoded = pipe.vae.decode(latents).sample / 2 + 0.5
+    torch.testing.assert_close(decoded.clamp(0, 1), images)
+    generators = [torch.Generator().manual_seed(i) for i in range(3)]
+    (plain,) = pipe(
+        [0, 1, 2], num_inference_steps=3, generator=generators, output_type="pt", return_dict=False
+    )
+    assert torch.equal(plain, images)

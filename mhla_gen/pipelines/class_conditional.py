@@ -20,6 +20,7 @@ from torch import Tensor
 from mhla_gen.data.autoencoder import compression, latent_normalisation
 from mhla_gen.devices import send
 from mhla_gen.models import MHLADiTTransformer2DModel, OriginalDiTTransformer2DModel
+from mhla_gen.pipelines.classes import Classes, class_numbers, label_tensor
 from mhla_gen.pipelines.guidance import Guidance
 from mhla_gen.pipelines.noise import noise_of
 from mhla_gen.pipelines.schedulers import (
@@ -92,10 +93,23 @@ class ClassConditionalPipeline(DiffusionPipeline):
         settings: Any = self.config
         return settings.prediction_type
 
+    @property
+    def size_multiple(self) -> int:
+        """Pixels of which the sides of an image are a multiple."""
+        return self.vae_scale_factor * self.transformer.config.patch_size
+
+    def get_label_ids(self, label: str | Sequence[str]) -> list[int]:
+        """Numbers of classes by name, as diffusers' `DiTPipeline` gives them.
+
+        Raises:
+            ValueError: If a name is unknown.
+        """
+        return list(class_numbers([label] if isinstance(label, str) else label, self.class_names))
+
     @torch.no_grad()
     def __call__(
         self,
-        class_labels: Sequence[int] | Tensor,
+        class_labels: Classes,
         num_inference_steps: int = 40,
         guidance_scale: float = 1.5,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
@@ -111,7 +125,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         """Draw one image per label.
 
         Args:
-            class_labels: Class numbers `[batch]`.
+            class_labels: Class numbers or names `[batch]`, or one of them.
             num_inference_steps: Denoising steps.
             guidance_scale: Classifier-free guidance w: "no class" + w (class − "no class"). 1 is
                 none, and halves the work.
@@ -136,7 +150,15 @@ class ClassConditionalPipeline(DiffusionPipeline):
         """
         check_scheduler(self.scheduler, self.prediction_type, makes_variance(self.transformer))
         guidance = Guidance(guidance_scale, guidance_interval, guidance_channels)
-        labels = self._check_inputs(class_labels, output_type)
+        guidance.check_channels(self.transformer.config.in_channels)
+        labels = label_tensor(class_labels, self.class_names, self.num_classes)
+        if isinstance(generator, Sequence) and len(generator) != len(labels):
+            raise ValueError(
+                f"generator must be one or a list of one per image, found {len(generator)} for "
+                f"{len(labels)} images"
+            )
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"output_type must be pil, np, pt or latent, found {output_type!r}")
         unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
         if unknown:
             raise ValueError(f"callbacks get {self._callback_tensor_inputs}, not {sorted(unknown)}")
@@ -176,19 +198,6 @@ class ClassConditionalPipeline(DiffusionPipeline):
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _check_inputs(self, class_labels: Sequence[int] | Tensor, output_type: str) -> Tensor:
-        labels = torch.as_tensor(class_labels)
-        if labels.ndim != 1 or labels.is_floating_point() or not len(labels):
-            raise ValueError(f"class_labels must be a list of class numbers, found {class_labels}")
-        if labels.min() < 0 or labels.max() >= self.num_classes:
-            raise ValueError(
-                f"class_labels must be in 0…{self.num_classes - 1}, "
-                f"found {labels.min()}…{labels.max()}"
-            )
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise ValueError(f"output_type must be pil, np, pt or latent, found {output_type!r}")
-        return labels.long()
-
     def _initial_noise(
         self,
         num: int,
@@ -202,8 +211,11 @@ class ClassConditionalPipeline(DiffusionPipeline):
         shape = (num, config.in_channels, side, side)
         if latents is None:
             latents = randn_tensor(shape, generator, device, torch.float32)
-        elif latents.shape[:2] != shape[:2]:
-            raise ValueError(f"latents must be {list(shape)}, found {list(latents.shape)}")
+        elif latents.shape != shape:
+            raise ValueError(
+                f"latents must be {list(shape)}, found {list(latents.shape)}; image_size asks for "
+                "another size"
+            )
         # Flow-matching schedulers start from plain noise and do not have this attribute.
         scale = getattr(self.scheduler, "init_noise_sigma", 1.0)
         return latents.to(device, torch.float32) * scale
@@ -214,9 +226,10 @@ class ClassConditionalPipeline(DiffusionPipeline):
         Raises:
             ValueError: If its patches do not tile that.
         """
-        multiple = self.vae_scale_factor * self.transformer.config.patch_size
-        if image_size < 1 or image_size % multiple:
-            raise ValueError(f"image_size must be a multiple of {multiple}, found {image_size}")
+        if image_size < 1 or image_size % self.size_multiple:
+            raise ValueError(
+                f"image_size must be a multiple of {self.size_multiple}, found {image_size}"
+            )
         return image_size // self.vae_scale_factor
 
     def _predict(

@@ -35,6 +35,14 @@ class Guidance:
         if self.channels is not None and self.channels < 1:
             raise ValueError(f"guidance_channels must be at least 1, found {self.channels}")
 
+    def check_channels(self, num_channels: int) -> None:
+        """Raise if more channels are to be guided than the image or latent has."""
+        if self.channels is not None and self.channels > num_channels:
+            raise ValueError(
+                f"guidance_channels must be at most {num_channels}, the channels that the model "
+                f"denoises, found {self.channels}"
+            )
+
     def applies(self, noise_level: float) -> bool:
         """Whether to guide at this noise level, in [0, 1].
 
@@ -52,9 +60,13 @@ class Guidance:
             num_channels: Channels of the image or latent. Further ones, a learned variance, and
                 those that are not guided are the class's.
 
+        Raises:
+            ValueError: If `channels` is more than that.
+
         Source:
             Ho and Salimans 2022, arXiv:2207.12598, Eq. (6), with w counted from 1.
         """
-        guided = num_channels if self.channels is None else min(self.channels, num_channels)
+        self.check_channels(num_channels)
+        guided = num_channels if self.channels is None else self.channels
         far = without[:, :guided] + self.scale * (with_class[:, :guided] - without[:, :guided])
         return torch.cat([far, with_class[:, guided:]], dim=1)

@@ -6,12 +6,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from mhla_gen.compiling import compile_blocks
 from mhla_gen.config import SampleConfig
 from mhla_gen.cuda_graphs import RecordedForward
 from mhla_gen.pipelines.class_conditional import ClassConditionalPipeline
+from mhla_gen.pipelines.classes import class_numbers
 from mhla_gen.pipelines.guidance import Guidance
 from mhla_gen.pipelines.schedulers import makes_variance, other_scheduler
-from mhla_gen.sampling.classes import class_labels, class_numbers, ordered_labels
+from mhla_gen.sampling.classes import class_labels, ordered_labels
 from mhla_gen.sampling.loading import load_pipeline
 from mhla_gen.sampling.prompt_sampler import PromptSampler, read_embeds
 from mhla_gen.sampling.prompts import Prompt, read_prompts
@@ -57,6 +59,7 @@ def _of_classes(config: SampleConfig, pipeline: ClassConditionalPipeline) -> Cla
     if config.height is not None:
         pipeline.latent_size(config.height)
     guidance = Guidance(config.guidance_scale, config.guidance_interval, config.guidance_channels)
+    guidance.check_channels(pipeline.transformer.config.in_channels)
     return ClassSampler(
         pipeline,
         _labels(config, pipeline.class_names),
@@ -140,20 +143,10 @@ def place(config: SampleConfig, pipeline: Any, device: torch.device) -> None:
     if config.compile:
         for name, model in pipeline.components.items():
             if name.startswith("transformer") and model is not None:
-                compile_layers(model)
+                compile_blocks(model)
         if (
             device.type == "cuda"
             and config.offload == "none"
             and isinstance(pipeline, ClassConditionalPipeline)
         ):
             pipeline.transformer.forward = RecordedForward(pipeline.transformer.forward)
-
-
-def compile_layers(transformer: Any) -> None:
-    """Compile every layer of a transformer in place, each once for all of them."""
-    if getattr(transformer, "_repeated_blocks", None):
-        transformer.compile_repeated_blocks(fullgraph=True)
-    else:
-        # diffusers' own DiT does not name its blocks.
-        for block in transformer.transformer_blocks:
-            block.compile(fullgraph=True)

@@ -54,13 +54,13 @@ def normalize_classes(classes: Any, names: bool = False) -> Any:
     """Class numbers as a tuple, or "all" as it is; with `names`, names may stand among them."""
     if isinstance(classes, str) and classes == "all":
         return classes
+    kinds = (int, str) if names else (int,)
+    listed = [classes] if isinstance(classes, kinds) else classes
     allowed = "class numbers and names" if names else "class numbers"
     message = f'classes must be "all" or a list of {allowed}, found {classes!r}'
-    if not isinstance(classes, Sequence) or isinstance(classes, str) or not classes:
+    if not isinstance(listed, Sequence) or isinstance(listed, str) or not listed:
         raise ValueError(message)
-    for c in classes:
-        if isinstance(c, str) and names:
-            continue
-        if not isinstance(c, int) or isinstance(c, bool) or c < 0:
+    for c in listed:
+        if not isinstance(c, kinds) or isinstance(c, bool) or (isinstance(c, int) and c < 0):
             raise ValueError(message)
-    return tuple(classes)
+    return tuple(listed)

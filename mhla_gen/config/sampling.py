@@ -25,7 +25,7 @@ class SampleConfig:
     """Folder for the samples and manifest.json. A start that was interrupted is gone on with."""
 
     classes: Any = "all"
-    """"all" or a list of class numbers and names."""
+    """"all", or class numbers and names: one or a list of them."""
     samples_per_class: int | None = None
     """Images of each class, class after class; 10 unless num_samples is given."""
     num_samples: int | None = None

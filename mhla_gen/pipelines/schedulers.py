@@ -86,7 +86,7 @@ def other_scheduler(
         learned_variance: Whether the model makes a variance, too.
 
     Raises:
-        ValueError: If diffusers has no such scheduler, it has no such option, or it does not fit.
+        ValueError: If diffusers has no such scheduler, an option is none of it, or it does not fit.
     """
     new_class = type(scheduler) if name is None else scheduler_class(name)
     name = new_class.__name__
@@ -109,7 +109,11 @@ def other_scheduler(
         settings["variance_type"] = (
             "learned_range" if learns else _default(new_class, "variance_type")
         )
-    new = new_class.from_config(scheduler.config, **{**settings, **options})
+    try:
+        new = new_class.from_config(scheduler.config, **{**settings, **options})
+    except (NotImplementedError, TypeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{name} does not take {dict(options)}: {reason}") from error
     check_scheduler(new, prediction_type, learned_variance)
     return new
 

@@ -56,10 +56,15 @@ def _of_classes(config: SampleConfig, pipeline: ClassConditionalPipeline) -> Cla
             "images of classes are square: height and width must be equal, found "
             f"{config.height} and {config.width}"
         )
-    if config.height is not None:
-        pipeline.latent_size(config.height)
+    multiple = pipeline.size_multiple
+    if config.height is not None and (config.height < 1 or config.height % multiple):
+        raise ValueError(
+            f"height and width must be multiples of {multiple} for {config.pipeline}, found "
+            f"{config.height}"
+        )
     guidance = Guidance(config.guidance_scale, config.guidance_interval, config.guidance_channels)
     guidance.check_channels(pipeline.transformer.config.in_channels)
+    _check_steps(pipeline.scheduler, config.num_inference_steps)
     return ClassSampler(
         pipeline,
         _labels(config, pipeline.class_names),
@@ -69,6 +74,15 @@ def _of_classes(config: SampleConfig, pipeline: ClassConditionalPipeline) -> Cla
         guidance_channels=guidance.channels,
         image_size=config.height,
     )
+
+
+def _check_steps(scheduler: Any, steps: int) -> None:
+    # Some settings are only read here.
+    try:
+        scheduler.set_timesteps(steps)
+    except (TypeError, ValueError, RuntimeError) as error:
+        name, reason = type(scheduler).__name__, str(error).splitlines()[0]
+        raise ValueError(f"{name} cannot plan num_inference_steps={steps}: {reason}") from error
 
 
 def _labels(config: SampleConfig, names: list[str]) -> np.ndarray:

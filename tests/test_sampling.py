@@ -17,6 +17,7 @@ from diffusers import (
 )
 from diffusers.utils import hub_utils
 from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
 from tiny import tiny_dit_pipeline
 from tiny_sampling import FLOW, draw, latent_pipeline, tiny_pipeline
 
@@ -367,10 +368,33 @@ def test_wrong_arguments_are_named(options, message):
 
 
 def test_a_contact_sheet_holds_every_row_and_group():
-    images = np.random.randint(0, 256, (4, 8, 8, 3), np.uint8)
-    sheet = contact_sheet({"real": [images, images], "made": [images, images]}, ["a", "b"])
-    assert sheet.width > 8 * 48 and sheet.height > 2 * 48
-    assert np.asarray(sheet).std() > 10
+    """Tiles are found by flat colours; then pictures have to be where the colours were."""
+    colours = np.arange(1, 17, dtype=np.uint8).reshape(2, 2, 4) * 15
+    flat = np.zeros((2, 2, 4, 8, 8, 3), np.uint8)
+    flat[..., 0] = colours[..., None, None]
+    noise = np.random.default_rng(0).integers(0, 256, flat.shape, np.uint8)
+
+    def sheet(images):
+        # [groups, rows, columns, height, width, channels]
+        groups = {title: list(rows) for title, rows in zip(("real", "made"), images, strict=True)}
+        return np.asarray(contact_sheet(groups, ["a", "b"])).astype(int)
+
+    of_colours, of_noise = sheet(flat), sheet(noise)
+    corners = np.zeros((2, 2, 4, 2), int)
+    for index in np.ndindex(colours.shape):
+        found = np.argwhere((of_colours == (colours[index], 0, 0)).all(-1))
+        top, left = corners[index] = found.min(0)
+        assert len(found) == 48 * 48 and (found.max(0) - found.min(0) == 47).all()
+        tile = Image.fromarray(noise[index]).resize((48, 48), Image.Resampling.BICUBIC)
+        assert (of_noise[top : top + 48, left : left + 48] == np.asarray(tile)).all()
+    tops, lefts = corners[..., 0], corners[..., 1]
+    # A row's tiles are at one height, a column's below each other, groups side by side.
+    assert (tops == tops[:1, :, :1]).all() and (lefts == lefts[:, :1]).all()
+    assert (np.diff(tops, axis=1) > 48).all() and (np.diff(lefts, axis=2) > 48).all()
+    assert (lefts[1].min() - lefts[0].max()) > 48
+
+
+def test_wide_pictures_are_scaled_down():
     wide = np.random.randint(0, 256, (2, 300, 500, 3), np.uint8)
     sheet = contact_sheet({"frames": [wide]}, ["a"], tile_size=100)
     assert 200 < sheet.width < 300 and 60 < sheet.height < 120

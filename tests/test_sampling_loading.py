@@ -55,6 +55,26 @@ def test_a_run_its_checkpoint_and_its_pipeline_sample_alike(run, tmp_path):
     assert any(not torch.equal(last[name], average[name]) for name in last)
 
 
+def test_a_fresh_process_loads_what_was_saved(run, tmp_path):
+    """As the documents say: after this import; that of a class-conditional run by its class."""
+    dit = mhla_gen.inject(tiny_dit_pipeline(), MHLAConfig(layout=(2, 2)))
+    dit.save_pretrained(tmp_path / "dit")
+    code = (
+        "import sys, mhla_gen\n"
+        "from diffusers import DiffusionPipeline\n"
+        "dit = DiffusionPipeline.from_pretrained(sys.argv[1])\n"
+        "pipe = mhla_gen.ClassConditionalPipeline.from_pretrained(sys.argv[2])\n"
+        "for p in (dit, pipe): print(type(p).__name__, type(p.transformer).__name__)"
+    )
+    folders = str(tmp_path / "dit"), str(run / "pipeline")
+    done = subprocess.run([sys.executable, "-c", code, *folders], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [
+        *("DiTPipeline", "MHLADiTTransformer2DModel"),
+        *("ClassConditionalPipeline", "MHLADiTTransformer2DModel"),
+    ]
+
+
 def test_an_empty_folder_holds_no_pipeline(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match=r"neither a saved pipeline \(model_index\.json\)"):

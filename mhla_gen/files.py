@@ -4,6 +4,7 @@ import os
 import re
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -95,8 +96,15 @@ def check_writable(folder: str | Path) -> None:
     """
     folder = Path(folder)
     parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise PermissionError(f"output_dir {folder} cannot be made: {parent} is not writable")
+    try:
+        # Rights alone do not tell: the superuser has them on a file system that takes no files.
+        with tempfile.TemporaryFile(dir=parent):
+            pass
+    except OSError as error:
+        raise PermissionError(
+            f"output_dir {folder} cannot be made: {parent} is not writable "
+            f"({error.strerror or error}); choose another output_dir"
+        ) from error
 
 
 def differences(found: Any, asked: Any, ignore: Sequence[str] = ()) -> list[str]:

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from mhla_gen.files import remove_partials, written_whole
+from mhla_gen.files import check_writable, remove_partials, written_whole
 from mhla_gen.training.log import read_log
 
 
@@ -59,3 +59,13 @@ with written_whole("{tmp_path}/a.png") as file, written_whole("{tmp_path}/b") as
     assert len(list(tmp_path.iterdir())) == len(kept) + 2
     remove_partials(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == kept
+
+
+@pytest.mark.parametrize("place", ["/proc/x", "/proc/x/y", "file/x"])
+def test_a_place_that_takes_no_files_is_named(place, tmp_path):
+    (tmp_path / "file").write_text("")
+    folder = tmp_path / place
+    with pytest.raises(PermissionError, match=rf"{folder} cannot be made: .* is not writable"):
+        check_writable(folder)
+    check_writable(tmp_path / "new" / "deep")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -21,8 +21,9 @@ from mhla_gen import MHLADiTTransformer2DModel
 from mhla_gen.cli import main
 from mhla_gen.config import ConfigError, SampleConfig, load_config, save_config
 from mhla_gen.evaluation import load_images
+from mhla_gen.pipelines.classes import class_numbers
 from mhla_gen.sampling import class_labels, generate, sample
-from mhla_gen.sampling.classes import class_numbers, ordered_labels
+from mhla_gen.sampling.classes import ordered_labels
 from mhla_gen.sampling.drawing import Drawer, largest_batch
 from mhla_gen.sampling.parts import InParts, in_parts
 from mhla_gen.sampling.samplers import ClassSampler
@@ -308,6 +309,9 @@ def test_steps_are_streamed(pipeline):
     assert units == [0, 1] and seen == [2, 4, 6, 8]
 
 
+DPM = {"scheduler": "DPMSolverMultistepScheduler"}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -317,7 +321,11 @@ def test_steps_are_streamed(pipeline):
         ({"scheduler": "DDPMScheduler"}, "DDPMScheduler cannot take flow_pred.*, such as Flow"),
         ({"prompts": "a cat"}, "makes images of classes"),
         ({"height": 8, "width": 12}, "must be equal, found 8 and 12"),
-        ({"height": 9, "width": 9}, "multiple of 2, found 9"),
+        ({"height": 9, "width": 9}, "^height and width must be multiples of 2 .*, found 9"),
+        ({"guidance_channels": 2}, "guidance_channels must be at most 1, .* found 2"),
+        (DPM | {"scheduler_options": {"algorithm_type": "x"}}, "does not take .*'x'}: x is not"),
+        (DPM | {"scheduler_options": {"flow_shift": "x"}}, "cannot plan num_inference_steps=40: "),
+        ({"scheduler_options": {"shift": "x"}}, "FlowMatch.* does not take {'shift': 'x'}: "),
         ({"formats": "mp4"}, "formats has mp4, but the samples are images"),
         ({"vae_tiling": True}, "has no tiling"),
         ({"offload": "model", "device": "cpu"}, "offload=model needs a GPU"),
@@ -342,11 +350,24 @@ def test_problems_are_named_before_anything_is_written(pipeline, tmp_path, chang
         (["keep_samples=false"], "leaves nothing behind"),
         (["evaluate.samples=x"], "leave it out"),
         (["classes=[-1]"], "class numbers and names"),
+        (["classes=-1"], "class numbers and names"),
+        (["classes=[]"], "class numbers and names"),
+        (["classes=0.5"], "class numbers and names"),
     ],
 )
 def test_mistakes_in_settings_are_named(overrides, message):
     with pytest.raises(ConfigError, match=message):
         load_config(None, overrides, SampleConfig)
+
+
+def test_one_class_needs_no_brackets():
+    def classes(text):
+        return load_config(None, [f"classes={text}"], SampleConfig).classes
+
+    assert classes("dog") == classes("[dog]") == ("dog",)
+    assert classes("3") == classes("[3]") == (3,)
+    assert classes("tench, Tinca tinca") == ("tench, Tinca tinca",)
+    assert classes("all") == "all"
 
 
 def test_folders_of_others_and_places_that_cannot_be_written(pipeline, tmp_path):
@@ -372,7 +393,7 @@ def command(config, tmp_path, processes=None):
 
 def test_the_command_takes_a_pipeline_and_goes_to_its_folder(pipeline, tmp_path, capsys):
     rest = [f"output_dir={tmp_path / 'set'}", "num_samples=4", "num_inference_steps=1"]
-    assert main(["sample", str(pipeline), "classes=[dog]", *rest]) == 0
+    assert main(["sample", str(pipeline), "classes=dog", *rest]) == 0
     printed = capsys.readouterr()
     assert "wrote 4 images of 1 classes" in printed.out and "4/4" in printed.err
     assert "sample/s" in printed.err

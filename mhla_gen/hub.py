@@ -1,24 +1,114 @@
-"""Folders and names on Hugging Face's hub."""
+"""Where saved models and pipelines lie: in folders, in runs of ours, on Hugging Face's hub."""
 
 from pathlib import Path
+from typing import Any
+
+INDEX_NAME = "model_index.json"
+PIPELINE_NAME = "pipeline"
+"""Folder of a finished run that holds its pipeline."""
+_SAVED = (INDEX_NAME, "config.json")
 
 
-def is_pipeline(path: str) -> bool:
-    """Whether a folder or a repository on the hub is a whole pipeline.
+def find(path: str) -> str | None:
+    """The place that a path or name means: what `from_pretrained` takes.
+
+    Args:
+        path: A folder that `save_pretrained` wrote, of a pipeline or a part of one; a run of ours;
+            or a name on the hub, which is not asked for here.
+
+    Returns:
+        The folder, that of the run's pipeline, or the name; None for a folder that has none of
+        them, such as a run that has not finished.
+
+    Raises:
+        FileNotFoundError: If it is neither a folder nor can be a name on the hub.
+    """
+    folder = Path(path)
+    if folder.is_dir():
+        places = (folder, folder / PIPELINE_NAME)
+        return next((str(p) for p in places if any((p / n).is_file() for n in _SAVED)), None)
+    if folder.exists() or not _is_name(path):
+        raise FileNotFoundError(
+            f"{path}: there is no such folder, and it is not taken for a name on the hub, which is "
+            "owner/name where no folder here is called owner"
+        )
+    return path
+
+
+def locate(path: str) -> str:
+    """As `find`, where something must be there.
+
+    Raises:
+        FileNotFoundError: If there is nothing.
+    """
+    place = find(path)
+    if place is None:
+        raise FileNotFoundError(
+            f"{path} holds no saved pipeline ({INDEX_NAME}), no saved model (config.json), and no "
+            "run of ours that has finished"
+        )
+    return place
+
+
+def pipeline_index(path: str) -> dict[str, Any]:
+    """What a pipeline says of itself: its settings, and library and class of every part.
 
     Without a network, repositories that were downloaded before are found.
 
+    Returns:
+        Nothing if the path, or name, means something else, or the hub has no pipeline of this name.
+
     Raises:
-        ValueError: If it can be neither.
+        FileNotFoundError: As `locate`.
     """
-    if Path(path).is_dir():
-        return (Path(path) / "model_index.json").is_file()
-    if path.count("/") != 1:
-        raise ValueError(f"{path} is neither a folder nor the name of a repository")
-    from diffusers import DiffusionPipeline
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+    place = locate(path)
+    if Path(place).is_dir() and not (Path(place) / INDEX_NAME).is_file():
+        return {}
+    try:
+        index: Any = DiffusionPipeline.load_config(place)
+    except OSError:
+        return {}
+    return dict(index)
+
+
+def locate_part(path: str, name: str) -> tuple[str, dict[str, Any]]:
+    """Where a part of a pipeline lies, or a model saved by itself: arguments of `from_pretrained`.
+
+    Args:
+        path: As in `find`.
+        name: Of the part, if it is a pipeline.
+
+    Returns:
+        The place, and its `subfolder`.
+
+    Raises:
+        FileNotFoundError: If there is nothing.
+        ValueError: If the pipeline has no such part.
+    """
+    place = locate(path)
+    index = pipeline_index(place)
+    if not index:
+        return place, {}
+    parts = [key for key, value in index.items() if _is_part(value)]
+    if name not in parts:
+        raise ValueError(f"the pipeline {place} has no {name}; it has {', '.join(parts)}")
+    return place, {"subfolder": name}
+
+
+def _is_part(value: Any) -> bool:
+    # A part that was saved as missing is [null, null].
+    return isinstance(value, list) and len(value) == 2 and value[0] is not None
+
+
+def _is_name(path: str) -> bool:
+    """Whether to ask the hub: a misspelt path would be looked for there for a long time."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
 
     try:
-        DiffusionPipeline.load_config(path)
-    except OSError:
+        validate_repo_id(path)
+    except HFValidationError:
         return False
-    return True
+    return "/" in path and not Path(path).parent.exists()

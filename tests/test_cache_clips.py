@@ -137,4 +137,4 @@ def test_what_does_not_fit_together_is_refused(cache, tmp_path):
     with pytest.raises(ValueError, match="AutoencoderKL encodes images"):
         build_cache(config_of(cache, out, f"vae.path={tmp_path / 'dit'}"))
     with pytest.raises(ValueError, match="must be a pipeline"):
-        build_cache(config_of(cache, out, f"text.path={tmp_path}"))
+        build_cache(config_of(cache, out, f"text.path={tmp_path / 'dit' / 'vae'}"))

@@ -53,8 +53,8 @@ class ModelConfig:
     """Channels per head."""
     pretrained: str | None = None
     """Start from this model in place of a new one, whose sizes count: a folder that
-    `save_pretrained` wrote, of a transformer or a pipeline, or the name of one on the Hugging Face
-    hub. A softmax model is given the attention asked for."""
+    `save_pretrained` wrote, of a transformer or a pipeline, a finished run, or a name on the
+    Hugging Face hub. A softmax model is given the attention asked for."""
     new_classes: bool = False
     """Give a pretrained model labels for the classes of the data; each starts as "no class"."""
     trainable: Literal["all", "mhla", "lora"] = "all"

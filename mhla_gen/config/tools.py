@@ -22,7 +22,7 @@ class ConvertConfig:
 
     source: str | None = None
     """Import: a .safetensors file, a folder of them, or a file of torch.save. Export: the folder
-    of a transformer that `save_pretrained` wrote."""
+    of a transformer or pipeline that `save_pretrained` wrote, or a finished run."""
     output_dir: str = "runs/convert"
     """New folder. Import: a transformer for `from_pretrained`. Export: model.pt, a state dict."""
     format: Literal["dit", "mhla_dit", "mhla_wan"] = "dit"

@@ -16,6 +16,7 @@ from mhla_gen.conversion import mhla_dit, mhla_wan, original_dit
 from mhla_gen.conversion.keys import Converted, few
 from mhla_gen.conversion.reading import read_checkpoint
 from mhla_gen.files import CONFIG_NAME, made_with, written_whole
+from mhla_gen.hub import locate_part
 from mhla_gen.models import (
     MHLADiTTransformer2DModel,
     MHLAWanTransformer3DModel,
@@ -81,13 +82,14 @@ def _import(config: ConvertConfig, folder: Path, dry_run: bool) -> None:
 
 
 def _export(config: ConvertConfig, folder: Path, dry_run: bool) -> None:
-    model_class, settings = _saved_model(Path(str(config.source)), config.format)
-    state = read_checkpoint(Path(str(config.source)))
+    source = _saved_folder(str(config.source))
+    model_class, settings = _saved_model(source, config.format)
+    state = read_checkpoint(source)
     written = _write(state, settings, config)
     hints = replace(config, num_attention_heads=settings["num_attention_heads"])
     if config.format == "mhla_wan":
         hints = replace(hints, layout=settings["mhla"]["layout"])
-    model = model_class.from_pretrained(config.source, torch_dtype=torch.float32).eval()
+    model = model_class.from_pretrained(source, torch_dtype=torch.float32).eval()
     summary = _summary(config, model, ())
     if dry_run:
         print(f"{summary}\nnothing was written (--dry-run)")
@@ -168,10 +170,19 @@ def _write(
     return mhla_dit.write(state, settings, normalizer=normalizer)
 
 
+def _saved_folder(source: str) -> Path:
+    """The folder of the transformer that a model, pipeline or run has."""
+    if not Path(source).is_dir():
+        raise FileNotFoundError(
+            f"source {source} is no folder: an export takes that of a model, a pipeline or a run; "
+            "what is on the hub is downloaded first (hf download)"
+        )
+    place, location = locate_part(source, "transformer")
+    return Path(place, *location.values())
+
+
 def _saved_model(folder: Path, kind: str) -> tuple[Any, dict[str, Any]]:
     """Class and settings of a folder that `save_pretrained` wrote."""
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"source {folder} is no folder of a model: it has no config.json")
     saved = json.loads((folder / "config.json").read_text())
     classes = {c.__name__: c for c in _WRITABLE[kind]}
     if saved.get("_class_name") not in classes:

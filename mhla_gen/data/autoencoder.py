@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mhla_gen.config import AutoencoderConfig
 from mhla_gen.digests import settings_digest, weights_digest
-from mhla_gen.hub import is_pipeline
+from mhla_gen.hub import locate_part
 
 IMAGE_AUTOENCODERS = ("AutoencoderKL", "AutoencoderDC", "AutoencoderTiny")
 VIDEO_AUTOENCODERS = ("AutoencoderKLWan", "AutoencoderKLLTXVideo")
@@ -31,13 +31,14 @@ def load_autoencoder(config: AutoencoderConfig) -> Any:
     """An autoencoder of one of the classes above, in evaluation mode.
 
     Args:
-        config: `path` is the folder or hub name of an autoencoder, or of a pipeline that has one.
+        config: `path` is the folder or hub name of an autoencoder, or of a pipeline that has one,
+            or a run with such a pipeline.
 
     Raises:
-        ValueError: If there is none, or it is of another class.
+        FileNotFoundError: If there is nothing.
+        ValueError: If it is no autoencoder, or of another class.
     """
-    path = str(config.path)
-    subfolder: dict[str, Any] = {"subfolder": "vae"} if is_pipeline(path) else {}
+    path, subfolder = locate_part(str(config.path), "vae")
     try:
         values: Any = diffusers.AutoencoderKL.load_config(path, **subfolder)
     except OSError as error:

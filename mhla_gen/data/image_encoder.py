@@ -4,13 +4,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
 from mhla_gen.config import ImageEncoderConfig
 from mhla_gen.digests import settings_digest, weights_digest
-from mhla_gen.hub import is_pipeline
+from mhla_gen.hub import locate, pipeline_index
 
 IMAGE_ENCODERS = ("CLIPVisionModel", "CLIPVisionModelWithProjection")
 
@@ -36,27 +35,25 @@ class ImageEncoder(NamedTuple):
 
 def has_image_encoder(path: str) -> bool:
     """Whether a folder or a name on the hub is a pipeline that has an encoder of images."""
-    if not is_pipeline(path):
-        return False
-    parts: Any = DiffusionPipeline.load_config(path)
-    return any(parts.get("image_encoder") or ())
+    return any(pipeline_index(path).get("image_encoder") or ())
 
 
 def load_image_encoder(config: ImageEncoderConfig) -> ImageEncoder:
     """The encoder and image processor of a pipeline.
 
     Raises:
-        ValueError: If there is no pipeline of this name, or its encoder is of another kind.
+        FileNotFoundError: If there is nothing.
+        ValueError: If it is no pipeline, or its encoder is of another kind.
     """
     import transformers
 
-    path = str(config.path)
+    path = locate(str(config.path))
     if not has_image_encoder(path):
         raise ValueError(
             f"image_encoder.path {path} must be a pipeline with the folders image_encoder and "
             "image_processor, such as Wan 2.1's for image to video"
         )
-    parts: Any = DiffusionPipeline.load_config(path)
+    parts = pipeline_index(path)
     name = parts["image_encoder"][1]
     if name not in IMAGE_ENCODERS:
         raise ValueError(

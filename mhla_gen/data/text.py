@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mhla_gen.config import TextEncoderConfig
 from mhla_gen.digests import settings_digest, tensors_digest
-from mhla_gen.hub import is_pipeline
+from mhla_gen.hub import locate, pipeline_index
 
 ENCODERS = {"t5": "T5EncoderModel", "umt5": "UMT5EncoderModel"}
 
@@ -47,12 +47,13 @@ def load_text_encoder(config: TextEncoderConfig) -> TextEncoder:
     """The encoder and tokenizer of a pipeline.
 
     Raises:
-        ValueError: If there is no pipeline of this name, or its encoder is of another kind.
+        FileNotFoundError: If there is nothing.
+        ValueError: If it is no pipeline, or its encoder is of another kind.
     """
     import transformers
 
-    path = str(config.path)
-    if not is_pipeline(path):
+    path = locate(str(config.path))
+    if not pipeline_index(path):
         raise ValueError(
             f"text.path {path} must be a pipeline with the folders text_encoder and tokenizer"
         )

@@ -19,6 +19,7 @@ from mhla_gen.distillation.layers import LayerErrors
 from mhla_gen.distillation.losses import LayerLosses, OutputLosses
 from mhla_gen.distillation.teacher import softmax_twin, train_only, trained_names
 from mhla_gen.files import CONFIG_NAME, differing_values, written_whole
+from mhla_gen.hub import PIPELINE_NAME
 from mhla_gen.models.loading import load_transformer, transformer_class
 from mhla_gen.models.transformer import MHLATransformerMixin
 from mhla_gen.training.build import Task, build_task
@@ -27,8 +28,6 @@ from mhla_gen.training.compiling import compile_model
 from mhla_gen.training.loop import train
 from mhla_gen.training.parallel import build_accelerator
 from mhla_gen.training.rehearsal import rehearse
-
-PIPELINE_NAME = "pipeline"
 
 
 def convert(config: TrainConfig) -> Path:

@@ -1,10 +1,12 @@
 """Load a transformer by the class that its config names."""
 
+from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 
-from mhla_gen.hub import is_pipeline
+from mhla_gen.hub import locate_part
 from mhla_gen.models.injection import MHLA_CLASSES
 
 _CLASSES: dict[str, Any] = {c.__name__: c for pair in MHLA_CLASSES.items() for c in pair}
@@ -12,43 +14,45 @@ _CLASSES: dict[str, Any] = {c.__name__: c for pair in MHLA_CLASSES.items() for c
 _FORMER_CLASS = "Transformer2DModel"
 
 
-def load_transformer(name_or_path: str, subfolder: str = "transformer", **kwargs: Any) -> Any:
+def load_transformer(
+    path: str, subfolder: str = "transformer", dtype: torch.dtype = torch.float32
+) -> Any:
     """A transformer of a supported family, converted or not.
 
     Args:
-        name_or_path: Folder that `save_pretrained` wrote, or a name on the Hugging Face hub; of a
-            transformer, or of a pipeline.
+        path: A folder that `save_pretrained` wrote, of a transformer or a pipeline; a run of ours
+            with a pipeline; or a name on the Hugging Face hub.
         subfolder: Which transformer of a pipeline.
-        kwargs: Passed to `from_pretrained` of its class (`revision`, `torch_dtype`, …).
+        dtype: Of its weights.
 
     Raises:
-        ValueError: If there is none, or it is of a class that the toolkit does not know.
+        FileNotFoundError: If there is nothing.
+        ValueError: If it is no transformer, or of a class that the toolkit does not know.
     """
-    location = {"subfolder": subfolder} if is_pipeline(name_or_path) else {}
-    where = {k: kwargs[k] for k in ("revision", "cache_dir", "token") if k in kwargs}
-    known = _saved_class(name_or_path, {**location, **where})
-    return known.from_pretrained(name_or_path, **location, **kwargs)
+    place, location = locate_part(path, subfolder)
+    return _saved_class(place, location).from_pretrained(place, torch_dtype=dtype, **location)
 
 
-def transformer_class(name_or_path: str, subfolder: str = "transformer") -> Any:
+def transformer_class(path: str, subfolder: str = "transformer") -> Any:
     """The class that `load_transformer` would load.
 
     Raises:
+        FileNotFoundError: As `load_transformer`.
         ValueError: As `load_transformer`.
     """
-    location = {"subfolder": subfolder} if is_pipeline(name_or_path) else {}
-    return _saved_class(name_or_path, location)
+    return _saved_class(*locate_part(path, subfolder))
 
 
-def _saved_class(name_or_path: str, location: dict[str, Any]) -> Any:
+def _saved_class(place: str, location: dict[str, Any]) -> Any:
     try:
-        config: Any = DiTTransformer2DModel.load_config(name_or_path, **location)
+        config: Any = DiTTransformer2DModel.load_config(place, **location)
     except OSError as error:
-        line = str(error).splitlines()[0]
-        raise ValueError(f"{name_or_path} holds no transformer of diffusers: {line}") from error
+        missing = "is no folder here, and the hub has no such model, or cannot be reached"
+        what = "holds no model" if Path(place).is_dir() else missing
+        raise FileNotFoundError(f"{place} {what}: {str(error).splitlines()[0]}") from error
     name = config.get("_class_name")
     if name == _FORMER_CLASS and config.get("norm_type") == "ada_norm_zero":
         name = DiTTransformer2DModel.__name__
     if name not in _CLASSES:
-        raise ValueError(f"{name_or_path} is a {name}; known are {', '.join(sorted(_CLASSES))}")
+        raise ValueError(f"{place} is a {name}; known are {', '.join(sorted(_CLASSES))}")
     return _CLASSES[name]

@@ -8,7 +8,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from mhla_gen.files import written_whole
-from mhla_gen.sampling.loading import INDEX_NAME
+from mhla_gen.hub import INDEX_NAME, find
 from mhla_gen.sampling.manifest import MANIFEST_NAME
 from mhla_gen.sampling.outputs import SHEET_NAME
 
@@ -24,9 +24,8 @@ def check(pipeline: str) -> Path:
         ValueError: If the pipeline is not a folder here.
         FileExistsError: If there is a README.md that we did not write.
     """
-    candidates = (Path(pipeline), Path(pipeline) / "pipeline")
-    folder = next((path for path in candidates if (path / INDEX_NAME).is_file()), None)
-    if folder is None:
+    folder = Path(find(pipeline) or pipeline)
+    if not (folder / INDEX_NAME).is_file():
         raise ValueError(f"card=true needs a saved pipeline in a folder, found pipeline={pipeline}")
     existing = folder / CARD_NAME
     if existing.is_file() and _MARK not in existing.read_text():

@@ -13,9 +13,9 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from mhla_gen.config import TrainConfig, load_config, save_config
 from mhla_gen.files import CONFIG_NAME, check_writable, differences, remove_partials
+from mhla_gen.hub import PIPELINE_NAME
 from mhla_gen.training.run import Run
 
-PIPELINE_NAME = "pipeline"
 _PREFIX = "checkpoint-"
 # Names of checkpoints that are being written or removed, and of one that another replaces.
 _PARTIAL, _ASIDE = ".partial", ".old"

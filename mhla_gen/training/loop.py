@@ -11,10 +11,10 @@ from mhla_gen.data import EncodedImages
 from mhla_gen.data.caching.cached import CachedLatents
 from mhla_gen.data.caching.index import QUARANTINE_NAME
 from mhla_gen.files import CONFIG_NAME, written_whole
+from mhla_gen.hub import PIPELINE_NAME
 from mhla_gen.processes import on_main
 from mhla_gen.training.build import BuildTask, build_task
 from mhla_gen.training.checkpoints import (
-    PIPELINE_NAME,
     check_output_dir,
     last_checkpoint,
     load_latest,

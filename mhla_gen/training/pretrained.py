@@ -22,9 +22,10 @@ def load_pretrained(config: ModelConfig, subfolder: str = "transformer") -> Any:
         subfolder: Which transformer of a pipeline.
 
     Raises:
-        ValueError: If there is none, or it has other MHLA layers than the config says.
+        FileNotFoundError: If there is none.
+        ValueError: If it has other MHLA layers than the config says.
     """
-    model = load_transformer(str(config.pretrained), subfolder, torch_dtype=torch.float32)
+    model = load_transformer(str(config.pretrained), subfolder)
     if config.attention == "softmax":
         if isinstance(model, MHLATransformerMixin):
             raise ValueError(
@@ -64,6 +65,7 @@ def pretrained_dit(
         out_channels: Channels that the objective needs.
 
     Raises:
+        FileNotFoundError: If there is none.
         ValueError: If it is another model, or of other sizes; the differences are named.
     """
     model = load_pretrained(config)

@@ -18,7 +18,7 @@ from mhla_gen.config import PreviewConfig, TextEncoderConfig, TrainConfig, WanCo
 from mhla_gen.data import TrainingData
 from mhla_gen.data.caching.cached import CachedLatents
 from mhla_gen.data.text import load_text_encoder
-from mhla_gen.hub import is_pipeline
+from mhla_gen.hub import pipeline_index
 from mhla_gen.models.loading import load_transformer
 
 
@@ -34,10 +34,7 @@ class WanParts:
     def index(self) -> dict[str, Any]:
         """Settings of the pretrained pipeline, if there is one."""
         path = self.config.model.pretrained
-        if path is None or not is_pipeline(path):
-            return {}
-        settings: Any = DiffusionPipeline.load_config(path)
-        return dict(settings)
+        return {} if path is None else pipeline_index(path)
 
     @property
     def times_of_tokens(self) -> bool:
@@ -107,7 +104,7 @@ class WanParts:
         if self.wan.expert is None or self.index.get("transformer_2", [None])[0] is None:
             return None
         path = str(self.config.model.pretrained)
-        return load_transformer(path, other_subfolder(self.wan), torch_dtype=torch.bfloat16)
+        return load_transformer(path, other_subfolder(self.wan), torch.bfloat16)
 
 
 def other_subfolder(wan: WanConfig) -> str:

@@ -1,15 +1,12 @@
 """Whether a cache fits a pretrained pipeline."""
 
 from pathlib import Path
-from typing import Any
-
-from diffusers import DiffusionPipeline
 
 from mhla_gen.config import AutoencoderConfig, ImageEncoderConfig
 from mhla_gen.data.autoencoder import load_autoencoder
 from mhla_gen.data.caching.cached import CachedLatents
 from mhla_gen.data.image_encoder import load_image_encoder
-from mhla_gen.hub import is_pipeline
+from mhla_gen.hub import pipeline_index
 
 
 def require_pipeline(cache: CachedLatents, path: str) -> None:
@@ -23,10 +20,10 @@ def require_pipeline(cache: CachedLatents, path: str) -> None:
     Raises:
         ValueError: If others made it, or the pipeline's cannot be loaded.
     """
-    place = str(Path(path).resolve()) if Path(path).exists() else path
-    if not is_pipeline(path):
+    parts = pipeline_index(path)
+    if not parts:
         return
-    parts: Any = DiffusionPipeline.load_config(path)
+    place = str(Path(path).resolve()) if Path(path).exists() else path
     settings, sources = cache.index.settings, cache.index.sources
     try:
         if place != sources["vae"] and any(parts.get("vae") or ()):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from PIL import Image
+from safetensors.torch import load_file
 from tiny import disturb, dit_inputs, tiny_dit, tiny_dit_pipeline, tiny_wan, wan_inputs
 
 import mhla_gen
@@ -20,7 +21,7 @@ from mhla_gen.cli import main
 from mhla_gen.config import DataConfig, InspectConfig, ModelConfig, TrainConfig
 from mhla_gen.inspection import inspect, watch
 from mhla_gen.inspection.inputs import add_noise
-from mhla_gen.inspection.loading import family_of
+from mhla_gen.inspection.loading import family_of, load_subject
 from mhla_gen.inspection.mixing_figures import on_block_grid
 from mhla_gen.inspection.statistics import (
     effective_rank,
@@ -291,26 +292,33 @@ def test_a_run_is_inspected_before_and_after_its_end(tmp_path, capsys):
     run = tmp_path / "run"
     train(
         TrainConfig(
-            output_dir=str(run), model=model, max_steps=1, batch_size=2, checkpoint_every=1,
-            mixed_precision="fp32",
+            output_dir=str(run), model=model, max_steps=2, batch_size=2, checkpoint_every=2,
+            mixed_precision="fp32", learning_rate=0.1, warmup_steps=1, ema_decay=0.9,
         )
     )  # fmt: skip
     config = InspectConfig(model=str(run), output_dir=str(tmp_path / "out"))
     inspect(config, dry_run=True)
     assert "pipeline/transformer" in capsys.readouterr().out
+    finished = load_subject(str(run), "transformer", torch.float32)
     (run / "pipeline" / "model_index.json").unlink()
     inspect(config, dry_run=True)
-    said = capsys.readouterr().out
-    assert "checkpoint-1" in said and "not their average" in said
+    assert f"{run / 'checkpoint-2'}, MHLADiT" in capsys.readouterr().out
+    # The averaged weights, as in the pipeline, and not those of the last step.
+    unfinished = load_subject(str(run), "transformer", torch.float32)
+    for name, tensor in unfinished.model.state_dict().items():
+        assert torch.equal(tensor, finished.model.state_dict()[name]), name
+    last = load_file(run / "checkpoint-2" / "model.safetensors")
+    assert any(not last[k].equal(v) for k, v in unfinished.model.state_dict().items())
+    assert type(unfinished.scheduler) is type(finished.scheduler)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"model": None}, "needs a model"),
-        ({"model": "nowhere"}, "nowhere is not a folder"),
-        ({"model": "empty"}, "holds neither a saved model"),
-        ({"component": "transformer_2", "model": "pipeline"}, "its transformers: transformer"),
+        ({"model": "nowhere"}, "nowhere: there is no such folder"),
+        ({"model": "empty"}, "nor a saved model"),
+        ({"component": "transformer_2", "model": "pipeline"}, "has no transformer_2; it has"),
         ({"grid": [4, 6]}, "token grid is square"),
         ({"grid": [2, 4, 4]}, "grid needs 2 entries"),
         ({"queries": [[4, 0]]}, "queries must lie on the token grid"),
@@ -318,7 +326,7 @@ def test_a_run_is_inspected_before_and_after_its_end(tmp_path, capsys):
         ({"classes": [10]}, "classes 0…9"),
         ({"teacher": "wan"}, "of one family"),
         ({"teacher": "deep"}, "layers: 2 and 3"),
-        ({"model": "vae"}, "holds a AutoencoderKL"),
+        ({"model": "vae"}, "is a AutoencoderKL"),
         ({"model": "latent", "data": DataConfig()}, "the model takes"),
     ],
 )

@@ -55,6 +55,17 @@ def test_a_run_its_checkpoint_and_its_pipeline_sample_alike(run, tmp_path):
     assert any(not torch.equal(last[name], average[name]) for name in last)
 
 
+def test_a_checkpoint_has_the_numbers_of_the_pipeline_in_half_precision(run):
+    pipeline, checkpoint = (
+        load_pipeline(str(run / name), torch.bfloat16).transformer.state_dict()
+        for name in ("pipeline", "checkpoint-2")
+    )
+    for name, tensor in pipeline.items():
+        assert checkpoint[name].dtype == tensor.dtype and torch.equal(checkpoint[name], tensor)
+    # Mixing matrices stay in float32.
+    assert {tensor.dtype for tensor in pipeline.values()} == {torch.float32, torch.bfloat16}
+
+
 def test_a_fresh_process_loads_what_was_saved(run, tmp_path):
     """As the documents say: after this import; that of a class-conditional run by its class."""
     dit = mhla_gen.inject(tiny_dit_pipeline(), MHLAConfig(layout=(2, 2)))
@@ -90,7 +101,7 @@ def test_a_misspelt_path_is_not_looked_for_on_the_hub(path, tmp_path, monkeypatc
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "file").write_text("no folder")
     monkeypatch.setattr(loading, "_downloaded", lambda name: pytest.fail(f"asked for {name}"))
-    with pytest.raises(FileNotFoundError, match=f"pipeline={path}: there is no such folder"):
+    with pytest.raises(FileNotFoundError, match=f"{path}: there is no such folder"):
         load_pipeline(path, torch.float32)
 
 

@@ -23,7 +23,8 @@ class InputsConfig:
     """
 
     model: str | None = None
-    """Folder that `save_pretrained` wrote (model or pipeline), or a run of train or quickstart."""
+    """Folder that `save_pretrained` wrote (model or pipeline), a run of train or quickstart, or a
+    name on the Hugging Face hub."""
     component: str = "transformer"
     """Which transformer of a pipeline; the second expert of Wan 2.2 is transformer_2."""
     data: DataConfig | None = None
@@ -71,7 +72,7 @@ class InspectConfig(InputsConfig):
     output_dir: str = "runs/inspect"
     """New folder for index.html, its pictures and statistics.json."""
     teacher: str | None = None
-    """Folder of the softmax model to compare with, on the same inputs."""
+    """The softmax model to compare with, on the same inputs: as `model`."""
     queries: Any = "auto"
     """Tokens whose maps are drawn, a list of positions on the grid; "auto" takes four. Maps are
     those of the first input; rank and entropy are averaged over all."""

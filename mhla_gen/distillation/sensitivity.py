@@ -57,7 +57,7 @@ def sensitivity(config: SensitivityConfig, dry_run: bool = False) -> Path:
     """
     if config.model is None:
         raise ValueError(
-            "inspect sensitivity needs a model: a folder, as first argument or model=…"
+            "inspect sensitivity needs a model: a folder or hub name, as first argument or model=…"
         )
     folder = Path(config.output_dir)
     made_with(folder, config, _FREE)
@@ -112,7 +112,7 @@ class Scan:
     """A model with MHLA in every layer that is tried, and what it is run on."""
 
     config: SensitivityConfig
-    source: Path
+    source: str
     student: Any
     digest: str
     """Of the softmax model's weights."""
@@ -289,7 +289,7 @@ class Scan:
     def facts(self) -> dict[str, Any]:
         """What was measured, for the report."""
         return {
-            "model": str(self.source),
+            "model": self.source,
             "class": self.student.family.softmax_class(self.student).__name__,
             "weights": self.digest,
             "tokens": f"{' × '.join(map(str, self.grid))} = {math.prod(self.grid)}",

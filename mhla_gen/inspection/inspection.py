@@ -42,7 +42,9 @@ def inspect(config: InspectConfig, dry_run: bool = False) -> Path:
         OSError: If a model or data are missing, or the output folder holds something else.
     """
     if config.model is None:
-        raise ValueError("inspect needs a model: a folder, as first argument or as model=…")
+        raise ValueError(
+            "inspect needs a model: a folder or a hub name, as first argument or model=…"
+        )
     folder = Path(config.output_dir)
     made_with(folder, config)
     subjects = _load(config)
@@ -120,8 +122,8 @@ def _facts(
     facts = []
     for title, subject in subjects.items():
         millions = sum(p.numel() for p in subject.model.parameters()) / 1e6
-        words = f"{subject.source}, {type(subject.model).__name__}, {millions:.1f} M parameters"
-        facts.append((title, words + (f"; {subject.note}" if subject.note else "")))
+        kind = type(subject.model).__name__
+        facts.append((title, f"{subject.source}, {kind}, {millions:.1f} M parameters"))
     tokens = f"{' × '.join(map(str, focus.grid))} = {_seq_len(focus)}"
     rows = len(focus.rows)
     measured = "all queries" if rows == _seq_len(focus) else f"{rows} queries drawn at random"

@@ -2,20 +2,20 @@
 
 import json
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
+from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 
+from mhla_gen.hub import INDEX_NAME, find
 from mhla_gen.pipelines.class_conditional import ClassConditionalPipeline
 from mhla_gen.pipelines.schedulers import prediction_of
 from mhla_gen.sampling.checkpoint import checkpoint_in, pipeline_of
 
-INDEX_NAME = "model_index.json"
 # Parts of Wan's pipelines.
 _PRECISE = {"vae": torch.float32, "image_encoder": torch.float32}
 # Of files on the hub, all that `save_pretrained` writes.
@@ -38,27 +38,13 @@ def load_pipeline(path: str, dtype: torch.dtype) -> Any:
         FileNotFoundError: If there is nothing to load.
         ValueError: If what is there is no pipeline of this version of diffusers.
     """
-    folder = Path(path)
-    if folder.is_dir():
-        for candidate in (folder, folder / "pipeline"):
-            if (candidate / INDEX_NAME).is_file():
-                return _from_folder(candidate, dtype)
-        return _from_checkpoint(folder, dtype)
-    if _is_hub_name(path):
-        return _from_folder(_downloaded(path), dtype)
-    raise FileNotFoundError(
-        f"pipeline={path}: there is no such folder, and it is not taken for the name of a pipeline "
-        "on the hub, which is owner/name where no folder here is called owner"
-    )
-
-
-def _is_hub_name(path: str) -> bool:
-    """Whether to ask the hub: a misspelt path would be looked for there for a long time."""
-    try:
-        validate_repo_id(path)
-    except HFValidationError:
-        return False
-    return path.count("/") == 1 and not Path(path).parent.exists()
+    place = find(path)
+    if place is None:
+        return load_checkpoint(Path(path), dtype)[1]
+    folder = Path(place) if Path(place).is_dir() else _downloaded(place)
+    if not (folder / INDEX_NAME).is_file():
+        raise FileNotFoundError(f"pipeline={path} is a part of a pipeline: no {INDEX_NAME} there")
+    return _from_folder(folder, dtype)
 
 
 def _from_folder(folder: Path, dtype: torch.dtype) -> Any:
@@ -103,19 +89,40 @@ def class_conditional(
     )
 
 
-def _from_checkpoint(folder: Path, dtype: torch.dtype) -> Any:
+def load_checkpoint(folder: Path, dtype: torch.dtype) -> tuple[Path, Any]:
+    """The newest checkpoint of a run, or the one that a folder is, and its pipeline on the CPU.
+
+    Args:
+        folder: Of a run that has not finished, or of a checkpoint.
+        dtype: As in `load_pipeline`.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If another command wrote it.
+    """
     checkpoint = checkpoint_in(folder)
     if checkpoint is None:
         raise FileNotFoundError(
-            f"pipeline={folder} holds neither a saved pipeline ({INDEX_NAME}) nor a run of "
-            "`mhla-gen train` with a pipeline or a checkpoint"
+            f"{folder} holds neither a saved pipeline ({INDEX_NAME}), nor a saved model "
+            "(config.json), nor a run of `mhla-gen train` with a pipeline or a checkpoint"
         )
     pipeline = pipeline_of(checkpoint)
     precise = _PRECISE if type(pipeline).__name__.startswith("Wan") else {}
     for name, part in pipeline.components.items():
         if isinstance(part, torch.nn.Module):
-            part.to(dtype=precise.get(name, dtype))
-    return pipeline
+            _cast(part, precise.get(name, dtype))
+    return checkpoint, pipeline
+
+
+def _cast(part: torch.nn.Module, dtype: torch.dtype) -> None:
+    """What `from_pretrained` does with a dtype: tensors that diffusers keeps in float32 stay so."""
+    if not isinstance(part, ModelMixin):
+        part.to(dtype=dtype)
+        return
+    saved, kept = part.state_dict().keys(), set(part._keep_in_fp32_modules or ())
+    for name, tensor in chain(part.named_parameters(), part.named_buffers()):
+        if name in saved and tensor.is_floating_point() and kept.isdisjoint(name.split(".")):
+            tensor.data = tensor.data.to(dtype)
 
 
 def _downloaded(name: str) -> Path:

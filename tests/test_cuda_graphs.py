@@ -6,9 +6,8 @@ from test_training import TINY, assert_same, fresh_accelerator, tiny_run, traine
 from tiny import tiny_dit, tiny_dit_pipeline
 
 import mhla_gen
+from mhla_gen.compiling import compile_blocks
 from mhla_gen.cuda_graphs import RecordedForward, RecordedTraining
-from mhla_gen.sampling.building import compile_layers
-from mhla_gen.training.compiling import compile_model
 from mhla_gen.training.log import read_log
 from mhla_gen.training.run import build_run
 
@@ -36,7 +35,7 @@ def test_a_recorded_pass_gives_the_same_bits(compiled):
     )
     tolerance = {"rtol": 0, "atol": 0}
     if compiled:
-        compile_layers(model)
+        compile_blocks(model)
         # For timesteps that are not dense other code is compiled, which rounds otherwise.
         tolerance = {"rtol": 1e-5, "atol": 1e-5}
     recorded = RecordedForward(model.forward)
@@ -122,7 +121,7 @@ def test_recorded_gradients_are_those_of_the_model(attention, compiled):
         if hasattr(module, "dropout_prob"):
             module.dropout_prob = 0.0
     if compiled:
-        compile_model(model, "regional")
+        compile_blocks(model)
     recorded = RecordedTraining(model, model.forward)
 
     def passes(forward, batch, seed):

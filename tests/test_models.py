@@ -1,6 +1,7 @@
 """Conversion of tiny real diffusers models: what it computes, saves, loads and undoes."""
 
 import copy
+import functools
 import importlib
 import inspect
 import json
@@ -38,6 +39,7 @@ from tiny import (
     wan_inputs,
 )
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import mhla_gen
 import mhla_gen.ops
@@ -51,6 +53,7 @@ from mhla_gen import (
     MHLASanaVideoTransformer3DModel,
     MHLAWanTransformer3DModel,
 )
+from mhla_gen.compiling import compile_blocks, repeated_blocks
 from mhla_gen.models.injection import MHLA_CLASSES
 from mhla_gen.ops.feature_maps import rotate
 from mhla_gen.ops.naive import naive_mhla
@@ -438,6 +441,20 @@ def test_regional_compilation(family):
     torch._dynamo.reset()
     model.compile_repeated_blocks(fullgraph=True, backend="eager")
     torch.testing.assert_close(run(model, inputs), expected)
+
+
+def test_blocks_are_compiled_once_for_all_of_them(family, monkeypatch):
+    make, make_inputs, _, layout = family
+    model, inputs = mhla_gen.inject(make(), MHLAConfig(layout=layout)), make_inputs()
+    expected = run(model, inputs)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
+    compile_blocks(model)
+    torch.testing.assert_close(run(model, inputs), expected)
+    # The second half of HunyuanDiT's blocks also take what one of the first half made.
+    kinds = 2 if make is tiny_hunyuan_dit else len(repeated_blocks(model))
+    assert counter.frame_count == kinds
 
 
 def test_deepcopy_is_independent(family):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mhla_gen.bench.measure import latency_ms, peak_memory_gib
+from mhla_gen.compiling import compile_blocks
 from mhla_gen.config import BenchConfig, MHLAConfig, load_config
 
 _BACKENDS = {"softmax_cudnn": "_native_cudnn", "softmax_flash": "_native_flash"}
@@ -56,7 +57,7 @@ def _prepare(
     if config.compile == "whole":
         model.compile(fullgraph=True)
     elif config.compile:
-        model.compile_repeated_blocks(fullgraph=True)
+        compile_blocks(model)
     return model
 
 

@@ -1,25 +1,11 @@
-"""torch.compile for a transformer: its blocks, which are alike, or the whole; and CUDA graphs."""
+"""How a model is compiled for training, and recorded as CUDA graphs."""
 
-import torch
 from accelerate import Accelerator
 from torch import nn
 
+from mhla_gen.compiling import compile_blocks
 from mhla_gen.config import TrainConfig
 from mhla_gen.cuda_graphs import RecordedTraining
-
-
-def block_class(model: nn.Module) -> str:
-    """Name of the class of the blocks that a transformer repeats.
-
-    Raises:
-        ValueError: If it has no list of blocks.
-    """
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    lists = [blocks for blocks in lists if len({type(block) for block in blocks}) == 1]
-    if not lists:
-        raise ValueError(f"{type(model).__name__} repeats no blocks")
-    largest = max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters()))
-    return type(largest[0]).__name__
 
 
 def compile_model(model: nn.Module, how: str) -> None:
@@ -32,11 +18,7 @@ def compile_model(model: nn.Module, how: str) -> None:
     if how == "whole":
         model.compile()
     elif how == "regional":
-        name = block_class(model)
-        for module in model.modules():
-            if type(module).__name__ == name:
-                # What FSDP2 hooks to a block then runs around the compiled code, not inside.
-                module.forward = torch.compile(module.forward, fullgraph=True)
+        compile_blocks(model)
 
 
 def record_passes(accelerator: Accelerator, model: nn.Module, config: TrainConfig) -> None:

@@ -12,11 +12,12 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers.optimization import get_scheduler
 
+from mhla_gen.compiling import repeated_blocks
 from mhla_gen.config import TrainConfig
 from mhla_gen.data import Batch, BatchOrder, TrainingData, batches, load_data
 from mhla_gen.devices import send
 from mhla_gen.training.build import BuildTask, Task, build_task
-from mhla_gen.training.compiling import block_class, compile_model, record_passes
+from mhla_gen.training.compiling import compile_model, record_passes
 from mhla_gen.training.draws import draw
 from mhla_gen.training.ema import WeightAverage
 from mhla_gen.training.optim import build_optimizer, train_only_mhla
@@ -192,7 +193,7 @@ def build_run(
         num_warmup_steps=config.warmup_steps,
         num_training_steps=config.max_steps,
     )
-    shard_by(accelerator, model, (block_class(model), *task.gathered))
+    shard_by(accelerator, model, (*repeated_blocks(model), *task.gathered))
     model, optimizer = accelerator.prepare(model, optimizer)
     keep_gathered(accelerator, model, task.reused)
     autocast_shared(accelerator, model)

@@ -11,7 +11,10 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file
 from tiny import tiny_dit
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.utils._pytree import keystr, tree_flatten_with_path
 
 import mhla_gen
 from mhla_gen.config import MHLAConfig, ModelConfig, TrainConfig, save_config
@@ -74,6 +77,37 @@ def trained(config):
 def log_of(folder):
     lines = (folder / "log.jsonl").read_text().splitlines()
     return [(line["step"], line["loss"]) for line in map(json.loads, lines)]
+
+
+def state_of(checkpoint):
+    """Every number in a checkpoint: raw weights, optimizer, average, learning rate, by file."""
+    found = {}
+    for path in sorted(checkpoint.iterdir()):
+        if path.suffix == ".safetensors":
+            found[path.name] = load_file(path)
+        elif path.suffix == ".bin" or path.match("custom_checkpoint_*.pkl"):
+            found[path.name] = torch.load(path, weights_only=True)
+        elif path.is_dir():
+            # What processes of FSDP2 wrote together.
+            whole = checkpoint.with_name(f"{checkpoint.name}-{path.name}.pt")
+            dcp_to_torch_save(path, whole)
+            found[path.name] = torch.load(whole, weights_only=True)
+            whole.unlink()
+    return found
+
+
+def assert_same_state(first, second):
+    """Two checkpoints agree bit for bit in raw weights, optimizer and average."""
+    states = [state_of(first), state_of(second)]
+    leaves = [dict(tree_flatten_with_path(state)[0]) for state in states]
+    assert leaves[0].keys() == leaves[1].keys()
+    for path, one in leaves[0].items():
+        other = leaves[1][path]
+        same = one.equal(other) if isinstance(one, torch.Tensor) else one == other
+        assert same, f"{keystr(path)} differs"
+    names = " ".join(keystr(path) for path in leaves[0])
+    for part in ("model", "optimizer", "exp_avg_sq", "shadow_params", "last_lr"):
+        assert part in names, f"no {part} in {first}"
 
 
 def assert_same(first, second):
@@ -295,12 +329,7 @@ def test_a_run_that_was_stopped_goes_on_exactly(lr_scheduler, tmp_path, monkeypa
     assert list(checkpoints(tmp_path / "stopped")) == [4]
     assert_same(straight, trained(replace(stopped, resume="latest")))
     assert log_of(tmp_path / "stopped") == log_of(tmp_path / "straight")
-    last = [
-        torch.load(tmp_path / name / "checkpoint-12" / "optimizer.bin", weights_only=True)["state"]
-        for name in ("straight", "stopped")
-    ]
-    for one, other in zip(*(state.values() for state in last), strict=True):
-        assert all(torch.equal(one[key], other[key]) for key in one)
+    assert_same_state(*(tmp_path / n / "checkpoint-12" for n in ("straight", "stopped")))
 
 
 def test_a_line_of_the_log_knows_the_steps_before_a_resume(tmp_path, monkeypatch):

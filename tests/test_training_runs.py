@@ -513,6 +513,19 @@ def test_a_tracker_that_is_missing_is_named(tmp_path):
         train(tiny_run(tmp_path / "a", report_to="wandb"))
 
 
+@pytest.mark.skipif(find_spec("wandb") is None, reason="needs wandb")
+def test_wandb_gets_curves_and_pictures_and_does_not_touch_the_training(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    plain = trained(tiny_run(tmp_path / "plain"))
+    previews = {"sample_every": 3, "samples": PreviewConfig(num_images=2, num_inference_steps=2)}
+    assert_same(plain, trained(tiny_run(tmp_path / "shown", report_to="wandb", **previews)))
+    assert log_of(tmp_path / "plain") == log_of(tmp_path / "shown")
+    (run,) = (tmp_path / "shown" / "wandb").glob("offline-run-*")
+    assert [path.stat().st_size > 0 for path in run.glob("run-*.wandb")] == [True]
+    pictures = [path.name.split("_")[0] for path in run.rglob("media/images/*.png")]
+    assert sorted(pictures) == ["mixing", "mixing", "samples", "samples"]
+
+
 def test_processes_that_do_not_know_each_other_are_refused(tmp_path, monkeypatch):
     # What a launcher sets; on a CPU accelerate ignores it unless it is told to use the CPU.
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -13,6 +13,6 @@ def run(config: TrainConfig, dry_run: bool) -> None:
         said = rehearse(config) if config.convert is None else rehearse_conversion(config)
     else:
         pipeline = train(config) if config.convert is None else convert(config)
-        said = f"wrote {pipeline}; to draw from it: mhla-gen sample {pipeline}"
+        said = f"trained pipeline: {pipeline}; to draw from it: mhla-gen sample {pipeline}"
     if PartialState().is_main_process:
         print(said)

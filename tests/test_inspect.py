@@ -1,6 +1,7 @@
 """`mhla-gen inspect`: the weights it shows are those that the layers apply."""
 
 import base64
+import io
 import json
 import math
 import re
@@ -203,7 +204,7 @@ class Page(HTMLParser):
             self.images.append(attributes)
         elif tag == "source":
             self.sources.append(attributes["srcset"])
-        elif tag != "meta":
+        elif tag not in ("meta", "wbr"):
             self.open.append(tag)
 
     def handle_endtag(self, tag):
@@ -225,6 +226,11 @@ def test_the_page_holds_everything_and_links_to_nothing(folders, tmp_path, capsy
     assert len(page.images) == len(page.sources) == len(names)
     for image in page.images:
         assert len(image["alt"]) > 40
+        # Text is as large in all pictures, and stays readable on a narrow screen.
+        picture = Image.open(io.BytesIO(base64.b64decode(image["src"].split(",")[1])))
+        assert int(image["width"]) == pytest.approx(picture.width * 0.6, abs=1)
+        least = int(re.fullmatch(r"min-width: (\d+)px", image["style"])[1])
+        assert least == pytest.approx(0.75 * int(image["width"]), abs=1)
     embedded = {base64.b64decode(image["src"].split(",")[1]) for image in page.images}
     assert embedded == {path.read_bytes() for path in output.glob("*.png")}
     assert min(Image.open(path).size[1] for path in output.glob("*.png")) > 100

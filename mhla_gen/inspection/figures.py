@@ -9,6 +9,7 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
+from PIL import Image
 
 from mhla_gen.inspection.examination import Examination
 
@@ -19,8 +20,8 @@ THEMES = {
 }
 _MARKERS = ("o", "s")
 _QUANTITIES = {"rank": "rank", "effective_rank": "effective rank", "entropy": "entropy (nats)"}
-# Twice what a column of the page shows, for sharp screens.
-_DPI = 150
+# More than what the page shows, for sharp screens.
+_DPI, _SHOWN_DPI = 150, 90
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,13 @@ class Picture:
     """What a reader who cannot see it should know."""
     png: dict[str, bytes]
     """Theme → PNG."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height on the page, in CSS pixels: text is as large in all pictures."""
+        with Image.open(io.BytesIO(self.png["light"])) as image:
+            width, height = image.size
+        return round(width * _SHOWN_DPI / _DPI), round(height * _SHOWN_DPI / _DPI)
 
 
 def draw(name: str, title: str, alt: str, make: Callable[[Sequence[str]], Figure]) -> Picture:

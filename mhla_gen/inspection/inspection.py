@@ -134,7 +134,7 @@ def _facts(
         *facts,
         ("tokens", tokens),
         ("inputs", shown + more),
-        ("rank and entropy", f"of {measured}, each head, averaged over {len(inputs)} inputs"),
+        ("rank and entropy", f"of {measured}, each head, averaged over all inputs ({len(inputs)})"),
         ("attention maps", f"of the first input, {which}"),
         ("made with", f"mhla_gen {__version__}, torch {torch.__version__}"),
     ]

@@ -4,7 +4,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -64,7 +63,7 @@ def _draw_on_block_grid(
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
     # Lines must not hide the cells of fine layouts.
-    line = {"color": mpl.rcParams["axes.facecolor"], "linewidth": 24 / (8 + height * width)}
+    line = {"color": "white", "linewidth": 24 / (8 + height * width)}
     for top in range(0, len(tiles) + 1, depth * height):
         axes.axhline(top - 0.5, **line)
     for left in range(0, tiles.shape[1] + 1, width):
@@ -86,7 +85,7 @@ def draw_mixing_heads(index: int, layer: Layer) -> Picture:
     rows = -(-len(matrices) // columns)
 
     def make(colours: Sequence[str]) -> Figure:
-        figure = Figure(figsize=(1.2 * columns + 0.9, 1.4 * rows), layout="constrained")
+        figure = Figure(figsize=(1.1 * columns + 0.9, 1.3 * rows), layout="constrained")
         panels = figure.subplots(rows, columns, squeeze=False)
         limits = limits_of(matrices)
         for axes in panels.flat:

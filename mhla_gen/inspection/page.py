@@ -25,7 +25,8 @@ a { color: var(--link); }
 nav ul { display: flex; flex-wrap: wrap; gap: .2rem 1.4rem; padding: 0; list-style: none; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1.2rem; }
 dt, .soft, caption { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
-figure { margin: 0 0 1.6rem; } img { display: block; max-width: 100%; height: auto; }
+figure { margin: 0 0 1.6rem; overflow-x: auto; }
+img { display: block; max-width: 100%; height: auto; }
 .figures { display: grid; gap: 0 2rem;
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 36rem), 1fr)); }
 .scroll { overflow-x: auto; } .scroll:focus-visible { outline: 2px solid var(--link); }
@@ -35,6 +36,7 @@ th, td { padding: .25rem .9rem .25rem 0; text-align: right; white-space: nowrap;
 th.text, td.text { text-align: left; padding-left: .9rem; }
 thead th { border-bottom: 1px solid var(--line); vertical-align: bottom; }
 tbody tr:nth-child(even) { background: var(--shade); }
+@media (max-width: 34rem) { dl { display: block; } dd { margin-bottom: .5rem; } }
 @media print { .figures { display: block; } figure { break-inside: avoid; } }
 """
 
@@ -88,7 +90,7 @@ def build_page(
     """
     title = f"Attention of {examinations[0].subject.source}"
     parts = [
-        f"<h1>{escape(title)}</h1>",
+        f"<h1>{_breakable(title)}</h1>",
         '<nav aria-label="Sections"><ul>',
         '<li><a href="#statistics">Rank and entropy</a></li>',
         '<li><a href="#mixing">Mixing matrices</a></li>',
@@ -124,10 +126,13 @@ def _section(text: str, pictures: Sequence[Picture], otherwise: str) -> str:
 
 def _figure(picture: Picture) -> str:
     light, dark = (_data_url(picture.png[theme]) for theme in ("light", "dark"))
+    width, height = picture.size
+    # On a narrow screen a figure is scrolled before its text is too small to read.
     return (
         f'<figure id="{picture.name}"><h3>{escape(picture.title)}</h3><picture>'
         f'<source media="(prefers-color-scheme: dark)" srcset="{dark}">'
-        f'<img src="{light}" alt="{escape(picture.alt)}"></picture></figure>'
+        f'<img src="{light}" alt="{escape(picture.alt)}" width="{width}" height="{height}" '
+        f'style="min-width: {3 * width // 4}px"></picture></figure>'
     )
 
 
@@ -136,8 +141,13 @@ def _data_url(png: bytes) -> str:
 
 
 def _facts(facts: Sequence[tuple[str, str]]) -> str:
-    rows = "".join(f"<dt>{escape(term)}</dt><dd>{escape(text)}</dd>" for term, text in facts)
+    rows = "".join(f"<dt>{escape(term)}</dt><dd>{_breakable(text)}</dd>" for term, text in facts)
     return f"<dl>{rows}</dl>"
+
+
+def _breakable(text: str) -> str:
+    """Text in which long paths break between folders."""
+    return escape(text).replace("/", "/<wbr>")
 
 
 def _table(examinations: Sequence[Examination]) -> str:

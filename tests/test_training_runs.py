@@ -73,7 +73,8 @@ def launch(*arguments, processes=1):
 
 
 def wait_for(path, process):
-    while not path.exists():
+    # A log is empty until all processes have done a step.
+    while not path.exists() or not path.stat().st_size:
         assert process.poll() is None, process.communicate()[1]
         try:
             process.wait(0.05)

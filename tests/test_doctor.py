@@ -1,11 +1,20 @@
 """The doctor tries the real installation, and reports what breaks instead of breaking."""
 
+import importlib.metadata
+import re
+
 import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mhla_gen import doctor
 from mhla_gen.cli import main
 
-QUICK = ["packages", "operator", "GPU", "conversion", "video", "inception", "caches"]
+QUICK = [
+    *("packages", "optional", "operator", "GPU", "kernels", "softmax", "graphs", "conversion"),
+    *("video", "inception", "caches"),
+]
 
 
 def test_nothing_is_broken_here():
@@ -43,6 +52,36 @@ def test_a_missing_package_is_named(monkeypatch):
     (finding,) = doctor.examine(["packages"])
     assert finding.state == "broken"
     assert "needs >=99" in finding.detail and "no-such-package is missing" in finding.detail
+
+
+def test_an_optional_package_is_named_with_its_setting_and_how_to_install_it(monkeypatch):
+    missing = ["datasets"]
+
+    def version(name):
+        if name in missing:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return "1.0"
+
+    monkeypatch.setattr("importlib.metadata.version", version)
+    (finding,) = doctor.examine(["optional"])
+    assert finding.state == "absent" and "peft 1.0" in finding.detail
+    assert finding.detail.endswith("; without datasets (data.source=huggingface)")
+    assert finding.remedy.endswith("-m pip install 'mhla_gen[datasets]'")
+    missing.clear()
+    assert doctor.examine(["optional"])[0].state == "ok"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the check takes the GPU's")
+def test_the_softmax_that_torch_takes_can_run():
+    (finding,) = doctor.examine(["softmax"])
+    taken = re.search(r"torch takes (\w+) for", finding.detail)[1]
+    query = torch.randn(2, 16, 256, 64)
+    with sdpa_kernel([SDPBackend[taken.upper()]]):
+        F.scaled_dot_product_attention(query, query, query)
+
+
+def test_every_remedy_belongs_to_a_check():
+    assert doctor.REMEDIES.keys() <= doctor.CHECKS.keys()
 
 
 def test_unknown_checks_are_refused():

@@ -316,6 +316,10 @@ def test_a_run_is_inspected_before_and_after_its_end(tmp_path, capsys):
     last = load_file(run / "checkpoint-2" / "model.safetensors")
     assert any(not last[k].equal(v) for k, v in unfinished.model.state_dict().items())
     assert type(unfinished.scheduler) is type(finished.scheduler)
+    # Processes that share a model leave no such file.
+    (run / "checkpoint-2" / "model.safetensors").unlink()
+    shared = load_subject(str(run), "transformer", torch.float32).model.state_dict()
+    assert all(torch.equal(v, shared[k]) for k, v in finished.model.state_dict().items())
 
 
 @pytest.mark.parametrize(

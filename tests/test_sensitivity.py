@@ -15,7 +15,8 @@ from mhla_gen.cli import main
 from mhla_gen.config import DataConfig, ModelConfig, SensitivityConfig, load_config
 from mhla_gen.distillation import relative_error
 from mhla_gen.distillation.plan import plan_by_count, plan_by_error
-from mhla_gen.distillation.sensitivity import LAYERS_NAME, Scan, sensitivity
+from mhla_gen.distillation.scan import LAYERS_NAME, Scan
+from mhla_gen.distillation.sensitivity import sensitivity
 
 
 @pytest.fixture(scope="module")

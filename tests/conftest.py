@@ -1,6 +1,7 @@
 """Shared rules of the test run: a fixed seed, and what to do without a GPU."""
 
 import os
+import sys
 
 import pytest
 import torch
@@ -13,6 +14,15 @@ if not torch.cuda.is_available():
 @pytest.fixture(autouse=True)
 def fixed_seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """accelerate keeps one state per process, precision included."""
+    yield
+    # Tests of the operator do not load it.
+    if state := sys.modules.get("accelerate.state"):
+        state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def pytest_collection_modifyitems(items):

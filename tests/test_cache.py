@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_training import fresh_accelerator
 from tiny import tiny_autoencoder, tiny_dit_pipeline, tiny_wan_autoencoder, tiny_wan_pipeline
 
 from mhla_gen.cli import main
@@ -36,7 +35,6 @@ from mhla_gen.data.images import to_model_range
 from mhla_gen.training import rehearse, train
 from mhla_gen.training.build import build_task
 
-__all__ = ["fresh_accelerator"]
 COUNT = 22
 
 

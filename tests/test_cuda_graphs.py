@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_training import TINY, assert_same, fresh_accelerator, tiny_run, trained
+from test_training import TINY, assert_same, tiny_run, trained
 from tiny import tiny_dit, tiny_dit_pipeline
 
 import mhla_gen
@@ -10,8 +10,6 @@ from mhla_gen.compiling import compile_blocks
 from mhla_gen.cuda_graphs import RecordedForward, RecordedTraining
 from mhla_gen.training.log import read_log
 from mhla_gen.training.run import build_run
-
-__all__ = ["fresh_accelerator"]
 
 
 def test_calls_without_a_gpu_are_not_recorded():

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_training import fresh_accelerator
 
 from mhla_gen.cli import main
 from mhla_gen.config import DataConfig
@@ -21,8 +20,6 @@ from mhla_gen.data import (
 )
 from mhla_gen.data.images import digits
 from mhla_gen.pictures import centre_crop
-
-__all__ = ["fresh_accelerator"]
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from accelerate.state import AcceleratorState
 from diffusers import FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file
 
@@ -38,13 +37,6 @@ from mhla_gen.training.step import training_losses
 
 LAYERS = StageConfig(kind="layers", steps=4, train="mhla", learning_rate=1e-2, ema_decay=0.5)
 OUTPUT = StageConfig(kind="output", steps=4, learning_rate=1e-3, ema_decay=0.5)
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    """accelerate keeps one state per process, precision included."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def digits_dit(**changes):

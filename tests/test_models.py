@@ -448,13 +448,27 @@ def test_blocks_are_compiled_once_for_all_of_them(family, monkeypatch):
     model, inputs = mhla_gen.inject(make(), MHLAConfig(layout=layout)), make_inputs()
     expected = run(model, inputs)
     torch._dynamo.reset()
-    counter = CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("eager")
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
     compile_blocks(model)
     torch.testing.assert_close(run(model, inputs), expected)
     # The second half of HunyuanDiT's blocks also take what one of the first half made.
     kinds = 2 if make is tiny_hunyuan_dit else len(repeated_blocks(model))
     assert counter.frame_count == kinds
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_compiled_blocks_take_another_size(name, monkeypatch):
+    make, make_inputs, _, layout = FAMILIES[name]
+    model = mhla_gen.inject(make(), MHLAConfig(layout=layout))
+    batches = [make_inputs(**sizes) for sizes in TWO_SIZES.get(name, TWO_CLIPS)]
+    expected = [run(model, batch) for batch in batches]
+    torch._dynamo.reset()
+    compiler = functools.partial(torch.compile, backend="eager")
+    monkeypatch.setattr(torch, "compile", compiler)
+    compile_blocks(model)
+    for batch, output in zip(batches, expected, strict=True):
+        torch.testing.assert_close(run(model, batch), output)
 
 
 def test_deepcopy_is_independent(family):

@@ -9,7 +9,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file
 from tiny import tiny_dit
@@ -41,13 +40,6 @@ TINY = ModelConfig(
     num_attention_heads=2,
     attention_head_dim=8,
 )
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    """accelerate keeps one state per process, precision included."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def tiny_run(folder, **changes):

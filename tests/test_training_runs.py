@@ -22,7 +22,6 @@ from test_training import (
     TINY,
     assert_same,
     assert_same_state,
-    fresh_accelerator,
     log_of,
     tiny_run,
     trained,
@@ -57,8 +56,6 @@ from mhla_gen.training.previews import mixing_picture, tiled
 from mhla_gen.training.run import build_run
 from mhla_gen.training.stopping import Stopped
 from mhla_gen.training.throughput import specified_flops, step_flops
-
-__all__ = ["fresh_accelerator"]
 
 
 def launch(*arguments, processes=1):

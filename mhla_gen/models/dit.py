@@ -1,6 +1,7 @@
 """MHLA for diffusers' class-conditional DiT."""
 
 import math
+import operator
 from typing import Any
 
 from diffusers.configuration_utils import register_to_config
@@ -44,7 +45,8 @@ class MHLAAttnProcessor:
 
 
 def _square(seq_len: int) -> tuple[int, int]:
-    side = math.isqrt(seq_len)
+    # As an index: torch.compile, which would leave the length open, compiles for each square.
+    side = math.isqrt(operator.index(seq_len))
     if side * side != seq_len:
         raise ValueError(f"DiT's tokens form a square grid, found {seq_len}")
     return side, side

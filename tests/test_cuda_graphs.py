@@ -100,6 +100,7 @@ def test_passes_without_gradients_are_the_models_own():
     assert model.proj_out_2.bias.grad is not None
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there it records")
 def test_without_a_gpu_a_run_records_nothing(tmp_path):
     run = build_run(tiny_run(tmp_path, compile="regional"))
     assert not isinstance(run.model.forward, RecordedTraining)

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+
 from mhla_gen.config import CacheConfig
 from mhla_gen.data.caching.checking import (
     Facts,
@@ -13,7 +15,7 @@ from mhla_gen.data.caching.checking import (
     require_latents,
     require_prompts,
 )
-from mhla_gen.data.caching.chunks import Chunk, read_tensors
+from mhla_gen.data.caching.chunks import Chunk
 from mhla_gen.data.caching.index import CAPTIONS_NAME, QUARANTINE_NAME, BucketIndex, Index
 from mhla_gen.data.protocol import Examples
 from mhla_gen.files import written_whole
@@ -114,7 +116,8 @@ def _empty_classes(folder: Path, contents: Contents) -> tuple[str, ...]:
         return ()
     kept: set[int] = set()
     for chunk in contents.latents:
-        kept |= {*read_tensors(folder / chunk.name)["label"].tolist()}
+        with safe_open(folder / chunk.name, "pt") as file:
+            kept |= {*file.get_tensor("label").tolist()}
     return tuple(names[label] for label in sorted({*labels.tolist()} - kept))
 
 

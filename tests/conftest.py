@@ -3,6 +3,10 @@
 import os
 import sys
 
+# Without it MKL's products of one row depend, on some processors, on where a weight lies in memory:
+# a loaded model then differs from the saved one by rounding. MKL reads it when torch is loaded.
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+
 import pytest
 import torch
 

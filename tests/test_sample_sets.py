@@ -22,6 +22,7 @@ from mhla_gen.cli import main
 from mhla_gen.config import ConfigError, SampleConfig, load_config, save_config
 from mhla_gen.evaluation import load_images
 from mhla_gen.pipelines.classes import class_numbers
+from mhla_gen.pipelines.noise import sample_seed
 from mhla_gen.sampling import class_labels, generate, sample
 from mhla_gen.sampling.classes import ordered_labels
 from mhla_gen.sampling.drawing import Drawer, largest_batch
@@ -120,6 +121,18 @@ def drawing_pipeline(folder):
     return ClassConditionalPipeline.from_pretrained(folder)
 
 
+def test_sets_of_other_seeds_share_no_noise(pipeline, tmp_path):
+    """Seed 0 and 1 with `seed + i` would share all but one; sample 0 has the noise of its seed."""
+    count, starts = 50_000, (0, 1, 2, 3, 65_535)
+    seeds = {sample_seed(seed, number) for seed in starts for number in range(count)}
+    assert len(seeds) == len(starts) * count and max(seeds) < 2**32
+    assert all(sample_seed(seed, 0) == seed for seed in (0, 7, 2**32 - 1))
+    for seed in (0, 1):
+        sample(set_of(tmp_path / str(seed), pipeline, classes=[0], num_samples=6, seed=seed))
+    first, second = (arrays_of(tmp_path / str(seed))["arr_0"].tolist() for seed in (0, 1))
+    assert not [image for image in first if image in second]
+
+
 def test_a_sample_set_on_disk(pipeline, tmp_path, capsys):
     config = set_of(tmp_path / "set", pipeline, classes=[2, 0], samples_per_class=2)
     sample(config, dry_run=True)
@@ -204,7 +217,7 @@ def test_image_files_are_a_set_to_measure(pipeline, tmp_path):
         assert (np.asarray(Image.open(file)) == image[..., 0]).all()
     records = [json.loads(x) for x in (tmp_path / "set" / "samples.jsonl").read_text().splitlines()]
     assert [r["label"] for r in records] == arrays["labels"].tolist()
-    assert records[4] == {"label": 1, "class": "dog", "seed": 4}
+    assert records[4] == {"label": 1, "class": "dog", "seed": 2**29}
     (tmp_path / "set" / "samples.npz").unlink()
     # The contact sheet beside them is none of the samples.
     source = load_images(tmp_path / "set")

@@ -22,7 +22,7 @@ class PreviewConfig:
     guidance_scale: float = 1.5
     """Classifier-free guidance; 1 is none."""
     seed: int = 0
-    """Sample i starts from noise of seed + i."""
+    """Each sample has a seed of its own, derived from this one."""
     batch_size: int = 64
     """Images denoised together."""
 

@@ -44,7 +44,7 @@ class SampleConfig:
     image: str | None = None
     """First frame for image-to-video pipelines, for prompts that have none of their own."""
     samples_per_prompt: int = 1
-    """Samples of each prompt, with seeds that follow each other."""
+    """Samples of each prompt, with a seed each."""
 
     num_inference_steps: int = 40
     """Denoising steps."""
@@ -67,7 +67,8 @@ class SampleConfig:
     num_frames: int | None = None
     """Frames of a video; None takes the pipeline's own number."""
     seed: int = 0
-    """Sample i starts from noise of seed + i, whatever the batch size."""
+    """Each sample has a seed of its own, derived from this one and its number, whatever the batch
+    size; sets of different seeds share no noise."""
 
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Arithmetic of the models."""

@@ -86,7 +86,7 @@ def manifest(
         "num_images": count,
         "shape": list(sampler.shape),
         "files": list(files),
-        "seeds": f"sample i starts from noise of seed {config.seed} + i",
+        "seeds": f"sample i has seed {config.seed} + the 32 bits of i reversed, modulo 2^32",
         "settings": asdict(config),
         "pipeline": type(pipeline).__name__,
         **models,

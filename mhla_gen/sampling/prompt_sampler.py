@@ -15,15 +15,16 @@ from mhla_gen.data.buckets import Bucket, crop_for
 from mhla_gen.decoding.frames import cropped
 from mhla_gen.models.wan import TEXT_LENGTH_WITH_IMAGE
 from mhla_gen.pictures import read_rgb
+from mhla_gen.pipelines.noise import generator_of, sample_seed
 from mhla_gen.sampling.prompts import Prompt
-from mhla_gen.sampling.samplers import OnStep, generator_of, step_callback, to_pixels
+from mhla_gen.sampling.samplers import OnStep, step_callback, to_pixels
 
 _TITLE = 60
 _SHEET_ROWS = 20
 
 
 class PromptSampler:
-    """Images or videos of prompts, `samples_per_prompt` of each with seeds that follow."""
+    """Images or videos of prompts, `samples_per_prompt` of each."""
 
     model_batch_size = 1
     # Its text encoder and guidance call models with shapes that we do not know.
@@ -45,7 +46,7 @@ class PromptSampler:
         Args:
             pipeline: Of diffusers.
             prompts: With images if it is an image-to-video pipeline.
-            seed: Of the first sample; prompts may have seeds of their own.
+            seed: Of the set; prompts may have seeds of their own.
             samples_per_prompt: Samples of each prompt.
             embeds: `prompt_embeds` and `negative_prompt_embeds`, in place of a text encoder.
             sizes: height, width and num_frames; None takes the pipeline's own.
@@ -93,10 +94,10 @@ class PromptSampler:
         return to_pixels(result.float())
 
     def seed_of(self, number: int) -> int:
-        """The seed of a sample: its prompt's own and those after it, or counted from the config."""
+        """The seed of a sample, derived from its prompt's own or from that of the set."""
         prompt, repeat = divmod(number, self.samples_per_prompt)
         own = self.prompts[prompt].seed
-        return self.seed + number if own is None else own + repeat
+        return sample_seed(self.seed, number) if own is None else sample_seed(own, repeat)
 
     def title(self, number: int) -> str:
         """See `Sampler`."""

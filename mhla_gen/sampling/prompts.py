@@ -16,7 +16,7 @@ class Prompt:
     prompt: str = ""
     negative_prompt: str | None = None
     seed: int | None = None
-    """None counts on from the config's seed."""
+    """None derives one from the config's seed."""
     image: str | None = None
     """File with the first frame."""
 

@@ -27,7 +27,7 @@ def generate(
     Args:
         pipeline: Where the images come from.
         labels: Class numbers `[images]`.
-        seed: Image i starts from noise of `seed + i`.
+        seed: Of the set; each image has its own, derived from it.
         batch_size: Images in work at a time; the images do not depend on it.
         num_inference_steps: Denoising steps.
         guidance_scale: Classifier-free guidance; 1 is none.

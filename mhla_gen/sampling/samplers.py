@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mhla_gen.pipelines.class_conditional import ClassConditionalPipeline
+from mhla_gen.pipelines.noise import generator_of, sample_seed
 
 OnStep = Callable[[int], None]
 
@@ -67,7 +68,7 @@ class ClassSampler:
         seed: int,
         **options: Any,
     ):
-        """Take the labels `[samples]`, the seed of sample 0, and arguments for the pipeline."""
+        """Take the labels `[samples]`, the seed of the set, and arguments for the pipeline."""
         self.pipeline, self.labels, self.seed, self.options = pipeline, labels, seed, options
         vae, config = pipeline.vae, pipeline.transformer.config
         channels = config.in_channels if vae is None else vae.config.out_channels
@@ -82,7 +83,7 @@ class ClassSampler:
         result: Any = self.pipeline(
             self.labels[list(numbers)].tolist(),
             num_inference_steps=steps,
-            generator=[generator_of(self.seed + int(i)) for i in numbers],
+            generator=[generator_of(sample_seed(self.seed, int(i))) for i in numbers],
             output_type="pt",
             callback_on_step_end=step_callback(on_step),
             **self.options,
@@ -96,7 +97,8 @@ class ClassSampler:
     def record(self, number: int) -> dict[str, Any]:
         """See `Sampler`."""
         label = int(self.labels[number])
-        return {"label": label, "class": self.title(number), "seed": self.seed + number}
+        seed = sample_seed(self.seed, number)
+        return {"label": label, "class": self.title(number), "seed": seed}
 
     def rows(self) -> list[tuple[str, list[int]]]:
         """See `Sampler`."""
@@ -110,11 +112,6 @@ class ClassSampler:
 
 # A picture of the set is to be looked at: no more than this.
 _SHEET_ROWS, _SHEET_COLUMNS = 40, 10
-
-
-def generator_of(seed: int) -> torch.Generator:
-    """A sample's source of noise. On the CPU: there every device gets the same numbers."""
-    return torch.Generator().manual_seed(seed)
 
 
 def to_pixels(samples: Tensor) -> Tensor:

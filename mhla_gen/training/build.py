@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
@@ -15,6 +14,7 @@ from mhla_gen.data.caching.cached import CachedLatents
 from mhla_gen.data.caching.matching import require_pipeline
 from mhla_gen.models import MHLADiTTransformer2DModel
 from mhla_gen.pipelines.class_conditional import ClassConditionalPipeline
+from mhla_gen.pipelines.noise import generator_of, sample_seed
 from mhla_gen.training.conditioning import ClassLabels, Conditioning
 from mhla_gen.training.ddpm import DDPM
 from mhla_gen.training.initialization import disable_label_dropout, initialize_dit
@@ -171,7 +171,7 @@ def class_samples(pipeline: Any, numbers: Sequence[int], config: PreviewConfig) 
     """Images of a class-conditional pipeline, class after class; see `Task.sampler`."""
     device = pipeline.transformer.device
     pipeline.to(device)
-    generators = [torch.Generator().manual_seed(config.seed + number) for number in numbers]
+    generators = [generator_of(sample_seed(config.seed, number)) for number in numbers]
     images: Any = pipeline(
         [number % pipeline.num_classes for number in numbers],
         num_inference_steps=config.num_inference_steps,

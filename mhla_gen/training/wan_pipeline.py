@@ -20,6 +20,7 @@ from mhla_gen.data.caching.cached import CachedLatents
 from mhla_gen.data.text import load_text_encoder
 from mhla_gen.hub import pipeline_index
 from mhla_gen.models.loading import load_transformer
+from mhla_gen.pipelines.noise import generator_of, sample_seed
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,7 +161,7 @@ class ClipSamples:
                 negative_prompt_embeds=self.empty[None].to(device).float(),
                 num_inference_steps=config.num_inference_steps,
                 guidance_scale=config.guidance_scale,
-                generator=torch.Generator().manual_seed(config.seed + number),
+                generator=generator_of(sample_seed(config.seed, number)),
                 output_type="np",
                 return_dict=False,
                 **options,

@@ -8,7 +8,6 @@ import os
 
 import torch
 from torch import Tensor
-from torch._C._functorch import maybe_current_level
 
 from mhla_gen.ops.kernels import attention_form, linear_form
 from mhla_gen.ops.kernels.launch import Call, merge_axes, num_parts, stored_dtype
@@ -64,10 +63,11 @@ def fused_mhla(
     cos, sin = rotary if rotary is not None else (None, None)
     if use_attention_form is None:
         use_attention_form = attention_form_is_cheaper(query.shape[1], mixing.shape[-1])
-    run = attention_mhla if use_attention_form else linear_mhla
     if _nobody_watches(query, key, value, mixing):
         # The same function without the dispatcher, which takes longer than a short call.
-        run = run._init_fn
+        run = _attention_form if use_attention_form else _linear_form
+    else:
+        run = attention_mhla if use_attention_form else linear_mhla
     return run(
         query, key, value, mixing, cos, sin, grid, layout, feature_map, normalize, eps,
         stored or stored_dtype(query.dtype),
@@ -82,9 +82,21 @@ def _nobody_watches(*tensors: Tensor) -> bool:
         all(type(x) in (Tensor, torch.nn.Parameter) for x in tensors)
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and maybe_current_level() is None
+        and not _intercepted()
     )
+
+
+def _intercepted() -> bool:
+    """Whether a dispatch mode or a transform of `torch.func` is active.
+
+    torch says it under private names only. Where a release has them no more, or otherwise, the
+    answer is yes: then the dispatcher is asked, which costs time and changes nothing.
+    """
+    try:
+        modes, level = torch._C._len_torch_dispatch_stack(), torch._C._functorch.maybe_current_level
+        return modes > 0 or level() is not None
+    except (AttributeError, TypeError):
+        return True
 
 
 def attention_form_is_cheaper(seq_len: int, num_blocks: int) -> bool:
@@ -117,8 +129,7 @@ def unsupported(
     return None
 
 
-@torch.library.custom_op("mhla_gen::linear_mhla", mutates_args=())
-def linear_mhla(
+def _linear_form(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -138,6 +149,9 @@ def linear_mhla(
         out, summaries, mixed = linear_form.forward(query, key, value, mixing, call)
     s, x = summaries, mixed
     return out, s.matrices, s.scales, s.key_sums, x.matrices, x.scales, x.key_sums
+
+
+linear_mhla = torch.library.custom_op("mhla_gen::linear_mhla", _linear_form, mutates_args=())
 
 
 @linear_mhla.register_fake
@@ -208,8 +222,7 @@ def _linear_backward(ctx, grad, *_):
 linear_mhla.register_autograd(_linear_backward, setup_context=_linear_setup)
 
 
-@torch.library.custom_op("mhla_gen::attention_mhla", mutates_args=())
-def attention_mhla(
+def _attention_form(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -227,6 +240,11 @@ def attention_mhla(
     call = _call(query, value, cos, sin, grid, layout, feature_map, normalize, eps, stored)
     with torch.cuda.device_of(query):
         return attention_form.forward(query, key, value, mixing, call)
+
+
+attention_mhla = torch.library.custom_op(
+    "mhla_gen::attention_mhla", _attention_form, mutates_args=()
+)
 
 
 @attention_mhla.register_fake

@@ -8,9 +8,9 @@ they do not depend on the order of programs.
 """
 
 import math
+import os
 
 import torch
-import triton
 from torch import Tensor
 
 from mhla_gen.ops.kernels.compiled import launch
@@ -18,7 +18,7 @@ from mhla_gen.ops.kernels.depthwise_lines import backward_lines_kernel, conv_lin
 from mhla_gen.ops.kernels.depthwise_taps import conv_taps_kernel, sums_taps_kernel
 from mhla_gen.ops.kernels.launch import quotient_up
 
-INTERPRETED = triton.knobs.runtime.interpret
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # Tokens and channels of a tile: whole 128-byte lines of half-precision channels, 8 for a thread.
 _TOKENS, _CHANNELS = 16, 64
 # A thread's registers hold this many taps of its channels.

@@ -51,10 +51,6 @@ ARMS: dict[str, tuple[str, MHLAConfig | None]] = {
     "linear-conv-gate": arm("linear + conv + gate", (1, 1), True),
     "mhla": arm("MHLA", LAYOUT, False),
     "mhla-conv-gate": arm("MHLA + conv + gate", LAYOUT, True),
-    "multiscale": arm(
-        "… several scales", LAYOUT, True, mixing_per_head=True, mixing_init="multiscale"
-    ),
-    "content": arm("… mixing from content", LAYOUT, True, content_mixing=True),
 }
 
 

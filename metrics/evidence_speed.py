@@ -28,7 +28,7 @@ from mhla_gen.sampling.building import place
 from mhla_gen.training.build import build_model
 from mhla_gen.training.run import build_run
 
-ARMS = ("softmax", "linear", "linear-conv-gate", "mhla", "mhla-conv-gate", "blocks-64", "content")
+ARMS = ("softmax", "linear", "linear-conv-gate", "mhla", "mhla-conv-gate", "blocks-64")
 _TOKENS_OF_A_STEP = 131_072
 _SHAPE = (3, 64, 64)
 _CLASSES = 18

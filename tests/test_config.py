@@ -100,7 +100,23 @@ def test_every_choice_can_be_typed_as_an_override(schema):
                 assert given[field.name] == choice
 
 
+def test_retired_settings_are_dropped_where_off_and_refused_where_on(tmp_path):
+    old = tmp_path / "config.yaml"
+    text = "job: train\nmodel:\n  mhla:\n    {}\n"
+    old.write_text(text.format("content_mixing: false"))
+    assert load_config(old).model.mhla == MHLAConfig()
+    for line, remedy in (
+        ("content_mixing: true", "content_mixing=true is no longer supported .* train again"),
+        ("mixing_init: multiscale", "found 'multiscale'.* write locality"),
+    ):
+        old.write_text(text.format(line))
+        with pytest.raises(ConfigError, match=remedy):
+            load_config(old)
+    with pytest.raises(ConfigError, match="no longer supported"):
+        load_config(None, ["content_mixing=true"], MHLAConfig)
+
+
 def test_mhla_settings_round_trip_through_a_dict():
     config = MHLAConfig(layout=[3, 5], layers=[2, 0], output_norm=True)
     assert config.layers == (0, 2)
-    assert MHLAConfig(**config.to_dict()) == config
+    assert MHLAConfig.from_dict(config.to_dict()) == config

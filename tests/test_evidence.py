@@ -52,8 +52,6 @@ def test_arms_differ_from_their_control_as_their_titles_say(scripts):
     )
     assert configs["uniform"].model.mhla.mixing_init == "uniform"
     assert not configs["frozen"].model.mhla.mixing_learnable
-    assert configs["multiscale"].model.mhla.mixing_init == "multiscale"
-    assert configs["content"].model.mhla.content_mixing
     assert configs["blocks-64"].model.mhla.layout == (8, 8)
     own, shared = configs["mixing-lr-10"].mixing_learning_rate, configs["mhla"].learning_rate
     assert own == pytest.approx(10 * shared)
@@ -216,7 +214,7 @@ def test_probe_asks_for_what_is_on_the_grid(scripts, task):
             assert task == "anywhere" or away <= 3
 
 
-@pytest.mark.parametrize("arm", ["softmax", "content"])
+@pytest.mark.parametrize("arm", ["softmax", "mhla-conv-gate"])
 def test_probe_learns(scripts, arm):
     probe = scripts("evidence_probe")
     probe.NUM_PAIRS = (4,)
@@ -233,7 +231,7 @@ def test_a_tiny_comparison_from_data_to_page(scripts, tmp_path):
     images[..., 0] = (labels * 100)[:, None, None]
     np.savez(tmp_path / "data.npz", arr_0=images, labels=labels)
     plan = (ROOT / "configs" / "evidence" / "arms.yaml").read_text().split("order:")[0]
-    lines = ["linear-conv-gate 256 0", "content 256 0", "softmax 1024 0"]
+    lines = ["linear-conv-gate 256 0", "uniform 256 0", "softmax 1024 0"]
     (tmp_path / "arms.yaml").write_text(plan + "order:\n" + "".join(f"  - {x}\n" for x in lines))
     out = tmp_path / "out"
     command = [str(tmp_path / "data.npz"), str(out), "--plan", str(tmp_path / "arms.yaml")]
@@ -244,11 +242,13 @@ def test_a_tiny_comparison_from_data_to_page(scripts, tmp_path):
         run.main(command)
     made = {path.name: path.stat().st_mtime_ns for path in out.glob("*-s0.json")}
     assert sorted(made) == [
-        "content-256-s0.json", "linear-conv-gate-256-s0.json", "softmax-1024-s0.json"
+        "linear-conv-gate-256-s0.json", "softmax-1024-s0.json", "uniform-256-s0.json"
     ]  # fmt: skip
-    found = json.loads((out / "content-256-s0.json").read_text())
+    found = json.loads((out / "uniform-256-s0.json").read_text())
     assert found["scores"]["samples"] == 24 and len(found["layers"]) == 1
-    assert found["curve"][-1][0] == 3 and found["config"]["model"]["mhla"]["content_mixing"]
+    assert (
+        found["curve"][-1][0] == 3 and found["config"]["model"]["mhla"]["mixing_init"] == "uniform"
+    )
     # What is there is not run again.
     with pytest.warns(match="samples for 1280 dimensions"):
         run.main(command)
@@ -256,10 +256,10 @@ def test_a_tiny_comparison_from_data_to_page(scripts, tmp_path):
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- tables of arms -->\nold\n<!-- end of tables -->\nafter\n")
     speed = {"images_per_second": 12.0}
-    (out / "speed-content-256.json").write_text(json.dumps({"train": speed, "sample": speed}))
+    (out / "speed-uniform-256.json").write_text(json.dumps({"train": speed, "sample": speed}))
     scripts("evidence_report").main([str(out), "--page", str(page)])
     text = page.read_text()
-    assert "old" not in text and "mixing from content" in text and text.endswith("after\n")
+    assert "old" not in text and "uniform start" in text and text.endswith("after\n")
     for name in ("curves", "layers", "quality-speed", "samples-256", "samples-1024"):
         assert (out / f"{name}.png").stat().st_size > 1000
 

@@ -44,14 +44,18 @@ def make(
         batch, seq_len, heads, 2 * head_dim + value_dim, dtype=dtype, device=DEVICE
     )
     q, k, v = projected.split([head_dim, head_dim, value_dim], dim=-1)
-    shared = {False: (), True: (heads,), "per sample": (batch, heads)}[per_head]
     tables = None
     if rotary:
         angles = 6 * torch.rand(seq_len, head_dim // 2, device=DEVICE)
         tables = angles.cos(), angles.sin()
     defaults = {"feature_map": "relu", "normalize": True, "causal": False, "eps": 1e-6}
     options = defaults | {"grid": grid, "layout": layout, "rotary": tables} | options
-    return (q, k, v, torch.rand(*shared, num_blocks, num_blocks, device=DEVICE)), options
+    return (
+        q,
+        k,
+        v,
+        torch.rand(*(heads,) * per_head, num_blocks, num_blocks, device=DEVICE),
+    ), options
 
 
 def outputs_and_gradients(function, inputs, options, dtype=None):
@@ -122,12 +126,6 @@ def test_options(poisoned, feature_map, head_dim, value_dim, changes, attention_
     inputs, options = make(
         (5, 7), (2, 3), head_dim=head_dim, value_dim=value_dim, feature_map=feature_map, **changes
     )
-    assert_accurate(inputs, options, use_attention_form=attention_form)
-
-
-@FORMS
-def test_a_matrix_per_sample(poisoned, attention_form):
-    inputs, options = make((5, 7), (2, 3), batch=2, rotary=False, per_head="per sample")
     assert_accurate(inputs, options, use_attention_form=attention_form)
 
 

@@ -565,6 +565,22 @@ def test_loading_refuses_missing_or_foreign_weights(family, tmp_path):
         mhla_class.from_pretrained(tmp_path / "mhla")
 
 
+def test_models_of_earlier_versions_load_or_say_what_is_gone(tmp_path):
+    model = mhla_gen.inject(tiny_dit(), MHLAConfig(layout=(2, 2)))
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    saved = json.loads(file.read_text())
+    saved["mhla"]["content_mixing"] = True
+    file.write_text(json.dumps(saved))
+    with pytest.raises(ValueError, match="train again"):
+        mhla_gen.MHLADiTTransformer2DModel.from_pretrained(tmp_path)
+    saved["mhla"]["content_mixing"] = False
+    file.write_text(json.dumps(saved))
+    loaded = mhla_gen.MHLADiTTransformer2DModel.from_pretrained(tmp_path)
+    assert loaded.mhla_config == model.mhla_config
+    assert "content_mixing" not in loaded.config.mhla
+
+
 def test_loading_in_bfloat16_keeps_mixing_in_float32(family, tmp_path):
     make, make_inputs, mhla_class, layout = family
     mhla_gen.inject(make(), MHLAConfig(layout=layout)).save_pretrained(tmp_path)

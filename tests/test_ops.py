@@ -28,8 +28,7 @@ def make_inputs(grid, layout, head_dim, value_dim, *, heads=3, per_head=False, r
     seq_len, num_blocks = math.prod(grid), math.prod(layout)
     query, key = torch.randn(2, 2, seq_len, heads, head_dim, dtype=torch.float64)
     value = torch.randn(2, seq_len, heads, value_dim, dtype=torch.float64)
-    shared = {False: (), True: (heads,), "per sample": (2, heads)}[per_head]
-    mixing = torch.rand(*shared, num_blocks, num_blocks).double()
+    mixing = torch.rand(*(heads,) * per_head, num_blocks, num_blocks).double()
     tensors = [x.requires_grad_() for x in (query, key, value, mixing)]
     angles = torch.randn(seq_len, head_dim // 2, dtype=torch.float64)
     options = {**OPTIONS, "rotary": (angles.cos(), angles.sin()) if rotary else None}
@@ -55,7 +54,7 @@ def assert_same(function, tensors, options, **forced):
 
 @pytest.mark.parametrize("attention_form", [False, True])
 @pytest.mark.parametrize("rotary", [False, True])
-@pytest.mark.parametrize("per_head", [False, True, "per sample"])
+@pytest.mark.parametrize("per_head", [False, True])
 @pytest.mark.parametrize(("grid", "layout", "head_dim", "value_dim"), SHAPES)
 def test_blockwise_equals_definition(
     grid, layout, head_dim, value_dim, per_head, rotary, attention_form
@@ -79,7 +78,7 @@ def test_feature_maps_and_normalizer(feature_map, normalize, attention_form):
 
 
 @pytest.mark.parametrize("normalize", [False, True])
-@pytest.mark.parametrize("per_head", [False, True, "per sample"])
+@pytest.mark.parametrize("per_head", [False, True])
 @pytest.mark.parametrize(("length", "blocks"), [(7, 3), (6, 6), (150, 2), (200, 1), (64, 5)])
 def test_causal_blockwise_equals_definition(length, blocks, per_head, normalize):
     tensors, options = make_inputs((length,), (blocks,), 6, 4, per_head=per_head, rotary=True)
@@ -94,16 +93,6 @@ def test_causal_attention_does_not_see_later_tokens():
     after = mhla(query, key, later, mixing, **options)
     assert torch.equal(before[:, :13], after[:, :13])
     assert not torch.allclose(before[:, 13:], after[:, 13:])
-
-
-@pytest.mark.parametrize("implementation", ["naive", "blockwise"])
-def test_a_matrix_per_sample_is_the_samples_one_by_one(implementation):
-    (query, key, value, mixing), options = make_inputs((5, 7), (2, 3), 6, 6, per_head="per sample")
-    options |= {"implementation": implementation}
-    out = mhla(query, key, value, mixing, **options)
-    for i in range(2):
-        alone = mhla(query[[i]], key[[i]], value[[i]], mixing[i], **options)
-        torch.testing.assert_close(out[[i]], alone)
 
 
 def test_one_block_is_linear_attention():

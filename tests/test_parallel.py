@@ -17,7 +17,7 @@ SHAPES = [
     {"grid": (5, 3, 4), "layout": (5, 2, 3), "feature_map": "elu+1"},
     {"grid": (1, 3, 7), "layout": (1, 2, 3), "normalize": False, "mixing_shape": (2,)},
     {"grid": (4, 5), "layout": (3, 2), "feature_map": "softplus", "rotary": False},
-    {"grid": (17,), "layout": (4,), "feature_map": "squared_relu", "mixing_shape": (2, 2)},
+    {"grid": (17,), "layout": (4,), "feature_map": "squared_relu", "mixing_shape": (2,)},
     {"grid": (4,), "layout": (2,), "feature_map": "identity", "normalize": False},
     {"grid": (3, 4, 5), "layout": (2, 2, 2), "dtype": torch.bfloat16, "tolerance": 3e-2},
 ]
@@ -30,13 +30,13 @@ def test_ranks_compute_what_one_process_computes(num_ranks):
     ranks.launch(num_ranks, ranks.operators_equal_one_process, SHAPES, FILTERS)
 
 
-# A border inside a plane, all ranks inside one plane, two axes with matrices per sample, one axis
+# A border inside a plane, all ranks inside one plane, two axes with matrices per head, one axis
 # with a block a rank, one long block that is cut into parts, and more ranks than blocks.
 WINDOWS = [
     {"grid": (3, 2, 7), "layout": (2, 1, 3)},
     {"grid": (3, 2, 7), "layout": (3, 2, 1), "feature_map": "elu+1"},
     {"grid": (1, 3, 7), "layout": (1, 2, 3), "normalize": False},
-    {"grid": (4, 5), "layout": (3, 2), "rotary": False, "mixing_shape": (2, 1)},
+    {"grid": (4, 5), "layout": (3, 2), "rotary": False, "heads": 2, "mixing_shape": (2,)},
     {"grid": (4,), "layout": (2,), "feature_map": "identity", "normalize": False},
     {"grid": (3, 9, 10), "layout": (1, 1, 1)},
     {"grid": (3, 2, 7), "layout": (2, 1, 3), "dtype": torch.float16, "tolerance": 2e-2},
@@ -122,7 +122,7 @@ def test_distributed_data_parallel_needs_the_loss_times_the_ranks():
 @pytest.mark.slow
 @pytest.mark.parametrize("num_ranks", [3, 4])
 def test_ranks_share_a_model_without_softmax_layers(num_ranks):
-    mhla = {"layout": (3, 2, 2), "mixing_per_head": True, "content_mixing": True}
+    mhla = {"layout": (3, 2, 2), "mixing_per_head": True}
     ring = {"ring_degree": num_ranks, "ring_anything": True}
     ranks.launch(num_ranks, ranks_of_wan.model_equals_one_process, mhla, ring)
 

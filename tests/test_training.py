@@ -257,6 +257,27 @@ def test_mixing_stays_in_range_whoever_steps_the_optimizer():
     assert all(m.min() >= 0 and m.max() <= 1 for m in mixing_matrices(model))
 
 
+def test_mixing_can_have_a_learning_rate_of_its_own():
+    model = mhla_gen.inject(tiny_dit(), MHLAConfig(layout=(2, 2)))
+    groups = parameter_groups(model, 0.1, mixing_learning_rate=0.5)
+    everything = [id(p) for group in groups for p in group["params"]]
+    assert sorted(everything) == sorted(id(p) for p in model.parameters())
+    matrices = mixing_matrices(model)
+    assert {id(p) for p in groups[2]["params"]} == {id(m) for m in matrices}
+    before = [m.detach().clone() for m in matrices]
+    optimizer = build_optimizer(model, 1e-3, 0.0, mixing_learning_rate=0.05)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    weight = model.proj_out_2.weight.detach().clone()
+    optimizer.step()
+    # AdamW's first step is its learning rate.
+    torch.testing.assert_close(weight - model.proj_out_2.weight, torch.full_like(weight, 1e-3))
+    for matrix, old in zip(matrices, before, strict=True):
+        torch.testing.assert_close(matrix, (old - 0.05).clamp(0, 1))
+    softmax = parameter_groups(tiny_dit(), 0.1, mixing_learning_rate=0.5)
+    assert len(softmax) == 2
+
+
 def test_the_average_is_that_of_diffusers():
     model = tiny_dit()
     model.pos_embed.requires_grad_(False)

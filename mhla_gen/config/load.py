@@ -12,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from mhla_gen.config.data import CacheConfig
 from mhla_gen.config.evaluation import EvaluateConfig, ReferenceConfig
 from mhla_gen.config.inspection import InspectConfig, SensitivityConfig
+from mhla_gen.config.retired import without_retired
 from mhla_gen.config.sampling import SampleConfig
 from mhla_gen.config.tools import BenchConfig, ConvertConfig, DoctorConfig
 from mhla_gen.config.training import QuickstartConfig, TrainConfig
@@ -92,6 +93,8 @@ def _structured(schema: type, values: dict[str, Any], overrides: Sequence[str]) 
     # Overrides go into the file's values: a frozen dataclass is read-only once structured.
     given = OmegaConf.create(values)
     given.merge_with_dotlist(list(overrides))
+    plain: Any = OmegaConf.to_container(given)
+    given = OmegaConf.create(without_retired(plain))
     return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), given))
 
 

@@ -1,10 +1,11 @@
 """Settings of the attention that replaces softmax."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from mhla_gen.config.checks import check_choice, normalize_layout
+from mhla_gen.config.retired import without_retired
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,14 +35,10 @@ class MHLAConfig:
     """RMS-normalise the output of every head."""
     mixing_per_head: bool = False
     """One mixing matrix per head instead of one per layer."""
-    mixing_init: Literal["locality", "uniform", "multiscale"] = "locality"
-    """Initial mixing matrix: near blocks weigh more, all blocks weigh alike, or, with
-    mixing_per_head, heads from all blocks alike to the own block only."""
+    mixing_init: Literal["locality", "uniform"] = "locality"
+    """Initial mixing matrix: near blocks weigh more, or all blocks weigh alike."""
     mixing_learnable: bool = True
     """Train the mixing matrix; frozen otherwise."""
-    content_mixing: bool = False
-    """Weigh the mixing matrix of every sample and head by how well pooled queries and keys of
-    blocks agree; it starts as the plain matrix."""
     eps: float = 1e-6
     """Added to the denominator."""
     implementation: str = "auto"
@@ -56,17 +53,21 @@ class MHLAConfig:
             )
         if self.eps < 0:
             raise ValueError(f"eps must not be negative, found {self.eps}")
-        check_choice("mixing_init", self.mixing_init, ("locality", "uniform", "multiscale"))
-        if self.mixing_init == "multiscale" and not self.mixing_per_head:
-            raise ValueError(
-                "mixing_init=multiscale gives every head a matrix of its own; "
-                "set mixing_per_head=true with it"
-            )
+        check_choice("mixing_init", self.mixing_init, ("locality", "uniform"))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for a JSON config; `MHLAConfig(**d)` reads them back."""
+        """Plain values for a JSON config; `MHLAConfig.from_dict` reads them back."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The settings that `to_dict` of this or an earlier version wrote.
+
+        Raises:
+            ValueError: If they use what this version no longer has.
+        """
+        return cls(**without_retired(values))
 
 
 def _normalize_layers(layers: Any) -> Any:

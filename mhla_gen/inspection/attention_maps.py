@@ -199,9 +199,7 @@ class _MHLAHook:
         given = inspect.signature(module.forward).bind(*args, **kwargs).arguments
         _check_single(given["query"])
         # Small grids use some of the blocks only, and the layer knows which.
-        layout, mixing = module.block_mixing(given["query"], given["key"], given["grid"])
-        # Content makes a matrix for each sample, here of one.
-        mixing = mixing[0] if mixing.ndim == 4 else mixing
+        layout, mixing = module.occupied_blocks(given["grid"])
         attention = MHLAAttention(
             query=given["query"][0],
             key=given["key"][0],

@@ -9,9 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mhla_gen.config import MHLAConfig
-from mhla_gen.models.content_mixing import ContentMixing
 from mhla_gen.models.head_rotary import mhla_rotated_by_head
-from mhla_gen.ops import MIXING_INITS, depthwise_conv, mhla, multiscale_mixing
+from mhla_gen.ops import MIXING_INITS, depthwise_conv, mhla
 from mhla_gen.ops.halo import begin_halo, sharded_depthwise_conv
 from mhla_gen.ops.sharded import begin_sharded_mhla
 
@@ -49,7 +48,6 @@ class MHLA(nn.Module):
         inner_dim = num_heads * head_dim
         mixing = initial_mixing(config, num_heads)
         self.mixing = nn.Parameter(mixing, requires_grad=config.mixing_learnable)
-        self.content = ContentMixing(num_heads, head_dim) if config.content_mixing else None
         size, rank = config.conv_kernel_size, len(config.layout)
         self.conv = DepthwiseConv(inner_dim, size, rank) if config.conv else None
         self.gate = nn.Linear(hidden_size, inner_dim) if config.gate else None
@@ -60,8 +58,6 @@ class MHLA(nn.Module):
     def reset_parameters(self) -> None:
         """Set mixing to its initial matrix, convolution and gate to the identity."""
         self.mixing.copy_(initial_mixing(self.config, self.num_heads))
-        if self.content is not None:
-            self.content.weight.zero_()
         if self.conv is not None:
             for parameter in self.conv.parameters():
                 parameter.zero_()
@@ -102,7 +98,7 @@ class MHLA(nn.Module):
         halo = None
         if self.conv is not None and group is not None:
             halo = self.conv.begin_halo(value.flatten(2), grid, group)
-        layout, mixing = self.block_mixing(query, key, grid, group)
+        layout, mixing = self.occupied_blocks(grid)
         attend = _begin_operator(rotary, group)(
             query,
             key,
@@ -127,26 +123,6 @@ class MHLA(nn.Module):
         if self.gate is not None:
             out = out * F.silu(self.gate(hidden_states))
         return out
-
-    def block_mixing(
-        self, query: Tensor, key: Tensor, grid: tuple[int, ...], group: Any = None
-    ) -> tuple[tuple[int, ...], Tensor]:
-        """Blocks and mixing matrix for these tokens, as the operator takes them.
-
-        Args:
-            query: As in `forward`.
-            key: As in `forward`.
-            grid: Tokens along each axis.
-            group: As in `forward`.
-
-        Returns:
-            Blocks along each axis, and the matrix: shared by all samples, or
-            `[batch, num_heads, num_blocks, num_blocks]` with `content_mixing`.
-        """
-        layout, mixing = self.occupied_blocks(grid)
-        if self.content is not None:
-            mixing = self.content(mixing, query, key, grid, layout, group)
-        return layout, mixing
 
     def occupied_blocks(self, grid: tuple[int, ...]) -> tuple[tuple[int, ...], Tensor]:
         """The blocks that hold tokens of this grid: their layout and their part of mixing.
@@ -198,8 +174,6 @@ def _begin_operator(
 
 def initial_mixing(config: MHLAConfig, num_heads: int) -> Tensor:
     """The matrix that training starts from, `[blocks, blocks]`, with heads first if they differ."""
-    if config.mixing_init == "multiscale":
-        return multiscale_mixing(config.layout, num_heads)
     mixing = MIXING_INITS[config.mixing_init](config.layout)
     return mixing.repeat(num_heads, 1, 1) if config.mixing_per_head else mixing
 

@@ -64,13 +64,13 @@ class MHLATransformerMixin:
 
     def convert_new(self, mhla: MHLAConfig | dict[str, Any] | None) -> None:
         """Convert a freshly built model; the last line of the class's `__init__`."""
-        config = mhla if isinstance(mhla, MHLAConfig) else MHLAConfig(**(mhla or {}))
+        config = mhla if isinstance(mhla, MHLAConfig) else MHLAConfig.from_dict(mhla or {})
         convert(self.family, self, resolve(self.family, self, config))  # type: ignore[arg-type]
 
     @property
     def mhla_config(self) -> MHLAConfig:
         """The settings this model was converted with."""
-        return MHLAConfig(**self.config.mhla)  # type: ignore[attr-defined]
+        return MHLAConfig.from_dict(self.config.mhla)  # type: ignore[attr-defined]
 
     @classmethod
     def from_base(

@@ -4,7 +4,7 @@ from mhla_gen.ops.depthwise import depthwise_conv
 from mhla_gen.ops.dispatch import IMPLEMENTATIONS, linear_attention, mhla, resolve_implementation
 from mhla_gen.ops.feature_maps import FEATURE_MAPS
 from mhla_gen.ops.linformer import linformer_attention
-from mhla_gen.ops.mixing import MIXING_INITS, locality_mixing, multiscale_mixing, uniform_mixing
+from mhla_gen.ops.mixing import MIXING_INITS, locality_mixing, uniform_mixing
 from mhla_gen.ops.partition import auto_layout, block_starts
 
 __all__ = [
@@ -18,7 +18,6 @@ __all__ = [
     "linformer_attention",
     "locality_mixing",
     "mhla",
-    "multiscale_mixing",
     "resolve_implementation",
     "uniform_mixing",
 ]

@@ -142,8 +142,8 @@ def _causal_numerators(q: Tensor, k: Tensor, v: Tensor, m: Tensor, slots: BlockS
     chunk_sums = torch.einsum("bmcshk,bmcshv->bmchkv", k, v)
     earlier_blocks = mix(m.tril(-1), chunk_sums.sum(dim=2))  # [batch, blocks, heads, dim, dim]
     earlier_chunks = chunk_sums.cumsum(dim=2) - chunk_sums
-    own = m.diagonal(dim1=-2, dim2=-1)  # [blocks], [heads, blocks] or [batch, heads, blocks]
-    own = own[:, None, None] if m.ndim == 2 else own.mT.unsqueeze(-2)  # [..., blocks, 1, heads]
+    own = m.diagonal(dim1=-2, dim2=-1)  # [blocks] or [heads, blocks]
+    own = own[:, None, None] if m.ndim == 2 else own.mT.unsqueeze(-2)  # [blocks, 1, heads or 1]
     state = earlier_blocks.unsqueeze(2) + own[..., None, None] * earlier_chunks
     scores = torch.einsum("bmcshk,bmcthk->bmchst", q, k).tril() * own[..., None, None]
     out = torch.einsum("bmcshk,bmchkv->bmcshv", q, state)
@@ -153,7 +153,7 @@ def _causal_numerators(q: Tensor, k: Tensor, v: Tensor, m: Tensor, slots: BlockS
 
 def mix(m: Tensor, summaries: Tensor) -> Tensor:
     """Σ_b m_ib S_b for summaries `[batch, num_blocks, num_heads, ...]`."""
-    axes = {2: "ij", 3: "hij", 4: "bhij"}[m.ndim]
+    axes = {2: "ij", 3: "hij"}[m.ndim]
     return torch.einsum(f"{axes},bjhkv->bihkv", m, summaries)
 
 

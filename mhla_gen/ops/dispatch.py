@@ -61,8 +61,7 @@ def mhla(
         key: Like `query`.
         value: `[batch, seq_len, num_heads, value_dim]`.
         mixing: Row `i` weighs the summaries that query block `i` reads. `[num_blocks, num_blocks]`,
-            `[num_heads, num_blocks, num_blocks]` for one matrix per head, or
-            `[batch, num_heads, num_blocks, num_blocks]` for one per sample and head.
+            or `[num_heads, num_blocks, num_blocks]` for one matrix per head.
         grid: Tokens along each axis: `(length,)`, `(height, width)` or `(frames, height, width)`.
         layout: Blocks along each axis of `grid`. Sizes need not divide, see `block_starts`.
         feature_map: Name of φ in `FEATURE_MAPS`.
@@ -218,14 +217,12 @@ def check_blocks(
                 f"layout={layout} must have 1 to {length} blocks along axis {axis} of grid={grid}, "
                 f"found {num_blocks}"
             )
-    batch, num_heads, num_blocks = query.shape[0], query.shape[2], math.prod(layout)
-    per_sample = (batch, num_heads, num_blocks, num_blocks)
-    shapes = (per_sample[2:], per_sample[1:], per_sample)
+    num_heads, num_blocks = query.shape[2], math.prod(layout)
+    shapes = ((num_blocks, num_blocks), (num_heads, num_blocks, num_blocks))
     if tuple(mixing.shape) not in shapes or not mixing.is_floating_point():
         raise ValueError(
-            f"mixing for layout={layout}, {num_heads} heads and a batch of {batch} must be "
-            f"floating with shape {shapes[0]}, {shapes[1]} or {shapes[2]}, found {mixing.dtype} "
-            f"{tuple(mixing.shape)}"
+            f"mixing for layout={layout} and {num_heads} heads must be floating with shape "
+            f"{shapes[0]} or {shapes[1]}, found {mixing.dtype} {tuple(mixing.shape)}"
         )
     if mixing.device != query.device:
         raise ValueError(f"mixing is on {mixing.device} but query on {query.device}")

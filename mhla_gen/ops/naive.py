@@ -37,8 +37,8 @@ def naive_mhla(
     rotated_q, rotated_k = rotate(phi_q, rotary), rotate(phi_k, rotary)
 
     num_blocks = math.prod(layout)
-    # [batch, heads, blocks, blocks]
-    m = mixing.to(dtype).expand(query.shape[0], query.shape[2], num_blocks, num_blocks)
+    # [heads, blocks, blocks]
+    m = mixing.to(dtype).expand(query.shape[2], num_blocks, num_blocks)
     block = block_of_tokens(grid, layout, device=query.device)
     tokens = [(block == b).nonzero().squeeze(1) for b in range(num_blocks)]
 
@@ -52,14 +52,14 @@ def naive_mhla(
         mixed_summary = torch.zeros_like(summaries[i])
         mixed_key_sum = torch.zeros_like(key_sums[i])
         for b in read:
-            mixed_summary = mixed_summary + m[:, :, i, b, None, None] * summaries[b]
-            mixed_key_sum = mixed_key_sum + m[:, :, i, b, None] * key_sums[b]
+            mixed_summary = mixed_summary + m[:, i, b, None, None] * summaries[b]
+            mixed_key_sum = mixed_key_sum + m[:, i, b, None] * key_sums[b]
         # numerator R(φ(q_n))ᵀ S̃_i and denominator φ(q_n)ᵀ z̃_i
         numerator = torch.einsum("bnhk,bhkv->bnhv", rotated_q[:, t], mixed_summary)
         denominator = torch.einsum("bnhk,bhk->bnh", phi_q[:, t], mixed_key_sum)
         if causal:
             # Own block: m_ii · tril(φ(Q_i) φ(K_i)ᵀ) V_i
-            own = m[:, :, i, i, None, None]
+            own = m[:, i, i, None, None]
             scores = torch.einsum("bnhk,bshk->bhns", rotated_q[:, t], rotated_k[:, t]).tril() * own
             plain_scores = torch.einsum("bnhk,bshk->bhns", phi_q[:, t], phi_k[:, t]).tril() * own
             numerator = numerator + torch.einsum("bhns,bshv->bnhv", scores, v[:, t])

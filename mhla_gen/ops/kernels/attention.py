@@ -148,7 +148,7 @@ def attend_kernel(
     k_ptr += head_offset(k_strides, batch, head, ALIGN)
     v_ptr += head_offset(v_strides, batch, head, ALIGN)
     out_ptr += head_offset(out_strides, batch, head, ALIGN)
-    mixing_ptr += batch * mixing_strides[3] + head.to(tl.int64) * mixing_strides[0]
+    mixing_ptr += head.to(tl.int64) * mixing_strides[0]
 
     q_rows = tl.program_id(0) % tiles * BQ + tl.arange(0, BQ)
     q_tokens, q_valid = q_rows.to(tl.int64), rows_exist(q_rows, seq_len, EVEN)

@@ -72,7 +72,7 @@ def attention_backward_queries_kernel(
     out_ptr += head_offset(out_strides, batch, head, ALIGN)
     do_ptr += head_offset(do_strides, batch, head, ALIGN)
     dq_ptr += head_offset(dq_strides, batch, head, ALIGN)
-    mixing_ptr += batch * mixing_strides[3] + head.to(tl.int64) * mixing_strides[0]
+    mixing_ptr += head.to(tl.int64) * mixing_strides[0]
 
     q_rows = tl.program_id(0) % tiles * BQ + tl.arange(0, BQ)
     q_tokens, q_valid = q_rows.to(tl.int64), rows_exist(q_rows, seq_len, EVEN)
@@ -204,7 +204,7 @@ def attention_backward_keys_kernel(
     do_ptr += head_offset(do_strides, batch, head, ALIGN)
     dk_ptr += head_offset(dk_strides, batch, head, ALIGN)
     dv_ptr += head_offset(dv_strides, batch, head, ALIGN)
-    mixing_ptr += batch * mixing_strides[3] + head.to(tl.int64) * mixing_strides[0]
+    mixing_ptr += head.to(tl.int64) * mixing_strides[0]
 
     k_rows = tl.program_id(0) % tiles * BK + tl.arange(0, BK)
     k_tokens, k_valid = k_rows.to(tl.int64), rows_exist(k_rows, seq_len, EVEN)

@@ -56,10 +56,10 @@ def alignment(*strides: tuple[int, ...]) -> int:
     return math.gcd(16, *(stride for each in strides for stride in each[:3]))
 
 
-def mixing_strides(mixing: Tensor) -> tuple[int, int, int, int]:
-    """Strides (head, row, column, batch); 0 where a matrix is shared."""
-    batch, head = (0, 0, *mixing.stride())[-4:-2]
-    return (head, *mixing.stride()[-2:], batch)
+def mixing_strides(mixing: Tensor) -> tuple[int, int, int]:
+    """Strides (head, row, column); that of the head is 0 where heads share a matrix."""
+    head, row, column = (0, *mixing.stride())[-3:]
+    return head, row, column
 
 
 def shared_axes(mixing: Tensor) -> tuple[int, ...]:

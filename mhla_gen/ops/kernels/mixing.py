@@ -41,7 +41,7 @@ def coefficients_kernel(
     head = batch_head % num_heads
     rows_i = tl.program_id(0) % tiles * BI + tl.arange(0, BI)
     valid_i = rows_i < num_blocks
-    mixing_ptr += batch * mixing_strides[3] + head * mixing_strides[0]
+    mixing_ptr += head * mixing_strides[0]
     mixing_ptr += rows_i[:, None] * mixing_strides[1]
     coefficients_ptr += (batch_head * padded_blocks + rows_i[:, None]) * padded_rows
     first_matrix = batch * num_rows * num_heads + head

@@ -1,0 +1,31 @@
+"""Settings that earlier versions had: dropped where they were off, refused where they were on."""
+
+from collections.abc import Mapping
+from typing import Any
+
+_CONTENT_MIXING = (
+    "content_mixing=true is no longer supported (mixing from content was no better than the plain "
+    "matrix, see docs/evidence.md); leave it out and train again"
+)
+_MULTISCALE = (
+    "mixing_init must be locality or uniform, found 'multiscale', which is no longer supported; "
+    "write locality: a saved model keeps the matrices that it has"
+)
+
+
+def without_retired(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings, nested or not, as this version knows them.
+
+    Raises:
+        ValueError: If one that no longer exists was in use; the message says what to do.
+    """
+    kept: dict[str, Any] = {}
+    for key, value in values.items():
+        if key == "mixing_init" and value == "multiscale":
+            raise ValueError(_MULTISCALE)
+        if key == "content_mixing":
+            if value is not False:
+                raise ValueError(_CONTENT_MIXING)
+        else:
+            kept[key] = without_retired(value) if isinstance(value, Mapping) else value
+    return kept

@@ -97,8 +97,20 @@ def cast_model(model, dtype):
     return model
 
 
+# Compilation takes seconds: the rest of the families are for the slow run.
+COMPILED = [
+    pytest.param(name, marks=() if name in ("dit", "wan") else pytest.mark.slow)
+    for name in FAMILIES
+]
+
+
 @pytest.fixture(params=FAMILIES)
 def family(request):
+    return FAMILIES[request.param]
+
+
+@pytest.fixture(params=COMPILED)
+def compiled_family(request):
     return FAMILIES[request.param]
 
 
@@ -107,8 +119,10 @@ def run(model, inputs):
         return model(**inputs).sample
 
 
-@pytest.mark.parametrize("options", [{}, EVERYTHING, {"conv": False, "gate": False}])
-@pytest.mark.parametrize("layers", ["all", [1], "2/3"])
+@pytest.mark.parametrize(
+    ("layers", "options"),
+    [("all", {}), ([1], EVERYTHING), ("2/3", {"conv": False, "gate": False})],
+)
 def test_save_and_load_is_exact(family, tmp_path, layers, options):
     make, make_inputs, mhla_class, layout = family
     model, inputs = make(), make_inputs()
@@ -148,7 +162,8 @@ def test_from_base_leaves_the_base_alone(family, tmp_path):
     expected = run(mhla_gen.inject(copy.deepcopy(base), config), inputs)
     assert torch.equal(run(model, inputs), expected)
     base.save_pretrained(tmp_path)
-    assert torch.equal(run(mhla_class.from_base(tmp_path, config), inputs), expected)
+    loaded = mhla_class.from_base(tmp_path, config)
+    assert torch.equal(run(loaded, inputs), expected)
     with pytest.raises(ValueError, match="from_base needs a"):
         mhla_class.from_base(model, config)
 
@@ -424,8 +439,8 @@ def test_two_resolutions_alive_before_one_backward(name, checkpointing, layers):
         assert ".mhla." not in path or torch.isfinite(a.grad).all()
 
 
-def test_whole_model_compiles_without_graph_breaks(family):
-    make, make_inputs, _, layout = family
+def test_whole_model_compiles_without_graph_breaks(compiled_family):
+    make, make_inputs, _, layout = compiled_family
     model, inputs = make(), make_inputs()
     mhla_gen.inject(model, MHLAConfig(layout=layout, layers="2/3"))
     torch._dynamo.reset()
@@ -433,8 +448,8 @@ def test_whole_model_compiles_without_graph_breaks(family):
     torch.testing.assert_close(run(compiled, inputs), run(model, inputs))
 
 
-def test_regional_compilation(family):
-    make, make_inputs, _, layout = family
+def test_regional_compilation(compiled_family):
+    make, make_inputs, _, layout = compiled_family
     model, inputs = make(), make_inputs()
     mhla_gen.inject(model, MHLAConfig(layout=layout))
     expected = run(model, inputs)
@@ -443,8 +458,8 @@ def test_regional_compilation(family):
     torch.testing.assert_close(run(model, inputs), expected)
 
 
-def test_blocks_are_compiled_once_for_all_of_them(family, monkeypatch):
-    make, make_inputs, _, layout = family
+def test_blocks_are_compiled_once_for_all_of_them(compiled_family, monkeypatch):
+    make, make_inputs, _, layout = compiled_family
     model, inputs = mhla_gen.inject(make(), MHLAConfig(layout=layout)), make_inputs()
     expected = run(model, inputs)
     torch._dynamo.reset()
@@ -457,7 +472,7 @@ def test_blocks_are_compiled_once_for_all_of_them(family, monkeypatch):
     assert counter.frame_count == kinds
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", COMPILED)
 def test_compiled_blocks_take_another_size(name, monkeypatch):
     make, make_inputs, _, layout = FAMILIES[name]
     model = mhla_gen.inject(make(), MHLAConfig(layout=layout))

@@ -13,35 +13,25 @@ from torch import Tensor
 
 from mhla_gen.config import MHLAConfig
 from mhla_gen.models.family import Family
-from mhla_gen.models.projection import mhla_attention, refuse_mask_and_other_keys
+from mhla_gen.models.processors import MHLAProcessor, Rotary
 from mhla_gen.models.transformer import MHLATransformerMixin, accepts, accepts_mhla
 
 # Of diffusers' DiT; the original's is 0.
 _DIFFUSERS_SHIFT = 1.0
 
 
-class MHLAAttnProcessor:
-    """Runs the `mhla` child of an `Attention` layer on the grid it is handed, or a square one."""
+class MHLADiTAttnProcessor(MHLAProcessor):
+    """MHLA of an `Attention` layer on a square grid."""
 
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        temb: Tensor | None = None,
-        grid: tuple[int, ...] | None = None,
-    ) -> Tensor:
-        """Project, attend, project; `[batch, seq_len, hidden_size]` in and out.
+    def place(
+        self, attn: Any, hidden_states: Tensor, tables: Any
+    ) -> tuple[tuple[int, ...], Rotary]:
+        """The square of this many tokens; no rotary embedding.
 
         Raises:
-            ValueError: If a mask or other keys are given, or the tokens form no square and no
-                grid is given.
+            ValueError: If the tokens form no square.
         """
-        refuse_mask_and_other_keys(attention_mask, encoder_hidden_states)
-        if grid is None:
-            grid = _square(hidden_states.shape[1])
-        return mhla_attention(attn, hidden_states, grid)
+        return _square(hidden_states.shape[1]), None
 
 
 def _square(seq_len: int) -> tuple[int, int]:
@@ -75,26 +65,10 @@ class DiTFamily(Family):
     base_class = DiTTransformer2DModel
     variants = (OriginalDiTTransformer2DModel,)
     rank = 2
+    layers = ("transformer_blocks.*.attn1",)
     stock_processor = AttnProcessor2_0
-    mhla_processor = MHLAAttnProcessor
+    mhla_processor = MHLADiTAttnProcessor
     unconverted_processor = AttnProcessor2_0
-
-    def attentions(self, model: Any) -> list[tuple[str, Any]]:
-        """`attn1` of every block."""
-        return [
-            (f"transformer_blocks.{i}.attn1", block.attn1)
-            for i, block in enumerate(model.transformer_blocks)
-        ]
-
-    def sizes(self, model: Any) -> tuple[int, int, int]:
-        """Heads, channels of a head, channels of the layer's input."""
-        config = model.config
-        return config.num_attention_heads, config.attention_head_dim, model.inner_dim
-
-    def native_grid(self, model: Any) -> tuple[int, ...]:
-        """Patches along both sides at the model's own resolution."""
-        side = model.config.sample_size // model.config.patch_size
-        return side, side
 
     def settings(self, model: Any) -> dict[str, Any]:
         """The timestep frequencies that the model computes with."""
@@ -126,16 +100,8 @@ class MHLADiTTransformer2DModel(
     `timestep_freq_shift` (see `OriginalDiTTransformer2DModel`).
     """
 
-    # A saved pipeline names this module; diffusers looks there for the class and for ModelMixin.
-    __module__ = "mhla_gen"
-
     family = DiTFamily()
     _repeated_blocks = ["BasicTransformerBlock"]  # noqa: RUF012
-    _keep_in_fp32_modules = ["mixing"]  # noqa: RUF012
-    _skip_layerwise_casting_patterns = [  # noqa: RUF012
-        *DiTTransformer2DModel._skip_layerwise_casting_patterns,
-        "mhla",
-    ]
 
     @register_to_config
     @accepts_mhla(DiTTransformer2DModel, timestep_freq_shift=_DIFFUSERS_SHIFT)

@@ -1,22 +1,28 @@
 """What the toolkit knows of a family of transformers.
 
-A family says where self-attention sits, what its grid is, and which processors to set; what is the
-same for all of them is in `surgery.py` and `transformer.py`.
+A family is a table of what differs: where self-attention sits, what its grid is, and which
+processors to set. What is the same for all is in `surgery.py`, `transformer.py`, `processors.py`.
 """
 
-from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from torch import nn
 
 
-class Family(ABC):
+class Family:
     """One kind of diffusers transformer."""
 
     base_class: ClassVar[type]
     """The diffusers class that is converted."""
     rank: ClassVar[int]
     """Axes of the token grid."""
+    layers: ClassVar[tuple[str, ...]]
+    """Paths of the self-attention layers, in order; `*` stands for the number of a block."""
+    bystander_layers: ClassVar[tuple[str, ...]] = ()
+    """Paths of layers that are never converted but are handed the grid."""
+    native: ClassVar[tuple[int, ...] | None] = None
+    """The grid that `layout="auto"` is made for, if it is the same for every model."""
     stock_processor: ClassVar[type]
     """Processor class of an unconverted layer."""
     mhla_processor: ClassVar[type]
@@ -33,21 +39,32 @@ class Family(ABC):
     stock_kind: ClassVar[str] = "softmax"
     """What an unconverted layer computes: softmax, or linear where the family does so itself."""
 
-    @abstractmethod
     def attentions(self, model: Any) -> list[tuple[str, Any]]:
         """Name and module of every self-attention layer, in order."""
-
-    @abstractmethod
-    def sizes(self, model: Any) -> tuple[int, int, int]:
-        """Heads, channels of a head, channels of the layer's input."""
-
-    @abstractmethod
-    def native_grid(self, model: Any) -> tuple[int, ...]:
-        """The token grid that `layout="auto"` is made for."""
+        return _modules(model, self.layers)
 
     def bystanders(self, model: Any) -> list[tuple[str, Any]]:
-        """Layers that are never converted but are handed the grid: get `unconverted_processor`."""
-        return []
+        """Name and module of the layers that get `unconverted_processor`."""
+        return _modules(model, self.bystander_layers)
+
+    def sizes(self, model: Any) -> tuple[int, int, int]:
+        """Heads, channels of a head, channels of the layer's input."""
+        num_heads, head_dim = model.config.num_attention_heads, model.config.attention_head_dim
+        return num_heads, head_dim, num_heads * head_dim
+
+    def native_grid(self, model: Any) -> tuple[int, ...]:
+        """`native`, or patches along both sides at the model's own resolution."""
+        if self.native is not None:
+            return self.native
+        side = model.config.sample_size // model.config.patch_size
+        return side, side
+
+    def arguments(self, model: Any, given: dict[str, Any]) -> dict[str, Any]:
+        """What the model's own `forward` takes, from what a caller gives by name.
+
+        A family overrides it to hand the grid to its layers.
+        """
+        return given
 
     def output_projection(self, attention: Any) -> nn.Module:
         """The layer's last linear map, which unlike the input projections is never fused."""
@@ -60,3 +77,20 @@ class Family(ABC):
     def softmax_class(self, model: Any) -> type:
         """The class that `model` has without its MHLA layers."""
         return self.base_class
+
+
+def _modules(model: Any, paths: tuple[str, ...]) -> list[tuple[str, Any]]:
+    found = []
+    for path in paths:
+        blocks, _, layer = path.partition(".*.")
+        for i, block in enumerate(model.get_submodule(blocks)):
+            # A model may have the layer in some of its blocks only.
+            if getattr(block, layer, None) is not None:
+                found.append((f"{blocks}.{i}.{layer}", block.get_submodule(layer)))
+    return found
+
+
+def patch_grid(sizes: Sequence[int], patch_size: int | Sequence[int]) -> tuple[int, ...]:
+    """Tokens along each axis of latents of these sizes, with one patch size or one per axis."""
+    patches = [patch_size] * len(sizes) if isinstance(patch_size, int) else patch_size
+    return tuple(length // patch for length, patch in zip(sizes, patches, strict=True))

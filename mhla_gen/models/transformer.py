@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
+from diffusers.configuration_utils import register_to_config
 from torch import nn
 
 from mhla_gen.config import MHLAConfig
@@ -58,9 +59,31 @@ def accepts(base_class: Any, **more: Any) -> Callable[[Callable[..., None]], Cal
 
 
 class MHLATransformerMixin:
-    """What every `MHLA…` transformer class adds to its diffusers base class."""
+    """What every `MHLA…` transformer class adds to its diffusers base class.
+
+    A class that has a `family` is made complete when it is defined: with an `__init__` that takes
+    the arguments of the base class and `mhla`, if it has none of its own, and with what diffusers
+    must know of MHLA's weights.
+    """
 
     family: ClassVar[Family]
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        if "family" not in cls.__dict__:
+            return
+        # A saved pipeline names this module; diffusers looks there for the class and ModelMixin.
+        cls.__module__ = "mhla_gen"
+        base: Any = cls.family.base_class
+        for attribute, more in (
+            ("_keep_in_fp32_modules", "mixing"),
+            ("_skip_layerwise_casting_patterns", "mhla"),
+        ):
+            setattr(cls, attribute, [*(getattr(base, attribute, None) or ()), more])
+        if "__init__" not in cls.__dict__:
+            cls.__init__ = _converting_init(cls, base)  # type: ignore[method-assign]
+        if type(cls.family).arguments is not Family.arguments:
+            cls.forward = _forward(cls.family)  # type: ignore[attr-defined]
 
     def convert_new(self, mhla: MHLAConfig | dict[str, Any] | None) -> None:
         """Convert a freshly built model; the last line of the class's `__init__`."""
@@ -168,6 +191,42 @@ class MHLATransformerMixin:
         """
         check_parallelism(self.family, config)
         super().enable_parallelism(config=config, **kwargs)  # type: ignore[misc]
+
+
+def _converting_init(cls: type, base_class: type) -> Any:
+    @register_to_config
+    @accepts_mhla(base_class)
+    def __init__(self: Any, mhla: MHLAConfig | dict[str, Any] | None = None, **base: Any):
+        super(cls, self).__init__(**base)
+        self.convert_new(mhla)
+
+    return __init__
+
+
+def _forward(family: Family) -> Any:
+    base_forward: Any = family.base_class.forward  # type: ignore[attr-defined]
+    names = list(inspect.signature(base_forward).parameters)[1:]
+
+    @functools.wraps(base_forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = dict(zip(names, args, strict=False)) | kwargs
+        return base_forward(self, **family.arguments(self, given))
+
+    return forward
+
+
+class FusesSelfAttention(MHLATransformerMixin):
+    """Base of a class whose own `fuse_qkv_projections` would replace the MHLA processors."""
+
+    def fuse_qkv_projections(self) -> None:
+        """Compute queries, keys and values of every self-attention layer in one product."""
+        for _, attention in self.family.attentions(self):
+            attention.fuse_projections(fuse=True)
+
+    def unfuse_qkv_projections(self) -> None:
+        """Undo `fuse_qkv_projections`."""
+        for _, attention in self.family.attentions(self):
+            attention.fused_projections = False
 
 
 def _few(keys: Sequence[str]) -> str:

@@ -1,0 +1,173 @@
+"""What the attention processors of all families share: project, attend, project back.
+
+diffusers calls a processor with arguments whose names differ from model to model, and looks at its
+signature to see which ones it may pass. So the signatures here have the names of all of them.
+"""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from mhla_gen.models.family import patch_grid
+from mhla_gen.models.parallel import sequence_group
+
+Rotary = tuple[Tensor, Tensor] | None
+
+
+class MHLAProcessor:
+    """Runs the `mhla` child of an attention layer; a family says what differs.
+
+    The grid comes as an argument, or as the shape `(…, 0)` of an empty third tensor beside the
+    tables of angles.
+    """
+
+    # diffusers skips, without a word, processors that lack these two.
+    _attention_backend = None
+    _parallel_config = None
+
+    norm_across_heads: ClassVar[bool] = False
+    """Queries and keys are normalised over all heads at once, not per head."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        rotary_emb: Any = None,
+        image_rotary_emb: Any = None,
+        grid: tuple[int, ...] | None = None,
+    ) -> Tensor:
+        """Project, attend, project; `[batch, seq_len, hidden_size]` in and out.
+
+        Raises:
+            ValueError: If a mask or other keys are given, or the grid is missing.
+        """
+        if attention_mask is not None or encoder_hidden_states is not None:
+            raise ValueError("MHLA layers take neither an attention mask nor other keys and values")
+        tables = rotary_emb if image_rotary_emb is None else image_rotary_emb
+        if grid is None:
+            grid, rotary = self.place(attn, hidden_states, tables)
+        else:
+            rotary = None
+        query, key, value = self.project(attn, hidden_states)
+        group = sequence_group(self._parallel_config)
+        out = attn.mhla(query, key, value, hidden_states, grid, rotary, group)
+        return self.project_back(attn, out)
+
+    def place(
+        self, attn: Any, hidden_states: Tensor, tables: Any
+    ) -> tuple[tuple[int, ...], Rotary]:
+        """The grid of the tokens, and the rotary embedding as `MHLA.forward` takes it.
+
+        Args:
+            attn: The layer.
+            hidden_states: `[batch, seq_len, hidden_size]`.
+            tables: The rotary embedding that diffusers hands to the layer, and the grid carrier.
+
+        Raises:
+            ValueError: If rotary embedding or grid are missing.
+        """
+        if tables is None or len(tables) != 3:
+            raise ValueError(
+                "MHLA layers of this model need the rotary embedding and the grid: "
+                "(rotary_emb or image_rotary_emb) = (cos, sin, grid carrier)"
+            )
+        cos, sin, carrier = tables
+        return tuple(carrier.shape[:-1]), self.angles(attn, cos, sin)
+
+    def angles(self, attn: Any, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Tables as `MHLA.forward` takes them, with one angle per pair of channels."""
+        raise NotImplementedError
+
+    def project(self, attn: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, normalised, each `[batch, seq_len, num_heads, head_dim]`."""
+        if getattr(attn, "fused_projections", False):
+            projected = attn.to_qkv(hidden_states).chunk(3, dim=-1)
+        else:
+            projected = [layer(hidden_states) for layer in (attn.to_q, attn.to_k, attn.to_v)]
+        return normalized(attn, projected, across_heads=self.norm_across_heads)
+
+    def project_back(self, attn: Any, out: Tensor) -> Tensor:
+        """The layer's output from `[batch, seq_len, num_heads * head_dim]`."""
+        return attn.to_out[1](attn.to_out[0](out))
+
+
+def normalized(
+    attn: Any, projected: Sequence[Tensor], *, across_heads: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values by head, normalised as the layer does.
+
+    Args:
+        attn: A layer with `heads`, and maybe `norm_q` and `norm_k`.
+        projected: Queries, keys and values, each `[batch, seq_len, num_heads * head_dim]`.
+        across_heads: Normalise all heads at once.
+
+    Returns:
+        Each `[batch, seq_len, num_heads, head_dim]`.
+    """
+    query, key, value = projected
+    if across_heads:
+        query, key = _norms(attn, query, key)
+    query, key, value = (x.unflatten(2, (attn.heads, -1)) for x in (query, key, value))
+    if not across_heads:
+        query, key = _norms(attn, query, key)
+    # Autocast may leave float32 behind a norm.
+    return query.type_as(value), key.type_as(value), value
+
+
+def _norms(attn: Any, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    query = query if attn.norm_q is None else attn.norm_q(query)
+    return query, key if attn.norm_k is None else attn.norm_k(key)
+
+
+class DropsGrid:
+    """Mixed into a stock processor: stock attention for layers that are handed the grid, too."""
+
+    rotary_argument: ClassVar[str] = "image_rotary_emb"
+    """What the stock processor calls its rotary embedding."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        rotary_emb: Any = None,
+        image_rotary_emb: Any = None,
+        grid: tuple[int, ...] | None = None,
+    ) -> Any:
+        """As the stock processor."""
+        tables = rotary_emb if image_rotary_emb is None else image_rotary_emb
+        more = {} if tables is None else {self.rotary_argument: tables[:2]}
+        stock: Any = super()
+        return stock.__call__(
+            attn,
+            hidden_states,
+            encoder_hidden_states=encoder_hidden_states,
+            attention_mask=attention_mask,
+            **more,
+        )
+
+
+class PatchGridCarrier:
+    """Mixed into a rotary embedding of latents, makes it tell its grid to the attention layers.
+
+    The grid travels as the shape `(frames, height, width, 0)` of an empty third tensor: unlike
+    module state that survives `torch.compile`, checkpointing with two grids alive, copies of the
+    model and offloading hooks.
+    """
+
+    patch_size: tuple[int, int, int]
+
+    def forward(self, hidden_states: Tensor) -> Any:
+        """`(cos, sin, grid carrier)` for latents `[batch, channels, frames, height, width]`."""
+        cos, sin = super().forward(hidden_states)  # type: ignore[misc]
+        grid = patch_grid(hidden_states.shape[2:], self.patch_size)
+        return cos, sin, cos.new_empty((*grid, 0))
+
+
+def pairs(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Tables `[seq_len, head_dim / 2]` from ones that repeat every angle for both channels."""
+    return cos[..., 0::2], sin[..., 0::2]

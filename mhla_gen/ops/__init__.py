@@ -1,4 +1,4 @@
-"""The operator. `naive` is the definition; `blockwise` runs anywhere; see `mhla`."""
+"""The operators, see `mhla` and `tile_attention`: `naive` defines, `blockwise` runs anywhere."""
 
 from mhla_gen.ops.depthwise import depthwise_conv
 from mhla_gen.ops.dispatch import IMPLEMENTATIONS, linear_attention, mhla, resolve_implementation
@@ -6,12 +6,17 @@ from mhla_gen.ops.feature_maps import FEATURE_MAPS
 from mhla_gen.ops.linformer import linformer_attention
 from mhla_gen.ops.mixing import MIXING_INITS, locality_mixing, uniform_mixing
 from mhla_gen.ops.partition import auto_layout, block_starts
+from mhla_gen.ops.tile_attention import TILE_IMPLEMENTATIONS, tile_attention
+from mhla_gen.ops.tiles import TileLayout, auto_tiles, tile_share
 
 __all__ = [
     "FEATURE_MAPS",
     "IMPLEMENTATIONS",
     "MIXING_INITS",
+    "TILE_IMPLEMENTATIONS",
+    "TileLayout",
     "auto_layout",
+    "auto_tiles",
     "block_starts",
     "depthwise_conv",
     "linear_attention",
@@ -19,5 +24,7 @@ __all__ = [
     "locality_mixing",
     "mhla",
     "resolve_implementation",
+    "tile_attention",
+    "tile_share",
     "uniform_mixing",
 ]

@@ -11,12 +11,12 @@ from mhla_gen.ops.blockwise import blockwise_mhla
 from mhla_gen.ops.feature_maps import FEATURE_MAPS
 from mhla_gen.ops.naive import naive_mhla
 
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def _fused_mhla(query: Tensor, key: Tensor, value: Tensor, mixing: Tensor, **options) -> Tensor:
     # Imported on first use: Triton is neither needed nor installed everywhere.
-    if not _HAS_TRITON:
+    if not HAS_TRITON:
         raise ValueError("implementation='fused' needs the package triton; use 'blockwise'")
     from mhla_gen.ops.fused import fused_mhla
 
@@ -169,7 +169,7 @@ def resolve_implementation(
         raise ValueError(f"implementation must be one of {names}, found {implementation!r}")
     if implementation != "auto":
         return implementation
-    if torch.device(device).type != "cuda" or not _HAS_TRITON:
+    if torch.device(device).type != "cuda" or not HAS_TRITON:
         return "blockwise"
     from mhla_gen.ops.fused import unsupported
 
@@ -240,6 +240,11 @@ def check_options(
         raise ValueError(f"feature_map must be one of {list(FEATURE_MAPS)}, found {feature_map!r}")
     if causal and rank != 1:
         raise ValueError(f"causal attention needs a one-dimensional grid, found {rank} axes")
+    check_rotary(query, rotary)
+
+
+def check_rotary(query: Tensor, rotary: tuple[Tensor, Tensor] | None) -> None:
+    """Raise `ValueError` unless rotary tables fit the query's tokens."""
     if rotary is None:
         return
     shape = (query.shape[1], query.shape[3] // 2)

@@ -1,7 +1,7 @@
-"""The definition of MHLA: one loop over blocks, one equation a line, never optimised.
+"""The definitions of MHLA and of tile attention: loops, one equation a line, never optimised.
 
-Source: Zhang et al. 2026, arXiv:2601.07832, Eq. (4), Sec. 4 and App. C. Every other implementation
-is tested against this one in float64.
+Source of MHLA: Zhang et al. 2026, arXiv:2601.07832, Eq. (4), Sec. 4 and App. C. Every other
+implementation is tested against this one in float64.
 
 The paper mixes the key sums and then multiplies by the query, as here. The authors' code instead
 mixes the products q·z across blocks, which normalises a token with the queries of other blocks.
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mhla_gen.ops.feature_maps import FEATURE_MAPS, rotate
 from mhla_gen.ops.partition import block_of_tokens
+from mhla_gen.ops.tiles import Tiling, window_tiles
 
 
 def naive_mhla(
@@ -68,3 +69,51 @@ def naive_mhla(
             numerator = numerator / (denominator + eps).unsqueeze(-1)
         out = out.index_copy(1, t, numerator)
     return out.to(query.dtype)
+
+
+def naive_tile_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    placed: Tiling,
+    rotary: tuple[Tensor, Tensor] | None,
+    extra: tuple[Tensor, Tensor, Tensor] | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Tile attention in the dtype of the inputs (float32 at least); see `tile_attention`."""
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    q, k, v = rotate(query.to(dtype), rotary), rotate(key.to(dtype), rotary), value.to(dtype)
+    tile = block_of_tokens(placed.grid, placed.tiles, device=q.device)
+    group = block_of_tokens(placed.tiles, placed.groups, device=q.device)[tile]
+    near = window_tiles(placed, q.device)
+    out = torch.zeros_like(v)
+    lse = torch.zeros(*q.shape[:2], q.shape[2], dtype=dtype, device=q.device)
+    for b in range(q.shape[0]):
+        for h in range(q.shape[2]):
+            mean_keys = [k[b, tile == t, h].mean(dim=0).detach() for t in range(placed.num_tiles)]
+            for g in range(placed.num_groups):
+                rows = (group == g).nonzero().squeeze(1)
+                mean_query = q[b, rows, h].mean(dim=0).detach()
+                # The window, and of the others those with the largest products.
+                read = near[g].tolist()
+                others = [t for t in range(placed.num_tiles) if t not in read]
+                others.sort(key=lambda t, m=mean_keys, mean=mean_query: (-(m[t] @ mean).item(), t))
+                read = torch.tensor(read + others[: placed.top], device=q.device)
+                columns = torch.isin(tile, read).nonzero().squeeze(1)
+                keys, values = k[b, columns, h], v[b, columns, h]
+                if extra is not None:
+                    valid = extra[2][b]
+                    keys = torch.cat((keys, extra[0][b, valid, h].to(dtype)))
+                    values = torch.cat((values, extra[1][b, valid, h].to(dtype)))
+                # softmax(q kᵀ · scale) v and log Σ exp(q kᵀ · scale)
+                scores = q[b, rows, h] @ keys.T * scale
+                out = out.index_put(
+                    (q.new_tensor(b, dtype=torch.int64), rows, q.new_tensor(h, dtype=torch.int64)),
+                    scores.softmax(dim=-1) @ values,
+                )
+                lse = lse.index_put(
+                    (q.new_tensor(b, dtype=torch.int64), rows, q.new_tensor(h, dtype=torch.int64)),
+                    scores.logsumexp(dim=-1),
+                )
+    return out.to(query.dtype), lse.transpose(1, 2)

@@ -1,0 +1,96 @@
+"""Tile attention in batched PyTorch, for any device: some groups at a time, sums in float32."""
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from mhla_gen.ops.feature_maps import rotate
+from mhla_gen.ops.partition import block_slots
+from mhla_gen.ops.tiles import Tiling, filled_slots, group_slots, tile_lists, token_places
+
+
+def blockwise_tile_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    placed: Tiling,
+    rotary: tuple[Tensor, Tensor] | None,
+    extra: tuple[Tensor, Tensor, Tensor] | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Tile attention summed in float32 (float64 for float64 inputs); see `tile_attention`.
+
+    Groups are taken a few at a time, so that the tiles gathered for them are no larger than all
+    keys; backward gathers them again.
+    """
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    with torch.autocast(query.device.type, enabled=False):
+        q, k = (rotate(x.to(dtype), rotary).transpose(1, 2) for x in (query, key))
+        v = value.to(dtype).transpose(1, 2)  # [batch, heads, seq_len, dim]
+        tiles = block_slots(placed.grid, placed.tiles, q.device)
+        filled = filled_slots(tiles.filled, tiles.tokens)
+        rows, rows_filled = group_slots(placed, q.device)
+        lists = tile_lists(
+            _means(q, rows, rows_filled), _means(k, tiles.tokens, filled), placed
+        )  # [batch, heads, groups, list_size]
+        extra_kv = _extra(extra, dtype)
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, lists: Tensor, rows: Tensor) -> tuple:
+            group_q = q.index_select(2, rows.flatten()).unflatten(2, rows.shape)
+            columns = tiles.tokens[lists].flatten(3)  # [batch, heads, groups, keys]
+            valid = filled[lists].flatten(3)
+            scores = group_q @ _gather(k, columns).transpose(-1, -2) * scale
+            scores = scores.masked_fill(~valid.unsqueeze(-2), float("-inf"))
+            if extra_kv is None:
+                return _softmax(scores, _gather(v, columns))
+            extra_k, extra_v, bias = extra_kv
+            beside = group_q @ extra_k.transpose(-1, -2) * scale + bias
+            lse = torch.cat((scores, beside), dim=-1).logsumexp(dim=-1)
+            out = (scores - lse.unsqueeze(-1)).exp() @ _gather(v, columns)
+            return out + (beside - lse.unsqueeze(-1)).exp() @ extra_v, lse
+
+        gathered = placed.num_groups * lists.shape[-1] * tiles.tokens.shape[1]
+        some = max(1, placed.num_groups * query.shape[1] // max(gathered, 1))
+        parts = []
+        for part_lists, part_rows in zip(
+            lists.split(some, dim=2), rows.split(some, dim=0), strict=True
+        ):
+            inputs = (q, k, v, part_lists, part_rows)
+            if some >= placed.num_groups or not torch.is_grad_enabled():
+                parts.append(attend(*inputs))
+            else:
+                parts.append(
+                    checkpoint(attend, *inputs, use_reentrant=False, preserve_rng_state=False)
+                )
+        places = token_places(placed, q.device)
+        out = torch.cat([out for out, _ in parts], dim=2).flatten(2, 3).index_select(2, places)
+        lse = torch.cat([lse for _, lse in parts], dim=2).flatten(2, 3).index_select(2, places)
+        return out.transpose(1, 2).to(query.dtype), lse
+
+
+def _softmax(scores: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    lse = scores.logsumexp(dim=-1)
+    return (scores - lse.unsqueeze(-1)).exp() @ values, lse
+
+
+def _extra(extra: tuple[Tensor, Tensor, Tensor] | None, dtype: torch.dtype) -> tuple | None:
+    """Keys and values `[batch, heads, 1, extra_len, dim]` and what masks their scores."""
+    if extra is None:
+        return None
+    keys, values, valid = extra
+    keys, values = (x.to(dtype).transpose(1, 2).unsqueeze(2) for x in (keys, values))
+    bias = torch.zeros_like(valid, dtype=dtype).masked_fill(~valid, float("-inf"))
+    return keys, values, bias[:, None, None, None]
+
+
+def _means(x: Tensor, slots: Tensor, filled: Tensor) -> Tensor:
+    """Mean over filled slots `[boxes, slots]` of tokens `[batch, heads, seq_len, dim]`."""
+    boxes = x.detach().index_select(2, slots.flatten()).unflatten(2, slots.shape)
+    return (boxes * filled[..., None]).sum(dim=3) / filled.sum(dim=1)[:, None]
+
+
+def _gather(x: Tensor, columns: Tensor) -> Tensor:
+    """Tokens `columns` [batch, heads, groups, keys] of every head of `x`."""
+    index = columns.flatten(2).unsqueeze(-1).expand(-1, -1, -1, x.shape[-1])
+    return x.gather(2, index).unflatten(2, columns.shape[2:])

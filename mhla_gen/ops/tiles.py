@@ -1,0 +1,254 @@
+"""Which tiles of the token grid a query reads exactly: tiles, groups, windows, choice by content.
+
+Each axis of `n` tokens is cut into `ceil(n / tile)` tiles by `block_starts`, so every grid fits.
+Neighbouring tiles form a *group*, whose queries share one list of tiles: those of a window around
+the group, and `top` further ones whose mean key has the largest product with the mean query of the
+group. Tiles and groups are numbered in raster order; both are boxes of the grid.
+
+Plain integers only, so that `torch.compile` can trace it.
+"""
+
+import itertools
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mhla_gen.ops.partition import block_slots
+
+# Tile lengths along an axis that the rule of `auto_tiles` picks from, the preferred one first.
+_TILE_LENGTHS = (4, 5, 3)
+_LINE_TILE = 16
+_TILE_TOKENS = {2: 16, 3: 64}
+# Queries of a group: as many rows as a matrix product on a GPU wants.
+_GROUP_QUERIES = {1: 128, 2: 64, 3: 128}
+
+
+class TileLayout(NamedTuple):
+    """Settings of `tile_attention` that say which tiles are read."""
+
+    tile: tuple[int, ...]
+    """Tokens of a tile along each axis, at most."""
+    group: tuple[int, ...]
+    """Tiles along each axis whose queries share one list, at most."""
+    window: tuple[int, ...]
+    """Odd number of tiles along each axis around a query's own tile; zeros for no window."""
+    top: int
+    """Further tiles, chosen by content."""
+
+
+class Tiling(NamedTuple):
+    """A `TileLayout` on a grid: every number that follows from both."""
+
+    grid: tuple[int, ...]
+    tiles: tuple[int, ...]
+    """Tiles along each axis."""
+    groups: tuple[int, ...]
+    """Groups along each axis."""
+    reach: tuple[int, ...]
+    """Tiles along each axis of the window of a group, clipped to the grid."""
+    before: tuple[int, ...]
+    """Tiles of the window before the first tile of the group, away from the borders."""
+    top: int
+    """Tiles by content: at most those outside the window."""
+
+    @property
+    def num_tiles(self) -> int:
+        """Tiles of the grid."""
+        return math.prod(self.tiles)
+
+    @property
+    def num_groups(self) -> int:
+        """Groups of the grid."""
+        return math.prod(self.groups)
+
+    @property
+    def window_size(self) -> int:
+        """Tiles of a window."""
+        return math.prod(self.reach)
+
+    @property
+    def list_size(self) -> int:
+        """Tiles that a group reads."""
+        return self.window_size + self.top
+
+
+def tiling(
+    grid: tuple[int, ...],
+    tile: tuple[int, ...],
+    window: tuple[int, ...],
+    top: int,
+    group: tuple[int, ...] | None = None,
+) -> Tiling:
+    """Place a layout on a grid.
+
+    Args:
+        grid: Tokens along each axis.
+        tile: See `TileLayout`, as the three below.
+        window: A window as large as the grid or larger reads everything.
+        top: Any number; what the window leaves is the most.
+        group: None for groups of one tile.
+
+    Raises:
+        ValueError: If a size is out of its range; the message says which.
+    """
+    group = (1,) * len(grid) if group is None else group
+    sizes = {"tile": tile, "window": window, "group": group}
+    for name, size in sizes.items():
+        if len(size) != len(grid):
+            raise ValueError(f"{name} needs one number per axis of grid={grid}, found {size}")
+    if min(*tile, *group) < 1:
+        raise ValueError(f"tile and group must be positive, found {tile} and {group}")
+    if max(window) > 0 and any(w < 1 or w % 2 == 0 for w in window):
+        raise ValueError(
+            f"window must be odd numbers of tiles, or all zeros for no window, found {window}"
+        )
+    if min(window) < 0 or top < 0:
+        raise ValueError(f"window and top must not be negative, found {window} and {top}")
+    tiles = tuple(-(-n // size) for n, size in zip(grid, tile, strict=True))
+    groups = tuple(-(-n // size) for n, size in zip(tiles, group, strict=True))
+    # The largest group is -(-tiles // groups) tiles long.
+    reach = tuple(
+        min(w + -(-n // count) - 1, n) if w > 0 else 0
+        for w, n, count in zip(window, tiles, groups, strict=True)
+    )
+    before = tuple(max(w - 1, 0) // 2 for w in window)
+    left = math.prod(tiles) - math.prod(reach)
+    return Tiling(tuple(grid), tiles, groups, reach, before, min(top, left))
+
+
+def tile_share(
+    grid: tuple[int, ...],
+    tile: tuple[int, ...],
+    window: tuple[int, ...],
+    top: int,
+    group: tuple[int, ...] | None = None,
+) -> float:
+    """Share of all pairs of a query and a key that `tile_attention` computes, counted in tiles."""
+    placed = tiling(grid, tile, window, top, group)
+    return placed.list_size / placed.num_tiles
+
+
+def auto_tiles(grid: tuple[int, ...], share: float) -> TileLayout:
+    """The layout for a share of pairs: half of it near, half of it chosen by content.
+
+    - Tiles are at most 16 tokens on a line or an image (about 4×4) and at most 64 in a clip, 3 to 5
+      long along each axis: the lengths that leave the fewest empty slots.
+    - Groups double along an axis that they divide, the shortest first, up to 64 queries in an image
+      and 128 on a line or in a clip, while a group's own tiles are at most half of the share.
+    - The window grows by two tiles along its shortest axis while at most half of the share is near.
+    - The rest of the share is chosen by content.
+
+    Args:
+        grid: Tokens along each axis.
+        share: Of all pairs of a query and a key, in (0, 1]. The layout reads at least one tile.
+
+    Raises:
+        ValueError: If the share is out of its range.
+    """
+    if not 0 < share <= 1:
+        raise ValueError(f"the share of exact pairs must be in (0, 1], found {share}")
+    tile = _auto_tile(grid)
+    tiles = tuple(-(-n // size) for n, size in zip(grid, tile, strict=True))
+    num_tiles = math.prod(tiles)
+    budget = max(1, round(share * num_tiles))
+    half = max(1, budget // 2)
+    group = _auto_group(tile, tiles, half)
+    if budget == num_tiles:
+        return TileLayout(tile, group, tuple(n + 1 - n % 2 for n in tiles), 0)
+    window, near = (1,) * len(grid), math.prod(group)
+    while True:
+        reach = tiling(grid, tile, window, 0, group).reach
+        axis = min(range(len(grid)), key=lambda a: reach[a] * tile[a])
+        larger = tuple(w + 2 * (a == axis) for a, w in enumerate(window))
+        size = tiling(grid, tile, larger, 0, group).window_size
+        if not near < size <= half:
+            return TileLayout(tile, group, window, max(0, budget - near))
+        window, near = larger, size
+
+
+def _auto_tile(grid: tuple[int, ...]) -> tuple[int, ...]:
+    """Tile lengths with the fewest empty slots, counting what a tile falls short of its limit."""
+    if len(grid) == 1:
+        return (_LINE_TILE,)
+    limit = _TILE_TOKENS[len(grid)]
+
+    def cost(tile: tuple[int, ...]) -> float:
+        counts = [-(-n // size) for n, size in zip(grid, tile, strict=True)]
+        slots = math.prod(-(-n // count) for n, count in zip(grid, counts, strict=True))
+        return math.prod(counts) * slots / math.prod(grid) * limit / slots
+
+    lengths = itertools.product(_TILE_LENGTHS, repeat=len(grid))
+    return min((tile for tile in lengths if math.prod(tile) <= limit), key=cost)
+
+
+def _auto_group(tile: tuple[int, ...], tiles: tuple[int, ...], most: int) -> tuple[int, ...]:
+    group = [1] * len(tile)
+    while True:
+        free = [a for a in range(len(tile)) if tiles[a] % (2 * group[a]) == 0]
+        size = 2 * math.prod(group)
+        if not free or size > most or size * math.prod(tile) > _GROUP_QUERIES[len(tile)]:
+            return tuple(group)
+        group[min(reversed(free), key=lambda a: tile[a] * group[a])] *= 2
+
+
+def window_tiles(placed: Tiling, device: torch.device | str | None = None) -> Tensor:
+    """Tiles of the window of every group, int64 `[num_groups, window_size]`, ascending."""
+    rank = len(placed.grid)
+    found = torch.zeros((), dtype=torch.int64, device=device)
+    axes = zip(placed.tiles, placed.groups, placed.reach, placed.before, strict=True)
+    for axis, (num_tiles, num_groups, reach, before) in enumerate(axes):
+        first = torch.arange(num_groups, device=device).mul(num_tiles) // num_groups
+        first = (first - before).clamp(0, max(num_tiles - reach, 0))
+        along_axis = first[:, None] + torch.arange(reach, device=device)
+        shape = [1] * (2 * rank)
+        shape[axis], shape[rank + axis] = num_groups, reach
+        found = found * num_tiles + along_axis.reshape(shape)
+    return found.reshape(placed.num_groups, placed.window_size)
+
+
+@torch.no_grad()
+def tile_lists(mean_query: Tensor, mean_key: Tensor, placed: Tiling) -> Tensor:
+    """The tiles that every group and head reads.
+
+    Args:
+        mean_query: Mean rotated query of every group, `[batch, num_heads, num_groups, head_dim]`.
+        mean_key: Mean rotated key of every tile, `[batch, num_heads, num_tiles, head_dim]`.
+        placed: Tiles and groups.
+
+    Returns:
+        int64 `[batch, num_heads, num_groups, list_size]`: the window, then the tiles by content,
+        those of equal products by index.
+    """
+    window = window_tiles(placed, mean_query.device)
+    shape = (*mean_query.shape[:3], placed.window_size)
+    near = window.expand(shape)
+    if placed.top == 0:
+        return near
+    products = mean_query @ mean_key.transpose(-1, -2)
+    products = products.scatter(-1, near, float("-inf"))
+    order = products.sort(dim=-1, descending=True, stable=True).indices
+    return torch.cat((near, order[..., : placed.top]), dim=-1)
+
+
+def group_slots(placed: Tiling, device: torch.device | str | None = None) -> tuple[Tensor, Tensor]:
+    """Tokens of every group: int64 and bool `[num_groups, slots]`, False where a slot is empty."""
+    tiles = block_slots(placed.grid, placed.tiles, device)
+    groups = block_slots(placed.tiles, placed.groups, device)
+    tokens, filled = tiles.tokens[groups.tokens], filled_slots(tiles.filled, tiles.tokens)
+    filled = filled[groups.tokens] & filled_slots(groups.filled, groups.tokens)[..., None]
+    return tokens.flatten(1), filled.flatten(1)
+
+
+def token_places(placed: Tiling, device: torch.device | str | None = None) -> Tensor:
+    """Flat slot of every token in `group_slots`, int64 `[seq_len]`."""
+    tiles = block_slots(placed.grid, placed.tiles, device)
+    groups = block_slots(placed.tiles, placed.groups, device)
+    size = tiles.tokens.shape[1]
+    return groups.slots[tiles.slots // size] * size + tiles.slots % size
+
+
+def filled_slots(filled: Tensor | None, slots: Tensor) -> Tensor:
+    """`BlockSlots.filled`, all True where no slot is empty."""
+    return torch.ones_like(slots, dtype=torch.bool) if filled is None else filled

@@ -1,0 +1,196 @@
+"""Tile attention against its float64 definition, and its properties."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mhla_gen.ops import auto_tiles, tile_attention, tile_share
+from mhla_gen.ops.partition import block_of_tokens
+from mhla_gen.ops.tiles import group_slots, tiling, token_places, window_tiles
+
+# Lengths that do not divide, windows and tops larger than the grid, groups, no window at all.
+LAYOUTS = [
+    {"grid": (13,), "tile": (3,), "window": (3,), "top": 1},
+    {"grid": (9, 11), "tile": (4, 3), "window": (1, 3), "top": 2},
+    {"grid": (9, 11), "tile": (2, 3), "window": (3, 1), "top": 3, "group": (2, 3)},
+    {"grid": (5, 4, 7), "tile": (2, 3, 2), "window": (1, 3, 1), "top": 2, "group": (1, 2, 2)},
+    {"grid": (6, 5), "tile": (2, 2), "window": (0, 0), "top": 4, "group": (2, 1)},
+    {"grid": (4, 6), "tile": (3, 2), "window": (9, 9), "top": 0},
+    {"grid": (7, 5), "tile": (2, 2), "window": (1, 1), "top": 99},
+]
+
+
+def make(layout, *, heads=2, head_dim=6, value_dim=4, batch=2, rotary=True, extra=None, seed=0):
+    """Tensors that want gradients, and the options of a call."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(*shape, dtype=torch.float64, generator=generator)
+
+    seq_len = math.prod(layout["grid"])
+    tensors = [draw(batch, seq_len, heads, d) for d in (head_dim, head_dim, value_dim)]
+    options = dict(layout)
+    if rotary:
+        angles = draw(seq_len, head_dim // 2)
+        options["rotary"] = angles.cos(), angles.sin()
+    if extra:
+        tensors += [draw(batch, extra, heads, d) for d in (head_dim, value_dim)]
+        mask = torch.rand(batch, extra, generator=generator) < 0.7
+        mask[:, 0] = True
+        options["mask"] = mask
+    return [x.requires_grad_() for x in tensors], options
+
+
+def attend(tensors, options, implementation):
+    options = dict(options)
+    mask = options.pop("mask", None)
+    extra = None if mask is None else (*tensors[3:], mask)
+    return tile_attention(*tensors[:3], extra=extra, implementation=implementation, **options)
+
+
+def outputs_and_gradients(tensors, options, implementation):
+    out, lse = attend(tensors, options, implementation)
+    total = sum(
+        (x * torch.linspace(-1, 1, x.numel(), dtype=x.dtype).reshape(x.shape)).sum()
+        for x in (out, lse)
+    )
+    return out, lse, *torch.autograd.grad(total, tensors)
+
+
+@pytest.mark.parametrize("extra", [None, 5])
+@pytest.mark.parametrize("rotary", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_blockwise_equals_definition(layout, rotary, extra):
+    tensors, options = make(layout, rotary=rotary, extra=extra)
+    expected = outputs_and_gradients(tensors, options, "naive")
+    actual = outputs_and_gradients(tensors, options, "blockwise")
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("implementation", ["naive", "blockwise"])
+@pytest.mark.parametrize("tile", [(2, 3), (20, 20), (1, 1)])
+def test_a_window_that_covers_the_grid_is_softmax(tile, implementation):
+    layout = {"grid": (5, 4), "tile": tile, "window": (9, 9), "top": 0}
+    tensors, options = make(layout, rotary=False)
+    out, lse = attend(tensors, options, implementation)
+    q, k, v = (x.transpose(1, 2) for x in tensors)
+    expected = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(lse, (q @ k.mT * q.shape[-1] ** -0.5).logsumexp(dim=-1))
+
+
+def test_extra_keys_alone_are_softmax_over_the_valid_ones():
+    layout = {"grid": (5, 4), "tile": (2, 2), "window": (0, 0), "top": 0}
+    tensors, options = make(layout, rotary=False, extra=6)
+    out, _ = attend(tensors, options, "blockwise")
+    q, _, _, k, v = (x.transpose(1, 2) for x in tensors)
+    mask = options["mask"][:, None, None]
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+    torch.testing.assert_close(out, expected)
+
+
+def test_order_inside_a_tile_does_not_matter():
+    layout = {"grid": (8, 8), "tile": (4, 4), "window": (1, 1), "top": 1}
+    tensors, options = make(layout, rotary=False)
+    tile = block_of_tokens((8, 8), (2, 2))
+    order = torch.cat(
+        [t[torch.randperm(len(t))] for t in ((tile == i).nonzero()[:, 0] for i in range(4))]
+    )
+    place = torch.empty_like(order)
+    place[torch.cat([(tile == i).nonzero()[:, 0] for i in range(4)])] = order
+    out, lse = attend(tensors, options, "blockwise")
+    permuted, permuted_lse = attend([x[:, place] for x in tensors], options, "blockwise")
+    torch.testing.assert_close(permuted, out[:, place])
+    torch.testing.assert_close(permuted_lse, lse[..., place])
+
+
+def test_content_finds_the_tile_that_holds_the_answer():
+    """One far tile has keys like the query; with top=1 it is read, without it is not."""
+    layout = {"grid": (16, 16), "tile": (4, 4), "window": (1, 1)}
+    query, key = torch.zeros(2, 1, 256, 1, 8)
+    value = torch.zeros(1, 256, 1, 1)
+    tile = block_of_tokens((16, 16), (4, 4))
+    key[0, tile == 13], value[0, tile == 13] = 10.0, 1.0
+    query[0, tile == 0] = 1.0
+    found, _ = tile_attention(query, key, value, top=1, **layout)
+    missed, _ = tile_attention(query, key, value, top=0, **layout)
+    assert found[0, tile == 0].min() > 0.99
+    assert missed[0, tile == 0].max() == 0
+
+
+def test_ties_go_to_the_first_tiles():
+    layout = {"grid": (12,), "tile": (2,), "window": (1,), "top": 2}
+    query = torch.zeros(1, 12, 1, 4)
+    value = torch.eye(12).reshape(1, 12, 1, 12)
+    for implementation in ("naive", "blockwise"):
+        out, _ = tile_attention(query, query, value, implementation=implementation, **layout)
+        read = out[0, :, 0] > 0
+        assert read[0].nonzero()[:, 0].tolist() == [0, 1, 2, 3, 4, 5]
+        assert read[11].nonzero()[:, 0].tolist() == [0, 1, 2, 3, 10, 11]
+
+
+def test_every_query_reads_equally_many_tiles_and_its_own():
+    placed = tiling((11, 9), (2, 2), (3, 3), 1, (2, 1))
+    window = window_tiles(placed)
+    assert window.shape == (placed.num_groups, placed.window_size) == (15, 12)
+    group = block_of_tokens(placed.tiles, placed.groups)
+    for tile in range(placed.num_tiles):
+        row = window[group[tile]].tolist()
+        assert len(set(row)) == len(row)
+        assert tile in row
+
+
+def test_groups_hold_every_token_once():
+    placed = tiling((11, 9, 5), (2, 3, 2), (1, 1, 1), 0, (2, 2, 3))
+    tokens, filled = group_slots(placed)
+    assert sorted(tokens[filled].tolist()) == list(range(11 * 9 * 5))
+    assert torch.equal(tokens.flatten()[token_places(placed)], torch.arange(11 * 9 * 5))
+
+
+@pytest.mark.parametrize("grid", [(16, 16), (64, 64), (37, 41), (21, 30, 52), (9, 32, 32), (4096,)])
+@pytest.mark.parametrize("share", [0.05, 0.125, 0.25, 1.0])
+def test_the_rule_keeps_to_the_share(grid, share):
+    layout = auto_tiles(grid, share)
+    one_tile = 1 / tiling(grid, layout.tile, layout.window, layout.top).num_tiles
+    found = tile_share(grid, layout.tile, layout.window, layout.top, layout.group)
+    assert abs(found - share) <= max(one_tile / 2, one_tile - share) + 1e-9
+
+
+def test_two_calls_are_bit_equal():
+    tensors, options = make(LAYOUTS[2])
+    first = outputs_and_gradients(tensors, options, "blockwise")
+    second = outputs_and_gradients(tensors, options, "blockwise")
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_compiles_into_one_graph():
+    tensors, options = make(LAYOUTS[3], extra=3)
+    run = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    out, lse = run(tensors, options, "blockwise")
+    expected = outputs_and_gradients(tensors, options, "blockwise")
+    torch.testing.assert_close((out, lse), expected[:2])
+    weights = [torch.linspace(-1, 1, x.numel(), dtype=x.dtype).reshape(x.shape) for x in (out, lse)]
+    gradients = torch.autograd.grad((out * weights[0]).sum() + (lse * weights[1]).sum(), tensors)
+    torch.testing.assert_close(gradients, expected[2:])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"window": (2, 3)}, "odd"),
+        ({"window": (3,)}, "one number per axis"),
+        ({"window": (0, 0), "top": 0}, "no query has a key"),
+        ({"top": -1}, "negative"),
+        ({"tile": (0, 2)}, "positive"),
+        ({"implementation": "flash"}, "implementation must be one of"),
+        ({"extra": (torch.zeros(1, 2, 1, 3), torch.zeros(1, 2, 1, 4))}, "extra keys and values"),
+    ],
+)
+def test_wrong_calls_say_what_is_expected(changes, message):
+    query = torch.zeros(1, 20, 1, 4)
+    options = {"grid": (4, 5), "tile": (2, 2), "window": (1, 1), "top": 1}
+    with pytest.raises(ValueError, match=message):
+        tile_attention(query, query, query, **options | changes)

@@ -1,10 +1,13 @@
 """The two commands on a tiny TorchScript network: protocols, cache, resuming, processes."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import imageio.v3 as imageio
 import numpy as np
@@ -18,6 +21,7 @@ from mhla_gen.evaluation import FeatureStatistics, build_reference, evaluate, fe
 from mhla_gen.evaluation.errors import EvaluationError, ProtocolMismatchError
 from mhla_gen.evaluation.extractor import ExtractorIdentity
 from mhla_gen.evaluation.extractors import Dinov2Extractor, build_extractor
+from mhla_gen.evaluation.feature_cache import cached_sets, limit_cache
 from mhla_gen.evaluation.protocol import Protocol
 from mhla_gen.evaluation.statistics_file import write_statistics
 
@@ -301,6 +305,25 @@ def test_interrupted_extraction_resumes(settings, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == expected
     changed = [path for path in chunks if path.stat().st_mtime_ns != first[path]]
     assert changed == [chunks[1]]
+
+
+def test_the_cache_of_features_keeps_to_its_limit(settings, tmp_path):
+    """What nobody has asked for longest goes; what is read now, or was today, stays."""
+    evaluate(settings)
+    cache = Path(settings.features.cache_dir)
+    (cache / "notes").mkdir()
+    sets = cached_sets(cache)
+    assert len(sets) == 2 and all(each.size > 1000 for each in sets)
+    smallest = replace(settings, features=replace(settings.features, cache_limit_gb=0.0))
+    evaluate(smallest)
+    assert len(cached_sets(cache)) == 2
+    old = cache / ("0" * 32)
+    shutil.copytree(sets[0].folder, old)
+    os.utime(old / "settings.json", (0, 0))
+    limit_cache(cache, sum(each.size for each in cached_sets(cache)) / 1e9)
+    assert old.is_dir()
+    evaluate(smallest)
+    assert {path.name for path in cache.iterdir()} == {"notes", *(s.folder.name for s in sets)}
 
 
 def test_changed_images_under_the_same_name_are_measured_again(settings, tmp_path):

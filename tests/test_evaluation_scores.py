@@ -132,9 +132,17 @@ def test_subsampling_intervals_cover_the_distance():
             features(400, 4, seed) + 0.5, features(400, 4, seed + 1000), subsets=60, subset_size=100
         )
         draws.append((found.mean, subsampling_interval(found, 400)))
-    expected = np.mean([value for value, _ in draws])
+    values = [value for value, _ in draws]
+    expected = np.mean(values)
     covered = np.mean([interval.low <= expected <= interval.high for _, interval in draws])
     assert 0.88 <= covered <= 1
+    # Of both sides: with one reference for all draws the distance varies less than it says.
+    told = np.mean([(interval.high - interval.low) / 2 / 1.96 for _, interval in draws])
+    fixed = [
+        kernel_distance(features(400, 4, seed) + 0.5, features(400, 4, 1), 60, 100).mean
+        for seed in range(1000, 1120)
+    ]
+    assert told == pytest.approx(np.std(values), rel=0.2) and told > 1.15 * np.std(fixed)
 
 
 def test_intervals_shrink_with_more_samples():

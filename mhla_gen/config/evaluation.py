@@ -31,6 +31,9 @@ class FeaturesConfig:
     """Every how many frames one is taken (i3d)."""
     cache_dir: str = "~/.cache/mhla_gen/evaluation"
     """Folder of extracted features; they are found again by content, never by name."""
+    cache_limit_gb: float = 20.0
+    """Largest size of that folder: the sets that nobody has asked for longest leave it, but none
+    of the last day."""
 
     def __post_init__(self):
         check_choice(
@@ -42,6 +45,7 @@ class FeaturesConfig:
         check_choice("features.device", self.device, ("auto", "cpu", "cuda"))
         for name in ("batch_size", "video_frames", "video_stride"):
             check_at_least(f"features.{name}", getattr(self, name), 1)
+        check_at_least("features.cache_limit_gb", self.cache_limit_gb, 0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ from packaging.requirements import Requirement
 
 from mhla_gen.config import FeaturesConfig
 from mhla_gen.doctor.result import Result
+from mhla_gen.evaluation.feature_cache import cached_sets
 from mhla_gen.version import __version__
 
 # Of the required packages, those that others ask for when something differs.
@@ -109,4 +110,7 @@ def check_caches() -> Result:
     if closed:
         where = " and ".join(text.split(";")[0] for text in closed)
         return Result("broken", f"cannot write {where}", closed[0])
-    return Result("ok", "writable: " + ", ".join(str(folder) for folder, _ in folders.values()))
+    sets = cached_sets(folders["features"][0])
+    size = f"{sum(each.size for each in sets) / 1e9:.2f} GB of features in {len(sets)} sets"
+    where = ", ".join(str(folder) for folder, _ in folders.values())
+    return Result("ok", f"writable: {where}; {size}, at most {FeaturesConfig().cache_limit_gb:g}")

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from mhla_gen.digests import settings_digest
 from mhla_gen.evaluation.errors import EvaluationError
 from mhla_gen.evaluation.extractor import Extractor
+from mhla_gen.evaluation.feature_cache import SETTINGS_NAME, limit_cache
 from mhla_gen.evaluation.feature_files import FeatureSet, collect, is_complete, write_chunk
 from mhla_gen.evaluation.sources import ImageSource, frame_shape
 from mhla_gen.files import written_whole
@@ -70,6 +71,7 @@ def extract_features(
     names: Sequence[str],
     *,
     cache_dir: str | Path,
+    cache_limit_gb: float,
     settings: dict[str, Any],
     batch_size: int = 64,
     num_workers: int = 0,
@@ -86,6 +88,7 @@ def extract_features(
         extractor: On its device already.
         names: Features wanted, of `extractor.dims`.
         cache_dir: Folder for features, shared by all sources and extractors.
+        cache_limit_gb: What this folder may hold; see `limit_cache`.
         settings: What else decides the features, such as the crop; part of the fingerprint.
         batch_size: Images per forward pass.
         num_workers: Processes that decode.
@@ -98,7 +101,8 @@ def extract_features(
         EvaluationError: If images differ in size, or some are unreadable and may not be skipped.
     """
     digest, shape = on_main(lambda: (source.digest(), frame_shape(source)))
-    folder = _open_folder(Path(cache_dir).expanduser(), digest, extractor, settings, source)
+    cache_dir = Path(cache_dir).expanduser()
+    folder = _open_folder(cache_dir, digest, extractor, settings, source)
     chunks = [range(i, min(i + CHUNK, len(source))) for i in range(0, len(source), CHUNK)]
     state = PartialState()
     mine = range(state.process_index, len(chunks), state.num_processes)
@@ -128,6 +132,7 @@ def extract_features(
         if written:
             written[-1].result()
     state.wait_for_everyone()
+    on_main(lambda: limit_cache(cache_dir, cache_limit_gb))
     found = collect(folder, len(chunks), names[0], shape, digest)
     _require_readable(found, source, skip_corrupt)
     return found
@@ -162,7 +167,7 @@ def _open_folder(
     folder = cache_dir / settings_digest(everything)[:32]
     if PartialState().is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
-        with written_whole(folder / "settings.json") as partial:
+        with written_whole(folder / SETTINGS_NAME) as partial:
             partial.write_text(json.dumps({**everything, "source": source.name}, indent=2))
     PartialState().wait_for_everyone()
     return folder

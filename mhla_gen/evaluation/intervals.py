@@ -70,6 +70,9 @@ def jackknife_interval(
 def subsampling_interval(distance: KernelDistance, count: int) -> Interval | None:
     r"""Interval of a kernel distance from the spread of its subsets.
 
+    Subsets are drawn of both sides, so the interval is that of other samples and another reference
+    of the same numbers: wider than one for which the reference is held fixed.
+
     A subset of $m$ out of $N$, drawn without replacement, varies $N/m - 1$ times as much as the
     whole set does.
 

@@ -70,6 +70,7 @@ class Measurer:
             self.extractor,
             names,
             cache_dir=self.config.cache_dir,
+            cache_limit_gb=self.config.cache_limit_gb,
             settings={"size": self.size, "frames": str(self.clip)},
             batch_size=self.config.batch_size,
             num_workers=(8 if device.type == "cuda" else 0) if workers is None else workers,

@@ -15,10 +15,11 @@ from mhla_gen.config import (
     save_config,
 )
 
-FOLDER = Path(__file__).parents[1] / "configs"
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "configs"
 # Plans of the comparison's runs are no configs; tests/test_evidence.py reads them.
-PLANS = {FOLDER / "evidence" / name for name in ("arms.yaml", "long.yaml")}
-CONFIGS = sorted(set(FOLDER.rglob("*.yaml")) - PLANS)
+PLANS = {ROOT / "experiments" / "evidence" / name for name in ("arms.yaml", "long.yaml")}
+CONFIGS = sorted({*FOLDER.rglob("*.yaml"), *(ROOT / "experiments").rglob("*.yaml")} - PLANS)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

@@ -16,8 +16,9 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(autouse=True)
 def scripts(monkeypatch):
-    """Scripts of metrics/ import each other as Python does when one of them is run."""
-    monkeypatch.syspath_prepend(str(ROOT / "metrics"))
+    """Scripts of experiments/ import each other as Python does when one of them is run."""
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
+    monkeypatch.syspath_prepend(str(ROOT / "experiments" / "evidence"))
     yield importlib.import_module
     for name in [name for name in sys.modules if name.startswith(("evidence_", "emoji_"))]:
         del sys.modules[name]
@@ -58,7 +59,7 @@ def test_arms_differ_from_their_control_as_their_titles_say(scripts):
 
 
 def test_a_wrong_line_of_the_plan_is_named(scripts, tmp_path):
-    text = (ROOT / "configs" / "evidence" / "arms.yaml").read_text()
+    text = (ROOT / "experiments" / "evidence" / "arms.yaml").read_text()
     for line, message in (("nothing 256 0", "'nothing 256 0'"), ("mhla 256 0", "more than once")):
         (tmp_path / "arms.yaml").write_text(f"{text}  - {line}\n")
         with pytest.raises(ValueError, match=message):
@@ -129,7 +130,7 @@ def test_an_arm_is_claimed_by_one_process_at_a_time(scripts, tmp_path):
 def test_the_long_plan_trains_the_same_arms_longer(scripts):
     plan = scripts("evidence_plan")
     short = {run.name: run.config() for run in plan.read_plan()}
-    for run in plan.read_plan(ROOT / "configs" / "evidence" / "long.yaml"):
+    for run in plan.read_plan(ROOT / "experiments" / "evidence" / "long.yaml"):
         config = run.config()
         assert config.max_steps > short[run.name].max_steps
         assert replace(config, max_steps=short[run.name].max_steps) == short[run.name]
@@ -230,7 +231,7 @@ def test_a_tiny_comparison_from_data_to_page(scripts, tmp_path):
     images = draw.integers(0, 255, (64, 64, 64, 3), dtype=np.uint8)
     images[..., 0] = (labels * 100)[:, None, None]
     np.savez(tmp_path / "data.npz", arr_0=images, labels=labels)
-    plan = (ROOT / "configs" / "evidence" / "arms.yaml").read_text().split("order:")[0]
+    plan = (ROOT / "experiments" / "evidence" / "arms.yaml").read_text().split("order:")[0]
     lines = ["linear-conv-gate 256 0", "uniform 256 0", "softmax 1024 0"]
     (tmp_path / "arms.yaml").write_text(plan + "order:\n" + "".join(f"  - {x}\n" for x in lines))
     out = tmp_path / "out"

@@ -1,0 +1,216 @@
+"""One sequence on several GPUs: equality, seconds, memory and bytes, MHLA beside softmax.
+
+    torchrun --standalone --nproc-per-node=2 benchmarks/context_parallel.py OUT --grids 21x30x52
+
+Wan2.1-1.3B's sizes with random weights in bfloat16, one forward pass (a denoising step without
+guidance) and, for grids in `--train`, one training step with gradient checkpointing. Every process
+first runs the whole sequence alone, then all share it. Bytes are counted at every collective of a
+forward pass: what one process receives if messages travel in a ring.
+"""
+
+import argparse
+import gc
+import json
+import os
+import platform
+import statistics
+import time
+from collections import defaultdict
+from datetime import date
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from diffusers import ContextParallelConfig, WanTransformer3DModel
+from diffusers.utils import logging
+from torch.distributed.device_mesh import init_device_mesh
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import mhla_gen
+from mhla_gen.config import MHLAConfig
+
+METHODS = {
+    "mhla": ("all", "ring"),
+    "mhla 2/3, ulysses": ("2/3", "ulysses"),
+    "softmax, ring": (None, "ring"),
+    "softmax, ulysses": (None, "ulysses"),
+}
+TINY = {"num_attention_heads": 4, "attention_head_dim": 16, "ffn_dim": 64, "text_dim": 4096}
+LARGE = {"num_attention_heads": 12, "ffn_dim": 8960}
+
+
+def measure(grid, method, options, device) -> dict:
+    """One method at one size: alone, then shared by all processes."""
+    layers, degree = METHODS[method]
+    torch.manual_seed(0)
+    sizes = TINY if device.type == "cpu" else LARGE
+    with device:
+        model = WanTransformer3DModel(**sizes, num_layers=options.layers)
+    if layers is not None:
+        # Mixing, convolution and gate off their initial values, as in a trained model.
+        mhla_gen.inject(model, MHLAConfig(layers=layers))
+        for name, parameter in model.named_parameters():
+            if ".mhla." in name:
+                parameter.data.add_(torch.randn_like(parameter), alpha=0.02)
+    if device.type == "cuda":
+        model.to(torch.bfloat16).set_attention_backend("_native_cudnn")
+    dtype = model.patch_embedding.weight.dtype
+    frames, height, width = grid
+    inputs = {
+        "hidden_states": torch.randn(1, 16, frames, 2 * height, 2 * width, device=device).to(dtype),
+        "timestep": torch.full((1,), 500, device=device),
+        "encoder_hidden_states": torch.randn(1, 512, 4096, device=device).to(dtype),
+        "return_dict": False,
+    }
+
+    @torch.no_grad()
+    def forward():
+        return model(**inputs)[0]
+
+    def training_step():
+        model(**inputs)[0].float().square().mean().backward()
+        model.zero_grad()
+
+    world = dist.get_world_size()
+    row = {"grid": grid, "method": method, "gpus": world, "layers": options.layers}
+    alone = forward()
+    row["alone_forward_s"] = seconds(forward, device)
+    trains = "x".join(map(str, grid)) in options.train
+    if trains:
+        row |= trained("alone", model, training_step, device)
+    mesh = init_device_mesh(device.type, mesh_shape(degree), mesh_dim_names=("ring", "ulysses"))
+    model.enable_parallelism(config=ContextParallelConfig(**{f"{degree}_degree": world}, mesh=mesh))
+    row["received_mib"] = received_mib(forward)
+    difference = (forward().float() - alone.float()).norm() / alone.float().norm()
+    row["relative_difference"] = difference.item()
+    row["shared_forward_s"] = seconds(forward, device)
+    if trains:
+        row |= trained("shared", model, training_step, device)
+    row["speed_up"] = row["alone_forward_s"] / row["shared_forward_s"]
+    return row
+
+
+def mesh_shape(degree: str) -> tuple[int, int]:
+    """Ranks along the axes ring and ulysses."""
+    world = dist.get_world_size()
+    return (world, 1) if degree == "ring" else (1, world)
+
+
+def seconds(function, device) -> float:
+    """Median time of a call; all processes call as often: five times, or once if it is long."""
+    first = torch.tensor(timed(function, device), device=device)
+    dist.all_reduce(first, dist.ReduceOp.MAX)
+    return statistics.median(timed(function, device) for _ in range(5 if first < 1 else 1))
+
+
+def timed(function, device) -> float:
+    """Seconds of one call that all processes begin together."""
+    dist.barrier()
+    synchronize(device)
+    start = time.perf_counter()
+    function()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def synchronize(device) -> None:
+    """Wait for what is queued on a GPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def trained(name: str, model, step, device) -> dict:
+    """Seconds and peak memory of a training step with gradient checkpointing."""
+    model.train().enable_gradient_checkpointing()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    row = {f"{name}_training_s": seconds(step, device)}
+    if device.type == "cuda":
+        row[f"{name}_training_peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    model.eval().disable_gradient_checkpointing()
+    return row
+
+
+class Received(TorchDispatchMode):
+    """Counts the bytes that a process receives, by collective, where messages travel in a ring."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = defaultdict(float)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        space, _, name = func._schema.name.partition("::")
+        name = name.strip("_")
+        world = dist.get_world_size()
+        if space not in ("c10d", "_c10d_functional"):
+            return result
+        if name.startswith(("allreduce", "all_reduce")):
+            self.bytes["all_reduce"] += 2 * (world - 1) / world * size(args[0])
+        elif name in ("alltoall_base", "all_to_all_single"):
+            # Splits say that a halo is sent; without them a process keeps its own part.
+            splits = args[-2] if name == "alltoall_base" else args[2]
+            kept = 1.0 if len(set(splits)) > 1 else (world - 1) / world
+            self.bytes["all_to_all"] += kept * size(args[0])
+        elif name.startswith(("allgather", "all_gather")):
+            pieces = args[0] if space == "_c10d_functional" else args[1]
+            self.bytes["all_gather"] += (world - 1) * size(pieces)
+        elif name not in ("wait_tensor", "barrier", "wrap_tensor_autograd"):
+            raise NotImplementedError(f"bytes of {func}")
+        return result
+
+
+def size(tensors) -> int:
+    """Bytes of a tensor, or of all in a list."""
+    tensors = [tensors] if torch.is_tensor(tensors) else tensors
+    return sum(x.numel() * x.element_size() for x in tensors)
+
+
+def received_mib(function) -> dict[str, float]:
+    """MiB that this process receives in one call, by collective."""
+    with Received() as counted:
+        function()
+    return {name: count / 2**20 for name, count in counted.bytes.items()}
+
+
+def main() -> None:
+    """Measure, print one line a row and write them all."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--grids", nargs="+", default=["21x30x52", "21x45x80"])
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--layers", type=int, default=30)
+    parser.add_argument("--train", nargs="*", default=[], help="grids with a training step too")
+    options = parser.parse_args()
+    logging.set_verbosity_error()
+    gpu = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpu else torch.device("cpu")
+    if gpu:
+        torch.cuda.set_device(device)
+    else:
+        torch.accelerator.device_count = lambda: 1
+    # What is under way must not queue behind a kernel that fills the GPU.
+    os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")
+    dist.init_process_group("cuda:nccl,cpu:gloo" if gpu else "cpu:gloo")
+    name = torch.cuda.get_device_name() if gpu else platform.processor()
+    facts = {"device": name, "torch": torch.__version__, "date": str(date.today())}
+    rows = []
+    for grid in options.grids:
+        for method in options.methods:
+            grid_sizes = tuple(map(int, grid.split("x")))
+            try:
+                rows.append(measure(grid_sizes, method, options, device))
+            except (RuntimeError, ValueError, NotImplementedError) as error:
+                reason = str(error).splitlines()[0]
+                rows.append({"grid": grid_sizes, "method": method, "error": reason})
+            gc.collect()
+            if gpu:
+                torch.cuda.empty_cache()
+            if dist.get_rank() == 0:
+                print(json.dumps(rows[-1]), flush=True)
+                options.out.write_text(json.dumps(facts | {"rows": rows}, indent=1) + "\n")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

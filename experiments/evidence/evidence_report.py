@@ -1,0 +1,97 @@
+"""Tables and pictures of the comparison, from its results.
+
+    python experiments/evidence/evidence_report.py RESULTS [--plan PLAN.yaml] [--page PAGE.md]
+
+RESULTS holds what evidence_run.py, _speed.py and _probe.py wrote; it gets tables.md and the
+pictures. With --page the tables also replace what stands in that page between the lines
+`<!-- tables of PLAN -->` and `<!-- end of tables -->`; PLAN is the name of the plan, `arms`.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from evidence_figures import (
+    draw_curves,
+    draw_layers,
+    draw_probe,
+    draw_quality_and_speed,
+    draw_samples,
+)
+from evidence_plan import PLAN
+from evidence_table import Group, cost_table, load_groups, quality_table
+
+from mhla_gen.files import written_whole
+
+_END = "<!-- end of tables -->"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write tables and pictures."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("results", type=Path)
+    parser.add_argument("--plan", type=Path, default=PLAN)
+    parser.add_argument("--page", type=Path)
+    options = parser.parse_args(arguments)
+    folder: Path = options.results
+    # The probe needs no arm, so it is drawn before arms are asked for.
+    probes = [json.loads(path.read_text()) for path in sorted(folder.glob("probe-*.json"))]
+    if probes:
+        draw_probe(probes, folder / "probe.png")
+    groups = load_groups(folder, options.plan)
+    real: dict[str, Any] = json.loads((folder / "real.json").read_text())
+    text = tables(groups, real)
+    with written_whole(folder / "tables.md") as partial:
+        partial.write_text(text)
+    if options.page:
+        replace_tables(options.page, options.plan.stem, text)
+    draw_curves(groups, folder / "curves.png")
+    draw_layers(groups, folder / "layers.png")
+    draw_quality_and_speed(groups, folder / "quality-speed.png")
+    for tokens in sorted({group.tokens for group in groups}):
+        same = [group for group in groups if group.tokens == tokens]
+        draw_samples(same, folder, folder / f"samples-{tokens}.png")
+    print(text)
+
+
+def tables(groups: Sequence[Group], real: dict[str, Any]) -> str:
+    """All tables, and what the numbers are for real images."""
+    parts = []
+    for tokens in sorted({group.tokens for group in groups}):
+        same = [group for group in groups if group.tokens == tokens]
+        first = same[0].results[0]
+        seconds = {round(sum(r["seconds"].values())) for group in same for r in group.results}
+        span = " to ".join(str(end) for end in sorted({min(seconds), max(seconds)}))
+        parts += [
+            f"**{tokens} tokens**: {first['steps']} steps of {first['batch_size']} images, "
+            f"{first['scores']['samples']} samples; "
+            f"{span} s an arm on one "
+            f"{first['machine']['device']}.",
+            quality_table(same),
+            cost_table(same),
+        ]
+    parts.append(
+        f"Real images: two halves are {real['frechet_halves']:.1f} apart in Fréchet distance; of "
+        f"those held out the classifier recognises {real['recognised_held_out']:.1%}."
+    )
+    return "\n\n".join(parts) + "\n"
+
+
+def replace_tables(page: Path, name: str, text: str) -> None:
+    """Put the tables of a plan between its two markers in a page.
+
+    Raises:
+        ValueError: If the page lacks a marker.
+    """
+    begin = f"<!-- tables of {name} -->\n"
+    before, found, rest = page.read_text().partition(begin)
+    if not found or _END not in rest:
+        raise ValueError(f"{page} lacks the lines {begin.strip()} and {_END}")
+    with written_whole(page) as partial:
+        partial.write_text(before + begin + text + _END + rest.split(_END, 1)[1])
+
+
+if __name__ == "__main__":
+    main()

@@ -29,9 +29,9 @@ from accelerate.state import AcceleratorState
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mhla_gen.config import MHLAConfig, ModelConfig, ObjectiveConfig, TrainConfig
-from mhla_gen.cuda_graphs import RecordedTraining
 from mhla_gen.data import Batch
 from mhla_gen.files import written_whole
+from mhla_gen.runtime.cuda_graphs import RecordedTraining
 from mhla_gen.training.run import Run, build_run
 from mhla_gen.training.throughput import peak_flops
 

@@ -53,7 +53,7 @@ def read_clip(path: Path, frames: int, height: int, width: int) -> np.ndarray:
         if clip.shape != (frames, height, width, 3):
             raise ValueError(f"{path} has {clip.shape}, not {(frames, height, width, 3)}")
         return clip
-    from mhla_gen.decoding import Decoder
+    from mhla_gen.media import Decoder
 
     with Decoder(60, 1) as decoder:
         facts = decoder.facts(path)

@@ -22,9 +22,9 @@ from mhla_gen.data.buckets import (
 )
 from mhla_gen.data.clip_files import find_clips
 from mhla_gen.data.clips import Clips, place, read_placements, report, write_placements
-from mhla_gen.decoding import Crop, Decoder
-from mhla_gen.decoding.frames import read_frames
-from mhla_gen.pictures import UnreadableImageError
+from mhla_gen.media import Crop, Decoder
+from mhla_gen.media.frames import read_frames
+from mhla_gen.media.pictures import UnreadableImageError
 
 WIDE, TALL = Bucket(9, 32, 48), Bucket(9, 48, 32)
 

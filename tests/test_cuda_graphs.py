@@ -6,8 +6,8 @@ from test_training import TINY, assert_same, tiny_run, trained
 from tiny import tiny_dit, tiny_dit_pipeline
 
 import mhla_gen
-from mhla_gen.compiling import compile_blocks
-from mhla_gen.cuda_graphs import RecordedForward, RecordedTraining
+from mhla_gen.runtime.compiling import compile_blocks
+from mhla_gen.runtime.cuda_graphs import RecordedForward, RecordedTraining
 from mhla_gen.training.log import read_log
 from mhla_gen.training.run import build_run
 

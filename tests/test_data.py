@@ -19,7 +19,7 @@ from mhla_gen.data import (
     load_images,
 )
 from mhla_gen.data.images import digits
-from mhla_gen.pictures import centre_crop
+from mhla_gen.media.pictures import centre_crop
 
 
 @pytest.fixture

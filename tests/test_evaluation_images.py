@@ -12,7 +12,7 @@ from PIL import Image
 from mhla_gen.evaluation import load_images
 from mhla_gen.evaluation.errors import EvaluationError
 from mhla_gen.evaluation.video import ClipRule, read_clip
-from mhla_gen.pictures import UnreadableImageError, centre_crop, read_rgb
+from mhla_gen.media.pictures import UnreadableImageError, centre_crop, read_rgb
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)

@@ -53,10 +53,10 @@ from mhla_gen import (
     MHLASanaVideoTransformer3DModel,
     MHLAWanTransformer3DModel,
 )
-from mhla_gen.compiling import compile_blocks, repeated_blocks
 from mhla_gen.models.injection import MHLA_CLASSES
 from mhla_gen.ops.feature_maps import rotate
 from mhla_gen.ops.naive import naive_mhla
+from mhla_gen.runtime.compiling import compile_blocks, repeated_blocks
 
 FAMILIES = {
     "dit": (tiny_dit, dit_inputs, MHLADiTTransformer2DModel, (2, 2)),

@@ -22,11 +22,11 @@ from tiny_sampling import set_of
 
 import mhla_gen
 from mhla_gen import MHLAConfig
-from mhla_gen.decoding.frames import visible_pixels
+from mhla_gen.media.frames import visible_pixels
+from mhla_gen.media.videos import write_video
 from mhla_gen.sampling import sample
 from mhla_gen.sampling.prompt_sampler import PromptSampler
 from mhla_gen.sampling.prompts import Prompt, read_prompts
-from mhla_gen.videos import write_video
 
 SIZE = {"height": 32, "width": 48, "num_frames": 5}
 

@@ -14,9 +14,9 @@ from mhla_gen import MHLAConfig
 from mhla_gen.cli import main
 from mhla_gen.config import DataConfig, ModelConfig, SensitivityConfig, load_config
 from mhla_gen.distillation import relative_error
-from mhla_gen.distillation.plan import plan_by_count, plan_by_error
-from mhla_gen.distillation.scan import LAYERS_NAME, Scan
-from mhla_gen.distillation.sensitivity import sensitivity
+from mhla_gen.inspection.sensitivity import sensitivity
+from mhla_gen.inspection.sensitivity_plan import plan_by_count, plan_by_error
+from mhla_gen.inspection.sensitivity_scan import LAYERS_NAME, Scan
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,6 @@ from tiny import tiny_autoencoder, tiny_dit
 
 import mhla_gen
 from mhla_gen.cli import main
-from mhla_gen.compiling import repeated_blocks
 from mhla_gen.config import (
     AutoencoderConfig,
     CacheConfig,
@@ -47,9 +46,9 @@ from mhla_gen.config import (
 from mhla_gen.config.evaluation import FeaturesConfig
 from mhla_gen.data.caching.build import build_cache
 from mhla_gen.data.images import digits
+from mhla_gen.runtime.compiling import compile_model, repeated_blocks
 from mhla_gen.training import rehearse, train
 from mhla_gen.training.checkpoints import checkpoints, load_latest, save_checkpoint
-from mhla_gen.training.compiling import compile_model
 from mhla_gen.training.conditioning import ClassLabels
 from mhla_gen.training.log import mean_by_timestep, read_log
 from mhla_gen.training.previews import mixing_picture, tiled

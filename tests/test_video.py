@@ -25,8 +25,8 @@ from mhla_gen.config.previews import PreviewConfig
 from mhla_gen.data import load_data
 from mhla_gen.data.buckets import Bucket, crop_for
 from mhla_gen.data.clips import read_placements
-from mhla_gen.decoding import Decoder
 from mhla_gen.distillation import convert
+from mhla_gen.media import Decoder
 from mhla_gen.models import MHLA
 from mhla_gen.sampling.checkpoint import pipeline_of
 from mhla_gen.training import rehearse, train

@@ -24,9 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mhla_gen import MHLAConfig
-from mhla_gen.devices import resolve_device
 from mhla_gen.files import written_whole
 from mhla_gen.models import MHLA
+from mhla_gen.runtime.devices import resolve_device
 from mhla_gen.training import build_optimizer
 
 SIDE, LAYOUT = 12, (3, 3)

@@ -34,9 +34,9 @@ from evidence_scores import Judge, Real
 from PIL import Image
 
 from mhla_gen.config import TrainConfig
-from mhla_gen.devices import resolve_device
 from mhla_gen.files import written_whole
-from mhla_gen.pictures import centre_crop
+from mhla_gen.media.pictures import centre_crop
+from mhla_gen.runtime.devices import resolve_device
 from mhla_gen.sampling import ClassConditionalPipeline, generate
 from mhla_gen.training import train
 from mhla_gen.training.log import LOG_NAME, read_log

@@ -22,7 +22,7 @@ from evidence_run import machine, write_json
 from train_speed import RandomSamples, attention_kernel, fresh, synchronize, timed
 
 from mhla_gen.config import SampleConfig
-from mhla_gen.devices import resolve_device
+from mhla_gen.runtime.devices import resolve_device
 from mhla_gen.sampling import ClassConditionalPipeline
 from mhla_gen.sampling.building import place
 from mhla_gen.training.build import build_model

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from mhla_gen.bench.measure import latency_ms, peak_memory_gib
-from mhla_gen.compiling import compile_blocks
 from mhla_gen.config import BenchConfig, MHLAConfig, load_config
+from mhla_gen.runtime.compiling import compile_blocks
 
 _BACKENDS = {"softmax_cudnn": "_native_cudnn", "softmax_flash": "_native_flash"}
 

@@ -15,8 +15,8 @@ import torch
 from mhla_gen.bench.model import bench_model
 from mhla_gen.bench.ops import bench_ops
 from mhla_gen.config import BenchConfig
-from mhla_gen.devices import resolve_device
 from mhla_gen.files import written_whole
+from mhla_gen.runtime.devices import resolve_device
 from mhla_gen.version import __version__
 
 _COLUMNS = {

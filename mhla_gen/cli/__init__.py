@@ -118,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         module = importlib.import_module(COMMANDS[args.command].module)
         module.run(config, dry_run=args.dry_run)
         if "accelerate" in sys.modules:
-            importlib.import_module("mhla_gen.processes").part_processes()
+            importlib.import_module("mhla_gen.runtime.processes").part_processes()
     except (ValueError, OSError) as error:
         if os.environ.get("MHLA_GEN_TRACEBACK") == "1":
             raise

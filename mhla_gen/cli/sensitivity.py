@@ -1,7 +1,7 @@
-"""`mhla-gen inspect sensitivity`: see `mhla_gen.distillation.sensitivity`."""
+"""`mhla-gen inspect sensitivity`: see `mhla_gen.inspection.sensitivity`."""
 
 from mhla_gen.config import SensitivityConfig
-from mhla_gen.distillation.sensitivity import sensitivity
+from mhla_gen.inspection.sensitivity import sensitivity
 
 
 def run(config: SensitivityConfig, dry_run: bool) -> None:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mhla_gen.decoding.frames import Crop
+from mhla_gen.media.frames import Crop
 
 # Seconds by which two frame times may differ and still count as equally near: containers store
 # times in ticks, and decord hands them on as float32.

@@ -10,10 +10,10 @@ import numpy as np
 
 from mhla_gen.config import DataConfig
 from mhla_gen.data.stores import listed_paths, read_list
-from mhla_gen.decoding import ClipFacts, Crop, Decoder
-from mhla_gen.decoding.frames import cropped
 from mhla_gen.digests import file_digest
-from mhla_gen.pictures import UnreadableImageError, read_rgb
+from mhla_gen.media import ClipFacts, Crop, Decoder
+from mhla_gen.media.frames import cropped
+from mhla_gen.media.pictures import UnreadableImageError, read_rgb
 
 VIDEO_SUFFIXES = frozenset((".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".gif"))
 STILL_SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp"))

@@ -19,9 +19,9 @@ from mhla_gen.data.buckets import (
     window_starts,
 )
 from mhla_gen.data.clip_files import ClipFiles
-from mhla_gen.decoding import Decoder
 from mhla_gen.files import written_whole
-from mhla_gen.pictures import UnreadableImageError
+from mhla_gen.media import Decoder
+from mhla_gen.media.pictures import UnreadableImageError
 
 _LISTED = 10
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from mhla_gen.data.broken import BrokenImages
 from mhla_gen.data.protocol import Batch
 from mhla_gen.data.stores import ImageStore
-from mhla_gen.pictures import UnreadableImageError, read_rgb
+from mhla_gen.media.pictures import UnreadableImageError, read_rgb
 
 # Pillow decodes without holding the interpreter lock.
 _READERS = 8

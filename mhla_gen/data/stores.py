@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from mhla_gen.pictures import IMAGE_SUFFIXES
+from mhla_gen.media.pictures import IMAGE_SUFFIXES
 
 
 class ImageStore(Protocol):

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mhla_gen.data.stores import known_of
-from mhla_gen.pictures import IMAGE_SUFFIXES
+from mhla_gen.media.pictures import IMAGE_SUFFIXES
 
 _TEXTS = (".cls", ".txt", ".json")
 

@@ -22,12 +22,13 @@ from mhla_gen.files import CONFIG_NAME, differing_values, written_whole
 from mhla_gen.hub import PIPELINE_NAME
 from mhla_gen.models.loading import load_transformer, transformer_class
 from mhla_gen.models.transformer import MHLATransformerMixin
-from mhla_gen.training.build import Task, build_task
+from mhla_gen.runtime.compiling import compile_model
+from mhla_gen.training.build import build_task
 from mhla_gen.training.checkpoints import check_output_dir
-from mhla_gen.training.compiling import compile_model
 from mhla_gen.training.loop import train
 from mhla_gen.training.parallel import build_accelerator
 from mhla_gen.training.rehearsal import rehearse
+from mhla_gen.training.task import Task
 
 
 def convert(config: TrainConfig) -> Path:

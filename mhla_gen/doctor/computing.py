@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-from mhla_gen.cuda_graphs import RecordedForward
 from mhla_gen.doctor.result import Result
 from mhla_gen.ops import linear_attention, locality_mixing, mhla
 from mhla_gen.ops.depthwise import depthwise_conv
+from mhla_gen.runtime.cuda_graphs import RecordedForward
 
 VIDEO_REMEDY = "reinstall decord2 and imageio-ffmpeg, which bring their own FFmpeg"
 

@@ -21,8 +21,8 @@ from mhla_gen.evaluation.feature_cache import SETTINGS_NAME, limit_cache
 from mhla_gen.evaluation.feature_files import FeatureSet, collect, is_complete, write_chunk
 from mhla_gen.evaluation.sources import ImageSource, frame_shape
 from mhla_gen.files import written_whole
-from mhla_gen.pictures import UnreadableImageError
-from mhla_gen.processes import on_main
+from mhla_gen.media.pictures import UnreadableImageError
+from mhla_gen.runtime.processes import on_main
 
 # Images per file of features. Fixed, so that another number of processes goes on with the same
 # files; an interruption loses one chunk a process.

@@ -14,7 +14,7 @@ from mhla_gen.evaluation.features import extract_features
 from mhla_gen.evaluation.protocol import Protocol
 from mhla_gen.evaluation.sources import ImageSource, frame_shape, load_images
 from mhla_gen.evaluation.video import ClipRule
-from mhla_gen.processes import join_processes
+from mhla_gen.runtime.processes import join_processes
 
 
 @dataclass(frozen=True)

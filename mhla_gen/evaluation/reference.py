@@ -16,7 +16,7 @@ from mhla_gen.evaluation.measurer import Measurer
 from mhla_gen.evaluation.protocol import Protocol
 from mhla_gen.evaluation.sources import ImageSource, has_statistics
 from mhla_gen.evaluation.statistics_file import STATISTICS_KEYS, StatisticsFile, write_statistics
-from mhla_gen.pictures import UnreadableImageError
+from mhla_gen.media.pictures import UnreadableImageError
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from mhla_gen.digests import file_digest
 from mhla_gen.evaluation.errors import EvaluationError
 from mhla_gen.evaluation.npz import npz_keys, open_array
 from mhla_gen.evaluation.video import VIDEO_SUFFIXES, ClipRule, read_clip
-from mhla_gen.pictures import (
+from mhla_gen.media.pictures import (
     IMAGE_SUFFIXES,
     UnreadableImageError,
     crop_array,

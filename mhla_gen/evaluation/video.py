@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mhla_gen.decoding.frames import visible_pixels
-from mhla_gen.pictures import UnreadableImageError
+from mhla_gen.media.frames import visible_pixels
+from mhla_gen.media.pictures import UnreadableImageError
 
 VIDEO_SUFFIXES = frozenset((".mp4", ".webm", ".mkv", ".mov", ".avi"))
 

@@ -18,7 +18,6 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from mhla_gen.data.autoencoder import compression, latent_normalisation
-from mhla_gen.devices import send
 from mhla_gen.models import MHLADiTTransformer2DModel, OriginalDiTTransformer2DModel
 from mhla_gen.pipelines.classes import Classes, class_numbers, label_tensor
 from mhla_gen.pipelines.guidance import Guidance
@@ -29,6 +28,7 @@ from mhla_gen.pipelines.schedulers import (
     makes_variance,
     prediction_of,
 )
+from mhla_gen.runtime.devices import send
 
 # diffusers' `from_pipe` takes over a model only if its very class is named here.
 Transformer = DiTTransformer2DModel | MHLADiTTransformer2DModel | OriginalDiTTransformer2DModel

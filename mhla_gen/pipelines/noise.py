@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from mhla_gen.devices import send
+from mhla_gen.runtime.devices import send
 
 # torch's generators on the CPU read no more of a seed.
 _SEED_BITS = 32

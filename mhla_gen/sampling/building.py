@@ -6,13 +6,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from mhla_gen.compiling import compile_blocks
 from mhla_gen.config import SampleConfig
-from mhla_gen.cuda_graphs import RecordedForward
 from mhla_gen.pipelines.class_conditional import ClassConditionalPipeline
 from mhla_gen.pipelines.classes import class_numbers
 from mhla_gen.pipelines.guidance import Guidance
 from mhla_gen.pipelines.schedulers import makes_variance, other_scheduler
+from mhla_gen.runtime.compiling import compile_blocks
+from mhla_gen.runtime.cuda_graphs import RecordedForward
 from mhla_gen.sampling.classes import class_labels, ordered_labels
 from mhla_gen.sampling.loading import load_pipeline
 from mhla_gen.sampling.prompt_sampler import PromptSampler, read_embeds

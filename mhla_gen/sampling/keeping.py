@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mhla_gen.media.videos import write_video
 from mhla_gen.sampling.outputs import file_of, sheet_part, write_image
 from mhla_gen.sampling.units import Work, write_array
-from mhla_gen.videos import write_video
 
 # Units whose files are being written while the next ones are drawn.
 _WAITING = 4

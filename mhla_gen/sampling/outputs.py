@@ -9,8 +9,8 @@ from numpy.lib import format as npy
 from PIL import Image
 
 from mhla_gen.files import written_whole
+from mhla_gen.media.videos import shown_frames
 from mhla_gen.sampling.contact_sheet import contact_sheet
-from mhla_gen.videos import shown_frames
 
 SAMPLES_NAME = "samples.npz"
 SHEET_NAME = "samples.png"

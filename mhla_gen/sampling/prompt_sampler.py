@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mhla_gen.data.buckets import Bucket, crop_for
-from mhla_gen.decoding.frames import cropped
+from mhla_gen.media.frames import cropped
+from mhla_gen.media.pictures import read_rgb
 from mhla_gen.models.wan import TEXT_LENGTH_WITH_IMAGE
-from mhla_gen.pictures import read_rgb
 from mhla_gen.pipelines.noise import generator_of, sample_seed
 from mhla_gen.sampling.prompts import Prompt
 from mhla_gen.sampling.samplers import OnStep, step_callback, to_pixels

@@ -11,7 +11,6 @@ import torch
 from accelerate import PartialState
 
 from mhla_gen.config import SampleConfig, save_config
-from mhla_gen.devices import resolve_device
 from mhla_gen.files import (
     CONFIG_NAME,
     check_writable,
@@ -19,7 +18,8 @@ from mhla_gen.files import (
     made_with,
     remove_partials,
 )
-from mhla_gen.processes import join_processes, on_main
+from mhla_gen.runtime.devices import resolve_device
+from mhla_gen.runtime.processes import join_processes, on_main
 from mhla_gen.sampling import card, estimate
 from mhla_gen.sampling.building import build_sampler, place
 from mhla_gen.sampling.drawing import Drawer, largest_batch

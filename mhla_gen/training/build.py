@@ -1,12 +1,10 @@
 """From settings and data to a model, and to what it learns."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
-from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from mhla_gen.config import ModelConfig, ObjectiveConfig, PreviewConfig, TrainConfig
 from mhla_gen.data import TrainingData
@@ -15,12 +13,13 @@ from mhla_gen.data.caching.matching import require_pipeline
 from mhla_gen.models import MHLADiTTransformer2DModel
 from mhla_gen.pipelines.class_conditional import ClassConditionalPipeline
 from mhla_gen.pipelines.noise import generator_of, sample_seed
-from mhla_gen.training.conditioning import ClassLabels, Conditioning
+from mhla_gen.training.conditioning import ClassLabels
 from mhla_gen.training.ddpm import DDPM
 from mhla_gen.training.initialization import disable_label_dropout, initialize_dit
 from mhla_gen.training.objectives import FlowMatching, Objective
 from mhla_gen.training.pretrained import attention_settings, pretrained_dit
-from mhla_gen.training.step import Losses, ObjectiveLosses
+from mhla_gen.training.task import Task
+from mhla_gen.training.wan import wan_task
 
 
 def build_model(
@@ -75,49 +74,6 @@ def build_objective(config: ObjectiveConfig) -> Objective:
     return FlowMatching(config.logit_mean, config.logit_std, config.shift, config.min_snr_gamma)
 
 
-@dataclass(frozen=True, eq=False)
-class Task:
-    """What is trained: everything that the loop needs to know of a family of models."""
-
-    model: Any
-    """The transformer."""
-    objective: Objective
-    """What it learns to predict."""
-    conditioning: Conditioning
-    """How it is called."""
-    pipeline: Callable[[Any], DiffusionPipeline]
-    """The trained transformer → what samples from it and is saved."""
-    summary: str
-    """The data, for a rehearsal."""
-    gathered: tuple[str, ...] = ()
-    """Classes of modules, besides the blocks, that are called by themselves: where processes share
-    a model, these are gathered by themselves."""
-    reused: tuple[str, ...] = ()
-    """Names of modules of which a part is called again later: these stay gathered until their
-    backward pass."""
-    sampler: Callable[[Any, Sequence[int], PreviewConfig], np.ndarray] | None = None
-    """Pipeline, numbers of samples and their settings → uint8 `[images, (frames,) height, width,
-    channels]`; None for a model that previews show no samples of."""
-    fps: float = 16.0
-    """Frames per second of clips that previews show."""
-    losses: Losses | None = None
-    """What a step minimises; None is the loss of the objective."""
-    finished: Callable[[Any], Any] | None = None
-    """The trained transformer → the one that is saved at the end; None saves it as it is."""
-
-    @property
-    def step_losses(self) -> Losses:
-        """What a step minimises."""
-        return self.losses or ObjectiveLosses(self.objective, self.conditioning)
-
-    def finished_pipeline(self, model: Any) -> DiffusionPipeline:
-        """The pipeline of the trained transformer, as it is saved."""
-        return self.pipeline(model if self.finished is None else self.finished(model))
-
-
-BuildTask = Callable[[TrainConfig, TrainingData], Task]
-
-
 def build_task(config: TrainConfig, data: TrainingData) -> Task:
     """The model that a config describes, for data of this kind.
 
@@ -129,9 +85,6 @@ def build_task(config: TrainConfig, data: TrainingData) -> Task:
     if config.model.pretrained is not None and isinstance(data, CachedLatents):
         require_pipeline(data, config.model.pretrained)
     if config.wan is not None:
-        # It builds on this module.
-        from mhla_gen.training.wan import wan_task
-
         return wan_task(config, config.wan, data)
     if data.class_names is None:
         raise ValueError("the data have no class labels, which a class-conditional model needs")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mhla_gen.data import derived_seed
-from mhla_gen.devices import send
+from mhla_gen.runtime.devices import send
 from mhla_gen.training.objectives import Objective
 
 

@@ -12,8 +12,8 @@ from mhla_gen.data.caching.cached import CachedLatents
 from mhla_gen.data.caching.index import QUARANTINE_NAME
 from mhla_gen.files import CONFIG_NAME, written_whole
 from mhla_gen.hub import PIPELINE_NAME
-from mhla_gen.processes import on_main
-from mhla_gen.training.build import BuildTask, build_task
+from mhla_gen.runtime.processes import on_main
+from mhla_gen.training.build import build_task
 from mhla_gen.training.checkpoints import (
     check_output_dir,
     last_checkpoint,
@@ -32,6 +32,7 @@ from mhla_gen.training.previews import (
 )
 from mhla_gen.training.run import Run, build_run
 from mhla_gen.training.stopping import Stopped, StopRequest
+from mhla_gen.training.task import BuildTask
 from mhla_gen.training.throughput import peak_flops
 
 

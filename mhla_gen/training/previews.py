@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from mhla_gen.config import EvaluateConfig, PreviewConfig
 from mhla_gen.files import written_whole
+from mhla_gen.media.videos import shown_frames, write_video
 from mhla_gen.models import MHLA
 from mhla_gen.training.parallel import whole
 from mhla_gen.training.run import Run
-from mhla_gen.videos import shown_frames, write_video
 
 PREVIEWS_NAME = "previews"
 _METRICS_NAME = "metrics.json"

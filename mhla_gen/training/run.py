@@ -11,13 +11,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers.optimization import get_scheduler
+from torch import nn
 
-from mhla_gen.compiling import repeated_blocks
 from mhla_gen.config import TrainConfig
 from mhla_gen.data import Batch, BatchOrder, TrainingData, batches, load_data
-from mhla_gen.devices import send
-from mhla_gen.training.build import BuildTask, Task, build_task
-from mhla_gen.training.compiling import compile_model, record_passes
+from mhla_gen.runtime.compiling import compile_model, repeated_blocks
+from mhla_gen.runtime.cuda_graphs import RecordedTraining
+from mhla_gen.runtime.devices import send
+from mhla_gen.training.build import build_task
 from mhla_gen.training.draws import draw
 from mhla_gen.training.ema import WeightAverage
 from mhla_gen.training.optim import build_optimizer, train_only_mhla
@@ -33,6 +34,7 @@ from mhla_gen.training.parallel import (
 )
 from mhla_gen.training.recent import RecentSteps
 from mhla_gen.training.step import StepResult
+from mhla_gen.training.task import BuildTask, Task
 from mhla_gen.training.throughput import step_flops
 
 
@@ -215,3 +217,26 @@ def build_run(
         recent=recent,
         sample_flops=sample_flops,
     )
+
+
+def record_passes(accelerator: Accelerator, model: nn.Module, config: TrainConfig) -> None:
+    """Record a DiT's forward and backward pass as CUDA graphs, where `cuda_graphs` can have it.
+
+    A Wan has work enough for each launch, and clips of several shapes.
+
+    Args:
+        accelerator: Of the run.
+        model: Prepared by it; called once a step, and in a way that does not change.
+        config: Settings.
+    """
+    if (
+        config.cuda_graphs
+        and config.compile == "regional"
+        and config.wan is None
+        and config.gradient_accumulation_steps == 1
+        and not config.gradient_checkpointing
+        and accelerator.device.type == "cuda"
+        and accelerator.num_processes == 1
+    ):
+        own = accelerator.unwrap_model(model)
+        own.forward = RecordedTraining(own, own.forward)

@@ -9,10 +9,10 @@ from mhla_gen.config import ObjectiveConfig, TrainConfig, WanConfig
 from mhla_gen.data import TrainingData
 from mhla_gen.models import inject
 from mhla_gen.models.wan import TEXT_LENGTH_WITH_IMAGE
-from mhla_gen.training.build import Task
 from mhla_gen.training.lora import add_lora, merged
 from mhla_gen.training.pretrained import attention_settings, load_pretrained
 from mhla_gen.training.prompts import ClipMatching, Prompts
+from mhla_gen.training.task import Task
 from mhla_gen.training.wan_pipeline import ClipSamples, WanParts
 
 # Channels of an image-to-video model beside noisy and known latents: see `first_frame_mask`.

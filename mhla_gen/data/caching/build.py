@@ -37,9 +37,9 @@ from mhla_gen.data.images import ArrayImages, EncodedImages
 from mhla_gen.data.opening import load_images
 from mhla_gen.data.protocol import Examples
 from mhla_gen.data.text import TextEncoder, load_text_encoder
-from mhla_gen.decoding import Decoder
-from mhla_gen.devices import resolve_device
-from mhla_gen.processes import join_processes, on_main, shared_map
+from mhla_gen.media import Decoder
+from mhla_gen.runtime.devices import resolve_device
+from mhla_gen.runtime.processes import join_processes, on_main, shared_map
 
 PLACEMENTS_NAME = "clips.json"
 _CAPTIONS_PER_CHUNK = 256

@@ -6,7 +6,7 @@ from typing import Any
 
 from mhla_gen.data.caching.chunks import MISSING, Chunk, examine
 from mhla_gen.data.caching.index import Index
-from mhla_gen.processes import shared_map
+from mhla_gen.runtime.processes import shared_map
 
 Facts = dict[str, Any]
 """What `examine` finds in a file."""

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from mhla_gen.digests import file_digest
 from mhla_gen.files import written_whole
-from mhla_gen.processes import advance
+from mhla_gen.runtime.processes import advance
 
 T = TypeVar("T")
 Computed = tuple[dict[str, Tensor], dict[str, Any]]

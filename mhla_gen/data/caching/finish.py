@@ -19,7 +19,7 @@ from mhla_gen.data.caching.chunks import Chunk
 from mhla_gen.data.caching.index import CAPTIONS_NAME, QUARANTINE_NAME, BucketIndex, Index
 from mhla_gen.data.protocol import Examples
 from mhla_gen.files import written_whole
-from mhla_gen.processes import on_main
+from mhla_gen.runtime.processes import on_main
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,7 +15,7 @@ from mhla_gen.data.caching.chunks import Chunk, Computed, batched
 from mhla_gen.data.image_encoder import ImageEncoder
 from mhla_gen.data.images import to_model_range
 from mhla_gen.data.protocol import Examples
-from mhla_gen.pictures import UnreadableImageError
+from mhla_gen.media.pictures import UnreadableImageError
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from mhla_gen.config import SensitivityConfig
-from mhla_gen.distillation.plan import Plan, plan_by_count, plan_by_error
-from mhla_gen.distillation.scan import LAYERS_NAME, Scan
-from mhla_gen.distillation.sensitivity_report import write_report
 from mhla_gen.files import made_with
+from mhla_gen.inspection.sensitivity_plan import Plan, plan_by_count, plan_by_error
+from mhla_gen.inspection.sensitivity_report import write_report
+from mhla_gen.inspection.sensitivity_scan import LAYERS_NAME, Scan
 
 DISTILLED_NAME = "distilled.safetensors"
 # A finished scan answers for any budget.

@@ -25,6 +25,19 @@ def repeated_blocks(model: nn.Module) -> tuple[str, ...]:
     return (type(largest[0]).__name__,)
 
 
+def compile_model(model: nn.Module, how: str) -> None:
+    """Compile a model in place; its parameters keep their names.
+
+    Args:
+        model: A transformer.
+        how: none; regional, each of its blocks, which compile once for all; or whole.
+    """
+    if how == "whole":
+        model.compile()
+    elif how == "regional":
+        compile_blocks(model)
+
+
 def compile_blocks(model: nn.Module) -> None:
     """Compile the blocks of a transformer in place, each class once for all of its blocks.
 

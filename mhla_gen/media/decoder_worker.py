@@ -1,7 +1,7 @@
 """A process that decodes what it is told on its standard input.
 
-Started as `python -m mhla_gen.decoding.worker`. Its parent may end it at any moment, which is the
-only way to stop a decoder that hangs.
+Started as `python -m mhla_gen.media.decoder_worker`. Its parent may end it at any moment, which
+is the only way to stop a decoder that hangs.
 """
 
 import os
@@ -9,7 +9,7 @@ import pickle
 import re
 import sys
 
-from mhla_gen.decoding import frames
+from mhla_gen.media import frames
 
 
 def main() -> None:

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 import mhla_gen
-from mhla_gen.decoding.frames import ClipFacts, Crop
-from mhla_gen.pictures import UnreadableImageError
+from mhla_gen.media.frames import ClipFacts, Crop
+from mhla_gen.media.pictures import UnreadableImageError
 
 
 class Decoder:
@@ -88,7 +88,7 @@ class Decoder:
 def _start() -> subprocess.Popen[bytes]:
     # -P: the folder that the user is in must not hide the modules of the standard library. So the
     # place of this package is named, for those who run it without having installed it.
-    command = [sys.executable, "-P", "-m", "mhla_gen.decoding.worker"]
+    command = [sys.executable, "-P", "-m", "mhla_gen.media.decoder_worker"]
     places = [str(Path(mhla_gen.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, places))}
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)

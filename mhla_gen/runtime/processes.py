@@ -9,7 +9,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from tqdm import tqdm
 
-from mhla_gen.devices import resolve_device
+from mhla_gen.runtime.devices import resolve_device
 
 T = TypeVar("T")
 R = TypeVar("R")

@@ -11,9 +11,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from mhla_gen.config import SensitivityConfig
-from mhla_gen.distillation.plan import Plan
 from mhla_gen.files import written_whole
 from mhla_gen.inspection.figures import draw
+from mhla_gen.inspection.sensitivity_plan import Plan
 from mhla_gen.version import __version__
 
 RESULTS_NAME, PICTURE_NAME, PLAN_NAME = "sensitivity.json", "sensitivity.png", "plan.yaml"

@@ -16,18 +16,18 @@ from tqdm import tqdm
 
 from mhla_gen.config import SensitivityConfig, save_config
 from mhla_gen.data import derived_seed, load_images
-from mhla_gen.devices import resolve_device
 from mhla_gen.digests import tensors_digest
 from mhla_gen.distillation.layers import LayerErrors, relative_error
-from mhla_gen.distillation.plan import plan_by_count
-from mhla_gen.distillation.sensitivity_report import LayerSensitivity
 from mhla_gen.distillation.teacher import mhla_attentions, softmax_twin, train_only, trained_names
 from mhla_gen.files import CONFIG_NAME, written_whole
 from mhla_gen.inspection.inputs import Input, make_inputs, token_grid
 from mhla_gen.inspection.loading import load_subject
+from mhla_gen.inspection.sensitivity_plan import plan_by_count
+from mhla_gen.inspection.sensitivity_report import LayerSensitivity
 from mhla_gen.models import inject
 from mhla_gen.models.surgery import swap_processor
 from mhla_gen.models.transformer import MHLATransformerMixin
+from mhla_gen.runtime.devices import resolve_device
 from mhla_gen.training.log import read_log
 from mhla_gen.training.optim import keep_mixing_in_range
 

@@ -1,0 +1,57 @@
+"""What a run trains: the same for every family of models."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+from mhla_gen.config import PreviewConfig, TrainConfig
+from mhla_gen.data import TrainingData
+from mhla_gen.training.conditioning import Conditioning
+from mhla_gen.training.objectives import Objective
+from mhla_gen.training.step import Losses, ObjectiveLosses
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """What is trained: everything that the loop needs to know of a family of models."""
+
+    model: Any
+    """The transformer."""
+    objective: Objective
+    """What it learns to predict."""
+    conditioning: Conditioning
+    """How it is called."""
+    pipeline: Callable[[Any], DiffusionPipeline]
+    """The trained transformer → what samples from it and is saved."""
+    summary: str
+    """The data, for a rehearsal."""
+    gathered: tuple[str, ...] = ()
+    """Classes of modules, besides the blocks, that are called by themselves: where processes share
+    a model, these are gathered by themselves."""
+    reused: tuple[str, ...] = ()
+    """Names of modules of which a part is called again later: these stay gathered until their
+    backward pass."""
+    sampler: Callable[[Any, Sequence[int], PreviewConfig], np.ndarray] | None = None
+    """Pipeline, numbers of samples and their settings → uint8 `[images, (frames,) height, width,
+    channels]`; None for a model that previews show no samples of."""
+    fps: float = 16.0
+    """Frames per second of clips that previews show."""
+    losses: Losses | None = None
+    """What a step minimises; None is the loss of the objective."""
+    finished: Callable[[Any], Any] | None = None
+    """The trained transformer → the one that is saved at the end; None saves it as it is."""
+
+    @property
+    def step_losses(self) -> Losses:
+        """What a step minimises."""
+        return self.losses or ObjectiveLosses(self.objective, self.conditioning)
+
+    def finished_pipeline(self, model: Any) -> DiffusionPipeline:
+        """The pipeline of the trained transformer, as it is saved."""
+        return self.pipeline(model if self.finished is None else self.finished(model))
+
+
+BuildTask = Callable[[TrainConfig, TrainingData], Task]

@@ -28,7 +28,7 @@ train() {
 }
 train teacher "$@"
 for arm in mhla linear; do
-    train "$arm" "convert.teacher=$out/teacher/pipeline" "$@"
+    train "$arm" "distill.teacher=$out/teacher/pipeline" "$@"
 done
 train continued "model.pretrained=$out/teacher/pipeline" "$@"
 python "$here/distillation_report.py" "$out" "${report[@]}"

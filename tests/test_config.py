@@ -11,6 +11,7 @@ from mhla_gen.config import (
     SCHEMAS,
     ConfigError,
     MHLAConfig,
+    TrainConfig,
     load_config,
     save_config,
 )
@@ -121,3 +122,14 @@ def test_mhla_settings_round_trip_through_a_dict():
     config = MHLAConfig(layout=[3, 5], layers=[2, 0], output_norm=True)
     assert config.layers == (0, 2)
     assert MHLAConfig.from_dict(config.to_dict()) == config
+
+
+def test_a_renamed_key_is_refused_with_its_new_name(tmp_path):
+    file = tmp_path / "old.yaml"
+    file.write_text("job: train\nconvert:\n  teacher: somewhere\n")
+    for arguments in ((file, ()), (None, ["convert.teacher=somewhere"])):
+        with pytest.raises(ConfigError, match="key convert is called distill now"):
+            load_config(*arguments, TrainConfig)
+    # A run that a former release trained plainly can be resumed.
+    file.write_text("job: train\nconvert: null\n")
+    assert load_config(file) == TrainConfig()

@@ -23,7 +23,7 @@ def shrunk(folder, **changes):
         if arm in ("teacher", "continued"):
             values["max_steps"] = 60 if arm == "teacher" else 10
         else:
-            for stage in values["convert"]["stages"]:
+            for stage in values["distill"]["stages"]:
                 stage["steps"] = 20
         (folder / f"{arm}.yaml").write_text(yaml.safe_dump(values))
     return folder

@@ -1,4 +1,4 @@
-"""Conversion by stages: a teacher in a folder becomes an MHLA model in another, exactly again."""
+"""Distillation by stages: a teacher in a folder becomes an MHLA model in another, exactly again."""
 
 import os
 import subprocess
@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 import mhla_gen
 from mhla_gen.cli import main
 from mhla_gen.config import (
-    ConversionConfig,
     DataConfig,
+    DistillConfig,
     MHLAConfig,
     ModelConfig,
     StageConfig,
@@ -26,7 +26,7 @@ from mhla_gen.config import (
     save_config,
 )
 from mhla_gen.data import load_data
-from mhla_gen.distillation import OutputLosses, convert, softmax_twin
+from mhla_gen.distillation import OutputLosses, distill, softmax_twin
 from mhla_gen.inspection.loading import load_subject
 from mhla_gen.sampling.loading import load_pipeline
 from mhla_gen.training.draws import draw
@@ -60,7 +60,7 @@ def settings(folder, teacher, *stages, **changes):
     values = {
         "output_dir": str(folder),
         "model": ModelConfig(mhla=MHLAConfig(layout=(3, 3))),
-        "convert": ConversionConfig(teacher=str(teacher), stages=list(stages)),
+        "distill": DistillConfig(teacher=str(teacher), stages=list(stages)),
         "batch_size": 8,
         "warmup_steps": 1,
         "mixed_precision": "fp32",
@@ -87,7 +87,7 @@ def files(folder):
 def test_two_stages_leave_a_pipeline_a_log_per_layer_and_the_teacher(tmp_path, teacher):
     before = files(teacher)
     layers = replace(LAYERS, steps=20, train="attention")
-    folder = convert(settings(tmp_path / "run", teacher, layers, OUTPUT, batch_size=32))
+    folder = distill(settings(tmp_path / "run", teacher, layers, OUTPUT, batch_size=32))
     pipeline = mhla_gen.ClassConditionalPipeline.from_pretrained(folder)
     assert isinstance(pipeline.transformer, mhla_gen.MHLADiTTransformer2DModel)
     assert same(pipeline.transformer.state_dict(), weights(tmp_path, "run"))
@@ -107,7 +107,7 @@ def test_two_stages_leave_a_pipeline_a_log_per_layer_and_the_teacher(tmp_path, t
 
 @pytest.mark.parametrize("trained", ["mhla", "attention"])
 def test_the_layer_stage_moves_attention_layers_alone(tmp_path, teacher, trained):
-    convert(settings(tmp_path / "run", teacher, replace(LAYERS, train=trained)))
+    distill(settings(tmp_path / "run", teacher, replace(LAYERS, train=trained)))
     original = load_file(teacher / "transformer/diffusion_pytorch_model.safetensors")
     found = weights(tmp_path, "run")
     moved = {name for name in original if not found[name].equal(original[name])}
@@ -119,9 +119,9 @@ def test_the_layer_stage_moves_attention_layers_alone(tmp_path, teacher, trained
 
 
 @pytest.mark.parametrize("steps_before", [1, 3, 4, 7])
-def test_an_interrupted_conversion_goes_on_exactly(tmp_path, teacher, monkeypatch, steps_before):
+def test_an_interrupted_distillation_resumes_exactly(tmp_path, teacher, monkeypatch, steps_before):
     stages = (replace(LAYERS, train="attention"), OUTPUT)
-    convert(settings(tmp_path / "straight", teacher, *stages))
+    distill(settings(tmp_path / "straight", teacher, *stages))
     config = settings(tmp_path / "stopped", teacher, *stages)
     done, whole_step = 0, Run.step
 
@@ -134,8 +134,8 @@ def test_an_interrupted_conversion_goes_on_exactly(tmp_path, teacher, monkeypatc
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Run, "step", step)
-        convert(config)
-    convert(replace(config, resume="latest"))
+        distill(config)
+    distill(replace(config, resume="latest"))
     for stage in ("stage-1-layers", "stage-2-output"):
         straight, stopped = tmp_path / "straight" / stage, tmp_path / "stopped" / stage
         assert same(weights(straight), weights(stopped))
@@ -148,18 +148,18 @@ def test_an_interrupted_conversion_goes_on_exactly(tmp_path, teacher, monkeypatc
         assert logs[0] == logs[1]
 
 
-def test_a_finished_conversion_is_not_run_again(tmp_path, teacher, monkeypatch):
+def test_a_finished_distillation_is_not_run_again(tmp_path, teacher, monkeypatch):
     config = settings(tmp_path / "run", teacher, LAYERS, OUTPUT)
-    convert(config)
+    distill(config)
     expected = weights(tmp_path, "run")
     monkeypatch.setattr(Run, "step", lambda *_: pytest.fail("a step was run"))
-    convert(replace(config, resume="latest"))
+    distill(replace(config, resume="latest"))
     assert same(weights(tmp_path, "run"), expected)
     with pytest.raises(FileExistsError, match="resume=latest"):
-        convert(config)
-    other = replace(config.convert, stages=[LAYERS])
+        distill(config)
+    other = replace(config.distill, stages=[LAYERS])
     with pytest.raises(FileExistsError, match="other settings"):
-        convert(replace(config, convert=other, resume="latest"))
+        distill(replace(config, distill=other, resume="latest"))
 
 
 def test_a_checkpoint_of_a_stage_can_be_looked_into_and_sampled(tmp_path, teacher, monkeypatch):
@@ -172,7 +172,7 @@ def test_a_checkpoint_of_a_stage_can_be_looked_into_and_sampled(tmp_path, teache
             return whole(self, number, parts)
 
         patch.setattr(Run, "step", step)
-        convert(settings(tmp_path / "run", teacher, LAYERS))
+        distill(settings(tmp_path / "run", teacher, LAYERS))
     stage = tmp_path / "run/stage-1-layers"
     pipeline = load_pipeline(str(stage), torch.float32)
     assert isinstance(pipeline.transformer, mhla_gen.MHLADiTTransformer2DModel)
@@ -182,7 +182,7 @@ def test_a_checkpoint_of_a_stage_can_be_looked_into_and_sampled(tmp_path, teache
 
 def test_the_output_stage_starts_where_the_layer_stage_ended(tmp_path, teacher):
     stages = (LAYERS, replace(OUTPUT, learning_rate=1e-30, train="mhla"))
-    convert(settings(tmp_path / "run", teacher, *stages))
+    distill(settings(tmp_path / "run", teacher, *stages))
     first, second = (weights(tmp_path, "run", f"stage-{s}") for s in ("1-layers", "2-output"))
     assert all(torch.allclose(first[name], second[name], atol=1e-6) for name in first)
 
@@ -204,10 +204,10 @@ def assert_same_losses(folders, stage):
 
 
 @pytest.mark.slow
-def test_two_processes_convert_as_one(tmp_path, teacher):
+def test_two_processes_distill_as_one(tmp_path, teacher):
     folders = tmp_path / "one", tmp_path / "two"
     config = settings(folders[0], teacher, replace(LAYERS, train="attention"), OUTPUT)
-    convert(config)
+    distill(config)
     done = run_by_two(replace(config, output_dir=str(folders[1])), tmp_path / "two.yaml")
     assert done.returncode == 0, done.stderr
     assert_same_losses(folders, "stage-1-layers")
@@ -218,7 +218,7 @@ def test_two_processes_convert_as_one(tmp_path, teacher):
 def test_the_output_stage_runs_in_parts_and_the_layer_stage_says_that_it_cannot(tmp_path, teacher):
     folders = tmp_path / "one", tmp_path / "parts"
     config = settings(folders[0], teacher, OUTPUT, sample_every=0)
-    convert(config)
+    distill(config)
     config = replace(config, output_dir=str(folders[1]), parallelism="fsdp")
     done = run_by_two(config, tmp_path / "parts.yaml")
     assert done.returncode == 0, done.stderr
@@ -229,8 +229,8 @@ def test_the_output_stage_runs_in_parts_and_the_layer_stage_says_that_it_cannot(
     ).transformer.named_parameters():
         torch.testing.assert_close(value, first.get_parameter(name), rtol=1e-4, atol=1e-5)
 
-    layers = replace(config.convert, stages=[LAYERS])
-    config = replace(config, output_dir=str(tmp_path / "layers"), convert=layers)
+    layers = replace(config.distill, stages=[LAYERS])
+    config = replace(config, output_dir=str(tmp_path / "layers"), distill=layers)
     done = run_by_two(config, tmp_path / "layers.yaml")
     assert done.returncode != 0 and "cannot run under FSDP" in done.stderr
     assert not (tmp_path / "layers").exists()
@@ -238,14 +238,14 @@ def test_the_output_stage_runs_in_parts_and_the_layer_stage_says_that_it_cannot(
 
 def test_linear_attention_goes_through_the_same_stages(tmp_path, teacher):
     model = ModelConfig(attention="linear")
-    folder = convert(settings(tmp_path / "run", teacher, LAYERS, OUTPUT, model=model))
+    folder = distill(settings(tmp_path / "run", teacher, LAYERS, OUTPUT, model=model))
     pipeline = mhla_gen.ClassConditionalPipeline.from_pretrained(folder)
     assert {row.kind for row in mhla_gen.summary(pipeline)} == {"linear"}
 
 
 def test_softmax_layers_of_a_hybrid_are_not_compared(tmp_path, teacher):
     model = ModelConfig(mhla=MHLAConfig(layout=(2, 2), layers=[1]))
-    convert(settings(tmp_path / "run", teacher, LAYERS, model=model))
+    distill(settings(tmp_path / "run", teacher, LAYERS, model=model))
     (line, *_) = read_log(tmp_path / "run/stage-1-layers/log.jsonl")
     assert [name for name in line if name.startswith("transformer")] == [
         "transformer_blocks.1.attn1"
@@ -268,50 +268,50 @@ def test_what_does_not_fit_is_named(tmp_path, teacher):
 
     def refused(match, **changes):
         with pytest.raises((ValueError, FileNotFoundError), match=match):
-            convert(replace(config, **changes))
+            distill(replace(config, **changes))
         assert not list(tmp_path.iterdir())
 
     def with_teacher(model, name):
         model.save_pretrained(tmp_path.parent / name)
-        return replace(config.convert, teacher=str(tmp_path.parent / name))
+        return replace(config.distill, teacher=str(tmp_path.parent / name))
 
-    refused("no such folder", convert=replace(config.convert, teacher="no/such/folder"))
+    refused("no such folder", distill=replace(config.distill, teacher="no/such/folder"))
     refused("found softmax", model=ModelConfig(attention="softmax"))
     refused("leave model.pretrained out", model=ModelConfig(pretrained=str(teacher)))
     refused("leave model.trainable out", model=ModelConfig(trainable="mhla"))
     converted = mhla_gen.inject(digits_dit(), MHLAConfig(layout=(2, 2)))
-    refused("has MHLA layers", convert=with_teacher(converted, "converted"))
+    refused("has MHLA layers", distill=with_teacher(converted, "converted"))
     other = digits_dit(in_channels=3, sample_size=12, num_embeds_ada_norm=7)
     refused(
         "in_channels is 3.*sample_size is 12.*num_embeds_ada_norm is 7",
-        convert=with_teacher(other, "other"),
+        distill=with_teacher(other, "other"),
     )
     wan = with_teacher(tiny.tiny_wan(), "wan")
-    refused("but class labels need a DiT", convert=wan, model=ModelConfig())
+    refused("but class labels need a DiT", distill=wan, model=ModelConfig())
 
 
 def test_the_student_of_another_run_is_refused(tmp_path, teacher):
     student = mhla_gen.inject(digits_dit(num_layers=3), MHLAConfig(layout=(3, 3)))
     student.save_pretrained(tmp_path / "student")
-    conversion = ConversionConfig(
+    distillation = DistillConfig(
         teacher=str(teacher), stages=[OUTPUT], start=str(tmp_path / "student")
     )
-    config = replace(settings(tmp_path / "run", teacher, OUTPUT), convert=conversion)
+    config = replace(settings(tmp_path / "run", teacher, OUTPUT), distill=distillation)
     with pytest.raises(ValueError, match="num_layers: found 3, asked for 2"):
-        convert(config)
+        distill(config)
 
 
 @pytest.mark.parametrize(
     ("values", "match"),
     [
-        ({"teacher": None}, "convert.teacher"),
+        ({"teacher": None}, "distill.teacher"),
         ({"stages": []}, "at least one stage"),
         ({"stages": [OUTPUT, LAYERS]}, "layers come before output"),
     ],
 )
-def test_conversions_that_make_no_sense_are_refused(values, match):
+def test_distillations_that_make_no_sense_are_refused(values, match):
     with pytest.raises(ValueError, match=match):
-        ConversionConfig(**{"teacher": "folder"} | values)
+        DistillConfig(**{"teacher": "folder"} | values)
 
 
 @pytest.mark.parametrize(
@@ -346,7 +346,7 @@ def test_a_wan_goes_through_the_stages_on_clips_of_several_shapes(tmp_path):
     )
     shapes = load_data(config.data).sample_shapes
     assert len({shape[1:] for shape in shapes}) == 3
-    folder = convert(config)
+    folder = distill(config)
     made = mhla_gen.MHLAWanTransformer3DModel.from_pretrained(folder, subfolder="transformer")
     assert {row.kind for row in mhla_gen.summary(made)} == {"mhla"}
     first = read_log(tmp_path / "run/stage-1-layers/log.jsonl")

@@ -13,7 +13,7 @@ from tiny import tiny_dit, tiny_dit_pipeline
 import mhla_gen
 from mhla_gen import MHLAConfig
 from mhla_gen.cli import main
-from mhla_gen.config import AutoencoderConfig, ConversionConfig, ModelConfig, TrainConfig
+from mhla_gen.config import AutoencoderConfig, DistillConfig, ModelConfig, TrainConfig
 from mhla_gen.data.autoencoder import load_autoencoder
 from mhla_gen.distillation.stages import check_teacher
 from mhla_gen.hub import find, locate_part, pipeline_index
@@ -61,7 +61,7 @@ def test_every_taker_of_a_model_takes_a_run(run, tmp_path):
         ):
             found = model.state_dict()
             assert all(torch.equal(found[key], expected[key]) for key in expected)
-        check_teacher(TrainConfig(convert=ConversionConfig(teacher=place)))
+        check_teacher(TrainConfig(distill=DistillConfig(teacher=place)))
         scan = ["inspect", "sensitivity", place, "mhla.layout=[2,2]", "num_inputs=1", "--dry-run"]
         assert main([*scan, f"output_dir={tmp_path / 'scan'}"]) == 0
 

@@ -33,8 +33,8 @@ from mhla_gen.cli import main
 from mhla_gen.config import (
     AutoencoderConfig,
     CacheConfig,
-    ConversionConfig,
     DataConfig,
+    DistillConfig,
     MHLAConfig,
     ModelConfig,
     ObjectiveConfig,
@@ -477,12 +477,12 @@ def test_two_processes_rehearse_as_one(stages, tmp_path, capsys):
             transformer=tiny_dit(in_channels=1, patch_size=1),
             scheduler=FlowMatchEulerDiscreteScheduler(),
         ).save_pretrained(tmp_path / "teacher")
-        conversion = ConversionConfig(
+        distillation = DistillConfig(
             teacher=str(tmp_path / "teacher"),
             stages=[StageConfig(kind=kind, steps=2) for kind in stages],
         )
         model = ModelConfig(mhla=MHLAConfig(layout=(2, 2)))
-        config = replace(config, model=model, convert=conversion)
+        config = replace(config, model=model, distill=distillation)
     save_config(config, tmp_path / "run.yaml")
     assert main(["train", str(tmp_path / "run.yaml"), "--dry-run"]) == 0
     alone = capsys.readouterr().out

@@ -13,8 +13,8 @@ from tiny import disturb, tiny_clip_cache, tiny_wan, tiny_wan_pipeline, wan_inpu
 
 import mhla_gen
 from mhla_gen.config import (
-    ConversionConfig,
     DataConfig,
+    DistillConfig,
     MHLAConfig,
     ModelConfig,
     StageConfig,
@@ -25,7 +25,7 @@ from mhla_gen.config.previews import PreviewConfig
 from mhla_gen.data import load_data
 from mhla_gen.data.buckets import Bucket, crop_for
 from mhla_gen.data.clips import read_placements
-from mhla_gen.distillation import convert
+from mhla_gen.distillation import distill
 from mhla_gen.media import Decoder
 from mhla_gen.models import MHLA
 from mhla_gen.sampling.checkpoint import pipeline_of
@@ -241,12 +241,12 @@ def test_what_does_not_fit_is_said_before_anything_is_written(cache, tmp_path):
         WanConfig(boundary=0.9)
 
 
-def test_a_conversion_runs_its_stages_on_clips(cache, tmp_path):
+def test_a_distillation_runs_its_stages_on_clips(cache, tmp_path):
     tiny_wan().save_pretrained(tmp_path / "teacher")
     stages = [StageConfig(kind="layers", steps=2), StageConfig(kind="output", steps=2)]
-    conversion = ConversionConfig(teacher=str(tmp_path / "teacher"), stages=stages)
-    config = wan_run(tmp_path / "run", cache, convert=conversion)
-    folder = convert(config)
+    distillation = DistillConfig(teacher=str(tmp_path / "teacher"), stages=stages)
+    config = wan_run(tmp_path / "run", cache, distill=distillation)
+    folder = distill(config)
     found = mhla_gen.MHLAWanTransformer3DModel.from_pretrained(folder / "transformer")
     assert {row.kind for row in mhla_gen.summary(found)} == {"mhla"}
 

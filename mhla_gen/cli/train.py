@@ -3,16 +3,16 @@
 from accelerate import PartialState
 
 from mhla_gen.config import TrainConfig
-from mhla_gen.distillation import convert, rehearse_conversion
+from mhla_gen.distillation import distill, rehearse_distillation
 from mhla_gen.training import rehearse, train
 
 
 def run(config: TrainConfig, dry_run: bool) -> None:
-    """Train or convert, or build everything and do one step without writing."""
+    """Train or distill, or build everything and do one step without writing."""
     if dry_run:
-        said = rehearse(config) if config.convert is None else rehearse_conversion(config)
+        said = rehearse(config) if config.distill is None else rehearse_distillation(config)
     else:
-        pipeline = train(config) if config.convert is None else convert(config)
+        pipeline = train(config) if config.distill is None else distill(config)
         said = f"trained pipeline: {pipeline}; to draw from it: mhla-gen sample {pipeline}"
     if PartialState().is_main_process:
         print(said)

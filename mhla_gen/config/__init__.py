@@ -4,7 +4,6 @@ A config file is YAML whose first key, `job`, names the command it belongs to. V
 dataclass, then the file, then `key=value` overrides; a key that no dataclass has is an error.
 """
 
-from mhla_gen.config.conversion_stages import ConversionConfig, StageConfig
 from mhla_gen.config.data import (
     AutoencoderConfig,
     CacheConfig,
@@ -13,6 +12,7 @@ from mhla_gen.config.data import (
     ImageEncoderConfig,
     TextEncoderConfig,
 )
+from mhla_gen.config.distillation import DistillConfig, StageConfig
 from mhla_gen.config.evaluation import EvaluateConfig, FeaturesConfig, ReferenceConfig
 from mhla_gen.config.inspection import InputsConfig, InspectConfig, SensitivityConfig
 from mhla_gen.config.load import SCHEMAS, ConfigError, load_config, save_config, to_yaml
@@ -33,9 +33,9 @@ __all__ = [
     "CacheConfig",
     "ClipsConfig",
     "ConfigError",
-    "ConversionConfig",
     "ConvertConfig",
     "DataConfig",
+    "DistillConfig",
     "DoctorConfig",
     "EvaluateConfig",
     "FeaturesConfig",

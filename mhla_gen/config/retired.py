@@ -11,6 +11,7 @@ _MULTISCALE = (
     "mixing_init must be locality or uniform, found 'multiscale', which is no longer supported; "
     "write locality: a saved model keeps the matrices that it has"
 )
+_CONVERT = "the key convert is called distill now; write distill in its place"
 
 
 def without_retired(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -26,6 +27,9 @@ def without_retired(values: Mapping[str, Any]) -> dict[str, Any]:
         if key == "content_mixing":
             if value is not False:
                 raise ValueError(_CONTENT_MIXING)
+        elif key == "convert":
+            if value is not None:
+                raise ValueError(_CONVERT)
         else:
             kept[key] = without_retired(value) if isinstance(value, Mapping) else value
     return kept

@@ -4,8 +4,8 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from mhla_gen.config.checks import check_at_least, check_choice
-from mhla_gen.config.conversion_stages import ConversionConfig
 from mhla_gen.config.data import DataConfig
+from mhla_gen.config.distillation import DistillConfig
 from mhla_gen.config.mhla import MHLAConfig
 from mhla_gen.config.model import ModelConfig
 from mhla_gen.config.objective import ObjectiveConfig
@@ -32,7 +32,7 @@ class TrainConfig:
     wan: WanConfig | None = None
     """Train a Wan on clips with captions, in place of a DiT on images with labels: from
     model.pretrained, or new. Of model, the settings of attention and trainable count too."""
-    convert: ConversionConfig | None = None
+    distill: DistillConfig | None = None
     """Turn a pretrained softmax model into this one, in stages, in place of plain training."""
     seed: int = 0
     """Fixes the initial weights, the order of the samples and all noise."""
@@ -120,14 +120,14 @@ class TrainConfig:
 
     @property
     def without_stages(self) -> "TrainConfig":
-        """These settings with the teacher of a conversion as a pretrained model.
+        """These settings with the teacher of a distillation as a pretrained model.
 
         They build the model that its stages train.
         """
-        if self.convert is None:
+        if self.distill is None:
             return self
-        model = replace(self.model, pretrained=self.convert.teacher)
-        return replace(self, model=model, convert=None)
+        model = replace(self.model, pretrained=self.distill.teacher)
+        return replace(self, model=model, distill=None)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,8 @@
-"""Conversion of a pretrained softmax model: distillation of layers and of outputs."""
+"""Distillation of a pretrained softmax model into MHLA: of its layers, then of its output."""
 
 from mhla_gen.distillation.layers import LayerErrors, relative_error
 from mhla_gen.distillation.losses import LayerLosses, OutputLosses
-from mhla_gen.distillation.stages import convert, rehearse_conversion, stage_task
+from mhla_gen.distillation.stages import distill, rehearse_distillation, stage_task
 from mhla_gen.distillation.teacher import (
     mhla_attentions,
     softmax_twin,
@@ -14,9 +14,9 @@ __all__ = [
     "LayerErrors",
     "LayerLosses",
     "OutputLosses",
-    "convert",
+    "distill",
     "mhla_attentions",
-    "rehearse_conversion",
+    "rehearse_distillation",
     "relative_error",
     "softmax_twin",
     "stage_task",

@@ -1,4 +1,4 @@
-"""From the settings of a conversion to its stages, each a run of the training loop."""
+"""From the settings of a distillation to its stages, each a run of the training loop."""
 
 import shutil
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from torch import Tensor
 
-from mhla_gen.config import ConversionConfig, TrainConfig, save_config
+from mhla_gen.config import DistillConfig, TrainConfig, save_config
 from mhla_gen.data import TrainingData
 from mhla_gen.distillation.layers import LayerErrors
 from mhla_gen.distillation.losses import LayerLosses, OutputLosses
@@ -31,14 +31,14 @@ from mhla_gen.training.rehearsal import rehearse
 from mhla_gen.training.task import Task
 
 
-def convert(config: TrainConfig) -> Path:
-    """Run the stages of a conversion, each the training loop in a folder of its own.
+def distill(config: TrainConfig) -> Path:
+    """Run the stages of a distillation, each the training loop in a folder of its own.
 
     A finished stage is not run again, and an interrupted one goes on exactly with `resume=latest`.
     Each stage starts from the averaged weights that the one before saved.
 
     Args:
-        config: Settings with `convert`; `output_dir` gets config.yaml, a folder for each stage, and
+        config: Settings with `distill`; `output_dir` gets config.yaml, a folder for each stage, and
             the pipeline of the last one.
 
     Returns:
@@ -72,39 +72,39 @@ def convert(config: TrainConfig) -> Path:
     return folder / PIPELINE_NAME
 
 
-def rehearse_conversion(config: TrainConfig) -> str:
+def rehearse_distillation(config: TrainConfig) -> str:
     """Do one small step of each stage in memory, each from the teacher; one line a stage.
 
     Raises:
-        ValueError: As `convert`.
-        OSError: As `convert`.
+        ValueError: As `distill`.
+        OSError: As `distill`.
     """
     check_output_dir(config)
     lines = []
     for title, stage in stage_runs(config):
         alone = replace(
-            stage, convert=replace(conversion_of(stage), start=conversion_of(config).start)
+            stage, distill=replace(distillation_of(stage), start=distillation_of(config).start)
         )
         lines.append(f"{title}: {rehearse(alone, build=stage_task)}")
     return "\n".join(lines)
 
 
-def conversion_of(config: TrainConfig) -> ConversionConfig:
-    """The conversion of these settings.
+def distillation_of(config: TrainConfig) -> DistillConfig:
+    """The distillation that these settings ask for.
 
     Raises:
         ValueError: If they have none.
     """
-    if config.convert is None:
-        raise ValueError("a conversion needs convert.teacher and convert.stages")
-    return config.convert
+    if config.distill is None:
+        raise ValueError("distillation needs distill.teacher and distill.stages")
+    return config.distill
 
 
 def stage_runs(config: TrainConfig) -> Iterator[tuple[str, TrainConfig]]:
     """Title and settings of the run of each stage."""
-    conversion = conversion_of(config)
-    start = conversion.start
-    for number, stage in enumerate(conversion.stages, 1):
+    distillation = distillation_of(config)
+    start = distillation.start
+    for number, stage in enumerate(distillation.stages, 1):
         folder = str(Path(config.output_dir) / f"stage-{number}-{stage.kind}")
         given = {
             name: getattr(stage, name)
@@ -115,11 +115,11 @@ def stage_runs(config: TrainConfig) -> Iterator[tuple[str, TrainConfig]]:
             # What compares the layers is not compiled.
             given["compile"] = "none"
         yield (
-            f"stage {number} of {len(conversion.stages)}, {stage.kind}",
+            f"stage {number} of {len(distillation.stages)}, {stage.kind}",
             replace(
                 config,
                 output_dir=folder,
-                convert=replace(conversion, stages=[stage], start=start),
+                distill=replace(distillation, stages=[stage], start=start),
                 max_steps=stage.steps,
                 # Another order of the data than the stage before had.
                 seed=config.seed + number - 1,
@@ -133,14 +133,14 @@ def stage_task(config: TrainConfig, data: TrainingData) -> Task:
     """A student and its teacher on this process's device, and what the student learns.
 
     Args:
-        config: Settings with a conversion of one stage.
+        config: Settings with a distillation of one stage.
         data: What it learns from.
 
     Raises:
         ValueError: If teacher, settings and data do not fit together.
     """
-    conversion = conversion_of(config)
-    (stage,) = conversion.stages
+    distillation = distillation_of(config)
+    (stage,) = distillation.stages
     check_teacher(config)
     if stage.kind == "layers" and AcceleratorState().distributed_type == DistributedType.FSDP:
         raise ValueError(
@@ -150,8 +150,8 @@ def stage_task(config: TrainConfig, data: TrainingData) -> Task:
     task = build_task(config.without_stages, data)
     student = task.model
     weights: dict[str, Tensor] = {}
-    if conversion.start is not None:
-        weights = trained_weights(conversion.start, student, subfolder(config))
+    if distillation.start is not None:
+        weights = trained_weights(distillation.start, student, subfolder(config))
     learning = trained_names(student, stage.train or "all")
     moved = {n for n, p in student.named_parameters() if n in weights and not p.equal(weights[n])}
     teacher = softmax_twin(student, learning | moved)
@@ -180,16 +180,16 @@ def check_teacher(config: TrainConfig) -> None:
         ValueError: If the student is softmax, or the teacher has MHLA layers.
     """
     if config.model.attention == "softmax":
-        raise ValueError("convert needs model.attention=mhla or linear, found softmax")
+        raise ValueError("distill needs model.attention=mhla or linear, found softmax")
     if config.model.trainable != "all":
-        raise ValueError("convert.stages say what is trained (train); leave model.trainable out")
+        raise ValueError("distill.stages say what is trained (train); leave model.trainable out")
     if config.model.pretrained is not None:
         raise ValueError(
-            "convert.teacher is what the student starts from; leave model.pretrained out"
+            "distill.teacher is what the student starts from; leave model.pretrained out"
         )
-    teacher = str(conversion_of(config).teacher)
+    teacher = str(distillation_of(config).teacher)
     if issubclass(transformer_class(teacher, subfolder(config)), MHLATransformerMixin):
-        raise ValueError(f"convert.teacher {teacher} has MHLA layers; it must be the softmax model")
+        raise ValueError(f"distill.teacher {teacher} has MHLA layers; it must be the softmax model")
 
 
 def subfolder(config: TrainConfig) -> str:

@@ -80,8 +80,8 @@ def build_task(config: TrainConfig, data: TrainingData) -> Task:
     Raises:
         ValueError: If model and data do not fit together.
     """
-    if config.convert is not None:
-        raise ValueError("settings with convert are run by mhla_gen.distillation.convert")
+    if config.distill is not None:
+        raise ValueError("settings with distill are run by mhla_gen.distillation.distill")
     if config.model.pretrained is not None and isinstance(data, CachedLatents):
         require_pipeline(data, config.model.pretrained)
     if config.wan is not None:

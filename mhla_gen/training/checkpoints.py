@@ -230,8 +230,8 @@ def check_output_dir(config: TrainConfig) -> None:
             f"({'; '.join(changes)}); choose another output_dir, or give it the settings it had"
         )
     done = max([pipeline_steps(folder), *checkpoints(folder)])
-    # The steps of a conversion are those of its stages, which have folders of their own.
-    if config.convert is None and done > config.max_steps:
+    # The steps of a distillation are those of its stages, which have folders of their own.
+    if config.distill is None and done > config.max_steps:
         raise FileExistsError(
             f"the run in {folder} has done {done} steps, more than max_steps={config.max_steps}; "
             f"choose another output_dir, or max_steps of at least {done}"

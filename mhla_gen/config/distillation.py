@@ -8,7 +8,7 @@ from mhla_gen.config.checks import check_at_least, check_choice
 
 @dataclass(frozen=True, kw_only=True)
 class StageConfig:
-    """One stage of a conversion. What is None is taken from the training settings.
+    """One stage of a distillation. What is None is taken from the training settings.
 
     Raises:
         ValueError: If a value is out of its range.
@@ -34,24 +34,24 @@ class StageConfig:
     """Decay of the averaged weights, which the next stage starts from."""
 
     def __post_init__(self):
-        check_choice("convert.stages.kind", self.kind, ("layers", "output"))
-        check_at_least("convert.stages.steps", self.steps, 1)
+        check_choice("distill.stages.kind", self.kind, ("layers", "output"))
+        check_at_least("distill.stages.steps", self.steps, 1)
         if self.train is None:
             default = "attention" if self.kind == "layers" else "all"
             object.__setattr__(self, "train", default)
-        check_choice("convert.stages.train", self.train, ("mhla", "attention", "all"))
+        check_choice("distill.stages.train", self.train, ("mhla", "attention", "all"))
         if self.kind == "layers" and self.train == "all":
             raise ValueError(
-                "convert.stages: a stage of kind=layers trains mhla or attention, found train=all"
+                "distill.stages: a stage of kind=layers trains mhla or attention, found train=all"
             )
         if self.teacher_weight < 0:
             raise ValueError(
-                f"convert.stages.teacher_weight must not be negative, found {self.teacher_weight}"
+                f"distill.stages.teacher_weight must not be negative, found {self.teacher_weight}"
             )
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConversionConfig:
+class DistillConfig:
     """A softmax teacher, and the stages in which a student with its weights learns from it.
 
     Raises:
@@ -70,10 +70,10 @@ class ConversionConfig:
 
     def __post_init__(self):
         if not self.teacher:
-            raise ValueError("convert needs convert.teacher, the folder of a softmax model")
+            raise ValueError("distill needs distill.teacher, the folder of a softmax model")
         if not self.stages:
-            raise ValueError("convert.stages must hold at least one stage")
+            raise ValueError("distill.stages must hold at least one stage")
         kinds = [stage.kind for stage in self.stages]
         if kinds != sorted(kinds):
             # A layer learns on the teacher's activations, which need the teacher's other weights.
-            raise ValueError(f"convert.stages: layers come before output, found {', '.join(kinds)}")
+            raise ValueError(f"distill.stages: layers come before output, found {', '.join(kinds)}")

@@ -33,10 +33,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mhla_gen import ClassConditionalPipeline, MHLAConfig, inject
 from mhla_gen.config import SampleConfig
+from mhla_gen.sampling.batched_sampler import BatchedSampler
 from mhla_gen.sampling.building import build_sampler, place
-from mhla_gen.sampling.drawing import Drawer
-from mhla_gen.sampling.run import Job
 from mhla_gen.sampling.samplers import ClassSampler
+from mhla_gen.sampling.sampling import Job
 from mhla_gen.sampling.units import Units
 
 ON_GPU = torch.cuda.is_available()
@@ -124,8 +124,8 @@ def measure_small(count: int, limit: float, attention: str, tiny: bool) -> dict[
         wall, inside = time.perf_counter() - began, model_time.seconds()
         # After the set: the model is on its device and compiled, and files are written no more.
         units = Units.split(2 * batch, batch)
-        with Drawer(sampler, units, 25, batch, config.reproducible) as drawer:
-            busy = busy_share(lambda: [unit for unit, _ in drawer.draw([0, 1])])
+        with BatchedSampler(sampler, units, 25, batch, config.reproducible) as batched:
+            busy = busy_share(lambda: [unit for unit, _ in batched.draw([0, 1])])
     return {
         "attention": attention,
         "images": chosen,
@@ -148,10 +148,10 @@ def _rate(config: SampleConfig, folder: Path) -> float:
     place(config, sampler.pipeline, DEVICE)
     units = Units.split(len(sampler), config.model_batch_size or 1)
     steps = config.num_inference_steps
-    with Drawer(sampler, units, steps, units.rows, config.reproducible) as drawer:
-        list(drawer.draw([0]))
+    with BatchedSampler(sampler, units, steps, units.rows, config.reproducible) as batched:
+        list(batched.draw([0]))
         began = time.perf_counter()
-        for _, samples in drawer.draw([1]):
+        for _, samples in batched.draw([1]):
             samples.cpu()
     return units.rows / (time.perf_counter() - began)
 
@@ -198,12 +198,12 @@ def _timed(sampler: ClassSampler, steps: int) -> dict[str, Any]:
     if ON_GPU:
         torch.cuda.reset_peak_memory_stats()
     # Enough steps for one to be recorded, which is when its memory is allocated.
-    with Drawer(sampler, units, 4, batch, True) as drawer:
-        list(drawer.draw([0]))
+    with BatchedSampler(sampler, units, 4, batch, True) as batched:
+        list(batched.draw([0]))
     model_time = ModelTime(sampler.pipeline.transformer)
-    with Drawer(sampler, units, steps, batch, True) as drawer:
+    with BatchedSampler(sampler, units, steps, batch, True) as batched:
         began = time.perf_counter()
-        for _, samples in drawer.draw([0]):
+        for _, samples in batched.draw([0]):
             samples.cpu()
         wall = time.perf_counter() - began
     return {

@@ -32,8 +32,8 @@ from mhla_gen.config import MHLAConfig, ModelConfig, ObjectiveConfig, TrainConfi
 from mhla_gen.data import Batch
 from mhla_gen.files import written_whole
 from mhla_gen.runtime.cuda_graphs import RecordedTraining
-from mhla_gen.training.run import Run, build_run
 from mhla_gen.training.throughput import peak_flops
+from mhla_gen.training.training_run import Run, build_run
 
 _NUM_CLASSES = 1000
 _WARM_UP = 3

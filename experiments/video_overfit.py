@@ -27,10 +27,10 @@ import mhla_gen
 from mhla_gen.config import MHLAConfig
 from mhla_gen.data.buckets import Bucket, crop_for, resampled_frames
 from mhla_gen.sampling.outputs import write_sheet
-from mhla_gen.training.draws import draw
 from mhla_gen.training.objectives import FlowMatching
 from mhla_gen.training.optim import build_optimizer
 from mhla_gen.training.prompts import Prompts
+from mhla_gen.training.randomness import step_randomness
 from mhla_gen.training.step import training_losses
 
 FOLD = 4
@@ -102,9 +102,11 @@ def memorise(model, latents, options, device) -> dict:
     while (progress := (time.perf_counter() - began) / options.seconds) < 1:
         for group in optimizer.param_groups:
             group["lr"] = options.learning_rate * min(1, step / 50) * (1 - progress) ** 0.5
-        draws = draw(objective, seed=0, step=step, batch_size=options.batch_size).to(device)
+        randomness = step_randomness(
+            objective, seed=0, step=step, batch_size=options.batch_size
+        ).to(device)
         with torch.autocast(device.type, torch.bfloat16):
-            loss = training_losses(model, batch, draws, objective, conditioning).mean()
+            loss = training_losses(model, batch, randomness, objective, conditioning).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -170,7 +172,7 @@ def main() -> None:
     shown = np.linspace(0, len(clip) - 1, 6).round().astype(int)
     np.savez_compressed(
         options.out / "overfit.npz",
-        **{row["model"]: draws for row, (_, draws) in zip(rows, pictures[1:], strict=True)},
+        **{row["model"]: drawn for row, (_, drawn) in zip(rows, pictures[1:], strict=True)},
     )
     rows_shown = [(title, frames[shown]) for title, frames in pictures]
     write_sheet(options.out / "overfit.png", rows_shown, is_video=True)

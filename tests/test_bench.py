@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from mhla_gen.bench.run import find_crossover
+from mhla_gen.bench.benchmark import find_crossover
 from mhla_gen.cli import main
 from mhla_gen.config import BenchConfig, ConfigError, load_config
 

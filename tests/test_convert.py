@@ -32,7 +32,7 @@ from mhla_gen import (
 from mhla_gen.cli import main
 from mhla_gen.config import ConvertConfig
 from mhla_gen.conversion import convert, mhla_dit, mhla_wan, original_dit, read_checkpoint
-from mhla_gen.conversion.run import build
+from mhla_gen.conversion.conversion import build
 
 
 def run(model, inputs):

@@ -9,7 +9,7 @@ import mhla_gen
 from mhla_gen.runtime.compiling import compile_blocks
 from mhla_gen.runtime.cuda_graphs import RecordedForward, RecordedTraining
 from mhla_gen.training.log import read_log
-from mhla_gen.training.run import build_run
+from mhla_gen.training.training_run import build_run
 
 
 def test_calls_without_a_gpu_are_not_recorded():

@@ -16,7 +16,7 @@ from mhla_gen.data import (
     batches,
     derived_seed,
     load_data,
-    load_images,
+    open_images,
 )
 from mhla_gen.data.images import digits
 from mhla_gen.media.pictures import centre_crop
@@ -91,7 +91,7 @@ def test_derived_seeds_differ_and_stay():
 
 
 def test_digits_are_the_real_ones():
-    images = load_images(DataConfig())
+    images = open_images(DataConfig())
     batch = images.read(range(len(images)))
     pixels, labels = batch["samples"], batch["labels"]
     assert pixels.shape == (1797, 1, 8, 8) and images.image_shape == (1, 8, 8)
@@ -102,7 +102,7 @@ def test_digits_are_the_real_ones():
 def test_an_npz_file_is_read_as_it_was_written(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (5, 4, 4, 3), dtype=np.uint8)
     config = npz(tmp_path / "a.npz", pixels, np.array([0, 2, 1, 0, 2], dtype=np.int32))
-    images = load_images(config)
+    images = open_images(config)
     batch = images.read([3, 1])
     found, labels = batch["samples"], batch["labels"]
     assert labels.tolist() == [0, 2] and images.class_names == ("0", "1", "2")
@@ -111,7 +111,7 @@ def test_an_npz_file_is_read_as_it_was_written(tmp_path):
 
 
 def test_a_folder_gives_sorted_classes_and_cropped_images(image_folder):
-    images = load_images(DataConfig(source="folder", path=str(image_folder), image_size=6))
+    images = open_images(DataConfig(source="folder", path=str(image_folder), image_size=6))
     assert images.class_names == ("ant", "cat") and len(images) == 6
     batch = images.read([0, 5])
     pixels, labels = batch["samples"], batch["labels"]
@@ -137,23 +137,23 @@ def test_the_centre_crop_has_the_size_asked_for(size):
 )
 def test_arrays_that_do_not_fit_are_refused(tmp_path, images, labels, message):
     with pytest.raises(ValueError, match=message):
-        load_images(npz(tmp_path / "a.npz", images, labels))
+        open_images(npz(tmp_path / "a.npz", images, labels))
 
 
 def test_bad_files_are_named(tmp_path, image_folder):
     (tmp_path / "junk.npz").write_text("junk")
     with pytest.raises(ValueError, match=r"junk\.npz is not an npz file"):
-        load_images(DataConfig(source="npz", path=str(tmp_path / "junk.npz")))
+        open_images(DataConfig(source="npz", path=str(tmp_path / "junk.npz")))
     np.savez(tmp_path / "b.npz", images=np.zeros(3))
     with pytest.raises(ValueError, match="must hold arr_0 and labels"):
-        load_images(DataConfig(source="npz", path=str(tmp_path / "b.npz")))
+        open_images(DataConfig(source="npz", path=str(tmp_path / "b.npz")))
     with pytest.raises(FileNotFoundError, match="is not a file"):
-        load_images(DataConfig(source="npz", path=str(tmp_path / "none.npz")))
+        open_images(DataConfig(source="npz", path=str(tmp_path / "none.npz")))
 
 
 def test_the_next_of_its_class_takes_the_place_of_a_broken_image(image_folder, capsys):
     (image_folder / "cat" / "9.png").write_text("junk")
-    images = load_images(DataConfig(source="folder", path=str(image_folder), image_size=6))
+    images = open_images(DataConfig(source="folder", path=str(image_folder), image_size=6))
     labels = np.asarray(images.labels)
     assert images.describe(6).endswith("cat/9.png") and labels[6] not in labels[7:]
     first = int(np.flatnonzero(labels == labels[6])[0])
@@ -211,18 +211,18 @@ def test_a_class_of_broken_images_is_an_error_before_the_first_step(image_folder
 def test_folders_without_images_are_refused(tmp_path):
     config = DataConfig(source="folder", path=str(tmp_path / "none"), image_size=8)
     with pytest.raises(FileNotFoundError, match="is not a folder"):
-        load_images(config)
+        open_images(config)
     (tmp_path / "none").mkdir()
     with pytest.raises(FileNotFoundError, match="has no sub-folders"):
-        load_images(config)
+        open_images(config)
     (tmp_path / "none" / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="no images"):
-        load_images(config)
+        open_images(config)
 
 
 def test_a_size_that_the_data_do_not_have_is_refused():
     with pytest.raises(ValueError, match="8 pixels wide"):
-        load_images(DataConfig(image_size=16))
+        open_images(DataConfig(image_size=16))
     with pytest.raises(ValueError, match="image_size"):
         DataConfig(source="folder", path="x")
 

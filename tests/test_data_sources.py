@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from mhla_gen.config import DataConfig
-from mhla_gen.data import load_data, load_images
+from mhla_gen.data import load_data, open_images
 from mhla_gen.data.stores import number_classes
 
 CLASSES = ("ant", "bee", "cat")
@@ -113,9 +113,9 @@ def test_a_missing_package_is_named(monkeypatch):
 def test_captions_come_with_the_images(folder, pictures):
     captions = [f"a, {i}" for i in range(9)]
     path = listed(folder, "a.jsonl", caption=captions)
-    assert load_images(config("list", path)).captions == tuple(captions)
+    assert open_images(config("list", path)).captions == tuple(captions)
     shards(folder, pictures, txt=captions, json=['{"label": 3}'] * 9)
-    images = load_images(config("webdataset", folder.parent, num_classes=5))
+    images = open_images(config("webdataset", folder.parent, num_classes=5))
     assert images.captions == tuple(captions) and len(images.class_names) == 5
     assert images.read([1, 7])["labels"].tolist() == [3, 3]
     assert "train-1.tar: set/0007" in images.describe(7)

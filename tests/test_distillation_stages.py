@@ -27,12 +27,12 @@ from mhla_gen.config import (
 )
 from mhla_gen.data import load_data
 from mhla_gen.distillation import OutputLosses, distill, softmax_twin
-from mhla_gen.inspection.loading import load_subject
-from mhla_gen.sampling.loading import load_pipeline
-from mhla_gen.training.draws import draw
+from mhla_gen.inspection.subject import load_subject
+from mhla_gen.sampling.saved_pipeline import load_pipeline
 from mhla_gen.training.log import read_log
 from mhla_gen.training.loop import Run
 from mhla_gen.training.objectives import FlowMatching
+from mhla_gen.training.randomness import step_randomness
 from mhla_gen.training.step import training_losses
 
 LAYERS = StageConfig(kind="layers", steps=4, train="mhla", learning_rate=1e-2, ema_decay=0.5)
@@ -374,13 +374,13 @@ def test_a_video_student_learns_from_data_and_from_its_teacher():
     names = {name for name, _ in student.named_parameters()}
     teacher = softmax_twin(student, names)
     batch = {"samples": torch.randn(2, 16, 3, 10, 12), "prompt_embeds": torch.randn(2, 7, 16)}
-    draws = draw(objective, seed=0, step=0, batch_size=2, dropout=0.5)
+    randomness = step_randomness(objective, seed=0, step=0, batch_size=2, dropout=0.5)
     losses = OutputLosses(objective, Text(), teacher, 3.0, torch.no_grad)
-    found = losses(student, batch, draws)
-    plain = training_losses(student, batch, draws, objective, Text())
+    found = losses(student, batch, randomness)
+    plain = training_losses(student, batch, randomness, objective, Text())
     assert torch.equal(found["objective_loss"], plain) and found["teacher_distance"].min() > 0
     torch.testing.assert_close(found["loss"], plain + 3 * found["teacher_distance"])
     found["loss"].sum().backward()
     assert all(p.grad is None for p in teacher.parameters())
     assert all(p.grad is not None for p in student.parameters())
-    assert not losses(teacher, batch, draws)["teacher_distance"].any()
+    assert not losses(teacher, batch, randomness)["teacher_distance"].any()

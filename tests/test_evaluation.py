@@ -22,7 +22,7 @@ from mhla_gen.evaluation.errors import EvaluationError, ProtocolMismatchError
 from mhla_gen.evaluation.extractor import ExtractorIdentity
 from mhla_gen.evaluation.extractors import Dinov2Extractor, build_extractor
 from mhla_gen.evaluation.feature_cache import cached_sets, limit_cache
-from mhla_gen.evaluation.protocol import Protocol
+from mhla_gen.evaluation.protocol import EvaluationProtocol
 from mhla_gen.evaluation.statistics_file import write_statistics
 
 
@@ -203,22 +203,22 @@ def identity(**changes):
 @pytest.mark.parametrize(
     "other, word",
     [
-        (Protocol(identity(weights="v" * 64), (8, 8)), "weights"),
-        (Protocol(identity(resize="other"), (8, 8)), "resize"),
-        (Protocol(identity(dtype="fp64"), (8, 8)), "dtype"),
-        (Protocol(identity(), (8, 9)), "image size"),
-        (Protocol(identity(), (8, 8), frames="frames-0:16:1"), "frames"),
+        (EvaluationProtocol(identity(weights="v" * 64), (8, 8)), "weights"),
+        (EvaluationProtocol(identity(resize="other"), (8, 8)), "resize"),
+        (EvaluationProtocol(identity(dtype="fp64"), (8, 8)), "dtype"),
+        (EvaluationProtocol(identity(), (8, 9)), "image size"),
+        (EvaluationProtocol(identity(), (8, 8), frames="frames-0:16:1"), "frames"),
     ],
 )
 def test_each_part_of_a_protocol_counts(other, word):
-    protocol = Protocol(identity(), (8, 8), "adm-crop-8")
-    protocol.require_same(Protocol(identity(), (8, 8)))
-    protocol.require_same(Protocol(identity(), None))
+    protocol = EvaluationProtocol(identity(), (8, 8), "adm-crop-8")
+    protocol.require_same(EvaluationProtocol(identity(), (8, 8)))
+    protocol.require_same(EvaluationProtocol(identity(), None))
     with pytest.raises(
         ProtocolMismatchError, match=rf"{word}: samples .*; (use|rebuild|set|bring)"
     ):
         protocol.require_same(other)
-    assert Protocol.from_json(other.to_json()) == other
+    assert EvaluationProtocol.from_json(other.to_json()) == other
 
 
 def test_malformed_statistics_say_what_is_wrong(settings, tmp_path):
@@ -489,7 +489,7 @@ def test_scripts_with_another_output_are_refused(tmp_path):
 
 def test_statistics_files_keep_all_digits(tmp_path):
     statistics = FeatureStatistics.from_features(torch.randn(50, 5))
-    protocol = Protocol(identity(), (8, 8))
+    protocol = EvaluationProtocol(identity(), (8, 8))
     write_statistics(tmp_path / "a.npz", {"pool": statistics}, protocol, None)
     with np.load(tmp_path / "a.npz") as file:
         np.testing.assert_array_equal(file["sigma"], statistics.covariance)

@@ -17,9 +17,9 @@ from mhla_gen.config import AutoencoderConfig, DistillConfig, ModelConfig, Train
 from mhla_gen.data.autoencoder import load_autoencoder
 from mhla_gen.distillation.stages import check_teacher
 from mhla_gen.hub import find, locate_part, pipeline_index
-from mhla_gen.inspection.loading import load_subject
-from mhla_gen.models.loading import load_transformer
-from mhla_gen.sampling.loading import load_pipeline
+from mhla_gen.inspection.subject import load_subject
+from mhla_gen.models.saved_transformer import load_transformer
+from mhla_gen.sampling.saved_pipeline import load_pipeline
 from mhla_gen.training import build_model
 
 

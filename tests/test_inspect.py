@@ -22,7 +22,6 @@ from mhla_gen.cli import main
 from mhla_gen.config import DataConfig, InspectConfig, ModelConfig, TrainConfig
 from mhla_gen.inspection import inspect, watch
 from mhla_gen.inspection.inputs import add_noise
-from mhla_gen.inspection.loading import family_of, load_subject
 from mhla_gen.inspection.mixing_figures import on_block_grid
 from mhla_gen.inspection.statistics import (
     effective_rank,
@@ -31,6 +30,7 @@ from mhla_gen.inspection.statistics import (
     row_entropy,
     singular_values,
 )
+from mhla_gen.inspection.subject import family_of, load_subject
 from mhla_gen.ops import locality_mixing
 from mhla_gen.training import train
 

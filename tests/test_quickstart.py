@@ -13,8 +13,8 @@ from mhla_gen import ClassConditionalPipeline
 from mhla_gen.config import MHLAConfig, ModelConfig, QuickstartConfig, load_config
 from mhla_gen.data.images import digits
 from mhla_gen.quickstart import quickstart
+from mhla_gen.quickstart.quickstart import training_seconds
 from mhla_gen.quickstart.report import next_commands
-from mhla_gen.quickstart.run import training_seconds
 from mhla_gen.quickstart.scores import closest_pairs, score, score_real
 from mhla_gen.sampling import generate
 
@@ -98,7 +98,7 @@ def test_an_interrupted_one_goes_on_to_the_same_end(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("mhla_gen.quickstart.run.save_samples", interrupt)
+        patch.setattr("mhla_gen.quickstart.quickstart.save_samples", interrupt)
         with pytest.raises(KeyboardInterrupt):
             quickstart(tiny(tmp_path / "parts"))
     assert not (tmp_path / "parts" / "metrics.json").exists()

@@ -24,8 +24,8 @@ from mhla_gen.evaluation import load_images
 from mhla_gen.pipelines.classes import class_numbers
 from mhla_gen.pipelines.noise import sample_seed
 from mhla_gen.sampling import class_labels, generate, sample
+from mhla_gen.sampling.batched_sampler import BatchedSampler, largest_batch
 from mhla_gen.sampling.classes import ordered_labels
-from mhla_gen.sampling.drawing import Drawer, largest_batch
 from mhla_gen.sampling.parts import InParts, in_parts
 from mhla_gen.sampling.samplers import ClassSampler
 from mhla_gen.sampling.units import Units
@@ -317,8 +317,8 @@ def test_steps_are_streamed(pipeline):
     sampler = ClassSampler(drawing_pipeline(pipeline), np.zeros(8, np.int64), seed=0)
     sampler.pipeline.set_progress_bar_config(disable=True)
     seen = []
-    with Drawer(sampler, Units(8, 4), 4, batch_size=8, reproducible=True) as drawer:
-        units = [unit for unit, _ in drawer.draw([0, 1], seen.append)]
+    with BatchedSampler(sampler, Units(8, 4), 4, batch_size=8, reproducible=True) as batched:
+        units = [unit for unit, _ in batched.draw([0, 1], seen.append)]
     assert units == [0, 1] and seen == [2, 4, 6, 8]
 
 

@@ -26,7 +26,7 @@ from mhla_gen import ClassConditionalPipeline
 from mhla_gen.pipelines.noise import noise_of
 from mhla_gen.pipelines.schedulers import other_scheduler
 from mhla_gen.sampling import Guidance, contact_sheet
-from mhla_gen.sampling.loading import class_conditional
+from mhla_gen.sampling.saved_pipeline import class_conditional
 
 
 @pytest.mark.parametrize(

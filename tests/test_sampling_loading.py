@@ -17,8 +17,8 @@ import mhla_gen
 from mhla_gen import ClassConditionalPipeline, MHLAConfig
 from mhla_gen.config import EvaluateConfig, FeaturesConfig, ModelConfig, TrainConfig
 from mhla_gen.evaluation import evaluate
-from mhla_gen.sampling import loading, sample
-from mhla_gen.sampling.loading import load_pipeline
+from mhla_gen.sampling import sample, saved_pipeline
+from mhla_gen.sampling.saved_pipeline import load_pipeline
 from mhla_gen.training import train
 
 FIRST = {"num_samples": 3}
@@ -100,7 +100,9 @@ def test_a_misspelt_path_is_not_looked_for_on_the_hub(path, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "file").write_text("no folder")
-    monkeypatch.setattr(loading, "_downloaded", lambda name: pytest.fail(f"asked for {name}"))
+    monkeypatch.setattr(
+        saved_pipeline, "_downloaded", lambda name: pytest.fail(f"asked for {name}")
+    )
     with pytest.raises(FileNotFoundError, match=f"{path}: there is no such folder"):
         load_pipeline(path, torch.float32)
 
@@ -137,7 +139,7 @@ def test_a_name_on_the_hub_is_found_in_its_cache(tmp_path):
     (snapshot.parents[1] / "refs").mkdir()
     (snapshot.parents[1] / "refs" / "main").write_text("0123")
     code = (
-        "import torch; from mhla_gen.sampling.loading import load_pipeline\n"
+        "import torch; from mhla_gen.sampling.saved_pipeline import load_pipeline\n"
         "pipe = load_pipeline('someone/digits', torch.float32)\n"
         "print(type(pipe).__name__, pipe.class_names, type(pipe.transformer).__name__)\n"
         "try: load_pipeline('someone/letters', torch.float32)\n"

@@ -28,10 +28,10 @@ from mhla_gen.training import (
 )
 from mhla_gen.training.checkpoints import checkpoints
 from mhla_gen.training.conditioning import ClassLabels
-from mhla_gen.training.draws import draw
 from mhla_gen.training.ema import WeightAverage
 from mhla_gen.training.objectives import FlowMatching
 from mhla_gen.training.optim import mixing_matrices
+from mhla_gen.training.randomness import step_randomness
 from mhla_gen.training.step import samples_of, training_losses
 
 TINY = ModelConfig(
@@ -129,23 +129,24 @@ def test_the_velocity_takes_the_scheduler_to_the_sample(shift):
 def test_the_loss_is_zero_for_a_perfect_model_and_sees_dropped_labels():
     objective = FlowMatching()
     batch = {"samples": torch.randn(64, 1, 4, 4), "labels": torch.zeros(64, dtype=torch.long)}
-    draws = draw(objective, seed=0, step=0, batch_size=64, dropout=0.5)
+    randomness = step_randomness(objective, seed=0, step=0, batch_size=64, dropout=0.5)
     seen = {}
 
     def perfect(noisy, timestep, class_labels, return_dict):
         seen["labels"], seen["timesteps"] = class_labels, timestep
-        return (draws.noise((1, 4, 4)) - batch["samples"],)
+        return (randomness.noise((1, 4, 4)) - batch["samples"],)
 
-    losses = training_losses(perfect, batch, draws, objective, ClassLabels(10))
+    losses = training_losses(perfect, batch, randomness, objective, ClassLabels(10))
     assert losses.shape == (64,) and not losses.any()
-    assert torch.equal(seen["labels"] == 10, draws.dropped) and 10 < draws.dropped.sum() < 54
-    assert torch.equal(seen["timesteps"], draws.times * 1000)
+    assert torch.equal(seen["labels"] == 10, randomness.dropped)
+    assert 10 < randomness.dropped.sum() < 54
+    assert torch.equal(seen["timesteps"], randomness.times * 1000)
 
 
 def test_chance_is_a_function_of_seed_and_step():
     def drawn(**changes):
         arguments = {"seed": 0, "step": 5, "batch_size": 4, "flip": True} | changes
-        return draw(FlowMatching(), **arguments)
+        return step_randomness(FlowMatching(), **arguments)
 
     first, again = drawn(), drawn()
     assert torch.equal(first.noise((1, 8, 8)), again.noise((1, 8, 8)))
@@ -161,15 +162,15 @@ def test_chance_is_a_function_of_seed_and_step():
 
 
 def test_latents_are_drawn_from_the_distribution_of_the_image_or_its_mirror():
-    draws = draw(FlowMatching(), seed=0, step=0, batch_size=6, flip=True)
+    randomness = step_randomness(FlowMatching(), seed=0, step=0, batch_size=6, flip=True)
     mean, std = torch.randn(6, 2, 3, 3), torch.rand(6, 2, 3, 3)
-    noise, flipped = draws.latent_noise((2, 3, 3)), draws.flipped.view(-1, 1, 1, 1)
+    noise, flipped = randomness.latent_noise((2, 3, 3)), randomness.flipped.view(-1, 1, 1, 1)
     assert flipped.any() and not flipped.all()
     batch = {"mean": mean, "std": std, "mean_flipped": -mean, "std_flipped": 2 * std}
     expected = torch.where(flipped, -mean + 2 * std * noise, mean + std * noise)
-    assert torch.equal(samples_of(batch, draws), expected)
+    assert torch.equal(samples_of(batch, randomness), expected)
     mirrored = torch.where(flipped, mean.flip(-1), mean)
-    assert torch.equal(samples_of({"samples": mean}, draws), mirrored)
+    assert torch.equal(samples_of({"samples": mean}, randomness), mirrored)
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])

@@ -10,7 +10,7 @@ from tiny import disturb, dit_inputs, tiny_dit, tiny_dit_pipeline, tiny_wan
 
 import mhla_gen
 from mhla_gen.config import MHLAConfig, ModelConfig
-from mhla_gen.models.loading import load_transformer
+from mhla_gen.models.saved_transformer import load_transformer
 from mhla_gen.training import build_model, initialize_dit
 
 LAYOUT = MHLAConfig(layout=(2, 2))

@@ -52,9 +52,9 @@ from mhla_gen.training.checkpoints import checkpoints, load_latest, save_checkpo
 from mhla_gen.training.conditioning import ClassLabels
 from mhla_gen.training.log import mean_by_timestep, read_log
 from mhla_gen.training.previews import mixing_picture, tiled
-from mhla_gen.training.run import build_run
 from mhla_gen.training.stopping import Stopped
 from mhla_gen.training.throughput import specified_flops, step_flops
+from mhla_gen.training.training_run import build_run
 
 
 def launch(*arguments, processes=1):

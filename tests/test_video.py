@@ -33,7 +33,7 @@ from mhla_gen.training import rehearse, train
 from mhla_gen.training.build import build_task
 from mhla_gen.training.objectives import FlowMatching
 from mhla_gen.training.prompts import ClipMatching, Prompts, first_frame_mask, token_times
-from mhla_gen.training.run import build_run
+from mhla_gen.training.training_run import build_run
 
 SMALL = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 32}
 

@@ -23,7 +23,7 @@ from mhla_gen.data import load_data
 from mhla_gen.data.caching.build import build_cache
 from mhla_gen.sampling import sample
 from mhla_gen.sampling.building import build_sampler
-from mhla_gen.sampling.loading import load_pipeline
+from mhla_gen.sampling.saved_pipeline import load_pipeline
 from mhla_gen.training import rehearse, train
 from mhla_gen.training.build import build_task
 

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import mhla_gen
 from mhla_gen.config import FeaturesConfig, TrainConfig, load_config
-from mhla_gen.data import load_images
+from mhla_gen.data import open_images
 from mhla_gen.evaluation import FeatureStatistics, build_extractor, frechet_distance
 from mhla_gen.evaluation.intervals import jackknife_interval
 from mhla_gen.files import CONFIG_NAME, written_whole
@@ -80,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     began = time.perf_counter()
     device = resolve_device("auto")
     config: TrainConfig = load_config(options.out / "teacher" / CONFIG_NAME, schema=TrainConfig)
-    real = load_images(config.data)
+    real = open_images(config.data)
     pixels = np.stack([real.pixels(index) for index in range(len(real))])
     labels, names = np.asarray(real.labels), real.class_names or ()
     wanted = np.random.default_rng(0).permutation(np.resize(labels, options.samples))

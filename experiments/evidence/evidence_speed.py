@@ -26,7 +26,7 @@ from mhla_gen.runtime.devices import resolve_device
 from mhla_gen.sampling import ClassConditionalPipeline
 from mhla_gen.sampling.building import place
 from mhla_gen.training.build import build_model
-from mhla_gen.training.run import build_run
+from mhla_gen.training.training_run import build_run
 
 ARMS = ("softmax", "linear", "linear-conv-gate", "mhla", "mhla-conv-gate", "blocks-64")
 _TOKENS_OF_A_STEP = 131_072

@@ -1,1 +1,1 @@
-"""Latency and memory of attention operators and of whole models; see `mhla_gen.bench.run`."""
+"""Latency and memory of attention operators and of whole models; see `mhla_gen.bench.benchmark`."""

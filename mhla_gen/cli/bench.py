@@ -1,4 +1,4 @@
-"""`mhla-gen bench ops | model`: see `mhla_gen.bench.run`."""
+"""`mhla-gen bench ops | model`: see `mhla_gen.bench.benchmark`."""
 
 from mhla_gen.config import BenchConfig
 
@@ -8,6 +8,6 @@ def run(config: BenchConfig, dry_run: bool) -> None:
     if dry_run:
         print(f"would measure {config.subject}: {', '.join(config.methods)} on {config.grids}")
         return
-    from mhla_gen.bench.run import bench
+    from mhla_gen.bench.benchmark import bench
 
     bench(config)

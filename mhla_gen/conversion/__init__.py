@@ -5,7 +5,7 @@ what its weights are; `write` is the inverse. A checkpoint that would compute an
 is refused.
 """
 
+from mhla_gen.conversion.conversion import convert
 from mhla_gen.conversion.reading import read_checkpoint
-from mhla_gen.conversion.run import convert
 
 __all__ = ["convert", "read_checkpoint"]

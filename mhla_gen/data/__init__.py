@@ -2,7 +2,7 @@
 
 from mhla_gen.data.batches import BatchOrder, batches, derived_seed
 from mhla_gen.data.images import ArrayImages, EncodedImages
-from mhla_gen.data.opening import load_data, load_images
+from mhla_gen.data.opening import load_data, open_images
 from mhla_gen.data.protocol import Batch, TrainingData
 
 __all__ = [
@@ -14,5 +14,5 @@ __all__ = [
     "batches",
     "derived_seed",
     "load_data",
-    "load_images",
+    "open_images",
 ]

@@ -27,7 +27,7 @@ def load_data(config: DataConfig) -> TrainingData:
         cache = CachedLatents.open(str(config.path))
         cache.require(config)
         return cache
-    images = load_images(config)
+    images = open_images(config)
     if isinstance(images, EncodedImages) and isinstance(images.store, FileStore):
         missing = [path for path in images.store.paths if not path.is_file()]
         if missing:
@@ -35,7 +35,7 @@ def load_data(config: DataConfig) -> TrainingData:
     return images
 
 
-def load_images(config: DataConfig) -> ArrayImages | EncodedImages:
+def open_images(config: DataConfig) -> ArrayImages | EncodedImages:
     """Open images that a config names, in pixels.
 
     Raises:

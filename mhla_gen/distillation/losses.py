@@ -11,8 +11,8 @@ from torch import Tensor
 from mhla_gen.data import Batch
 from mhla_gen.distillation.layers import LayerErrors
 from mhla_gen.training.conditioning import Conditioning
-from mhla_gen.training.draws import Draws
 from mhla_gen.training.objectives import Objective, mean_flat
+from mhla_gen.training.randomness import Randomness
 from mhla_gen.training.step import noised
 
 
@@ -26,11 +26,15 @@ class LayerLosses:
     layers: LayerErrors
     """Of the student, under whatever wraps it."""
 
-    def __call__(self, model: Callable[..., Any], batch: Batch, draws: Draws) -> dict[str, Tensor]:
+    def __call__(
+        self, model: Callable[..., Any], batch: Batch, randomness: Randomness
+    ) -> dict[str, Tensor]:
         """`loss`, and the error of each layer by its name; see `mhla_gen.training.step.Losses`."""
-        x = noised(batch, draws, self.objective)
+        x = noised(batch, randomness, self.objective)
         errors = self.layers.during(
-            lambda: self.conditioning.predict(model, x.noisy, x.timesteps, batch, draws.dropped)
+            lambda: self.conditioning.predict(
+                model, x.noisy, x.timesteps, batch, randomness.dropped
+            )
         )
         # Each weight is in one term, so Adam's steps do not depend on the number of layers.
         return {"loss": torch.stack(list(errors.values())).mean(0), **errors}
@@ -49,14 +53,16 @@ class OutputLosses:
     autocast: Callable[[], AbstractContextManager[Any]]
     """The arithmetic that the student runs in."""
 
-    def __call__(self, model: Callable[..., Any], batch: Batch, draws: Draws) -> dict[str, Tensor]:
+    def __call__(
+        self, model: Callable[..., Any], batch: Batch, randomness: Randomness
+    ) -> dict[str, Tensor]:
         """`loss` and its two parts; see `mhla_gen.training.step.Losses`."""
-        x = noised(batch, draws, self.objective)
-        inputs = (x.noisy, x.timesteps, batch, draws.dropped)
+        x = noised(batch, randomness, self.objective)
+        inputs = (x.noisy, x.timesteps, batch, randomness.dropped)
         with torch.no_grad(), self.autocast():
             target = self.conditioning.predict(self.teacher, *inputs)
         prediction = self.conditioning.predict(model, *inputs)
-        objective = self.objective.losses(prediction, x.samples, x.noise, draws.times)
+        objective = self.objective.losses(prediction, x.samples, x.noise, randomness.times)
         distance = mean_flat((prediction.float() - target.float()).square())
         return {
             "loss": objective + self.teacher_weight * distance,

@@ -20,7 +20,7 @@ from mhla_gen.distillation.losses import LayerLosses, OutputLosses
 from mhla_gen.distillation.teacher import softmax_twin, train_only, trained_names
 from mhla_gen.files import CONFIG_NAME, differing_values, written_whole
 from mhla_gen.hub import PIPELINE_NAME
-from mhla_gen.models.loading import load_transformer, transformer_class
+from mhla_gen.models.saved_transformer import load_transformer, transformer_class
 from mhla_gen.models.transformer import MHLATransformerMixin
 from mhla_gen.runtime.compiling import compile_model
 from mhla_gen.training.build import build_task

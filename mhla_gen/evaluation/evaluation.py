@@ -12,7 +12,7 @@ from mhla_gen.config import EvaluateConfig
 from mhla_gen.evaluation.errors import EvaluationError
 from mhla_gen.evaluation.feature_files import FeatureSet
 from mhla_gen.evaluation.measurer import Measurer
-from mhla_gen.evaluation.protocol import Protocol
+from mhla_gen.evaluation.protocol import EvaluationProtocol
 from mhla_gen.evaluation.reference import MeasuredReference, Reference
 from mhla_gen.evaluation.report import Result, format_table, write_report
 from mhla_gen.evaluation.results import FEATURES, Evaluation
@@ -54,12 +54,12 @@ class Scoring:
 
     config: EvaluateConfig
     measurer: Measurer
-    protocol: Protocol
+    protocol: EvaluationProtocol
     reference: Reference | None
 
     @classmethod
     def prepare(
-        cls, config: EvaluateConfig, measurer: Measurer, protocol: Protocol, count: int
+        cls, config: EvaluateConfig, measurer: Measurer, protocol: EvaluationProtocol, count: int
     ) -> "Scoring":
         """Open the reference, and compare what has to be equal.
 

@@ -30,7 +30,7 @@ CHUNK = 1024
 _LISTED = 10
 
 
-class Batch(NamedTuple):
+class ImageBatch(NamedTuple):
     """What a loader hands on: the readable images of a range, and why others are missing."""
 
     images: Tensor
@@ -40,7 +40,7 @@ class Batch(NamedTuple):
     """Set if an image has another size than the first one."""
 
 
-class BatchReader(Dataset[Batch]):
+class ImageBatchReader(Dataset[ImageBatch]):
     """Reads ranges of a source; runs in worker processes."""
 
     def __init__(self, source: ImageSource, ranges: Sequence[range], frame_shape: tuple[int, ...]):
@@ -49,7 +49,7 @@ class BatchReader(Dataset[Batch]):
     def __len__(self) -> int:
         return len(self._ranges)
 
-    def __getitem__(self, item: int) -> Batch:
+    def __getitem__(self, item: int) -> ImageBatch:
         images, unreadable, mismatch = [], [], ""
         for index in self._ranges[item]:
             try:
@@ -62,7 +62,7 @@ class BatchReader(Dataset[Batch]):
                 break
             images.append(image)
         stacked = np.stack(images) if images else np.zeros((0, *self._shape, 3), np.uint8)
-        return Batch(torch.from_numpy(stacked), unreadable, mismatch)
+        return ImageBatch(torch.from_numpy(stacked), unreadable, mismatch)
 
 
 def extract_features(
@@ -111,7 +111,7 @@ def extract_features(
         [range(i, min(i + batch_size, chunks[c].stop)) for i in chunks[c][::batch_size]]
         for c in missing
     ]
-    reader = BatchReader(source, [batch for chunk in batches for batch in chunk], shape)
+    reader = ImageBatchReader(source, [batch for chunk in batches for batch in chunk], shape)
     stream = iter(_loader(reader, num_workers, extractor))
     # Chunks are copied from the device and written in the background.
     with _progress(source, missing, len(mine)) as bar, ThreadPoolExecutor(1) as writer:
@@ -173,7 +173,9 @@ def _open_folder(
     return folder
 
 
-def _loader(reader: BatchReader, num_workers: int, extractor: Extractor) -> DataLoader[Batch]:
+def _loader(
+    reader: ImageBatchReader, num_workers: int, extractor: Extractor
+) -> DataLoader[ImageBatch]:
     return DataLoader(
         reader,
         batch_size=None,
@@ -193,7 +195,7 @@ def _device(extractor: Extractor) -> torch.device:
     return next(extractor.parameters(), torch.empty(0)).device
 
 
-def _require_one_size(batch: Batch, source: ImageSource, shape: tuple[int, ...]) -> None:
+def _require_one_size(batch: ImageBatch, source: ImageSource, shape: tuple[int, ...]) -> None:
     if batch.mismatch:
         raise EvaluationError(
             f"{source.name} holds images of different sizes: the first is {_size(shape)}, "

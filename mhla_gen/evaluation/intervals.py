@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mhla_gen.evaluation.errors import EvaluationError
 from mhla_gen.evaluation.frechet import FeatureStatistics, FeatureSums
-from mhla_gen.evaluation.scores import KernelDistance
+from mhla_gen.evaluation.scores import KernelDistanceEstimate
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def jackknife_interval(
     return value, Interval(value - reach, value + reach, f"jackknife-{groups}")
 
 
-def subsampling_interval(distance: KernelDistance, count: int) -> Interval | None:
+def subsampling_interval(distance: KernelDistanceEstimate, count: int) -> Interval | None:
     r"""Interval of a kernel distance from the spread of its subsets.
 
     Subsets are drawn of both sides, so the interval is that of other samples and another reference

@@ -11,7 +11,7 @@ from mhla_gen.evaluation.extractor import Extractor
 from mhla_gen.evaluation.extractors import build_extractor
 from mhla_gen.evaluation.feature_files import FeatureSet
 from mhla_gen.evaluation.features import extract_features
-from mhla_gen.evaluation.protocol import Protocol
+from mhla_gen.evaluation.protocol import EvaluationProtocol
 from mhla_gen.evaluation.sources import ImageSource, frame_shape, load_images
 from mhla_gen.evaluation.video import ClipRule
 from mhla_gen.runtime.processes import join_processes
@@ -54,12 +54,12 @@ class Measurer:
         """The images at these paths."""
         return load_images(list(paths), self.size, self.clip)
 
-    def protocol(self, source: ImageSource) -> Protocol:
+    def protocol(self, source: ImageSource) -> EvaluationProtocol:
         """How these images are measured."""
         height, width = frame_shape(source)[-2:]
         crop = f"adm-crop-{self.size}" if self.size and not self.clip else ""
         frames = str(self.clip) if self.clip else ""
-        return Protocol(self.extractor.identity, (height, width), crop, frames)
+        return EvaluationProtocol(self.extractor.identity, (height, width), crop, frames)
 
     def features(self, source: ImageSource, names: Sequence[str]) -> FeatureSet:
         """Extract features, or find them in the cache."""

@@ -17,7 +17,7 @@ _REMEDIES = {
 
 
 @dataclass(frozen=True)
-class Protocol:
+class EvaluationProtocol:
     """How one set was measured."""
 
     extractor: ExtractorIdentity
@@ -34,7 +34,7 @@ class Protocol:
             part for part in (str(self.extractor), size, self.crop, self.frames) if part
         )
 
-    def require_same(self, other: "Protocol") -> None:
+    def require_same(self, other: "EvaluationProtocol") -> None:
         """Refuse to compare samples (this) with a reference (other) that was measured otherwise.
 
         How images were cropped to their size may differ: samples are made at it.
@@ -73,7 +73,7 @@ class Protocol:
         return json.dumps(asdict(self))
 
     @classmethod
-    def from_json(cls, text: str) -> "Protocol":
+    def from_json(cls, text: str) -> "EvaluationProtocol":
         """Read what `to_json` wrote.
 
         Raises:

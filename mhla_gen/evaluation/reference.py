@@ -13,7 +13,7 @@ from mhla_gen.evaluation.errors import EvaluationError
 from mhla_gen.evaluation.feature_files import FeatureSet
 from mhla_gen.evaluation.frechet import FeatureStatistics
 from mhla_gen.evaluation.measurer import Measurer
-from mhla_gen.evaluation.protocol import Protocol
+from mhla_gen.evaluation.protocol import EvaluationProtocol
 from mhla_gen.evaluation.sources import ImageSource, has_statistics
 from mhla_gen.evaluation.statistics_file import STATISTICS_KEYS, StatisticsFile, write_statistics
 from mhla_gen.media.pictures import UnreadableImageError
@@ -24,7 +24,7 @@ class Reference:
     """What samples are compared with."""
 
     name: str
-    protocol: Protocol
+    protocol: EvaluationProtocol
     file: StatisticsFile | None
     source: ImageSource | None
     """The images, all of them or those that a file keeps."""

@@ -9,7 +9,7 @@ from mhla_gen.config import EvaluateConfig
 from mhla_gen.evaluation.feature_files import FeatureSet
 from mhla_gen.evaluation.frechet import FewSamplesWarning, frechet_distance
 from mhla_gen.evaluation.intervals import jackknife_interval, subsampling_interval
-from mhla_gen.evaluation.protocol import Protocol, short_count
+from mhla_gen.evaluation.protocol import EvaluationProtocol, short_count
 from mhla_gen.evaluation.reference import MeasuredReference
 from mhla_gen.evaluation.report import Result
 from mhla_gen.evaluation.scores import inception_score, kernel_distance, precision_recall
@@ -32,7 +32,7 @@ class Evaluation:
     """Numbers from measured samples and a measured reference."""
 
     config: EvaluateConfig
-    protocol: Protocol
+    protocol: EvaluationProtocol
     samples: FeatureSet
     reference: MeasuredReference | None
     device: str = "cpu"

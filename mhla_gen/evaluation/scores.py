@@ -15,7 +15,7 @@ _TILE = 1024
 
 
 @dataclass(frozen=True)
-class KernelDistance:
+class KernelDistanceEstimate:
     """KID: mean over random subsets, and their standard deviation."""
 
     mean: float
@@ -57,7 +57,7 @@ def kernel_distance(
     subsets: int = 100,
     subset_size: int = 1000,
     seed: int = 2020,
-) -> KernelDistance:
+) -> KernelDistanceEstimate:
     r"""Squared maximum mean discrepancy with the kernel $(x \cdot y / \mathrm{dim} + 1)^3$.
 
     The unbiased estimate on random subsets drawn without replacement; it can be negative.
@@ -90,7 +90,9 @@ def kernel_distance(
             for part in (samples, reference)
         )
         values.append(_mmd2(x, y))
-    return KernelDistance(float(np.mean(values)), float(np.std(values)), subsets, subset_size)
+    return KernelDistanceEstimate(
+        float(np.mean(values)), float(np.std(values)), subsets, subset_size
+    )
 
 
 def _mmd2(x: Tensor, y: Tensor) -> float:

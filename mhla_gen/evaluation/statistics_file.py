@@ -10,7 +10,7 @@ from mhla_gen.evaluation.extractor import ExtractorIdentity
 from mhla_gen.evaluation.frechet import FeatureStatistics
 from mhla_gen.evaluation.inception import OFFICIAL_SHA256_PREFIX
 from mhla_gen.evaluation.npz import npz_keys, open_array, write_npz
-from mhla_gen.evaluation.protocol import Protocol
+from mhla_gen.evaluation.protocol import EvaluationProtocol
 
 # Feature name → keys of its mean and covariance.
 STATISTICS_KEYS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
@@ -57,10 +57,10 @@ class StatisticsFile:
             return None
         return int(open_array(self.path, "count"))
 
-    def protocol(self) -> Protocol:
+    def protocol(self) -> EvaluationProtocol:
         """The stated protocol, or that of ADM's files if none is stated."""
         if "protocol" in npz_keys(self.path):
-            return Protocol.from_json(str(open_array(self.path, "protocol")))
+            return EvaluationProtocol.from_json(str(open_array(self.path, "protocol")))
         shape = None
         if self.has_images:
             height, width = open_array(self.path, "arr_0").shape[1:3]
@@ -68,13 +68,13 @@ class StatisticsFile:
         official = ExtractorIdentity(
             "inception-2015-12-05", OFFICIAL_SHA256_PREFIX, "tf1-resize", "fp32"
         )
-        return Protocol(official, shape)
+        return EvaluationProtocol(official, shape)
 
 
 def write_statistics(
     path: Path,
     statistics: dict[str, FeatureStatistics],
-    protocol: Protocol,
+    protocol: EvaluationProtocol,
     images: np.ndarray | None,
 ) -> None:
     """Write a reference file under ADM's keys; it appears whole or not at all.

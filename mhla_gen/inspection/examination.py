@@ -11,8 +11,8 @@ from tqdm import tqdm
 
 from mhla_gen.inspection.attention_maps import LayerAttention, MHLAAttention, watch
 from mhla_gen.inspection.inputs import Input
-from mhla_gen.inspection.loading import Subject
 from mhla_gen.inspection.statistics import HeadStatistics, head_statistics
+from mhla_gen.inspection.subject import Subject
 
 
 @dataclass(eq=False)

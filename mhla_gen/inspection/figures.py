@@ -44,7 +44,7 @@ class Picture:
         return round(width * _SHOWN_DPI / _DPI), round(height * _SHOWN_DPI / _DPI)
 
 
-def draw(name: str, title: str, alt: str, make: Callable[[Sequence[str]], Figure]) -> Picture:
+def render(name: str, title: str, alt: str, make: Callable[[Sequence[str]], Figure]) -> Picture:
     """Draw in both themes; `make` gets the colours of model and teacher."""
     png = {}
     for theme, (ink, paper, colours) in THEMES.items():
@@ -93,7 +93,7 @@ def draw_statistics(examinations: Sequence[Examination], num_rows: int, seq_len:
         for seen in examinations
     )
     alt = f"Three line charts over layers. Means over layers: {means}. The table has all numbers."
-    return draw("statistics", "Rank and entropy per layer", alt, make)
+    return render("statistics", "Rank and entropy per layer", alt, make)
 
 
 def _draw_curve(axes: Any, seen: Examination, quantity: str, colour: str, marker: str) -> None:

@@ -11,8 +11,8 @@ from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from torch import Tensor
 
 from mhla_gen.config import InputsConfig
-from mhla_gen.data import ArrayImages, EncodedImages, derived_seed, load_images
-from mhla_gen.inspection.loading import Subject
+from mhla_gen.data import ArrayImages, EncodedImages, derived_seed, open_images
+from mhla_gen.inspection.subject import Subject
 
 # What diffusers' Wan pipelines pass: text padded to 512 tokens, 257 of CLIP's for an image.
 _TEXT_TOKENS, _IMAGE_TOKENS = 512, 257
@@ -127,7 +127,7 @@ def _starts(
     images: ArrayImages | EncodedImages | None,
 ) -> list[_Start]:
     if config.data is not None:
-        return _images(images or load_images(config.data), config, shape)
+        return _images(images or open_images(config.data), config, shape)
     num_classes = getattr(subject.model.config, "num_embeds_ada_norm", None)
     classes = range(num_classes or 1) if config.classes == "all" else config.classes
     if num_classes and max(classes) >= num_classes:

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from mhla_gen.inspection.examination import Layer
-from mhla_gen.inspection.figures import Picture, draw, limits_of
+from mhla_gen.inspection.figures import Picture, limits_of, render
 from mhla_gen.ops import block_starts
 
 # Frames of a video that one row of maps shows.
@@ -48,7 +48,7 @@ def draw_maps(
     )
     alt = f"Attention maps of layer {index} over the token grid. {own}."
     kinds = ", ".join(f"{title}: {layer.kind}" for title, layer in layers.items())
-    return draw(f"attention_{index:02d}", f"Layer {index} ({kinds})", alt, make)
+    return render(f"attention_{index:02d}", f"Layer {index} ({kinds})", alt, make)
 
 
 @dataclass(frozen=True)

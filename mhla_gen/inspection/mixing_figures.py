@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from mhla_gen.inspection.examination import Layer
-from mhla_gen.inspection.figures import Picture, draw, limits_of
+from mhla_gen.inspection.figures import Picture, limits_of, render
 
 # With more blocks than this, dots would hide the cells that they mark.
 _MAX_DOTS = 64
@@ -52,7 +52,7 @@ def draw_mixing(index: int, layer: Layer) -> Picture:
         f"{diagonal:.3f} on average, another block's {others:.3f}, the largest {matrix.max():.3f}."
     )
     blocks = " × ".join(map(str, layout))
-    return draw(f"mixing_{index:02d}", f"Layer {index}, {blocks} blocks", alt, make)
+    return render(f"mixing_{index:02d}", f"Layer {index}, {blocks} blocks", alt, make)
 
 
 def _draw_on_block_grid(
@@ -98,7 +98,7 @@ def draw_mixing_heads(index: int, layer: Layer) -> Picture:
         return figure
 
     alt = f"Mixing matrices of the {len(matrices)} heads of layer {index}, one heat map each."
-    return draw(f"mixing_{index:02d}_heads", f"Layer {index}, head by head", alt, make)
+    return render(f"mixing_{index:02d}_heads", f"Layer {index}, head by head", alt, make)
 
 
 def on_block_grid(matrix: np.ndarray, layout: tuple[int, ...]) -> np.ndarray:

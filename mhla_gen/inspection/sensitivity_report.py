@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from mhla_gen.config import SensitivityConfig
 from mhla_gen.files import written_whole
-from mhla_gen.inspection.figures import draw
+from mhla_gen.inspection.figures import render
 from mhla_gen.inspection.sensitivity_plan import Plan
 from mhla_gen.version import __version__
 
@@ -103,7 +103,7 @@ def draw_sensitivity(rows: Sequence[LayerSensitivity], plan: Plan | None) -> byt
         figure.legend(loc="outside lower center", ncols=4, fontsize=8)
         return figure
 
-    return draw("sensitivity", "Sensitivity", "", make).png["light"]
+    return render("sensitivity", "Sensitivity", "", make).png["light"]
 
 
 def _snippet(config: SensitivityConfig, plan: Plan) -> str:

@@ -15,15 +15,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mhla_gen.config import SensitivityConfig, save_config
-from mhla_gen.data import derived_seed, load_images
+from mhla_gen.data import derived_seed, open_images
 from mhla_gen.digests import tensors_digest
 from mhla_gen.distillation.layers import LayerErrors, relative_error
 from mhla_gen.distillation.teacher import mhla_attentions, softmax_twin, train_only, trained_names
 from mhla_gen.files import CONFIG_NAME, written_whole
 from mhla_gen.inspection.inputs import Input, make_inputs, token_grid
-from mhla_gen.inspection.loading import load_subject
 from mhla_gen.inspection.sensitivity_plan import plan_by_count
 from mhla_gen.inspection.sensitivity_report import LayerSensitivity
+from mhla_gen.inspection.subject import load_subject
 from mhla_gen.models import inject
 from mhla_gen.models.surgery import swap_processor
 from mhla_gen.models.transformer import MHLATransformerMixin
@@ -77,7 +77,7 @@ class Scan:
         if isinstance(subject.model, MHLATransformerMixin):
             raise ValueError(f"{config.model} has MHLA layers already; give the softmax model")
         grid = token_grid(subject, config)
-        images = None if config.data is None else load_images(config.data)
+        images = None if config.data is None else open_images(config.data)
         inputs = make_inputs(subject, config, grid, images)
 
         def draw(step: int) -> list[Input]:

@@ -14,7 +14,7 @@ from mhla_gen.models.kandinsky5 import MHLAKandinsky5Transformer3DModel
 from mhla_gen.models.ltx import MHLALTXVideoTransformer3DModel
 from mhla_gen.models.pixart import MHLAPixArtTransformer2DModel
 from mhla_gen.models.sana_video import MHLASanaVideoTransformer3DModel
-from mhla_gen.models.surgery import become, resolve, unconvert
+from mhla_gen.models.surgery import become, remove_mhla, resolve
 from mhla_gen.models.transformer import MHLATransformerMixin
 from mhla_gen.models.wan import MHLAWanTransformer3DModel
 from mhla_gen.ops import resolve_implementation
@@ -85,7 +85,7 @@ def restore(pipe_or_transformer: Any) -> Any:
     if any(getattr(transformer, "_parallel_config", None) is not None for transformer in targets):
         raise ValueError("the model shares its sequences; restore before enable_parallelism")
     for transformer in targets:
-        unconvert(transformer.family, transformer)
+        remove_mhla(transformer.family, transformer)
     return _update_index(pipe_or_transformer)
 
 

@@ -76,7 +76,7 @@ def resolve(family: Family, model: Any, config: MHLAConfig) -> MHLAConfig:
     return config
 
 
-def convert(family: Family, model: Any, config: MHLAConfig) -> None:
+def add_mhla(family: Family, model: Any, config: MHLAConfig) -> None:
     """Give the chosen layers their `mhla` child; `config` comes from `resolve`."""
     attentions = family.attentions(model)
     chosen = set(mhla_layers(config, len(attentions)))
@@ -99,8 +99,8 @@ def convert(family: Family, model: Any, config: MHLAConfig) -> None:
     model._internal_dict = FrozenDict({**kept, **settings, **marks})
 
 
-def unconvert(family: Family, model: Any) -> None:
-    """Take away what `convert` added, the class included."""
+def remove_mhla(family: Family, model: Any) -> None:
+    """Take away what `add_mhla` added, the class included."""
     for _, attention in family.attentions(model) + family.bystanders(model):
         if hasattr(attention, "mhla"):
             del attention.mhla
@@ -142,5 +142,5 @@ def become(family: Family, mhla_class: type, model: Any, config: MHLAConfig) -> 
     """Turn a base model into its MHLA class in place; all checks come first."""
     resolved = resolve(family, model, config)
     model.__class__ = mhla_class
-    convert(family, model, resolved)
+    add_mhla(family, model, resolved)
     return model

@@ -12,7 +12,7 @@ from torch import nn
 from mhla_gen.config import MHLAConfig
 from mhla_gen.models.family import Family
 from mhla_gen.models.parallel import check_parallelism
-from mhla_gen.models.surgery import become, convert, resolve
+from mhla_gen.models.surgery import add_mhla, become, resolve
 
 # Arguments of from_pretrained that say where a config lies rather than how to load weights.
 _LOCATION = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "proxies")
@@ -88,7 +88,7 @@ class MHLATransformerMixin:
     def convert_new(self, mhla: MHLAConfig | dict[str, Any] | None) -> None:
         """Convert a freshly built model; the last line of the class's `__init__`."""
         config = mhla if isinstance(mhla, MHLAConfig) else MHLAConfig.from_dict(mhla or {})
-        convert(self.family, self, resolve(self.family, self, config))  # type: ignore[arg-type]
+        add_mhla(self.family, self, resolve(self.family, self, config))  # type: ignore[arg-type]
 
     @property
     def mhla_config(self) -> MHLAConfig:

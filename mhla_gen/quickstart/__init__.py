@@ -1,5 +1,5 @@
 """The whole job in minutes: train on real digits, sample, score, beside a fair control."""
 
-from mhla_gen.quickstart.run import quickstart
+from mhla_gen.quickstart.quickstart import quickstart
 
 __all__ = ["quickstart"]

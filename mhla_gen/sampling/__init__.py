@@ -4,8 +4,8 @@ from mhla_gen.pipelines.class_conditional import ClassConditionalPipeline
 from mhla_gen.pipelines.guidance import Guidance
 from mhla_gen.sampling.classes import class_labels
 from mhla_gen.sampling.contact_sheet import contact_sheet
-from mhla_gen.sampling.run import sample
 from mhla_gen.sampling.sample_set import generate
+from mhla_gen.sampling.sampling import sample
 
 __all__ = [
     "ClassConditionalPipeline",

@@ -14,10 +14,10 @@ from mhla_gen.pipelines.schedulers import makes_variance, other_scheduler
 from mhla_gen.runtime.compiling import compile_blocks
 from mhla_gen.runtime.cuda_graphs import RecordedForward
 from mhla_gen.sampling.classes import class_labels, ordered_labels
-from mhla_gen.sampling.loading import load_pipeline
 from mhla_gen.sampling.prompt_sampler import PromptSampler, read_embeds
 from mhla_gen.sampling.prompts import Prompt, read_prompts
 from mhla_gen.sampling.samplers import ClassSampler, Sampler
+from mhla_gen.sampling.saved_pipeline import load_pipeline
 
 _SAMPLES_PER_CLASS = 10
 

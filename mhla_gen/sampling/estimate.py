@@ -6,7 +6,7 @@ import time
 import torch
 
 from mhla_gen.config import SampleConfig
-from mhla_gen.sampling.drawing import Drawer
+from mhla_gen.sampling.batched_sampler import BatchedSampler
 from mhla_gen.sampling.samplers import Sampler
 from mhla_gen.sampling.units import Units
 
@@ -25,9 +25,9 @@ def timed(sampler: Sampler, units: Units, config: SampleConfig, processes: int) 
     seconds = []
     for steps in (_TIMED_STEPS[0], *_TIMED_STEPS):
         # The first draw compiles and allocates; it does not count.
-        with Drawer(sampler, units, steps, units.rows, config.reproducible) as drawer:
+        with BatchedSampler(sampler, units, steps, units.rows, config.reproducible) as batched:
             began = time.perf_counter()
-            for _, samples in drawer.draw([0]):
+            for _, samples in batched.draw([0]):
                 samples.cpu()
             seconds.append(time.perf_counter() - began)
     few, more = _TIMED_STEPS

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from mhla_gen.pipelines.class_conditional import ClassConditionalPipeline
-from mhla_gen.sampling.drawing import Drawer
+from mhla_gen.sampling.batched_sampler import BatchedSampler
 from mhla_gen.sampling.outputs import write_samples
 from mhla_gen.sampling.progress import Progress
 from mhla_gen.sampling.samplers import ClassSampler
@@ -41,9 +41,9 @@ def generate(
     units = Units.split(len(labels), sampler.model_batch_size)
     drawn: list[np.ndarray] = []
     progress = Progress(len(labels), lambda: sum(map(len, drawn)), title, show=True)
-    drawer = Drawer(sampler, units, num_inference_steps, batch_size, reproducible=True)
-    with progress, drawer:
-        for _, images in drawer.draw(range(len(units)), progress.step):
+    batched = BatchedSampler(sampler, units, num_inference_steps, batch_size, reproducible=True)
+    with progress, batched:
+        for _, images in batched.draw(range(len(units)), progress.step):
             drawn.append(images.cpu().numpy())
     return np.concatenate(drawn)
 

@@ -12,7 +12,7 @@ from mhla_gen.evaluation.errors import EvaluationError
 from mhla_gen.evaluation.evaluation import Scoring, check_metrics
 from mhla_gen.evaluation.feature_files import FeatureSet
 from mhla_gen.evaluation.measurer import Measurer
-from mhla_gen.evaluation.protocol import Protocol
+from mhla_gen.evaluation.protocol import EvaluationProtocol
 from mhla_gen.evaluation.report import Result
 from mhla_gen.media.pictures import crop_array
 from mhla_gen.sampling.units import Units, write_array
@@ -57,7 +57,7 @@ class Scorer:
         frames = str(self._clip) if self._clip else ""
         if self._clip is not None:
             self._clip.indices(shape[0])
-        protocol = Protocol(self._extractor.identity, self._frame, crop, frames)
+        protocol = EvaluationProtocol(self._extractor.identity, self._frame, crop, frames)
         self._scoring = Scoring.prepare(config, measurer, protocol, count)
 
     def measure(self, unit: int, samples: Tensor) -> None:

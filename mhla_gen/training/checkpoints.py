@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from mhla_gen.config import TrainConfig, load_config, save_config
 from mhla_gen.files import CONFIG_NAME, check_writable, differences, remove_partials
 from mhla_gen.hub import PIPELINE_NAME
-from mhla_gen.training.run import Run
+from mhla_gen.training.training_run import Run
 
 _PREFIX = "checkpoint-"
 # Names of checkpoints that are being written or removed, and of one that another replaces.

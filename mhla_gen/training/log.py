@@ -14,8 +14,8 @@ from tqdm import tqdm
 from mhla_gen.files import written_whole
 from mhla_gen.training.checkpoints import last_checkpoint
 from mhla_gen.training.recent import Recorded
-from mhla_gen.training.run import Run
 from mhla_gen.training.step import StepResult
+from mhla_gen.training.training_run import Run
 
 LOG_NAME = "log.jsonl"
 # Ranges of the timesteps that losses are noted for, each as wide.

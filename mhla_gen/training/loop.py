@@ -30,10 +30,10 @@ from mhla_gen.training.previews import (
     has_scores,
     write_previews,
 )
-from mhla_gen.training.run import Run, build_run
 from mhla_gen.training.stopping import Stopped, StopRequest
 from mhla_gen.training.task import BuildTask
 from mhla_gen.training.throughput import peak_flops
+from mhla_gen.training.training_run import Run, build_run
 
 
 def train(config: TrainConfig, title: str = "training", build: BuildTask = build_task) -> Path:

@@ -10,7 +10,7 @@ from torch import nn
 from mhla_gen.config import MHLAConfig, ModelConfig
 from mhla_gen.files import differences
 from mhla_gen.models import inject
-from mhla_gen.models.loading import load_transformer
+from mhla_gen.models.saved_transformer import load_transformer
 from mhla_gen.models.transformer import MHLATransformerMixin
 
 

@@ -18,7 +18,7 @@ from mhla_gen.files import written_whole
 from mhla_gen.media.videos import shown_frames, write_video
 from mhla_gen.models import MHLA
 from mhla_gen.training.parallel import whole
-from mhla_gen.training.run import Run
+from mhla_gen.training.training_run import Run
 
 PREVIEWS_NAME = "previews"
 _METRICS_NAME = "metrics.json"

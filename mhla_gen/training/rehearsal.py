@@ -12,8 +12,8 @@ from mhla_gen.data.caching.cached import CachedLatents
 from mhla_gen.training.build import build_task
 from mhla_gen.training.checkpoints import check_output_dir
 from mhla_gen.training.parallel import build_accelerator
-from mhla_gen.training.run import Run, build_run
 from mhla_gen.training.task import BuildTask
+from mhla_gen.training.training_run import Run, build_run
 
 
 def rehearse(config: TrainConfig, build: BuildTask = build_task) -> str:

@@ -9,31 +9,31 @@ from torch import Tensor
 
 from mhla_gen.data import Batch
 from mhla_gen.training.conditioning import Conditioning
-from mhla_gen.training.draws import Draws
 from mhla_gen.training.objectives import Objective, like
+from mhla_gen.training.randomness import Randomness
 
 
-def samples_of(batch: Batch, draws: Draws) -> Tensor:
-    """The samples of a batch, mirrored or drawn from their distribution as the draws say.
+def samples_of(batch: Batch, randomness: Randomness) -> Tensor:
+    """The samples of a batch, mirrored or drawn from their distribution as the randomness says.
 
     Args:
         batch: `samples`, or `mean` and `std` of latents; where there are `mean_flipped` and
             `std_flipped`, these are the latents of the mirrored images, which are not the mirrored
             latents.
-        draws: The chance of this step, for these samples.
+        randomness: That of this step, for these samples.
 
     Returns:
         `[batch, channels, (frames,) height, width]`, float32.
     """
     if "samples" in batch:
         samples = batch["samples"]
-        return torch.where(like(draws.flipped, samples), samples.flip(-1), samples)
+        return torch.where(like(randomness.flipped, samples), samples.flip(-1), samples)
     mean, std = batch["mean"], batch["std"]
     if "mean_flipped" in batch:
-        flipped = like(draws.flipped, mean)
+        flipped = like(randomness.flipped, mean)
         mean = torch.where(flipped, batch["mean_flipped"], mean)
         std = torch.where(flipped, batch["std_flipped"], std)
-    return mean + std * draws.latent_noise(mean.shape[1:])
+    return mean + std * randomness.latent_noise(mean.shape[1:])
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,18 +50,18 @@ class Noised:
     """What the model is told of the noise, `[batch]`."""
 
 
-def noised(batch: Batch, draws: Draws, objective: Objective) -> Noised:
-    """The samples of a batch with the noise that the draws say."""
-    samples = samples_of(batch, draws)
-    noise = draws.noise(samples.shape[1:])
-    noisy = objective.noisy(samples, noise, draws.times)
-    return Noised(samples, noise, noisy, objective.timesteps(draws.times))
+def noised(batch: Batch, randomness: Randomness, objective: Objective) -> Noised:
+    """The samples of a batch with the noise that the randomness says."""
+    samples = samples_of(batch, randomness)
+    noise = randomness.noise(samples.shape[1:])
+    noisy = objective.noisy(samples, noise, randomness.times)
+    return Noised(samples, noise, noisy, objective.timesteps(randomness.times))
 
 
 def training_losses(
     model: Callable[..., Any],
     batch: Batch,
-    draws: Draws,
+    randomness: Randomness,
     objective: Objective,
     conditioning: Conditioning,
 ) -> Tensor:
@@ -70,13 +70,13 @@ def training_losses(
     Args:
         model: The transformer.
         batch: What the data gave, on the model's device.
-        draws: The chance of this step, for these samples.
+        randomness: That of this step, for these samples.
         objective: What to predict.
         conditioning: How to call the model.
     """
-    x = noised(batch, draws, objective)
-    prediction = conditioning.predict(model, x.noisy, x.timesteps, batch, draws.dropped)
-    return objective.losses(prediction, x.samples, x.noise, draws.times)
+    x = noised(batch, randomness, objective)
+    prediction = conditioning.predict(model, x.noisy, x.timesteps, batch, randomness.dropped)
+    return objective.losses(prediction, x.samples, x.noise, randomness.times)
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +94,9 @@ class StepResult:
 class Losses(Protocol):
     """What the steps of a run minimise, as a function of a micro-batch."""
 
-    def __call__(self, model: Callable[..., Any], batch: Batch, draws: Draws) -> dict[str, Tensor]:
+    def __call__(
+        self, model: Callable[..., Any], batch: Batch, randomness: Randomness
+    ) -> dict[str, Tensor]:
         """Losses of each sample by name, `[batch]`, float32; arguments as `training_losses`.
 
         Returns:
@@ -110,7 +112,9 @@ class ObjectiveLosses:
     objective: Objective
     conditioning: Conditioning
 
-    def __call__(self, model: Callable[..., Any], batch: Batch, draws: Draws) -> dict[str, Tensor]:
+    def __call__(
+        self, model: Callable[..., Any], batch: Batch, randomness: Randomness
+    ) -> dict[str, Tensor]:
         """See `Losses`."""
-        losses = training_losses(model, batch, draws, self.objective, self.conditioning)
+        losses = training_losses(model, batch, randomness, self.objective, self.conditioning)
         return {"loss": losses}

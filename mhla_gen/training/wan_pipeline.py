@@ -19,7 +19,7 @@ from mhla_gen.data import TrainingData
 from mhla_gen.data.caching.cached import CachedLatents
 from mhla_gen.data.text import load_text_encoder
 from mhla_gen.hub import pipeline_index
-from mhla_gen.models.loading import load_transformer
+from mhla_gen.models.saved_transformer import load_transformer
 from mhla_gen.pipelines.noise import generator_of, sample_seed
 
 

@@ -34,7 +34,7 @@ from mhla_gen.data.clip_files import ClipFiles, find_clips
 from mhla_gen.data.clips import Clips, Placement, place, read_placements, report, write_placements
 from mhla_gen.data.image_encoder import ImageEncoder, has_image_encoder, load_image_encoder
 from mhla_gen.data.images import ArrayImages, EncodedImages
-from mhla_gen.data.opening import load_images
+from mhla_gen.data.opening import open_images
 from mhla_gen.data.protocol import Examples
 from mhla_gen.data.text import TextEncoder, load_text_encoder
 from mhla_gen.media import Decoder
@@ -71,7 +71,7 @@ def build_cache(config: CacheConfig, dry_run: bool = False) -> str:
     files: Files = (
         find_clips(config.data, config.clips.missing_caption)
         if config.data.source == "clips"
-        else load_images(config.data)
+        else open_images(config.data)
     )
     # One process of a machine downloads; the others find the files.
     with state.local_main_process_first():

@@ -21,8 +21,8 @@ from mhla_gen.files import (
 from mhla_gen.runtime.devices import resolve_device
 from mhla_gen.runtime.processes import join_processes, on_main
 from mhla_gen.sampling import card, estimate
+from mhla_gen.sampling.batched_sampler import BatchedSampler, largest_batch
 from mhla_gen.sampling.building import build_sampler, place
-from mhla_gen.sampling.drawing import Drawer, largest_batch
 from mhla_gen.sampling.keeping import Keeper
 from mhla_gen.sampling.manifest import (
     MANIFEST_NAME,
@@ -181,10 +181,10 @@ class Job:
             len(self.sampler), self.work.count_done, "sampling", self.state.is_main_process
         )
         steps = config.num_inference_steps
-        drawer = Drawer(self.sampler, self.units, steps, batch, config.reproducible)
-        with progress, keeper, drawer:
-            for unit, samples in drawer.draw(missing, progress.step):
-                values = {"device": device_name(), "notes": list(drawer.notes)}
+        batched = BatchedSampler(self.sampler, self.units, steps, batch, config.reproducible)
+        with progress, keeper, batched:
+            for unit, samples in batched.draw(missing, progress.step):
+                values = {"device": device_name(), "notes": list(batched.notes)}
                 keeper.keep(unit, samples, values)
                 progress.step(0)
 

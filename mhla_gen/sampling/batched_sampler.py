@@ -19,7 +19,7 @@ _VAE_ROWS = 8
 _CPU_BATCH = 32
 
 
-class Drawer:
+class BatchedSampler:
     """Draws units of samples; to be used in a `with` statement.
 
     With `reproducible`, every call of a model has the shape of one unit, and each sample its place
@@ -40,7 +40,7 @@ class Drawer:
         self._parts: list[InParts] = []
         self._stack = ExitStack()
 
-    def __enter__(self) -> "Drawer":
+    def __enter__(self) -> "BatchedSampler":
         if self.reproducible:
             self._stack.enter_context(repeatable_kernels())
             pipeline, rows, calls = self.sampler.pipeline, self.units.rows, []

@@ -19,7 +19,6 @@ from mhla_gen.runtime.compiling import compile_model, repeated_blocks
 from mhla_gen.runtime.cuda_graphs import RecordedTraining
 from mhla_gen.runtime.devices import send
 from mhla_gen.training.build import build_task
-from mhla_gen.training.draws import draw
 from mhla_gen.training.ema import WeightAverage
 from mhla_gen.training.optim import build_optimizer, train_only_mhla
 from mhla_gen.training.parallel import (
@@ -32,6 +31,7 @@ from mhla_gen.training.parallel import (
     whole_state,
     without_weights,
 )
+from mhla_gen.training.randomness import step_randomness
 from mhla_gen.training.recent import RecentSteps
 from mhla_gen.training.step import StepResult
 from mhla_gen.training.task import BuildTask, Task
@@ -83,7 +83,7 @@ class Run:
             number: Steps done before.
             parts: This process's share of the step's micro-batches.
         """
-        draws = draw(
+        randomness = step_randomness(
             self.task.objective,
             seed=self.config.seed,
             step=number,
@@ -99,7 +99,9 @@ class Run:
                 found = self.task.step_losses(
                     self.model,
                     {name: send(tensor, device) for name, tensor in part.items()},
-                    draws.part(slice(index * size, (index + 1) * size)).part(self.rows).to(device),
+                    randomness.part(slice(index * size, (index + 1) * size))
+                    .part(self.rows)
+                    .to(device),
                 )
                 self.accelerator.backward(found["loss"].mean() / len(parts))
             losses.append({name: values.detach() for name, values in found.items()})
@@ -112,7 +114,7 @@ class Run:
         self.ema.step(parameters)
         return StepResult(
             {name: torch.cat([part[name] for part in losses]) for name in losses[0]},
-            self.task.objective.timesteps(draws.times),
+            self.task.objective.timesteps(randomness.times),
             whole(norm),
         )
 

@@ -62,7 +62,7 @@ def bench(config: BenchConfig) -> dict[str, Any]:
         result = {"rows": rows, "dtype": config.dtype, **provenance(device)}
         with written_whole(folder / "bench.json") as partial:
             partial.write_text(json.dumps(result, indent=1) + "\n")
-    draw(rows, folder / "bench.png")
+    plot(rows, folder / "bench.png")
     print(f"wrote {folder / 'bench.json'} and {folder / 'bench.png'}")
     return result
 
@@ -119,7 +119,7 @@ def _line(row: dict[str, Any]) -> str:
     return "  ".join(f"{cell:>16}" for cell in cells)
 
 
-def draw(rows: list[dict[str, Any]], path: Path) -> None:
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Latency and memory against tokens; a dot marks where MHLA overtakes softmax."""
     import matplotlib
 

@@ -1,4 +1,4 @@
-"""All the chance in a training step: a function of the seed and the number of the step."""
+"""All the randomness of a training step: a function of the seed and the number of the step."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,8 +12,8 @@ from mhla_gen.training.objectives import Objective
 
 
 @dataclass(frozen=True)
-class Draws:
-    """The chance in one step for some samples of its batch, one row a sample.
+class Randomness:
+    """The randomness of one step for some samples of its batch, one row a sample.
 
     Every sample has its own seeds of noise, so a run can be resumed at any step, does not depend on
     the number of processes or micro-batches, and may mix samples of several shapes.
@@ -28,16 +28,18 @@ class Draws:
     seeds: Tensor
     """Seeds of the noise of diffusion and of the latents' distribution, int64 `[batch, 2]`, CPU."""
 
-    def part(self, rows: slice) -> "Draws":
-        """The draws of some of these samples."""
-        return Draws(self.times[rows], self.dropped[rows], self.flipped[rows], self.seeds[rows])
+    def part(self, rows: slice) -> "Randomness":
+        """That of some of these samples."""
+        return Randomness(
+            self.times[rows], self.dropped[rows], self.flipped[rows], self.seeds[rows]
+        )
 
-    def to(self, device: torch.device) -> "Draws":
+    def to(self, device: torch.device) -> "Randomness":
         """The same, with all that a model sees sent from the CPU to a device."""
         times, dropped, flipped = (
             send(x, device) for x in (self.times, self.dropped, self.flipped)
         )
-        return Draws(times, dropped, flipped, self.seeds)
+        return Randomness(times, dropped, flipped, self.seeds)
 
     def noise(self, shape: Sequence[int]) -> Tensor:
         """Noise of diffusion: standard normal, float32 `[batch, *shape]`."""
@@ -57,7 +59,7 @@ class Draws:
         return noise
 
 
-def draw(
+def step_randomness(
     objective: Objective,
     *,
     seed: int,
@@ -65,8 +67,8 @@ def draw(
     batch_size: int,
     dropout: float = 0.0,
     flip: bool = False,
-) -> Draws:
-    """The chance of one step, for the whole batch, of which a process takes its rows.
+) -> Randomness:
+    """The randomness of one step, for the whole batch, of which a process takes its rows.
 
     Args:
         objective: Draws the times.
@@ -81,4 +83,4 @@ def draw(
     dropped = torch.rand(batch_size, generator=generator) < dropout
     flipped = torch.rand(batch_size, generator=generator) < (0.5 if flip else 0.0)
     seeds = torch.randint(2**32, (batch_size, 2), generator=generator)
-    return Draws(times, dropped, flipped, seeds)
+    return Randomness(times, dropped, flipped, seeds)

@@ -10,8 +10,8 @@ import torch
 from mhla_gen.hub import find, locate_part, pipeline_index
 from mhla_gen.models.family import Family
 from mhla_gen.models.injection import MHLA_CLASSES
-from mhla_gen.models.loading import load_transformer
-from mhla_gen.sampling.loading import load_checkpoint
+from mhla_gen.models.saved_transformer import load_transformer
+from mhla_gen.sampling.saved_pipeline import load_checkpoint
 
 
 @dataclass(frozen=True, eq=False)

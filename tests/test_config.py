@@ -1,23 +1,38 @@
 """Reading configs: every shipped file loads, and mistakes are named."""
 
 import dataclasses
-import typing
+import json
+import math
 from pathlib import Path
+from typing import Literal, get_args, get_origin
 
 import pytest
-from omegaconf import OmegaConf
 
 from mhla_gen.config import (
     SCHEMAS,
     ConfigError,
+    DistillConfig,
+    DoctorConfig,
+    EvaluateConfig,
     MHLAConfig,
+    SampleConfig,
     TrainConfig,
+    WanConfig,
     load_config,
     save_config,
 )
+from mhla_gen.config.fields import Range, kind_of, kinds_of
+from mhla_gen.config.reading import put_override
+from mhla_gen.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "configs"
+ODD_TEXTS = (
+    *("0123", "off", "no", "12:30:00", "1984", "1e3", "null ", "a: b", "runs/try #3", "@home"),
+    *("${x}", r"\${x}", r"a\\${b", "???", r"\???", "[a cat", "a, b]", "{x", "'quoted", '"'),
+    *("山", "\u2028", "\x85x", "x\ty", "two\nlines", "-", "&a", "*a", "!tag", "|", ">", "? x"),
+    *("<<", "=", "", " x ", "a=b", "%d"),
+)
 # Plans of the comparison's runs are no configs; tests/test_evidence.py reads them.
 PLANS = {ROOT / "experiments" / "evidence" / name for name in ("arms.yaml", "long.yaml")}
 CONFIGS = sorted({*FOLDER.rglob("*.yaml"), *(ROOT / "experiments").rglob("*.yaml")} - PLANS)
@@ -93,13 +108,12 @@ def test_a_missing_file_and_a_file_of_another_job(tmp_path):
 
 @pytest.mark.parametrize("schema", SCHEMAS.values(), ids=SCHEMAS)
 def test_every_choice_can_be_typed_as_an_override(schema):
-    """YAML reads no, on and yes as booleans, so they are no names for a choice."""
-    for field in dataclasses.fields(schema):
-        if typing.get_origin(field.type) is typing.Literal:
-            for choice in typing.get_args(field.type):
-                given = OmegaConf.create()
-                given.merge_with_dotlist([f"{field.name}={choice}"])
-                assert given[field.name] == choice
+    for name, kind in kinds_of(schema).items():
+        if get_origin(kind.base) is Literal:
+            for choice in get_args(kind.base):
+                values = {}
+                put_override(values, f"{name}={choice}", schema)
+                assert values == {name: choice}
 
 
 def test_retired_settings_are_dropped_where_off_and_refused_where_on(tmp_path):
@@ -133,3 +147,189 @@ def test_a_renamed_key_is_refused_with_its_new_name(tmp_path):
     # A run that a former release trained plainly can be resumed.
     file.write_text("job: train\nconvert: null\n")
     assert load_config(file) == TrainConfig()
+
+
+def kinds_below(schema, seen=()):
+    """Every setting of a config and of the configs inside it: class, name and kind."""
+    for name, kind in kinds_of(schema).items():
+        yield schema, name, kind
+        for inner in (kind, kind_of(kind.element)):
+            if dataclasses.is_dataclass(inner.base) and inner.base not in seen:
+                yield from kinds_below(inner.base, (*seen, inner.base))
+
+
+ALL_KINDS = {
+    f"{schema.__name__}.{name}": (schema, name, kind)
+    for top in SCHEMAS.values()
+    for schema, name, kind in kinds_below(top)
+}
+NUMBERS = {name: found for name, found in ALL_KINDS.items() if found[2].base in (int, float)}
+CHOICES = {name: found for name, found in ALL_KINDS.items() if get_origin(found[2].base) is Literal}
+
+
+def least_settings(schema):
+    """What a config needs to be made at all."""
+    return {
+        DistillConfig: {"teacher": "folder"},
+    }.get(schema, {})
+
+
+def make(schema, **given):
+    return schema(**{**least_settings(schema), **given})
+
+
+def test_every_number_of_every_config_has_a_range():
+    for where, (_, _, kind) in ALL_KINDS.items():
+        for inner in (kind, kind_of(kind.element)):
+            assert inner.base not in (int, float) or inner.mark(Range), where
+    assert len(NUMBERS) > 80
+
+
+@pytest.mark.parametrize("where", NUMBERS)
+def test_numbers_outside_their_range_are_refused(where):
+    schema, name, kind = NUMBERS[where]
+    limits = kind.mark(Range)
+    wrong = [math.nan, math.inf, -math.inf, True, "1", 2**400 if kind.base is int else 1e400]
+    if limits.low > -math.inf:
+        wrong += [limits.low - 1] + [limits.low] * limits.open_low
+    if limits.high < math.inf:
+        wrong += [limits.high + 1] + [limits.high] * limits.open_high
+    if kind.base is int:
+        wrong.append(limits.low + 0.5)
+    for value in wrong:
+        with pytest.raises(UserError, match=rf"\b{name} must be"):
+            make(schema, **{name: value})
+
+
+@pytest.mark.parametrize(
+    "where", [w for w, f in ALL_KINDS.items() if get_origin(f[2].base) is Literal]
+)
+def test_choices_are_checked_in_python_too(where):
+    schema, name, _ = ALL_KINDS[where]
+    with pytest.raises(UserError, match=rf"{name} must be one of"):
+        make(schema, **{name: "neither"})
+
+
+@pytest.mark.parametrize("text", ODD_TEXTS)
+def test_a_text_setting_keeps_what_was_typed(text, tmp_path):
+    for key in ("output_dir", "pipeline", "negative_prompt", "prompts", "scheduler"):
+        config = load_config(None, [f"{key}={text}"], SampleConfig)
+        assert getattr(config, key) == text
+        save_config(config, tmp_path / "again.yaml")
+        assert load_config(tmp_path / "again.yaml") == config
+    config = load_config(None, [f"lora_targets=[{json.dumps(text)}, off, 0123]"], WanConfig)
+    assert config.lora_targets == (text, "off", "0123")
+
+
+def test_files_keep_what_was_typed_too(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text(
+        "job: sample\noutput_dir: 0123\npipeline: 12:30:00\nnegative_prompt: no\n"
+        "prompts: [off, 1e3]\nclasses: [8, tabby cat, 007]\nfps: 08\nscheduler:\nimage: ~\n"
+    )
+    config = load_config(file)
+    assert (config.output_dir, config.pipeline, config.negative_prompt) == (
+        "0123",
+        "12:30:00",
+        "no",
+    )
+    assert config.prompts == ("off", "1e3") and config.classes == (8, "tabby cat", "007")
+    assert config.fps == 8 and config.scheduler is None and config.image is None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("job: train\nseed: 1\nseed: 2\n", "gives the key seed twice, the second in line 3"),
+        ("job: train\ndata:\n  path: a\n  path: b\n", "key data.path twice, the second in line 4"),
+        ("job: train\nseed: [1\n", "not valid YAML: .*, in line"),
+        ("job: train\n\tseed: 1\n", "not valid YAML: .*, in line 2"),
+        ("job: train\nseed: @1\n", "not valid YAML: .*, in line 2"),
+        ("job: train\nseed: \x00\n", "not valid YAML"),
+        ("job: train\na: &a [*a]\n", "contains itself, in line 2"),
+        ("job: train\na: " + "[" * 3000, "nested too deeply"),
+        ("job: train\na: " + "[" * 100 + "]" * 100, "nested too deeply"),
+        ("job: train\nseed: !!python/name:os.system\n", "means nothing"),
+        ("job: [train]\n", "must start with job"),
+        ("? [1, 2]\n: 3\n", "key that is no word"),
+        ("job: train\n---\njob: train\n", "not valid YAML"),
+        ("", "mapping"),
+    ],
+)
+def test_yaml_mistakes_are_one_sentence(tmp_path, text, message):
+    file = tmp_path / "config.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=message) as error:
+        load_config(file)
+    assert "\n" not in str(error.value) and str(file) in str(error.value)
+
+
+def test_a_small_file_cannot_stand_for_a_large_one(tmp_path):
+    file = tmp_path / "config.yaml"
+    lines = ["job: train", "a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 9)]
+    file.write_text("\n".join(lines))
+    with pytest.raises(ConfigError, match="more than 100000 values"):
+        load_config(file)
+
+
+def test_yaml_merge_keys_work(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text(
+        "job: evaluate\nfeatures: &f {batch_size: 3, dtype: float64}\nmetrics: [fid]\n"
+        "samples: [a]\nreference: b\n"
+    )
+    assert load_config(file).features.batch_size == 3
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["metrics=[fid,is"], "metrics=.fid,is is not valid YAML"),
+        (["metrics=fid"], "metrics must be a list"),
+        (["out=[1]", "out.a=3"], "out takes one value"),
+        (["samples=[[a]]"], r"samples.0. takes one value"),
+        (["skip_corrupt=2"], "true or false"),
+        (["seed=1.5"], "seed"),
+        (["seed=12:30:00"], "seed"),
+        (["seed[0]=1"], "seed"),
+        (["metrics.a=1"], "metrics"),
+        (["features=3"], "features holds settings of its own, such as features.extractor"),
+        (["features="], "features"),
+        (["=3"], "written key=value"),
+        (["--seed=3"], "written key=value"),
+        (["size=nan"], "size"),
+    ],
+)
+def test_overrides_that_do_not_fit(overrides, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        load_config(None, overrides, EvaluateConfig)
+    assert "\n" not in str(error.value)
+
+
+def test_overrides_reach_into_lists_and_mappings(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("teacher: t\nstages:\n- {kind: layers}\n- {kind: output, steps: 7}\n")
+    config = load_config(file, ["stages[1].steps=9", "stages[0].train=mhla"], DistillConfig)
+    assert [stage.steps for stage in config.stages] == [1000, 9]
+    assert config.stages[0].train == "mhla"
+    with pytest.raises(ConfigError, match="has 2 entries"):
+        load_config(file, ["stages[2].steps=9"], DistillConfig)
+    options = ["scheduler_options={flow_shift: 3.0}", "scheduler_options.use_flow_sigmas=true"]
+    config = load_config(None, options, SampleConfig)
+    assert config.scheduler_options == {"flow_shift": 3.0, "use_flow_sigmas": True}
+
+
+def test_home_is_expanded_in_every_path(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = load_config(
+        None, ["samples=~/a", "reference=[~/b, c~d]", "features.weights=~/w"], EvaluateConfig
+    )
+    assert config.samples == (f"{tmp_path}/a",) and config.reference == (f"{tmp_path}/b", "c~d")
+    assert config.features.weights == f"{tmp_path}/w"
+    assert config.features.cache_dir.startswith(str(tmp_path))
+    assert SampleConfig(output_dir="~").output_dir == str(tmp_path)
+    with pytest.raises(UserError, match="no home folder ~nobody-of-that-name"):
+        SampleConfig(output_dir="~nobody-of-that-name/x")
+    (tmp_path / "c.yaml").write_text("job: doctor\n")
+    assert load_config("~/c.yaml") == DoctorConfig()

@@ -4,17 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mhla_gen.errors import UserError
+
 
 def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
     """Raise unless `value` is one of `choices`."""
     if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, found {value!r}")
-
-
-def check_at_least(name: str, value: float, least: float) -> None:
-    """Raise if a number is too small."""
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, found {value}")
+        raise UserError(f"{name} must be one of {', '.join(map(str, choices))}, found {value!r}")
 
 
 def normalize_integers(name: str, values: Any, least: int) -> tuple[int, ...]:
@@ -23,7 +19,7 @@ def normalize_integers(name: str, values: Any, least: int) -> tuple[int, ...]:
     if not integers or any(
         not isinstance(n, int) or isinstance(n, bool) or n < least for n in values
     ):
-        raise ValueError(f"{name} needs 1 to 3 whole numbers from {least} on, found {values!r}")
+        raise UserError(f"{name} needs 1 to 3 whole numbers from {least} on, found {values!r}")
     return tuple(values)
 
 
@@ -34,7 +30,7 @@ def normalize_paths(name: str, paths: Any) -> tuple[str, ...] | None:
     if isinstance(paths, str | Path):
         return (str(paths),)
     if not isinstance(paths, Sequence) or not paths:
-        raise ValueError(f"{name} must be a path or a list of paths, found {paths!r}")
+        raise UserError(f"{name} must be a path or a list of paths, found {paths!r}")
     return tuple(str(path) for path in paths)
 
 
@@ -44,9 +40,9 @@ def normalize_layout(layout: Any) -> Any:
         return layout
     message = f'layout must be "auto" or 1 to 3 positive block counts, found {layout!r}'
     if not isinstance(layout, Sequence) or isinstance(layout, str) or not 1 <= len(layout) <= 3:
-        raise ValueError(message)
+        raise UserError(message)
     if any(not isinstance(n, int) or isinstance(n, bool) or n < 1 for n in layout):
-        raise ValueError(message)
+        raise UserError(message)
     return tuple(layout)
 
 
@@ -59,8 +55,8 @@ def normalize_classes(classes: Any, names: bool = False) -> Any:
     allowed = "class numbers and names" if names else "class numbers"
     message = f'classes must be "all" or a list of {allowed}, found {classes!r}'
     if not isinstance(listed, Sequence) or isinstance(listed, str) or not listed:
-        raise ValueError(message)
+        raise UserError(message)
     for c in listed:
         if not isinstance(c, kinds) or isinstance(c, bool) or (isinstance(c, int) and c < 0):
-            raise ValueError(message)
+            raise UserError(message)
     return tuple(listed)

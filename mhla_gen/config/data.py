@@ -4,14 +4,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from mhla_gen.config.checks import check_at_least, check_choice
+from mhla_gen.config.fields import Count, FilePath, Positive, Settings
+from mhla_gen.errors import UserError
 
 SOURCES = ("digits", "npz", "folder", "list", "huggingface", "webdataset", "clips", "cache")
 _ENCODED = ("folder", "list", "huggingface", "webdataset")
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DataConfig(Settings, prefix="data."):
     """The images or clips to learn from, and what they are conditioned on.
 
     Raises:
@@ -26,9 +27,9 @@ class DataConfig:
     list: a CSV or JSONL file that names images, with a label or a caption each. huggingface: a
     folder that `datasets` saved. webdataset: tar shards. clips: videos. cache: what `mhla-gen
     cache` wrote, of images or clips."""
-    path: str | None = None
+    path: FilePath | None = None
     """The file or the folder. webdataset takes a pattern too: shards/train-*.tar."""
-    image_size: int | None = None
+    image_size: Count | None = None
     """Side of the square images in pixels. Image files are cropped and resized to it; the other
     sources have a size, and a number given here must equal it."""
     horizontal_flip: bool = False
@@ -40,30 +41,27 @@ class DataConfig:
     """Column of labels (list, huggingface), if there is one: class numbers, or names."""
     caption_column: str = "caption"
     """Column of captions (list, huggingface, clips), if there is one."""
-    num_classes: int | None = None
+    num_classes: Count | None = None
     """Number of classes where labels are numbers; None: the largest label plus one."""
     split: str = "train"
     """Split of a folder that holds several (huggingface)."""
 
     def __post_init__(self):
-        check_choice("data.source", self.source, SOURCES)
+        super().__post_init__()
         if self.source != "digits" and self.path is None:
-            raise ValueError(f"data.source={self.source} needs data.path")
+            raise UserError(f"data.source={self.source} needs data.path")
         if self.source == "digits" and self.path is not None:
             others = ", ".join(source for source in SOURCES if source != "digits")
-            raise ValueError(
+            raise UserError(
                 f"data.path={self.path} is given, but data.source=digits reads no files; write "
                 f"data.source=folder for a folder of class folders, or another of {others}"
             )
         if self.source in _ENCODED and self.image_size is None:
-            raise ValueError(f"data.source={self.source} needs data.image_size, in pixels")
-        for name in ("image_size", "num_classes"):
-            if getattr(self, name) is not None:
-                check_at_least(f"data.{name}", getattr(self, name), 1)
+            raise UserError(f"data.source={self.source} needs data.image_size, in pixels")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClipsConfig:
+class ClipsConfig(Settings, prefix="clips."):
     """How clips are cut out of videos (data.source=clips).
 
     Raises:
@@ -73,10 +71,10 @@ class ClipsConfig:
     buckets: Any = ((81, 480, 832), (81, 832, 480))
     """Frames, height and width in pixels of the clips that a model learns from, a list. A video
     goes to the bucket of the nearest aspect ratio among those that its length and size allow."""
-    fps: float | None = 16.0
+    fps: Positive | None = 16.0
     """Frames per second of a clip, each the source frame nearest in time; None keeps the source's
     own frames."""
-    max_windows: int = 1
+    max_windows: Count = 1
     """Up to how many clips are cut out of one video: evenly spread and apart; one is its middle."""
     upscale: bool = False
     """Also take videos that are smaller than a bucket, enlarged."""
@@ -85,24 +83,19 @@ class ClipsConfig:
     grey after it; and the first frame by image_encoder, for models of Wan 2.1."""
     missing_caption: Literal["error", "empty"] = "error"
     """What to do about a video without a caption."""
-    timeout: float = 60.0
+    timeout: Positive = 60.0
     """Seconds that decoding one clip may take; a clip that takes longer is left out and listed."""
 
     def __post_init__(self):
+        super().__post_init__()
         object.__setattr__(self, "buckets", _normalize_buckets(self.buckets))
-        check_choice("clips.missing_caption", self.missing_caption, ("error", "empty"))
-        check_at_least("clips.max_windows", self.max_windows, 1)
-        for name in ("fps", "timeout"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"clips.{name} must be positive, found {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class AutoencoderConfig:
+class AutoencoderConfig(Settings, prefix="vae."):
     """The autoencoder that makes latents."""
 
-    path: str | None = None
+    path: FilePath | None = None
     """Folder or hub name of an AutoencoderKL, AutoencoderDC, AutoencoderTiny, AutoencoderKLWan or
     AutoencoderKLLTXVideo, or of a pipeline with one."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -110,53 +103,42 @@ class AutoencoderConfig:
     tiling: bool = False
     """Encode large frames tile by tile: less memory, slightly other latents."""
 
-    def __post_init__(self):
-        check_choice("vae.dtype", self.dtype, ("float32", "bfloat16", "float16"))
-
 
 @dataclass(frozen=True, kw_only=True)
-class TextEncoderConfig:
+class TextEncoderConfig(Settings, prefix="text."):
     """The encoder of captions."""
 
-    path: str | None = None
+    path: FilePath | None = None
     """Folder or hub name of a pipeline with a T5 or UMT5 `text_encoder` and a `tokenizer`. None:
     captions are not embedded."""
-    max_sequence_length: int = 512
+    max_sequence_length: Count = 512
     """Tokens of a caption; longer ones are cut. 512 is what Wan was trained with."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Arithmetic of the encoder, and of its embeddings on disk."""
-    batch_size: int = 16
+    batch_size: Count = 16
     """Captions per forward pass."""
-
-    def __post_init__(self):
-        check_choice("text.dtype", self.dtype, ("float32", "bfloat16", "float16"))
-        for name in ("max_sequence_length", "batch_size"):
-            check_at_least(f"text.{name}", getattr(self, name), 1)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageEncoderConfig:
+class ImageEncoderConfig(Settings, prefix="image_encoder."):
     """The encoder of first frames, which image-to-video models of Wan 2.1 read."""
 
-    path: str | None = None
+    path: FilePath | None = None
     """Folder or hub name of a pipeline with a CLIP `image_encoder` and an `image_processor`. None:
     those of the pipeline in vae.path, if it has them and clips.condition=true."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Arithmetic of the encoder, and of its embeddings on disk."""
 
-    def __post_init__(self):
-        check_choice("image_encoder.dtype", self.dtype, ("float32", "bfloat16", "float16"))
-
 
 @dataclass(frozen=True, kw_only=True)
-class CacheConfig:
+class CacheConfig(Settings):
     """Latents, labels and embedded captions of a data set, computed once.
 
     Raises:
         ValueError: If something is missing or out of its range.
     """
 
-    output_dir: str = "runs/cache"
+    output_dir: FilePath = "runs/cache"
     """New folder for the cache; `data.path` of a training run."""
     data: DataConfig = field(default_factory=DataConfig)
     """What is encoded; data.horizontal_flip adds mirrored images."""
@@ -170,11 +152,11 @@ class CacheConfig:
     """What embeds first frames, where clips.condition=true."""
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
     """Latents on disk."""
-    batch_size: int = 16
+    batch_size: Count = 16
     """Images per forward pass of the autoencoder; clips go one by one."""
-    chunk_size: int | None = None
+    chunk_size: Count | None = None
     """Samples per file; an interruption costs each process one file. None: 512 images, 8 clips."""
-    num_workers: int = 8
+    num_workers: Count = 8
     """Images or clips that are decoded at a time, in each process."""
     retry_quarantined: bool = False
     """Try again what could not be read in an earlier run."""
@@ -184,32 +166,27 @@ class CacheConfig:
     """auto takes a GPU if there is one."""
 
     def __post_init__(self):
-        check_choice("dtype", self.dtype, ("float16", "bfloat16", "float32"))
-        check_choice("device", self.device, ("auto", "cpu", "cuda"))
-        for name in ("batch_size", "num_workers"):
-            check_at_least(name, getattr(self, name), 1)
-        if self.chunk_size is not None:
-            check_at_least("chunk_size", self.chunk_size, 1)
+        super().__post_init__()
         if self.clips.condition and self.data.horizontal_flip:
-            raise ValueError(
+            raise UserError(
                 "clips.condition is not encoded for mirrored clips; leave data.horizontal_flip out"
             )
         if self.image_encoder.path is not None and not self.clips.condition:
-            raise ValueError("image_encoder.path is given; it needs clips.condition=true, too")
+            raise UserError("image_encoder.path is given; it needs clips.condition=true, too")
         if self.data.source == "cache":
-            raise ValueError("data.source=cache is a cache already; name what it is to be made of")
+            raise UserError("data.source=cache is a cache already; name what it is to be made of")
 
 
 def _normalize_buckets(buckets: Any) -> tuple[tuple[int, int, int], ...]:
     message = f"clips.buckets must be a list of [frames, height, width], found {buckets!r}"
     if not isinstance(buckets, Sequence) or isinstance(buckets, str) or not buckets:
-        raise ValueError(message)
+        raise UserError(message)
     for bucket in buckets:
         if not isinstance(bucket, Sequence) or isinstance(bucket, str) or len(bucket) != 3:
-            raise ValueError(message)
+            raise UserError(message)
         if any(not isinstance(n, int) or isinstance(n, bool) or n < 1 for n in bucket):
-            raise ValueError(message)
+            raise UserError(message)
     found = tuple((frames, height, width) for frames, height, width in buckets)
     if len(set(found)) < len(found):
-        raise ValueError(f"clips.buckets names a bucket twice: {buckets!r}")
+        raise UserError(f"clips.buckets names a bucket twice: {buckets!r}")
     return found

@@ -3,11 +3,12 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from mhla_gen.config.checks import check_at_least, check_choice
+from mhla_gen.config.fields import Count, FilePath, Fraction, NotNegative, Positive, Settings, Whole
+from mhla_gen.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
-class StageConfig:
+class StageConfig(Settings, prefix="distill.stages."):
     """One stage of a distillation. What is None is taken from the training settings.
 
     Raises:
@@ -18,62 +19,57 @@ class StageConfig:
     """layers: each MHLA layer learns the output of the softmax layer it replaces, all at once, on
     the teacher's activations. output: the whole model learns from data and from what the teacher
     predicts."""
-    steps: int = 1000
+    steps: Count = 1000
     """Optimizer steps."""
     train: Literal["mhla", "attention", "all"] | None = None
     """Which weights learn: what MHLA adds, the whole attention layers that have it, or every
     weight. None is attention for layers and all for output."""
-    teacher_weight: float = 1.0
+    teacher_weight: NotNegative = 1.0
     """output: the loss is that of the objective plus this times the mean squared distance to the
     teacher's prediction."""
-    learning_rate: float | None = None
+    learning_rate: Positive | None = None
     """Peak learning rate."""
-    warmup_steps: int | None = None
+    warmup_steps: Whole | None = None
     """Steps until the peak learning rate."""
-    ema_decay: float | None = None
+    ema_decay: Fraction | None = None
     """Decay of the averaged weights, which the next stage starts from."""
 
     def __post_init__(self):
-        check_choice("distill.stages.kind", self.kind, ("layers", "output"))
-        check_at_least("distill.stages.steps", self.steps, 1)
+        super().__post_init__()
         if self.train is None:
             default = "attention" if self.kind == "layers" else "all"
             object.__setattr__(self, "train", default)
-        check_choice("distill.stages.train", self.train, ("mhla", "attention", "all"))
         if self.kind == "layers" and self.train == "all":
-            raise ValueError(
+            raise UserError(
                 "distill.stages: a stage of kind=layers trains mhla or attention, found train=all"
-            )
-        if self.teacher_weight < 0:
-            raise ValueError(
-                f"distill.stages.teacher_weight must not be negative, found {self.teacher_weight}"
             )
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillConfig:
+class DistillConfig(Settings, prefix="distill."):
     """A softmax teacher, and the stages in which a student with its weights learns from it.
 
     Raises:
         ValueError: If there is no teacher or no stage, or layers are distilled after the output.
     """
 
-    teacher: str | None = None
+    teacher: FilePath | None = None
     """The softmax model, as `model.pretrained` takes it. The student starts as its copy; `model`
     says which attention replaces softmax, and in which layers."""
     stages: list[StageConfig] = field(
         default_factory=lambda: [StageConfig(kind="layers"), StageConfig(kind="output")]
     )
     """One after the other; each writes a run of its own into a folder of output_dir."""
-    start: str | None = None
+    start: FilePath | None = None
     """Folder of a student that earlier stages left; None starts with the teacher's weights."""
 
     def __post_init__(self):
+        super().__post_init__()
         if not self.teacher:
-            raise ValueError("distill needs distill.teacher, the folder of a softmax model")
+            raise UserError("distill needs distill.teacher, the folder of a softmax model")
         if not self.stages:
-            raise ValueError("distill.stages must hold at least one stage")
+            raise UserError("distill.stages must hold at least one stage")
         kinds = [stage.kind for stage in self.stages]
         if kinds != sorted(kinds):
             # A layer learns on the teacher's activations, which need the teacher's other weights.
-            raise ValueError(f"distill.stages: layers come before output, found {', '.join(kinds)}")
+            raise UserError(f"distill.stages: layers come before output, found {', '.join(kinds)}")

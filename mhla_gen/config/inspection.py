@@ -2,44 +2,53 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from mhla_gen.config.checks import (
-    check_at_least,
-    check_choice,
-    normalize_classes,
-    normalize_integers,
-)
+from mhla_gen.config.checks import normalize_classes, normalize_integers
 from mhla_gen.config.data import DataConfig
+from mhla_gen.config.fields import (
+    AtLeastTwo,
+    Count,
+    FilePath,
+    NotNegative,
+    Positive,
+    Range,
+    Seed,
+    Settings,
+    Whole,
+)
 from mhla_gen.config.mhla import MHLAConfig
+from mhla_gen.errors import UserError
+
+Timestep = Annotated[int, Range(0, 1000, open_high=True)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class InputsConfig:
+class InputsConfig(Settings):
     """A model to look into, and what it is run on.
 
     Raises:
         ValueError: If a value is out of its range.
     """
 
-    model: str | None = None
+    model: FilePath | None = None
     """Folder that `save_pretrained` wrote (model or pipeline), a run of train or quickstart, or a
     name on the Hugging Face hub."""
     component: str = "transformer"
     """Which transformer of a pipeline; the second expert of Wan 2.2 is transformer_2."""
     data: DataConfig | None = None
     """Images to add noise to, as in `train`; None runs the model on noise alone."""
-    num_inputs: int = 4
+    num_inputs: Count = 4
     """Inputs, of which every timestep gets all."""
     classes: Any = "all"
     """Class numbers of the inputs, in turn; "all" starts with 0. Data come with their own."""
-    timesteps: tuple[int, ...] = ()
+    timesteps: tuple[Timestep, ...] = ()
     """Noise levels in [0, 1000). Empty: 999 for noise alone, where sampling starts; 500 for
     data."""
     grid: Any = None
     """Tokens along each axis, for Wan latent frames, height and width after patching. None: the
     model's own resolution."""
-    seed: int = 0
+    seed: Seed = 0
     """Fixes noise, text embeddings, and which data are taken."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of the model."""
@@ -47,18 +56,12 @@ class InputsConfig:
     """auto takes a GPU if there is one."""
 
     def __post_init__(self):
+        super().__post_init__()
         object.__setattr__(self, "classes", normalize_classes(self.classes))
-        object.__setattr__(self, "timesteps", tuple(self.timesteps))
         if self.grid is not None:
             object.__setattr__(self, "grid", normalize_integers("grid", self.grid, 1))
-        check_choice("dtype", self.dtype, ("float32", "bfloat16"))
-        check_choice("device", self.device, ("auto", "cpu", "cuda"))
-        check_at_least("num_inputs", self.num_inputs, 1)
-        check_at_least("seed", self.seed, 0)
-        if any(not 0 <= t < 1000 for t in self.timesteps):
-            raise ValueError(f"timesteps must be in [0, 1000), found {list(self.timesteps)}")
         if self.data is not None and self.classes != "all":
-            raise ValueError("data come with their classes; leave classes out, or data")
+            raise UserError("data come with their classes; leave classes out, or data")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,16 +72,16 @@ class InspectConfig(InputsConfig):
         ValueError: If a value is out of its range.
     """
 
-    output_dir: str = "runs/inspect"
+    output_dir: FilePath = "runs/inspect"
     """New folder for index.html, its pictures and statistics.json."""
-    teacher: str | None = None
+    teacher: FilePath | None = None
     """The softmax model to compare with, on the same inputs: as `model`."""
     queries: Any = "auto"
     """Tokens whose maps are drawn, a list of positions on the grid; "auto" takes four. Maps are
     those of the first input; rank and entropy are averaged over all."""
-    head: int | None = None
+    head: Whole | None = None
     """Head whose maps are drawn; None is the mean over heads."""
-    max_rows: int = 512
+    max_rows: AtLeastTwo = 512
     """Queries that rank and entropy are computed from, drawn at random where there are more.
     Attention weights are computed in float64 from what the model made."""
 
@@ -87,15 +90,12 @@ class InspectConfig(InputsConfig):
         if self.queries != "auto":
             listed = isinstance(self.queries, Sequence) and not isinstance(self.queries, str)
             if not listed or not self.queries:
-                raise ValueError(
+                raise UserError(
                     f'queries must be "auto" or a list of positions such as [[0, 3], [2, 2]], '
                     f"found {self.queries!r}"
                 )
             positions = tuple(normalize_integers("queries", q, 0) for q in self.queries)
             object.__setattr__(self, "queries", positions)
-        check_at_least("max_rows", self.max_rows, 2)
-        if self.head is not None:
-            check_at_least("head", self.head, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,33 +106,27 @@ class SensitivityConfig(InputsConfig):
         ValueError: If a value is out of its range.
     """
 
-    output_dir: str = "runs/sensitivity"
+    output_dir: FilePath = "runs/sensitivity"
     """New folder for sensitivity.json, sensitivity.png and plan.yaml."""
-    timesteps: tuple[int, ...] = (100, 300, 500, 700, 900)
+    timesteps: tuple[Timestep, ...] = (100, 300, 500, 700, 900)
     """Noise levels in [0, 1000)."""
     mhla: MHLAConfig = field(default_factory=MHLAConfig)
     """What replaces softmax; `layers` limits which layers are tried."""
-    distill_steps: int = 0
+    distill_steps: Whole = 0
     """Steps of layer-wise distillation before the errors are measured, on fresh inputs."""
-    distill_batch_size: int = 4
+    distill_batch_size: Count = 4
     """Inputs per step."""
-    learning_rate: float = 1e-3
+    learning_rate: Positive = 1e-3
     """Of these steps, with Adam."""
-    softmax_layers: int | None = None
+    softmax_layers: Whole | None = None
     """Budget of the plan: how many layers stay softmax, those with the largest errors."""
-    max_error: float | None = None
+    max_error: NotNegative | None = None
     """Budget of the plan: as few layers stay softmax as keep the sum of the others' errors below
     this."""
 
     def __post_init__(self):
         super().__post_init__()
         if not self.timesteps:
-            raise ValueError("timesteps must name at least one noise level")
-        for name in ("distill_steps", "softmax_layers"):
-            if getattr(self, name) is not None:
-                check_at_least(name, getattr(self, name), 0)
-        check_at_least("distill_batch_size", self.distill_batch_size, 1)
+            raise UserError("timesteps must name at least one noise level")
         if self.softmax_layers is not None and self.max_error is not None:
-            raise ValueError("softmax_layers and max_error are two budgets; give one of them")
-        if self.max_error is not None and self.max_error < 0:
-            raise ValueError(f"max_error must not be negative, found {self.max_error}")
+            raise UserError("softmax_layers and max_error are two budgets; give one of them")

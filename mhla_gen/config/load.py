@@ -1,17 +1,20 @@
 """Read and write configs: dataclass defaults, then a YAML file, then `key=value` overrides."""
 
+import copy
+import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mhla_gen.config.data import CacheConfig
 from mhla_gen.config.evaluation import EvaluateConfig, ReferenceConfig
+from mhla_gen.config.fields import expand_home
 from mhla_gen.config.inspection import InspectConfig, SensitivityConfig
+from mhla_gen.config.reading import ConfigError, check_shapes, put_override, read_yaml, write_yaml
 from mhla_gen.config.retired import without_retired
 from mhla_gen.config.sampling import SampleConfig
 from mhla_gen.config.tools import BenchConfig, ConvertConfig, DoctorConfig
@@ -32,11 +35,7 @@ SCHEMAS: dict[str, type] = {
     "doctor": DoctorConfig,
 }
 
-_UNFIT = (OmegaConfBaseException, ValueError, TypeError)
-
-
-class ConfigError(ValueError):
-    """A config file or an override that does not fit; the message is one sentence for the user."""
+_UNFIT = (OmegaConfBaseException, ValueError)
 
 
 def load_config(
@@ -56,8 +55,12 @@ def load_config(
         ConfigError: If the file is missing or is no YAML mapping, its job is another one, a key is
             unknown, or a value does not fit.
     """
-    values = {} if path is None else _read_yaml(Path(path))
+    if path is not None:
+        path = Path(expand_home("the config file", path))
+    values = {} if path is None else _read_yaml(path, schema)
     job = values.pop("job", None)
+    if not isinstance(job, str):
+        job = None if job is None else repr(job)
     if schema is None:
         if job not in SCHEMAS:
             raise ConfigError(
@@ -66,11 +69,11 @@ def load_config(
         schema = SCHEMAS[job]
     elif job is not None and SCHEMAS.get(job) is not schema:
         raise ConfigError(f"{path} is a config for `mhla-gen {job}`, not for {_job_of(schema)}")
+    given = copy.deepcopy(values)
     for override in overrides:
-        if "=" not in override:
-            raise ConfigError(f"overrides are written key=value, found {override!r}")
+        put_override(given, override, schema)
     try:
-        return _structured(schema, values, overrides)
+        return _structured(schema, given)
     except _UNFIT as error:
         where = _at_fault(path, values, schema)
         raise ConfigError(f"{where}: {_first_line(error)}") from error
@@ -80,45 +83,50 @@ def save_config(config: Any, path: str | Path) -> None:
     """Write a config as YAML that `load_config` reads back, `job` first."""
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(to_yaml(config))
+    partial.write_text(to_yaml(config), encoding="utf-8")
     os.replace(partial, path)
 
 
 def to_yaml(config: Any) -> str:
     """The resolved config as YAML, `job` first."""
-    return f"job: {_job_of(type(config))}\n" + OmegaConf.to_yaml(OmegaConf.structured(config))
+    return f"job: {_job_of(type(config))}\n" + write_yaml(dataclasses.asdict(config))
 
 
-def _structured(schema: type, values: dict[str, Any], overrides: Sequence[str]) -> Any:
-    # Overrides go into the file's values: a frozen dataclass is read-only once structured.
-    given = OmegaConf.create(values)
-    given.merge_with_dotlist(list(overrides))
-    plain: Any = OmegaConf.to_container(given)
-    given = OmegaConf.create(without_retired(plain))
-    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), given))
+def _structured(schema: type, values: dict[str, Any]) -> Any:
+    # A frozen dataclass is read-only once structured: all values are merged in at once.
+    values = without_retired(values)
+    check_shapes(values, schema)
+    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values))
 
 
-def _at_fault(path: str | Path | None, values: dict[str, Any], schema: type) -> str:
+def _at_fault(path: Path | None, values: dict[str, Any], schema: type) -> str:
     """Where a setting stands that does not fit."""
     if path is None:
-        return "the overrides"
+        return "the settings"
     try:
-        _structured(schema, values, ())
+        _structured(schema, values)
     except _UNFIT:
         return str(path)
-    return f"{path} with the overrides"
+    return f"{path} with the settings beside it"
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ConfigError(f"config file {path} does not exist")
+def _read_yaml(path: Path, schema: type | None) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {_first_line(error)}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} must hold a mapping of keys to values")
-    return values
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise ConfigError(f"config file {path} does not exist") from None
+    except IsADirectoryError:
+        raise ConfigError(f"config file {path} is a folder") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not valid YAML: it is not UTF-8 text") from error
+    try:
+        if schema is None:
+            # Which settings these are stands in the file itself.
+            job = read_yaml(text, None).get("job")
+            schema = SCHEMAS.get(job) if isinstance(job, str) else None
+        return read_yaml(text, schema)
+    except ConfigError as error:
+        raise ConfigError(f"{path} {error}") from error
 
 
 def _first_line(error: Exception) -> str:

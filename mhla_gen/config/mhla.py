@@ -4,12 +4,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, Self
 
-from mhla_gen.config.checks import check_choice, normalize_layout
+from mhla_gen.config.checks import normalize_layout
+from mhla_gen.config.fields import Count, NotNegative, Settings
 from mhla_gen.config.retired import without_retired
+from mhla_gen.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
-class MHLAConfig:
+class MHLAConfig(Settings):
     """How a transformer's self-attention is replaced.
 
     Raises:
@@ -27,7 +29,7 @@ class MHLAConfig:
     """Divide by the denominator."""
     conv: bool = True
     """Add a depthwise convolution of V on the token grid; it starts at zero."""
-    conv_kernel_size: int = 3
+    conv_kernel_size: Count = 3
     """Odd width of that convolution along every axis, in tokens."""
     gate: bool = True
     """Multiply the output by SiLU of a projection of the layer's input; it starts at one."""
@@ -39,21 +41,19 @@ class MHLAConfig:
     """Initial mixing matrix: near blocks weigh more, or all blocks weigh alike."""
     mixing_learnable: bool = True
     """Train the mixing matrix; frozen otherwise."""
-    eps: float = 1e-6
+    eps: NotNegative = 1e-6
     """Added to the denominator."""
     implementation: str = "auto"
     """Which code runs, see `mhla_gen.ops.mhla`."""
 
     def __post_init__(self):
+        super().__post_init__()
         object.__setattr__(self, "layout", normalize_layout(self.layout))
         object.__setattr__(self, "layers", _normalize_layers(self.layers))
-        if self.conv_kernel_size < 1 or self.conv_kernel_size % 2 == 0:
-            raise ValueError(
+        if self.conv_kernel_size % 2 == 0:
+            raise UserError(
                 f"conv_kernel_size must be odd and positive, found {self.conv_kernel_size}"
             )
-        if self.eps < 0:
-            raise ValueError(f"eps must not be negative, found {self.eps}")
-        check_choice("mixing_init", self.mixing_init, ("locality", "uniform"))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for a JSON config; `MHLAConfig.from_dict` reads them back."""
@@ -77,12 +77,12 @@ def _normalize_layers(layers: Any) -> Any:
             return layers
         part, slash, whole = layers.partition("/")
         if not (slash and part.isdecimal() and whole.isdecimal() and 0 < int(part) <= int(whole)):
-            raise ValueError(message)
+            raise UserError(message)
         return layers
     if not isinstance(layers, Sequence):
-        raise ValueError(message)
+        raise UserError(message)
     if any(not isinstance(i, int) or isinstance(i, bool) or i < 0 for i in layers):
-        raise ValueError(message)
+        raise UserError(message)
     if not layers or len(set(layers)) != len(layers):
-        raise ValueError(message + " (empty or with duplicates)")
+        raise UserError(message + " (empty or with duplicates)")
     return tuple(sorted(layers))

@@ -3,8 +3,10 @@
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-from mhla_gen.config.checks import check_at_least, check_choice
+from mhla_gen.config.checks import check_choice
+from mhla_gen.config.fields import Count, FilePath, Settings
 from mhla_gen.config.mhla import MHLAConfig
+from mhla_gen.errors import UserError
 
 
 class DiTSizes(NamedTuple):
@@ -30,7 +32,7 @@ PRESETS: dict[str, DiTSizes] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(Settings, prefix="model."):
     """A diffusion transformer and the kind of its self-attention.
 
     Raises:
@@ -43,15 +45,15 @@ class ModelConfig:
     """Settings of linear and mhla; linear replaces the layout by one block."""
     preset: str = "DiT-S/2"
     """Sizes of a new model: DiT-S, DiT-B, DiT-L or DiT-XL, with patches of /2, /4 or /8."""
-    patch_size: int | None = None
+    patch_size: Count | None = None
     """Side of a token in pixels or latents; None takes the preset's, as for the next three."""
-    num_layers: int | None = None
+    num_layers: Count | None = None
     """Transformer blocks."""
-    num_attention_heads: int | None = None
+    num_attention_heads: Count | None = None
     """Heads per block; the hidden size is heads × attention_head_dim."""
-    attention_head_dim: int | None = None
+    attention_head_dim: Count | None = None
     """Channels per head."""
-    pretrained: str | None = None
+    pretrained: FilePath | None = None
     """Start from this model in place of a new one, whose sizes count: a folder that
     `save_pretrained` wrote, of a transformer or a pipeline, a finished run, or a name on the
     Hugging Face hub. A softmax model is given the attention asked for."""
@@ -62,23 +64,17 @@ class ModelConfig:
     low-rank updates of its linear layers beside that (Wan; see wan.lora_rank)."""
 
     def __post_init__(self):
-        check_choice("model.attention", self.attention, ("softmax", "linear", "mhla"))
+        super().__post_init__()
         check_choice("model.preset", self.preset, tuple(PRESETS))
-        check_choice("model.trainable", self.trainable, ("all", "mhla", "lora"))
         for name in DiTSizes._fields:
-            value = getattr(self, name)
-            if value is not None:
-                check_at_least(f"model.{name}", value, 1)
-                if self.pretrained is not None:
-                    raise ValueError(
-                        f"model.{name} is given, but model.pretrained brings its own sizes"
-                    )
+            if getattr(self, name) is not None and self.pretrained is not None:
+                raise UserError(f"model.{name} is given, but model.pretrained brings its own sizes")
         if self.new_classes and self.pretrained is None:
-            raise ValueError("model.new_classes is for a pretrained model; a new one has them")
+            raise UserError("model.new_classes is for a pretrained model; a new one has them")
         if self.trainable == "mhla" and self.attention == "softmax":
-            raise ValueError("model.trainable=mhla needs model.attention=mhla or linear")
+            raise UserError("model.trainable=mhla needs model.attention=mhla or linear")
         if self.trainable != "all" and self.new_classes:
-            raise ValueError(
+            raise UserError(
                 f"model.new_classes are never learned with model.trainable={self.trainable}"
             )
 

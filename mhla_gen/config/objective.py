@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from mhla_gen.config.checks import check_choice
+from mhla_gen.config.fields import Finite, Positive, Settings
 
 
 @dataclass(frozen=True, kw_only=True)
-class ObjectiveConfig:
+class ObjectiveConfig(Settings, prefix="objective."):
     """What the model learns to predict, and at which noise levels.
 
     Raises:
@@ -17,25 +17,17 @@ class ObjectiveConfig:
     name: Literal["flow_matching", "ddpm"] = "flow_matching"
     """flow_matching: the velocity on the straight path from sample to noise. ddpm: the noise, as
     DiT was trained, 1000 timesteps with linear betas."""
-    logit_mean: float = 0.0
+    logit_mean: Finite = 0.0
     """flow_matching: mean of the logit of the noise level σ; above 0 means more noise."""
-    logit_std: float = 1.0
+    logit_std: Positive = 1.0
     """flow_matching: standard deviation of the logit of σ."""
-    shift: float = 1.0
+    shift: Positive = 1.0
     """flow_matching: moves σ to s σ / (1 + (s − 1) σ), as diffusers' schedulers do in sampling:
     larger pictures need more noise to lose the same detail."""
     prediction: Literal["epsilon", "v_prediction"] = "epsilon"
     """ddpm: what the model predicts."""
     learned_variance: bool = True
     """ddpm: learn the variance too, by the variational bound; doubles the output channels."""
-    min_snr_gamma: float | None = None
+    min_snr_gamma: Positive | None = None
     """Weigh losses by min(SNR, γ), measured on the predicted sample; 5 is usual, None weighs all
     noise levels as the prediction does."""
-
-    def __post_init__(self):
-        check_choice("objective.name", self.name, ("flow_matching", "ddpm"))
-        check_choice("objective.prediction", self.prediction, ("epsilon", "v_prediction"))
-        for name in ("logit_std", "shift", "min_snr_gamma"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"objective.{name} must be above 0, found {value}")

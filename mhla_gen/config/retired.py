@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from mhla_gen.errors import UserError
+
 _CONTENT_MIXING = (
     "content_mixing=true is no longer supported (mixing from content was no better than the plain "
     "matrix, see docs/evidence.md); leave it out and train again"
@@ -18,18 +20,18 @@ def without_retired(values: Mapping[str, Any]) -> dict[str, Any]:
     """Settings, nested or not, as this version knows them.
 
     Raises:
-        ValueError: If one that no longer exists was in use; the message says what to do.
+        UserError: If one that no longer exists was in use; the message says what to do.
     """
     kept: dict[str, Any] = {}
     for key, value in values.items():
         if key == "mixing_init" and value == "multiscale":
-            raise ValueError(_MULTISCALE)
+            raise UserError(_MULTISCALE)
         if key == "content_mixing":
             if value is not False:
-                raise ValueError(_CONTENT_MIXING)
+                raise UserError(_CONTENT_MIXING)
         elif key == "convert":
             if value is not None:
-                raise ValueError(_CONVERT)
+                raise UserError(_CONVERT)
         else:
             kept[key] = without_retired(value) if isinstance(value, Mapping) else value
     return kept

@@ -4,69 +4,71 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from mhla_gen.config.checks import check_at_least, check_choice, normalize_classes
+from mhla_gen.config.checks import check_choice, normalize_classes
 from mhla_gen.config.evaluation import EvaluateConfig
+from mhla_gen.config.fields import Count, FilePath, Guidance, Range, Seed, Settings, Texts
+from mhla_gen.errors import UserError
 
 FORMATS = ("npz", "png", "mp4")
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleConfig:
+class SampleConfig(Settings):
     """Images of classes, or images and videos of prompts, from a saved pipeline.
 
     Raises:
         ValueError: If a value is out of its range.
     """
 
-    pipeline: str = "runs/train/pipeline"
+    pipeline: FilePath = "runs/train/pipeline"
     """Run of `mhla-gen train` or one of its checkpoints, folder that `save_pretrained` wrote, or
     name on the Hugging Face hub."""
-    output_dir: str = "runs/samples"
+    output_dir: FilePath = "runs/samples"
     """Folder for the samples and manifest.json. A start that was interrupted is gone on with."""
 
     classes: Any = "all"
     """"all", or class numbers and names: one or a list of them."""
-    samples_per_class: int | None = None
+    samples_per_class: Count | None = None
     """Images of each class, class after class; 10 unless num_samples is given."""
-    num_samples: int | None = None
+    num_samples: Count | None = None
     """Images over all classes, in place of samples_per_class."""
     order: Literal["balanced", "random"] = "balanced"
     """Classes of num_samples: one after the other in turn, or drawn at random."""
 
-    prompts: Any = None
+    prompts: Texts = None
     """Text-conditional pipelines: a prompt, a list of them, a .txt file with one a line, or a
     .jsonl file with the keys prompt, negative_prompt, seed, image."""
     negative_prompt: str | None = None
     """For prompts that have none of their own."""
-    prompt_embeds: str | None = None
+    prompt_embeds: FilePath | None = None
     """Safetensors file with `prompt_embeds` [prompts, tokens, text_dim] and
     `negative_prompt_embeds` [1 or prompts, tokens, text_dim], in place of a text encoder."""
-    image: str | None = None
+    image: FilePath | None = None
     """First frame for image-to-video pipelines, for prompts that have none of their own."""
-    samples_per_prompt: int = 1
+    samples_per_prompt: Count = 1
     """Samples of each prompt, with a seed each."""
 
-    num_inference_steps: int = 40
+    num_inference_steps: Count = 40
     """Denoising steps."""
-    guidance_scale: float = 1.5
+    guidance_scale: Guidance = 1.5
     """Classifier-free guidance; 1 is none."""
-    guidance_scale_2: float | None = None
+    guidance_scale_2: Guidance | None = None
     """That of the second expert of Wan 2.2; None takes guidance_scale."""
     guidance_interval: Any = (0.0, 1.0)
     """Noise levels in [0, 1] between which guidance is applied; 1 is pure noise. Classes only."""
-    guidance_channels: int | None = None
+    guidance_channels: Count | None = None
     """Guide this many of the first channels; None guides all, DiT guides 3. Classes only."""
     scheduler: str | None = None
     """Name of a diffusers scheduler to use in place of the saved one."""
     scheduler_options: dict[str, Any] = field(default_factory=dict)
     """Its settings, such as {flow_shift: 3.0}; others are those of the saved scheduler."""
-    height: int | None = None
+    height: Count | None = None
     """Pixels; None takes the pipeline's own size. Images of classes are square."""
-    width: int | None = None
+    width: Count | None = None
     """Pixels."""
-    num_frames: int | None = None
+    num_frames: Count | None = None
     """Frames of a video; None takes the pipeline's own number."""
-    seed: int = 0
+    seed: Seed = 0
     """Each sample has a seed of its own, derived from this one and its number, whatever the batch
     size; sets of different seeds share no noise."""
 
@@ -78,7 +80,7 @@ class SampleConfig:
     reproducible: bool = True
     """Call the models with model_batch_size samples whatever batch_size is: a sample's pixels are
     the same bit for bit. False calls them with the batch: pixels may differ by rounding."""
-    model_batch_size: int | None = None
+    model_batch_size: Count | None = None
     """Samples of one call, and of one file of unfinished work. None takes 64 for classes, 1 for
     prompts."""
     batch_size: Any = "auto"
@@ -94,7 +96,7 @@ class SampleConfig:
     formats: Any = "auto"
     """Of npz (all samples in one file), png and mp4 (a file each); auto: npz for classes, png for
     images of prompts, mp4 for videos."""
-    fps: int = 16
+    fps: Count = 16
     """Frames per second of mp4 files."""
     keep_samples: bool = True
     """False keeps no sample but those on the contact sheet; evaluate measures them first."""
@@ -104,41 +106,29 @@ class SampleConfig:
     """Write README.md, a model card with settings and a picture, into the pipeline's folder."""
 
     def __post_init__(self):
+        super().__post_init__()
         object.__setattr__(self, "classes", normalize_classes(self.classes, names=True))
-        for name in ("num_inference_steps", "samples_per_prompt", "fps"):
-            check_at_least(name, getattr(self, name), 1)
-        for name in ("samples_per_class", "num_samples", "model_batch_size", "num_frames"):
-            if getattr(self, name) is not None:
-                check_at_least(name, getattr(self, name), 1)
         if self.samples_per_class is not None and self.num_samples is not None:
-            raise ValueError("samples_per_class and num_samples exclude each other; give one")
-        check_at_least("seed", self.seed, 0)
-        check_at_least("guidance_scale", self.guidance_scale, 1)
-        check_choice("order", self.order, ("balanced", "random"))
-        check_choice("dtype", self.dtype, ("float32", "float16", "bfloat16"))
-        check_choice("offload", self.offload, ("none", "model", "sequential"))
-        check_choice("device", self.device, ("auto", "cpu", "cuda"))
+            raise UserError("samples_per_class and num_samples exclude each other; give one")
         object.__setattr__(self, "guidance_interval", _interval(self.guidance_interval))
         if self.batch_size != "auto":
-            if not isinstance(self.batch_size, int) or isinstance(self.batch_size, bool):
-                raise ValueError(f'batch_size must be "auto" or a number, found {self.batch_size}')
-            check_at_least("batch_size", self.batch_size, 1)
+            Range(1).check('batch_size, if not "auto",', self.batch_size, whole=True)
         object.__setattr__(self, "formats", _formats(self.formats))
         if self.evaluate is not None and self.evaluate.samples is not None:
-            raise ValueError("evaluate.samples is the set that is made; leave it out")
+            raise UserError("evaluate.samples is the set that is made; leave it out")
         if not self.keep_samples and self.evaluate is None:
-            raise ValueError("keep_samples=false leaves nothing behind without evaluate")
+            raise UserError("keep_samples=false leaves nothing behind without evaluate")
         if isinstance(self.prompts, Sequence) and not isinstance(self.prompts, str):
             object.__setattr__(self, "prompts", tuple(self.prompts))
 
 
 def _interval(values: Any) -> tuple[float, float]:
     listed = isinstance(values, Sequence) and not isinstance(values, str) and len(values) == 2
-    if not listed or not all(isinstance(v, int | float) for v in values):
-        raise ValueError(f"guidance_interval must be two noise levels in [0, 1], found {values!r}")
+    if not listed or not all(type(v) in (int, float) for v in values):
+        raise UserError(f"guidance_interval must be two noise levels in [0, 1], found {values!r}")
     low, high = map(float, values)
     if not 0 <= low <= high <= 1:
-        raise ValueError(
+        raise UserError(
             "guidance_interval must be two noise levels in [0, 1], the lower one first, found "
             f"[{low:g}, {high:g}]"
         )
@@ -151,7 +141,7 @@ def _formats(values: Any) -> Any:
             return values
         values = [values]
     if not values:
-        raise ValueError(f"formats must be auto or some of {', '.join(FORMATS)}, found {values!r}")
+        raise UserError(f"formats must be auto or some of {', '.join(FORMATS)}, found {values!r}")
     for value in values:
         check_choice("formats", value, FORMATS)
     return tuple(values)

@@ -4,26 +4,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from mhla_gen.config.checks import (
-    check_at_least,
-    check_choice,
-    normalize_integers,
-    normalize_layout,
-)
+from mhla_gen.config.checks import check_choice, normalize_integers, normalize_layout
+from mhla_gen.config.fields import Count, FilePath, Settings
+from mhla_gen.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConvertConfig:
+class ConvertConfig(Settings):
     """Checkpoints of other code into ours, or ours into theirs.
 
     Raises:
         ValueError: If a value is out of its range.
     """
 
-    source: str | None = None
+    source: FilePath | None = None
     """Import: a .safetensors file, a folder of them, or a file of torch.save. Export: the folder
     of a transformer or pipeline that `save_pretrained` wrote, or a finished run."""
-    output_dir: str = "runs/convert"
+    output_dir: FilePath = "runs/convert"
     """New folder. Import: a transformer for `from_pretrained`. Export: model.pt, a state dict."""
     format: Literal["dit", "mhla_dit", "mhla_wan"] = "dit"
     """The other side's: facebookresearch/DiT, or the DiT or the Wan of the MHLA authors."""
@@ -31,7 +28,7 @@ class ConvertConfig:
     """import reads the format, export writes it."""
     weights: Literal["auto", "ema", "model", "state_dict"] = "auto"
     """Entry of a training checkpoint; auto takes the first that is there, in this order."""
-    num_attention_heads: int | None = None
+    num_attention_heads: Count | None = None
     """Heads of a DiT that has not one of the published widths; the weights do not tell."""
     layout: Any = None
     """mhla_wan: blocks along frames, height and width, such as (3, 5, 10); the weights tell their
@@ -42,23 +39,18 @@ class ConvertConfig:
     """mhla_dit: convert although the model will compute something else, as a start for training."""
 
     def __post_init__(self):
-        check_choice("format", self.format, ("dit", "mhla_dit", "mhla_wan"))
-        check_choice("direction", self.direction, ("import", "export"))
-        check_choice("weights", self.weights, ("auto", "ema", "model", "state_dict"))
-        check_choice("normalizer", self.normalizer, ("released", "paper"))
+        super().__post_init__()
         if self.layout is not None:
             object.__setattr__(self, "layout", normalize_integers("layout", self.layout, 1))
         only = {"layout": "mhla_wan", "normalizer": "mhla_dit", "allow_differences": "mhla_dit"}
         for name, used in only.items():
             given = getattr(self, name) not in (None, False, "released")
             if given and self.format != used:
-                raise ValueError(f"{name} is for format={used}, found format={self.format}")
-        if self.num_attention_heads is not None:
-            check_at_least("num_attention_heads", self.num_attention_heads, 1)
+                raise UserError(f"{name} is for format={used}, found format={self.format}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchConfig:
+class BenchConfig(Settings):
     """Latency and memory of attention operators or of whole models, side by side.
 
     Raises:
@@ -67,7 +59,7 @@ class BenchConfig:
 
     subject: Literal["ops", "model"] = "ops"
     """What is measured: the operators alone, or one denoising step of a transformer."""
-    output_dir: str = "runs/bench"
+    output_dir: FilePath = "runs/bench"
     """Folder for bench.json and bench.png."""
     methods: Any = "auto"
     """Rows for every size: softmax (torch's choice), softmax_cudnn, softmax_flash, linear, and MHLA
@@ -79,11 +71,11 @@ class BenchConfig:
     or "models", those of DiT and Wan models with their heads."""
     layout: Any = "auto"
     """Blocks along each axis of the grids, or "auto"."""
-    batch_size: int = 1
+    batch_size: Count = 1
     """Sequences at once."""
-    num_heads: int = 4
+    num_heads: Count = 4
     """Heads of the operators."""
-    head_dim: int = 64
+    head_dim: Count = 64
     """Channels of a head of the operators."""
     rotary: bool = False
     """Rotate queries and keys inside the linear operators."""
@@ -93,7 +85,7 @@ class BenchConfig:
     """Recompute the layers of a model during backward instead of keeping what they computed."""
     model: Literal["dit", "wan"] = "dit"
     """DiT-XL/2 or Wan2.1-1.3B, random weights."""
-    num_layers: int | None = None
+    num_layers: Count | None = None
     """Layers of the model; None takes all."""
     compile: Any = False
     """torch.compile: false, true (the layer that the model repeats) or "whole" (all in one)."""
@@ -103,6 +95,7 @@ class BenchConfig:
     """auto takes a GPU if there is one."""
 
     def __post_init__(self):
+        super().__post_init__()
         known = (
             *("softmax", "softmax_cudnn", "softmax_flash", "linear"),
             *("naive", "blockwise", "fused", "auto"),
@@ -110,7 +103,7 @@ class BenchConfig:
         if self.methods != "auto":
             listed = isinstance(self.methods, Sequence) and not isinstance(self.methods, str)
             if not listed or not self.methods:
-                raise ValueError(
+                raise UserError(
                     f'methods must be "auto" or a list of {", ".join(known)}; '
                     f"found {self.methods!r}"
                 )
@@ -118,7 +111,7 @@ class BenchConfig:
                 name, *settings = method.split()
                 check_choice("methods", name, known)
                 if settings and (self.subject == "ops" or name.startswith("softmax")):
-                    raise ValueError(
+                    raise UserError(
                         f"settings in methods are for MHLA in subject=model, found {method!r}"
                     )
             object.__setattr__(self, "methods", tuple(self.methods))
@@ -128,23 +121,17 @@ class BenchConfig:
         if self.grids != "models":
             listed = isinstance(self.grids, Sequence) and not isinstance(self.grids, str)
             if not listed or not self.grids:
-                raise ValueError(
+                raise UserError(
                     'grids must be "squares", "models" or a list such as [[16, 16]], '
                     f"found {self.grids!r}"
                 )
             grids = tuple(normalize_integers("grids", grid, 1) for grid in self.grids)
             object.__setattr__(self, "grids", grids)
-        check_choice("subject", self.subject, ("ops", "model"))
         check_choice("compile", self.compile, (False, True, "whole"))
-        check_choice("model", self.model, ("dit", "wan"))
-        check_choice("dtype", self.dtype, ("auto", "float32", "float16", "bfloat16"))
-        check_choice("device", self.device, ("auto", "cpu", "cuda"))
-        for name in ("batch_size", "num_heads", "head_dim"):
-            check_at_least(name, getattr(self, name), 1)
 
 
 @dataclass(frozen=True, kw_only=True)
-class DoctorConfig:
+class DoctorConfig(Settings):
     """Which parts of the installation to try."""
 
     checks: tuple[str, ...] = ()

@@ -3,25 +3,36 @@
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from mhla_gen.config.checks import check_at_least, check_choice
 from mhla_gen.config.data import DataConfig
 from mhla_gen.config.distillation import DistillConfig
+from mhla_gen.config.fields import (
+    Count,
+    FilePath,
+    Fraction,
+    Guidance,
+    NotNegative,
+    Positive,
+    Seed,
+    Settings,
+    Whole,
+)
 from mhla_gen.config.mhla import MHLAConfig
 from mhla_gen.config.model import ModelConfig
 from mhla_gen.config.objective import ObjectiveConfig
 from mhla_gen.config.previews import PreviewConfig, RunEvaluationConfig
 from mhla_gen.config.wan import WanConfig
+from mhla_gen.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(Settings):
     """Training of a diffusion transformer.
 
     Raises:
         ValueError: If a value is out of its range.
     """
 
-    output_dir: str = "runs/train"
+    output_dir: FilePath = "runs/train"
     """New folder for the log, the checkpoints and the trained pipeline."""
     data: DataConfig = field(default_factory=DataConfig)
     """What to learn from."""
@@ -34,26 +45,26 @@ class TrainConfig:
     model.pretrained, or new. Of model, the settings of attention and trainable count too."""
     distill: DistillConfig | None = None
     """Turn a pretrained softmax model into this one, in stages, in place of plain training."""
-    seed: int = 0
+    seed: Seed = 0
     """Fixes the initial weights, the order of the samples and all noise."""
-    max_steps: int = 10_000
+    max_steps: Count = 10_000
     """Optimizer steps."""
-    batch_size: int = 256
+    batch_size: Count = 256
     """Images per optimizer step, over all processes and accumulated micro-batches."""
-    gradient_accumulation_steps: int = 1
+    gradient_accumulation_steps: Count = 1
     """Micro-batches per optimizer step."""
-    learning_rate: float = 3e-4
+    learning_rate: Positive = 3e-4
     """Peak learning rate of AdamW."""
-    mixing_learning_rate: float | None = None
+    mixing_learning_rate: NotNegative | None = None
     """Peak learning rate of mixing matrices; that of the other weights by default."""
     lr_scheduler: Literal["constant_with_warmup", "cosine", "linear"] = "constant_with_warmup"
     """Course of the learning rate, by its diffusers name."""
-    warmup_steps: int = 100
+    warmup_steps: Whole = 100
     """Steps until the peak learning rate."""
-    weight_decay: float = 0.0
+    weight_decay: NotNegative = 0.0
     """Decay of weight matrices; biases, embeddings, norms and mixing matrices have none."""
-    max_grad_norm: float = 1.0
-    """Gradients are scaled down to this norm."""
+    max_grad_norm: Positive | None = 1.0
+    """Gradients are scaled down to this norm; null leaves them as they are."""
     mixed_precision: Literal["fp32", "bf16"] = "bf16"
     """Arithmetic of the forward pass; weights stay float32."""
     parallelism: Literal["ddp", "fsdp"] = "ddp"
@@ -67,24 +78,24 @@ class TrainConfig:
     launch each whole at every step. Not with micro-batches or gradient_checkpointing."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
-    ema_decay: float = 0.9999
+    ema_decay: Fraction = 0.9999
     """Decay of the averaged weights that the pipeline is saved with."""
-    label_dropout: float = 0.1
+    label_dropout: Fraction = 0.1
     """Share of labels replaced by "no class", which classifier-free guidance needs."""
-    checkpoint_every: int = 1000
+    checkpoint_every: Whole = 1000
     """Steps between checkpoints; the last step has one, too. 0 writes none."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: Count = 2
     """How many checkpoints stay on disk."""
-    log_every: int = 50
+    log_every: Count = 50
     """Steps per line of log.jsonl."""
     report_to: Literal["tensorboard", "wandb", "none"] = "tensorboard"
     """Where curves and pictures go, besides log.jsonl and previews in output_dir."""
-    sample_every: int = 1000
+    sample_every: Whole = 1000
     """Steps between previews: samples of the averaged weights, and mixing matrices; 0 makes none.
     """
     samples: PreviewConfig = field(default_factory=PreviewConfig)
     """Samples of a preview."""
-    evaluate_every: int = 0
+    evaluate_every: Whole = 0
     """Steps between evaluations of samples of the averaged weights; 0 makes none."""
     evaluation: RunEvaluationConfig = field(default_factory=RunEvaluationConfig)
     """How samples are evaluated."""
@@ -92,31 +103,11 @@ class TrainConfig:
     """latest goes on from the newest checkpoint in output_dir, or starts where there is none."""
 
     def __post_init__(self):
-        check_choice(
-            "lr_scheduler", self.lr_scheduler, ("constant_with_warmup", "cosine", "linear")
-        )
+        super().__post_init__()
         if self.model.trainable == "lora" and self.wan is None:
-            raise ValueError("model.trainable=lora needs wan: diffusers' DiT takes no adapters")
-        check_choice("mixed_precision", self.mixed_precision, ("fp32", "bf16"))
-        check_choice("parallelism", self.parallelism, ("ddp", "fsdp"))
-        check_choice("compile", self.compile, ("none", "regional", "whole"))
-        check_choice("report_to", self.report_to, ("tensorboard", "wandb", "none"))
-        check_choice("resume", self.resume, ("never", "latest"))
-        for name in (
-            "max_steps",
-            "batch_size",
-            "gradient_accumulation_steps",
-            "keep_checkpoints",
-            "log_every",
-        ):
-            check_at_least(name, getattr(self, name), 1)
-        for name in ("warmup_steps", "checkpoint_every", "sample_every", "evaluate_every"):
-            check_at_least(name, getattr(self, name), 0)
+            raise UserError("model.trainable=lora needs wan: diffusers' DiT takes no adapters")
         if self.evaluate_every and self.evaluation.reference is None:
-            raise ValueError("evaluate_every needs evaluation.reference, images or statistics")
-        for name in ("ema_decay", "label_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in [0, 1), found {getattr(self, name)}")
+            raise UserError("evaluate_every needs evaluation.reference, images or statistics")
 
     @property
     def without_stages(self) -> "TrainConfig":
@@ -131,22 +122,22 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class QuickstartConfig:
+class QuickstartConfig(Settings):
     """The whole job in minutes: train on digits, sample, score, beside plain linear attention.
 
     Raises:
         ValueError: If a value is out of its range.
     """
 
-    output_dir: str = "runs/quickstart"
+    output_dir: FilePath = "runs/quickstart"
     """New folder for everything that the quickstart leaves."""
-    seed: int = 0
+    seed: Seed = 0
     """Fixes training and samples."""
-    max_steps: int = 600
+    max_steps: Count = 600
     """Optimizer steps of each of the two models."""
-    batch_size: int = 128
+    batch_size: Count = 128
     """Images per step."""
-    learning_rate: float = 1e-3
+    learning_rate: Positive = 1e-3
     """Peak learning rate."""
     model: ModelConfig = field(
         default_factory=lambda: ModelConfig(
@@ -158,18 +149,17 @@ class QuickstartConfig:
         )
     )
     """The MHLA model; the control differs in the layout only: one block."""
-    samples_per_class: int = 20
+    samples_per_class: Count = 20
     """Samples of each digit, for both models."""
-    num_inference_steps: int = 40
+    num_inference_steps: Count = 40
     """Denoising steps."""
-    guidance_scale: float = 1.5
+    guidance_scale: Guidance = 1.5
     """Classifier-free guidance."""
 
     def __post_init__(self):
+        super().__post_init__()
         if self.model.attention != "mhla":
-            raise ValueError(
+            raise UserError(
                 f"the quickstart trains model.attention=mhla, found {self.model.attention}; "
                 "`mhla-gen train` has the other kinds"
             )
-        for name in ("max_steps", "batch_size", "samples_per_class", "num_inference_steps"):
-            check_at_least(name, getattr(self, name), 1)

@@ -1,9 +1,11 @@
 """Settings of training Wan's video transformers."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from mhla_gen.config.checks import check_at_least, check_choice
+from mhla_gen.config.checks import check_choice
+from mhla_gen.config.fields import Count, Positive, Range, Settings
+from mhla_gen.errors import UserError
 
 WAN_PRESETS: dict[str, dict[str, int]] = {
     name: {
@@ -26,7 +28,7 @@ _SIZES = ("num_layers", "num_attention_heads", "attention_head_dim", "ffn_dim")
 
 
 @dataclass(frozen=True, kw_only=True)
-class WanConfig:
+class WanConfig(Settings, prefix="wan."):
     """A Wan transformer for clips with captions, and what of it is trained.
 
     Raises:
@@ -36,13 +38,13 @@ class WanConfig:
     preset: str = "1.3B"
     """Sizes of a new model, where model.pretrained is not given: 1.3B, 5B or 14B. Channels are
     those of the data."""
-    num_layers: int | None = None
+    num_layers: Count | None = None
     """Transformer blocks; None takes the preset's, as for the next three."""
-    num_attention_heads: int | None = None
+    num_attention_heads: Count | None = None
     """Heads per block; the hidden size is heads × attention_head_dim."""
-    attention_head_dim: int | None = None
+    attention_head_dim: Count | None = None
     """Channels per head."""
-    ffn_dim: int | None = None
+    ffn_dim: Count | None = None
     """Channels inside the feed-forward layers."""
     first_frame: bool = False
     """Image to video: the model is given the first frame of a clip. With times_of_tokens it stands
@@ -54,12 +56,12 @@ class WanConfig:
     """
     expert: Literal["high_noise", "low_noise"] | None = None
     """Which of Wan 2.2's two 14B experts is trained, on its noise levels only."""
-    boundary: float | None = None
+    boundary: Annotated[float, Range(0, 1, open_low=True, open_high=True)] | None = None
     """Noise level between the experts; None asks the pretrained pipeline, and takes Wan 2.2's where
     there is none: 0.875 for text to video, 0.9 for image to video."""
-    lora_rank: int = 32
+    lora_rank: Count = 32
     """model.trainable=lora: rank of the updates."""
-    lora_alpha: float | None = None
+    lora_alpha: Positive | None = None
     """model.trainable=lora: the updates are scaled by alpha / rank; None takes the rank."""
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2")
     """model.trainable=lora: which linear layers are updated, by the ends of their names."""
@@ -68,17 +70,10 @@ class WanConfig:
     are made from embedded prompts."""
 
     def __post_init__(self):
+        super().__post_init__()
         check_choice("wan.preset", self.preset, tuple(WAN_PRESETS))
-        for name in _SIZES:
-            if getattr(self, name) is not None:
-                check_at_least(f"wan.{name}", getattr(self, name), 1)
-        check_at_least("wan.lora_rank", self.lora_rank, 1)
-        if self.expert is not None:
-            check_choice("wan.expert", self.expert, ("high_noise", "low_noise"))
-        if self.boundary is not None and not 0 < self.boundary < 1:
-            raise ValueError(f"wan.boundary must be in (0, 1), found {self.boundary}")
         if self.boundary is not None and self.expert is None:
-            raise ValueError("wan.boundary is given without wan.expert: high_noise or low_noise")
+            raise UserError("wan.boundary is given without wan.expert: high_noise or low_noise")
 
     @property
     def sizes(self) -> dict[str, int]:

@@ -1,6 +1,7 @@
 """A run: data, model, optimizer and average, and one step of them."""
 
 import copy
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -107,7 +108,10 @@ class Run:
             losses.append({name: values.detach() for name, values in found.items()})
         # Looked for once: a model has many modules.
         parameters = list(self.model.parameters())
-        norm: Any = self.accelerator.clip_grad_norm_(parameters, self.config.max_grad_norm)
+        limit = self.config.max_grad_norm
+        norm: Any = self.accelerator.clip_grad_norm_(
+            parameters, math.inf if limit is None else limit
+        )
         self.optimizer.step()
         self.learning_rate.step()
         self.optimizer.zero_grad()

@@ -1,0 +1,191 @@
+"""What the annotation of a setting says about its values, and the one place that checks it.
+
+A number is annotated with its `Range`, text that names a file or folder with `PATH`, and what may
+be a text or a list of texts with `TEXT`. `Settings` checks them whenever a config is made, from a
+file or in Python.
+"""
+
+import functools
+import math
+import os
+import types
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+
+from mhla_gen.config.checks import check_choice
+from mhla_gen.errors import UserError
+
+_LARGEST = 2**31 - 1
+"""Larger whole numbers fit no dimension, and no C integer of the libraries that they reach."""
+
+
+class Range(NamedTuple):
+    """The finite numbers that a setting takes; NaN and infinity are none of them."""
+
+    low: float
+    high: float = math.inf
+    open_low: bool = False
+    """The low end itself is no value."""
+    open_high: bool = False
+
+    def check(self, name: str, value: Any, whole: bool) -> None:
+        """Raise unless `value` is such a number."""
+        kinds = int if whole else (int, float)
+        # bool is an int in Python, and is a mistake here.
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            raise UserError(f"{name} must be {'a whole' if whole else 'a'} number, found {value!r}")
+        low = value > self.low if self.open_low else value >= self.low
+        high = value < self.high if self.open_high else value <= self.high
+        if not (math.isfinite(value) and low and high):
+            raise UserError(f"{name} must be {self._said(low)}, found {value}")
+
+    def _said(self, low: bool) -> str:
+        """What is allowed, for a number that is, or is not, above the low end."""
+        if self.high in (math.inf, _LARGEST):
+            if not low:
+                return f"{'above' if self.open_low else 'at least'} {self.low}"
+            return "a finite number" if self.high == math.inf else f"at most {self.high}"
+        left, right = "(" if self.open_low else "[", ")" if self.open_high else "]"
+        return f"in {left}{self.low}, {self.high}{right}"
+
+
+class Text(NamedTuple):
+    """A text, or several of them, kept as they were typed."""
+
+    path: bool = False
+    """It names a file or a folder: `~` stands for the home folder."""
+
+
+TEXT = Text()
+PATH = Text(path=True)
+
+Count = Annotated[int, Range(1, _LARGEST)]
+Whole = Annotated[int, Range(0, _LARGEST)]
+AtLeastTwo = Annotated[int, Range(2, _LARGEST)]
+Seed = Annotated[int, Range(0, 2**32 - 1)]
+"""NumPy's generators take no other."""
+Positive = Annotated[float, Range(0, open_low=True)]
+NotNegative = Annotated[float, Range(0)]
+Finite = Annotated[float, Range(-math.inf)]
+Guidance = Annotated[float, Range(1)]
+Fraction = Annotated[float, Range(0, 1, open_high=True)]
+FilePath = Annotated[str, PATH]
+FilePaths = Annotated[Any, PATH]
+"""One of them or a list."""
+Texts = Annotated[Any, TEXT]
+"""One text or a list."""
+
+
+class Kind(NamedTuple):
+    """An annotation, taken apart."""
+
+    base: Any
+    marks: tuple[Any, ...]
+    optional: bool
+
+    def mark(self, wanted: type) -> Any:
+        """The mark of a type, or None."""
+        return next((mark for mark in self.marks if isinstance(mark, wanted)), None)
+
+    @property
+    def is_text(self) -> bool:
+        """Whether what was typed is the value."""
+        return self.base is str or self.mark(Text) is not None
+
+    @property
+    def element(self) -> Any:
+        """Annotation of the elements of a list or the values of a mapping."""
+        if self.base is Any and self.is_text:
+            return str
+        args = get_args(self.base)
+        if get_origin(self.base) is dict:
+            return args[1]
+        return args[0] if get_origin(self.base) in (tuple, list) else Any
+
+
+def kind_of(annotation: Any) -> Kind:
+    """Take an annotation apart: `Annotated[int, Range(1)] | None` is a marked int, optional."""
+    if isinstance(annotation, Kind):
+        return annotation
+    marks: tuple[Any, ...] = ()
+    optional = False
+    while True:
+        origin = get_origin(annotation)
+        if origin is Annotated:
+            annotation, *found = get_args(annotation)
+            marks += tuple(found)
+        elif origin in (Union, types.UnionType):
+            rest = [arg for arg in get_args(annotation) if arg is not types.NoneType]
+            optional = optional or len(rest) < len(get_args(annotation))
+            if len(rest) > 1:
+                return Kind(Any, marks, optional)
+            annotation = rest[0]
+        else:
+            return Kind(annotation, marks, optional or annotation is Any)
+
+
+@functools.cache
+def kinds_of(schema: type) -> dict[str, Kind]:
+    """The settings of a dataclass by name."""
+    hints = get_type_hints(schema, include_extras=True)
+    return {name: kind_of(hint) for name, hint in hints.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Base of every config: checks numbers, choices and paths by their annotations.
+
+    Raises:
+        ValueError: If a value is not one that its annotation allows.
+    """
+
+    def __init_subclass__(cls, prefix: str = "", **kwargs: Any) -> None:
+        """Name the key under which these settings stand, for messages."""
+        super().__init_subclass__(**kwargs)
+        cls._prefix = prefix
+
+    def __post_init__(self) -> None:
+        """Check every setting, and expand `~` in paths."""
+        for name, kind in kinds_of(type(self)).items():
+            value = getattr(self, name)
+            checked = _checked(f"{self._prefix}{name}", value, kind)
+            if checked is not value:
+                object.__setattr__(self, name, checked)
+
+
+def _checked(name: str, value: Any, kind: Kind) -> Any:
+    if value is None and kind.optional:
+        return value
+    if get_origin(kind.base) is tuple and isinstance(value, tuple | list):
+        element = kind_of(kind.element)
+        return tuple(_checked(name, each, element) for each in value)
+    if get_origin(kind.base) is Literal:
+        check_choice(name, value, get_args(kind.base))
+    elif limits := kind.mark(Range):
+        limits.check(name, value, whole=kind.base is int)
+    elif kind.base is bool and not isinstance(value, bool):
+        raise UserError(f"{name} must be true or false, found {value!r}")
+    elif (text := kind.mark(Text)) and text.path:
+        return expand_home(name, value)
+    return value
+
+
+def expand_home(name: str, value: Any) -> Any:
+    """A path, or a list of paths, with `~` replaced by the home folder it names.
+
+    Raises:
+        ValueError: If there is no such home folder.
+    """
+    if isinstance(value, list | tuple):
+        return tuple(expand_home(name, each) for each in value)
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if not isinstance(value, str) or not value.startswith("~"):
+        return value
+    expanded = os.path.expanduser(value)
+    if expanded == value:
+        raise UserError(
+            f"{name}: there is no home folder {value.split(os.sep)[0]}; a file or folder of that "
+            f"name is written ./{value}"
+        )
+    return expanded

@@ -298,7 +298,7 @@ def test_trainable_rotary_is_refused():
 
 
 def test_no_cuda_is_an_error(monkeypatch):
-    monkeypatch.setattr(fused_module, "_INTERPRETED", False)
+    monkeypatch.setattr(fused_module, "INTERPRETED", False)
     inputs, options = make((6,), (2,))
     with pytest.raises(ValueError, match="CUDA"):
         mhla(*(x.cpu() for x in inputs), implementation="fused", **options | {"rotary": None})

@@ -18,7 +18,7 @@ MAX_DIM = 128
 MAX_BLOCKS = 2048
 """Most blocks: one program holds 16 rows of the mixing matrix."""
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # Measured on an H100: beyond either, summaries cost less than scores.
 _ATTENTION_SEQ_LEN = 512
 _ATTENTION_BLOCKS = 32
@@ -114,7 +114,7 @@ def unsupported(
     trainable_rotary: bool,
 ) -> str | None:
     """Why the kernels cannot run a call, or None if they can."""
-    if torch.device(device).type != "cuda" and not _INTERPRETED:
+    if torch.device(device).type != "cuda" and not INTERPRETED:
         return f"needs tensors on a CUDA device, found {device}"
     if causal:
         return "has no causal kernel"

@@ -118,3 +118,28 @@ def block_of_tokens(tokens, box, RANK: tl.constexpr):
             block_t, _rest = _divide((t + 1) * LT - 1, T)
             block += block_t * (LH * LW)
     return block
+
+
+@triton.jit
+def group_box(group, box, groups, RANK: tl.constexpr):
+    """The box of tokens of a group of blocks: `groups` of them along each axis, see `block_box`.
+
+    Groups cut the blocks of an axis as blocks cut its tokens.
+    """
+    T, H, W, LT, LH, LW = box
+    GT, GH, GW = groups
+    first_w, size_w = _group_span(group % GW, W, LW, GW)
+    first_t, first_h, size_t, size_h = 0, 0, 1, 1
+    if RANK > 1:
+        row = group // GW
+        first_h, size_h = _group_span(row % GH, H, LH, GH)
+        if RANK > 2:
+            first_t, size_t = _group_span(row // GH, T, LT, GT)
+    return first_t, first_h, first_w, size_t, size_h, size_w
+
+
+@triton.jit
+def _group_span(group, length, num_blocks, num_groups):
+    first = _axis_start(_axis_start(group, num_blocks, num_groups), length, num_blocks)
+    last = _axis_start(_axis_start(group + 1, num_blocks, num_groups), length, num_blocks)
+    return first, last - first

@@ -1,0 +1,202 @@
+"""Tile attention, forward: one program takes queries of one group through its list of tiles.
+
+Keys and values come from packs (`tile_lists.py`), so that a tile is consecutive rows and a block of
+`BN` keys is whatever tiles come next in the list. Scores are kept in units of log 2.
+"""
+
+import triton
+import triton.language as tl
+
+from mhla_gen.ops.kernels.attention import add_times, outer
+from mhla_gen.ops.kernels.boxes import block_box, box_tokens, group_box
+from mhla_gen.ops.kernels.linear import rotate_pieces
+from mhla_gen.ops.kernels.pieces import head_offset, load_pieces, store_pieces
+
+_LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def locate_group(box, groups, num_heads, num_groups, blocks, BM: tl.constexpr, RANK: tl.constexpr):
+    """What a program works on: batch, head, group, its rows' slots, tokens, and which exist."""
+    block = tl.program_id(0) % blocks
+    group = tl.program_id(0) // blocks % num_groups
+    head = tl.program_id(0) // blocks // num_groups % num_heads
+    batch = (tl.program_id(0) // blocks // num_groups // num_heads).to(tl.int64)
+    slots = block * BM + tl.arange(0, BM)
+    first_t, first_h, first_w, size_t, size_h, size_w = group_box(group, box, groups, RANK)
+    valid = slots < size_t * size_h * size_w
+    tokens = box_tokens(slots, first_t, first_h, first_w, size_h, size_w, box[1], box[2], RANK)
+    return batch, head, group, slots, tokens, valid
+
+
+@triton.jit
+def load_rows(x_ptr, rows, D: tl.constexpr, START: tl.constexpr, B: tl.constexpr):
+    """Channels [START, START + B) of rows of a pack, 0 where there are no such channels."""
+    channels = START + tl.arange(0, B)
+    offsets = rows[:, None] * D + channels[None, :]
+    if START + B <= D:
+        return tl.load(x_ptr + offsets)
+    else:
+        return tl.load(x_ptr + offsets, mask=(channels < D)[None, :], other=0.0)
+
+
+@triton.jit
+def load_pack(x_ptr, rows, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
+    """Both pieces of rows of a pack."""
+    x0 = load_rows(x_ptr, rows, D, 0, D0)
+    x1 = x0
+    if D1 > 0:
+        x1 = load_rows(x_ptr, rows, D, D0, D1)
+    return x0, x1
+
+
+@triton.jit
+def listed_rows(
+    lists_ptr, keys, num_keys, box, SLOTS: tl.constexpr, RANK: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Rows of a pack for keys of a list, and which of them are tokens."""
+    valid = keys < num_keys
+    if MASKED:
+        keys = tl.minimum(keys, num_keys - 1)
+    tile, slot = tl.load(lists_ptr + keys // SLOTS), keys % SLOTS
+    if MASKED:
+        _t, _h, _w, size_t, size_h, size_w = block_box(
+            tile, box[0], box[1], box[2], box[3], box[4], box[5], RANK
+        )
+        valid = valid & (slot < size_t * size_h * size_w)
+    return tile * SLOTS + slot, valid
+
+
+@triton.jit
+def attend(
+    q0, q1, k0, k1, v0, v1, valid, peak, total, out0, out1, scale, D1: tl.constexpr,
+    V1: tl.constexpr, MASKED: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One block of keys more: the largest score, Σ exp, and Σ exp · v of every query."""
+    scores = outer(q0, q1, k0, k1, D1, PRECISION)
+    if MASKED:
+        scores = tl.where(valid[None, :], scores, float("-inf"))
+    new_peak = tl.maximum(peak, tl.max(scores, axis=1) * scale)
+    shift = new_peak
+    if MASKED:
+        # A query without any key so far.
+        shift = tl.where(new_peak > float("-inf"), new_peak, 0.0)
+    weights = tl.exp2(scores * scale - shift[:, None])
+    decay = tl.exp2(peak - shift)
+    total = total * decay + tl.sum(weights, axis=1)
+    out0 = out0 * decay[:, None]
+    if V1 > 0:
+        out1 = out1 * decay[:, None]
+    out0, out1 = add_times(weights.to(OPERAND), v0, v1, out0, out1, V1, PRECISION)
+    return new_peak, total, out0, out1
+
+
+@triton.jit
+def tile_attend_kernel(
+    q_ptr,
+    keys_ptr,
+    values_ptr,
+    cos_ptr,
+    sin_ptr,
+    lists_ptr,
+    extra_k_ptr,
+    extra_v_ptr,
+    extra_mask_ptr,
+    out_ptr,
+    lse_ptr,
+    q_strides,
+    out_strides,
+    extra_k_strides,
+    extra_v_strides,
+    box,
+    groups,
+    seq_len,
+    num_heads,
+    num_groups,
+    num_tiles,
+    list_size,
+    extra_len,
+    blocks,
+    scale,
+    D: tl.constexpr,
+    V: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    V0: tl.constexpr,
+    V1: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    SLOTS: tl.constexpr,
+    RAGGED: tl.constexpr,
+    RANK: tl.constexpr,
+    ALIGN: tl.constexpr,
+    ROTARY: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Output and log-sum-exp of up to BM queries of one group and head."""
+    batch, head, group, _slots, tokens, q_valid = locate_group(
+        box, groups, num_heads, num_groups, blocks, BM, RANK
+    )
+    row = batch * num_heads + head
+    keys_ptr += row * num_tiles * (SLOTS * D)
+    values_ptr += row * num_tiles * (SLOTS * V)
+    lists_ptr += (row * num_groups + group) * list_size
+    q_ptr += head_offset(q_strides, batch, head, ALIGN)
+    out_ptr += head_offset(out_strides, batch, head, ALIGN)
+
+    q0, q1 = load_pieces(q_ptr, tokens, q_valid, q_strides, D, D0, D1, ALIGN)
+    if ROTARY:
+        r0, r1 = rotate_pieces(
+            q0.to(tl.float32), q1.to(tl.float32), cos_ptr, sin_ptr, tokens, q_valid, D, D0, D1, 1
+        )
+        q0, q1 = r0.to(OPERAND), r1.to(OPERAND)
+    peak = tl.full((BM,), float("-inf"), tl.float32)
+    total = tl.zeros((BM,), tl.float32)
+    out0 = tl.zeros((BM, V0), tl.float32)
+    out1 = tl.zeros((BM, V1 if V1 > 0 else 1), tl.float32)
+    num_keys = list_size * SLOTS
+    whole = num_keys // BN * BN
+    # Whole blocks of keys need a mask for ragged tiles only, the rest of the list always.
+    for rest in tl.static_range(2):
+        for start in range(rest * whole, num_keys if rest else whole, BN):
+            rows, valid = listed_rows(
+                lists_ptr, start + tl.arange(0, BN), num_keys, box, SLOTS, RANK, RAGGED or rest > 0
+            )
+            k0, k1 = load_pack(keys_ptr, rows, D, D0, D1)
+            v0, v1 = load_pack(values_ptr, rows, V, V0, V1)
+            peak, total, out0, out1 = attend(
+                q0, q1, k0, k1, v0, v1, valid, peak, total, out0, out1, scale,
+                D1, V1, RAGGED or rest > 0, OPERAND, PRECISION,
+            )  # fmt: skip
+    if extra_mask_ptr is not None:
+        extra_k_ptr += head_offset(extra_k_strides, batch, head, ALIGN)
+        extra_v_ptr += head_offset(extra_v_strides, batch, head, ALIGN)
+        extra_mask_ptr += batch * extra_len
+        for start in range(0, extra_len, BN):
+            k0, k1, v0, v1, valid = load_extra(
+                extra_k_ptr, extra_v_ptr, extra_mask_ptr, start + tl.arange(0, BN), extra_len,
+                extra_k_strides, extra_v_strides, D, V, D0, D1, V0, V1, ALIGN,
+            )  # fmt: skip
+            peak, total, out0, out1 = attend(
+                q0, q1, k0, k1, v0, v1, valid, peak, total, out0, out1, scale,
+                D1, V1, True, OPERAND, PRECISION,
+            )  # fmt: skip
+    inverse = 1 / total
+    out0, out1 = out0 * inverse[:, None], out1 * inverse[:, None]
+    store_pieces(out_ptr, out0, out1, tokens, q_valid, out_strides, V, V0, V1, ALIGN)
+    tl.store(lse_ptr + row * seq_len + tokens, (peak + tl.log2(total)) * _LN2, mask=q_valid)
+
+
+@triton.jit
+def load_extra(
+    k_ptr, v_ptr, mask_ptr, keys, extra_len, k_strides, v_strides, D: tl.constexpr,
+    V: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
+    ALIGN: tl.constexpr,
+):  # fmt: skip
+    """Pieces of keys and values off the grid, and which of them are valid."""
+    valid = tl.load(mask_ptr + keys, mask=keys < extra_len, other=0) != 0
+    tokens = keys.to(tl.int64)
+    k0, k1 = load_pieces(k_ptr, tokens, valid, k_strides, D, D0, D1, ALIGN)
+    v0, v1 = load_pieces(v_ptr, tokens, valid, v_strides, V, V0, V1, ALIGN)
+    return k0, k1, v0, v1, valid

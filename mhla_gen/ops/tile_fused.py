@@ -1,0 +1,190 @@
+"""Tile attention in fused Triton kernels, as torch custom operators with fake and autograd rules.
+
+`mhla_gen/ops/README.md` explains the kernels.
+"""
+
+import torch
+from torch import Tensor
+
+from mhla_gen.ops.fused import DTYPES, INTERPRETED, MAX_DIM
+from mhla_gen.ops.kernels import tile_form
+from mhla_gen.ops.kernels.tile_form import TileCall
+from mhla_gen.ops.tiles import Tiling
+
+MAX_TILES = 16384
+"""Most tiles: one program holds the products of a group with all of them."""
+_MAX_ELEMENTS = 2**31
+"""Fewest elements of one head, packed, that 32 bits do not number."""
+
+
+def fused_tile_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    placed: Tiling,
+    rotary: tuple[Tensor, Tensor] | None,
+    extra: tuple[Tensor, Tensor, Tensor] | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Tile attention on a CUDA device, summed in float32; see `tile_attention`.
+
+    Raises:
+        ValueError: If the kernels do not cover the call; the message says why.
+    """
+    reason = unsupported(query, value, rotary, placed.num_tiles)
+    if reason is not None:
+        raise ValueError(f"implementation='fused' {reason}; use 'blockwise' or 'auto'")
+    cos, sin = rotary if rotary is not None else (None, None)
+    keys, values, mask = extra if extra is not None else (None, None, None)
+    out, lse, _ = tile_attend(
+        query, key, value, cos, sin, keys, values, mask, *map(list, placed[:5]), placed.top, scale
+    )
+    return out, lse
+
+
+def unsupported(
+    query: Tensor, value: Tensor, rotary: tuple[Tensor, Tensor] | None, num_tiles: int
+) -> str | None:
+    """Why the kernels cannot run a call, or None if they can."""
+    if query.device.type != "cuda" and not INTERPRETED:
+        return f"needs tensors on a CUDA device, found {query.device}"
+    dims = query.shape[3], value.shape[3]
+    if max(dims) > MAX_DIM:
+        return f"takes head_dim and value_dim up to {MAX_DIM}, found {dims[0]} and {dims[1]}"
+    if query.dtype not in DTYPES:
+        return f"takes float32, float16 and bfloat16, found {query.dtype}"
+    if num_tiles > MAX_TILES:
+        return f"takes up to {MAX_TILES} tiles, found {num_tiles}"
+    # Packs are up to twice as long as the sequence, where tiles are ragged.
+    if 2 * query.shape[1] * max(dims) >= _MAX_ELEMENTS:
+        return f"takes fewer tokens, found {query.shape[1]}"
+    if rotary is not None and any(table.requires_grad for table in rotary):
+        return "treats rotary as constant, found tables that require a gradient"
+    return None
+
+
+@torch.library.custom_op("mhla_gen::tile_attend", mutates_args=())
+def tile_attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    extra_key: Tensor | None,
+    extra_value: Tensor | None,
+    extra_mask: Tensor | None,
+    grid: list[int],
+    tiles: list[int],
+    groups: list[int],
+    reach: list[int],
+    before: list[int],
+    top: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, log-sum-exp, and the lists of tiles `[batch · heads, groups, list_size]`."""
+    call = _call(query, value, cos, sin, grid, tiles, groups, reach, before, top, scale)
+    with torch.cuda.device_of(query):
+        return tile_form.forward(
+            query, key, value, _extra(extra_key, extra_value, extra_mask), call
+        )
+
+
+@tile_attend.register_fake
+def _(query, key, value, cos, sin, extra_key, extra_value, extra_mask, *options):
+    placed = _placed(*options[:6])
+    batch, seq_len, heads, _ = query.shape
+    return (
+        value.new_empty(value.shape),
+        query.new_empty((batch, heads, seq_len), dtype=torch.float32),
+        query.new_empty((batch * heads, placed.num_groups, placed.list_size), dtype=torch.int32),
+    )
+
+
+@torch.library.custom_op("mhla_gen::tile_attend_backward", mutates_args=())
+def tile_attend_backward(
+    grad: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    extra_key: Tensor | None,
+    extra_value: Tensor | None,
+    extra_mask: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    lists: Tensor,
+    grid: list[int],
+    tiles: list[int],
+    groups: list[int],
+    reach: list[int],
+    before: list[int],
+    top: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key, value and of extra keys and values, empty without them."""
+    call = _call(query, value, cos, sin, grid, tiles, groups, reach, before, top, scale)
+    with torch.cuda.device_of(query):
+        return tile_form.backward(
+            grad,
+            None if grad_lse is None else grad_lse.contiguous(),
+            query,
+            key,
+            value,
+            _extra(extra_key, extra_value, extra_mask),
+            out,
+            lse,
+            lists,
+            call,
+        )
+
+
+@tile_attend_backward.register_fake
+def _(grad, grad_lse, query, key, value, cos, sin, extra_key, extra_value, *_):
+    gradients = [x.new_empty(x.shape) for x in (query, key, value)]
+    beside = [
+        like.new_empty(0) if x is None else x.new_empty(x.shape)
+        for x, like in ((extra_key, query), (extra_value, value))
+    ]
+    return *gradients, *beside
+
+
+def _setup(ctx, inputs, output):
+    ctx.options = inputs[8:]
+    ctx.has_extra = inputs[5] is not None
+    ctx.save_for_backward(*inputs[:8], *output)
+    ctx.mark_non_differentiable(output[2])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad, grad_lse, _):
+    if grad is None and grad_lse is None:
+        return (None,) * 15
+    saved = ctx.saved_tensors
+    if grad is None:
+        grad = torch.zeros_like(saved[8])
+    dquery, dkey, dvalue, dextra_key, dextra_value = tile_attend_backward(
+        grad, grad_lse, *saved, *ctx.options
+    )
+    beside = (dextra_key, dextra_value) if ctx.has_extra else (None, None)
+    return dquery, dkey, dvalue, None, None, *beside, *(None,) * 8
+
+
+tile_attend.register_autograd(_backward, setup_context=_setup)
+
+
+def _placed(grid, tiles, groups, reach, before, top) -> Tiling:
+    return Tiling(*map(tuple, (grid, tiles, groups, reach, before)), top)
+
+
+def _call(query, value, cos, sin, grid, tiles, groups, reach, before, top, scale) -> TileCall:
+    if cos is not None and sin is not None:
+        cos, sin = cos.contiguous(), sin.contiguous()
+    placed = _placed(grid, tiles, groups, reach, before, top)
+    return TileCall(query, value, cos, sin, placed, scale)
+
+
+def _extra(keys, values, mask) -> tuple[Tensor, Tensor, Tensor] | None:
+    return None if keys is None else (keys, values, mask.contiguous())

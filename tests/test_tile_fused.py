@@ -1,0 +1,233 @@
+"""The kernels of tile attention against the float64 definition; without a GPU, interpreted."""
+
+import pytest
+import torch
+from test_tile_attention import LAYOUTS, attend, make
+from torch.utils.checkpoint import checkpoint
+
+from mhla_gen.ops import tile_fused
+from mhla_gen.ops.kernels.tile_form import owners_of_tiles
+from mhla_gen.ops.tile_attention import resolve_tile_implementation, tile_attention
+from mhla_gen.ops.tiles import tile_lists, tiling
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * torch.cuda.is_available()
+SMALL = {"grid": (5, 6), "tile": (2, 3), "window": (1, 1), "top": 2, "group": (2, 1)}
+ROUNDING = {torch.float32: 1e-6, torch.float16: 0.0, torch.bfloat16: 0.0}
+
+
+def outputs_and_gradients(tensors, options, implementation, dtype=None):
+    """Output, log-sum-exp and all gradients; every dtype gets the same, rounded numbers."""
+    tensors = [x.detach() if dtype is None else x.detach().to(dtype) for x in tensors]
+    tensors = [x.to(DEVICE).requires_grad_() for x in tensors]
+    options = dict(options)
+    if "rotary" in options:
+        options["rotary"] = tuple(x.to(DEVICE, tensors[0].dtype) for x in options["rotary"])
+    if "mask" in options:
+        options["mask"] = options["mask"].to(DEVICE)
+    out, lse = attend(tensors, options, implementation)
+    generator = torch.Generator().manual_seed(1)
+    grads = [torch.randn(x.shape, generator=generator).bfloat16() for x in (out, lse)]
+    grads = [g.to(x) for g, x in zip(grads, (out, lse), strict=True)]
+    return out, lse, *torch.autograd.grad((out, lse), tensors, grads)
+
+
+def errors(actual, expected):
+    pairs = zip(actual, expected, strict=True)
+    return [((a.double() - e).norm() / e.norm().clamp_min(1e-9)).item() for a, e in pairs]
+
+
+def assert_accurate(tensors, options, dtype):
+    """At most twice the error of blockwise in the same dtype, plus that of rounding weights."""
+    rounded = [x.detach().to(dtype) for x in tensors]
+    if "rotary" in options:
+        options = options | {"rotary": tuple(x.float() for x in options["rotary"])}
+    expected = outputs_and_gradients(rounded, options, "naive", torch.float64)
+    blockwise = errors(outputs_and_gradients(rounded, options, "blockwise"), expected)
+    actual = errors(outputs_and_gradients(rounded, options, "fused"), expected)
+    for found, allowed in zip(actual, blockwise, strict=True):
+        limit = 2 * max(allowed, ROUNDING[dtype], 0.0 if dtype == torch.float32 else _eps(dtype))
+        assert found <= limit, (actual, blockwise)
+
+
+def _eps(dtype):
+    # Queries, keys and weights are rounded once more than in blockwise.
+    return torch.finfo(dtype).eps
+
+
+@pytest.fixture
+def poisoned():
+    """Fresh memory holds NaN, so that an element nobody wrote is found."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("number", range(len(LAYOUTS)))
+def test_fused_equals_definition(poisoned, number):
+    sizes = {"heads": 1 + (number == 0), "head_dim": 20, "value_dim": 12, "batch": 1}
+    extra = 5 if number % 2 else None
+    tensors, options = make(LAYOUTS[number], rotary=number != 4, extra=extra, **sizes)
+    assert_accurate(tensors, options, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize("rotary", [False, True])
+def test_half_precision(poisoned, dtype, rotary):
+    layout = {"grid": (9, 8), "tile": (4, 4), "window": (1, 1), "top": 2, "group": (1, 2)}
+    tensors, options = make(
+        layout, head_dim=16, value_dim=36, rotary=rotary, extra=3, heads=1, batch=1
+    )
+    assert_accurate(tensors, options, dtype)
+
+
+def test_strided_views(poisoned):
+    layout = SMALL
+    tensors, options = make(layout, head_dim=8, value_dim=8, heads=1, batch=1)
+    seq_len = tensors[0].shape[1]
+    projected = torch.cat([x.detach() for x in tensors], dim=-1).float().to(DEVICE)
+    views = projected.transpose(1, 2).contiguous().transpose(1, 2).split([8, 8, 8], dim=-1)
+    options["rotary"] = tuple(x.float().to(DEVICE) for x in options["rotary"])
+    assert views[0].shape[1] == seq_len and not views[0].is_contiguous()
+    expected = attend([x.contiguous() for x in views], options, "fused")
+    assert all(map(torch.equal, attend(views, options, "fused"), expected))
+
+
+def test_repeated_runs_are_bit_equal():
+    tensors, options = make(SMALL, extra=4, heads=1, batch=1)
+    first = outputs_and_gradients(tensors, options, "fused", torch.float32)
+    second = outputs_and_gradients(tensors, options, "fused", torch.float32)
+    assert all(map(torch.equal, first, second))
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"grid": (8, 8), "tile": (2, 2), "window": (3, 1), "top": 5, "group": (2, 1)},
+        {"grid": (32,), "tile": (2,), "window": (0,), "top": 6, "group": (4,)},
+        {"grid": (4, 4, 8), "tile": (2, 2, 2), "window": (1, 1, 3), "top": 3},
+    ],
+)
+def test_ties_are_broken_as_by_the_definition(layout):
+    """Means of few whole numbers are exact, and many products are equal."""
+    seq_len = torch.Size(layout["grid"]).numel()
+    query, key = torch.randint(-1, 2, (2, 1, seq_len, 1, 16)).float().to(DEVICE)
+    value = torch.randn(1, seq_len, 1, 16, device=DEVICE)
+    naive, fused = (
+        tile_attention(query, key, value, implementation=name, **layout)
+        for name in ("naive", "fused")
+    )
+    torch.testing.assert_close(fused, naive, rtol=1e-5, atol=1e-5)
+
+
+def test_owners_are_the_groups_that_list_a_tile():
+    placed = tiling((12, 10), (2, 2), (3, 1), 2, (2, 1))
+    means = torch.randn(2, 3, placed.num_groups, 4), torch.randn(2, 3, placed.num_tiles, 4)
+    lists = tile_lists(*means, placed).flatten(0, 1).int()
+    owners, offsets = owners_of_tiles(lists, placed.num_tiles)
+    for head in range(6):
+        for tile in range(placed.num_tiles):
+            place = head * placed.num_tiles + tile
+            found = owners[offsets[place] : offsets[place + 1]]
+            expected = (lists[head] == tile).any(dim=-1).nonzero()[:, 0]
+            assert torch.equal(found.long(), expected)
+
+
+def test_opcheck():
+    tensors, options = make(SMALL, heads=1, batch=1, extra=2)
+    placed = tiling(*(options.get(n) for n in ("grid", "tile", "window", "top", "group")))
+    inputs = [x.detach().float().to(DEVICE).requires_grad_() for x in tensors]
+    cos, sin = (x.float().to(DEVICE) for x in options["rotary"])
+    mask = options["mask"].to(DEVICE)
+    sizes = [*map(list, placed[:5]), placed.top, 0.5]
+    arguments = (*inputs[:3], cos, sin, *inputs[3:], mask, *sizes)
+    torch.library.opcheck(tile_fused.tile_attend, arguments)
+
+
+def test_compiles_into_one_graph():
+    tensors, options = make(SMALL, rotary=False, heads=1, batch=1)
+    tensors = [x.detach().float().to(DEVICE).requires_grad_() for x in tensors]
+    run = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    expected, actual = (f(tensors, options, "fused") for f in (attend, run))
+    torch.testing.assert_close(actual, expected)
+    gradients = [
+        torch.autograd.grad(out.sum() + lse.sum(), tensors) for out, lse in (expected, actual)
+    ]
+    torch.testing.assert_close(*gradients)
+
+
+def test_activation_checkpointing():
+    tensors, options = make(SMALL, rotary=False, heads=1, batch=1)
+    tensors = [x.detach().float().to(DEVICE).requires_grad_() for x in tensors]
+    expected = torch.autograd.grad(attend(tensors, options, "fused")[0].sum(), tensors)
+    out = checkpoint(lambda *x: attend(x, options, "fused")[0], *tensors, use_reentrant=False)
+    assert all(map(torch.equal, torch.autograd.grad(out.sum(), tensors), expected))
+
+
+def test_unsupported_calls_say_why():
+    tensors, options = make(LAYOUTS[0])
+    with pytest.raises(ValueError, match="float32, float16 and bfloat16"):
+        attend(tensors, options, "fused")
+    tensors, options = make(LAYOUTS[0], head_dim=136)
+    with pytest.raises(ValueError, match="up to 128"):
+        attend([x.float() for x in tensors], options, "fused")
+
+
+def test_auto_takes_the_kernels_where_they_run():
+    query = torch.empty(1, 4, 1, 64)
+    assert resolve_tile_implementation("auto", query, query) == "blockwise"
+    meta = torch.empty(1, 4, 1, 64, device="meta")
+    assert resolve_tile_implementation("auto", meta, meta) == "blockwise"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [32, 64, 72, 128])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_head_sizes_on_gpu(poisoned, layout, head_dim):
+    tensors, options = make(layout, head_dim=head_dim, value_dim=head_dim, extra=70)
+    assert_accurate(tensors, options, torch.bfloat16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("share", [0.02, 0.05, 0.125, 0.5, 1.0])
+@pytest.mark.parametrize("grid", [(48, 64), (7, 22, 26), (3000,)])
+def test_automatic_layouts_on_gpu(poisoned, grid, share):
+    from mhla_gen.ops import auto_tiles
+
+    layout = {"grid": grid, **auto_tiles(grid, share)._asdict()}
+    tensors, options = make(layout, head_dim=64, value_dim=64, batch=1, heads=2)
+    rounded = [x.detach().bfloat16() for x in tensors]
+    expected = outputs_and_gradients(rounded, options, "blockwise", torch.float32)
+    actual = outputs_and_gradients(rounded, options, "fused")
+    # The choice of tiles rests on the same rounded inputs; near ties may still differ.
+    assert max(errors(actual, [x.double() for x in expected])) < 0.02
+
+
+@pytest.mark.gpu
+def test_cuda_graph():
+    tensors, options = make(LAYOUTS[3], head_dim=64, value_dim=64, extra=6)
+    tensors = [x.detach().bfloat16().cuda() for x in tensors]
+    options["rotary"] = tuple(x.float().cuda() for x in options["rotary"])
+    options["mask"] = options["mask"].cuda()
+    with torch.no_grad():
+        expected = attend(tensors, options, "fused")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = attend(tensors, options, "fused")
+        for x in out:
+            x.zero_()
+        graph.replay()
+    assert all(map(torch.equal, out, expected))
+
+
+@pytest.mark.gpu
+def test_more_than_two_billion_elements_on_gpu():
+    heads, dim, seq_len = 8, 128, 4096
+    batch = 2**31 // (3 * heads * dim * seq_len) + 2
+    projected = torch.randn(batch, seq_len, heads, 3 * dim, dtype=torch.bfloat16, device="cuda")
+    options = {"grid": (64, 64), "tile": (8, 8), "window": (1, 1), "top": 2}
+    out, _ = tile_attention(*projected.chunk(3, dim=-1), implementation="fused", **options)
+    last, _ = tile_attention(
+        *projected[-1:].contiguous().chunk(3, dim=-1), implementation="fused", **options
+    )
+    assert torch.equal(out[-1:], last)

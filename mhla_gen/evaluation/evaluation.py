@@ -13,13 +13,12 @@ from mhla_gen.evaluation.errors import EvaluationError
 from mhla_gen.evaluation.feature_files import FeatureSet
 from mhla_gen.evaluation.measurer import Measurer
 from mhla_gen.evaluation.protocol import EvaluationProtocol
-from mhla_gen.evaluation.reference import MeasuredReference, Reference
+from mhla_gen.evaluation.reference import Reference
 from mhla_gen.evaluation.report import Result, format_table, write_report
-from mhla_gen.evaluation.results import FEATURES, Evaluation
+from mhla_gen.evaluation.results import FRECHET, compute_metrics, features_of, need_images
 from mhla_gen.evaluation.sources import MANIFEST_NAME
 from mhla_gen.version import __version__
 
-_OF_IMAGES = ("precision", "recall", "kid")
 _OF_INCEPTION = ("fid", "sfid", "is")
 
 
@@ -83,7 +82,7 @@ class Scoring:
     @property
     def feature_names(self) -> list[str]:
         """The features that the metrics need."""
-        return sorted({FEATURES[name] for name in self.config.metrics})
+        return sorted(features_of(self.config.metrics))
 
     def score(self, samples: FeatureSet) -> list[Result]:
         """Print a table of the numbers and write `config.out`; all processes call this.
@@ -91,15 +90,15 @@ class Scoring:
         Returns:
             The results, on the main process; nothing on the others.
         """
-        config = self.config
-        measured = _measure_reference(config, self.measurer, self.reference)
+        config, reference = self.config, self.reference
+        if reference is not None:
+            needed = _statistics_of(config), need_images(config.metrics)
+            reference = reference.measured(self.measurer, *needed)
         if not PartialState().is_main_process:
             return []
         device = str(PartialState().device)
-        evaluation = Evaluation(config, self.protocol, samples, measured, device)
-        results = [evaluation.result(metric) for metric in config.metrics]
-        context = _context(config, samples, self.reference, measured)
-        write_report(Path(config.out), results, context)
+        results = compute_metrics(config, self.protocol, samples, reference, device)
+        write_report(Path(config.out), results, _context(config, samples, reference))
         print(format_table(results))
         return results
 
@@ -135,8 +134,8 @@ def _fits(metric: str, extractor: str) -> bool:
 
 def _require_enough(config: EvaluateConfig, count: int, side: str) -> None:
     """Raise, before anything is extracted, if a metric needs more images than there are."""
-    distances = side == "samples" and any(m in ("fid", "sfid", "fd", "fvd") for m in config.metrics)
-    manifolds = "precision" in config.metrics or "recall" in config.metrics
+    distances = side == "samples" and not FRECHET.isdisjoint(config.metrics)
+    manifolds = not {"precision", "recall"}.isdisjoint(config.metrics)
     for wanted, least, remedy in (
         ("kid" in config.metrics, config.kid_subset_size, "kid_subset_size"),
         (manifolds, config.neighbours + 1, "neighbours"),
@@ -153,37 +152,17 @@ def _open_reference(config: EvaluateConfig, measurer: Measurer) -> Reference | N
     if config.reference is None:
         return None
     reference = Reference.open(config.reference, measurer)
-    if reference.file:
-        # A missing key is found now, not after hours of extraction.
-        for name in {FEATURES[metric] for metric in config.metrics} - {"logits"}:
-            reference.file.statistics(name)
-    if reference.source is None:
-        wanting = [metric for metric in config.metrics if metric in _OF_IMAGES]
-        if wanting:
-            MeasuredReference(reference.file, None).features("pool")
+    reference.require(_statistics_of(config), need_images(config.metrics))
     return reference
 
 
-def _measure_reference(
-    config: EvaluateConfig, measurer: Measurer, reference: Reference | None
-) -> MeasuredReference | None:
-    if reference is None:
-        return None
-    if reference.file is None:
-        names = sorted({FEATURES[metric] for metric in config.metrics} - {"logits"})
-        assert reference.source is not None
-        return MeasuredReference(None, measurer.features(reference.source, names))
-    images = None
-    if reference.source is not None and any(metric in _OF_IMAGES for metric in config.metrics):
-        images = measurer.features(reference.source, ["pool"])
-    return MeasuredReference(reference.file, images)
+def _statistics_of(config: EvaluateConfig) -> set[str]:
+    """Features of the reference that are compared with those of the samples."""
+    return features_of(config.metrics) - {"logits"}
 
 
 def _context(
-    config: EvaluateConfig,
-    samples: FeatureSet,
-    reference: Reference | None,
-    measured: MeasuredReference | None,
+    config: EvaluateConfig, samples: FeatureSet, reference: Reference | None
 ) -> dict[str, Any]:
     described: dict[str, Any] = {
         "paths": list(config.samples),
@@ -193,12 +172,12 @@ def _context(
         "manifests": [json.loads(path.read_text()) for path in _manifests(config.samples)],
     }
     context: dict[str, Any] = {"samples": described}
-    if reference and measured:
+    if reference:
         context["reference"] = {
             "paths": list(config.reference),
-            "count": measured.count,
-            "image_count": measured.image_count,
-            "unreadable": list(measured.images.unreadable) if measured.images else [],
+            "count": reference.count,
+            "image_count": reference.image_count,
+            "unreadable": list(reference.images.unreadable) if reference.images else [],
             "protocol": str(reference.protocol),
         }
     context["versions"] = {"mhla_gen": __version__, "torch": torch.__version__}

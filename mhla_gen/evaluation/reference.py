@@ -1,7 +1,7 @@
 """References: statistics files, sets of images, and the builder of the former."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,13 +21,14 @@ from mhla_gen.media.pictures import UnreadableImageError
 
 @dataclass(frozen=True)
 class Reference:
-    """What samples are compared with."""
+    """What samples are compared with: statistics in a file, images, or both."""
 
-    name: str
     protocol: EvaluationProtocol
     file: StatisticsFile | None
     source: ImageSource | None
     """The images, all of them or those that a file keeps."""
+    images: FeatureSet | None = None
+    """Their features, once they are measured."""
 
     @classmethod
     def open(cls, paths: Sequence[str], measurer: Measurer) -> "Reference":
@@ -39,7 +40,7 @@ class Reference:
         files = [path for path in paths if has_statistics(path)]
         if not files:
             source = measurer.open(paths)
-            return cls(source.name, measurer.protocol(source), None, source)
+            return cls(measurer.protocol(source), None, source)
         if len(paths) > 1:
             raise EvaluationError(
                 f"{files[0]} holds statistics, which cannot be joined with other references; "
@@ -47,49 +48,58 @@ class Reference:
             )
         file = StatisticsFile(Path(files[0]))
         source = measurer.open(files) if file.has_images else None
-        return cls(files[0], file.protocol(), file, source)
+        return cls(file.protocol(), file, source)
 
+    def require(self, names: Collection[str], images: bool) -> None:
+        """Raise unless what metrics need is there, before hours of extraction.
 
-@dataclass(frozen=True)
-class MeasuredReference:
-    """A reference whose features are at hand."""
-
-    file: StatisticsFile | None
-    images: FeatureSet | None
-
-    def statistics(self, name: str) -> FeatureStatistics:
-        """Mean and covariance: those in the file, else those of the images."""
-        if self.file is not None:
-            return self.file.statistics(name)
-        assert self.images is not None
-        return self.images.statistics(name)
-
-    def features(self, name: str) -> Tensor:
-        """Features of the images.
+        Args:
+            names: Features whose statistics they need.
+            images: Whether some need the features of each image.
 
         Raises:
-            EvaluationError: If the reference is a file without images.
+            EvaluationError: Naming what a file lacks.
         """
-        if self.images is None:
-            assert self.file is not None
+        if self.file is None:
+            return
+        for name in names:
+            self.file.statistics(name)
+        if self.source is None and images:
             raise EvaluationError(
                 f"{self.file.path} has no arr_0: precision, recall and KID need images; rebuild it "
                 "with `mhla-gen reference` or leave them out of metrics"
             )
-        return self.images.load(name)
+
+    def measured(self, measurer: Measurer, names: Collection[str], images: bool) -> "Reference":
+        """The same with the features of its images; arguments as those of `require`."""
+        if self.file is not None:
+            names = ["pool"] if images else []
+        if self.source is None or not names:
+            return self
+        return replace(self, images=measurer.features(self.source, sorted(names)))
+
+    def statistics(self, name: str) -> FeatureStatistics:
+        """Mean and covariance: those in the file, else those of the images."""
+        return (self.file or self._measured_images).statistics(name)
+
+    def features(self, name: str) -> Tensor:
+        """Features of the images."""
+        return self._measured_images.load(name)
 
     @property
     def count(self) -> int | None:
-        """Images behind the statistics."""
-        if self.file is not None:
-            return self.file.count
-        assert self.images is not None
-        return self.images.count
+        """Images behind the statistics, where that is known."""
+        return (self.file or self._measured_images).count
 
     @property
     def image_count(self) -> int:
         """Images behind the features."""
         return self.images.count if self.images else 0
+
+    @property
+    def _measured_images(self) -> FeatureSet:
+        assert self.images is not None
+        return self.images
 
 
 def build_reference(config: ReferenceConfig, dry_run: bool = False) -> Path | None:

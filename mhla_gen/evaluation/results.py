@@ -1,106 +1,128 @@
 """Numbers of measured samples, with protocols and intervals."""
 
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Collection
+from typing import Any, NamedTuple
 
 from mhla_gen.config import EvaluateConfig
 from mhla_gen.evaluation.feature_files import FeatureSet
 from mhla_gen.evaluation.frechet import FewSamplesWarning, frechet_distance
 from mhla_gen.evaluation.intervals import jackknife_interval, subsampling_interval
 from mhla_gen.evaluation.protocol import EvaluationProtocol, short_count
-from mhla_gen.evaluation.reference import MeasuredReference
+from mhla_gen.evaluation.reference import Reference
 from mhla_gen.evaluation.report import Result
 from mhla_gen.evaluation.scores import inception_score, kernel_distance, precision_recall
 
-# Metric → features it is computed from.
-FEATURES = {
-    "fid": "pool",
-    "fd": "pool",
-    "fvd": "pool",
-    "sfid": "spatial",
-    "is": "logits",
-    "precision": "pool",
-    "recall": "pool",
-    "kid": "pool",
+
+class Metric(NamedTuple):
+    """What a metric is called in a protocol, and what it is computed from."""
+
+    label: str
+    features: str = "pool"
+    of_images: bool = False
+    """It needs the features of each image of the reference; statistics do not do."""
+
+
+METRICS = {
+    "fid": Metric("FID"),
+    "fd": Metric("FD"),
+    "fvd": Metric("FVD"),
+    "sfid": Metric("sFID", "spatial"),
+    "is": Metric("IS", "logits"),
+    "precision": Metric("precision", of_images=True),
+    "recall": Metric("recall", of_images=True),
+    "kid": Metric("KID", of_images=True),
 }
 
+FRECHET = {"fid", "fd", "fvd", "sfid"}
 
-@dataclass(frozen=True)
-class Evaluation:
-    """Numbers from measured samples and a measured reference."""
 
-    config: EvaluateConfig
-    protocol: EvaluationProtocol
-    samples: FeatureSet
-    reference: MeasuredReference | None
-    device: str = "cpu"
+def features_of(metrics: Collection[str]) -> set[str]:
+    """The features that metrics are computed from."""
+    return {METRICS[name].features for name in metrics}
 
-    def result(self, metric: str) -> Result:
-        """One metric, with a note if its number needs one."""
-        compute: dict[str, Callable[[str], Result]] = {
-            "is": self._inception_score,
-            "kid": self._kernel_distance,
-            "precision": self._manifold_share,
-            "recall": self._manifold_share,
-        }
-        return compute.get(metric, self._frechet)(metric)
 
-    def _frechet(self, metric: str) -> Result:
-        name = FEATURES[metric]
-        reference = self._known_reference.statistics(name)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", FewSamplesWarning)
-            value, interval = jackknife_interval(
-                self.samples.load(name),
-                lambda statistics: frechet_distance(statistics, reference),
-                self.config.jackknife_groups,
-                self.config.seed,
+def need_images(metrics: Collection[str]) -> bool:
+    """Whether some need the features of each image of the reference."""
+    return any(METRICS[name].of_images for name in metrics)
+
+
+def compute_metrics(
+    config: EvaluateConfig,
+    protocol: EvaluationProtocol,
+    samples: FeatureSet,
+    reference: Reference | None,
+    device: str = "cpu",
+) -> list[Result]:
+    """The metrics of the settings, in their order, with a note where a number needs one.
+
+    Args:
+        config: Which metrics, and how intervals are made.
+        protocol: How the samples were measured.
+        samples: Their features.
+        reference: Measured; None if no metric needs it.
+        device: Where distances between images are computed.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    if "is" in config.metrics:
+        mean, spread = inception_score(samples.load("logits"))
+        found["is"] = {"value": mean, "spread": spread, "protocol": "splits-of-5000-in-order"}
+    if reference is not None:
+        for metric in FRECHET & set(config.metrics):
+            found[metric] = _frechet(METRICS[metric].features, config, samples, reference)
+        if "kid" in config.metrics:
+            found["kid"] = _kernel_distance(config, samples, reference)
+        if not {"precision", "recall"}.isdisjoint(config.metrics):
+            shares = precision_recall(
+                samples.load("pool"), reference.features("pool"), config.neighbours, device
             )
-        note = str(caught[0].message) if caught else ""
-        versus = f"vs-{short_count(self._known_reference.count)}"
-        return Result(metric, value, self._describe(metric, versus), interval, note=note)
+            details = f"k-{config.neighbours} vs-{short_count(reference.image_count)}"
+            for metric, share in zip(("precision", "recall"), shares, strict=True):
+                found[metric] = {"value": share, "protocol": details}
+    results = []
+    for metric in config.metrics:
+        label = f"{METRICS[metric].label}-{short_count(samples.count)}"
+        details = found[metric].pop("protocol")
+        results.append(Result(metric, protocol=f"{label} {protocol} {details}", **found[metric]))
+    return results
 
-    def _inception_score(self, metric: str) -> Result:
-        mean, spread = inception_score(self.samples.load("logits"))
-        protocol = self._describe(metric, "splits-of-5000-in-order")
-        return Result(metric, mean, protocol, spread=spread)
 
-    def _kernel_distance(self, metric: str) -> Result:
-        config = self.config
-        distance = kernel_distance(
-            self.samples.load("pool"),
-            self._known_reference.features("pool"),
-            config.kid_subsets,
-            config.kid_subset_size,
+def _frechet(
+    name: str, config: EvaluateConfig, samples: FeatureSet, reference: Reference
+) -> dict[str, Any]:
+    statistics = reference.statistics(name)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", FewSamplesWarning)
+        value, interval = jackknife_interval(
+            samples.load(name),
+            lambda found: frechet_distance(found, statistics),
+            config.jackknife_groups,
             config.seed,
         )
-        smaller = min(self.samples.count, self._known_reference.image_count)
-        interval = subsampling_interval(distance, smaller)
-        note = "" if interval else "no interval: each subset is the whole set"
-        details = (
-            f"{config.kid_subsets}x{config.kid_subset_size}-subsets seed-{config.seed} "
-            f"vs-{short_count(self._known_reference.image_count)}"
-        )
-        protocol = self._describe(metric, details)
-        return Result(metric, distance.mean, protocol, interval, distance.std, note)
+    return {
+        "value": value,
+        "interval": interval,
+        "note": str(caught[0].message) if caught else "",
+        "protocol": f"vs-{short_count(reference.count)}",
+    }
 
-    def _manifold_share(self, metric: str) -> Result:
-        value = self._precision_recall[metric == "recall"]
-        details = f"k-{self.config.neighbours} vs-{short_count(self._known_reference.image_count)}"
-        return Result(metric, value, self._describe(metric, details))
 
-    @cached_property
-    def _precision_recall(self) -> tuple[float, float]:
-        samples, reference = self.samples.load("pool"), self._known_reference.features("pool")
-        return precision_recall(samples, reference, self.config.neighbours, self.device)
-
-    @property
-    def _known_reference(self) -> MeasuredReference:
-        assert self.reference is not None
-        return self.reference
-
-    def _describe(self, metric: str, details: str) -> str:
-        label = metric if metric in ("precision", "recall") else metric.upper().replace("SF", "sF")
-        return f"{label}-{short_count(self.samples.count)} {self.protocol} {details}"
+def _kernel_distance(
+    config: EvaluateConfig, samples: FeatureSet, reference: Reference
+) -> dict[str, Any]:
+    distance = kernel_distance(
+        samples.load("pool"),
+        reference.features("pool"),
+        config.kid_subsets,
+        config.kid_subset_size,
+        config.seed,
+    )
+    interval = subsampling_interval(distance, min(samples.count, reference.image_count))
+    subsets = f"{config.kid_subsets}x{config.kid_subset_size}-subsets seed-{config.seed}"
+    return {
+        "value": distance.mean,
+        "interval": interval,
+        "spread": distance.std,
+        "note": "" if interval else "no interval: each subset is the whole set",
+        "protocol": f"{subsets} vs-{short_count(reference.image_count)}",
+    }

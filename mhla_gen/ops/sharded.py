@@ -9,7 +9,6 @@ raster order falls into blocks, with zeros for other ranks' tokens in these plan
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -132,13 +131,18 @@ def _implementation(
         num_blocks=num_parts,
     )
     if chosen == "blockwise":
-        return partial(partial, _blockwise_shard)
+        return _begin_blockwise_shard
     if chosen != "fused":
         raise ValueError(f"implementation={chosen!r} cannot share a sequence; use 'auto'")
     # Imported on first use: Triton is neither needed nor installed everywhere.
     from mhla_gen.ops.sharded_fused import begin_fused_shard
 
     return begin_fused_shard
+
+
+def _begin_blockwise_shard(*tensors: Tensor, **options: Any) -> Callable[[], Tensor]:
+    """Batched PyTorch sends nothing on its way: all of the work is in the end."""
+    return lambda: _blockwise_shard(*tensors, **options)
 
 
 def _blockwise_shard(

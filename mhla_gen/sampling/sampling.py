@@ -225,10 +225,11 @@ class Job:
             write_samples(self.folder / SAMPLES_NAME, parts, shape, labels)
             files.append(SAMPLES_NAME)
         folders = {"png": IMAGES_NAME, "mp4": VIDEOS_NAME}
-        files += [folders[name] for name in self.formats if name in folders]
-        if len(files) > ("npz" in self.formats):
+        in_files = [folders[name] for name in self.formats if name in folders]
+        if in_files:
+            # Files of their own do not say what they show.
             write_lines(self.folder / RECORDS_NAME, map(self.sampler.record, range(count)))
-            files.append(RECORDS_NAME)
+            files += [*in_files, RECORDS_NAME]
         return files
 
 

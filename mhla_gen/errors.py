@@ -6,3 +6,7 @@ class UserError(ValueError):
 
     The command line prints these as one line; every other exception keeps its traceback.
     """
+
+
+class MissingError(UserError, FileNotFoundError):
+    """A file or a folder that is not there."""

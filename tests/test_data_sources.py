@@ -12,7 +12,10 @@ from PIL import Image
 
 from mhla_gen.config import DataConfig
 from mhla_gen.data import load_data, open_images
-from mhla_gen.data.stores import number_classes
+from mhla_gen.data.lists import number_classes
+from mhla_gen.data.stores import listed_images
+from mhla_gen.data.webdataset import tar_shards
+from mhla_gen.errors import UserError
 
 CLASSES = ("ant", "bee", "cat")
 
@@ -121,12 +124,16 @@ def test_captions_come_with_the_images(folder, pictures):
     assert "train-1.tar: set/0007" in images.describe(7)
 
 
+def numbered(values, num_classes):
+    return number_classes("x", [f"row {n}" for n in range(1, len(values) + 1)], values, num_classes)
+
+
 def test_numbers_stay_and_names_are_sorted():
-    labels, names = number_classes("x", ["2", 0, " 1"], None)
+    labels, names = numbered(["2", 0, " 1"], None)
     assert labels.tolist() == [2, 0, 1] and names == ("0", "1", "2")
-    labels, names = number_classes("x", [5], 1000)
+    labels, names = numbered([5], 1000)
     assert labels.tolist() == [5] and len(names) == 1000
-    labels, names = number_classes("x", ["b", "a", "b"], None)
+    labels, names = numbered(["b", "a", "b"], None)
     assert labels.tolist() == [1, 0, 1] and names == ("a", "b")
 
 
@@ -142,7 +149,7 @@ def test_numbers_stay_and_names_are_sorted():
 )
 def test_labels_that_do_not_fit_are_refused(values, num_classes, message):
     with pytest.raises(ValueError, match=message):
-        number_classes("x", values, num_classes)
+        numbered(values, num_classes)
 
 
 def test_lists_that_do_not_fit_are_refused(folder, tmp_path):
@@ -161,7 +168,7 @@ def test_lists_that_do_not_fit_are_refused(folder, tmp_path):
     with pytest.raises(ValueError, match=r"must end in \.csv or \.jsonl"):
         load_data(config("list", path.with_suffix(".txt")))
     (tmp_path / "broken.jsonl").write_text('{"path": ')
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match=r"broken\.jsonl, line 1 is not JSON"):
         load_data(config("list", tmp_path / "broken.jsonl"))
 
 
@@ -184,3 +191,176 @@ def test_transparent_pixels_are_refused(tmp_path):
     Image.new("RGBA", (16, 16), (255, 0, 0, 40)).save(tmp_path / "a" / "0.png")
     with pytest.raises(ValueError, match=r"0\.png has transparent pixels"):
         load_data(config("folder", tmp_path)).read([0])
+
+
+def list_of(tmp_path, content, name="list.csv"):
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return listed_images(path, "label", "caption", None)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("path,caption\n0.png,a cat, a dog\n", "line 2 has 3 values for 2 columns; .* in quotes"),
+        ("path,caption\n0.png\n", "line 2 has 1 values for 2 columns"),
+        ('path,caption\n1.png,x\n0.png,"abc\n2.png,y\n', "line 3 is not CSV: a quote opens here"),
+        ('path,caption\n0.png,"abc\n2.png,"y"\n', "line 2 is not CSV: after a closing quote"),
+        ("path,label\n0.png,\n", "line 2 has no label"),
+        ("path,label\n0.png,1\n\n1.png,nan\n", "line 4 has no label, found 'nan'"),
+        ("path,label\n0.png,1.5\n", "line 2 has label 1.5; class numbers are whole"),
+        ("path,label\n0.png,1e20\n", "line 2 has label 1000.*, expected 0…999999"),
+        ("path,label\n0.png,1e400\n", "line 2 has label 1e400; class numbers are whole"),
+        ("path,label\n0.png,15301000\n", "line 2 has label 15301000, expected 0…999999"),
+        ("path,label\n0.png,-1\n1.png,0\n", "line 2 has label -1, expected 0…0"),
+        ("path;label\n0.png;1\n", "line 1 separates columns by something else than commas"),
+        ("path,label,label\n0.png,1,2\n", "line 1 names two columns label"),
+        ("path,,label\n0.png,1,2\n", "line 1 names column 2 nothing"),
+        ("path,label\nhttps://x.org/a.png,1\n", "line 2 names the address https"),
+        ("path,label\n,1\n", "line 2 has no path"),
+        ("path,label\n0.png,1\n".encode("utf-16"), "is not UTF-8"),
+        ("path,label\n0.png,1\n".encode("utf-16-le"), "NUL characters"),
+        (b"path,label\n0.png,caf\xe9\n", "is not UTF-8"),
+        ("path,caption\n0.png," + "x" * 140_000, "line 2 is not CSV: field larger"),
+        ("", "at least one"),
+        ("path,label\n", "at least one"),
+    ],
+)
+def test_csv_is_read_strictly(tmp_path, content, message):
+    with pytest.raises(UserError, match=message) as error:
+        list_of(tmp_path, content)
+    assert "list.csv" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"path": 5, "label": 1}', "line 2 must name a file in path, found 5"),
+        ('{"path": ["a"], "label": 1}', "line 2 must name a file in path"),
+        ('{"path": "a\\u0000", "label": 1}', "line 2 must name a file in path"),
+        ('{"path": "a", "label": {"a": 1}}', "line 2 must have a class number or a name as label"),
+        ('{"path": "a", "label": [1]}', "line 2 must have a class number or a name as label"),
+        ('{"path": "a", "label": true}', "line 2 must have a class number or a name as label"),
+        ('{"path": "a", "label": null}', "line 2 has no label"),
+        ('{"path": "a", "label": NaN}', "line 2 is not JSON: NaN is no number"),
+        ('{"path": "a", "label": 1, "caption": null}', "has no caption"),
+        ('{"path": "a", "path": "b", "label": 1}', "line 2 is not JSON: the key 'path' is given"),
+        ('{"path": "a", "label": %s}' % ("9" * 5000), "line 2 is not JSON"),
+        ('{{"path": "a", "label": {}1{}}}'.format("[" * 9000, "]" * 9000), "nested too deeply"),
+        ('[{"path": "a", "label": 1}]', "line 2 must be an object in braces, found"),
+        ('{"path": "a"', "line 2 is not JSON"),
+        ('{"path": "a", "label": 1} {}', "line 2 is not JSON: Extra data"),
+    ],
+)
+def test_jsonl_is_read_strictly(tmp_path, line, message):
+    with pytest.raises(UserError, match=message) as error:
+        list_of(tmp_path, '{"path": "0.png", "label": 0}\n' + line, "list.jsonl")
+    assert len(str(error.value)) < 400 and "\n" not in str(error.value)
+
+
+def test_labels_mean_what_they_say_in_every_spelling(tmp_path):
+    numbers = range(12)
+    for spelled in (str, lambda n: f"{n}.0", lambda n: f" {n} ", lambda n: f"{n:02d}"):
+        rows = "".join(f"{n}.png,{spelled(n)}\n" for n in numbers)
+        assert list_of(tmp_path, "path,label\n" + rows).labels.tolist() == list(numbers)
+    for kind in (int, float, str):
+        rows = [json.dumps({"path": f"{n}.png", "label": kind(n)}) for n in numbers]
+        found = list_of(tmp_path, "\n".join(rows), "list.jsonl")
+        assert found.labels.tolist() == list(numbers) and found.class_names[-1] == "11"
+    # Not digits to int(), or no number at all: names.
+    for odd in ("²", "-", "--5", "٣", "0x1", "1_0"):
+        assert list_of(tmp_path, f"path,label\n0.png,{odd}\n1.png,3\n").class_names == tuple(
+            sorted((odd, "3"))
+        )
+
+
+def test_separators_and_marks_stay_in_captions(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    caption = 'a\u2028b\x85c, "d"\ne'
+    row = json.dumps({"path": "~/0.png", "caption": caption}, ensure_ascii=False)
+    assert list_of(tmp_path, "\ufeff" + row + "\r\n\r\n", "l.jsonl").captions == (caption,)
+    quoted = caption.replace('"', '""')
+    found = list_of(tmp_path, f'\ufeffpath , caption\r\n\r\n~/0.png,"{quoted}"\r\n')
+    assert found.captions == (caption,) and found.paths == (tmp_path / "home" / "0.png",)
+
+
+def shard_of(path, *members, **options):
+    with tarfile.open(path, "w", **options) as archive:
+        for name, content in members:
+            entry = tarfile.TarInfo(name)
+            if isinstance(content, bytes):
+                entry.size = len(content)
+                archive.addfile(entry, io.BytesIO(content))
+            else:
+                entry.type, entry.linkname = content
+                archive.addfile(entry)
+    return path
+
+
+def read_shard(path):
+    return tar_shards(str(path), "label", "caption", None)
+
+
+def test_a_shard_that_is_cut_or_damaged_is_named(tmp_path, pictures):
+    members = [
+        (f"{i}.{kind}", c)
+        for i, p in enumerate(pictures)
+        for kind, c in (("cls", b"1"), ("png", p))
+    ]
+    path = shard_of(tmp_path / "a.tar", *members)
+    whole = path.read_bytes()
+    with tarfile.open(path) as archive:
+        ends = [e.offset_data + -(-e.size // 512) * 512 for e in archive]
+    cuts = {*ends, *(end + 300 for end in ends), *(end - 700 for end in ends)} - {0}
+    for cut in sorted(c for c in cuts if 0 < c < ends[-1] + 512):
+        path.write_bytes(whole[:cut])
+        with pytest.raises(UserError, match=r"is cut short|is not a plain tar file"):
+            read_shard(path)
+    damaged = bytearray(whole)
+    damaged[ends[2] + 10] ^= 255
+    path.write_bytes(damaged)
+    with pytest.raises(UserError, match="is damaged behind its 3 first members"):
+        read_shard(path)
+    path.write_bytes(whole[: ends[-1] + 1024])
+    assert len(read_shard(path)) == 9
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ([("0.png", b"a"), ("0.png", b"b")], "two images for the key 0, 0.png and 0.png"),
+        ([("x/0.jpg", b"a"), ("x/0.png", b"b")], "two images for the key x/0, x/0.jpg and x/0.png"),
+        ([("0.png", b"a"), ("0.cls", b"1"), ("0.cls", b"2")], "two members 0.cls"),
+        ([("0.png", b"a"), ("0.json", b"[1]")], "0.json must be an object in braces"),
+        ([("0.png", b"a"), ("0.json", b"null")], "0.json must be an object in braces"),
+        ([("0.png", b"a"), ("0.json", b'{"label": 1')], "0.json is not JSON"),
+        ([("0.png", b"a"), ("0.txt", b"caf\xe9")], "0.txt is not UTF-8"),
+        ([("0.png", b"a"), ("0.cls", b"1"), ("1.png", b"a")], "a.tar: 1 has no label"),
+        ([("0.png", (tarfile.LNKTYPE, "9.png"))], "0.png is a link to 9.png, which is not in it"),
+        ([("0.png", (tarfile.SYMTYPE, "../9.png"))], "which is not in it"),
+        ([("0.png", (tarfile.FIFOTYPE, ""))], "0.png is no plain file"),
+        ([("v1.0.png", b"a")], "the key of a sample ends at the first dot"),
+    ],
+)
+def test_shards_with_odd_members_are_refused(tmp_path, members, message):
+    with pytest.raises(UserError, match=message):
+        read_shard(shard_of(tmp_path / "a.tar", *members))
+
+
+def test_links_and_marks_in_shards_are_read(tmp_path, pictures):
+    members = [
+        ("x/0.PNG", pictures[0]),
+        ("x/0.json", b'\xef\xbb\xbf{"label": 2.0}'),
+        ("x/0.txt", b"\xef\xbb\xbfa cat\r\n"),
+        ("1.png", (tarfile.LNKTYPE, "x/0.PNG")),
+        ("1.json", (tarfile.SYMTYPE, "./x/0.json")),
+        ("1.txt", b"a dog"),
+        ("x/._0.png", b"junk"),
+        ("x/0.mask.png", b"junk"),
+    ]
+    store = read_shard(shard_of(tmp_path / "a.tar", *members))
+    assert store.labels.tolist() == [2, 2] and store.captions == ("a cat", "a dog")
+    assert store.content(0) == store.content(1) == pictures[0]
+    (tmp_path / "a.tar").write_bytes((tmp_path / "a.tar").read_bytes()[:600])
+    with pytest.raises(OSError, match="became shorter"):
+        store.content(0)

@@ -224,12 +224,47 @@ def test_prompts_from_text_lists_and_files(tmp_path):
         read_prompts(str(tmp_path / "none.jsonl"))
 
 
+@pytest.mark.parametrize("mark", "\u2028\u2029\x85\x0b\x0c\x1c")
+def test_only_line_feeds_end_a_prompt(tmp_path, mark):
+    text = f"A cat{mark}on a roof"
+    lines = json.dumps({"prompt": text}, ensure_ascii=False) + '\r\n\r\n{"prompt": "a dog"}\n'
+    (tmp_path / "p.jsonl").write_text(lines, encoding="utf-8", newline="")
+    (tmp_path / "p.TXT").write_text(f"{text}\n a dog\r\n", encoding="utf-8", newline="")
+    for name in ("p.jsonl", "p.TXT"):
+        assert read_prompts(str(tmp_path / name)) == [Prompt(text), Prompt("a dog")]
+
+
+def test_files_of_other_kinds_are_not_drawn_as_text(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts").write_text("a cat")
+    for name in ("p.csv", "none.json", "prompts"):
+        with pytest.raises(ValueError, match=rf"prompts={name} names a file .* \.txt"):
+            read_prompts(name)
+    for text in ("a cat. a dog.json", "a" * 5000, "end.", "v1.5"):
+        assert read_prompts(text) == [Prompt(text)]
+
+
+def test_home_is_expanded_in_prompts(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "p.jsonl").write_text(
+        '{"prompt": "a", "image": "b.png"}\n{"prompt": "a", "image": "~/c.png"}\n'
+    )
+    images = [prompt.image for prompt in read_prompts("~/p.jsonl")]
+    assert images == [str(tmp_path / "b.png"), str(tmp_path / "c.png")]
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
         ('{"prompt": "a", "sed": 1}', "has the key 'sed'; known are prompt"),
-        ('{"prompt": 3}', "prompt must be a str, found 3"),
-        ('{"prompt": "a", "seed": -1}', "seed must be at least 0"),
+        ('{"prompt": 3}', "prompt must be a text, found 3"),
+        ('{"prompt": "a", "seed": true}', "seed must be a whole number, found True"),
+        ('{"prompt": "a", "seed": 1.0}', "seed must be a whole number, found 1.0"),
+        ('{"prompt": "a", "prompt": "b"}', "the key 'prompt' is given twice"),
+        ('{"prompt": NaN}', "NaN is no number"),
+        ('{"prompt": "\\ud800"}', "half of a character"),
+        ('{"seed": 1}', "has no prompt"),
+        ('{"prompt": "a", "seed": -1}', r"seed must be in \[0, 4294967295\], found -1"),
         ('["a"]', "must be an object"),
         ('{"prompt"', "is not JSON"),
     ],
@@ -237,7 +272,7 @@ def test_prompts_from_text_lists_and_files(tmp_path):
 def test_lines_that_are_no_prompts_are_named(tmp_path, line, message):
     file = tmp_path / "prompts.jsonl"
     file.write_text('{"prompt": "fine"}\n' + line + "\n")
-    with pytest.raises(ValueError, match=rf"prompts\.jsonl:2.*{message}"):
+    with pytest.raises(ValueError, match=rf"prompts\.jsonl, line 2.*{message}"):
         read_prompts(str(file))
 
 

@@ -62,8 +62,9 @@ PATH = Text(path=True)
 Count = Annotated[int, Range(1, _LARGEST)]
 Whole = Annotated[int, Range(0, _LARGEST)]
 AtLeastTwo = Annotated[int, Range(2, _LARGEST)]
-Seed = Annotated[int, Range(0, 2**32 - 1)]
+SEEDS = Range(0, 2**32 - 1)
 """NumPy's generators take no other."""
+Seed = Annotated[int, SEEDS]
 Positive = Annotated[float, Range(0, open_low=True)]
 NotNegative = Annotated[float, Range(0)]
 Finite = Annotated[float, Range(-math.inf)]

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 
 from mhla_gen.config import DataConfig
-from mhla_gen.data.stores import listed_paths, read_list
+from mhla_gen.data.lists import listed_paths, read_list
 from mhla_gen.digests import file_digest
 from mhla_gen.media import ClipFacts, Crop, Decoder
 from mhla_gen.media.frames import cropped
 from mhla_gen.media.pictures import UnreadableImageError, read_rgb
+from mhla_gen.text_files import read_text
 
 VIDEO_SUFFIXES = frozenset((".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".gif"))
 STILL_SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp"))
@@ -91,7 +92,7 @@ def find_clips(config: DataConfig, missing_caption: str) -> ClipFiles:
     elif root.exists():
         rows = read_list(root)
         paths = list(listed_paths(root, rows))
-        captions = [_text(row.get(config.caption_column)) for row in rows]
+        captions = [_text(row.values.get(config.caption_column)) for row in rows]
         remedy = f"fill its column {config.caption_column}"
     else:
         raise FileNotFoundError(f"data.path {root} does not exist")
@@ -115,15 +116,7 @@ def _videos_below(root: Path) -> list[Path]:
 
 def _text_beside(path: Path) -> str:
     text = path.with_suffix(".txt")
-    if not text.is_file():
-        return ""
-    try:
-        # Some editors begin a file with a mark of its encoding.
-        return text.read_text(encoding="utf-8-sig").strip()
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"caption {text} is not UTF-8 ({error.reason}); save it as such"
-        ) from error
+    return read_text(text, "caption").strip() if text.is_file() else ""
 
 
 def _text(value: Any) -> str:

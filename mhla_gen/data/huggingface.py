@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from mhla_gen.config import DataConfig
-from mhla_gen.data.stores import Known, known_of
+from mhla_gen.data.lists import Known, known_of
+from mhla_gen.text_files import Row
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +78,8 @@ def _known(table: Any, config: DataConfig, class_label: type) -> Known:
     if not columns:
         found = ", ".join(table.column_names)
         raise ValueError(f"{config.path} has no column {' or '.join(wanted)}; found {found}")
-    rows = table.select_columns(columns).to_list()
+    values = table.select_columns(columns).to_list()
+    rows = [Row(f"{config.path}, row {number}", row) for number, row in enumerate(values, 1)]
     feature = table.features.get(config.label_column)
     names = tuple(feature.names) if isinstance(feature, class_label) else None
     count = len(names) if names else config.num_classes

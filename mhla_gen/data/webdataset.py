@@ -1,6 +1,6 @@
 """Images in WebDataset shards: tar files, read at random by an index over their members."""
 
-import json
+import posixpath
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -8,10 +8,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mhla_gen.data.stores import known_of
+from mhla_gen.data.lists import known_of
+from mhla_gen.errors import MissingError, UserError
 from mhla_gen.media.pictures import IMAGE_SUFFIXES
+from mhla_gen.text_files import Row, decode_text, parse_object
 
 _TEXTS = (".cls", ".txt", ".json")
+_LARGEST_TEXT = 2**24
 
 
 class Member(NamedTuple):
@@ -44,7 +47,10 @@ class TarStore:
         member = self.members[index]
         with member.shard.open("rb") as file:
             file.seek(member.start)
-            return file.read(member.size)
+            content = file.read(member.size)
+        if len(content) < member.size:
+            raise OSError("the shard became shorter")
+        return content
 
 
 def tar_shards(
@@ -59,17 +65,22 @@ def tar_shards(
         num_classes: See `number_classes`.
 
     Raises:
-        FileNotFoundError: If there are no shards.
-        ValueError: If a shard is no plain tar file, or labels and captions do not fit.
+        MissingError: If there are no shards.
+        UserError: If a shard is no whole, plain tar file, keys are equal, or labels or captions do
+            not fit.
     """
     members: list[Member] = []
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     for shard in _shards(pattern):
         for member, texts in _samples(shard):
             members.append(member)
             rows.append(_row(member, texts, label_column, caption_column))
     if not members:
-        raise ValueError(f"data.path {pattern} has no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+        suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
+        raise UserError(
+            f"data.path {pattern} has no images ({suffixes}); the key of a sample ends at the "
+            "first dot of the name, so v1.0.png is none"
+        )
     known = known_of(str(pattern), rows, label_column, caption_column, num_classes)
     return TarStore(tuple(members), *known)
 
@@ -83,44 +94,99 @@ def _shards(pattern: str) -> list[Path]:
     else:
         found = sorted(path.parent.glob(path.name))
     if not found:
-        raise FileNotFoundError(f"data.path {pattern} names no tar files")
+        raise MissingError(f"data.path {pattern} names no tar files")
     return found
 
 
 def _samples(shard: Path) -> list[tuple[Member, dict[str, str]]]:
     """Images of a shard, each with its text members by suffix."""
-    images: dict[str, Member] = {}
-    texts: dict[str, dict[str, str]] = {}
     try:
         # "r:" refuses compressed archives, whose members cannot be read at random.
         with tarfile.open(shard, "r:") as archive:
-            for entry in archive:
-                if not entry.isfile():
-                    continue
-                folder, name = PurePosixPath(entry.name).parent, PurePosixPath(entry.name).name
-                # WebDataset: the key ends at the first dot of the name.
-                stem, _, suffix = name.partition(".")
-                key, suffix = str(folder / stem), f".{suffix.lower()}"
-                if suffix in IMAGE_SUFFIXES:
-                    images[key] = Member(shard, key, entry.offset_data, entry.size)
-                elif suffix in _TEXTS:
-                    content: Any = archive.extractfile(entry)
-                    texts.setdefault(key, {})[suffix] = content.read().decode()
-    except (tarfile.TarError, UnicodeDecodeError) as error:
-        raise ValueError(f"{shard} is not a plain tar file of samples: {error}") from error
-    return [(member, texts.get(key, {})) for key, member in images.items()]
+            entries = list(archive)
+            _check_end(shard, archive, len(entries))
+            return _grouped(shard, archive, entries)
+    except (tarfile.TarError, EOFError) as error:
+        raise UserError(f"{shard} is not a plain tar file of samples: {error}") from error
 
 
-def _row(
-    member: Member, texts: dict[str, str], label_column: str, caption_column: str
-) -> dict[str, Any]:
-    try:
-        values = json.loads(texts.get(".json", "{}"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{member.shard}: {member.key}.json is not JSON: {error}") from error
+def _check_end(shard: Path, archive: tarfile.TarFile, entries: int) -> None:
+    """Raise unless the archive ends where its end is marked.
+
+    tarfile takes a header that is cut or damaged for the end, and leaves out all that is behind it.
+    """
+    with shard.open("rb") as file:
+        file.seek(archive.offset)
+        block = file.read(tarfile.BLOCKSIZE)
+    if len(block) < tarfile.BLOCKSIZE:
+        raise UserError(
+            f"{shard} is cut short: after {entries} members comes no end mark; copy or write it "
+            "again"
+        )
+    if block.strip(b"\0"):
+        raise UserError(f"{shard} is damaged behind its {entries} first members; copy it again")
+
+
+def _grouped(
+    shard: Path, archive: tarfile.TarFile, entries: list[tarfile.TarInfo]
+) -> list[tuple[Member, dict[str, str]]]:
+    images: dict[str, tuple[str, Member]] = {}
+    texts: dict[str, dict[str, str]] = {}
+    known = {entry.name: entry for entry in entries if entry.isfile()}
+    for entry in entries:
+        name = PurePosixPath(entry.name).name
+        # WebDataset: the key ends at the first dot of the name. Some systems add hidden files.
+        stem, _, suffix = name.partition(".")
+        suffix = f".{suffix.lower()}"
+        if not stem or entry.isdir() or suffix not in (*IMAGE_SUFFIXES, *_TEXTS):
+            continue
+        key = str(PurePosixPath(entry.name).parent / stem)
+        target = _target(shard, entry, known)
+        if suffix in _TEXTS:
+            of_key = texts.setdefault(key, {})
+            if suffix in of_key:
+                raise UserError(f"{shard} has two members {key}{suffix}")
+            of_key[suffix] = _text(shard, archive, target)
+        elif key in images:
+            raise UserError(
+                f"{shard} has two images for the key {key}, {images[key][0]} and {entry.name}; "
+                "keys must differ"
+            )
+        else:
+            images[key] = entry.name, Member(shard, key, target.offset_data, target.size)
+    return [(member, texts.get(key, {})) for key, (_, member) in images.items()]
+
+
+def _target(
+    shard: Path, entry: tarfile.TarInfo, known: dict[str, tarfile.TarInfo]
+) -> tarfile.TarInfo:
+    """The member that holds the content: of links the one that they name."""
+    found: tarfile.TarInfo | None = entry
+    if entry.islnk():
+        found = known.get(entry.linkname)
+    elif entry.issym():
+        place = posixpath.dirname(entry.name)
+        found = known.get(posixpath.normpath(posixpath.join(place, entry.linkname)))
+    if found is None:
+        raise UserError(f"{shard}: {entry.name} is a link to {entry.linkname}, which is not in it")
+    if not found.isfile() or found.issparse():
+        raise UserError(f"{shard}: {entry.name} is no plain file")
+    return found
+
+
+def _text(shard: Path, archive: tarfile.TarFile, entry: tarfile.TarInfo) -> str:
+    if entry.size > _LARGEST_TEXT:
+        raise UserError(f"{shard}: {entry.name} is no text of a sample, {entry.size} bytes")
+    content: Any = archive.extractfile(entry)
+    return decode_text(content.read(), f"{shard}: {entry.name}").strip()
+
+
+def _row(member: Member, texts: dict[str, str], label_column: str, caption_column: str) -> Row:
+    place = f"{member.shard}: {member.key}"
+    values = parse_object(texts.get(".json", "{}"), f"{place}.json")
     row = {k: values[k] for k in (label_column, caption_column) if k in values}
     if ".cls" in texts:
         row[label_column] = texts[".cls"]
     if ".txt" in texts:
         row[caption_column] = texts[".txt"]
-    return row
+    return Row(place, row)

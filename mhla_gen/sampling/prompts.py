@@ -1,11 +1,17 @@
 """Prompts: from a config, a text file or a JSONL file."""
 
-import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from mhla_gen.config.fields import SEEDS, expand_home
+from mhla_gen.errors import UserError
+from mhla_gen.text_files import Row, read_jsonl, read_text
+
+_READ = (".txt", ".jsonl", ".ndjson")
+_OTHER = (".csv", ".tsv", ".json", ".yaml", ".yml", ".parquet", ".md", ".xlsx")
 _KEYS = {"prompt": str, "negative_prompt": str, "seed": int, "image": str}
 
 
@@ -28,50 +34,61 @@ def read_prompts(prompts: Any) -> list[Prompt]:
         prompts: One prompt, several, or a .txt or .jsonl file.
 
     Raises:
-        FileNotFoundError: If a file is missing.
-        ValueError: If there is no prompt, or a line of a file is none.
+        MissingError: If a file is missing.
+        UserError: If there is no prompt, a line of a file is none, or a file is of another kind.
     """
     if isinstance(prompts, Sequence) and not isinstance(prompts, str):
         found = [Prompt(str(text)) for text in prompts]
-    elif Path(prompts).suffix in (".txt", ".jsonl"):
-        found = _read_file(Path(prompts))
+    elif (path := _file_of(prompts)) is not None:
+        found = _read_file(path)
     else:
         found = [Prompt(prompts)]
     if not found:
-        raise ValueError(f"prompts={prompts} has no prompt; write one a line")
+        raise UserError(f"prompts={prompts} has no prompt; write one a line")
     return found
 
 
-def _read_file(path: Path) -> list[Prompt]:
-    if not path.is_file():
-        raise FileNotFoundError(f"prompts={path} does not exist")
+def _file_of(prompts: str) -> Path | None:
+    """The file that a text names; None if it is a prompt itself."""
+    if Path(prompts).suffix.lower() in _READ:
+        return Path(expand_home("prompts", prompts))
+    looks_like_one = Path(prompts).suffix.lower() in _OTHER and not re.search(r"\s", prompts)
     try:
-        # Some editors begin a file with a mark of its encoding.
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"prompts={path} is not UTF-8 ({error.reason}); save it as such"
-        ) from error
-    read = _parse_line if path.suffix == ".jsonl" else lambda text, _: Prompt(text.strip())
-    found = [read(text, f"{path}:{i}") for i, text in enumerate(lines, 1) if text.strip()]
+        is_file = Path(prompts).is_file()
+    except (OSError, ValueError):
+        # Longer than a name can be, or with characters that no name has.
+        is_file = False
+    if is_file or looks_like_one:
+        raise UserError(
+            f"prompts={prompts} names a file of a kind that prompts are not read from; they are "
+            "read from .txt, one a line, and .jsonl"
+        )
+    return None
+
+
+def _read_file(path: Path) -> list[Prompt]:
+    if path.suffix.lower() == ".txt":
+        lines = read_text(path, "prompts file").split("\n")
+        return [Prompt(line.strip()) for line in lines if line.strip()]
+    found = [_prompt_of(row) for row in read_jsonl(path, "prompts file")]
     # Images stand beside the file that names them.
     return [
-        replace(p, image=str(path.parent / p.image)) if p.image is not None else p for p in found
+        p if p.image is None else replace(p, image=str(path.parent / expand_home("image", p.image)))
+        for p in found
     ]
 
 
-def _parse_line(text: str, where: str) -> Prompt:
-    try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where} is not JSON: {error.msg}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{where} must be an object with the keys {', '.join(_KEYS)}")
+def _prompt_of(row: Row) -> Prompt:
+    place, values = row
     for key, value in values.items():
         if key not in _KEYS:
-            raise ValueError(f"{where} has the key {key!r}; known are {', '.join(_KEYS)}")
-        if value is not None and not isinstance(value, _KEYS[key]):
-            raise ValueError(f"{where}: {key} must be a {_KEYS[key].__name__}, found {value!r}")
-    if values.get("seed") is not None and values["seed"] < 0:
-        raise ValueError(f"{where}: seed must be at least 0, found {values['seed']}")
-    return Prompt(**values)
+            raise UserError(f"{place} has the key {key!r}; known are {', '.join(_KEYS)}")
+        # true and false are whole numbers to Python.
+        if value is not None and (not isinstance(value, _KEYS[key]) or isinstance(value, bool)):
+            kind = "a text" if _KEYS[key] is str else "a whole number"
+            raise UserError(f"{place}: {key} must be {kind}, found {value!r}")
+    if "prompt" not in values:
+        raise UserError(f"{place} has no prompt")
+    if values.get("seed") is not None:
+        SEEDS.check(f"{place}: seed", values["seed"], whole=True)
+    return Prompt(**values | {"prompt": values["prompt"] or ""})

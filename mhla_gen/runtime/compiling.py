@@ -1,9 +1,15 @@
 """torch.compile for a transformer: its blocks, which are alike, or the whole of it."""
 
+import inspect
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+# Forms of one block that torch compiles: for training and for sampling, and for every size of a
+# data set, where it finds no form for several. Its own limit is 8, after which it raises.
+_MOST_FORMS = 256
 
 
 def repeated_blocks(model: nn.Module) -> tuple[str, ...]:
@@ -33,7 +39,7 @@ def compile_model(model: nn.Module, how: str) -> None:
         how: none; regional, each of its blocks, which compile once for all; or whole.
     """
     if how == "whole":
-        model.compile()
+        model.compile(**_limit_forms())
     elif how == "regional":
         compile_blocks(model)
 
@@ -41,16 +47,53 @@ def compile_model(model: nn.Module, how: str) -> None:
 def compile_blocks(model: nn.Module) -> None:
     """Compile the blocks of a transformer in place, each class once for all of its blocks.
 
+    Any number of models may be compiled in one process, each for as many sizes as its data have.
+
     Raises:
         ValueError: If it repeats none.
     """
+    limit = _limit_forms()
     for name in repeated_blocks(model):
         blocks = [module for module in model.modules() if type(module).__name__ == name]
+        own = _own_code(blocks[0].forward) if blocks else None
         for block in blocks:
+            forward = block.forward if own is None else MethodType(own, block)
             # What FSDP2 hooks to a block then runs around the compiled code, not inside.
-            block.forward = torch.compile(block.forward, fullgraph=True)
+            block.forward = torch.compile(forward, fullgraph=True, **limit)
         for block in blocks[:1]:
             block.register_forward_pre_hook(_dense)
+
+
+def _limit_forms() -> dict[str, int]:
+    """Arguments of torch.compile that let it make a form for every size of a data set.
+
+    Releases that take none are told for the whole process.
+    """
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:
+        return {"recompile_limit": _MOST_FORMS}
+    settings = torch._dynamo.config
+    settings.recompile_limit = max(settings.recompile_limit, _MOST_FORMS)
+    return {}
+
+
+def _own_code(method: Any) -> FunctionType | None:
+    """A copy of a method's function, with a code object that no other model has.
+
+    torch keeps what it compiled by code object, so that otherwise the limit would be for all models
+    of a process together. None where a forward is no plain method.
+    """
+    function = getattr(method, "__func__", None)
+    if not isinstance(function, FunctionType):
+        return None
+    own = FunctionType(
+        function.__code__.replace(),
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    own.__kwdefaults__ = function.__kwdefaults__
+    return own
 
 
 def _dense(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:

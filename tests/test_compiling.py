@@ -1,0 +1,111 @@
+"""Compiled transformers in one process: many sizes, many models, and a whole run of them."""
+
+import functools
+
+import pytest
+import torch
+from tiny import (
+    dit_inputs,
+    tiny_clip_cache,
+    tiny_dit,
+    tiny_video,
+    tiny_wan,
+    wan_inputs,
+)
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import mhla_gen
+from mhla_gen import MHLAConfig
+from mhla_gen.config import TrainConfig, load_config
+from mhla_gen.runtime.compiling import compile_blocks
+from mhla_gen.training import train
+
+# More than torch makes by itself, which is 8.
+GRIDS = [(1, 2, 4), (1, 4, 2), (2, 2, 4), (2, 4, 4), (3, 2, 2), (3, 4, 6), (4, 2, 6), (5, 2, 2)]
+# Pixels of clips.
+SIZES = [(32, 48), (48, 32), (32, 32), (32, 64)]
+
+
+@pytest.fixture
+def forms(monkeypatch):
+    """Counts what torch compiles, which it is not asked to generate code for."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
+    return counter
+
+
+def output(model, inputs):
+    return model(**inputs, return_dict=False)[0]
+
+
+@pytest.mark.parametrize("family", [pytest.param("dit", marks=pytest.mark.slow), "wan"])
+def test_one_model_takes_as_many_sizes_as_data_have(family, forms):
+    """Training and sampling, each size by itself: the most that torch could have to compile."""
+    if family == "dit":
+        model, layout = tiny_dit(num_layers=1), (2, 2)
+        batches = [dit_inputs(side, batch) for side in (4, 6, 8, 10, 12) for batch in (1, 2)]
+    else:
+        model, layout = tiny_wan(num_layers=1), (1, 2, 2)
+        batches = [wan_inputs(t, 2 * h, 2 * w) for t, h, w in GRIDS]
+    mhla_gen.inject(model, MHLAConfig(layout=layout))
+    with torch.no_grad():
+        expected = [output(model, batch) for batch in batches]
+    compile_blocks(model)
+    with torch._dynamo.config.patch(automatic_dynamic_shapes=False):
+        for batch, wanted in zip(batches, expected, strict=True):
+            with torch.no_grad():
+                torch.testing.assert_close(output(model.eval(), batch), wanted)
+        output(model.train(), batches[0]).sum().backward()
+    assert forms.frame_count > 8
+
+
+def test_models_of_one_process_do_not_count_together(forms):
+    """As in a notebook; what torch compiles for one model it keeps for that one."""
+    inputs = dit_inputs(4)
+    for heads in range(1, 10):
+        model = tiny_dit(num_layers=1, num_attention_heads=heads, attention_head_dim=4)
+        mhla_gen.inject(model, MHLAConfig(layout=(1, 1)))
+        with torch.no_grad():
+            expected = output(model, inputs)
+            compile_blocks(model)
+            torch.testing.assert_close(output(model, inputs), expected)
+    assert forms.frame_count == 9
+
+
+@pytest.mark.slow
+def test_a_run_on_clips_of_ten_sizes_samples_and_resumes(forms, tmp_path):
+    sizes = [(frames, height, width) for frames in (1, 5, 9) for height, width in SIZES]
+    clips = tmp_path / "ten"
+    clips.mkdir()
+    for number, (frames, height, width) in enumerate(sizes):
+        tiny_video(clips / f"{number}.mp4", frames, height, width)
+        (clips / f"{number}.txt").write_text("a red square moves right")
+    buckets = f"clips.buckets={[list(size) for size in sizes]}"
+    cache = tiny_clip_cache(tmp_path / "cache", buckets, f"data.path={clips}")
+    settings = [
+        f"output_dir={tmp_path / 'run'}",
+        f"data.path={cache}",
+        "data.source=cache",
+        "wan.num_layers=1",
+        "wan.num_attention_heads=2",
+        "wan.attention_head_dim=12",
+        "wan.ffn_dim=32",
+        "model.mhla.layout=[1,2,2]",
+        "compile=regional",
+        "mixed_precision=fp32",
+        "report_to=none",
+        "batch_size=1",
+        "samples.num_images=1",
+        "samples.num_inference_steps=2",
+        "sample_every=12",
+        "checkpoint_every=12",
+        "log_every=4",
+    ]
+    with torch._dynamo.config.patch(automatic_dynamic_shapes=False):
+        train(load_config(None, [*settings, "max_steps=12"], TrainConfig))
+        first = forms.frame_count
+        train(load_config(None, [*settings, "max_steps=24", "resume=latest"], TrainConfig))
+    # Every size in training, and that of the previews without gradients; then anew.
+    assert first > 10 and forms.frame_count > 2 * 10
+    assert (tmp_path / "run" / "pipeline").is_dir()

@@ -31,7 +31,7 @@ from mhla_gen.training.objectives import FlowMatching
 from mhla_gen.training.optim import build_optimizer
 from mhla_gen.training.prompts import Prompts
 from mhla_gen.training.randomness import step_randomness
-from mhla_gen.training.step import training_losses
+from mhla_gen.training.step import ObjectiveLosses
 
 FOLD = 4
 TEXT = torch.zeros(1, 64)
@@ -92,7 +92,7 @@ def build(attention: MHLAConfig | None, layers: int, heads: int) -> WanTransform
 def memorise(model, latents, options, device) -> dict:
     """Train for a wall time; steps, seconds a step and the last losses."""
     objective = FlowMatching()
-    conditioning = Prompts(TEXT, (1, 2, 2))
+    learn = ObjectiveLosses(objective, Prompts(TEXT, (1, 2, 2)))
     optimizer = build_optimizer(model.train(), options.learning_rate, 0.0)
     batch = {
         "samples": latents.expand(options.batch_size, -1, -1, -1, -1),
@@ -106,7 +106,7 @@ def memorise(model, latents, options, device) -> dict:
             objective, seed=0, step=step, batch_size=options.batch_size
         ).to(device)
         with torch.autocast(device.type, torch.bfloat16):
-            loss = training_losses(model, batch, randomness, objective, conditioning).mean()
+            loss = learn(model, batch, randomness)["loss"].mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

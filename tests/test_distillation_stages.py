@@ -33,7 +33,7 @@ from mhla_gen.training.log import read_log
 from mhla_gen.training.loop import Run
 from mhla_gen.training.objectives import FlowMatching
 from mhla_gen.training.randomness import step_randomness
-from mhla_gen.training.step import training_losses
+from mhla_gen.training.step import ObjectiveLosses
 
 LAYERS = StageConfig(kind="layers", steps=4, train="mhla", learning_rate=1e-2, ema_decay=0.5)
 OUTPUT = StageConfig(kind="output", steps=4, learning_rate=1e-3, ema_decay=0.5)
@@ -377,7 +377,7 @@ def test_a_video_student_learns_from_data_and_from_its_teacher():
     randomness = step_randomness(objective, seed=0, step=0, batch_size=2, dropout=0.5)
     losses = OutputLosses(objective, Text(), teacher, 3.0, torch.no_grad)
     found = losses(student, batch, randomness)
-    plain = training_losses(student, batch, randomness, objective, Text())
+    plain = ObjectiveLosses(objective, Text())(student, batch, randomness)["loss"]
     assert torch.equal(found["objective_loss"], plain) and found["teacher_distance"].min() > 0
     torch.testing.assert_close(found["loss"], plain + 3 * found["teacher_distance"])
     found["loss"].sum().backward()

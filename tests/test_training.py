@@ -32,7 +32,7 @@ from mhla_gen.training.ema import WeightAverage
 from mhla_gen.training.objectives import FlowMatching
 from mhla_gen.training.optim import mixing_matrices
 from mhla_gen.training.randomness import step_randomness
-from mhla_gen.training.step import samples_of, training_losses
+from mhla_gen.training.step import ObjectiveLosses, noised
 
 TINY = ModelConfig(
     mhla=MHLAConfig(layout=(2, 2)),
@@ -136,14 +136,14 @@ def test_the_loss_is_zero_for_a_perfect_model_and_sees_dropped_labels():
         seen["labels"], seen["timesteps"] = class_labels, timestep
         return (randomness.noise((1, 4, 4)) - batch["samples"],)
 
-    losses = training_losses(perfect, batch, randomness, objective, ClassLabels(10))
+    losses = ObjectiveLosses(objective, ClassLabels(10))(perfect, batch, randomness)["loss"]
     assert losses.shape == (64,) and not losses.any()
     assert torch.equal(seen["labels"] == 10, randomness.dropped)
     assert 10 < randomness.dropped.sum() < 54
     assert torch.equal(seen["timesteps"], randomness.times * 1000)
 
 
-def test_chance_is_a_function_of_seed_and_step():
+def test_randomness_is_a_function_of_seed_and_step():
     def drawn(**changes):
         arguments = {"seed": 0, "step": 5, "batch_size": 4, "flip": True} | changes
         return step_randomness(FlowMatching(), **arguments)
@@ -168,9 +168,10 @@ def test_latents_are_drawn_from_the_distribution_of_the_image_or_its_mirror():
     assert flipped.any() and not flipped.all()
     batch = {"mean": mean, "std": std, "mean_flipped": -mean, "std_flipped": 2 * std}
     expected = torch.where(flipped, -mean + 2 * std * noise, mean + std * noise)
-    assert torch.equal(samples_of(batch, randomness), expected)
+    assert torch.equal(noised(batch, randomness, FlowMatching()).samples, expected)
     mirrored = torch.where(flipped, mean.flip(-1), mean)
-    assert torch.equal(samples_of({"samples": mean}, randomness), mirrored)
+    found = noised({"samples": mean}, randomness, FlowMatching())
+    assert torch.equal(found.samples, mirrored)
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])

@@ -1,4 +1,4 @@
-"""The loss of a micro-batch: data, chance, objective and conditioning put together."""
+"""The loss of a micro-batch: data, randomness, objective and conditioning put together."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,29 +11,6 @@ from mhla_gen.data import Batch
 from mhla_gen.training.conditioning import Conditioning
 from mhla_gen.training.objectives import Objective, like
 from mhla_gen.training.randomness import Randomness
-
-
-def samples_of(batch: Batch, randomness: Randomness) -> Tensor:
-    """The samples of a batch, mirrored or drawn from their distribution as the randomness says.
-
-    Args:
-        batch: `samples`, or `mean` and `std` of latents; where there are `mean_flipped` and
-            `std_flipped`, these are the latents of the mirrored images, which are not the mirrored
-            latents.
-        randomness: That of this step, for these samples.
-
-    Returns:
-        `[batch, channels, (frames,) height, width]`, float32.
-    """
-    if "samples" in batch:
-        samples = batch["samples"]
-        return torch.where(like(randomness.flipped, samples), samples.flip(-1), samples)
-    mean, std = batch["mean"], batch["std"]
-    if "mean_flipped" in batch:
-        flipped = like(randomness.flipped, mean)
-        mean = torch.where(flipped, batch["mean_flipped"], mean)
-        std = torch.where(flipped, batch["std_flipped"], std)
-    return mean + std * randomness.latent_noise(mean.shape[1:])
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,32 +28,28 @@ class Noised:
 
 
 def noised(batch: Batch, randomness: Randomness, objective: Objective) -> Noised:
-    """The samples of a batch with the noise that the randomness says."""
-    samples = samples_of(batch, randomness)
+    """The samples of a batch, mirrored or drawn from their distribution, and noise on them.
+
+    Args:
+        batch: `samples`, or `mean` and `std` of latents; where there are `mean_flipped` and
+            `std_flipped`, these are the latents of the mirrored images, which are not the mirrored
+            latents.
+        randomness: That of this step, for these samples.
+        objective: Says how noise is added.
+    """
+    if "samples" in batch:
+        samples = batch["samples"]
+        samples = torch.where(like(randomness.flipped, samples), samples.flip(-1), samples)
+    else:
+        mean, std = batch["mean"], batch["std"]
+        if "mean_flipped" in batch:
+            flipped = like(randomness.flipped, mean)
+            mean = torch.where(flipped, batch["mean_flipped"], mean)
+            std = torch.where(flipped, batch["std_flipped"], std)
+        samples = mean + std * randomness.latent_noise(mean.shape[1:])
     noise = randomness.noise(samples.shape[1:])
     noisy = objective.noisy(samples, noise, randomness.times)
     return Noised(samples, noise, noisy, objective.timesteps(randomness.times))
-
-
-def training_losses(
-    model: Callable[..., Any],
-    batch: Batch,
-    randomness: Randomness,
-    objective: Objective,
-    conditioning: Conditioning,
-) -> Tensor:
-    """The loss of each sample, `[batch]`, float32.
-
-    Args:
-        model: The transformer.
-        batch: What the data gave, on the model's device.
-        randomness: That of this step, for these samples.
-        objective: What to predict.
-        conditioning: How to call the model.
-    """
-    x = noised(batch, randomness, objective)
-    prediction = conditioning.predict(model, x.noisy, x.timesteps, batch, randomness.dropped)
-    return objective.losses(prediction, x.samples, x.noise, randomness.times)
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +70,12 @@ class Losses(Protocol):
     def __call__(
         self, model: Callable[..., Any], batch: Batch, randomness: Randomness
     ) -> dict[str, Tensor]:
-        """Losses of each sample by name, `[batch]`, float32; arguments as `training_losses`.
+        """Losses of each sample by name, `[batch]`, float32.
+
+        Args:
+            model: The transformer.
+            batch: What the data gave, on the model's device.
+            randomness: That of this step, for these samples.
 
         Returns:
             `loss`, which is minimised, and others that are logged beside it.
@@ -110,11 +88,15 @@ class ObjectiveLosses:
     """The loss of an objective: training on data alone."""
 
     objective: Objective
+    """What to predict."""
     conditioning: Conditioning
+    """How to call the model."""
 
     def __call__(
         self, model: Callable[..., Any], batch: Batch, randomness: Randomness
     ) -> dict[str, Tensor]:
         """See `Losses`."""
-        losses = training_losses(model, batch, randomness, self.objective, self.conditioning)
-        return {"loss": losses}
+        x = noised(batch, randomness, self.objective)
+        inputs = (x.noisy, x.timesteps, batch, randomness.dropped)
+        prediction = self.conditioning.predict(model, *inputs)
+        return {"loss": self.objective.losses(prediction, x.samples, x.noise, randomness.times)}

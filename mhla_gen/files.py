@@ -1,144 +1,388 @@
-"""Output folders: written whole or not at all, and never over somebody else's files."""
+"""Files that are there whole or not at all, and errors that name them.
 
+Everything that this package keeps is written here: under a temporary name, on the disk (`fsync`)
+before it gets its own, so that neither a kill nor a power loss leaves half of it. Temporary names
+tell who is writing: what a dead process left is removed, what a living one writes is not.
+"""
+
+import errno
+import functools
+import hashlib
+import json
 import os
 import re
 import secrets
 import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict
+import socket
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mhla_gen.config import ConfigError, load_config
+from safetensors import SafetensorError
 
-CONFIG_NAME = "config.yaml"
-# Names that `written_whole` gives for a while.
-_PARTIAL = re.compile(r"\..+\.\d+(-[0-9a-f]{8})?\.(partial|old)")
+from mhla_gen.errors import MissingError, UserError
 
-_DIGEST = re.compile(r"[0-9a-f]{32,64}")
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Names for a while: .NAME.MACHINE-PROCESS-RANDOM.partial, or .old for what is being replaced. The
+# form without a machine is that of earlier versions.
+_NAME = re.compile(
+    r"\.(?P<name>.+)\.((?P<machine>[0-9a-f]{8})-)?(?P<process>\d+)(-[0-9a-f]{8})?"
+    r"\.(?P<kind>partial|old)"
+)
+# What safetensors leaves beside a file that it was killed in.
+_SAFETENSORS = re.compile(r"\.tmp[A-Za-z0-9]{6}")
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# What torch.save and NumPy say of a full disk, without the system's error.
+_UNSAID = re.compile(r"PytorchStreamWriter|inline_container|\d+ requested and \d+ written")
+_IN_RUST = re.compile(r"(?:\bcode: |os error )(\d+)")
+# Output folders that this process writes to, and which folder each was when it began.
+_claimed: dict[Path, tuple[int, int]] = {}
+_writing: set[Path] = set()
+
+
+class DamagedFileError(UserError):
+    """A file of ours that was cut, emptied or changed; the message names it and a remedy."""
+
+    def __init__(self, path: str | Path, reason: str, remedy: str):
+        super().__init__(f"{path} is damaged ({reason}); {remedy}")
+
+
+class WriteError(OSError, UserError):
+    """A file that could not be written, with its name."""
+
+    def __str__(self) -> str:
+        return f"{self.filename} cannot be written ({self.strerror})"
+
+    @property
+    def is_full(self) -> bool:
+        """Whether there was no room for it."""
+        return self.errno in _FULL
 
 
 @contextmanager
 def written_whole(path: str | Path) -> Iterator[Path]:
-    """Write a file or a folder under a temporary name; give it its name when all is written.
+    """Write a file or a folder under a temporary name; give it its name when all is on the disk.
 
     What was at `path` stays until then, and stays for good if an error comes in between.
 
     Yields:
         Where to write: a path beside `path` that does not exist yet.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Another process may write the same file at the same time; the last one to finish wins.
-    unique = f"{os.getpid()}-{secrets.token_hex(4)}"
-    partial = path.with_name(f".{path.name}.{unique}.partial")
-    try:
-        yield partial
-        if partial.is_dir() and path.is_dir():
-            # A folder cannot be renamed onto one that has files.
-            old = path.with_name(f".{path.name}.{unique}.old")
-            os.replace(path, old)
-            os.replace(partial, path)
-            _remove(old)
-        else:
-            os.replace(partial, path)
-    finally:
-        _remove(partial)
-
-
-def remove_partials(folder: str | Path) -> None:
-    """Remove what `written_whole` left in a folder when it was killed.
-
-    Only where nothing writes to the folder meanwhile.
-    """
-    for path in list(Path(folder).glob(".*")):
-        if _PARTIAL.fullmatch(path.name):
-            _remove(path)
-
-
-def made_with(folder: str | Path, config: Any, ignore: Sequence[str] = ("output_dir",)) -> bool:
-    """Whether a run with these settings wrote `folder`; False if it is free to use.
-
-    Args:
-        folder: Output folder. Those of ours hold the settings that made them.
-        config: The settings asked for now.
-        ignore: Settings that may differ.
 
     Raises:
-        FileExistsError: If something else is there: other settings, named, or files not ours.
+        WriteError: If it cannot be written, naming `path`.
+        MissingError: If the output folder that it belongs to was removed meanwhile.
     """
-    folder = Path(folder)
-    remedy = "choose another output_dir or move it away"
-    if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"output_dir {folder} is a file; {remedy}")
-    if not folder.is_dir() or not any(folder.iterdir()):
-        return False
+    path = Path(path)
+    partial = partial_of(path)
+    with errors_naming(path, partial):
+        make_folder(path.parent)
+        # Another process may write the same file at the same time; the last one to finish wins.
+        _writing.add(partial)
+        try:
+            yield partial
+            put(partial, path)
+        finally:
+            remove(partial)
+            _writing.discard(partial)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write text as UTF-8, whole or not at all."""
+    with written_whole(path) as partial:
+        # Names of files that are no UTF-8 become escapes, which JSON reads back.
+        partial.write_bytes(text.encode(errors="backslashreplace"))
+
+
+def write_json(path: str | Path, values: Any, indent: int | None = 2) -> None:
+    """Write JSON, whole or not at all."""
+    write_text(path, json.dumps(values, indent=indent, ensure_ascii=False) + "\n")
+
+
+def write_lines(path: str | Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Write JSON lines, whole or not at all."""
+    with written_whole(path) as partial, partial.open("w", encoding="utf-8") as file:
+        for record in records:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def write_tensors(
+    path: str | Path, tensors: "Mapping[str, Tensor]", metadata: dict[str, str] | None = None
+) -> None:
+    """Write a safetensors file, whole or not at all; for tensors that fit into memory twice.
+
+    safetensors' own `save_file` has a temporary file that a kill leaves behind.
+    """
+    # Not above: settings are read and written without torch.
+    from safetensors.torch import save
+
+    whole = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    with written_whole(path) as partial:
+        partial.write_bytes(save(whole, metadata))
+
+
+def append_line(path: str | Path, line: str) -> None:
+    """Add a line to a log, with one write, so that what others append meanwhile stays whole."""
+    rest = f"{line}\n".encode(errors="backslashreplace")
+    require_claimed(Path(path))
+    with errors_naming(Path(path)), Path(path).open("ab", buffering=0) as file:
+        # A disk that fills up takes less than it is given.
+        while rest:
+            rest = rest[file.write(rest) :]
+
+
+def read_json(path: str | Path, remedy: str) -> Any:
+    """Read JSON that this package wrote.
+
+    Args:
+        path: The file.
+        remedy: What to do where it is damaged.
+
+    Raises:
+        DamagedFileError: If it is no JSON.
+    """
     try:
-        found = load_config(folder / CONFIG_NAME, schema=type(config))
-    except ConfigError:
-        message = f"output_dir {folder} has files that this command did not write; {remedy}"
-        raise FileExistsError(message) from None
-    changes = differences(found, config, ignore)
-    if changes:
-        raise FileExistsError(
-            f"output_dir {folder} was made with other settings ({'; '.join(changes)}); {remedy}"
-        )
+        return json.loads(Path(path).read_bytes())
+    except ValueError as error:
+        raise DamagedFileError(path, f"no whole JSON: {error}", remedy) from error
+
+
+def read_lines(path: str | Path) -> tuple[list[dict[str, Any]], int]:
+    """The JSON objects of a log, a line each, and how many lines are none."""
+    found, damaged = [], 0
+    for line in Path(path).read_bytes().split(b"\n"):
+        try:
+            values = json.loads(line) if line.strip() else {}
+        except ValueError:
+            values = None
+        if isinstance(values, dict):
+            found += [values] if values else []
+        else:
+            damaged += 1
+    return found, damaged
+
+
+def partial_of(path: Path) -> Path:
+    """A name for a while beside `path`, which tells that this process gave it."""
+    return _beside(path, "partial")
+
+
+def put(partial: Path, path: Path) -> None:
+    """Give a finished file or folder its name, once it is on the disk.
+
+    A kill leaves what was at `path`, or the new; of a folder it may leave the old one under another
+    name, which `remove_leftovers` gives back.
+    """
+    flush(partial)
+    if partial.is_dir() and path.is_dir():
+        # A folder cannot be renamed onto one that has files.
+        old = _beside(path, "old")
+        os.replace(path, old)
+        os.replace(partial, path)
+        _sync(path.parent)
+        remove(old)
+    else:
+        os.replace(partial, path)
+        _sync(path.parent)
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or a folder with all that is in it, is on the disk."""
+    if path.is_symlink():
+        return
+    if path.is_dir():
+        for child in path.iterdir():
+            flush(child)
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    if os.name != "posix" and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some file systems know no fsync of folders.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if it is there; half a folder never keeps its name."""
+    if path.is_dir() and not path.is_symlink():
+        hidden = path
+        if not _NAME.fullmatch(path.name) or path.name.endswith(".old"):
+            hidden = partial_of(path)
+            os.replace(path, hidden)
+        shutil.rmtree(hidden, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether a file or a folder has one of our names for a while."""
+    return _NAME.fullmatch(path.name) is not None or _SAFETENSORS.fullmatch(path.name) is not None
+
+
+def remove_leftovers(folder: str | Path, alone: bool = False) -> None:
+    """Remove what killed processes left half-written in a folder; give back what they set aside.
+
+    Args:
+        folder: Need not exist.
+        alone: Whether nobody else writes to it: processes of other machines, too, are taken for
+            dead then.
+    """
+    for path in list(Path(folder).glob(".*")):
+        found = _NAME.fullmatch(path.name)
+        if found is None:
+            if alone and _SAFETENSORS.fullmatch(path.name) and path.is_file():
+                path.unlink(missing_ok=True)
+        elif _is_dead(path, found, alone):
+            target = path.with_name(found["name"])
+            with suppress(FileNotFoundError):
+                if found["kind"] == "old" and not target.exists():
+                    os.replace(path, target)
+                else:
+                    remove(path)
+
+
+def _is_dead(path: Path, found: re.Match[str], alone: bool) -> bool:
+    if path in _writing:
+        return False
+    if found["machine"] != _machine():
+        return alone
+    process = int(found["process"])
+    return process == os.getpid() or not _is_alive(process)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
     return True
 
 
-def check_writable(folder: str | Path) -> None:
-    """Raise unless files can be written to an output folder, which need not exist yet.
+@functools.cache
+def _machine() -> str:
+    """Where process numbers mean the same: this host since it started, in this container."""
+    facts = [socket.gethostname()]
+    with suppress(OSError):
+        facts.append(Path("/proc/sys/kernel/random/boot_id").read_text())
+        facts.append(os.readlink("/proc/self/ns/pid"))
+    return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:8]
+
+
+def _beside(path: Path, kind: str) -> Path:
+    name = found["name"] if (found := _NAME.fullmatch(path.name)) else path.name
+    who = f"{_machine()}-{os.getpid()}-{secrets.token_hex(4)}"
+    return path.with_name(f".{name}.{who}.{kind}")
+
+
+def claim(folder: Path) -> bool:
+    """Take a folder as one that must not be removed while this process writes to it.
+
+    Returns:
+        False if this process had done so before.
+    """
+    folder = folder.absolute()
+    if folder in _claimed:
+        return False
+    _claimed[folder] = _identity(folder)
+    return True
+
+
+def is_claimed(folder: Path) -> bool:
+    """Whether this process has claimed a folder."""
+    return folder.absolute() in _claimed
+
+
+def release(folder: Path) -> None:
+    """Undo `claim`."""
+    _claimed.pop(folder.absolute(), None)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it, but no output folder again that was removed meanwhile.
 
     Raises:
-        PermissionError: Naming what stands in the way.
+        MissingError: Naming an output folder that was removed, moved or replaced.
     """
-    folder = Path(folder)
-    parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    require_claimed(folder)
+    root = _claimed_above(folder)
+    if root is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        return
+    below = [path for path in (folder.absolute(), *folder.absolute().parents) if path != root]
+    for path in reversed([path for path in below if path.is_relative_to(root)]):
+        path.mkdir(exist_ok=True)
+
+
+def require_claimed(path: Path) -> None:
+    """Raise if the output folder that a path lies in is not the one any more that it was.
+
+    Raises:
+        MissingError: Naming it.
+    """
+    root = _claimed_above(path)
+    if root is None:
+        return
     try:
-        # Rights alone do not tell: the superuser has them on a file system that takes no files.
-        with tempfile.TemporaryFile(dir=parent):
-            pass
-    except OSError as error:
-        raise PermissionError(
-            f"output_dir {folder} cannot be made: {parent} is not writable "
-            f"({error.strerror or error}); choose another output_dir"
-        ) from error
+        same = _identity(root) == _claimed[root]
+    except FileNotFoundError:
+        same = False
+    if not same:
+        raise MissingError(
+            f"{root} was removed, moved or replaced while this command wrote to it; nothing more "
+            "is written; give the command again to begin anew"
+        )
 
 
-def differences(found: Any, asked: Any, ignore: Sequence[str] = ()) -> list[str]:
-    """The settings in which two configs differ, as `key: found X, asked for Y`."""
-    return differing_values(asdict(found), asdict(asked), ignore)
+def _claimed_above(path: Path) -> Path | None:
+    above = (path.absolute(), *path.absolute().parents)
+    return next((folder for folder in above if folder in _claimed), None)
 
 
-def differing_values(
-    found: dict[str, Any], asked: dict[str, Any], ignore: Sequence[str] = ()
-) -> list[str]:
-    """The values in which two nested mappings differ, as `key: found X, asked for Y`."""
-    old, new = dict(_flat(found)), dict(_flat(asked))
-    return [
-        f"{key}: found {_shown(old.get(key))}, asked for {_shown(new.get(key))}"
-        for key in {**old, **new}
-        if key not in ignore and old.get(key) != new.get(key)
-    ]
+def _identity(folder: Path) -> tuple[int, int]:
+    found = folder.stat()
+    return found.st_dev, found.st_ino
 
 
-def _shown(value: Any) -> Any:
-    # Digests differ in their first digits, and nobody reads the rest.
-    return value[:12] if isinstance(value, str) and _DIGEST.fullmatch(value) else value
+@contextmanager
+def errors_naming(path: Path, partial: Path | None = None) -> Iterator[None]:
+    """Give errors of writing the name of the file that a user knows.
+
+    Args:
+        path: The file or folder.
+        partial: Its name for a while.
+
+    Raises:
+        WriteError: In place of errors of the system that name nothing, or `partial`.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        number = None if isinstance(error, WriteError) else _number_of(error, partial)
+        if number is None:
+            raise
+        require_claimed(path)
+        raise WriteError(number, os.strerror(number), str(path)) from error
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+def _number_of(error: Exception, partial: Path | None) -> int | None:
+    """The system's number of an error of writing `partial`; None for any other."""
+    if isinstance(error, OSError) and error.errno is not None:
+        named = None if error.filename is None else Path(os.fsdecode(error.filename))
+        ours = named is None or (partial is not None and named.is_relative_to(partial))
+        return error.errno if ours else None
+    code = _IN_RUST.search(str(error))
+    if code is not None:
+        return int(code[1])
+    return errno.ENOSPC if _UNSAID.search(str(error)) else None

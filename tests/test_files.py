@@ -1,11 +1,17 @@
 """Output files: whole or not at all, whoever else is writing."""
 
+import os
+import re
+import shutil
+import socket
 import subprocess
 import sys
 
 import pytest
 
-from mhla_gen.files import check_writable, remove_partials, written_whole
+from mhla_gen.files import remove_leftovers, write_text, written_whole
+from mhla_gen.locks import claimed
+from mhla_gen.output_folders import check_writable, is_free
 from mhla_gen.training.log import read_log
 
 
@@ -35,30 +41,171 @@ def test_an_error_leaves_what_was_there(tmp_path):
     assert [p.name for p in folder.iterdir()] == ["b.txt"] and len(list(tmp_path.iterdir())) == 1
 
 
-def test_half_a_last_line_of_a_log_is_dropped(tmp_path):
+def test_damaged_lines_of_a_log_cost_no_others(tmp_path, capsys):
     log = tmp_path / "log.jsonl"
-    log.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
-    assert read_log(log) == [{"step": 1, "loss": 2.0}]
+    log.write_bytes(
+        b'{"step": 1, "loss": 2.0}\n{"step": 2, "lo\n\xff\xfe\n[3]\n'
+        b'{"step": 4, "a": "\xe2\x80\xa8"}\n{"s'
+    )
+    assert read_log(log) == [{"step": 1, "loss": 2.0}, {"step": 4, "a": "\u2028"}]
+    assert f"{log} has 4 damaged lines" in capsys.readouterr().err
 
 
 def test_what_a_kill_left_is_removed_and_nothing_else(tmp_path):
-    kept = {".hidden", ".checkpoint-20.partial", "1.partial", "samples.npz", ".git"}
+    kept = {".hidden", ".checkpoint-20.partial", "1.partial", "samples.npz", ".git", ".tmpabcdef"}
     for name in kept - {".git"}:
         (tmp_path / name).write_text("mine")
     (tmp_path / ".git").mkdir()
     program = f"""
 import os
-from mhla_gen.files import remove_partials, written_whole
+from mhla_gen.files import remove_leftovers, written_whole
 with written_whole("{tmp_path}/a.png") as file, written_whole("{tmp_path}/b") as folder:
     file.write_text("half")
     folder.mkdir()
     (folder / "c").write_text("half")
+    remove_leftovers("{tmp_path}", alone=False)
     os.kill(os.getpid(), 9)
 """
     subprocess.run([sys.executable, "-c", program], check=False)
     assert len(list(tmp_path.iterdir())) == len(kept) + 2
-    remove_partials(tmp_path)
+    remove_leftovers(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == kept
+    # What safetensors leaves goes where nobody else writes.
+    remove_leftovers(tmp_path, alone=True)
+    assert {path.name for path in tmp_path.iterdir()} == kept - {".tmpabcdef"}
+
+
+def test_what_a_living_process_or_another_machine_writes_stays(tmp_path):
+    with written_whole(tmp_path / "mine") as mine:
+        mine.write_text("half")
+        # A process that lives, on this machine; one of another machine; one of an old version.
+        others = [mine.with_name(mine.name.replace(f"-{os.getpid()}-", f"-{os.getppid()}-"))]
+        others += [tmp_path / ".a.0000000f-1-0123abcd.partial", tmp_path / ".config.yaml.1.partial"]
+        for other in others:
+            other.write_text("half")
+        remove_leftovers(tmp_path)
+        assert {*tmp_path.iterdir()} == {mine, *others}
+        remove_leftovers(tmp_path, alone=True)
+        assert {*tmp_path.iterdir()} == {mine, others[0]}
+
+
+@pytest.mark.parametrize("stage", ["old set aside", "new in place"])
+def test_a_folder_that_was_being_replaced_is_never_lost(stage, tmp_path):
+    program = f"""
+import os
+from pathlib import Path
+from mhla_gen import files
+with files.written_whole("{tmp_path}/set") as partial:
+    partial.mkdir()
+    (partial / "old").write_text("")
+real, calls = os.replace, []
+def replace(source, target):
+    real(source, target)
+    calls.append(target)
+    if len(calls) == {1 if stage == "old set aside" else 2}:
+        os.kill(os.getpid(), 9)
+os.replace = replace
+with files.written_whole("{tmp_path}/set") as partial:
+    partial.mkdir()
+    (partial / "new").write_text("")
+"""
+    subprocess.run([sys.executable, "-c", program], check=False)
+    remove_leftovers(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
+    name = "old" if stage == "old set aside" else "new"
+    assert [path.name for path in (tmp_path / "set").iterdir()] == [name]
+
+
+def test_what_has_its_name_is_on_the_disk(tmp_path, monkeypatch):
+    """Every file, then its folder, is flushed before the name; the name after it."""
+    events, flushed, replaced = [], os.fsync, os.replace
+
+    def fsync(descriptor):
+        events.append(os.readlink(f"/proc/self/fd/{descriptor}").replace(str(tmp_path), ""))
+        flushed(descriptor)
+
+    def replace(source, target):
+        events.append("named")
+        replaced(source, target)
+
+    monkeypatch.setattr("os.fsync", fsync)
+    monkeypatch.setattr("os.replace", replace)
+    with written_whole(tmp_path / "set") as partial:
+        (partial / "sub").mkdir(parents=True)
+        (partial / "sub" / "a").write_text("a")
+    name = f"/{partial.name}"
+    assert events == [f"{name}/sub/a", f"{name}/sub", name, "named", ""]
+
+
+def test_a_full_disk_names_the_file(tmp_path):
+    """A limit on the size of files is a full disk to a program."""
+    program = f"""
+import errno, resource, sys
+import numpy as np, torch
+from mhla_gen import files
+from safetensors.torch import save_file
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+big = torch.zeros(10_000)
+def saved_by_safetensors():
+    with files.written_whole("{tmp_path}/x") as partial:
+        save_file({{"big": big}}, partial)
+def saved_by_torch():
+    with files.written_whole("{tmp_path}/x") as partial:
+        torch.save(big, partial)
+def array():
+    with files.written_whole("{tmp_path}/x") as partial, partial.open("wb") as file:
+        np.save(file, big.numpy())
+ways = [
+    saved_by_safetensors, saved_by_torch, array,
+    lambda: files.write_text("{tmp_path}/x", "a" * 2000),
+    lambda: files.write_json("{tmp_path}/x", ["a" * 2000]),
+    lambda: files.write_tensors("{tmp_path}/x", {{"big": big}}),
+    lambda: files.write_lines("{tmp_path}/x", [{{"a": 1}}] * 1000),
+    lambda: [files.append_line("{tmp_path}/x", "a" * 600) for _ in range(3)],
+]
+for way in ways:
+    try:
+        way()
+    except files.WriteError as error:
+        assert error.is_full and str(error).startswith("{tmp_path}/x cannot be written ("), error
+    else:
+        sys.exit(str(way))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_a_folder_that_is_gone_is_not_made_again(tmp_path):
+    folder = tmp_path / "out"
+    for change in (shutil.rmtree, lambda path: path.rename(tmp_path / "moved")):
+        said = f"{folder} was removed, moved or replaced"
+        with pytest.raises(FileNotFoundError, match=said), claimed(folder):
+            write_text(folder / "deep" / "a.txt", "a")
+            change(folder)
+            write_text(folder / "deep" / "b.txt", "b")
+        assert not folder.exists()
+    with claimed(folder):
+        pass
+    assert not folder.exists()
+
+
+def test_two_commands_never_have_one_folder(tmp_path):
+    folder = tmp_path / "out"
+    with claimed(folder):
+        with claimed(folder):
+            pass
+        program = f"from mhla_gen.locks import claimed\nwith claimed('{folder}'): print('has it')"
+        second = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    who = rf"is writing to {folder} \(process {os.getpid()} on {socket.gethostname()} since "
+    assert second.returncode == 1 and re.search(who, second.stderr), second.stderr
+    assert not folder.exists()
+    # A killed command keeps nothing.
+    kill = program.replace("print('has it')", "__import__('os').kill(__import__('os').getpid(), 9)")
+    subprocess.run([sys.executable, "-c", kill])
+    assert [path.name for path in folder.iterdir()] == [".lock"] and is_free(folder)
+    third = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert third.stdout == "has it\n" and [*folder.iterdir()] == []
 
 
 @pytest.mark.parametrize("place", ["/proc/x", "/proc/x/y", "file/x"])

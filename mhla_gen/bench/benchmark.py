@@ -1,7 +1,6 @@
 """`mhla-gen bench`: measure, print a table, write JSON and a picture."""
 
 import itertools
-import json
 import platform
 import shlex
 import sys
@@ -15,7 +14,7 @@ import torch
 from mhla_gen.bench.model import bench_model
 from mhla_gen.bench.ops import bench_ops
 from mhla_gen.config import BenchConfig
-from mhla_gen.files import written_whole
+from mhla_gen.files import write_json
 from mhla_gen.runtime.devices import resolve_device
 from mhla_gen.version import __version__
 
@@ -60,8 +59,7 @@ def bench(config: BenchConfig) -> dict[str, Any]:
         print(_line(row), flush=True)
         # Written row by row: a long run that is cut short keeps what it measured.
         result = {"rows": rows, "dtype": config.dtype, **provenance(device)}
-        with written_whole(folder / "bench.json") as partial:
-            partial.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(folder / "bench.json", result, indent=1)
     plot(rows, folder / "bench.png")
     print(f"wrote {folder / 'bench.json'} and {folder / 'bench.png'}")
     return result

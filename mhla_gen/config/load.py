@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from mhla_gen.config.retired import without_retired
 from mhla_gen.config.sampling import SampleConfig
 from mhla_gen.config.tools import BenchConfig, ConvertConfig, DoctorConfig
 from mhla_gen.config.training import QuickstartConfig, TrainConfig
+from mhla_gen.files import write_text
 
 # Command name → its settings. A config file's `job` is one of these names.
 SCHEMAS: dict[str, type] = {
@@ -81,10 +81,7 @@ def load_config(
 
 def save_config(config: Any, path: str | Path) -> None:
     """Write a config as YAML that `load_config` reads back, `job` first."""
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(to_yaml(config), encoding="utf-8")
-    os.replace(partial, path)
+    write_text(path, to_yaml(config))
 
 
 def to_yaml(config: Any) -> str:

@@ -15,13 +15,14 @@ from mhla_gen.config import ConvertConfig, save_config
 from mhla_gen.conversion import mhla_dit, mhla_wan, original_dit
 from mhla_gen.conversion.keys import Converted, few
 from mhla_gen.conversion.reading import read_checkpoint
-from mhla_gen.files import CONFIG_NAME, made_with, written_whole
+from mhla_gen.files import written_whole
 from mhla_gen.hub import locate_part
 from mhla_gen.models import (
     MHLADiTTransformer2DModel,
     MHLAWanTransformer3DModel,
     OriginalDiTTransformer2DModel,
 )
+from mhla_gen.output_folders import CONFIG_NAME, made_with
 
 EXPORT_NAME = "model.pt"
 REPORT_NAME = "conversion.json"

@@ -7,6 +7,8 @@ from threading import Lock
 
 from tqdm import tqdm
 
+from mhla_gen.files import append_line
+
 
 class BrokenImages:
     """What could not be read so far, by the image's number. Threads may share it."""
@@ -41,8 +43,9 @@ class BrokenImages:
     def _list(self, lines: list[dict[str, str]]) -> None:
         if self._listing is None or not lines:
             return
-        known = self._listing.read_text().splitlines() if self._listing.is_file() else []
+        known = (
+            self._listing.read_text(errors="replace").split("\n") if self._listing.is_file() else []
+        )
         new = [line for line in map(json.dumps, lines) if line not in known]
-        # One short write at the end of a file: what others write meanwhile stays whole.
-        with self._listing.open("a") as file:
-            file.write("".join(f"{line}\n" for line in new))
+        if new:
+            append_line(self._listing, "\n".join(new))

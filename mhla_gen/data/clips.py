@@ -19,7 +19,7 @@ from mhla_gen.data.buckets import (
     window_starts,
 )
 from mhla_gen.data.clip_files import ClipFiles
-from mhla_gen.files import written_whole
+from mhla_gen.files import write_json
 from mhla_gen.media import Decoder
 from mhla_gen.media.pictures import UnreadableImageError
 
@@ -132,8 +132,7 @@ def place(files: ClipFiles, index: int, config: ClipsConfig, decoder: Decoder) -
 
 def write_placements(path: Path, placements: Sequence[Placement]) -> None:
     """Write where every file went, as JSON."""
-    with written_whole(path) as partial:
-        partial.write_text(json.dumps([asdict(p) for p in placements], indent=1))
+    write_json(path, [asdict(p) for p in placements], indent=1)
 
 
 def read_placements(path: Path) -> tuple[Placement, ...]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from torch import Tensor
@@ -18,11 +18,14 @@ from mhla_gen.data import TrainingData
 from mhla_gen.distillation.layers import LayerErrors
 from mhla_gen.distillation.losses import LayerLosses, OutputLosses
 from mhla_gen.distillation.teacher import softmax_twin, train_only, trained_names
-from mhla_gen.files import CONFIG_NAME, differing_values, written_whole
+from mhla_gen.files import written_whole
 from mhla_gen.hub import PIPELINE_NAME
+from mhla_gen.locks import claimed
 from mhla_gen.models.saved_transformer import load_transformer, transformer_class
 from mhla_gen.models.transformer import MHLATransformerMixin
+from mhla_gen.output_folders import CONFIG_NAME, differing_values
 from mhla_gen.runtime.compiling import compile_model
+from mhla_gen.runtime.processes import on_main
 from mhla_gen.training.build import build_task
 from mhla_gen.training.checkpoints import check_output_dir
 from mhla_gen.training.loop import train
@@ -49,14 +52,19 @@ def distill(config: TrainConfig) -> Path:
         OSError: If data are missing, or an output folder holds something else.
     """
     check_output_dir(config)
-    folder, processes = Path(config.output_dir), build_accelerator(config)
-    processes.wait_for_everyone()
+    processes = build_accelerator(config)
+    with claimed(config.output_dir):
+        on_main(lambda: check_output_dir(config))
+        return _convert(config, processes)
+
+
+def _convert(config: TrainConfig, processes: Accelerator) -> Path:
+    folder = Path(config.output_dir)
 
     def build(stage: TrainConfig, data: TrainingData) -> Task:
         task = stage_task(stage, data)
         # Not before: what does not fit leaves nothing behind.
         if processes.is_main_process:
-            folder.mkdir(parents=True, exist_ok=True)
             save_config(config, folder / CONFIG_NAME)
         return task
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mhla_gen.evaluation.frechet import FeatureStatistics, FeatureSums
 from mhla_gen.evaluation.npz import open_array, write_npz
-from mhla_gen.files import written_whole
+from mhla_gen.files import write_json, written_whole
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,7 @@ def write_chunk(
         dims: Their sizes, for a chunk without a readable image.
         unreadable: A line for each image that is missing.
     """
-    with written_whole(_problems_file(folder, chunk)) as partial:
-        partial.write_text(json.dumps(unreadable))
+    write_json(_problems_file(folder, chunk), unreadable, indent=None)
     for name, dim in dims.items():
         # Copied here, not after each batch: a copy waits for the device.
         parts = [output[name].cpu() for output in outputs]

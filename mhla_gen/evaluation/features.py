@@ -1,6 +1,5 @@
 """Extraction: images → features, in chunks that any number of processes can share."""
 
-import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -20,7 +19,7 @@ from mhla_gen.evaluation.extractor import Extractor
 from mhla_gen.evaluation.feature_cache import SETTINGS_NAME, limit_cache
 from mhla_gen.evaluation.feature_files import FeatureSet, collect, is_complete, write_chunk
 from mhla_gen.evaluation.sources import ImageSource, frame_shape
-from mhla_gen.files import written_whole
+from mhla_gen.files import write_json
 from mhla_gen.media.pictures import UnreadableImageError
 from mhla_gen.runtime.processes import on_main
 
@@ -167,8 +166,7 @@ def _open_folder(
     folder = cache_dir / settings_digest(everything)[:32]
     if PartialState().is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
-        with written_whole(folder / SETTINGS_NAME) as partial:
-            partial.write_text(json.dumps({**everything, "source": source.name}, indent=2))
+        write_json(folder / SETTINGS_NAME, {**everything, "source": source.name})
     PartialState().wait_for_everyone()
     return folder
 

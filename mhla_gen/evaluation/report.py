@@ -1,12 +1,11 @@
 """Results as people and programs read them: a table and metrics.json."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mhla_gen.evaluation.intervals import Interval
-from mhla_gen.files import written_whole
+from mhla_gen.files import write_json
 
 
 @dataclass(frozen=True)
@@ -37,8 +36,7 @@ class Result:
 def write_report(path: Path, results: list[Result], context: dict[str, Any]) -> None:
     """Write metrics.json: `context`, and each metric by name. Whole or not at all."""
     content = {**context, "metrics": {result.metric: result.to_dict() for result in results}}
-    with written_whole(path) as partial:
-        partial.write_text(json.dumps(content, indent=2) + "\n")
+    write_json(path, content)
 
 
 def format_table(results: list[Result]) -> str:

@@ -3,10 +3,11 @@
 from pathlib import Path
 
 from mhla_gen.config import SensitivityConfig
-from mhla_gen.files import made_with
 from mhla_gen.inspection.sensitivity_plan import Plan, plan_by_count, plan_by_error
 from mhla_gen.inspection.sensitivity_report import write_report
 from mhla_gen.inspection.sensitivity_scan import LAYERS_NAME, Scan
+from mhla_gen.locks import claimed
+from mhla_gen.output_folders import made_with
 
 DISTILLED_NAME = "distilled.safetensors"
 # A finished scan answers for any budget.
@@ -43,6 +44,11 @@ def sensitivity(config: SensitivityConfig, dry_run: bool = False) -> Path:
             f"and write {folder}"
         )
         return folder
+    with claimed(folder):
+        return _measure(config, scan, folder)
+
+
+def _measure(config: SensitivityConfig, scan: Scan, folder: Path) -> Path:
     scan.claim(folder)
     scan.distill(folder / DISTILLED_NAME)
     rows = scan.measure(folder / LAYERS_NAME)

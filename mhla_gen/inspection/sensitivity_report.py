@@ -1,6 +1,5 @@
 """Results of a sensitivity scan: numbers, a picture, and the plan as settings."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from mhla_gen.config import SensitivityConfig
-from mhla_gen.files import written_whole
+from mhla_gen.files import write_json, write_text, written_whole
 from mhla_gen.inspection.figures import render
 from mhla_gen.inspection.sensitivity_plan import Plan
 from mhla_gen.version import __version__
@@ -68,10 +67,8 @@ def write_report(
             "joint_error": joint_error,
             "override": plan.override,
         }
-        with written_whole(folder / PLAN_NAME) as partial:
-            partial.write_text(_snippet(config, plan))
-    with written_whole(folder / RESULTS_NAME) as partial:
-        partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        write_text(folder / PLAN_NAME, _snippet(config, plan))
+    write_json(folder / RESULTS_NAME, content)
     picture = draw_sensitivity(rows, plan)
     with written_whole(folder / PICTURE_NAME) as partial:
         partial.write_bytes(picture)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -19,7 +19,7 @@ from mhla_gen.data import derived_seed, open_images
 from mhla_gen.digests import tensors_digest
 from mhla_gen.distillation.layers import LayerErrors, relative_error
 from mhla_gen.distillation.teacher import mhla_attentions, softmax_twin, train_only, trained_names
-from mhla_gen.files import CONFIG_NAME, written_whole
+from mhla_gen.files import append_line, write_lines, write_tensors
 from mhla_gen.inspection.inputs import Input, make_inputs, token_grid
 from mhla_gen.inspection.sensitivity_plan import plan_by_count
 from mhla_gen.inspection.sensitivity_report import LayerSensitivity
@@ -27,6 +27,7 @@ from mhla_gen.inspection.subject import load_subject
 from mhla_gen.models import inject
 from mhla_gen.models.surgery import swap_processor
 from mhla_gen.models.transformer import MHLATransformerMixin
+from mhla_gen.output_folders import CONFIG_NAME
 from mhla_gen.runtime.devices import resolve_device
 from mhla_gen.training.log import read_log
 from mhla_gen.training.optim import keep_mixing_in_range
@@ -109,7 +110,6 @@ class Scan:
         Raises:
             FileExistsError: If it was measured on other weights.
         """
-        folder.mkdir(parents=True, exist_ok=True)
         save_config(self.config, folder / CONFIG_NAME)
         file = folder / LAYERS_NAME
         lines = read_log(file)
@@ -120,8 +120,7 @@ class Scan:
             )
         # Without the half of a line that a killed scan may have left.
         lines = lines or [{"weights": self.digest}]
-        with written_whole(file) as partial:
-            partial.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        write_lines(file, lines)
 
     def distill(self, file: Path) -> None:
         """Let each layer learn its original for the steps asked for, or load what it learned."""
@@ -132,8 +131,7 @@ class Scan:
         if not file.is_file():
             with self._compared(names) as layers:
                 self._fit(layers, [own[name] for name in sorted(names)])
-            with written_whole(file) as partial:
-                save_file({name: own[name].detach().contiguous() for name in names}, partial)
+            write_tensors(file, {name: own[name] for name in names})
         self.student.load_state_dict(load_file(file), strict=False)
 
     def _fit(self, layers: LayerErrors, parameters: list[Tensor]) -> None:
@@ -179,8 +177,7 @@ class Scan:
                 by_timestep=self._by_timestep([index]),
                 layer_error=self._layer_errors[name],
             )
-            with file.open("a") as stream:
-                stream.write(json.dumps(found[index].to_dict()) + "\n")
+            append_line(file, json.dumps(found[index].to_dict()))
         return [found[index] for index in self.layers]
 
     def error_of(self, layers: Sequence[int]) -> float:

@@ -1,7 +1,6 @@
 """The quickstart, step by step."""
 
 import json
-import shutil
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -12,7 +11,9 @@ from accelerate import PartialState
 
 from mhla_gen.config import QuickstartConfig, SampleConfig, TrainConfig, save_config
 from mhla_gen.data.images import digits
-from mhla_gen.files import CONFIG_NAME, made_with, written_whole
+from mhla_gen.files import remove, write_json, written_whole
+from mhla_gen.locks import claimed
+from mhla_gen.output_folders import CONFIG_NAME, made_with
 from mhla_gen.quickstart.figures import draw_losses, draw_mixing
 from mhla_gen.quickstart.report import next_commands, table
 from mhla_gen.quickstart.scores import FEATURE_SPACE, score, score_real
@@ -62,7 +63,8 @@ def quickstart(config: QuickstartConfig, dry_run: bool = False) -> None:
             print(rehearse(replace(training(config, attention), resume="latest")))
         return
     if not (folder / METRICS_NAME).is_file():
-        _run(config, folder)
+        with claimed(folder):
+            _run(config, folder)
     elif started:
         print(f"{folder} holds a finished quickstart with these settings; nothing was run")
     metrics = json.loads((folder / METRICS_NAME).read_text())
@@ -94,7 +96,6 @@ def training(config: QuickstartConfig, attention: Attention) -> TrainConfig:
 
 def _run(config: QuickstartConfig, folder: Path) -> None:
     began = time.perf_counter()
-    folder.mkdir(parents=True, exist_ok=True)
     save_config(config, folder / CONFIG_NAME)
     real = digits()
     labels = class_labels("all", config.samples_per_class, len(real.class_names))
@@ -111,8 +112,7 @@ def _run(config: QuickstartConfig, folder: Path) -> None:
         {"weights": weights_of(mhla.pipeline), "num_samples": len(labels)},
         ["samples.npz", "samples.png"],
     )
-    with written_whole(folder / "manifest.json") as partial:
-        partial.write_text(json.dumps(made, indent=2) + "\n")
+    write_json(folder / "manifest.json", made)
     _draw(config, folder, real, labels, arms)
     metrics = {
         "feature_space": FEATURE_SPACE,
@@ -131,10 +131,9 @@ def _run(config: QuickstartConfig, folder: Path) -> None:
         "seconds": round(time.perf_counter() - began, 1),
     }
     # The last file: where it is, the quickstart is finished.
-    with written_whole(folder / METRICS_NAME) as partial:
-        partial.write_text(json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
+    write_json(folder / METRICS_NAME, metrics)
     for old in (folder / "training").glob("*/checkpoint-*"):
-        shutil.rmtree(old)
+        remove(old)
 
 
 def _arm(config: QuickstartConfig, attention: Attention, labels: np.ndarray) -> Arm:

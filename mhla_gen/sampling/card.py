@@ -7,7 +7,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from mhla_gen.files import written_whole
+from mhla_gen.files import write_text, written_whole
 from mhla_gen.hub import INDEX_NAME, find
 from mhla_gen.sampling.manifest import MANIFEST_NAME
 from mhla_gen.sampling.outputs import SHEET_NAME
@@ -52,8 +52,7 @@ def write(pipeline: str, samples: Path) -> Path:
     with written_whole(folder / PICTURE_NAME) as partial:
         shutil.copyfile(samples / SHEET_NAME, partial)
     card = ModelCard(f"---\n{_metadata(made).to_yaml()}\n---\n\n{_text(made)}")
-    with written_whole(folder / CARD_NAME) as partial:
-        partial.write_text(str(card))
+    write_text(folder / CARD_NAME, str(card))
     return folder / CARD_NAME
 
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from mhla_gen.config import ConfigError, TrainConfig, load_config
 from mhla_gen.data import load_data
-from mhla_gen.files import CONFIG_NAME
+from mhla_gen.output_folders import CONFIG_NAME
 from mhla_gen.training.build import build_task
 from mhla_gen.training.checkpoints import last_checkpoint
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,13 +12,9 @@ import torch
 from accelerate import PartialState
 
 from mhla_gen.config import SampleConfig, save_config
-from mhla_gen.files import (
-    CONFIG_NAME,
-    check_writable,
-    differing_values,
-    made_with,
-    remove_partials,
-)
+from mhla_gen.files import write_json, write_lines
+from mhla_gen.locks import claimed
+from mhla_gen.output_folders import CONFIG_NAME, check_writable, differing_values, made_with
 from mhla_gen.runtime.devices import resolve_device
 from mhla_gen.runtime.processes import join_processes, on_main
 from mhla_gen.sampling import card, estimate
@@ -42,7 +39,7 @@ from mhla_gen.sampling.outputs import (
 )
 from mhla_gen.sampling.progress import Progress
 from mhla_gen.sampling.samplers import ClassSampler, Sampler
-from mhla_gen.sampling.units import Units, Work, write_json, write_lines
+from mhla_gen.sampling.units import Units, Work
 
 if TYPE_CHECKING:
     from mhla_gen.sampling.scoring import Scorer
@@ -75,6 +72,13 @@ def sample(config: SampleConfig, dry_run: bool = False) -> Path:
     folder = Path(config.output_dir)
     on_main(lambda: made_with(folder, config, _FREE))
     on_main(lambda: check_writable(folder))
+    with nullcontext() if dry_run else claimed(folder):
+        return _sample(config, folder, state, dry_run)
+
+
+def _sample(config: SampleConfig, folder: Path, state: PartialState, dry_run: bool) -> Path:
+    # Again: another command may have had the folder in between.
+    on_main(lambda: made_with(folder, config, _FREE))
     if config.card:
         on_main(lambda: card.check(config.pipeline))
     sampler = build_sampler(config)
@@ -166,7 +170,6 @@ class Job:
         return Scorer(self.config.evaluate, self.folder, features, shape, len(self.sampler))
 
     def _begin(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
         save_config(replace(self.config, output_dir=str(self.folder)), self.folder / CONFIG_NAME)
         self.work.write_identity(self.identity)
 
@@ -198,8 +201,6 @@ class Job:
     def _finish(self) -> None:
         """Join what the units left, and write the manifest, which says that the set is complete."""
         files = [SHEET_NAME]
-        for name in (".", IMAGES_NAME, VIDEOS_NAME):
-            remove_partials(self.folder / name)
         if self.config.keep_samples:
             files += self._finish_samples()
         rows = [

@@ -2,14 +2,13 @@
 
 import json
 import shutil
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mhla_gen.files import written_whole
+from mhla_gen.files import write_json, written_whole
 
 WORK_NAME = ".work"
 
@@ -99,16 +98,3 @@ def write_array(path: Path, array: np.ndarray) -> None:
     """Write an .npy file, whole or not at all."""
     with written_whole(path) as partial, partial.open("wb") as file:
         np.save(file, array)
-
-
-def write_json(path: Path, values: Any) -> None:
-    """Write JSON, whole or not at all."""
-    with written_whole(path) as partial:
-        partial.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
-
-
-def write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
-    """Write JSON lines, whole or not at all."""
-    with written_whole(path) as partial, partial.open("w") as file:
-        for record in records:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")

@@ -12,8 +12,9 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from mhla_gen.config import TrainConfig, load_config, save_config
-from mhla_gen.files import CONFIG_NAME, check_writable, differences, remove_partials
+from mhla_gen.files import remove_leftovers
 from mhla_gen.hub import PIPELINE_NAME
+from mhla_gen.output_folders import CONFIG_NAME, check_writable, differences, is_free
 from mhla_gen.training.training_run import Run
 
 _PREFIX = "checkpoint-"
@@ -109,7 +110,7 @@ def pipeline_steps(folder: Path) -> int:
 
 def tidy(folder: Path) -> None:
     """Remove what a run that was killed left half-written; a checkpoint set aside comes back."""
-    remove_partials(folder)
+    remove_leftovers(folder)
     for aside in list(folder.glob(f".{_PREFIX}*{_ASIDE}")):
         target = folder / aside.name.removeprefix(".").removesuffix(_ASIDE)
         if target.exists():
@@ -208,7 +209,7 @@ def check_output_dir(config: TrainConfig) -> None:
     """
     folder = Path(config.output_dir)
     check_writable(folder)
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    if is_free(folder):
         return
     if not (folder / CONFIG_NAME).is_file():
         raise FileExistsError(

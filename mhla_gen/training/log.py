@@ -1,6 +1,7 @@
 """What a run reports: a progress bar, one JSON object a line in log.jsonl, and trackers."""
 
 import json
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mhla_gen.files import written_whole
+from mhla_gen.files import append_line, read_lines, write_lines
 from mhla_gen.training.checkpoints import last_checkpoint
 from mhla_gen.training.recent import Recorded
 from mhla_gen.training.step import StepResult
@@ -45,9 +46,8 @@ class RunLog:
         # Steps since then; those of a run before it was resumed do not count for the speed.
         self._steps, self._since = 0, time.perf_counter()
         if show:
-            kept = [line for line in read_log(path) if line["step"] <= start]
-            with written_whole(path) as partial:
-                partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            kept = [line for line in read_log(path) if line.get("step", start + 1) <= start]
+            write_lines(path, kept)
 
     def step(self, step: int, result: StepResult, learning_rate: float) -> None:
         """Note one finished step.
@@ -136,8 +136,7 @@ class RunLog:
         shown += [f"{line['memory_gib']} GiB"] if "memory_gib" in line else []
         self.bar.set_postfix_str(", ".join(shown), refresh=False)
         if self.run.accelerator.is_main_process:
-            with self.path.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+            append_line(self.path, json.dumps(line))
 
 
 def mean_by_timestep(losses: Tensor, timesteps: Tensor) -> dict[str, float]:
@@ -179,16 +178,16 @@ def not_finite(run: Run, number: int, positions: Sequence[int]) -> str:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a log, oldest first; none if there is no log."""
+    """The whole lines of a log, oldest first, each with its step; none if there is no log.
+
+    Damaged lines are left out, which is said; a run that is killed may leave half of a last one.
+    """
     if not path.is_file():
         return []
-    lines = []
-    for line in path.read_text().splitlines():
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            # A run that was killed may have left half of its last line.
-            break
+    lines, damaged = read_lines(path)
+    if damaged:
+        some = "a damaged line" if damaged == 1 else f"{damaged} damaged lines"
+        tqdm.write(f"{path} has {some}, left out", file=sys.stderr)
     return lines
 
 

@@ -10,8 +10,10 @@ from mhla_gen.config import TrainConfig, save_config
 from mhla_gen.data import EncodedImages
 from mhla_gen.data.caching.cached import CachedLatents
 from mhla_gen.data.caching.index import QUARANTINE_NAME
-from mhla_gen.files import CONFIG_NAME, written_whole
+from mhla_gen.files import written_whole
 from mhla_gen.hub import PIPELINE_NAME
+from mhla_gen.locks import claimed
+from mhla_gen.output_folders import CONFIG_NAME
 from mhla_gen.runtime.processes import on_main
 from mhla_gen.training.build import build_task
 from mhla_gen.training.checkpoints import (
@@ -57,6 +59,15 @@ def train(config: TrainConfig, title: str = "training", build: BuildTask = build
         Stopped: If a signal stopped it.
     """
     check_output_dir(config)
+    # Joins the processes of a launch, which have the folder together.
+    build_accelerator(config)
+    with claimed(config.output_dir):
+        return _train(config, title, build)
+
+
+def _train(config: TrainConfig, title: str, build: BuildTask) -> Path:
+    # Again: another command may have had the folder in between.
+    on_main(lambda: check_output_dir(config))
     folder = Path(config.output_dir)
     if pipeline_steps(folder) == config.max_steps:
         if build_accelerator(config).is_main_process:
@@ -65,7 +76,6 @@ def train(config: TrainConfig, title: str = "training", build: BuildTask = build
         return folder / PIPELINE_NAME
     run = build_run(config, build)
     if run.accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
         save_config(config, folder / CONFIG_NAME)
     _list_left_out(run, folder)
     start = load_latest(run)

@@ -8,10 +8,10 @@ from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DMod
 from torch import nn
 
 from mhla_gen.config import MHLAConfig, ModelConfig
-from mhla_gen.files import differences
 from mhla_gen.models import inject
 from mhla_gen.models.saved_transformer import load_transformer
 from mhla_gen.models.transformer import MHLATransformerMixin
+from mhla_gen.output_folders import differences
 
 
 def load_pretrained(config: ModelConfig, subfolder: str = "transformer") -> Any:

@@ -37,6 +37,7 @@ from mhla_gen.data.images import ArrayImages, EncodedImages
 from mhla_gen.data.opening import open_images
 from mhla_gen.data.protocol import Examples
 from mhla_gen.data.text import TextEncoder, load_text_encoder
+from mhla_gen.locks import claimed
 from mhla_gen.media import Decoder
 from mhla_gen.runtime.devices import resolve_device
 from mhla_gen.runtime.processes import join_processes, on_main, shared_map
@@ -82,7 +83,9 @@ def build_cache(config: CacheConfig, dry_run: bool = False) -> str:
     with Decoder(config.clips.timeout, config.num_workers) as decoder:
         if dry_run:
             return _rehearse(config, files, vae, frame_encoder, decoder)
-        return _build(config, files, vae, encoder, frame_encoder, decoder)
+        with claimed(config.output_dir):
+            on_main(lambda: check_output_dir(config))
+            return _build(config, files, vae, encoder, frame_encoder, decoder)
 
 
 def _build(

@@ -9,12 +9,11 @@ from typing import Any, TypeVar
 import torch
 from accelerate import PartialState
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from mhla_gen.digests import file_digest
-from mhla_gen.files import written_whole
+from mhla_gen.files import write_tensors
 from mhla_gen.runtime.processes import advance
 
 T = TypeVar("T")
@@ -143,12 +142,5 @@ def is_complete(path: Path, again: bool) -> bool:
 
 
 def _write(path: Path, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
-    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    with written_whole(path) as partial:
-        try:
-            # Metadata are an unordered map of strings: one entry keeps files reproducible.
-            save_file(whole, partial, {"record": json.dumps(record)})
-        except SafetensorError as error:
-            raise OSError(f"{path} cannot be written: {error}") from error
-        # safetensors writes files that only their owner may read.
-        partial.chmod(0o644)
+    # Metadata are an unordered map of strings: one entry keeps files reproducible.
+    write_tensors(path, tensors, {"record": json.dumps(record)})

@@ -1,6 +1,5 @@
 """The end of building a cache: check every file, list what was left out, write the index."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from mhla_gen.data.caching.checking import (
 from mhla_gen.data.caching.chunks import Chunk
 from mhla_gen.data.caching.index import CAPTIONS_NAME, QUARANTINE_NAME, BucketIndex, Index
 from mhla_gen.data.protocol import Examples
-from mhla_gen.files import written_whole
+from mhla_gen.files import write_json, write_lines
 from mhla_gen.runtime.processes import on_main
 
 
@@ -79,11 +78,9 @@ def _write(
     quarantined = list(contents.unreadable)
     for chunk in contents.latents:
         quarantined += found[chunk.name]["record"]["quarantined"]
-    with written_whole(folder / QUARANTINE_NAME) as partial:
-        partial.write_text("".join(json.dumps(line) + "\n" for line in quarantined))
+    write_lines(folder / QUARANTINE_NAME, quarantined)
     if contents.captions is not None:
-        with written_whole(folder / CAPTIONS_NAME) as partial:
-            partial.write_text(json.dumps(contents.captions, indent=0))
+        write_json(folder / CAPTIONS_NAME, contents.captions, indent=0)
     buckets = tuple(filter(lambda bucket: bucket.count, _buckets(contents, found)))
     if not buckets:
         first = quarantined[0]

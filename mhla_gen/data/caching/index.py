@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mhla_gen.files import written_whole
+from mhla_gen.files import write_json
 
 INDEX_NAME = "index.json"
 CAPTIONS_NAME = "captions.json"
@@ -107,5 +107,4 @@ class Index:
 
     def write(self, folder: Path) -> None:
         """Write index.json, whole or not at all."""
-        with written_whole(folder / INDEX_NAME) as partial:
-            partial.write_text(json.dumps({"format": FORMAT, **asdict(self)}, indent=1))
+        write_json(folder / INDEX_NAME, {"format": FORMAT, **asdict(self)}, indent=1)

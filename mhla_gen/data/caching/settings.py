@@ -12,13 +12,8 @@ from mhla_gen.data.caching.index import SETTINGS_NAME
 from mhla_gen.data.clip_files import ClipFiles
 from mhla_gen.data.images import ArrayImages, EncodedImages
 from mhla_gen.digests import settings_digest
-from mhla_gen.files import (
-    CONFIG_NAME,
-    check_writable,
-    differing_values,
-    made_with,
-    written_whole,
-)
+from mhla_gen.files import write_json
+from mhla_gen.output_folders import CONFIG_NAME, check_writable, differing_values, made_with
 
 # Two runs may differ in these: paths are known by content, and the rest does not change it.
 _FREE = (
@@ -119,10 +114,8 @@ def keep_settings(config: CacheConfig, settings: dict[str, Any]) -> None:
     """Write the settings, unless an earlier run did."""
     folder = Path(config.output_dir)
     if not (folder / SETTINGS_NAME).is_file():
-        folder.mkdir(parents=True, exist_ok=True)
         save_config(config, folder / CONFIG_NAME)
-        with written_whole(folder / SETTINGS_NAME) as partial:
-            partial.write_text(json.dumps(settings, indent=1))
+        write_json(folder / SETTINGS_NAME, settings, indent=1)
 
 
 def _digest(values: Any) -> str | None:

@@ -1,0 +1,108 @@
+"""Output folders: whose they are, and whether this command may write to them."""
+
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from mhla_gen.config import ConfigError, load_config
+from mhla_gen.files import is_temporary
+
+CONFIG_NAME = "config.yaml"
+LOCK_NAME = ".lock"
+
+_DIGEST = re.compile(r"[0-9a-f]{32,64}")
+
+
+def is_free(folder: Path) -> bool:
+    """Whether a folder is not there, or has nothing in it but what a killed command left."""
+    return not folder.exists() or (
+        folder.is_dir()
+        and all(path.name == LOCK_NAME or is_temporary(path) for path in folder.iterdir())
+    )
+
+
+def made_with(folder: str | Path, config: Any, ignore: Sequence[str] = ("output_dir",)) -> bool:
+    """Whether a run with these settings wrote `folder`; False if it is free to use.
+
+    Args:
+        folder: Output folder. Those of ours hold the settings that made them.
+        config: The settings asked for now.
+        ignore: Settings that may differ.
+
+    Raises:
+        FileExistsError: If something else is there: other settings, named, or files not ours.
+    """
+    folder = Path(folder)
+    remedy = "choose another output_dir or move it away"
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"output_dir {folder} is a file; {remedy}")
+    if is_free(folder):
+        return False
+    if not (folder / CONFIG_NAME).is_file():
+        raise FileExistsError(
+            f"output_dir {folder} has files that this command did not write, and no {CONFIG_NAME}; "
+            f"{remedy}"
+        )
+    try:
+        found = load_config(folder / CONFIG_NAME, schema=type(config))
+    except ConfigError as error:
+        message = f"output_dir {folder} was written by another command, or is damaged ({error})"
+        raise FileExistsError(f"{message}; {remedy}") from None
+    changes = differences(found, config, ignore)
+    if changes:
+        raise FileExistsError(
+            f"output_dir {folder} was made with other settings ({'; '.join(changes)}); {remedy}"
+        )
+    return True
+
+
+def check_writable(folder: str | Path) -> None:
+    """Raise unless files can be written to an output folder, which need not exist yet.
+
+    Raises:
+        PermissionError: Naming what stands in the way.
+    """
+    folder = Path(folder)
+    parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    try:
+        # Rights alone do not tell: the superuser has them on a file system that takes no files.
+        with tempfile.TemporaryFile(dir=parent):
+            pass
+    except OSError as error:
+        raise PermissionError(
+            f"output_dir {folder} cannot be made: {parent} is not writable "
+            f"({error.strerror or error}); choose another output_dir"
+        ) from error
+
+
+def differences(found: Any, asked: Any, ignore: Sequence[str] = ()) -> list[str]:
+    """The settings in which two configs differ, as `key: found X, asked for Y`."""
+    return differing_values(asdict(found), asdict(asked), ignore)
+
+
+def differing_values(
+    found: dict[str, Any], asked: dict[str, Any], ignore: Sequence[str] = ()
+) -> list[str]:
+    """The values in which two nested mappings differ, as `key: found X, asked for Y`."""
+    old, new = dict(_flat(found)), dict(_flat(asked))
+    return [
+        f"{key}: found {_shown(old.get(key))}, asked for {_shown(new.get(key))}"
+        for key in {**old, **new}
+        if key not in ignore and old.get(key) != new.get(key)
+    ]
+
+
+def _shown(value: Any) -> Any:
+    # Digests differ in their first digits, and nobody reads the rest.
+    return value[:12] if isinstance(value, str) and _DIGEST.fullmatch(value) else value
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value

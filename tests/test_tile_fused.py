@@ -124,7 +124,7 @@ def test_owners_are_the_groups_that_list_a_tile():
     placed = tiling((12, 10), (2, 2), (3, 1), 2, (2, 1))
     means = torch.randn(2, 3, placed.num_groups, 4), torch.randn(2, 3, placed.num_tiles, 4)
     lists = tile_lists(*means, placed).flatten(0, 1).int()
-    owners, offsets = owners_of_tiles(lists, placed.num_tiles)
+    owners, offsets = owners_of_tiles(torch.stack((lists, -lists), dim=2), placed.num_tiles)
     for head in range(6):
         for tile in range(placed.num_tiles):
             place = head * placed.num_tiles + tile

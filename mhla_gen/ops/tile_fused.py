@@ -13,8 +13,8 @@ from mhla_gen.ops.tiles import Tiling
 
 MAX_TILES = 16384
 """Most tiles: one program holds the products of a group with all of them."""
-_MAX_ELEMENTS = 2**31
-"""Fewest elements of one head, packed, that 32 bits do not number."""
+# Entries of tiles are eight times their first token, in 32 bits.
+_MAX_TOKENS = 2**28
 
 
 def fused_tile_attention(
@@ -56,9 +56,8 @@ def unsupported(
         return f"takes float32, float16 and bfloat16, found {query.dtype}"
     if num_tiles > MAX_TILES:
         return f"takes up to {MAX_TILES} tiles, found {num_tiles}"
-    # Packs are up to twice as long as the sequence, where tiles are ragged.
-    if 2 * query.shape[1] * max(dims) >= _MAX_ELEMENTS:
-        return f"takes fewer tokens, found {query.shape[1]}"
+    if query.shape[1] >= _MAX_TOKENS:
+        return f"takes fewer than {_MAX_TOKENS} tokens, found {query.shape[1]}"
     if rotary is not None and any(table.requires_grad for table in rotary):
         return "treats rotary as constant, found tables that require a gradient"
     return None
@@ -82,7 +81,7 @@ def tile_attend(
     top: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, log-sum-exp, and the lists of tiles `[batch · heads, groups, list_size]`."""
+    """Output, log-sum-exp, and lists; see `tile_form.tile_lists`."""
     call = _call(query, value, cos, sin, grid, tiles, groups, reach, before, top, scale)
     with torch.cuda.device_of(query):
         return tile_form.forward(
@@ -97,7 +96,7 @@ def _(query, key, value, cos, sin, extra_key, extra_value, extra_mask, *options)
     return (
         value.new_empty(value.shape),
         query.new_empty((batch, heads, seq_len), dtype=torch.float32),
-        query.new_empty((batch * heads, placed.num_groups, placed.list_size), dtype=torch.int32),
+        query.new_empty((batch * heads, placed.num_groups, 2, placed.list_size), dtype=torch.int32),
     )
 
 

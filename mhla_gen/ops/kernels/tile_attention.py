@@ -1,16 +1,16 @@
 """Tile attention, forward: one program takes queries of one group through its list of tiles.
 
-Keys and values come from packs (`tile_lists.py`), so that a tile is consecutive rows and a block of
-`BN` keys is whatever tiles come next in the list. Scores are kept in units of log 2.
+A block of `BN` keys is whatever tiles come next in the list (`tile_lists.py`); they are read where
+they lie. Scores are kept in units of log 2.
 """
 
 import triton
 import triton.language as tl
 
 from mhla_gen.ops.kernels.attention import add_times, outer
-from mhla_gen.ops.kernels.boxes import block_box, box_tokens, group_box
+from mhla_gen.ops.kernels.boxes import box_tokens, group_box
 from mhla_gen.ops.kernels.linear import rotate_pieces
-from mhla_gen.ops.kernels.pieces import head_offset, load_pieces, store_pieces
+from mhla_gen.ops.kernels.pieces import head_offset, load_pieces, piece_offsets, store_pieces
 
 _LN2 = tl.constexpr(0.6931471805599453)
 
@@ -30,41 +30,68 @@ def locate_group(box, groups, num_heads, num_groups, blocks, BM: tl.constexpr, R
 
 
 @triton.jit
-def load_rows(x_ptr, rows, D: tl.constexpr, START: tl.constexpr, B: tl.constexpr):
-    """Channels [START, START + B) of rows of a pack, 0 where there are no such channels."""
-    channels = START + tl.arange(0, B)
-    offsets = rows[:, None] * D + channels[None, :]
-    if START + B <= D:
-        return tl.load(x_ptr + offsets)
-    else:
-        return tl.load(x_ptr + offsets, mask=(channels < D)[None, :], other=0.0)
-
-
-@triton.jit
-def load_pack(x_ptr, rows, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
-    """Both pieces of rows of a pack."""
-    x0 = load_rows(x_ptr, rows, D, 0, D0)
+def load_tokens(
+    x_ptr, tokens, strides, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    ALIGN: tl.constexpr,
+):  # fmt: skip
+    """Both pieces of tokens that exist, of one head."""
+    x0 = _load_piece(x_ptr, tokens, strides, D, 0, D0, ALIGN)
     x1 = x0
     if D1 > 0:
-        x1 = load_rows(x_ptr, rows, D, D0, D1)
+        x1 = _load_piece(x_ptr, tokens, strides, D, D0, D1, ALIGN)
     return x0, x1
 
 
 @triton.jit
-def listed_rows(
-    lists_ptr, keys, num_keys, box, SLOTS: tl.constexpr, RANK: tl.constexpr, MASKED: tl.constexpr,
+def load_rows(x_ptr, rows, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
+    """Both pieces of consecutive rows of D channels."""
+    return load_tokens(x_ptr, rows, (0, D, 0, 1), D, D0, D1, 16 if D % 16 == 0 else 1)
+
+
+@triton.jit
+def _load_piece(
+    x_ptr, tokens, strides, D: tl.constexpr, START: tl.constexpr, B: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """Rows of a pack for keys of a list, and which of them are tokens."""
-    valid = keys < num_keys
-    if MASKED:
-        keys = tl.minimum(keys, num_keys - 1)
-    tile, slot = tl.load(lists_ptr + keys // SLOTS), keys % SLOTS
-    if MASKED:
-        _t, _h, _w, size_t, size_h, size_w = block_box(
-            tile, box[0], box[1], box[2], box[3], box[4], box[5], RANK
-        )
-        valid = valid & (slot < size_t * size_h * size_w)
-    return tile * SLOTS + slot, valid
+    offsets = piece_offsets(tokens.to(tl.int64), strides, START, B, ALIGN)
+    if START + B <= D:
+        return tl.load(x_ptr + offsets)
+    else:
+        channels = START + tl.arange(0, B)
+        return tl.load(x_ptr + offsets, mask=(channels < D)[None, :], other=0.0)
+
+
+@triton.jit
+def slot_places(slots, box, SLOT_H: tl.constexpr, SLOT_W: tl.constexpr, SLOTS: tl.constexpr):
+    """Tokens of slots, counted from their tile's first, and the bits of entries without them."""
+    w, h, t = slots % SLOT_W, slots // SLOT_W % SLOT_H, slots // (SLOT_W * SLOT_H)
+    last_t: tl.constexpr = SLOTS // (SLOT_W * SLOT_H) - 1
+    bits = tl.where(w == SLOT_W - 1, 1, 0) + tl.where(h == SLOT_H - 1, 2, 0)
+    return (t * box[1] + h) * box[2] + w, bits + tl.where(t == last_t, 4, 0)
+
+
+@triton.jit
+def listed_tokens(
+    entries_ptr, start, offsets, bits, num_keys, box, SLOTS: tl.constexpr, SLOT_H: tl.constexpr,
+    SLOT_W: tl.constexpr, BN: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    """Tokens of keys [start, start + BN) of a list, and which of them are there."""
+    keys = tl.arange(0, BN)
+    if BN % SLOTS == 0:
+        place = start // SLOTS + keys // SLOTS
+    else:
+        keys += start
+        place = keys // SLOTS
+        offsets, bits = slot_places(keys % SLOTS, box, SLOT_H, SLOT_W, SLOTS)
+    if TAIL:
+        exists = place < num_keys // SLOTS
+        entries = tl.load(entries_ptr + place, mask=exists, other=7)
+        valid = exists & ((entries & bits) == 0)
+    else:
+        entries = tl.load(entries_ptr + place)
+        valid = (entries & bits) == 0
+    # Any token stands in for a missing one, such as the tile's first.
+    return (entries >> 3) + tl.where(valid, offsets, 0), valid
 
 
 @triton.jit
@@ -94,8 +121,8 @@ def attend(
 @triton.jit
 def tile_attend_kernel(
     q_ptr,
-    keys_ptr,
-    values_ptr,
+    k_ptr,
+    v_ptr,
     cos_ptr,
     sin_ptr,
     lists_ptr,
@@ -105,6 +132,8 @@ def tile_attend_kernel(
     out_ptr,
     lse_ptr,
     q_strides,
+    k_strides,
+    v_strides,
     out_strides,
     extra_k_strides,
     extra_v_strides,
@@ -113,7 +142,6 @@ def tile_attend_kernel(
     seq_len,
     num_heads,
     num_groups,
-    num_tiles,
     list_size,
     extra_len,
     blocks,
@@ -127,6 +155,8 @@ def tile_attend_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     SLOTS: tl.constexpr,
+    SLOT_H: tl.constexpr,
+    SLOT_W: tl.constexpr,
     RAGGED: tl.constexpr,
     RANK: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -139,10 +169,10 @@ def tile_attend_kernel(
         box, groups, num_heads, num_groups, blocks, BM, RANK
     )
     row = batch * num_heads + head
-    keys_ptr += row * num_tiles * (SLOTS * D)
-    values_ptr += row * num_tiles * (SLOTS * V)
-    lists_ptr += (row * num_groups + group) * list_size
+    entries_ptr = lists_ptr + (row * num_groups + group) * (2 * list_size) + list_size
     q_ptr += head_offset(q_strides, batch, head, ALIGN)
+    k_ptr += head_offset(k_strides, batch, head, ALIGN)
+    v_ptr += head_offset(v_strides, batch, head, ALIGN)
     out_ptr += head_offset(out_strides, batch, head, ALIGN)
 
     q0, q1 = load_pieces(q_ptr, tokens, q_valid, q_strides, D, D0, D1, ALIGN)
@@ -157,14 +187,25 @@ def tile_attend_kernel(
     out1 = tl.zeros((BM, V1 if V1 > 0 else 1), tl.float32)
     num_keys = list_size * SLOTS
     whole = num_keys // BN * BN
+    offsets, bits = slot_places(tl.arange(0, BN) % SLOTS, box, SLOT_H, SLOT_W, SLOTS)
     # Whole blocks of keys need a mask for ragged tiles only, the rest of the list always.
     for rest in tl.static_range(2):
         for start in range(rest * whole, num_keys if rest else whole, BN):
-            rows, valid = listed_rows(
-                lists_ptr, start + tl.arange(0, BN), num_keys, box, SLOTS, RANK, RAGGED or rest > 0
+            keys, valid = listed_tokens(
+                entries_ptr,
+                start,
+                offsets,
+                bits,
+                num_keys,
+                box,
+                SLOTS,
+                SLOT_H,
+                SLOT_W,
+                BN,
+                rest > 0,
             )
-            k0, k1 = load_pack(keys_ptr, rows, D, D0, D1)
-            v0, v1 = load_pack(values_ptr, rows, V, V0, V1)
+            k0, k1 = load_tokens(k_ptr, keys, k_strides, D, D0, D1, ALIGN)
+            v0, v1 = load_tokens(v_ptr, keys, v_strides, V, V0, V1, ALIGN)
             peak, total, out0, out1 = attend(
                 q0, q1, k0, k1, v0, v1, valid, peak, total, out0, out1, scale,
                 D1, V1, RAGGED or rest > 0, OPERAND, PRECISION,

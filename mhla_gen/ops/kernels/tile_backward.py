@@ -16,10 +16,12 @@ from mhla_gen.ops.kernels.boxes import block_box, box_tokens
 from mhla_gen.ops.kernels.linear import rotate_pieces
 from mhla_gen.ops.kernels.pieces import head_offset, load_pieces, store_pieces
 from mhla_gen.ops.kernels.tile_attention import (
-    listed_rows,
+    listed_tokens,
     load_extra,
-    load_pack,
+    load_rows,
+    load_tokens,
     locate_group,
+    slot_places,
 )
 
 _LOG2E = tl.constexpr(1.4426950408889634)
@@ -67,9 +69,10 @@ def prepare_kernel(
     rows = (row * num_groups + group) * (blocks * BM) + slots
     tl.store(packed_lse_ptr + rows, lse * _LOG2E)
     tl.store(delta_ptr + rows, delta)
-    strides = (0, V, 0, 1)
-    everywhere = slots >= 0
-    store_pieces(packed_grad_ptr, do0, do1, rows, everywhere, strides, V, V0, V1, 1)
+    store_pieces(
+        packed_grad_ptr, do0, do1, rows, slots >= 0, (0, V, 0, 1), V, V0, V1,
+        16 if V % 16 == 0 else 1,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -88,8 +91,8 @@ def tile_backward_queries_kernel(
     grad_ptr,
     packed_lse_ptr,
     delta_ptr,
-    keys_ptr,
-    values_ptr,
+    k_ptr,
+    v_ptr,
     cos_ptr,
     sin_ptr,
     lists_ptr,
@@ -97,6 +100,8 @@ def tile_backward_queries_kernel(
     extra_v_ptr,
     extra_mask_ptr,
     dq_ptr,
+    k_strides,
+    v_strides,
     dq_strides,
     extra_k_strides,
     extra_v_strides,
@@ -104,7 +109,6 @@ def tile_backward_queries_kernel(
     groups,
     num_heads,
     num_groups,
-    num_tiles,
     list_size,
     extra_len,
     blocks,
@@ -119,6 +123,8 @@ def tile_backward_queries_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     SLOTS: tl.constexpr,
+    SLOT_H: tl.constexpr,
+    SLOT_W: tl.constexpr,
     RAGGED: tl.constexpr,
     RANK: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -131,26 +137,37 @@ def tile_backward_queries_kernel(
         box, groups, num_heads, num_groups, blocks, BM, RANK
     )
     row = batch * num_heads + head
-    keys_ptr += row * num_tiles * (SLOTS * D)
-    values_ptr += row * num_tiles * (SLOTS * V)
-    lists_ptr += (row * num_groups + group) * list_size
+    entries_ptr = lists_ptr + (row * num_groups + group) * (2 * list_size) + list_size
+    k_ptr += head_offset(k_strides, batch, head, ALIGN)
+    v_ptr += head_offset(v_strides, batch, head, ALIGN)
     packed = row * num_groups * (blocks * BM)
     rows = group * (blocks * BM) + slots
-    q0, q1 = load_pack(q_ptr + packed * D, rows, D, D0, D1)
-    do0, do1 = load_pack(grad_ptr + packed * V, rows, V, V0, V1)
+    q0, q1 = load_rows(q_ptr + packed * D, rows, D, D0, D1)
+    do0, do1 = load_rows(grad_ptr + packed * V, rows, V, V0, V1)
     lse = tl.load(packed_lse_ptr + packed + rows)[:, None]
     delta = tl.load(delta_ptr + packed + rows)[:, None]
     dq0 = tl.zeros((BM, D0), tl.float32)
     dq1 = tl.zeros((BM, D1 if D1 > 0 else 1), tl.float32)
     num_keys = list_size * SLOTS
     whole = num_keys // BN * BN
+    offsets, bits = slot_places(tl.arange(0, BN) % SLOTS, box, SLOT_H, SLOT_W, SLOTS)
     for rest in tl.static_range(2):
         for start in range(rest * whole, num_keys if rest else whole, BN):
-            k_rows, valid = listed_rows(
-                lists_ptr, start + tl.arange(0, BN), num_keys, box, SLOTS, RANK, RAGGED or rest > 0
+            keys, valid = listed_tokens(
+                entries_ptr,
+                start,
+                offsets,
+                bits,
+                num_keys,
+                box,
+                SLOTS,
+                SLOT_H,
+                SLOT_W,
+                BN,
+                rest > 0,
             )
-            k0, k1 = load_pack(keys_ptr, k_rows, D, D0, D1)
-            v0, v1 = load_pack(values_ptr, k_rows, V, V0, V1)
+            k0, k1 = load_tokens(k_ptr, keys, k_strides, D, D0, D1, ALIGN)
+            v0, v1 = load_tokens(v_ptr, keys, v_strides, V, V0, V1, ALIGN)
             _p, ds = score_gradients(
                 q0, q1, k0, k1, do0, do1, v0, v1, lse, delta, scale, D1, V1, PRECISION
             )
@@ -185,8 +202,8 @@ def add_key_gradients(
     V1: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The sums dk and dv with what packed queries `rows` add to them."""
-    q0, q1 = load_pack(q_ptr, rows, D, D0, D1)
-    do0, do1 = load_pack(grad_ptr, rows, V, V0, V1)
+    q0, q1 = load_rows(q_ptr, rows, D, D0, D1)
+    do0, do1 = load_rows(grad_ptr, rows, V, V0, V1)
     lse, delta = tl.load(packed_lse_ptr + rows)[None, :], tl.load(delta_ptr + rows)[None, :]
     p, ds = score_gradients(k0, k1, q0, q1, v0, v1, do0, do1, lse, delta, scale, D1, V1, PRECISION)
     dv0, dv1 = add_times(p.to(OPERAND), do0, do1, dv0, dv1, V1, PRECISION)
@@ -200,14 +217,16 @@ def tile_backward_keys_kernel(
     grad_ptr,
     packed_lse_ptr,
     delta_ptr,
-    keys_ptr,
-    values_ptr,
+    k_ptr,
+    v_ptr,
     cos_ptr,
     sin_ptr,
     owners_ptr,
     offsets_ptr,
     dk_ptr,
     dv_ptr,
+    k_strides,
+    v_strides,
     dk_strides,
     dv_strides,
     box,
@@ -226,7 +245,6 @@ def tile_backward_keys_kernel(
     V1: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
-    SLOTS: tl.constexpr,
     RANK: tl.constexpr,
     ALIGN: tl.constexpr,
     ROTARY: tl.constexpr,
@@ -245,9 +263,10 @@ def tile_backward_keys_kernel(
     )
     valid = slots < size_t * size_h * size_w
     tokens = box_tokens(slots, first_t, first_h, first_w, size_h, size_w, box[1], box[2], RANK)
-    k_rows = tile * SLOTS + tl.minimum(slots, SLOTS - 1)
-    k0, k1 = load_pack(keys_ptr + row * num_tiles * (SLOTS * D), k_rows, D, D0, D1)
-    v0, v1 = load_pack(values_ptr + row * num_tiles * (SLOTS * V), k_rows, V, V0, V1)
+    k_ptr += head_offset(k_strides, batch, head, ALIGN)
+    v_ptr += head_offset(v_strides, batch, head, ALIGN)
+    k0, k1 = load_pieces(k_ptr, tokens, valid, k_strides, D, D0, D1, ALIGN)
+    v0, v1 = load_pieces(v_ptr, tokens, valid, v_strides, V, V0, V1, ALIGN)
     packed = row * num_groups * (group_blocks * BM)
     dk0 = tl.zeros((BN, D0), tl.float32)
     dk1 = tl.zeros((BN, D1 if D1 > 0 else 1), tl.float32)

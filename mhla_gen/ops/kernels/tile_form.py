@@ -17,7 +17,7 @@ from mhla_gen.ops.kernels.tile_backward import (
     tile_backward_keys_kernel,
     tile_backward_queries_kernel,
 )
-from mhla_gen.ops.kernels.tile_lists import list_kernel, pack_kernel
+from mhla_gen.ops.kernels.tile_lists import entries_kernel, list_kernel, read_boxes_kernel
 from mhla_gen.ops.tiles import Tiling
 
 _OPERANDS = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
@@ -43,7 +43,13 @@ class TileCall:
     @cached_property
     def slots(self) -> int:
         """Tokens of the largest tile."""
-        return _largest(self.placed.grid, self.placed.tiles)
+        return math.prod(map(quotient_up, self.placed.grid, self.placed.tiles))
+
+    @cached_property
+    def slot_sizes(self) -> dict:
+        """Slots of a tile, and along its last two axes."""
+        _, height, width = _three(tuple(map(quotient_up, self.placed.grid, self.placed.tiles)))
+        return {"SLOTS": self.slots, "SLOT_H": height, "SLOT_W": width}
 
     @cached_property
     def queries(self) -> int:
@@ -92,10 +98,6 @@ class TileCall:
         return min(padded(self.queries), most)
 
 
-def _largest(grid: tuple[int, ...], counts: tuple[int, ...]) -> int:
-    return math.prod(map(quotient_up, grid, counts))
-
-
 def _span(group: int, length: int, tiles: int, groups: int) -> int:
     first, last = group * tiles // groups, (group + 1) * tiles // groups
     return last * length // tiles - first * length // tiles
@@ -108,120 +110,126 @@ def _three(sizes: tuple[int, ...]) -> tuple[int, ...]:
 def forward(
     query: Tensor, key: Tensor, value: Tensor, extra: Extra | None, call: TileCall
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, log-sum-exp `[batch, heads, seq_len]` and lists `[batch · heads, groups, list]`."""
-    keys, mean_keys = pack_tiles(key, call, rotary=True, mean=call.placed.top > 0)
-    values, _ = pack_tiles(value, call)
-    lists = tile_lists(query, mean_keys, call)
+    """Output, log-sum-exp `[batch, heads, seq_len]` and lists; see `tile_lists`."""
+    keys, means = read_tiles(key, call, mean=call.placed.top > 0)
+    lists = tile_lists(query, means, call)
     out = value.new_empty(value.shape)
     batch, seq_len, heads, _ = query.shape
     lse = query.new_empty((batch, heads, seq_len), dtype=torch.float32)
     options = _forward_options(call)
     blocks = quotient_up(call.queries, options["BM"])
-    strides = query.stride(), out.stride()
+    strides = query.stride(), keys.stride(), value.stride(), out.stride(), *_extra_strides(extra)
     launch(
         tile_attend_kernel,
         (blocks * call.placed.num_groups * call.batch_heads,),
-        (query, keys, values, call.cos, call.sin, lists, *_extra(extra), out, lse),
+        (query, keys, value, call.cos, call.sin, lists, *_extra(extra), out, lse),
         (
             *strides,
-            *_extra_strides(extra),
             call.box,
             _three(call.placed.groups),
             seq_len,
             heads,
             call.placed.num_groups,
-            call.placed.num_tiles,
             call.placed.list_size,
             0 if extra is None else extra[0].shape[1],
             blocks,
             call.scale * _LOG2E,
         ),
-        _constants(call, options, *strides, *_extra_strides(extra)),
+        _constants(call, options, *strides),
     )
     return out, lse, lists
 
 
-def pack_tiles(
-    x: Tensor, call: TileCall, *, rotary: bool = False, mean: bool = False
-) -> tuple[Tensor, Tensor | None]:
-    """Tokens of every tile in consecutive rows `[batch · heads, tiles, slots, dim]`; their means.
+def read_tiles(key: Tensor, call: TileCall, *, mean: bool = False) -> tuple[Tensor, Tensor | None]:
+    """Rotated keys, like `key`, and float32 means `[batch · heads, tiles, head_dim]` of tiles.
 
-    Means are float32 `[batch · heads, tiles, dim]`.
+    Without rotary, keys are returned as they are; without `mean`, means are None.
     """
-    shape = call.batch_heads, call.placed.num_tiles
-    packed = x.new_empty((*shape, call.slots, x.shape[3]))
-    means = x.new_empty((*shape, x.shape[3]), dtype=torch.float32) if mean else None
-    _pack(x, packed, means, None, call.slots, call, rotary)
-    return packed, means
+    batch, seq_len, heads, dim = key.shape
+    rotary = call.cos is not None
+    if not (rotary or mean):
+        return key, None
+    # Heads first, so that neighbours on a line lie together.
+    keys = key.new_empty((batch, heads, seq_len, dim)).transpose(1, 2) if rotary else key
+    means = None
+    if mean:
+        shape = call.batch_heads, call.placed.num_tiles, dim
+        means = key.new_empty(shape, dtype=torch.float32)
+    _read(key, call, keys, means, "raster" if rotary else "nowhere", call.slots)
+    return keys, means
 
 
-def pack_groups(x: Tensor, call: TileCall, slots: int, *, rotary: bool = False) -> Tensor:
-    """Tokens of every group in `slots` consecutive rows `[batch · heads, groups, slots, dim]`."""
+def pack_groups(x: Tensor, call: TileCall, slots: int) -> Tensor:
+    """Rotated tokens of every group, consecutive: `[batch · heads, groups, slots, dim]`."""
     packed = x.new_empty((call.batch_heads, call.placed.num_groups, slots, x.shape[3]))
-    _pack(x, packed, None, _three(call.placed.groups), slots, call, rotary)
+    _read(x, call, packed, None, "pack", slots, _three(call.placed.groups))
     return packed
 
 
-def _pack(
+def _read(
     x: Tensor,
-    packed: Tensor | None,
-    means: Tensor | None,
-    groups: tuple[int, ...] | None,
-    slots: int,
     call: TileCall,
-    rotary: bool,
+    rotated: Tensor | None,
+    means: Tensor | None,
+    store: str,
+    slots: int,
+    groups: tuple[int, ...] | None = None,
 ) -> None:
     num_boxes = call.placed.num_tiles if groups is None else call.placed.num_groups
+    strides = x.stride(), rotated.stride() if store == "raster" else x.stride()
     rows = min(padded(slots), 64)
-    constants = {
-        "D": x.shape[3],
-        "BD": padded(x.shape[3]),
-        "BT": rows,
-        "SLOTS": slots,
-        "RANK": call.rank,
-        "ALIGN": alignment(x.stride()),
-        "ROTARY": rotary and call.cos is not None,
-        "STORE": packed is not None,
-        "MEAN": means is not None,
-        "num_warps": 4 if rows > 16 else 2,
-    }
     launch(
-        pack_kernel,
+        read_boxes_kernel,
         (num_boxes * call.batch_heads,),
-        (x, call.cos, call.sin, packed, means),
-        (x.stride(), call.box, groups, num_boxes, x.shape[2]),
-        constants,
+        (x, call.cos, call.sin, rotated, means),
+        (*strides, call.box, groups, num_boxes, x.shape[2]),
+        {
+            "D": x.shape[3],
+            "BD": padded(x.shape[3]),
+            "BT": rows,
+            "SLOTS": slots,
+            "RANK": call.rank,
+            "ALIGN": alignment(*strides),
+            "ROTARY": call.cos is not None,
+            "STORE": store,
+            "MEAN": means is not None,
+            "num_warps": 4 if rows > 16 else 2,
+        },
     )
 
 
 def tile_lists(query: Tensor, mean_keys: Tensor | None, call: TileCall) -> Tensor:
-    """Tiles of every group and head, int32 `[batch · heads, groups, list_size]`."""
+    """Tiles of every group and head and their entries, int32 `[batch · heads, groups, 2, list]`."""
     placed = call.placed
     lists = query.new_empty(
-        (call.batch_heads, placed.num_groups, placed.list_size), dtype=torch.int32
+        (call.batch_heads, placed.num_groups, 2, placed.list_size), dtype=torch.int32
     )
     if placed.list_size == 0:
         return lists
+    entries = lists.new_empty(placed.num_tiles)
+    launch(
+        entries_kernel,
+        (quotient_up(placed.num_tiles, 256),),
+        (entries,),
+        (call.box, placed.num_tiles),
+        {**call.slot_sizes, "RANK": call.rank, "BT": 256},
+    )
     products = None
     if mean_keys is not None:
         means = query.new_empty(
             (call.batch_heads, placed.num_groups, query.shape[3]), dtype=torch.float32
         )
-        _pack(query, None, means, _three(placed.groups), call.queries, call, rotary=True)
+        _read(query, call, None, means, "nowhere", call.queries, _three(placed.groups))
         products = means @ mean_keys.mT
-    reach, before = (tuple(max(size, 1) for size in _three(placed.reach)), _zeros(placed.before))
-    if placed.window_size == 0:
-        # Nothing is near: a window that no tile is in.
-        before, reach = (0, 0, 0), (0, 0, 0)
     launch(
         list_kernel,
         (placed.num_groups * call.batch_heads,),
-        (products, lists),
+        (products, entries, lists),
         (
             call.box,
             _three(placed.groups),
-            reach,
-            before,
+            _three(placed.reach),
+            (*[0] * (3 - call.rank), *placed.before),
             placed.num_groups,
             placed.num_tiles,
             placed.window_size,
@@ -231,14 +239,10 @@ def tile_lists(query: Tensor, mean_keys: Tensor | None, call: TileCall) -> Tenso
             "RANK": call.rank,
             "BW": padded(placed.window_size),
             "BT": padded(placed.num_tiles),
-            "num_warps": 4 if placed.num_tiles > 512 else 1,
+            "num_warps": max(1, min(8, padded(placed.num_tiles) // 512)),
         },
     )
     return lists
-
-
-def _zeros(sizes: tuple[int, ...]) -> tuple[int, ...]:
-    return (*[0] * (3 - len(sizes)), *sizes)
 
 
 def backward(
@@ -259,9 +263,8 @@ def backward(
     rows = options["queries"]["BM"]
     blocks = quotient_up(call.queries, rows)
     slots = blocks * rows
-    keys, _ = pack_tiles(key, call, rotary=True)
-    values, _ = pack_tiles(value, call)
-    queries = pack_groups(query, call, slots, rotary=True)
+    keys, _ = read_tiles(key, call)
+    queries = pack_groups(query, call, slots)
     grads = grad.new_empty((call.batch_heads, placed.num_groups, slots, value.shape[3]))
     packed_lse = lse.new_empty((call.batch_heads, placed.num_groups, slots))
     delta = torch.empty_like(packed_lse)
@@ -283,26 +286,25 @@ def backward(
     packs = queries, grads, packed_lse, delta
     scales = call.scale * _LOG2E, call.scale
     dquery = query.new_empty(query.shape)
+    strides = keys.stride(), value.stride(), dquery.stride(), *_extra_strides(extra)
     launch(
         tile_backward_queries_kernel,
         (blocks * placed.num_groups * call.batch_heads,),
-        (*packs, keys, values, call.cos, call.sin, lists, *_extra(extra), dquery),
+        (*packs, keys, value, call.cos, call.sin, lists, *_extra(extra), dquery),
         (
-            dquery.stride(),
-            *_extra_strides(extra),
+            *strides,
             call.box,
             groups,
             heads,
             placed.num_groups,
-            placed.num_tiles,
             placed.list_size,
             0 if extra is None else extra[0].shape[1],
             blocks,
             *scales,
         ),
-        _constants(call, options["queries"], dquery.stride(), *_extra_strides(extra)),
+        _constants(call, options["queries"], *strides),
     )
-    dkey, dvalue = _backward_keys(packs, keys, values, lists, blocks, options["keys"], call)
+    dkey, dvalue = _backward_keys(packs, keys, value, lists, blocks, options["keys"], call)
     dextra = _backward_extra(packs, extra, blocks, options["extra"], call)
     return dquery, dkey, dvalue, *dextra
 
@@ -310,7 +312,7 @@ def backward(
 def _backward_keys(
     packs: tuple[Tensor, ...],
     keys: Tensor,
-    values: Tensor,
+    value: Tensor,
     lists: Tensor,
     group_blocks: int,
     options: dict,
@@ -320,13 +322,14 @@ def _backward_keys(
     dkey, dvalue = call.query.new_empty(call.query.shape), call.value.new_empty(call.value.shape)
     owners, offsets = owners_of_tiles(lists, placed.num_tiles)
     blocks = quotient_up(call.slots, options["BN"])
-    strides = dkey.stride(), dvalue.stride()
+    strides = keys.stride(), value.stride(), dkey.stride(), dvalue.stride()
     constants = _constants(call, options, *strides)
-    del constants["RAGGED"]
+    for name in ("RAGGED", *call.slot_sizes):
+        del constants[name]
     launch(
         tile_backward_keys_kernel,
         (blocks * placed.num_tiles * call.batch_heads,),
-        (*packs, keys, values, call.cos, call.sin, owners, offsets, dkey, dvalue),
+        (*packs, keys, value, call.cos, call.sin, owners, offsets, dkey, dvalue),
         (
             *strides,
             call.box,
@@ -347,16 +350,16 @@ def owners_of_tiles(lists: Tensor, num_tiles: int) -> tuple[Tensor, Tensor]:
     """The groups that read each tile of each head, ascending.
 
     Args:
-        lists: int32 `[batch · heads, groups, list_size]`.
+        lists: Tiles and entries, int32 `[batch · heads, groups, 2, list_size]`.
         num_tiles: Tiles of a head.
 
     Returns:
         int32 groups of all tiles one after the other, and where each tile's begin, and the last
         one's end.
     """
-    heads, num_groups, list_size = lists.shape
+    heads, num_groups, _, list_size = lists.shape
     first = torch.arange(heads, dtype=torch.int32, device=lists.device) * num_tiles
-    tiles, order = (lists.flatten(1) + first[:, None]).flatten().sort(stable=True)
+    tiles, order = (lists[:, :, 0] + first[:, None, None]).flatten().sort(stable=True)
     owners = order.div(max(list_size, 1), rounding_mode="floor") % num_groups
     places = torch.arange(heads * num_tiles + 1, dtype=torch.int32, device=lists.device)
     return owners.int(), torch.searchsorted(tiles, places, out_int32=True)
@@ -381,7 +384,7 @@ def _backward_extra(
         for x in (keys, values)
     )
     constants = _constants(call, options, *_extra_strides(extra))
-    for name in ("RAGGED", "SLOTS", "RANK", "ROTARY"):
+    for name in ("RAGGED", "RANK", "ROTARY", *call.slot_sizes):
         del constants[name]
     launch(
         tile_backward_extra_kernel,
@@ -416,7 +419,7 @@ def _constants(call: TileCall, options: dict, *strides: tuple[int, ...]) -> dict
         **call.pieces,
         "BM": options["BM"],
         "BN": options["BN"],
-        "SLOTS": call.slots,
+        **call.slot_sizes,
         "RAGGED": call.ragged,
         "RANK": call.rank,
         "ALIGN": alignment(*strides),

@@ -1,8 +1,10 @@
-"""What tile attention needs before it attends: packed tiles, means, and lists of tiles.
+"""What tile attention needs before it attends: means, rotated keys, and lists of tiles.
 
 `box` is (T, H, W, LT, LH, LW): tokens and tiles along each axis; `groups` counts groups of tiles
-along each. A *pack* holds the tokens of every tile (or group) in `SLOTS` consecutive rows of one
-head, rotated, with rows of zeros where a tile has fewer tokens.
+along each. A *slot* is a place in the largest tile, `SLOTS` of them, `SLOT_H` and `SLOT_W` along
+the last axes. A list names a tile twice: by its number, and by an *entry*, `8 · first token` plus
+one bit for each axis along which the tile is a token shorter than the largest one, so that a slot
+finds its token, and whether there is one, without a division.
 """
 
 import triton
@@ -10,37 +12,21 @@ import triton.language as tl
 
 from mhla_gen.ops.kernels.boxes import block_box, box_tokens, group_box
 from mhla_gen.ops.kernels.features import load_angles, rotate
-from mhla_gen.ops.kernels.pieces import head_offset, load_pieces
+from mhla_gen.ops.kernels.pieces import head_offset, load_pieces, store_pieces
 
 # Scores of tiles that a list already has: below every other one.
 _TAKEN = tl.constexpr(-(2**31))
 
 
 @triton.jit
-def load_box_rows(
-    x_ptr, cos_ptr, sin_ptr, slots, place, strides, box, D: tl.constexpr, BD: tl.constexpr,
-    RANK: tl.constexpr, ALIGN: tl.constexpr, ROTARY: tl.constexpr,
-):  # fmt: skip
-    """Float32 rows [slots, BD] of a box of tokens, rotated, 0 in empty slots; and which are not."""
-    first_t, first_h, first_w, size_t, size_h, size_w = place
-    valid = slots < size_t * size_h * size_w
-    tokens = box_tokens(slots, first_t, first_h, first_w, size_h, size_w, box[1], box[2], RANK)
-    x, _x = load_pieces(x_ptr, tokens, valid, strides, D, BD, 0, ALIGN)
-    x = x.to(tl.float32)
-    if ROTARY:
-        cos, sin = load_angles(cos_ptr, sin_ptr, tokens, valid, D, 0, BD)
-        x = rotate(x, cos, sin)
-    return x, valid
-
-
-@triton.jit
-def pack_kernel(
+def read_boxes_kernel(
     x_ptr,
     cos_ptr,
     sin_ptr,
-    packed_ptr,
+    rotated_ptr,
     means_ptr,
     strides,
+    rotated_strides,
     box,
     groups,
     num_boxes,
@@ -55,36 +41,71 @@ def pack_kernel(
     STORE: tl.constexpr,
     MEAN: tl.constexpr,
 ):
-    """Pack one tile (or group, where `groups` is given) of one head, or take its mean, or both."""
+    """Read one tile (or group, where `groups` is given) of one head, rotated.
+
+    `STORE` says where to: "raster" to the tokens' own places, "pack" to `SLOTS` consecutive rows
+    a box, zeros where it has fewer tokens, or "nowhere". `MEAN` keeps its mean.
+    """
     head = tl.program_id(0) % num_heads
     index = tl.program_id(0) // num_heads % num_boxes
     batch = (tl.program_id(0) // num_heads // num_boxes).to(tl.int64)
     if groups is None:
-        place = block_box(index, box[0], box[1], box[2], box[3], box[4], box[5], RANK)
+        first_t, first_h, first_w, size_t, size_h, size_w = block_box(
+            index, box[0], box[1], box[2], box[3], box[4], box[5], RANK
+        )
     else:
-        place = group_box(index, box, groups, RANK)
+        first_t, first_h, first_w, size_t, size_h, size_w = group_box(index, box, groups, RANK)
     x_ptr += head_offset(strides, batch, head, ALIGN)
     row = (batch * num_heads + head) * num_boxes + index
-    if STORE:
-        packed_ptr += row * (SLOTS * D)
-    channels = tl.arange(0, BD)
     total = tl.zeros((BD,), tl.float32)
     for start in range(0, SLOTS, BT):
         slots = start + tl.arange(0, BT)
-        x, _valid = load_box_rows(
-            x_ptr, cos_ptr, sin_ptr, slots, place, strides, box, D, BD, RANK, ALIGN, ROTARY
-        )
+        valid = slots < size_t * size_h * size_w
+        tokens = box_tokens(slots, first_t, first_h, first_w, size_h, size_w, box[1], box[2], RANK)
+        x, _x = load_pieces(x_ptr, tokens, valid, strides, D, BD, 0, ALIGN)
+        x = x.to(tl.float32)
+        if ROTARY:
+            cos, sin = load_angles(cos_ptr, sin_ptr, tokens, valid, D, 0, BD)
+            x = rotate(x, cos, sin)
         if MEAN:
             total += tl.sum(x, axis=0)
-        if STORE:
-            tl.store(
-                packed_ptr + slots[:, None] * D + channels[None, :],
-                x.to(packed_ptr.dtype.element_ty),
-                mask=(slots < SLOTS)[:, None] & (channels < D)[None, :],
+        if STORE == "raster":
+            place = rotated_ptr + head_offset(rotated_strides, batch, head, ALIGN)
+            store_pieces(place, x, x, tokens, valid, rotated_strides, D, BD, 0, ALIGN)
+        elif STORE == "pack":
+            rows, exists = row * SLOTS + slots, slots < SLOTS
+            store_pieces(
+                rotated_ptr, x, x, rows, exists, (0, D, 0, 1), D, BD, 0, 16 if D % 16 == 0 else 1
             )
     if MEAN:
-        count = place[3] * place[4] * place[5]
-        tl.store(means_ptr + row * D + channels, total / count, mask=channels < D)
+        channels = tl.arange(0, BD)
+        mean = total / (size_t * size_h * size_w)
+        tl.store(means_ptr + row * D + channels, mean, mask=channels < D)
+
+
+@triton.jit
+def entries_kernel(
+    entries_ptr,
+    box,
+    num_tiles,
+    SLOTS: tl.constexpr,
+    SLOT_H: tl.constexpr,
+    SLOT_W: tl.constexpr,
+    RANK: tl.constexpr,
+    BT: tl.constexpr,
+):
+    """The entry of every tile."""
+    tiles = tl.program_id(0) * BT + tl.arange(0, BT)
+    first_t, first_h, first_w, size_t, size_h, size_w = block_box(
+        tiles, box[0], box[1], box[2], box[3], box[4], box[5], RANK
+    )
+    token = (first_t * box[1] + first_h) * box[2] + first_w
+    short = tl.where(size_w < SLOT_W, 1, 0)
+    if RANK > 1:
+        short += tl.where(size_h < SLOT_H, 2, 0)
+    if RANK > 2:
+        short += tl.where(size_t < SLOTS // (SLOT_H * SLOT_W), 4, 0)
+    tl.store(entries_ptr + tiles, token * 8 + short, mask=tiles < num_tiles)
 
 
 @triton.jit
@@ -112,6 +133,7 @@ def _first(group, num_tiles, num_groups, reach, before):
 @triton.jit
 def list_kernel(
     products_ptr,
+    entries_ptr,
     lists_ptr,
     box,
     groups,
@@ -131,32 +153,39 @@ def list_kernel(
     """
     row = tl.program_id(0).to(tl.int64)
     group = tl.program_id(0) % num_groups
-    lists_ptr += row * (window_size + top)
-    near = tl.arange(0, BW)
+    size = window_size + top
+    lists_ptr += row * size * 2
     if window_size > 0:
+        near = tl.arange(0, BW)
         tile = window_tile(group, near, box, groups, reach, before, RANK)
+        entry = tl.load(entries_ptr + tile, mask=near < window_size, other=0)
         tl.store(lists_ptr + near, tile, mask=near < window_size)
-    if top > 0:
+        tl.store(lists_ptr + size + near, entry, mask=near < window_size)
+    if products_ptr is not None:
         tiles = tl.arange(0, BT)
         exists = tiles < num_tiles
         # + 0 makes one zero of two.
         products = tl.load(products_ptr + row * num_tiles + tiles, mask=exists, other=0.0) + 0.0
         bits = products.to(tl.int32, bitcast=True)
+        # Whole numbers in the order of the products.
         order = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-        order = tl.where(exists & ~_in_window(tiles, group, box, groups, reach, before, RANK),
-                         order, _TAKEN)  # fmt: skip
-        rank = order.to(tl.int64) - _TAKEN
-        threshold = tl.zeros((), tl.int64)
-        for bit in range(31, -1, -1):
-            larger = threshold + (tl.full((), 1, tl.int64) << bit)
-            enough = tl.sum((rank >= larger).to(tl.int32)) >= top
+        free = exists
+        if window_size > 0:
+            free = free & ~_in_window(tiles, group, box, groups, reach, before, RANK)
+        order = tl.where(free, order, _TAKEN)
+        threshold = tl.where(tl.sum((order >= 0).to(tl.int32)) >= top, 0, _TAKEN)
+        for bit in range(30, -1, -1):
+            larger = threshold | (1 << bit)
+            enough = tl.sum((order >= larger).to(tl.int32)) >= top
             threshold = tl.where(enough, larger, threshold)
-        above = rank > threshold
-        equal = (rank == threshold).to(tl.int32)
+        above = order > threshold
+        equal = (order == threshold).to(tl.int32)
         wanted = top - tl.sum(above.to(tl.int32))
         taken = above | ((equal > 0) & (tl.cumsum(equal, axis=0) <= wanted))
-        place = tl.cumsum(taken.to(tl.int32), axis=0) - 1
-        tl.store(lists_ptr + window_size + place, tiles, mask=taken)
+        place = window_size + tl.cumsum(taken.to(tl.int32), axis=0) - 1
+        entry = tl.load(entries_ptr + tiles, mask=taken, other=0)
+        tl.store(lists_ptr + place, tiles, mask=taken)
+        tl.store(lists_ptr + size + place, entry, mask=taken)
 
 
 @triton.jit

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, Self
 
-from mhla_gen.config.checks import normalize_layout
+from mhla_gen.config.checks import normalize_integers, normalize_layout
 from mhla_gen.config.fields import Count, NotNegative, Settings
 from mhla_gen.config.retired import without_retired
 from mhla_gen.errors import UserError
@@ -21,8 +21,29 @@ class MHLAConfig(Settings):
     layout: Any = "auto"
     """Blocks along each axis of the token grid, such as (4, 4), or "auto" (see `auto_layout`)."""
     layers: Any = "all"
-    """Which layers: "all", a list of indices, or a fraction such as "2/3": every third stays
-    softmax."""
+    """Which layers: "all", a list of indices, a fraction such as "2/3" (of every three layers the
+    first stays softmax), or, in Python, a function `(index, name) -> bool`."""
+    exact: float = 0.0
+    """The share of query-key pairs that softmax computes exactly, beside MHLA for all of them. 0 is
+    the paper's MHLA, 1 is softmax with MHLA's convolution and gate. Tiles for the share are picked
+    for each token grid by `mhla_gen.ops.auto_tiles`; the next four replace what it picks."""
+    exact_tile: Any = None
+    """Tokens of a tile along each axis, such as (4, 4)."""
+    exact_group: Any = None
+    """Tiles along each axis whose queries share one list of tiles; with exact_tile, None is 1."""
+    exact_window: Any = None
+    """Odd number of tiles along each axis, around a query's own, that it reads."""
+    exact_top: int | None = None
+    """Further tiles that it reads, those whose mean key fits its tile's mean query best."""
+    linear: bool = True
+    """Have MHLA beside the exact half; false is the control without it."""
+    combine: Literal["gate", "denominator", "projection"] = "gate"
+    """How the halves make one output: weighed by a number per token and head that the layer's input
+    decides, weighed by their denominators, or a projection of MHLA's half, which starts at zero,
+    added to the exact one."""
+    exact_start: float | None = None
+    """Weight of the exact half before training; None is 0.98 where a model is converted and 0.5 in
+    a new one. combine=projection starts at 1 whatever it says."""
     feature_map: str = "relu"
     """φ: relu, squared_relu, elu+1, softplus or identity."""
     normalize: bool = True
@@ -34,7 +55,7 @@ class MHLAConfig(Settings):
     gate: bool = True
     """Multiply the output by SiLU of a projection of the layer's input; it starts at one."""
     output_norm: bool = False
-    """RMS-normalise the output of every head."""
+    """RMS-normalise MHLA's output of every head."""
     mixing_per_head: bool = False
     """One mixing matrix per head instead of one per layer."""
     mixing_init: Literal["locality", "uniform"] = "locality"
@@ -54,6 +75,45 @@ class MHLAConfig(Settings):
             raise UserError(
                 f"conv_kernel_size must be odd and positive, found {self.conv_kernel_size}"
             )
+        self._check_exact()
+
+    def _check_exact(self) -> None:
+        if not 0 <= self.exact <= 1:
+            raise ValueError(f"exact is a share of pairs from 0 to 1, found {self.exact}")
+        for name in ("exact_tile", "exact_group", "exact_window"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, normalize_integers(name, getattr(self, name), 1))
+        if self.exact_window is not None and any(side % 2 == 0 for side in self.exact_window):
+            raise ValueError(f"exact_window needs odd numbers of tiles, found {self.exact_window}")
+        if self.exact_top is not None:
+            check_at_least("exact_top", self.exact_top, 0)
+        given = [name for name in _TILE_SETTINGS if getattr(self, name) is not None]
+        if given and not self.has_tiles:
+            raise ValueError(f"{given[0]} needs an exact between 0 and 1, found {self.exact}")
+        check_choice("combine", self.combine, ("gate", "denominator", "projection"))
+        if self.exact_start is not None and not 0 < self.exact_start < 1:
+            raise ValueError(f"exact_start must lie between 0 and 1, found {self.exact_start}")
+        if self.exact == 0 and not self.linear:
+            raise ValueError("linear=false leaves no attention at all with exact=0; set exact")
+        if self.output_norm and not self.has_linear:
+            raise ValueError("output_norm is for MHLA's half, which is left out; set it to false")
+        if self.has_halves and self.combine == "denominator" and not self.normalize:
+            raise ValueError("combine=denominator needs normalize=true")
+
+    @property
+    def has_tiles(self) -> bool:
+        """Whether softmax attends within tiles, rather than to everything or nothing."""
+        return 0 < self.exact < 1
+
+    @property
+    def has_linear(self) -> bool:
+        """Whether there is an MHLA half."""
+        return self.exact == 0 or (self.exact < 1 and self.linear)
+
+    @property
+    def has_halves(self) -> bool:
+        """Whether there are two halves to combine."""
+        return self.has_tiles and self.linear
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for a JSON config; `MHLAConfig.from_dict` reads them back."""
@@ -70,7 +130,12 @@ class MHLAConfig(Settings):
         return cls(**without_retired(values))
 
 
+_TILE_SETTINGS = ("exact_tile", "exact_group", "exact_window", "exact_top")
+
+
 def _normalize_layers(layers: Any) -> Any:
+    if callable(layers):
+        return layers
     message = f'layers must be "all", a list of indices or a fraction like "2/3", found {layers!r}'
     if isinstance(layers, str):
         if layers == "all":

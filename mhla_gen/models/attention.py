@@ -1,6 +1,8 @@
-"""The module that an attention layer gains: MHLA with its learned parts."""
+"""The module that an attention layer gains: MHLA, softmax on part of the pairs, or both."""
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -9,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mhla_gen.config import MHLAConfig
+from mhla_gen.models.exact import exact_attention, log_denominator, make_combination
 from mhla_gen.models.head_rotary import mhla_rotated_by_head
 from mhla_gen.ops import MIXING_INITS, depthwise_conv, mhla
 from mhla_gen.ops.halo import begin_halo, sharded_depthwise_conv
@@ -17,10 +20,16 @@ from mhla_gen.ops.sharded import begin_sharded_mhla
 # silu(x) = 1 here, to the last bit in float32, bfloat16 and float16.
 _SILU_ONE = 1.2784645427610738
 
+NEW_START = 0.5
+"""Weight of the exact half in a new model."""
+CONVERTED_START = 0.98
+"""Weight of the exact half in a converted model, which this disturbs least."""
+
 
 class MHLA(nn.Module):
     """MHLA over projected queries, keys and values, with everything it learns.
 
+    Beside MHLA, or in its place, softmax can compute a share of the pairs exactly (`config.exact`).
     It is a child of the attention layer, which keeps its projections; so a softmax layer becomes an
     MHLA layer by gaining this child, and one again by losing it. Convolution and gate start as the
     identity, so that a pretrained model is disturbed by the change of attention only.
@@ -29,7 +38,8 @@ class MHLA(nn.Module):
         num_heads: Heads.
         head_dim: Channels of a head, of queries, keys and values.
         hidden_size: Channels of the layer's input, which drives the gate.
-        config: Settings; `layout` must be given as block counts.
+        config: Settings; `layout` must be given as block counts. Where the weight of an exact half
+            is left open (`exact_start`), it starts at 0.5.
 
     Raises:
         ValueError: If `config.layout` is still "auto".
@@ -42,12 +52,19 @@ class MHLA(nn.Module):
         super().__init__()
         if config.layout == "auto":
             raise ValueError("MHLA needs a layout of block counts; resolve layout='auto' first")
+        if config.has_halves and config.exact_start is None:
+            config = replace(config, exact_start=NEW_START)
         self.config = config
         self.num_heads = num_heads
         self.head_dim = head_dim
         inner_dim = num_heads * head_dim
-        mixing = initial_mixing(config, num_heads)
-        self.mixing = nn.Parameter(mixing, requires_grad=config.mixing_learnable)
+        self.mixing = None
+        if config.has_linear:
+            mixing = initial_mixing(config, num_heads)
+            self.mixing = nn.Parameter(mixing, requires_grad=config.mixing_learnable)
+        self.combine = None
+        if config.has_halves:
+            self.combine = make_combination(config, num_heads, head_dim, hidden_size)
         size, rank = config.conv_kernel_size, len(config.layout)
         self.conv = DepthwiseConv(inner_dim, size, rank) if config.conv else None
         self.gate = nn.Linear(hidden_size, inner_dim) if config.gate else None
@@ -57,7 +74,10 @@ class MHLA(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Set mixing to its initial matrix, convolution and gate to the identity."""
-        self.mixing.copy_(initial_mixing(self.config, self.num_heads))
+        if self.mixing is not None:
+            self.mixing.copy_(initial_mixing(self.config, self.num_heads))
+        if self.combine is not None:
+            self.combine.reset_parameters()
         if self.conv is not None:
             for parameter in self.conv.parameters():
                 parameter.zero_()
@@ -98,6 +118,60 @@ class MHLA(nn.Module):
         halo = None
         if self.conv is not None and group is not None:
             halo = self.conv.begin_halo(value.flatten(2), grid, group)
+        attend = self._begin(query, key, value, hidden_states, grid, rotary, group)
+        # Where processes share the sequence, this hides what they tell each other.
+        convolved = None if self.conv is None else self.conv(value.flatten(2), grid, group, halo)
+        out = attend().flatten(2)
+        if convolved is not None:
+            out = out + convolved
+        if self.gate is not None:
+            out = out * F.silu(self.gate(hidden_states))
+        return out
+
+    def _begin(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        hidden_states: Tensor,
+        grid: tuple[int, ...],
+        rotary: tuple[Tensor, Tensor] | None,
+        group: Any,
+    ) -> Callable[[], Tensor]:
+        """Begin what `forward` does before convolution and gate; the result ends it."""
+        config = self.config
+        if config.exact == 0:
+            return self._begin_linear(query, key, value, grid, rotary, group)
+        if group is not None:
+            raise ValueError("layers with an exact half cannot share a sequence among processes")
+
+        def attend() -> Tensor:
+            exact, log_sum_exp = exact_attention(query, key, value, config, grid, rotary)
+            if self.combine is None:
+                return exact
+            linear = self._begin_linear(query, key, value, grid, rotary, None)()
+            weighed_by: dict[str, Tensor] = {"hidden_states": hidden_states}
+            if config.combine == "denominator":
+                assert log_sum_exp is not None
+                layout, mixing = self.occupied_blocks(grid)
+                weighed_by["log_sum_exp"] = log_sum_exp
+                weighed_by["log_denominator"] = log_denominator(
+                    query, key, mixing, config, grid, layout
+                )
+            return self.combine(exact, linear, **weighed_by)
+
+        return attend
+
+    def _begin_linear(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        grid: tuple[int, ...],
+        rotary: tuple[Tensor, Tensor] | None,
+        group: Any,
+    ) -> Callable[[], Tensor]:
+        """Begin MHLA; the result ends it."""
         layout, mixing = self.occupied_blocks(grid)
         attend = _begin_operator(rotary, group)(
             query,
@@ -112,17 +186,7 @@ class MHLA(nn.Module):
             eps=self.config.eps,
             implementation=self.config.implementation,
         )
-        # Where processes share the sequence, this hides what they tell each other.
-        convolved = None if self.conv is None else self.conv(value.flatten(2), grid, group, halo)
-        out = attend()
-        if self.norm is not None:
-            out = self.norm(out)
-        out = out.flatten(2)
-        if convolved is not None:
-            out = out + convolved
-        if self.gate is not None:
-            out = out * F.silu(self.gate(hidden_states))
-        return out
+        return attend if self.norm is None else lambda: self.norm(attend())
 
     def occupied_blocks(self, grid: tuple[int, ...]) -> tuple[tuple[int, ...], Tensor]:
         """The blocks that hold tokens of this grid: their layout and their part of mixing.
@@ -134,6 +198,7 @@ class MHLA(nn.Module):
             Blocks along each axis, at most those of the config, and the rows and columns of
             `mixing` that belong to them.
         """
+        assert self.mixing is not None
         pairs = list(zip(self.config.layout, grid, strict=True))
         if all(count <= length for count, length in pairs):
             return self.config.layout, self.mixing
@@ -145,12 +210,23 @@ class MHLA(nn.Module):
         blocks = blocks.reshape(-1)
         return layout, self.mixing.index_select(-1, blocks).index_select(-2, blocks)
 
+    @property
+    def kind(self) -> str:
+        """mhla, linear (one block), softmax (of all pairs), exact (of a share) or exact + one."""
+        if self.config.exact == 1:
+            return "softmax"
+        linear = "linear" if math.prod(self.config.layout) == 1 else "mhla"
+        halves = (("exact", self.config.has_tiles), (linear, self.config.has_linear))
+        return " + ".join(name for name, there in halves if there)
+
     def extra_repr(self) -> str:
-        """Heads, layout and feature map, for `print(model)`."""
-        return (
-            f"num_heads={self.num_heads}, head_dim={self.head_dim}, "
-            f"layout={self.config.layout}, feature_map={self.config.feature_map!r}"
-        )
+        """Heads, share and layout, for `print(model)`."""
+        parts = [f"num_heads={self.num_heads}", f"head_dim={self.head_dim}"]
+        if self.config.exact > 0:
+            parts.append(f"exact={self.config.exact:g}")
+        if self.config.has_linear:
+            parts.append(f"layout={self.config.layout}, feature_map={self.config.feature_map!r}")
+        return ", ".join(parts)
 
 
 def _begin_operator(

@@ -64,12 +64,13 @@ def mhla_rotated_by_head(
             implementation=implementation,
         )
 
-    out = sums(_rotate(phi_q, rotary), _rotate(phi_k, rotary), v)
+    out = sums(rotate_by_head(phi_q, rotary), rotate_by_head(phi_k, rotary), v)
     if normalize:
         out = out / (sums(phi_q, phi_k, torch.ones_like(v[..., :1])) + eps)
     return out.to(value.dtype)
 
 
-def _rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+def rotate_by_head(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """`rotate` with tables `[batch or 1, seq_len, num_heads, head_dim / 2]`."""
     # `rotate` takes one table for the axis before the channels: here an axis of its own.
     return rotate(x.unsqueeze(-2), rotary).squeeze(-2)

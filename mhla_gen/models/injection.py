@@ -4,10 +4,13 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from mhla_gen.config import MHLAConfig
+from mhla_gen.models.attention import MHLA
 from mhla_gen.models.dit import MHLADiTTransformer2DModel
+from mhla_gen.models.exact import exact_share
 from mhla_gen.models.family import Family
 from mhla_gen.models.hunyuan_dit import MHLAHunyuanDiT2DModel
 from mhla_gen.models.kandinsky5 import MHLAKandinsky5Transformer3DModel
@@ -96,24 +99,30 @@ class LayerSummary:
     name: str
     """Path of the layer inside the model."""
     kind: str
-    """softmax, mhla, or linear: MHLA with a single block, or the model's own linear attention."""
+    """softmax, mhla, or linear: MHLA with a single block, or the model's own linear attention.
+    exact is softmax on a share of the pairs, "exact + mhla" both halves."""
+    exact: float
+    """Share of the pairs that softmax computes, on the model's own token grid."""
     layout: tuple[int, ...] | None
-    """Blocks along each axis; None for a layer that is not converted."""
+    """Blocks along each axis; None without MHLA."""
     implementation: str
     """Which code runs on the layer's device."""
     added_parameters: int
     """Parameters that MHLA adds to the layer."""
+    converted: bool
+    """Whether `inject` replaced the layer's attention."""
 
 
 class Summary(list[LayerSummary]):
     """Rows of `summary`; prints as a table."""
 
     def __str__(self) -> str:
-        header = ("layer", "attention", "layout", "implementation", "added parameters")
+        header = ("layer", "attention", "exact", "layout", "implementation", "added parameters")
         rows = [
             (
                 row.name,
                 row.kind,
+                f"{row.exact:.1%}",
                 "×".join(map(str, row.layout)) if row.layout else "-",
                 row.implementation,
                 f"{row.added_parameters:,}",
@@ -121,8 +130,8 @@ class Summary(list[LayerSummary]):
             for row in self
         ]
         total = f"{sum(row.added_parameters for row in self):,}"
-        converted = sum(row.layout is not None for row in self)
-        rows.append(("total", f"{converted} of {len(self)}", "", "", total))
+        converted = sum(row.converted for row in self)
+        rows.append(("total", f"{converted} of {len(self)}", "", "", "", total))
         widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
         lines = [
             "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip()
@@ -152,30 +161,48 @@ def summary(pipe_or_transformer: Any) -> Summary:
         if not issubclass(mhla_class, MHLATransformerMixin):
             raise ValueError(_unsupported(transformer))
         prefix = f"transformer_{number + 1}." if number else ""
+        grid = mhla_class.family.native_grid(transformer)
         for name, attention in mhla_class.family.attentions(transformer):
-            rows.append(_summarise(mhla_class.family, prefix + name, attention))
+            rows.append(_summarise(mhla_class.family, prefix + name, attention, grid))
     return rows
 
 
-def _summarise(family: Family, name: str, attention: Any) -> LayerSummary:
+def _summarise(family: Family, name: str, attention: Any, grid: tuple[int, ...]) -> LayerSummary:
     child = getattr(attention, "mhla", None)
     if child is None:
+        softmax = family.stock_kind == "softmax"
         backend = getattr(attention.processor, "_attention_backend", None)
-        backend = backend or ("sdpa" if family.stock_kind == "softmax" else "diffusers")
-        implementation = str(getattr(backend, "value", backend))
-        return LayerSummary(name, family.stock_kind, None, implementation, 0)
+        backend = backend or ("sdpa" if softmax else "diffusers")
+        return LayerSummary(
+            name=name,
+            kind=family.stock_kind,
+            exact=float(softmax),
+            layout=None,
+            implementation=str(getattr(backend, "value", backend)),
+            added_parameters=0,
+            converted=False,
+        )
+    config = child.config
     return LayerSummary(
         name=name,
-        kind="linear" if math.prod(child.config.layout) == 1 else "mhla",
-        layout=child.config.layout,
-        implementation=resolve_implementation(
-            child.config.implementation,
-            device=child.mixing.device,
-            head_dim=child.head_dim,
-            value_dim=child.head_dim,
-            num_blocks=math.prod(child.config.layout),
-        ),
+        kind=child.kind,
+        exact=exact_share(config, grid),
+        layout=config.layout if config.has_linear else None,
+        implementation=_implementation(child, next(attention.parameters()).device),
         added_parameters=sum(p.numel() for p in child.parameters()),
+        converted=True,
+    )
+
+
+def _implementation(child: MHLA, device: torch.device) -> str:
+    if child.config.exact == 1:
+        return "sdpa"
+    return resolve_implementation(
+        child.config.implementation,
+        device=device,
+        head_dim=child.head_dim,
+        value_dim=child.head_dim,
+        num_blocks=math.prod(child.config.layout) if child.config.has_linear else 1,
     )
 
 

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from diffusers import TensorParallelConfig
 from torch import nn
 
+from mhla_gen.config import MHLAConfig
 from mhla_gen.models.family import Family
 
 
@@ -27,11 +28,12 @@ def sequence_group(parallel_config: Any) -> Any:
     return parallel_config.context_parallel_config._flattened_mesh.get_group()
 
 
-def check_parallelism(family: Family, config: Any) -> None:
+def check_parallelism(family: Family, settings: MHLAConfig, config: Any) -> None:
     """Check that MHLA layers of a family can run as `config` wants.
 
     Args:
         family: Of the model.
+        settings: Of the model.
         config: What `enable_parallelism` takes.
 
     Raises:
@@ -47,6 +49,11 @@ def check_parallelism(family: Family, config: Any) -> None:
         raise NotImplementedError(
             f"MHLA layers of {family.base_class.__name__} cannot share a sequence: a rank would "
             "sum its own tokens only; call mhla_gen.restore(model) first, or run on one device"
+        )
+    if settings.exact > 0:
+        raise NotImplementedError(
+            f"layers with exact={settings.exact:g} cannot share a sequence: their tiles would lie "
+            "with other ranks; use exact=0, call mhla_gen.restore(model) first, or use one device"
         )
 
 

@@ -1,6 +1,7 @@
 """Conversion of a model in place, and its undoing: the same for every family."""
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -8,21 +9,31 @@ from diffusers.configuration_utils import FrozenDict
 from torch import nn
 
 from mhla_gen.config import MHLAConfig
-from mhla_gen.models.attention import MHLA
+from mhla_gen.models.attention import CONVERTED_START, MHLA, NEW_START
 from mhla_gen.models.family import Family
 from mhla_gen.ops import FEATURE_MAPS, auto_layout, resolve_implementation
 
 
-def mhla_layers(config: MHLAConfig, num_layers: int) -> tuple[int, ...]:
+def mhla_layers(config: MHLAConfig, names: Sequence[str]) -> tuple[int, ...]:
     """Indices of the layers that `config.layers` converts.
 
     A fraction `a/b` keeps the first `b - a` of every `b` layers softmax.
 
+    Args:
+        config: Settings.
+        names: Of all self-attention layers of a model, in order.
+
     Raises:
-        ValueError: If an index is not below `num_layers`, or no layer is left to convert.
+        ValueError: If an index is too large, or no layer is left to convert.
     """
+    num_layers = len(names)
     if config.layers == "all":
         return tuple(range(num_layers))
+    if callable(config.layers):
+        chosen = tuple(i for i, name in enumerate(names) if config.layers(i, name))
+        if not chosen:
+            raise ValueError(f"the function in layers converts none of {num_layers} layers")
+        return chosen
     if isinstance(config.layers, str):
         part, whole = map(int, config.layers.split("/"))
         chosen = tuple(i for i in range(num_layers) if i % whole >= whole - part)
@@ -37,15 +48,29 @@ def mhla_layers(config: MHLAConfig, num_layers: int) -> tuple[int, ...]:
     return config.layers
 
 
-def resolve(family: Family, model: Any, config: MHLAConfig) -> MHLAConfig:
-    """Check a config against a model and replace `layout="auto"` by block counts.
+def resolve(family: Family, model: Any, config: MHLAConfig, new: bool = False) -> MHLAConfig:
+    """Check a config against a model and settle what it leaves open.
+
+    Args:
+        family: Of the model.
+        model: Unconverted.
+        config: Settings.
+        new: Whether the model's weights are new; a pretrained one is disturbed as little as can be.
+
+    Returns:
+        Settings with block counts for `layout="auto"`, indices for a function in `layers`, and a
+        number for `exact_start`.
 
     Raises:
         ValueError: If layers, rank, layout or processors do not fit the model, or there is no such
             feature map or implementation.
     """
     attentions = family.attentions(model)
-    mhla_layers(config, len(attentions))
+    layers = mhla_layers(config, [name for name, _ in attentions])
+    if callable(config.layers):
+        config = replace(config, layers=layers)
+    if config.has_halves and config.exact_start is None:
+        config = replace(config, exact_start=NEW_START if new else CONVERTED_START)
     resolve_implementation(config.implementation)
     if config.feature_map not in FEATURE_MAPS:
         raise ValueError(
@@ -61,6 +86,13 @@ def resolve(family: Family, model: Any, config: MHLAConfig) -> MHLAConfig:
         if getattr(attention.processor, "_parallel_config", None) is not None:
             raise ValueError(f"{name} is context-parallel; convert before enable_parallelism")
     grid = family.native_grid(model)
+    for name in ("exact_tile", "exact_group", "exact_window"):
+        value = getattr(config, name)
+        if value is not None and len(value) != family.rank:
+            raise ValueError(
+                f"{family.base_class.__name__} has a {family.rank}-D token grid, so {name} needs "
+                f"{family.rank} entries, found {value}"
+            )
     if config.layout == "auto":
         return replace(config, layout=auto_layout(grid))
     if len(config.layout) != family.rank:
@@ -79,7 +111,7 @@ def resolve(family: Family, model: Any, config: MHLAConfig) -> MHLAConfig:
 def add_mhla(family: Family, model: Any, config: MHLAConfig) -> None:
     """Give the chosen layers their `mhla` child; `config` comes from `resolve`."""
     attentions = family.attentions(model)
-    chosen = set(mhla_layers(config, len(attentions)))
+    chosen = set(mhla_layers(config, [name for name, _ in attentions]))
     for index, (_, attention) in enumerate(attentions):
         if index in chosen:
             child = MHLA(*family.sizes(model), config).train(attention.training)
@@ -125,7 +157,8 @@ def _like(projection: nn.Module, module: MHLA) -> MHLA:
     parameters = list(projection.parameters())
     floating = next((p for p in parameters if p.is_floating_point()), None)
     module = module.to(parameters[0].device, None if floating is None else floating.dtype)
-    module.mixing.data = module.mixing.data.float()
+    if module.mixing is not None:
+        module.mixing.data = module.mixing.data.float()
     return module
 
 

@@ -88,7 +88,8 @@ class MHLATransformerMixin:
     def convert_new(self, mhla: MHLAConfig | dict[str, Any] | None) -> None:
         """Convert a freshly built model; the last line of the class's `__init__`."""
         config = mhla if isinstance(mhla, MHLAConfig) else MHLAConfig.from_dict(mhla or {})
-        add_mhla(self.family, self, resolve(self.family, self, config))  # type: ignore[arg-type]
+        resolved = resolve(self.family, self, config, new=True)  # type: ignore[arg-type]
+        add_mhla(self.family, self, resolved)  # type: ignore[arg-type]
 
     @property
     def mhla_config(self) -> MHLAConfig:
@@ -150,7 +151,8 @@ class MHLATransformerMixin:
                 f"checkpoint with {cls.__name__}.from_base(path, MHLAConfig(...))"
             )
         if kwargs.get("parallel_config") is not None:
-            check_parallelism(cls.family, kwargs["parallel_config"])
+            settings = MHLAConfig.from_dict(kwargs.get("mhla", saved.get("mhla")))
+            check_parallelism(cls.family, settings, kwargs["parallel_config"])
         with_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(  # type: ignore[misc]
             pretrained_model_name_or_path, output_loading_info=True, **kwargs
@@ -187,9 +189,10 @@ class MHLATransformerMixin:
         gradients of weights are each process's share: see `mhla_gen.models.parallel`.
 
         Raises:
-            NotImplementedError: For tensor parallelism, and in families that cannot share.
+            NotImplementedError: For tensor parallelism, in families that cannot share, and for
+                layers with an exact half.
         """
-        check_parallelism(self.family, config)
+        check_parallelism(self.family, self.mhla_config, config)
         super().enable_parallelism(config=config, **kwargs)  # type: ignore[misc]
 
 

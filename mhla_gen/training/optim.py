@@ -86,4 +86,5 @@ def train_only_mhla(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, MHLA):
             module.requires_grad_(True)
-            module.mixing.requires_grad_(module.config.mixing_learnable)
+            if module.mixing is not None:
+                module.mixing.requires_grad_(module.config.mixing_learnable)

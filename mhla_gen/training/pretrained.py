@@ -37,7 +37,7 @@ def load_pretrained(config: ModelConfig, subfolder: str = "transformer") -> Any:
     if not isinstance(model, MHLATransformerMixin):
         return inject(model, asked)
     found = model.mhla_config
-    changes = differences(found, asked, ("implementation",))
+    changes = differences(found, asked, ("implementation", "exact_start"))
     if asked not in (MHLAConfig(), found) and changes:
         raise ValueError(
             f"{config.pretrained} has MHLA layers already, with other settings "

@@ -1,0 +1,232 @@
+"""The exact half of an attention layer: softmax on a chosen part of the pairs, or on all."""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mhla_gen.config import MHLAConfig
+from mhla_gen.models.head_rotary import rotate_by_head
+from mhla_gen.ops import TileLayout, auto_tiles, mhla, tile_attention, tile_share
+from mhla_gen.ops.feature_maps import rotate
+
+
+def tile_layout(config: MHLAConfig, grid: tuple[int, ...]) -> TileLayout:
+    """The tiles of a layer on a token grid: what `auto_tiles` picks, or the config asks for.
+
+    Args:
+        config: Settings with an exact half of tiles.
+        grid: Tokens along each axis.
+    """
+    picked = auto_tiles(grid, config.exact)
+    group = config.exact_group
+    if group is None and config.exact_tile is not None:
+        group = (1,) * len(grid)
+    given = {
+        "tile": config.exact_tile,
+        "group": group,
+        "window": config.exact_window,
+        "top": config.exact_top,
+    }
+    return picked._replace(**{name: value for name, value in given.items() if value is not None})
+
+
+def exact_share(config: MHLAConfig, grid: tuple[int, ...]) -> float:
+    """The share of pairs that softmax computes on a token grid, from 0 to 1."""
+    if not config.has_tiles:
+        return float(config.exact)
+    tile, group, window, top = tile_layout(config, grid)
+    return tile_share(grid, tile, window, top, group)
+
+
+def exact_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    config: MHLAConfig,
+    grid: tuple[int, ...],
+    rotary: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Softmax on the share of pairs that a config asks for.
+
+    Args:
+        query: `[batch, seq_len, num_heads, head_dim]`, raster order.
+        key: Like `query`.
+        value: Like `query`.
+        config: Settings with an exact half.
+        grid: Tokens along each axis.
+        rotary: As in `MHLA.forward`.
+
+    Returns:
+        The output, like `value`, and the logarithm of its denominator, float32 `[batch, num_heads,
+        seq_len]`; None where all pairs are exact.
+    """
+    if not config.has_tiles:
+        query, key = (_rotated(x, rotary).transpose(1, 2) for x in (query, key))
+        out = F.scaled_dot_product_attention(query, key, value.transpose(1, 2))
+        return out.transpose(1, 2), None
+    if rotary is not None and rotary[0].ndim == 4:
+        query, key, rotary = _rotated(query, rotary), _rotated(key, rotary), None
+    tile, group, window, top = tile_layout(config, grid)
+    return tile_attention(
+        query,
+        key,
+        value,
+        grid=grid,
+        tile=tile,
+        group=group,
+        window=window,
+        top=top,
+        rotary=rotary,
+        implementation=config.implementation,
+    )
+
+
+def _rotated(x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+    if rotary is None:
+        return x
+    # As diffusers rotates: in the precision of the tables.
+    wide = x.to(torch.promote_types(x.dtype, rotary[0].dtype))
+    turn = rotate_by_head if rotary[0].ndim == 4 else rotate
+    return turn(wide, rotary).to(x.dtype)
+
+
+def log_denominator(
+    query: Tensor,
+    key: Tensor,
+    mixing: Tensor,
+    config: MHLAConfig,
+    grid: tuple[int, ...],
+    layout: tuple[int, ...],
+) -> Tensor:
+    """Logarithm of MHLA's denominator, float32 `[batch, seq_len, num_heads]`; see `mhla`."""
+    # Sums over all keys leave the range of float16 and need the digits of float32.
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    query, key = query.to(dtype), key.to(dtype)
+    sums = mhla(
+        query,
+        key,
+        torch.ones_like(key[..., :1]),
+        mixing,
+        grid=grid,
+        layout=layout,
+        feature_map=config.feature_map,
+        normalize=False,
+        implementation=config.implementation,
+    )
+    return (sums.squeeze(-1) + config.eps).log()
+
+
+class GateCombination(nn.Module):
+    r"""$a \cdot \mathrm{exact} + (1 - a) \cdot \mathrm{linear}$, one $a$ for each token and head.
+
+    $a$ is the sigmoid of a linear map of the layer's input.
+
+    Args:
+        num_heads: Heads.
+        hidden_size: Channels of the layer's input.
+        start: `a` before training.
+    """
+
+    def __init__(self, num_heads: int, hidden_size: int, start: float):
+        super().__init__()
+        self.start = start
+        self.to_share = nn.Linear(hidden_size, num_heads)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Give every token and head the weight of the start."""
+        self.to_share.weight.zero_()
+        self.to_share.bias.fill_(_logit(self.start))
+
+    def forward(self, exact: Tensor, linear: Tensor, hidden_states: Tensor, **_: Any) -> Tensor:
+        """Combine `[batch, seq_len, num_heads, head_dim]`."""
+        return _weighed(exact, linear, self.to_share(hidden_states))
+
+    def shares(self, hidden_states: Tensor, **_: Any) -> Tensor:
+        """`a`, `[batch, seq_len, num_heads]`."""
+        return self.to_share(hidden_states).sigmoid()
+
+
+class DenominatorCombination(nn.Module):
+    r"""As `GateCombination`, with $a = \sigma(\mathrm{lse} + b - \log \mathrm{denominator})$.
+
+    With $b = 0$ this is one average with one denominator over all pairs of both halves. $b$ is
+    learned for each head, since the two halves measure on different scales.
+
+    Args:
+        num_heads: Heads.
+        start: $\sigma(b)$ before training.
+    """
+
+    def __init__(self, num_heads: int, start: float):
+        super().__init__()
+        self.start = start
+        self.bias = nn.Parameter(torch.empty(num_heads))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Set b to its start."""
+        self.bias.fill_(_logit(self.start))
+
+    def forward(self, exact: Tensor, linear: Tensor, **denominators: Any) -> Tensor:
+        """Combine `[batch, seq_len, num_heads, head_dim]`."""
+        return _weighed(exact, linear, self._logits(**denominators))
+
+    def shares(self, **denominators: Any) -> Tensor:
+        """`a`, `[batch, seq_len, num_heads]`."""
+        return self._logits(**denominators).sigmoid()
+
+    def _logits(self, log_sum_exp: Tensor, log_denominator: Tensor, **_: Any) -> Tensor:
+        return log_sum_exp.transpose(1, 2) - log_denominator + self.bias.float()
+
+
+class ProjectionCombination(nn.Module):
+    """The exact half plus a linear map of the other one, which starts at zero.
+
+    Args:
+        head_dim: Channels of a head; all heads share the map.
+
+    Source:
+        SLA, arXiv:2509.24006.
+    """
+
+    def __init__(self, head_dim: int):
+        super().__init__()
+        self.proj = nn.Linear(head_dim, head_dim)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Set the map to zero."""
+        self.proj.weight.zero_()
+        self.proj.bias.zero_()
+
+    def forward(self, exact: Tensor, linear: Tensor, **_: Any) -> Tensor:
+        """Combine `[batch, seq_len, num_heads, head_dim]`."""
+        return exact + self.proj(linear)
+
+
+def make_combination(
+    config: MHLAConfig, num_heads: int, head_dim: int, hidden_size: int
+) -> GateCombination | DenominatorCombination | ProjectionCombination:
+    """The module that combines the halves of a layer, as `config.combine` says."""
+    if config.combine == "projection":
+        return ProjectionCombination(head_dim)
+    assert config.exact_start is not None
+    if config.combine == "denominator":
+        return DenominatorCombination(num_heads, config.exact_start)
+    return GateCombination(num_heads, hidden_size, config.exact_start)
+
+
+def _weighed(exact: Tensor, linear: Tensor, logits: Tensor) -> Tensor:
+    # In bfloat16 a small weight of the linear half keeps its digits, 1 minus it would not.
+    return exact.lerp(linear, logits.neg().sigmoid().unsqueeze(-1).type_as(exact))
+
+
+def _logit(share: float) -> float:
+    return math.log(share / (1 - share))

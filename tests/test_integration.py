@@ -22,8 +22,9 @@ from tiny import (
 import mhla_gen
 from mhla_gen import MHLAConfig, MHLADiTTransformer2DModel, MHLAWanTransformer3DModel
 
-WAN = MHLAConfig(layout=(1, 2, 2), layers="2/3", output_norm=True)
-DIT = MHLAConfig(layout=(2, 2), layers="2/3", output_norm=True)
+OPTIONS = {"layers": "2/3", "output_norm": True, "exact": 0.4, "exact_top": 1}
+WAN = MHLAConfig(layout=(1, 2, 2), exact_tile=(1, 2, 2), exact_window=(1, 1, 1), **OPTIONS)
+DIT = MHLAConfig(layout=(2, 2), exact_tile=(2, 2), exact_window=(1, 1), **OPTIONS)
 
 
 def run(model, inputs):

@@ -80,6 +80,14 @@ TWO_SIZES = {
 }
 TWO_CLIPS = ({"height": 10, "width": 14}, {"frames": 2, "height": 14, "width": 10})
 EVERYTHING = {"output_norm": True, "mixing_per_head": True}
+EXACT = {"exact": 0.3, "exact_start": 0.7}
+
+
+def tiles(layout, **options):
+    """Settings of an exact half whose tiles are small enough for tiny grids."""
+    ones = (1,) * len(layout)
+    small = {"exact_tile": (2,) * len(layout), "exact_window": ones, "exact_top": 1}
+    return EXACT | small | options
 
 
 def cast(inputs, dtype):
@@ -121,7 +129,12 @@ def run(model, inputs):
 
 @pytest.mark.parametrize(
     ("layers", "options"),
-    [("all", {}), ([1], EVERYTHING), ("2/3", {"conv": False, "gate": False})],
+    [
+        ("all", {}),
+        ([1], EVERYTHING | EXACT),
+        ("2/3", {"conv": False, "gate": False}),
+        ("2/3", {"exact": 1.0}),
+    ],
 )
 def test_save_and_load_is_exact(family, tmp_path, layers, options):
     make, make_inputs, mhla_class, layout = family
@@ -137,12 +150,13 @@ def test_save_and_load_is_exact(family, tmp_path, layers, options):
     assert json.loads((tmp_path / "config.json").read_text())["mhla"] == config.to_dict()
 
 
-def test_restore_is_bit_exact(family):
+@pytest.mark.parametrize("exact", [0.0, 0.3])
+def test_restore_is_bit_exact(family, exact):
     make, make_inputs, _, layout = family
     model, inputs = make(), make_inputs()
     before, base_class = run(model, inputs), type(model)
     config, state = dict(model.config), {k: v.clone() for k, v in model.state_dict().items()}
-    mhla_gen.inject(model, MHLAConfig(layout=layout))
+    mhla_gen.inject(model, MHLAConfig(layout=layout, **tiles(layout) if exact else {}))
     assert not torch.equal(run(model, inputs), before)
     assert mhla_gen.restore(model) is model
     assert type(model) is base_class and dict(model.config) == config
@@ -419,12 +433,13 @@ def test_any_resolution_runs_with_the_same_weights():
     assert run(dit, dit_inputs(side=14)).shape == (2, 4, 14, 14)
 
 
-@pytest.mark.parametrize("layers", ["all", "2/3"])
+@pytest.mark.parametrize(("layers", "exact"), [("all", True), ("2/3", False)])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_two_resolutions_alive_before_one_backward(name, checkpointing, layers):
+def test_two_resolutions_alive_before_one_backward(name, checkpointing, layers, exact):
     make, make_inputs, _, layout = FAMILIES[name]
-    model = mhla_gen.inject(make(), MHLAConfig(layout=layout, layers=layers))
+    options = tiles(layout) if exact else {}
+    model = mhla_gen.inject(make(), MHLAConfig(layout=layout, layers=layers, **options))
     reference = copy.deepcopy(model)
     if checkpointing and name == "hunyuan_dit":
         pytest.skip("diffusers has no gradient checkpointing for HunyuanDiT")
@@ -442,7 +457,7 @@ def test_two_resolutions_alive_before_one_backward(name, checkpointing, layers):
 def test_whole_model_compiles_without_graph_breaks(compiled_family):
     make, make_inputs, _, layout = compiled_family
     model, inputs = make(), make_inputs()
-    mhla_gen.inject(model, MHLAConfig(layout=layout, layers="2/3"))
+    mhla_gen.inject(model, MHLAConfig(layout=layout, layers="2/3", **EXACT))
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(run(compiled, inputs), run(model, inputs))
@@ -475,7 +490,7 @@ def test_blocks_are_compiled_once_for_all_of_them(compiled_family, monkeypatch):
 @pytest.mark.parametrize("name", COMPILED)
 def test_compiled_blocks_take_another_size(name, monkeypatch):
     make, make_inputs, _, layout = FAMILIES[name]
-    model = mhla_gen.inject(make(), MHLAConfig(layout=layout))
+    model = mhla_gen.inject(make(), MHLAConfig(layout=layout, **EXACT))
     batches = [make_inputs(**sizes) for sizes in TWO_SIZES.get(name, TWO_CLIPS)]
     expected = [run(model, batch) for batch in batches]
     torch._dynamo.reset()

@@ -1,7 +1,7 @@
 """Settings of the attention that replaces softmax."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, Self
 
 from mhla_gen.config.checks import normalize_integers, normalize_layout
@@ -32,7 +32,7 @@ class MHLAConfig(Settings):
     exact_group: Any = None
     """Tiles along each axis whose queries share one list of tiles; with exact_tile, None is 1."""
     exact_window: Any = None
-    """Odd number of tiles along each axis, around a query's own, that it reads."""
+    """Odd number of tiles along each axis, around a query's own, that it reads; zeros: none."""
     exact_top: int | None = None
     """Further tiles that it reads, those whose mean key fits its tile's mean query best."""
     linear: bool = True
@@ -80,11 +80,13 @@ class MHLAConfig(Settings):
     def _check_exact(self) -> None:
         if not 0 <= self.exact <= 1:
             raise ValueError(f"exact is a share of pairs from 0 to 1, found {self.exact}")
-        for name in ("exact_tile", "exact_group", "exact_window"):
+        for name, least in (("exact_tile", 1), ("exact_group", 1), ("exact_window", 0)):
             if getattr(self, name) is not None:
-                object.__setattr__(self, name, normalize_integers(name, getattr(self, name), 1))
-        if self.exact_window is not None and any(side % 2 == 0 for side in self.exact_window):
-            raise ValueError(f"exact_window needs odd numbers of tiles, found {self.exact_window}")
+                value = normalize_integers(name, getattr(self, name), least)
+                object.__setattr__(self, name, value)
+        window = self.exact_window or (1,)
+        if any(window) and any(side % 2 == 0 for side in window):
+            raise ValueError(f"exact_window must be odd numbers, or all zeros, found {window}")
         if self.exact_top is not None:
             check_at_least("exact_top", self.exact_top, 0)
         given = [name for name in _TILE_SETTINGS if getattr(self, name) is not None]
@@ -114,6 +116,10 @@ class MHLAConfig(Settings):
     def has_halves(self) -> bool:
         """Whether there are two halves to combine."""
         return self.has_tiles and self.linear
+
+    def softmax(self) -> Self:
+        """These settings with all pairs exact: softmax with the same convolution and gate."""
+        return replace(self, exact=1.0, linear=True, **dict.fromkeys(_TILE_SETTINGS))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for a JSON config; `MHLAConfig.from_dict` reads them back."""

@@ -39,10 +39,12 @@ class ModelConfig(Settings, prefix="model."):
         ValueError: If a value is out of its range.
     """
 
-    attention: Literal["softmax", "linear", "mhla"] = "mhla"
-    """linear is MHLA with one block: the control that has the same convolution and gate."""
+    attention: Literal["softmax", "gated_softmax", "linear", "mhla"] = "mhla"
+    """linear is MHLA with one block, gated_softmax is softmax: the controls that have the same
+    convolution and gate."""
     mhla: MHLAConfig = field(default_factory=MHLAConfig)
-    """Settings of linear and mhla; linear replaces the layout by one block."""
+    """Settings of all but softmax; linear replaces the layout by one block, gated_softmax sets
+    exact to 1."""
     preset: str = "DiT-S/2"
     """Sizes of a new model: DiT-S, DiT-B, DiT-L or DiT-XL, with patches of /2, /4 or /8."""
     patch_size: Count | None = None
@@ -72,7 +74,7 @@ class ModelConfig(Settings, prefix="model."):
         if self.new_classes and self.pretrained is None:
             raise UserError("model.new_classes is for a pretrained model; a new one has them")
         if self.trainable == "mhla" and self.attention == "softmax":
-            raise UserError("model.trainable=mhla needs model.attention=mhla or linear")
+            raise UserError("model.trainable=mhla trains nothing with model.attention=softmax")
         if self.trainable != "all" and self.new_classes:
             raise UserError(
                 f"model.new_classes are never learned with model.trainable={self.trainable}"

@@ -188,7 +188,7 @@ def check_teacher(config: TrainConfig) -> None:
         ValueError: If the student is softmax, or the teacher has MHLA layers.
     """
     if config.model.attention == "softmax":
-        raise ValueError("distill needs model.attention=mhla or linear, found softmax")
+        raise ValueError("distill needs another model.attention than softmax")
     if config.model.trainable != "all":
         raise ValueError("distill.stages say what is trained (train); leave model.trainable out")
     if config.model.pretrained is not None:

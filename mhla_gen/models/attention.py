@@ -114,7 +114,12 @@ class MHLA(nn.Module):
 
         Returns:
             `[batch, seq_len, num_heads * head_dim]`.
+
+        Raises:
+            ValueError: If processes share the sequence of a layer with an exact half.
         """
+        if group is not None and self.config.exact > 0:
+            raise ValueError("layers with an exact half cannot share a sequence among processes")
         halo = None
         if self.conv is not None and group is not None:
             halo = self.conv.begin_halo(value.flatten(2), grid, group)
@@ -142,8 +147,6 @@ class MHLA(nn.Module):
         config = self.config
         if config.exact == 0:
             return self._begin_linear(query, key, value, grid, rotary, group)
-        if group is not None:
-            raise ValueError("layers with an exact half cannot share a sequence among processes")
 
         def attend() -> Tensor:
             exact, log_sum_exp = exact_attention(query, key, value, config, grid, rotary)

@@ -1,6 +1,7 @@
 """The exact half of an attention layer: softmax on a chosen part of the pairs, or on all."""
 
 import math
+import operator
 from typing import Any
 
 import torch
@@ -12,6 +13,9 @@ from mhla_gen.models.head_rotary import rotate_by_head
 from mhla_gen.ops import TileLayout, auto_tiles, mhla, tile_attention, tile_share
 from mhla_gen.ops.feature_maps import rotate
 
+# torch.compile calls it, rather than tracing arithmetic of plain integers.
+_auto_tiles = torch.compiler.assume_constant_result(auto_tiles)
+
 
 def tile_layout(config: MHLAConfig, grid: tuple[int, ...]) -> TileLayout:
     """The tiles of a layer on a token grid: what `auto_tiles` picks, or the config asks for.
@@ -20,17 +24,18 @@ def tile_layout(config: MHLAConfig, grid: tuple[int, ...]) -> TileLayout:
         config: Settings with an exact half of tiles.
         grid: Tokens along each axis.
     """
-    picked = auto_tiles(grid, config.exact)
+    # As indices: a compiled layer keeps the tiles of the grid that it was compiled for.
+    grid = tuple(operator.index(length) for length in grid)
+    picked = _auto_tiles(grid, config.exact)
     group = config.exact_group
-    if group is None and config.exact_tile is not None:
-        group = (1,) * len(grid)
-    given = {
-        "tile": config.exact_tile,
-        "group": group,
-        "window": config.exact_window,
-        "top": config.exact_top,
-    }
-    return picked._replace(**{name: value for name, value in given.items() if value is not None})
+    if group is None:
+        group = picked.group if config.exact_tile is None else (1,) * len(grid)
+    return TileLayout(
+        tile=config.exact_tile or picked.tile,
+        group=group,
+        window=config.exact_window or picked.window,
+        top=picked.top if config.exact_top is None else config.exact_top,
+    )
 
 
 def exact_share(config: MHLAConfig, grid: tuple[int, ...]) -> float:

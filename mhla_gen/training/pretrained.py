@@ -47,7 +47,9 @@ def load_pretrained(config: ModelConfig, subfolder: str = "transformer") -> Any:
 
 
 def attention_settings(config: ModelConfig, rank: int = 2) -> MHLAConfig:
-    """MHLA's settings; those of linear attention have one block along each of `rank` axes."""
+    """Settings of the layers; linear attention has one block along each of `rank` axes."""
+    if config.attention == "gated_softmax":
+        return config.mhla.softmax()
     if config.attention == "linear":
         return replace(config.mhla, layout=(1,) * rank)
     return config.mhla

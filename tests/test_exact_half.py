@@ -1,0 +1,257 @@
+"""Layers with an exact half: what they compute at every share, and what is refused."""
+
+import copy
+
+import pytest
+import torch
+from diffusers import ContextParallelConfig
+from test_models import FAMILIES, cast, family, run, tiles
+from tiny import disturb, dit_inputs, tiny_dit, tiny_wan
+
+import mhla_gen
+from mhla_gen import MHLAConfig
+from mhla_gen.config import ConfigError, ModelConfig, load_config
+from mhla_gen.models.exact import exact_attention, exact_share, tile_layout
+from mhla_gen.ops import mhla, tile_attention, tile_share
+from mhla_gen.training.build import build_model
+
+__all__ = ["family"]
+
+SOFTMAX = [name for name in FAMILIES if name != "sana_video"]
+GRID, LAYOUT = (5, 7), (2, 3)
+
+
+def tokens(batch=2, heads=2, head_dim=8, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shape = (4, batch, 35, heads, head_dim)
+    q, k, v, h = torch.randn(shape, generator=generator, dtype=torch.float64)
+    return q, k, v, h.flatten(2)
+
+
+def layer(**options):
+    settings = {"layout": LAYOUT, "conv": False, "gate": False, **tiles(LAYOUT)}
+    model = mhla_gen.MHLA(2, 8, 16, MHLAConfig(**settings | options)).double()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.rand(parameter.shape, generator=generator))
+    return model
+
+
+def exact_half(q, k, v, config):
+    tile, group, window, top = tile_layout(config, GRID)
+    options = {"tile": tile, "group": group, "window": window, "top": top}
+    return tile_attention(q, k, v, grid=GRID, implementation="naive", **options)
+
+
+# Kandinsky 5 rounds the rotated queries and keys of a softmax layer to bfloat16.
+@pytest.mark.parametrize("name", SOFTMAX)
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_all_pairs_are_the_softmax_model(name, share):
+    make, make_inputs, _, layout = FAMILIES[name]
+    model, inputs = make(), make_inputs()
+    before = run(model, inputs)
+    everything = {} if share == 1 else {"exact_window": (99,) * len(layout), "linear": False}
+    mhla_gen.inject(model, MHLAConfig(layout=layout, exact=share, **everything))
+    tolerance = {"rtol": 1e-2, "atol": 1e-2} if name == "kandinsky5" else {}
+    torch.testing.assert_close(run(model, inputs), before, **tolerance)
+    assert {row.exact for row in mhla_gen.summary(model)} == {1.0}
+    assert {row.kind for row in mhla_gen.summary(model)} == {"softmax" if share == 1 else "exact"}
+
+
+@pytest.mark.parametrize("name", ["dit", "wan"])
+def test_all_pairs_are_the_softmax_model_in_float64(name):
+    make, make_inputs, _, layout = FAMILIES[name]
+    model, inputs = make().double(), cast(make_inputs(), torch.float64)
+    before = run(model, inputs)
+    mhla_gen.inject(model, MHLAConfig(layout=layout, exact=1.0))
+    torch.testing.assert_close(run(model, inputs), before, rtol=1e-6, atol=1e-7)
+
+
+def test_the_gate_weighs_the_halves():
+    model = layer()
+    q, k, v, h = tokens()
+    exact, _ = exact_half(q, k, v, model.config)
+    linear = mhla(q, k, v, model.mixing, grid=GRID, layout=LAYOUT, implementation="naive")
+    gate = model.combine.to_share
+    a = (h @ gate.weight.T + gate.bias).sigmoid().unsqueeze(-1)
+    expected = (a * exact + (1 - a) * linear).flatten(2)
+    torch.testing.assert_close(model(q, k, v, h, GRID), expected)
+
+
+def test_one_denominator_is_one_average():
+    model = layer(combine="denominator")
+    with torch.no_grad():
+        model.combine.bias.zero_()
+    q, k, v, h = tokens()
+    exact, lse = exact_half(q, k, v, model.config)
+    options = {"grid": GRID, "layout": LAYOUT, "normalize": False, "implementation": "naive"}
+    sums = mhla(q, k, v, model.mixing, **options)
+    mass = mhla(q, k, torch.ones_like(v), model.mixing, **options)
+    weight = lse.exp().transpose(1, 2).unsqueeze(-1)
+    expected = ((weight * exact + sums) / (weight + mass)).flatten(2)
+    torch.testing.assert_close(model(q, k, v, h, GRID), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_projection_adds_to_the_exact_half():
+    model = layer(combine="projection")
+    q, k, v, h = tokens()
+    exact, _ = exact_half(q, k, v, model.config)
+    linear = mhla(q, k, v, model.mixing, grid=GRID, layout=LAYOUT, implementation="naive")
+    expected = (exact + model.combine.proj(linear)).flatten(2)
+    torch.testing.assert_close(model(q, k, v, h, GRID), expected)
+    model.combine.reset_parameters()
+    torch.testing.assert_close(model(q, k, v, h, GRID), exact.flatten(2))
+
+
+@pytest.mark.parametrize("combine", ["gate", "denominator", "projection"])
+def test_every_parameter_and_input_learns(combine):
+    model = layer(combine=combine, conv=True, gate=True, output_norm=True)
+    inputs = [x.requires_grad_() for x in tokens()]
+    model(*inputs, GRID).square().sum().backward()
+    for name, parameter in [*model.named_parameters(), *enumerate(inputs)]:
+        assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+
+
+def test_without_the_linear_half_nothing_is_left_of_it():
+    model = layer(linear=False)
+    assert not list(model.parameters())
+    q, k, v, h = tokens()
+    expected, _ = exact_half(q, k, v, model.config)
+    torch.testing.assert_close(model(q, k, v, h, GRID), expected.flatten(2))
+
+
+@pytest.mark.parametrize("share", [0.3, 1.0])
+def test_tables_by_head_rotate_as_one_table_does(share):
+    q, k, v, _ = tokens()
+    angles = torch.rand(35, 4, dtype=torch.float64) * 6
+    rotary = angles.cos(), angles.sin()
+    by_head = tuple(table[None, :, None].expand(1, 35, 2, 4) for table in rotary)
+    options = {"exact": 1.0} if share == 1 else tiles(LAYOUT)
+    config = MHLAConfig(layout=LAYOUT, **options)
+    expected, lse = exact_attention(q, k, v, config, GRID, rotary)
+    out, other = exact_attention(q, k, v, config, GRID, by_head)
+    torch.testing.assert_close(out, expected)
+    assert (other is None and share == 1) or torch.allclose(other, lse)
+    plain, _ = exact_attention(q, k, v, config, GRID)
+    assert not torch.allclose(plain, out, atol=1e-3)
+
+
+def test_a_conversion_starts_at_the_exact_half_and_a_new_model_in_the_middle(family):
+    make, _, mhla_class, layout = family
+    base, config = make(), MHLAConfig(layout=layout, exact=0.3)
+    arguments = {k: v for k, v in base.config.items() if not k.startswith("_")}
+    starts = {
+        0.98: mhla_gen.inject(base, config),
+        0.5: mhla_class(**arguments, mhla=config),
+        0.7: mhla_class(**arguments, mhla=MHLAConfig(layout=layout, exact=0.3, exact_start=0.7)),
+    }
+    for start, model in starts.items():
+        assert model.mhla_config.exact_start == start
+        gate = mhla_class.family.attentions(model)[0][1].mhla.combine.to_share
+        assert not gate.weight.any()
+        torch.testing.assert_close(gate.bias.sigmoid(), torch.full_like(gate.bias, start))
+
+
+def test_tiles_follow_the_grid_and_no_parameter_does():
+    model = mhla_gen.inject(tiny_dit(sample_size=32), MHLAConfig(layout=(2, 2), exact=0.25))
+    shapes = {name: p.shape for name, p in model.named_parameters() if ".mhla." in name}
+    config = model.mhla_config
+    for grid in ((16, 16), (32, 32), (9, 40)):
+        assert exact_share(config, grid) == pytest.approx(0.25, abs=0.1)
+    other = mhla_gen.inject(tiny_dit(), MHLAConfig(layout=(2, 2), exact=0.25))
+    assert shapes == {n: p.shape for n, p in other.named_parameters() if ".mhla." in n}
+
+
+def test_settings_replace_what_the_rule_picks():
+    grid = (32, 32)
+    rule = tile_layout(MHLAConfig(exact=0.25), grid)
+    near = tile_layout(MHLAConfig(exact=0.25, exact_top=0), grid)
+    assert near == rule._replace(top=0) != rule
+    own = MHLAConfig(exact=0.1, exact_tile=(4, 4), exact_window=(5, 5), exact_top=8)
+    assert tile_layout(own, grid) == ((4, 4), (1, 1), (5, 5), 8)
+    assert exact_share(own, grid) == tile_share(grid, (4, 4), (5, 5), 8) == 33 / 64
+    by_content = MHLAConfig(exact=0.1, exact_window=(0, 0), exact_group=(2, 1))
+    assert tile_layout(by_content, grid) == rule._replace(
+        **tile_layout(MHLAConfig(exact=0.1), grid)._asdict() | {"window": (0, 0), "group": (2, 1)}
+    )
+
+
+def test_summary_shows_the_share_of_each_layer():
+    model = mhla_gen.inject(
+        tiny_dit(sample_size=32), MHLAConfig(layout=(2, 2), layers=[1, 2], exact=0.125)
+    )
+    rows = mhla_gen.summary(model)
+    assert [row.kind for row in rows] == ["softmax", "exact + mhla", "exact + mhla"]
+    assert rows[0].exact == 1 and rows[1].exact == exact_share(model.mhla_config, (16, 16))
+    assert f"{rows[1].exact:.1%}" in str(rows) and "2 of 3" in str(rows)
+    control = mhla_gen.inject(tiny_dit(), MHLAConfig(exact=1.0))
+    rows = mhla_gen.summary(control)
+    assert [(row.kind, row.layout, row.implementation) for row in rows] == [
+        ("softmax", None, "sdpa")
+    ] * 3
+    assert all(row.added_parameters for row in rows) and "3 of 3" in str(rows)
+
+
+def test_layers_can_be_chosen_by_a_function():
+    config = MHLAConfig(layout=(2, 2), layers=lambda index, name: name.endswith(f"{index}.attn1"))
+    assert mhla_gen.inject(tiny_dit(), config).mhla_config.layers == (0, 1, 2)
+    last = MHLAConfig(layout=(2, 2), layers=lambda index, name: index == 2)
+    base = tiny_dit()
+    model = mhla_gen.MHLADiTTransformer2DModel.from_base(base, last)
+    assert model.mhla_config.layers == (2,)
+    assert [row.converted for row in mhla_gen.summary(model)] == [False, False, True]
+    with pytest.raises(ValueError, match="converts none of 3 layers"):
+        mhla_gen.inject(base, MHLAConfig(layers=lambda index, name: False))
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("exact=1.5", "from 0 to 1"),
+        ("exact=.nan", "from 0 to 1"),
+        ("exact_tile=[4,4]", "exact_tile needs an exact between 0 and 1"),
+        ("exact=0.1 exact_tile=[4,0]", "exact_tile"),
+        ("exact=0.1 exact_window=[2,2]", "odd"),
+        ("exact=0.1 exact_window=[3,0]", "odd"),
+        ("exact=0.1 exact_top=-1", "exact_top"),
+        ("exact=0.1 combine=sum", "combine"),
+        ("exact=0.1 exact_start=1", "exact_start"),
+        ("linear=false", "leaves no attention"),
+        ("exact=1 output_norm=true", "output_norm"),
+        ("exact=0.1 combine=denominator normalize=false", "normalize=true"),
+    ],
+)
+def test_mistakes_are_named(setting, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(None, setting.split(), MHLAConfig)
+
+
+def test_what_does_not_fit_is_refused_before_anything_changes():
+    model = tiny_wan()
+    keys = list(model.state_dict())
+    with pytest.raises(ValueError, match="exact_tile needs 3 entries"):
+        mhla_gen.inject(model, MHLAConfig(exact=0.1, exact_tile=(4, 4)))
+    assert list(model.state_dict()) == keys
+    mhla_gen.inject(model, MHLAConfig(exact=0.1))
+    with pytest.raises(NotImplementedError, match=r"exact=0\.1 cannot share a sequence"):
+        model.enable_parallelism(config=ContextParallelConfig(ring_degree=2))
+    layer = copy.deepcopy(model.blocks[0].attn1.mhla)
+    q = torch.randn(1, 8, 2, 12)
+    with pytest.raises(ValueError, match="cannot share a sequence"):
+        layer(q, q, q, torch.randn(1, 8, 24), (2, 2, 2), None, object())
+
+
+def test_softmax_with_convolution_and_gate_is_a_choice_of_a_new_model():
+    config = ModelConfig(
+        attention="gated_softmax", num_layers=1, num_attention_heads=2, attention_head_dim=8,
+        mhla=MHLAConfig(exact=0.1, exact_top=3),
+    )  # fmt: skip
+    model = build_model(config, (4, 8, 8), num_classes=3)
+    (row,) = mhla_gen.summary(model)
+    assert row.kind == "softmax" and row.added_parameters > 0
+    child = model.transformer_blocks[0].attn1.mhla
+    assert child.conv is not None and child.gate is not None and child.mixing is None
+    assert torch.isfinite(
+        run(disturb(model), {**dit_inputs(), "class_labels": torch.tensor([0, 2])})
+    ).all()

@@ -208,8 +208,8 @@ def test_layers_can_be_chosen_by_a_function():
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("exact=1.5", "from 0 to 1"),
-        ("exact=.nan", "from 0 to 1"),
+        ("exact=1.5", r"exact must be in \[0, 1\]"),
+        ("exact=.nan", r"exact must be in \[0, 1\]"),
         ("exact_tile=[4,4]", "exact_tile needs an exact between 0 and 1"),
         ("exact=0.1 exact_tile=[4,0]", "exact_tile"),
         ("exact=0.1 exact_window=[2,2]", "odd"),

@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from mhla_gen.config.checks import normalize_integers, normalize_layout
-from mhla_gen.config.fields import Count, NotNegative, Settings
+from mhla_gen.config.fields import Count, NotNegative, Range, Settings, Whole
 from mhla_gen.config.retired import without_retired
 from mhla_gen.errors import UserError
 
@@ -23,7 +23,7 @@ class MHLAConfig(Settings):
     layers: Any = "all"
     """Which layers: "all", a list of indices, a fraction such as "2/3" (of every three layers the
     first stays softmax), or, in Python, a function `(index, name) -> bool`."""
-    exact: float = 0.0
+    exact: Annotated[float, Range(0, 1)] = 0.0
     """The share of query-key pairs that softmax computes exactly, beside MHLA for all of them. 0 is
     the paper's MHLA, 1 is softmax with MHLA's convolution and gate. Tiles for the share are picked
     for each token grid by `mhla_gen.ops.auto_tiles`; the next four replace what it picks."""
@@ -33,7 +33,7 @@ class MHLAConfig(Settings):
     """Tiles along each axis whose queries share one list of tiles; with exact_tile, None is 1."""
     exact_window: Any = None
     """Odd number of tiles along each axis, around a query's own, that it reads; zeros: none."""
-    exact_top: int | None = None
+    exact_top: Whole | None = None
     """Further tiles that it reads, those whose mean key fits its tile's mean query best."""
     linear: bool = True
     """Have MHLA beside the exact half; false is the control without it."""
@@ -41,7 +41,7 @@ class MHLAConfig(Settings):
     """How the halves make one output: weighed by a number per token and head that the layer's input
     decides, weighed by their denominators, or a projection of MHLA's half, which starts at zero,
     added to the exact one."""
-    exact_start: float | None = None
+    exact_start: Annotated[float, Range(0, 1, open_low=True, open_high=True)] | None = None
     """Weight of the exact half before training; None is 0.98 where a model is converted and 0.5 in
     a new one. combine=projection starts at 1 whatever it says."""
     feature_map: str = "relu"
@@ -78,29 +78,22 @@ class MHLAConfig(Settings):
         self._check_exact()
 
     def _check_exact(self) -> None:
-        if not 0 <= self.exact <= 1:
-            raise ValueError(f"exact is a share of pairs from 0 to 1, found {self.exact}")
         for name, least in (("exact_tile", 1), ("exact_group", 1), ("exact_window", 0)):
             if getattr(self, name) is not None:
                 value = normalize_integers(name, getattr(self, name), least)
                 object.__setattr__(self, name, value)
         window = self.exact_window or (1,)
         if any(window) and any(side % 2 == 0 for side in window):
-            raise ValueError(f"exact_window must be odd numbers, or all zeros, found {window}")
-        if self.exact_top is not None:
-            check_at_least("exact_top", self.exact_top, 0)
+            raise UserError(f"exact_window must be odd numbers, or all zeros, found {window}")
         given = [name for name in _TILE_SETTINGS if getattr(self, name) is not None]
         if given and not self.has_tiles:
-            raise ValueError(f"{given[0]} needs an exact between 0 and 1, found {self.exact}")
-        check_choice("combine", self.combine, ("gate", "denominator", "projection"))
-        if self.exact_start is not None and not 0 < self.exact_start < 1:
-            raise ValueError(f"exact_start must lie between 0 and 1, found {self.exact_start}")
+            raise UserError(f"{given[0]} needs an exact between 0 and 1, found {self.exact}")
         if self.exact == 0 and not self.linear:
-            raise ValueError("linear=false leaves no attention at all with exact=0; set exact")
+            raise UserError("linear=false leaves no attention at all with exact=0; set exact")
         if self.output_norm and not self.has_linear:
-            raise ValueError("output_norm is for MHLA's half, which is left out; set it to false")
+            raise UserError("output_norm is for MHLA's half, which is left out; set it to false")
         if self.has_halves and self.combine == "denominator" and not self.normalize:
-            raise ValueError("combine=denominator needs normalize=true")
+            raise UserError("combine=denominator needs normalize=true")
 
     @property
     def has_tiles(self) -> bool:

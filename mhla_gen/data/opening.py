@@ -28,7 +28,8 @@ def load_data(config: DataConfig) -> TrainingData:
         cache.require(config)
         return cache
     images = open_images(config)
-    if isinstance(images, EncodedImages) and isinstance(images.store, FileStore):
+    if config.source == "list":
+        assert isinstance(images, EncodedImages) and isinstance(images.store, FileStore)
         missing = [path for path in images.store.paths if not path.is_file()]
         if missing:
             raise FileNotFoundError(f"{config.path} names {missing[0]}, which does not exist")
@@ -49,7 +50,7 @@ def open_images(config: DataConfig) -> ArrayImages | EncodedImages:
         return _of_size(load_npz(Path(path), config.num_classes), config)
     columns = config.label_column, config.caption_column, config.num_classes
     if config.source == "folder":
-        store: ImageStore = class_folders(Path(path))
+        store: ImageStore = class_folders(Path(path), config.num_classes)
     elif config.source == "list":
         store = listed_images(Path(path), *columns)
     elif config.source == "webdataset":

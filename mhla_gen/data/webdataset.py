@@ -10,6 +10,7 @@ import numpy as np
 
 from mhla_gen.data.lists import known_of
 from mhla_gen.errors import MissingError, UserError
+from mhla_gen.media.folders import is_hidden
 from mhla_gen.media.pictures import IMAGE_SUFFIXES
 from mhla_gen.text_files import Row, decode_text, parse_object
 
@@ -138,7 +139,8 @@ def _grouped(
         # WebDataset: the key ends at the first dot of the name. Some systems add hidden files.
         stem, _, suffix = name.partition(".")
         suffix = f".{suffix.lower()}"
-        if not stem or entry.isdir() or suffix not in (*IMAGE_SUFFIXES, *_TEXTS):
+        hidden = any(map(is_hidden, PurePosixPath(entry.name).parts))
+        if hidden or entry.isdir() or suffix not in (*IMAGE_SUFFIXES, *_TEXTS):
             continue
         key = str(PurePosixPath(entry.name).parent / stem)
         target = _target(shard, entry, known)

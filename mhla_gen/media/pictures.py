@@ -1,38 +1,49 @@
 """One image file or array → RGB uint8, with every lossy conversion refused or named."""
 
-import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps
 
-IMAGE_SUFFIXES = frozenset(
-    (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif")
+from mhla_gen.errors import UserError
+
+_NETPBM = frozenset((".ppm", ".pgm", ".pbm", ".pnm"))
+IMAGE_SUFFIXES = _NETPBM | frozenset(
+    (".png", ".apng", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff")
 )
 
-_DECODE_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    struct.error,
-    Image.DecompressionBombError,
-)
+READING = 2
+"""Number of the rules by which files become pixels: what is kept of pixels is named by it, too."""
+
+# Pillow goes by content, and would hand what is called .png but is PostScript to Ghostscript.
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
+# Of these, further frames follow in time; in others they are thumbnails, depth maps, pages.
+_ANIMATED = ("PNG", "WEBP", "GIF", "AVIF")
+_PLAIN_MODES = ("1", "L", "P", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
+
+# Browsers and FFmpeg show a frame this long if its file says less than the shortest delay.
+_SHORTEST_DELAY, _USUAL_DELAY = 0.02, 0.1
+
+# The settings of an AVIF's codec lie in the boxes before its pixels.
+_AVIF_BOXES = 1 << 16
 
 
-class UnreadableImageError(ValueError):
+class UnreadableImageError(UserError):
     """One image or clip that cannot be used; the message says why."""
 
 
 def read_rgb(file: Path | BinaryIO, size: int | None = None) -> np.ndarray:
-    """Decode an image file.
+    """Decode an image file as a viewer shows it.
 
-    Greyscale and palette images become RGB; an alpha channel is dropped if it is opaque.
-    Orientation tags are ignored, as in ADM.
+    Orientation tags are applied. Greyscale and palette images become RGB; an alpha channel is
+    dropped if it is opaque. Colour profiles are not applied.
 
     Args:
-        file: Of a format that Pillow reads; the first frame of an animation counts.
+        file: PNG, JPEG, WebP, BMP, GIF, TIFF, PNM or AVIF, whatever its name; the first frame of an
+            animation counts.
         size: Side of ADM's centre crop, in pixels; None keeps the image as it is.
 
     Returns:
@@ -41,33 +52,138 @@ def read_rgb(file: Path | BinaryIO, size: int | None = None) -> np.ndarray:
     Raises:
         UnreadableImageError: If it is corrupt, transparent, or deeper than 8 bits.
     """
-    try:
-        with Image.open(file) as image:
-            # Pillow cuts 16-bit colour to 8 bits in silence; only the raw mode tells.
-            deep = ";16" in str([tile[-1] for tile in getattr(image, "tile", ())])
-            image.load()
-            rgb = _to_rgb(image, deep)
-    except UnreadableImageError:
-        raise
-    except UnidentifiedImageError as error:
-        # Pillow's message has the address of what was read from.
-        raise UnreadableImageError("cannot be decoded (not an image that Pillow knows)") from error
-    except _DECODE_ERRORS as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UnreadableImageError(f"cannot be decoded ({reason})") from error
+    with _opened(file) as image:
+        rgb = _upright_rgb(image)
     return np.asarray(rgb if size is None else centre_crop(rgb, size))
 
 
-def _to_rgb(image: Image.Image, deep: bool) -> Image.Image:
-    if deep or image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        raise UnreadableImageError("has more than 8 bits a channel: convert it to 8 bits first")
+def frame_times(file: Path | BinaryIO) -> np.ndarray:
+    """When each frame of an image file is shown, in seconds from 0 on, float64 `[frames]`.
+
+    A delay of less than 20 ms is shown as 100 ms, as browsers do. A still image has one frame.
+
+    Raises:
+        UnreadableImageError: If it cannot be decoded.
+    """
+    delays = []
+    with _opened(file) as image:
+        for number in _frame_numbers(image):
+            image.seek(number)
+            image.load()
+            delay = float(image.info.get("duration") or 0) / 1000
+            delays.append(delay if delay >= _SHORTEST_DELAY else _USUAL_DELAY)
+    return np.concatenate([[0.0], np.cumsum(delays[:-1])])
+
+
+def read_frames_rgb(file: Path | BinaryIO, last: int) -> Iterator[np.ndarray]:
+    """Frames of an image file up to number `last`, one after the other, as `read_rgb` has them.
+
+    Raises:
+        UnreadableImageError: If one of them cannot be decoded, or is transparent.
+    """
+    with _opened(file) as image:
+        for number in _frame_numbers(image)[: last + 1]:
+            image.seek(number)
+            yield np.asarray(_upright_rgb(image))
+
+
+@contextmanager
+def _opened(file: Path | BinaryIO) -> Iterator[Image.Image]:
+    """An image file, opened; whatever Pillow says of it becomes one reason."""
+    Image.init()
+    formats = [name for name in _FORMATS if name in Image.OPEN]
+    try:
+        with Image.open(file, formats=formats) as image:
+            if _is_deep(image, file):
+                raise UnreadableImageError(
+                    "has more than 8 bits a channel: convert it to 8 bits first"
+                )
+            yield image
+    except (UnreadableImageError, MemoryError):
+        raise
+    except Image.UnidentifiedImageError as error:
+        # Pillow's message has the address of what was read from.
+        known = ", ".join(formats)
+        raise UnreadableImageError(f"cannot be decoded (damaged, or not {known})") from error
+    except Image.DecompressionBombError as error:
+        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+        raise UnreadableImageError(f"has over {limit:,} pixels: scale it down first") from error
+    except OSError as error:
+        # Only what the system says has a number: the file, not its content, is to blame.
+        doing = "decoded" if error.errno is None else "read"
+        raise UnreadableImageError(f"cannot be {doing} ({_reason(error)})") from error
+    except Exception as error:  # decoders raise whatever they like about a broken file
+        raise UnreadableImageError(f"cannot be decoded ({_reason(error)})") from error
+
+
+def _reason(error: Exception) -> str:
+    said = getattr(error, "strerror", None) or str(error)
+    return said.strip().splitlines()[0] if said.strip() else type(error).__name__
+
+
+def _is_deep(image: Image.Image, file: Path | BinaryIO) -> bool:
+    """Whether it has more than 8 bits a channel, which Pillow cuts in silence for some formats."""
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        return True
+    arguments = [tile[-1] for tile in getattr(image, "tile", ())]
+    if image.format == "PPM":
+        # The second argument of its decoders is the largest value.
+        levels = [a[1] for a in arguments if isinstance(a, tuple) and len(a) > 1]
+        return any(isinstance(level, int) and level > 255 for level in levels)
+    if image.format == "AVIF":
+        return _is_deep_avif(file)
+    # Only the raw mode tells.
+    return ";16" in str(arguments)
+
+
+def _is_deep_avif(file: Path | BinaryIO) -> bool:
+    if isinstance(file, Path):
+        with file.open("rb") as opened:
+            boxes = opened.read(_AVIF_BOXES)
+    else:
+        place = file.tell()
+        file.seek(0)
+        boxes = file.read(_AVIF_BOXES)
+        file.seek(place)
+    # AV1 in ISOBMFF, 2.3.3: two bytes on, a bit says that there are more than 8 bits.
+    starts = [part[2:3] for part in boxes.split(b"av1C")[1:]]
+    return any(start and start[0] & 0x40 for start in starts)
+
+
+def _frame_numbers(image: Image.Image) -> range:
+    if image.format not in _ANIMATED:
+        return range(1)
+    # An animated PNG may begin with a picture for those who cannot show it move.
+    return range(1 if image.info.get("default_image") else 0, getattr(image, "n_frames", 1))
+
+
+def _upright_rgb(image: Image.Image) -> Image.Image:
+    image.load()
+    if _orientation(image) != 1:
+        image = ImageOps.exif_transpose(image)
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        if image.getchannel("A").getextrema() != (255, 255):
-            raise UnreadableImageError("has transparent pixels: compose it on a background first")
-    if image.mode not in ("1", "L", "P", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"):
+        image = opaque(image.convert("RGBA"))
+    if image.mode not in _PLAIN_MODES:
         raise UnreadableImageError(f"has colour mode {image.mode}: convert it to RGB first")
     return image.convert("RGB")
+
+
+def opaque(image: Image.Image) -> Image.Image:
+    """The colours of an RGBA image.
+
+    Raises:
+        UnreadableImageError: If some of it is transparent.
+    """
+    if image.getchannel("A").getextrema() != (255, 255):
+        raise UnreadableImageError("has transparent pixels: compose it on a background first")
+    return image.convert("RGB")
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # notes about a picture that are broken say nothing, and the picture is good
+        return 1
 
 
 def centre_crop(image: Image.Image, size: int) -> Image.Image:

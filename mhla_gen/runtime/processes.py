@@ -1,5 +1,6 @@
 """Work that several processes share (accelerate launch, torchrun), or that one does for all."""
 
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -33,6 +34,12 @@ def join_processes(device: str) -> PartialState:
     # Where there is no GPU, accelerate joins processes only if it is told to use the CPU.
     cpu = resolve_device(device).type == "cpu"
     return PartialState(cpu=cpu, timeout=timedelta(days=1))
+
+
+def tell(message: str) -> None:
+    """A line on standard error, by the main process alone."""
+    if not PartialState._shared_state or PartialState().is_main_process:
+        tqdm.write(message, file=sys.stderr)
 
 
 def part_processes() -> None:

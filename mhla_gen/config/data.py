@@ -81,6 +81,8 @@ class ClipsConfig(Settings, prefix="clips."):
     condition: bool = False
     """Also encode what image-to-video models with further channels are given: the first frame, and
     grey after it; and the first frame by image_encoder, for models of Wan 2.1."""
+    hdr: Literal["leave_out", "tone_map"] = "leave_out"
+    """What to do with HDR video. tone_map: diffuse white becomes white, brighter light is cut."""
     missing_caption: Literal["error", "empty"] = "error"
     """What to do about a video without a caption."""
     timeout: Positive = 60.0

@@ -1,6 +1,6 @@
 """Files that clips are cut out of: videos and still images in a folder, or in a list."""
 
-import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +11,16 @@ import numpy as np
 from mhla_gen.config import DataConfig
 from mhla_gen.data.lists import listed_paths, read_list
 from mhla_gen.digests import file_digest
+from mhla_gen.errors import MissingError, UserError
 from mhla_gen.media import ClipFacts, Crop, Decoder
-from mhla_gen.media.frames import cropped
-from mhla_gen.media.pictures import UnreadableImageError, read_rgb
+from mhla_gen.media.folders import files_below, passed_over
+from mhla_gen.media.frames import CLIP_SUFFIXES
+from mhla_gen.media.pictures import UnreadableImageError
+from mhla_gen.runtime.processes import tell
 from mhla_gen.text_files import read_text
 
-VIDEO_SUFFIXES = frozenset((".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".gif"))
-STILL_SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp"))
+# What stands beside clips on purpose: captions, and lists.
+_BESIDE = frozenset((".txt", ".csv", ".json", ".jsonl", ".ndjson"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +29,8 @@ class ClipFiles:
 
     paths: tuple[Path, ...]
     captions: tuple[str, ...]
+    tone_map: bool = False
+    """Bring HDR video to SDR."""
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -50,10 +55,7 @@ class ClipFiles:
         path = self.paths[index]
         if not path.is_file():
             raise UnreadableImageError("does not exist")
-        if path.suffix.lower() not in STILL_SUFFIXES:
-            return decoder.facts(path)
-        height, width, _ = read_rgb(path).shape
-        return ClipFacts(np.zeros(1), height, width)
+        return decoder.facts(path, self.tone_map)
 
     def pixels(self, index: int, frames: Sequence[int], crop: Crop, decoder: Decoder) -> np.ndarray:
         """uint8 `[frames, height, width, 3]`, cropped.
@@ -61,13 +63,10 @@ class ClipFiles:
         Raises:
             UnreadableImageError: If the file cannot be decoded.
         """
-        path = self.paths[index]
-        if path.suffix.lower() not in STILL_SUFFIXES:
-            return decoder.frames(path, frames, crop)
-        return np.stack([cropped(read_rgb(path), crop)] * len(frames))
+        return decoder.frames(self.paths[index], frames, crop, self.tone_map)
 
 
-def find_clips(config: DataConfig, missing_caption: str) -> ClipFiles:
+def find_clips(config: DataConfig, missing_caption: str, tone_map: bool = False) -> ClipFiles:
     """The files of a folder, also below it, or those that a CSV or JSONL file names.
 
     The caption of `dog.mp4` is the text of `dog.txt` beside it, or what its column in the list
@@ -76,17 +75,25 @@ def find_clips(config: DataConfig, missing_caption: str) -> ClipFiles:
     Args:
         config: Its `path` and `caption_column`.
         missing_caption: error, or empty.
+        tone_map: Bring HDR video to SDR.
 
     Raises:
-        FileNotFoundError: If there are no files.
-        ValueError: If the list or a caption cannot be read, or captions are missing.
+        MissingError: If there are no files.
+        UserError: If the list or a caption cannot be read, or captions are missing.
     """
     root = Path(str(config.path))
     if root.is_dir():
-        paths = _videos_below(root)
+        found = files_below(root, CLIP_SUFFIXES)
+        paths, others = list(found.paths), found.others
         if not paths:
-            suffixes = " ".join(sorted(VIDEO_SUFFIXES | STILL_SUFFIXES))
-            raise FileNotFoundError(f"data.path {root} has no clips ({suffixes})")
+            suffixes = " ".join(sorted(CLIP_SUFFIXES))
+            beside = passed_over(others)
+            raise MissingError(
+                f"data.path {root} has no clips ({suffixes}){beside and f'; found {beside}'}"
+            )
+        others = Counter({s: count for s, count in others.items() if s not in _BESIDE})
+        if others:
+            tell(f"data.path {root}: left out {passed_over(others)}")
         captions = [_text_beside(path) for path in paths]
         remedy = "write captions into text files of the same names, dog.txt for dog.mp4"
     elif root.exists():
@@ -95,23 +102,14 @@ def find_clips(config: DataConfig, missing_caption: str) -> ClipFiles:
         captions = [_text(row.values.get(config.caption_column)) for row in rows]
         remedy = f"fill its column {config.caption_column}"
     else:
-        raise FileNotFoundError(f"data.path {root} does not exist")
+        raise MissingError(f"data.path {root} does not exist")
     missing = [path for path, caption in zip(paths, captions, strict=True) if not caption]
     if missing and missing_caption == "error":
-        raise ValueError(
+        raise UserError(
             f"{len(missing)} of {len(paths)} clips have no caption, {missing[0]} first; {remedy}, "
             "or take empty ones with clips.missing_caption=empty"
         )
-    return ClipFiles(tuple(paths), tuple(captions))
-
-
-def _videos_below(root: Path) -> list[Path]:
-    found = []
-    for folder, _, names in os.walk(root, followlinks=True):
-        found += [Path(folder, name) for name in names if not name.startswith(".")]
-    known = VIDEO_SUFFIXES | STILL_SUFFIXES
-    wanted = [path for path in found if path.suffix.lower() in known]
-    return sorted(wanted, key=lambda path: path.relative_to(root).as_posix())
+    return ClipFiles(tuple(paths), tuple(captions), tone_map)
 
 
 def _text_beside(path: Path) -> str:

@@ -1,7 +1,6 @@
 """Where images and clips come from: folders, npz files, sample sets, or several of these."""
 
 import hashlib
-import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -13,13 +12,17 @@ import numpy as np
 from mhla_gen.digests import file_digest
 from mhla_gen.evaluation.errors import EvaluationError
 from mhla_gen.evaluation.npz import npz_keys, open_array
-from mhla_gen.evaluation.video import VIDEO_SUFFIXES, ClipRule, read_clip
+from mhla_gen.evaluation.video import ClipRule, read_clip
+from mhla_gen.media.folders import files_below, passed_over
+from mhla_gen.media.frames import MOVING_SUFFIXES
 from mhla_gen.media.pictures import (
     IMAGE_SUFFIXES,
+    READING,
     UnreadableImageError,
     crop_array,
     read_rgb,
 )
+from mhla_gen.runtime.processes import tell
 
 SAMPLES_NAME = "samples.npz"
 MANIFEST_NAME = "manifest.json"
@@ -96,16 +99,18 @@ class FileSource:
     """Image or video files below a folder, or one file."""
 
     def __init__(self, path: Path, size: int | None, clip: ClipRule | None):
-        suffixes, kind = (VIDEO_SUFFIXES, "videos") if clip else (IMAGE_SUFFIXES, "images")
+        suffixes, kind = (MOVING_SUFFIXES, "videos") if clip else (IMAGE_SUFFIXES, "images")
         self.name, self._size, self._clip = str(path), size, clip
         self._root = path if path.is_dir() else path.parent
-        found = _files_below(path) if path.is_dir() else [path]
-        self._files = [file for file in found if file.suffix.lower() in suffixes]
+        found = files_below(path, suffixes)
+        self._files, others = found.paths, passed_over(found.others)
         if not self._files:
             raise EvaluationError(
-                f"{path} has no {kind} ({' '.join(sorted(suffixes))}); found {len(found)} other "
-                "files"
+                f"{path} has no {kind} ({' '.join(sorted(suffixes))}); found "
+                f"{others or 'no other files'}"
             )
+        if others:
+            tell(f"{path}: left out {others}")
 
     def __len__(self) -> int:
         return len(self._files)
@@ -123,7 +128,8 @@ class FileSource:
     def digest(self) -> str:
         """See `ImageSource`."""
         with ThreadPoolExecutor() as pool:
-            return _join_digests("files", pool.map(file_digest, self._files))
+            digests = pool.map(_digest_or_reason, self._files)
+            return _join_digests(f"files by rules {READING}", digests)
 
 
 class ArraySource:
@@ -232,11 +238,12 @@ def has_statistics(path: str | Path) -> bool:
     return bool(npz_keys(path) & {"mu", "sigma", "mu_s", "sigma_s"})
 
 
-def _files_below(folder: Path) -> list[Path]:
-    found = []
-    for root, _, names in os.walk(folder, followlinks=True):
-        found += [Path(root, name) for name in names if not name.startswith(".")]
-    return sorted(found, key=lambda file: file.relative_to(folder).as_posix())
+def _digest_or_reason(path: Path) -> str:
+    try:
+        return file_digest(path)
+    except OSError:
+        # Reading it as an image says why.
+        return "unreadable"
 
 
 def _join_digests(kind: str, digests: Iterable[str]) -> str:

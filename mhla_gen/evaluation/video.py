@@ -5,10 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mhla_gen.media.frames import visible_pixels
+from mhla_gen.media.frames import clip_facts, read_frames
 from mhla_gen.media.pictures import UnreadableImageError
-
-VIDEO_SUFFIXES = frozenset((".mp4", ".webm", ".mkv", ".mov", ".avi"))
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,7 @@ class ClipRule:
 
 
 def read_clip(path: Path, rule: ClipRule) -> np.ndarray:
-    """Decode the chosen frames of a video file with decord.
+    """Decode the chosen frames of a video file.
 
     Returns:
         uint8 [frames, height, width, 3].
@@ -56,14 +54,4 @@ def read_clip(path: Path, rule: ClipRule) -> np.ndarray:
     Raises:
         UnreadableImageError: If it cannot be decoded or is too short.
     """
-    # decord loads its own FFmpeg, so only video evaluation imports it.
-    import decord
-
-    try:
-        reader = decord.VideoReader(str(path), num_threads=1)
-        return np.stack([visible_pixels(reader[i].asnumpy()) for i in rule.indices(len(reader))])
-    except UnreadableImageError:
-        raise
-    except (decord.DECORDError, RuntimeError, OSError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise UnreadableImageError(f"cannot be decoded ({lines[-1]})") from error
+    return read_frames(path, rule.indices(len(clip_facts(path).times)))

@@ -1,8 +1,10 @@
 """Decoding in processes of its own, so that a file that hangs or crashes costs only itself."""
 
+import contextlib
 import os
 import pickle
 import queue
+import signal
 import subprocess
 import sys
 import threading
@@ -13,6 +15,7 @@ from typing import Any
 import numpy as np
 
 import mhla_gen
+from mhla_gen.media import ffmpeg
 from mhla_gen.media.frames import ClipFacts, Crop
 from mhla_gen.media.pictures import UnreadableImageError
 
@@ -34,21 +37,27 @@ class Decoder:
         for _ in range(workers):
             self._free.put(None)
 
-    def facts(self, path: str | Path) -> ClipFacts:
-        """Frame times and size of a file.
+    def facts(self, path: str | Path, tone_map: bool = False) -> ClipFacts:
+        """Frame times and size of a file; see `clip_facts`.
 
         Raises:
             UnreadableImageError: If it cannot be decoded in time.
         """
-        return self._call("clip_facts", str(path))
+        return self._call("clip_facts", str(path), tone_map)
 
-    def frames(self, path: str | Path, indices: Sequence[int], crop: Crop | None) -> np.ndarray:
+    def frames(
+        self,
+        path: str | Path,
+        indices: Sequence[int],
+        crop: Crop | None,
+        tone_map: bool = False,
+    ) -> np.ndarray:
         """uint8 `[len(indices), height, width, 3]`; see `read_frames`.
 
         Raises:
             UnreadableImageError: If it cannot be decoded in time.
         """
-        return self._call("read_frames", str(path), list(indices), crop)
+        return self._call("read_frames", str(path), list(indices), crop, tone_map)
 
     def close(self) -> None:
         """End the processes."""
@@ -80,8 +89,10 @@ class Decoder:
         finally:
             self._free.put(process)
         good, result = answer
+        if good is None:
+            raise RuntimeError(f"decoding {request[1]} failed:\n{result}")
         if not good:
-            raise UnreadableImageError(f"cannot be decoded ({result})")
+            raise UnreadableImageError(result)
         return result
 
 
@@ -91,16 +102,31 @@ def _start() -> subprocess.Popen[bytes]:
     command = [sys.executable, "-P", "-m", "mhla_gen.media.decoder_worker"]
     places = [str(Path(mhla_gen.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, places))}
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+    environment["IMAGEIO_FFMPEG_EXE"] = ffmpeg.executable()
+    # In a session of its own, it is ended together with the programs that it runs.
+    return subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=environment,
+        start_new_session=True,
+    )
 
 
-def _ask(process: subprocess.Popen[bytes], request: Any, timeout: float) -> tuple[bool, Any]:
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    if os.name == "posix" and process.poll() is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
+
+
+def _ask(process: subprocess.Popen[bytes], request: Any, timeout: float) -> tuple[bool | None, Any]:
     assert process.stdin is not None and process.stdout is not None
     late = threading.Event()
 
     def stop() -> None:
         late.set()
-        process.kill()
+        _kill(process)
 
     timer = threading.Timer(timeout, stop)
     timer.start()
@@ -125,7 +151,7 @@ def _ask(process: subprocess.Popen[bytes], request: Any, timeout: float) -> tupl
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    process.kill()
+    _kill(process)
     process.wait()
     for stream in (process.stdin, process.stdout):
         if stream is not None:

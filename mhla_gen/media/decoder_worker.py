@@ -6,14 +6,18 @@ is the only way to stop a decoder that hangs.
 
 import os
 import pickle
-import re
 import sys
+import traceback
 
 from mhla_gen.media import frames
+from mhla_gen.media.pictures import UnreadableImageError
 
 
 def main() -> None:
-    """Answer pickled `(function name, arguments)` with pickled `(True, result)` or an error."""
+    """Answer pickled `(function name, arguments)` with pickled `(True, result)`.
+
+    What cannot be read is answered with False and the reason, another error with None and where.
+    """
     requests = sys.stdin.buffer
     # FFmpeg and decord print to standard output and error; answers have a descriptor of their own.
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
@@ -27,16 +31,12 @@ def main() -> None:
             return
         try:
             answer = (True, getattr(frames, name)(*arguments))
-        except Exception as error:  # decord raises whatever it likes about a broken file
-            answer = (False, _reason(error))
+        except UnreadableImageError as error:
+            answer = (False, str(error))
+        except Exception:  # a mistake of ours, which the parent raises
+            answer = (None, traceback.format_exc())
         pickle.dump(answer, answers, protocol=pickle.HIGHEST_PROTOCOL)
         answers.flush()
-
-
-def _reason(error: Exception) -> str:
-    """The last line of a message, without decord's places in its source."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return re.sub(r"^(\[\S+\] \S+: )+", "", lines[-1])
 
 
 if __name__ == "__main__":

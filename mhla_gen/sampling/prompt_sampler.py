@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mhla_gen.data.buckets import Bucket, crop_for
+from mhla_gen.errors import MissingError, UserError
 from mhla_gen.media.frames import cropped
-from mhla_gen.media.pictures import read_rgb
+from mhla_gen.media.pictures import UnreadableImageError, read_rgb
 from mhla_gen.models.wan import TEXT_LENGTH_WITH_IMAGE
 from mhla_gen.pipelines.noise import generator_of, sample_seed
 from mhla_gen.sampling.prompts import Prompt
@@ -150,8 +151,9 @@ class PromptSampler:
                 raise ValueError(f"{name} needs an image; prompt {number} has none, nor has image=")
             if prompt.image is not None and not self.takes_image:
                 raise ValueError(f"prompt {number} has an image, but {name} takes none")
-            if prompt.image is not None and not Path(prompt.image).is_file():
-                raise FileNotFoundError(f"image {prompt.image} of prompt {number} does not exist")
+        for number, prompt in enumerate(self.prompts):
+            if prompt.image is not None:
+                _check_readable(number, prompt.image)
         if self.embeds is not None and self.takes_image:
             self._check_embeds(name, self.embeds)
         if self.embeds is None and getattr(self.pipeline, "text_encoder", None) is None:
@@ -197,6 +199,15 @@ class PromptSampler:
                 raise ValueError(f"{key} must be a multiple of {multiple}, found {value}")
             if "frames" in key and (value - 1) % temporal:
                 raise ValueError(f"{key} must be 1 + a multiple of {temporal}, found {value}")
+
+
+def _check_readable(number: int, path: str) -> None:
+    if not Path(path).is_file():
+        raise MissingError(f"image {path} of prompt {number} does not exist")
+    try:
+        read_rgb(Path(path))
+    except UnreadableImageError as error:
+        raise UserError(f"image {path} of prompt {number} {error}") from error
 
 
 def read_embeds(path: str, num_prompts: int | None, guided: bool) -> dict[str, Tensor]:

@@ -70,7 +70,7 @@ def build_cache(config: CacheConfig, dry_run: bool = False) -> str:
         raise ValueError("a cache needs vae.path, the folder or hub name of an autoencoder")
     on_main(lambda: check_output_dir(config))
     files: Files = (
-        find_clips(config.data, config.clips.missing_caption)
+        find_clips(config.data, config.clips.missing_caption, config.clips.hdr == "tone_map")
         if config.data.source == "clips"
         else open_images(config.data)
     )

@@ -13,6 +13,7 @@ from mhla_gen.data.clip_files import ClipFiles
 from mhla_gen.data.images import ArrayImages, EncodedImages
 from mhla_gen.digests import settings_digest
 from mhla_gen.files import write_json
+from mhla_gen.media.pictures import READING
 from mhla_gen.output_folders import CONFIG_NAME, check_writable, differing_values, made_with
 
 # Two runs may differ in these: paths are known by content, and the rest does not change it.
@@ -60,6 +61,8 @@ def content_settings(
         frame_encoder: Embeds first frames, or None.
     """
     data: dict[str, Any] = {"files": len(files), "content": _digest(digests)}
+    if not isinstance(files, ArrayImages):
+        data["reading_rules"] = READING
     if not isinstance(files, ClipFiles):
         labels = None if files.labels is None else files.labels.tolist()
         data |= {"shape": files.image_shape, "class_names": files.class_names}

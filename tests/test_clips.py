@@ -97,7 +97,7 @@ def test_broken_files_are_named_with_a_reason(video, decoder, tmp_path):
     (tmp_path / "holed.mp4").write_bytes(content)
     (tmp_path / "junk.mp4").write_bytes(b"junk" * 100)
     for name in ("holed.mp4", "junk.mp4", "none.mp4"):
-        with pytest.raises(UnreadableImageError, match="cannot be (decoded|read)"):
+        with pytest.raises(UnreadableImageError, match=r"cannot be (decoded|read)"):
             decoder.frames(tmp_path / name, range(30), None)
     assert len(decoder.facts(video).times) == 30
 

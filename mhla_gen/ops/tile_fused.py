@@ -13,8 +13,8 @@ from mhla_gen.ops.tiles import Tiling
 
 MAX_TILES = 16384
 """Most tiles: one program holds the products of a group with all of them."""
-# Entries of tiles are eight times their first token, in 32 bits.
-_MAX_TOKENS = 2**28
+# Entries of tiles are 16 times their first token, in 32 bits.
+_MAX_TOKENS = 2**27
 
 
 def fused_tile_attention(

@@ -177,7 +177,9 @@ def _auto_tile(grid: tuple[int, ...]) -> tuple[int, ...]:
     def cost(tile: tuple[int, ...]) -> float:
         counts = [-(-n // size) for n, size in zip(grid, tile, strict=True)]
         slots = math.prod(-(-n // count) for n, count in zip(grid, counts, strict=True))
-        return math.prod(counts) * slots / math.prod(grid) * limit / slots
+        # Kernels pad a tile to a power of two.
+        padded = 1 << (slots - 1).bit_length()
+        return math.prod(counts) * padded / math.prod(grid) * limit / slots
 
     lengths = itertools.product(_TILE_LENGTHS, repeat=len(grid))
     return min((tile for tile in lengths if math.prod(tile) <= limit), key=cost)

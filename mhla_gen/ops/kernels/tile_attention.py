@@ -32,9 +32,11 @@ def locate_group(box, groups, num_heads, num_groups, blocks, BM: tl.constexpr, R
 @triton.jit
 def load_tokens(
     x_ptr, tokens, strides, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
-    ALIGN: tl.constexpr,
+    ALIGN: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Both pieces of tokens that exist, of one head."""
+    """Both pieces of tokens that exist, of one head; `WIDE` if 32 bits do not number elements."""
+    if WIDE:
+        tokens = tokens.to(tl.int64)
     x0 = _load_piece(x_ptr, tokens, strides, D, 0, D0, ALIGN)
     x1 = x0
     if D1 > 0:
@@ -45,7 +47,7 @@ def load_tokens(
 @triton.jit
 def load_rows(x_ptr, rows, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
     """Both pieces of consecutive rows of D channels."""
-    return load_tokens(x_ptr, rows, (0, D, 0, 1), D, D0, D1, 16 if D % 16 == 0 else 1)
+    return load_tokens(x_ptr, rows, (0, D, 0, 1), D, D0, D1, 16 if D % 16 == 0 else 1, False)
 
 
 @triton.jit
@@ -53,7 +55,7 @@ def _load_piece(
     x_ptr, tokens, strides, D: tl.constexpr, START: tl.constexpr, B: tl.constexpr,
     ALIGN: tl.constexpr,
 ):  # fmt: skip
-    offsets = piece_offsets(tokens.to(tl.int64), strides, START, B, ALIGN)
+    offsets = piece_offsets(tokens, strides, START, B, ALIGN)
     if START + B <= D:
         return tl.load(x_ptr + offsets)
     else:
@@ -62,36 +64,35 @@ def _load_piece(
 
 
 @triton.jit
-def slot_places(slots, box, SLOT_H: tl.constexpr, SLOT_W: tl.constexpr, SLOTS: tl.constexpr):
+def slot_places(slots, box, SLOT_T: tl.constexpr, SLOT_H: tl.constexpr, SLOT_W: tl.constexpr):
     """Tokens of slots, counted from their tile's first, and the bits of entries without them."""
     w, h, t = slots % SLOT_W, slots // SLOT_W % SLOT_H, slots // (SLOT_W * SLOT_H)
-    last_t: tl.constexpr = SLOTS // (SLOT_W * SLOT_H) - 1
     bits = tl.where(w == SLOT_W - 1, 1, 0) + tl.where(h == SLOT_H - 1, 2, 0)
-    return (t * box[1] + h) * box[2] + w, bits + tl.where(t == last_t, 4, 0)
+    bits += tl.where(t == SLOT_T - 1, 4, 0)
+    # Every entry has bit 8.
+    return (t * box[1] + h) * box[2] + w, tl.where(t >= SLOT_T, 8, bits)
 
 
 @triton.jit
 def listed_tokens(
-    entries_ptr, start, offsets, bits, num_keys, box, SLOTS: tl.constexpr, SLOT_H: tl.constexpr,
-    SLOT_W: tl.constexpr, BN: tl.constexpr, TAIL: tl.constexpr,
+    entries_ptr, start, offsets, bits, num_keys, box, SLOTS: tl.constexpr, SLOT_T: tl.constexpr,
+    SLOT_H: tl.constexpr, SLOT_W: tl.constexpr, BN: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     """Tokens of keys [start, start + BN) of a list, and which of them are there."""
-    keys = tl.arange(0, BN)
+    keys = start + tl.arange(0, BN)
     if BN % SLOTS == 0:
-        place = start // SLOTS + keys // SLOTS
+        place = start // SLOTS + tl.arange(0, BN) // SLOTS
     else:
-        keys += start
         place = keys // SLOTS
-        offsets, bits = slot_places(keys % SLOTS, box, SLOT_H, SLOT_W, SLOTS)
+        offsets, bits = slot_places(keys % SLOTS, box, SLOT_T, SLOT_H, SLOT_W)
     if TAIL:
-        exists = place < num_keys // SLOTS
-        entries = tl.load(entries_ptr + place, mask=exists, other=7)
-        valid = exists & ((entries & bits) == 0)
+        entries = tl.load(entries_ptr + place, mask=keys < num_keys, other=15)
+        valid = (keys < num_keys) & ((entries & bits) == 0)
     else:
         entries = tl.load(entries_ptr + place)
         valid = (entries & bits) == 0
     # Any token stands in for a missing one, such as the tile's first.
-    return (entries >> 3) + tl.where(valid, offsets, 0), valid
+    return (entries >> 4) + tl.where(valid, offsets, 0), valid
 
 
 @triton.jit
@@ -155,9 +156,11 @@ def tile_attend_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     SLOTS: tl.constexpr,
+    SLOT_T: tl.constexpr,
     SLOT_H: tl.constexpr,
     SLOT_W: tl.constexpr,
     RAGGED: tl.constexpr,
+    WIDE: tl.constexpr,
     RANK: tl.constexpr,
     ALIGN: tl.constexpr,
     ROTARY: tl.constexpr,
@@ -187,25 +190,16 @@ def tile_attend_kernel(
     out1 = tl.zeros((BM, V1 if V1 > 0 else 1), tl.float32)
     num_keys = list_size * SLOTS
     whole = num_keys // BN * BN
-    offsets, bits = slot_places(tl.arange(0, BN) % SLOTS, box, SLOT_H, SLOT_W, SLOTS)
+    offsets, bits = slot_places(tl.arange(0, BN) % SLOTS, box, SLOT_T, SLOT_H, SLOT_W)
     # Whole blocks of keys need a mask for ragged tiles only, the rest of the list always.
     for rest in tl.static_range(2):
         for start in range(rest * whole, num_keys if rest else whole, BN):
             keys, valid = listed_tokens(
-                entries_ptr,
-                start,
-                offsets,
-                bits,
-                num_keys,
-                box,
-                SLOTS,
-                SLOT_H,
-                SLOT_W,
-                BN,
-                rest > 0,
-            )
-            k0, k1 = load_tokens(k_ptr, keys, k_strides, D, D0, D1, ALIGN)
-            v0, v1 = load_tokens(v_ptr, keys, v_strides, V, V0, V1, ALIGN)
+                entries_ptr, start, offsets, bits, num_keys, box,
+                SLOTS, SLOT_T, SLOT_H, SLOT_W, BN, rest > 0,
+            )  # fmt: skip
+            k0, k1 = load_tokens(k_ptr, keys, k_strides, D, D0, D1, ALIGN, WIDE)
+            v0, v1 = load_tokens(v_ptr, keys, v_strides, V, V0, V1, ALIGN, WIDE)
             peak, total, out0, out1 = attend(
                 q0, q1, k0, k1, v0, v1, valid, peak, total, out0, out1, scale,
                 D1, V1, RAGGED or rest > 0, OPERAND, PRECISION,

@@ -47,9 +47,10 @@ class TileCall:
 
     @cached_property
     def slot_sizes(self) -> dict:
-        """Slots of a tile, and along its last two axes."""
-        _, height, width = _three(tuple(map(quotient_up, self.placed.grid, self.placed.tiles)))
-        return {"SLOTS": self.slots, "SLOT_H": height, "SLOT_W": width}
+        """Slots of the largest tile along each axis, and their number, padded."""
+        depth, height, width = _three(tuple(map(quotient_up, self.placed.grid, self.placed.tiles)))
+        padded_slots = 1 << (self.slots - 1).bit_length()
+        return {"SLOTS": padded_slots, "SLOT_T": depth, "SLOT_H": height, "SLOT_W": width}
 
     @cached_property
     def queries(self) -> int:
@@ -62,9 +63,9 @@ class TileCall:
 
     @cached_property
     def ragged(self) -> bool:
-        """Whether some tile has fewer tokens than others."""
+        """Whether some slot of some tile is empty."""
         sizes = zip(self.placed.grid, self.placed.tiles, strict=True)
-        return any(n % count for n, count in sizes)
+        return self.slots & (self.slots - 1) != 0 or any(n % count for n, count in sizes)
 
     @cached_property
     def box(self) -> tuple[int, ...]:
@@ -135,7 +136,7 @@ def forward(
             blocks,
             call.scale * _LOG2E,
         ),
-        _constants(call, options, *strides),
+        _constants(call, options, *strides) | {"WIDE": _wide(keys, value)},
     )
     return out, lse, lists
 
@@ -212,7 +213,7 @@ def tile_lists(query: Tensor, mean_keys: Tensor | None, call: TileCall) -> Tenso
         (quotient_up(placed.num_tiles, 256),),
         (entries,),
         (call.box, placed.num_tiles),
-        {**call.slot_sizes, "RANK": call.rank, "BT": 256},
+        {**_without(call.slot_sizes, "SLOTS"), "RANK": call.rank, "BT": 256},
     )
     products = None
     if mean_keys is not None:
@@ -302,7 +303,7 @@ def backward(
             blocks,
             *scales,
         ),
-        _constants(call, options["queries"], *strides),
+        _constants(call, options["queries"], *strides) | {"WIDE": _wide(keys, value)},
     )
     dkey, dvalue = _backward_keys(packs, keys, value, lists, blocks, options["keys"], call)
     dextra = _backward_extra(packs, extra, blocks, options["extra"], call)
@@ -323,9 +324,7 @@ def _backward_keys(
     owners, offsets = owners_of_tiles(lists, placed.num_tiles)
     blocks = quotient_up(call.slots, options["BN"])
     strides = keys.stride(), value.stride(), dkey.stride(), dvalue.stride()
-    constants = _constants(call, options, *strides)
-    for name in ("RAGGED", *call.slot_sizes):
-        del constants[name]
+    constants = _without(_constants(call, options, *strides), "RAGGED", *call.slot_sizes)
     launch(
         tile_backward_keys_kernel,
         (blocks * placed.num_tiles * call.batch_heads,),
@@ -383,9 +382,10 @@ def _backward_extra(
         x.new_empty((parts, batch, extra_len, heads, x.shape[3]), dtype=torch.float32)
         for x in (keys, values)
     )
-    constants = _constants(call, options, *_extra_strides(extra))
-    for name in ("RAGGED", "RANK", "ROTARY", *call.slot_sizes):
-        del constants[name]
+    constants = _without(
+        _constants(call, options, *_extra_strides(extra)),
+        "RAGGED", "RANK", "ROTARY", *call.slot_sizes,
+    )  # fmt: skip
     launch(
         tile_backward_extra_kernel,
         (parts * batch * heads * extra_blocks,),
@@ -412,6 +412,15 @@ def _extra(extra: Extra | None) -> tuple:
 
 def _extra_strides(extra: Extra | None) -> tuple:
     return ((0, 0, 0, 0),) * 2 if extra is None else (extra[0].stride(), extra[1].stride())
+
+
+def _wide(*tensors: Tensor) -> bool:
+    """Whether 32 bits do not number the elements of a sample."""
+    return any(x.shape[1] * x.stride(1) >= 2**31 for x in tensors)
+
+
+def _without(constants: dict, *names: str) -> dict:
+    return {name: value for name, value in constants.items() if name not in names}
 
 
 def _constants(call: TileCall, options: dict, *strides: tuple[int, ...]) -> dict:

@@ -1,10 +1,10 @@
 """What tile attention needs before it attends: means, rotated keys, and lists of tiles.
 
 `box` is (T, H, W, LT, LH, LW): tokens and tiles along each axis; `groups` counts groups of tiles
-along each. A *slot* is a place in the largest tile, `SLOTS` of them, `SLOT_H` and `SLOT_W` along
-the last axes. A list names a tile twice: by its number, and by an *entry*, `8 · first token` plus
-one bit for each axis along which the tile is a token shorter than the largest one, so that a slot
-finds its token, and whether there is one, without a division.
+along each. A *slot* is a place in the largest tile, `SLOT_T` × `SLOT_H` × `SLOT_W` of them, padded
+to a power of two, `SLOTS`. A list names a tile twice: by its number, and by an *entry* of which
+every slot finds its token without a division: 16 · first token + 8, plus one of the bits 1, 2, 4
+for each axis along which the tile is a token shorter than the largest one.
 """
 
 import triton
@@ -88,7 +88,7 @@ def entries_kernel(
     entries_ptr,
     box,
     num_tiles,
-    SLOTS: tl.constexpr,
+    SLOT_T: tl.constexpr,
     SLOT_H: tl.constexpr,
     SLOT_W: tl.constexpr,
     RANK: tl.constexpr,
@@ -104,8 +104,8 @@ def entries_kernel(
     if RANK > 1:
         short += tl.where(size_h < SLOT_H, 2, 0)
     if RANK > 2:
-        short += tl.where(size_t < SLOTS // (SLOT_H * SLOT_W), 4, 0)
-    tl.store(entries_ptr + tiles, token * 8 + short, mask=tiles < num_tiles)
+        short += tl.where(size_t < SLOT_T, 4, 0)
+    tl.store(entries_ptr + tiles, token * 16 + 8 + short, mask=tiles < num_tiles)
 
 
 @triton.jit

@@ -1,13 +1,15 @@
 """Output folders: whose they are, and whether this command may write to them."""
 
+import os
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from mhla_gen.config import ConfigError, load_config
+from mhla_gen.config.fields import path_settings
 from mhla_gen.files import is_temporary
 
 CONFIG_NAME = "config.yaml"
@@ -79,20 +81,43 @@ def check_writable(folder: str | Path) -> None:
 
 
 def differences(found: Any, asked: Any, ignore: Sequence[str] = ()) -> list[str]:
-    """The settings in which two configs differ, as `key: found X, asked for Y`."""
-    return differing_values(asdict(found), asdict(asked), ignore)
+    """The settings in which two configs differ, as `key: found X, asked for Y`.
+
+    A path is the same under any spelling: `data`, `./data/` and its absolute path.
+    """
+    return differing_values(asdict(found), asdict(asked), ignore, path_settings(type(asked)))
 
 
 def differing_values(
-    found: dict[str, Any], asked: dict[str, Any], ignore: Sequence[str] = ()
+    found: dict[str, Any],
+    asked: dict[str, Any],
+    ignore: Sequence[str] = (),
+    paths: Collection[str] = (),
 ) -> list[str]:
-    """The values in which two nested mappings differ, as `key: found X, asked for Y`."""
+    """The values in which two nested mappings differ, as `key: found X, asked for Y`.
+
+    Args:
+        found: Nested values.
+        asked: Nested values.
+        ignore: Keys that may differ, with dots between levels.
+        paths: Keys of paths.
+    """
     old, new = dict(_flat(found)), dict(_flat(asked))
     return [
         f"{key}: found {_shown(old.get(key))}, asked for {_shown(new.get(key))}"
         for key in {**old, **new}
-        if key not in ignore and old.get(key) != new.get(key)
+        if key not in ignore and not _equal(old.get(key), new.get(key), key in paths)
     ]
+
+
+def _equal(one: Any, other: Any, are_paths: bool) -> bool:
+    if are_paths and isinstance(one, str) and isinstance(other, str):
+        return one == other or os.path.realpath(one) == os.path.realpath(other)
+    if are_paths and isinstance(one, tuple | list) and isinstance(other, tuple | list):
+        return len(one) == len(other) and all(
+            _equal(*pair, are_paths) for pair in zip(one, other, strict=True)
+        )
+    return one == other
 
 
 def _shown(value: Any) -> Any:

@@ -9,9 +9,10 @@ import sys
 
 import pytest
 
+from mhla_gen.config import DataConfig, EvaluateConfig, SampleConfig, TrainConfig
 from mhla_gen.files import remove_leftovers, write_text, written_whole
 from mhla_gen.locks import claimed
-from mhla_gen.output_folders import check_writable, is_free
+from mhla_gen.output_folders import check_writable, differences, is_free
 from mhla_gen.training.log import read_log
 
 
@@ -216,3 +217,23 @@ def test_a_place_that_takes_no_files_is_named(place, tmp_path):
         check_writable(folder)
     check_writable(tmp_path / "new" / "deep")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_path_is_the_same_under_any_spelling(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "d").mkdir()
+    (tmp_path / "link").symlink_to("d")
+
+    def run(path, **more):
+        return TrainConfig(data=DataConfig(source="folder", path=path, image_size=8, **more))
+
+    for spelled in ("d/", "./d", "../" + tmp_path.name + "/d", str(tmp_path / "d"), "link"):
+        assert differences(run("d"), run(spelled)) == []
+    assert differences(run("d"), run("e")) == ["data.path: found d, asked for e"]
+    # Only paths: a column of that name is a column.
+    (change,) = differences(run("d", label_column="d"), run("d", label_column="./d"))
+    assert change.startswith("data.label_column")
+    sets = [EvaluateConfig(samples=samples) for samples in (["d", "e"], ["./d", "e/"], ["d"])]
+    assert differences(*sets[:2]) == [] and differences(sets[0], sets[2])
+    nested = [SampleConfig(evaluate=EvaluateConfig(reference=name)) for name in ("d", "./d/")]
+    assert differences(*nested) == []

@@ -358,7 +358,7 @@ def test_problems_are_named_before_anything_is_written(pipeline, tmp_path, chang
         (["samples_per_class=2", "num_samples=3"], "exclude each other"),
         (["guidance_interval=[0.9,0.1]"], "the lower one first"),
         (["guidance_interval=[0,1,2]"], "two noise levels"),
-        (["batch_size=many"], 'must be "auto" or a number'),
+        (["batch_size=many"], 'where it is not "auto", must be'),
         (["formats=[gif]"], "one of npz, png, mp4"),
         (["keep_samples=false"], "leaves nothing behind"),
         (["evaluate.samples=x"], "leave it out"),

@@ -469,3 +469,16 @@ def test_every_output_type_is_the_same_images():
         [0, 1, 2], num_inference_steps=3, generator=generators, output_type="pt", return_dict=False
     )
     assert torch.equal(plain, images)
+
+
+ODD_NAMES = (
+    *("two\nlines", "tab\there", "cr\rhere", "nul\0", "$x^$ \\frac", "", "\n", "a" * 5000),
+    *("emoji 🐱 山 עברית العربية", "\u200b", "\ud800x", "\u2028x", "caf\udce9", "\x1b[31mred"),
+)
+
+
+@pytest.mark.parametrize("name", ODD_NAMES, ids=ascii)
+def test_a_contact_sheet_is_drawn_whatever_a_row_is_called(name):
+    image = np.zeros((2, 16, 16, 3), np.uint8)
+    sheet = contact_sheet({"samples": [image]}, [name], per_row=2)
+    assert sheet.width < 1000 and sheet.height < 100

@@ -132,6 +132,18 @@ def kinds_of(schema: type) -> dict[str, Kind]:
     return {name: kind_of(hint) for name, hint in hints.items()}
 
 
+@functools.cache
+def path_settings(schema: type) -> frozenset[str]:
+    """The settings that name files or folders, with dots between levels."""
+    found: set[str] = set()
+    for name, kind in kinds_of(schema).items():
+        if (text := kind.mark(Text)) and text.path:
+            found.add(name)
+        elif isinstance(kind.base, type) and issubclass(kind.base, Settings):
+            found |= {f"{name}.{inner}" for inner in path_settings(kind.base)}
+    return frozenset(found)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """Base of every config: checks numbers, choices and paths by their annotations.

@@ -112,7 +112,7 @@ class SampleConfig(Settings):
             raise UserError("samples_per_class and num_samples exclude each other; give one")
         object.__setattr__(self, "guidance_interval", _interval(self.guidance_interval))
         if self.batch_size != "auto":
-            Range(1).check('batch_size, if not "auto",', self.batch_size, whole=True)
+            Range(1).check('batch_size, where it is not "auto",', self.batch_size, whole=True)
         object.__setattr__(self, "formats", _formats(self.formats))
         if self.evaluate is not None and self.evaluate.samples is not None:
             raise UserError("evaluate.samples is the set that is made; leave it out")

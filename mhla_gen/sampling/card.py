@@ -49,9 +49,11 @@ def write(pipeline: str, samples: Path) -> Path:
     """
     folder = check(pipeline)
     made = json.loads((samples / MANIFEST_NAME).read_text())
-    with written_whole(folder / PICTURE_NAME) as partial:
-        shutil.copyfile(samples / SHEET_NAME, partial)
-    card = ModelCard(f"---\n{_metadata(made).to_yaml()}\n---\n\n{_text(made)}")
+    pictured = (samples / SHEET_NAME).is_file()
+    if pictured:
+        with written_whole(folder / PICTURE_NAME) as partial:
+            shutil.copyfile(samples / SHEET_NAME, partial)
+    card = ModelCard(f"---\n{_metadata(made).to_yaml()}\n---\n\n{_text(made, pictured)}")
     write_text(folder / CARD_NAME, str(card))
     return folder / CARD_NAME
 
@@ -63,7 +65,7 @@ def _metadata(made: dict[str, Any]) -> ModelCardData:
     return ModelCardData(library_name="diffusers", pipeline_tag=task, tags=["diffusers", "mhla"])
 
 
-def _text(made: dict[str, Any]) -> str:
+def _text(made: dict[str, Any], pictured: bool) -> str:
     settings, transformer = made["settings"], made["transformer"]
     rows = {
         "transformer": transformer["class"],
@@ -88,9 +90,10 @@ def _text(made: dict[str, Any]) -> str:
             "pipe = DiffusionPipeline.from_pretrained(FOLDER)"
         )
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+    picture = f"![samples]({PICTURE_NAME})\n\n" if pictured else ""
     return (
-        f"{_MARK}\n\n# {made['pipeline']}\n\n![samples]({PICTURE_NAME})\n\n"
-        f"The picture was made with these settings, seed {settings['seed']}:\n\n"
+        f"{_MARK}\n\n# {made['pipeline']}\n\n{picture}"
+        f"Samples were made with these settings, seed {settings['seed']}:\n\n"
         f"| | |\n|---|---|\n{table}\n\n```python\n{load}\n```\n\n"
         "FOLDER is this folder, or what `huggingface_hub.snapshot_download` returns for this "
         "repository.\n"

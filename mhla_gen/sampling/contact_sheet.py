@@ -7,6 +7,8 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from mhla_gen.errors import one_line
+
 _GAP = 2
 # It comes with matplotlib and has the letters of most languages; Pillow's own lacks even ×.
 _FONT = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
@@ -27,11 +29,12 @@ def contact_sheet(
 
     Args:
         groups: Title → one array of images per row, uint8 `[images, height, width, channels]`.
-        row_names: Label of each row.
+        row_names: Label of each row; shown on one line, and long ones cut.
         per_row: Most images of a group in a row.
         tile_size: Least width of an image in the picture, in pixels.
     """
     font = ImageFont.truetype(_FONT, _FONT_SIZE)
+    row_names = [one_line(name) for name in row_names]
     shapes = [rows.shape[1:3] for group in groups.values() for rows in group] or [(1, 1)]
     tall, widest = max(h for h, _ in shapes), max(w for _, w in shapes)
     scale = _scale(widest, tile_size)

@@ -46,9 +46,10 @@ def identity(
         exact: Whether samples have to be repeatable bit for bit.
     """
     records = [sampler.record(number) for number in range(len(sampler))]
-    images = sorted({record["image"] for record in records if "image" in record})
-    contents = [file_digest(image) for image in images]
-    digest = hashlib.sha256(json.dumps([records, contents]).encode()).hexdigest()
+    # An image is its content: the same file may be named in many ways.
+    contents = {name: file_digest(name) for name in {r["image"] for r in records if "image" in r}}
+    records = [r | {"image": contents[r["image"]]} if "image" in r else r for r in records]
+    digest = hashlib.sha256(json.dumps(records).encode()).hexdigest()
     found: dict[str, Any] = {"weights": weights, "samples": digest, "num_samples": len(sampler)}
     embeds = getattr(sampler, "embeds", None)
     if embeds is not None:

@@ -18,7 +18,7 @@ from mhla_gen.media.pictures import UnreadableImageError, read_rgb
 from mhla_gen.models.wan import TEXT_LENGTH_WITH_IMAGE
 from mhla_gen.pipelines.noise import generator_of, sample_seed
 from mhla_gen.sampling.prompts import Prompt
-from mhla_gen.sampling.samplers import OnStep, step_callback, to_pixels
+from mhla_gen.sampling.samplers import OnStep, Steps, require_finite, to_pixels
 
 _TITLE = 60
 _SHEET_ROWS = 20
@@ -77,21 +77,20 @@ class PromptSampler:
             # Such a pipeline has one image for all samples of a call.
             return torch.cat([self.draw([number], steps, on_step) for number in numbers])
         chosen = [self.prompts[i // self.samples_per_prompt] for i in numbers]
-        if "callback_on_step_end" in self._arguments:
-            callback = {"callback_on_step_end": step_callback(on_step)}
-        else:
-            callback = {}
+        done = Steps(on_step)
+        watched = "callback_on_step_end" in self._arguments
         result = self.pipeline(
             **self._texts(numbers, chosen),
             **({"image": self._first_frame(str(chosen[0].image))} if self.takes_image else {}),
             **self._sizes,
             **self.options,
-            **callback,
+            **({"callback_on_step_end": done} if watched else {}),
             num_inference_steps=steps,
             generator=[generator_of(self.seed_of(i)) for i in numbers],
             output_type="pt",
             return_dict=False,
         )[0]
+        require_finite(self, numbers, result, done.latents)
         return to_pixels(result.float())
 
     def seed_of(self, number: int) -> int:

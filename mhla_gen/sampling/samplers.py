@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mhla_gen.errors import NotFiniteError, one_line
 from mhla_gen.pipelines.class_conditional import ClassConditionalPipeline
 from mhla_gen.pipelines.noise import generator_of, sample_seed
 
@@ -37,6 +38,9 @@ class Sampler(Protocol):
             numbers: Which samples.
             steps: Denoising steps.
             on_step: Called with the number of steps done.
+
+        Raises:
+            NotFiniteError: If a sample is NaN or infinite somewhere.
         """
         ...
 
@@ -80,14 +84,16 @@ class ClassSampler:
 
     def draw(self, numbers: Sequence[int], steps: int, on_step: OnStep | None = None) -> Tensor:
         """See `Sampler`."""
+        done = Steps(on_step)
         result: Any = self.pipeline(
             self.labels[list(numbers)].tolist(),
             num_inference_steps=steps,
             generator=[generator_of(sample_seed(self.seed, int(i))) for i in numbers],
             output_type="pt",
-            callback_on_step_end=step_callback(on_step),
+            callback_on_step_end=done,
             **self.options,
         )
+        require_finite(self, numbers, result.images, done.latents)
         return to_pixels(result.images)
 
     def title(self, number: int) -> str:
@@ -119,13 +125,44 @@ def to_pixels(samples: Tensor) -> Tensor:
     return samples.mul(255).round().to(torch.uint8).movedim(-3, -1).contiguous()
 
 
-def step_callback(on_step: OnStep | None) -> Any:
-    """`on_step` as diffusers calls it after every step."""
-    if on_step is None:
-        return None
+class Steps:
+    """What diffusers calls after every step: counts them, and keeps the last latents."""
 
-    def callback(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Tensor]) -> Any:
-        on_step(step + 1)
+    def __init__(self, on_step: OnStep | None):
+        self.on_step = on_step
+        self.latents: Tensor | None = None
+
+    def __call__(
+        self, pipeline: Any, step: int, timestep: Any, tensors: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """See `callback_on_step_end` of diffusers."""
+        self.latents = tensors.get("latents")
+        if self.on_step is not None:
+            self.on_step(step + 1)
         return {}
 
-    return callback
+
+def require_finite(sampler: Sampler, numbers: Sequence[int], *tensors: Tensor | None) -> None:
+    """Raise if a sample has a pixel or a latent that is NaN or infinite.
+
+    As an integer it would be black, and infinity is clipped to white: pictures like any other.
+
+    Args:
+        sampler: Names the samples.
+        numbers: Of the samples.
+        tensors: `[samples, …]`, before pixels become integers; None is left out.
+
+    Raises:
+        NotFiniteError: Naming the first of them.
+    """
+    kept = [tensor for tensor in tensors if tensor is not None and len(tensor) == len(numbers)]
+    # One value to wait for.
+    finite = torch.stack([tensor.isfinite().flatten(1).all(1) for tensor in kept]).all(0)
+    if finite.all():
+        return
+    first = numbers[int((~finite).nonzero()[0])]
+    seed = sampler.record(first)["seed"]
+    raise NotFiniteError(
+        f"sample {first} ({one_line(sampler.title(first))}, seed {seed}) is not finite: the model "
+        "gave NaN or infinity; try dtype=float32 or bfloat16, or another checkpoint"
+    )

@@ -12,6 +12,7 @@ import torch
 from accelerate import PartialState
 
 from mhla_gen.config import SampleConfig, save_config
+from mhla_gen.errors import not_worth_failing
 from mhla_gen.files import write_json, write_lines
 from mhla_gen.locks import claimed
 from mhla_gen.output_folders import CONFIG_NAME, check_writable, differing_values, made_with
@@ -92,7 +93,8 @@ def _sample(config: SampleConfig, folder: Path, state: PartialState, dry_run: bo
     else:
         job.run()
     if config.card and not dry_run and state.is_main_process:
-        card.write(config.pipeline, folder)
+        with not_worth_failing("the model card", "the samples are complete"):
+            card.write(config.pipeline, folder)
     return folder
 
 
@@ -200,14 +202,14 @@ class Job:
 
     def _finish(self) -> None:
         """Join what the units left, and write the manifest, which says that the set is complete."""
-        files = [SHEET_NAME]
-        if self.config.keep_samples:
-            files += self._finish_samples()
-        rows = [
-            (title, np.concatenate([np.load(self.work.sheet_file(n)) for n in numbers]))
-            for title, numbers in self.sampler.rows()
-        ]
-        write_sheet(self.folder / SHEET_NAME, rows, self.sampler.is_video)
+        files = self._finish_samples() if self.config.keep_samples else []
+        with not_worth_failing("the contact sheet", "the samples are complete"):
+            rows = [
+                (title, np.concatenate([np.load(self.work.sheet_file(n)) for n in numbers]))
+                for title, numbers in self.sampler.rows()
+            ]
+            write_sheet(self.folder / SHEET_NAME, rows, self.sampler.is_video)
+            files.append(SHEET_NAME)
         if self.config.evaluate is not None:
             files.append(self.config.evaluate.out)
         made = manifest(self.sampler, self.config, self.identity, files, self.work.marks())

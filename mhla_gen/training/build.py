@@ -18,7 +18,7 @@ from mhla_gen.training.ddpm import DDPM
 from mhla_gen.training.initialization import disable_label_dropout, initialize_dit
 from mhla_gen.training.objectives import FlowMatching, Objective
 from mhla_gen.training.pretrained import attention_settings, pretrained_dit
-from mhla_gen.training.task import Task
+from mhla_gen.training.task import Task, preview_pixels
 from mhla_gen.training.wan import wan_task
 
 
@@ -132,4 +132,4 @@ def class_samples(pipeline: Any, numbers: Sequence[int], config: PreviewConfig) 
         generator=generators,
         output_type="np",
     ).images
-    return np.round(images * 255).astype(np.uint8)
+    return preview_pixels(numbers, images)

@@ -3,7 +3,9 @@
 Nothing here touches the randomness or the weights of training.
 """
 
+import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,10 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from mhla_gen.config import EvaluateConfig, PreviewConfig
+from mhla_gen.errors import NotFiniteError, UserError, not_worth_failing
 from mhla_gen.files import written_whole
 from mhla_gen.media.videos import shown_frames, write_video
 from mhla_gen.models import MHLA
@@ -32,17 +36,26 @@ def write_previews(run: Run, step: int) -> None:
 
     Every process must call it.
     """
+    # Where processes share a model, one that gave up would leave the others waiting.
+    shared = run.accelerator.is_fsdp2 and run.accelerator.num_processes > 1
+    kept = not_worth_failing(f"the preview of step {step}", "training goes on")
+    with nullcontext() if shared else kept:
+        samples = make_samples(run, run.config.samples)
+        matrices = mean_mixing(run.accelerator.unwrap_model(run.model))
+        if run.accelerator.is_main_process:
+            _write_pictures(run, step, samples, matrices)
+
+
+def _write_pictures(
+    run: Run, step: int, samples: np.ndarray | None, matrices: Sequence[np.ndarray]
+) -> None:
     pictures = {}
-    samples = make_samples(run, run.config.samples)
     if samples is not None and samples.ndim == 5:
         pictures["samples"] = np.concatenate([np.hstack([*shown_frames(clip)]) for clip in samples])
     elif samples is not None:
         pictures["samples"] = tiled(list(samples))
-    matrices = mean_mixing(run.accelerator.unwrap_model(run.model))
     if matrices:
         pictures["mixing"] = mixing_picture(matrices)
-    if not run.accelerator.is_main_process:
-        return
     folder = Path(run.config.output_dir) / PREVIEWS_NAME
     if samples is not None and samples.ndim == 5:
         for number, clip in enumerate(samples):
@@ -82,7 +95,12 @@ def evaluate_samples(run: Run, step: int) -> None:
     from mhla_gen.evaluation import evaluate
 
     settings = run.config.evaluation
-    samples = make_samples(run, settings.samples)
+    try:
+        samples = make_samples(run, settings.samples)
+    except NotFiniteError as error:
+        if run.accelerator.is_main_process:
+            tqdm.write(f"no metrics of step {step}: {error}", file=sys.stderr)
+        return
     if samples is None:
         raise ValueError("evaluate_every is for class-conditional models of images")
     folder = _scores(Path(run.config.output_dir), step)
@@ -107,6 +125,9 @@ def make_samples(run: Run, config: PreviewConfig) -> np.ndarray | None:
 
     Returns:
         uint8 `[images, height, width, channels]`; None for a model that no samples are made of.
+
+    Raises:
+        Exception: Whatever the drawing raises, in every process if in one.
     """
     if run.task.sampler is None:
         return None
@@ -115,16 +136,31 @@ def make_samples(run: Run, config: PreviewConfig) -> np.ndarray | None:
     # As many for every process: where a model is shared, all must call it as often.
     share = -(-config.num_images // count)
     numbers = [(accelerator.process_index * share + i) % config.num_images for i in range(share)]
+    if count == 1 or accelerator.is_fsdp2:
+        images = _drawn(run, numbers, config)
+    else:
+        images, error = None, None
+        try:
+            images = _drawn(run, numbers, config)
+        except Exception as found:
+            error = found
+        failed: Any = accelerator.gather(torch.tensor([error is not None]).to(accelerator.device))
+        if failed.any():
+            raise error or UserError("another process could not draw its samples")
+    gathered: Any = accelerator.gather(torch.from_numpy(images).to(accelerator.device))
+    return gathered[: config.num_images].cpu().numpy()
+
+
+def _drawn(run: Run, numbers: Sequence[int], config: PreviewConfig) -> np.ndarray:
+    assert run.task.sampler is not None
     with run.averaged_model(gather=False) as model:
         pipeline = run.task.pipeline(model)
         pipeline.set_progress_bar_config(disable=True)
         own = [
             run.task.sampler(pipeline, numbers[first : first + config.batch_size], config)
-            for first in range(0, share, config.batch_size)
+            for first in range(0, len(numbers), config.batch_size)
         ]
-    images = torch.from_numpy(np.concatenate(own)).to(accelerator.device)
-    gathered: Any = accelerator.gather(images)
-    return gathered[: config.num_images].cpu().numpy()
+    return np.concatenate(own)
 
 
 def mean_mixing(model: nn.Module) -> list[np.ndarray]:

@@ -9,6 +9,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from mhla_gen.config import PreviewConfig, TrainConfig
 from mhla_gen.data import TrainingData
+from mhla_gen.errors import NotFiniteError
 from mhla_gen.training.conditioning import Conditioning
 from mhla_gen.training.objectives import Objective
 from mhla_gen.training.step import Losses, ObjectiveLosses
@@ -52,6 +53,22 @@ class Task:
     def finished_pipeline(self, model: Any) -> DiffusionPipeline:
         """The pipeline of the trained transformer, as it is saved."""
         return self.pipeline(model if self.finished is None else self.finished(model))
+
+
+def preview_pixels(numbers: Sequence[int], images: np.ndarray) -> np.ndarray:
+    """Samples in [0, 1] as uint8.
+
+    Args:
+        numbers: Of the samples.
+        images: `[samples, …]`.
+
+    Raises:
+        NotFiniteError: If one is NaN or infinite somewhere.
+    """
+    for number, image in zip(numbers, images, strict=True):
+        if not np.isfinite(image).all():
+            raise NotFiniteError(f"sample {number} of the averaged weights is not finite")
+    return np.round(images * 255).astype(np.uint8)
 
 
 BuildTask = Callable[[TrainConfig, TrainingData], Task]

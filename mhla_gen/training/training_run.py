@@ -136,9 +136,12 @@ class Run:
                 yield self._own_copy(model)
             else:
                 model.eval()
-                yield model
-                model.train()
-                free_whole(model)
+                try:
+                    yield model
+                finally:
+                    # Training may go on after a preview that failed.
+                    model.train()
+                    free_whole(model)
 
     def _own_copy(self, model: Any) -> Any:
         state = whole_state(model, self.accelerator.is_main_process)

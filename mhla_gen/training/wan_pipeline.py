@@ -21,6 +21,7 @@ from mhla_gen.data.text import load_text_encoder
 from mhla_gen.hub import pipeline_index
 from mhla_gen.models.saved_transformer import load_transformer
 from mhla_gen.pipelines.noise import generator_of, sample_seed
+from mhla_gen.training.task import preview_pixels
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,7 +167,7 @@ class ClipSamples:
                 return_dict=False,
                 **options,
             )[0]
-        return np.round(found[0] * 255).astype(np.uint8)
+        return preview_pixels([number], found)[0]
 
 
 @torch.no_grad()

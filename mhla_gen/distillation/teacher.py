@@ -73,7 +73,7 @@ def softmax_twin(student: Any, copied: Collection[str] = ()) -> Any:
     for _, attention in twin.family.attentions(twin):
         if hasattr(attention, "mhla"):
             del attention.mhla
-        swap_processor(attention, twin.family.unconverted_processor)
+        swap_processor(attention, twin.family.processors(attention)[2])
     own = dict(twin.named_parameters())
     for name in copied:
         if name in own:

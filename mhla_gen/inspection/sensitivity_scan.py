@@ -43,11 +43,11 @@ def only(student: Any, layers: Collection[str]) -> Iterator[None]:
     try:
         for name, attention in attentions.items():
             if name not in layers:
-                swap_processor(attention, family.unconverted_processor)
+                swap_processor(attention, family.processors(attention)[2])
         yield
     finally:
         for attention in attentions.values():
-            swap_processor(attention, family.mhla_processor)
+            swap_processor(attention, family.processors(attention)[1])
 
 
 @dataclass(frozen=True, eq=False)

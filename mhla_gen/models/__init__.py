@@ -1,25 +1,44 @@
 """MHLA inside diffusers transformers."""
 
 from mhla_gen.models.attention import MHLA
+from mhla_gen.models.cogvideox import MHLACogVideoXTransformer3DModel
 from mhla_gen.models.dit import MHLADiTTransformer2DModel, OriginalDiTTransformer2DModel
+from mhla_gen.models.flux import MHLAFlux2Transformer2DModel, MHLAFluxTransformer2DModel
 from mhla_gen.models.hunyuan_dit import MHLAHunyuanDiT2DModel
+from mhla_gen.models.hunyuan_video import (
+    MHLAHunyuanVideo15Transformer3DModel,
+    MHLAHunyuanVideoTransformer3DModel,
+)
 from mhla_gen.models.injection import LayerSummary, Summary, inject, restore, summary
 from mhla_gen.models.kandinsky5 import MHLAKandinsky5Transformer3DModel
 from mhla_gen.models.ltx import MHLALTXVideoTransformer3DModel
+from mhla_gen.models.mochi import MHLAMochiTransformer3DModel
 from mhla_gen.models.pixart import MHLAPixArtTransformer2DModel
+from mhla_gen.models.qwen_image import MHLAQwenImageTransformer2DModel
 from mhla_gen.models.sana_video import MHLASanaVideoTransformer3DModel
+from mhla_gen.models.sd3 import MHLASD3Transformer2DModel
 from mhla_gen.models.wan import MHLAWanTransformer3DModel
+from mhla_gen.models.z_image import MHLAZImageTransformer2DModel
 
 __all__ = [
     "MHLA",
     "LayerSummary",
+    "MHLACogVideoXTransformer3DModel",
     "MHLADiTTransformer2DModel",
+    "MHLAFlux2Transformer2DModel",
+    "MHLAFluxTransformer2DModel",
     "MHLAHunyuanDiT2DModel",
+    "MHLAHunyuanVideo15Transformer3DModel",
+    "MHLAHunyuanVideoTransformer3DModel",
     "MHLAKandinsky5Transformer3DModel",
     "MHLALTXVideoTransformer3DModel",
+    "MHLAMochiTransformer3DModel",
     "MHLAPixArtTransformer2DModel",
+    "MHLAQwenImageTransformer2DModel",
+    "MHLASD3Transformer2DModel",
     "MHLASanaVideoTransformer3DModel",
     "MHLAWanTransformer3DModel",
+    "MHLAZImageTransformer2DModel",
     "OriginalDiTTransformer2DModel",
     "Summary",
     "inject",

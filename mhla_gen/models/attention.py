@@ -40,6 +40,7 @@ class MHLA(nn.Module):
         hidden_size: Channels of the layer's input, which drives the gate.
         config: Settings; `layout` must be given as block counts. Where the weight of an exact half
             is left open (`exact_start`), it starts at 0.5.
+        reads_text: The layer's tokens also read keys off their grid, exactly.
 
     Raises:
         ValueError: If `config.layout` is still "auto".
@@ -48,11 +49,19 @@ class MHLA(nn.Module):
         Zhang et al. 2026, arXiv:2601.07832: mixing Sec. 4.2, convolution (CPE) and gate Sec. 5.2.
     """
 
-    def __init__(self, num_heads: int, head_dim: int, hidden_size: int, config: MHLAConfig):
+    def __init__(
+        self,
+        num_heads: int,
+        head_dim: int,
+        hidden_size: int,
+        config: MHLAConfig,
+        reads_text: bool = False,
+    ):
         super().__init__()
         if config.layout == "auto":
             raise ValueError("MHLA needs a layout of block counts; resolve layout='auto' first")
-        if config.has_halves and config.exact_start is None:
+        has_halves = config.has_linear and (config.has_tiles or reads_text)
+        if has_halves and config.exact_start is None:
             config = replace(config, exact_start=NEW_START)
         self.config = config
         self.num_heads = num_heads
@@ -63,7 +72,7 @@ class MHLA(nn.Module):
             mixing = initial_mixing(config, num_heads)
             self.mixing = nn.Parameter(mixing, requires_grad=config.mixing_learnable)
         self.combine = None
-        if config.has_halves:
+        if has_halves:
             self.combine = make_combination(config, num_heads, head_dim, hidden_size)
         size, rank = config.conv_kernel_size, len(config.layout)
         self.conv = DepthwiseConv(inner_dim, size, rank) if config.conv else None
@@ -96,8 +105,9 @@ class MHLA(nn.Module):
         grid: tuple[int, ...],
         rotary: tuple[Tensor, Tensor] | None = None,
         group: Any = None,
+        extra: tuple[Tensor, ...] | None = None,
     ) -> Tensor:
-        """Attend over a token grid.
+        """Attend over a token grid, and to keys off it.
 
         An axis with fewer tokens than blocks, such as the single frame of an image, uses as many
         blocks as it has tokens, evenly spaced; the others are empty and read by nobody.
@@ -111,6 +121,8 @@ class MHLA(nn.Module):
             rotary: See `mhla_gen.ops.mhla`, or `mhla_rotated_by_head` for tables of 4 axes.
             group: Processes that share the sequence, each with its own part of all tensors above
                 (`mhla_gen.ops.sharded`), or None if this process has all of it.
+            extra: Keys and values off the grid that every token reads exactly, and maybe a mask of
+                the valid ones; see `mhla_gen.ops.tile_attention`.
 
         Returns:
             `[batch, seq_len, num_heads * head_dim]`.
@@ -123,7 +135,7 @@ class MHLA(nn.Module):
         halo = None
         if self.conv is not None and group is not None:
             halo = self.conv.begin_halo(value.flatten(2), grid, group)
-        attend = self._begin(query, key, value, hidden_states, grid, rotary, group)
+        attend = self._begin(query, key, value, hidden_states, grid, rotary, group, extra)
         # Where processes share the sequence, this hides what they tell each other.
         convolved = None if self.conv is None else self.conv(value.flatten(2), grid, group, halo)
         out = attend().flatten(2)
@@ -142,14 +154,16 @@ class MHLA(nn.Module):
         grid: tuple[int, ...],
         rotary: tuple[Tensor, Tensor] | None,
         group: Any,
+        extra: tuple[Tensor, ...] | None,
     ) -> Callable[[], Tensor]:
         """Begin what `forward` does before convolution and gate; the result ends it."""
         config = self.config
-        if config.exact == 0:
+        assert extra is None or config.exact > 0 or self.combine is not None
+        if config.exact == 0 and extra is None:
             return self._begin_linear(query, key, value, grid, rotary, group)
 
         def attend() -> Tensor:
-            exact, log_sum_exp = exact_attention(query, key, value, config, grid, rotary)
+            exact, log_sum_exp = exact_attention(query, key, value, config, grid, rotary, extra)
             if self.combine is None:
                 return exact
             linear = self._begin_linear(query, key, value, grid, rotary, None)()

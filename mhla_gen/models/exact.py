@@ -9,9 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mhla_gen.config import MHLAConfig
-from mhla_gen.models.head_rotary import rotate_by_head
+from mhla_gen.models.head_rotary import rotated
 from mhla_gen.ops import TileLayout, auto_tiles, mhla, tile_attention, tile_share
-from mhla_gen.ops.feature_maps import rotate
 
 # torch.compile calls it, rather than tracing arithmetic of plain integers.
 _auto_tiles = torch.compiler.assume_constant_result(auto_tiles)
@@ -21,11 +20,14 @@ def tile_layout(config: MHLAConfig, grid: tuple[int, ...]) -> TileLayout:
     """The tiles of a layer on a token grid: what `auto_tiles` picks, or the config asks for.
 
     Args:
-        config: Settings with an exact half of tiles.
+        config: Settings; without a share of pairs, no tile is read.
         grid: Tokens along each axis.
     """
     # As indices: a compiled layer keeps the tiles of the grid that it was compiled for.
     grid = tuple(operator.index(length) for length in grid)
+    if not config.has_tiles:
+        picked = _auto_tiles(grid, 1.0)
+        return TileLayout(picked.tile, picked.group, (0,) * len(grid), 0)
     picked = _auto_tiles(grid, config.exact)
     group = config.exact_group
     if group is None:
@@ -53,27 +55,35 @@ def exact_attention(
     config: MHLAConfig,
     grid: tuple[int, ...],
     rotary: tuple[Tensor, Tensor] | None = None,
+    extra: tuple[Tensor, ...] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Softmax on the share of pairs that a config asks for.
+    """Softmax on the share of pairs that a config asks for, and on keys off the grid.
 
     Args:
         query: `[batch, seq_len, num_heads, head_dim]`, raster order.
         key: Like `query`.
         value: Like `query`.
-        config: Settings with an exact half.
+        config: Settings; without a share of pairs, `extra` alone is read.
         grid: Tokens along each axis.
         rotary: As in `MHLA.forward`.
+        extra: As in `MHLA.forward`.
 
     Returns:
         The output, like `value`, and the logarithm of its denominator, float32 `[batch, num_heads,
-        seq_len]`; None where all pairs are exact.
+        seq_len]`; None where nothing is combined by it.
     """
-    if not config.has_tiles:
-        query, key = (_rotated(x, rotary).transpose(1, 2) for x in (query, key))
-        out = F.scaled_dot_product_attention(query, key, value.transpose(1, 2))
-        return out.transpose(1, 2), None
+    if config.exact == 1:
+        mask = None
+        query, key = rotated(query, rotary), rotated(key, rotary)
+        if extra is not None:
+            if len(extra) == 3:
+                mask = F.pad(extra[2], (key.shape[1], 0), value=True)
+            key, value = (torch.cat(pair, dim=1) for pair in ((key, extra[0]), (value, extra[1])))
+        return _softmax(query, key, value, mask), None
+    if extra is not None and config.exact == 0 and config.combine != "denominator":
+        return _softmax(rotated(query, rotary), *extra), None
     if rotary is not None and rotary[0].ndim == 4:
-        query, key, rotary = _rotated(query, rotary), _rotated(key, rotary), None
+        query, key, rotary = rotated(query, rotary), rotated(key, rotary), None
     tile, group, window, top = tile_layout(config, grid)
     return tile_attention(
         query,
@@ -85,17 +95,17 @@ def exact_attention(
         window=window,
         top=top,
         rotary=rotary,
+        extra=extra,
         implementation=config.implementation,
     )
 
 
-def _rotated(x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
-    if rotary is None:
-        return x
-    # As diffusers rotates: in the precision of the tables.
-    wide = x.to(torch.promote_types(x.dtype, rotary[0].dtype))
-    turn = rotate_by_head if rotary[0].ndim == 4 else rotate
-    return turn(wide, rotary).to(x.dtype)
+def _softmax(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Of keys with a bool mask `[batch, key_len]`, True where they are valid."""
+    return F.scaled_dot_product_attention(
+        *(x.transpose(1, 2) for x in (query, key, value)),
+        attn_mask=None if mask is None else mask[:, None, None],
+    ).transpose(1, 2)
 
 
 def log_denominator(

@@ -36,6 +36,8 @@ class Family:
     """Further softmax classes that are converted like `base_class`, with the same weights."""
     shares_sequences: ClassVar[bool] = False
     """Whether MHLA layers take part in diffusers' context parallelism."""
+    text_length: ClassVar[int]
+    """Text tokens that the model's pipeline has by default, where layers read text, too."""
     stock_kind: ClassVar[str] = "softmax"
     """What an unconverted layer computes: softmax, or linear where the family does so itself."""
 
@@ -46,6 +48,14 @@ class Family:
     def bystanders(self, model: Any) -> list[tuple[str, Any]]:
         """Name and module of the layers that get `unconverted_processor`."""
         return _modules(model, self.bystander_layers)
+
+    def reads_text(self, attention: Any) -> bool:
+        """Whether a layer reads text tokens beside those of its grid."""
+        return False
+
+    def processors(self, attention: Any) -> tuple[type, type, type]:
+        """Stock, MHLA and unconverted processor class of a layer."""
+        return self.stock_processor, self.mhla_processor, self.unconverted_processor
 
     def sizes(self, model: Any) -> tuple[int, int, int]:
         """Heads, channels of a head, channels of the layer's input."""
@@ -80,14 +90,18 @@ class Family:
 
 
 def _modules(model: Any, paths: tuple[str, ...]) -> list[tuple[str, Any]]:
-    found = []
+    layers: dict[str, list[str]] = {}
     for path in paths:
         blocks, _, layer = path.partition(".*.")
-        for i, block in enumerate(model.get_submodule(blocks)):
-            # A model may have the layer in some of its blocks only.
-            if getattr(block, layer, None) is not None:
-                found.append((f"{blocks}.{i}.{layer}", block.get_submodule(layer)))
-    return found
+        layers.setdefault(blocks, []).append(layer)
+    return [
+        (f"{blocks}.{i}.{name}", block.get_submodule(name))
+        for blocks, names in layers.items()
+        for i, block in enumerate(model.get_submodule(blocks))
+        for name in names
+        # A model may have the layer in some of its blocks only.
+        if getattr(block, name, None) is not None
+    ]
 
 
 def patch_grid(sizes: Sequence[int], patch_size: int | Sequence[int]) -> tuple[int, ...]:

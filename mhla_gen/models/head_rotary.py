@@ -74,3 +74,18 @@ def rotate_by_head(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     """`rotate` with tables `[batch or 1, seq_len, num_heads, head_dim / 2]`."""
     # `rotate` takes one table for the axis before the channels: here an axis of its own.
     return rotate(x.unsqueeze(-2), rotary).squeeze(-2)
+
+
+def rotated(x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+    """Rotate queries or keys as diffusers does: in the precision of the tables.
+
+    Args:
+        x: `[batch, seq_len, num_heads, head_dim]`.
+        rotary: `(cos, sin)`, each `[seq_len, head_dim / 2]`, or with the batch first, or `[batch or
+            1, seq_len, num_heads, head_dim / 2]`; None to return `x` as it is.
+    """
+    if rotary is None:
+        return x
+    wide = x.to(torch.promote_types(x.dtype, rotary[0].dtype))
+    turn = rotate_by_head if rotary[0].ndim == 4 else rotate
+    return turn(wide, rotary).to(x.dtype)

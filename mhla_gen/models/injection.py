@@ -9,23 +9,42 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from mhla_gen.config import MHLAConfig
 from mhla_gen.models.attention import MHLA
+from mhla_gen.models.cogvideox import MHLACogVideoXTransformer3DModel
 from mhla_gen.models.dit import MHLADiTTransformer2DModel
 from mhla_gen.models.exact import exact_share
 from mhla_gen.models.family import Family
+from mhla_gen.models.flux import MHLAFlux2Transformer2DModel, MHLAFluxTransformer2DModel
 from mhla_gen.models.hunyuan_dit import MHLAHunyuanDiT2DModel
+from mhla_gen.models.hunyuan_video import (
+    MHLAHunyuanVideo15Transformer3DModel,
+    MHLAHunyuanVideoTransformer3DModel,
+)
 from mhla_gen.models.kandinsky5 import MHLAKandinsky5Transformer3DModel
 from mhla_gen.models.ltx import MHLALTXVideoTransformer3DModel
+from mhla_gen.models.mochi import MHLAMochiTransformer3DModel
 from mhla_gen.models.pixart import MHLAPixArtTransformer2DModel
+from mhla_gen.models.qwen_image import MHLAQwenImageTransformer2DModel
 from mhla_gen.models.sana_video import MHLASanaVideoTransformer3DModel
+from mhla_gen.models.sd3 import MHLASD3Transformer2DModel
 from mhla_gen.models.surgery import become, remove_mhla, resolve
 from mhla_gen.models.transformer import MHLATransformerMixin
 from mhla_gen.models.wan import MHLAWanTransformer3DModel
+from mhla_gen.models.z_image import MHLAZImageTransformer2DModel
 from mhla_gen.ops import resolve_implementation
 
 # Base class → the class it becomes. A new family is one file and one line here.
 MHLA_CLASSES: dict[type, type] = {
     softmax_class: mhla_class
     for mhla_class in (
+        MHLAZImageTransformer2DModel,
+        MHLASD3Transformer2DModel,
+        MHLAQwenImageTransformer2DModel,
+        MHLAMochiTransformer3DModel,
+        MHLAHunyuanVideo15Transformer3DModel,
+        MHLAHunyuanVideoTransformer3DModel,
+        MHLAFlux2Transformer2DModel,
+        MHLAFluxTransformer2DModel,
+        MHLACogVideoXTransformer3DModel,
         MHLADiTTransformer2DModel,
         MHLAHunyuanDiT2DModel,
         MHLAKandinsky5Transformer3DModel,

@@ -87,7 +87,8 @@ class MHLAProcessor:
             projected = attn.to_qkv(hidden_states).chunk(3, dim=-1)
         else:
             projected = [layer(hidden_states) for layer in (attn.to_q, attn.to_k, attn.to_v)]
-        return normalized(attn, projected, across_heads=self.norm_across_heads)
+        norms = (attn.norm_q, attn.norm_k)
+        return normalized(projected, attn.heads, norms, across_heads=self.norm_across_heads)
 
     def project_back(self, attn: Any, out: Tensor) -> Tensor:
         """The layer's output from `[batch, seq_len, num_heads * head_dim]`."""
@@ -95,31 +96,37 @@ class MHLAProcessor:
 
 
 def normalized(
-    attn: Any, projected: Sequence[Tensor], *, across_heads: bool = False
+    projected: Sequence[Tensor],
+    num_heads: int,
+    norms: tuple[Any, Any],
+    *,
+    across_heads: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values by head, normalised as the layer does.
+    """Queries, keys and values by head, the first two normalised.
 
     Args:
-        attn: A layer with `heads`, and maybe `norm_q` and `norm_k`.
         projected: Queries, keys and values, each `[batch, seq_len, num_heads * head_dim]`.
+        num_heads: Heads.
+        norms: Of queries and of keys; None for none.
         across_heads: Normalise all heads at once.
 
     Returns:
         Each `[batch, seq_len, num_heads, head_dim]`.
     """
+
+    def normalize(x: Tensor, norm: Any) -> Tensor:
+        by_head = x.unflatten(2, (num_heads, -1))
+        if norm is None:
+            return by_head
+        return norm(x).unflatten(2, (num_heads, -1)) if across_heads else norm(by_head)
+
     query, key, value = projected
-    if across_heads:
-        query, key = _norms(attn, query, key)
-    query, key, value = (x.unflatten(2, (attn.heads, -1)) for x in (query, key, value))
-    if not across_heads:
-        query, key = _norms(attn, query, key)
     # Autocast may leave float32 behind a norm.
-    return query.type_as(value), key.type_as(value), value
-
-
-def _norms(attn: Any, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-    query = query if attn.norm_q is None else attn.norm_q(query)
-    return query, key if attn.norm_k is None else attn.norm_k(key)
+    return (
+        normalize(query, norms[0]).type_as(value),
+        normalize(key, norms[1]).type_as(value),
+        value.unflatten(2, (num_heads, -1)),
+    )
 
 
 class DropsGrid:
@@ -137,18 +144,19 @@ class DropsGrid:
         rotary_emb: Any = None,
         image_rotary_emb: Any = None,
         grid: tuple[int, ...] | None = None,
+        encoder_hidden_states_mask: Tensor | None = None,
     ) -> Any:
         """As the stock processor."""
         tables = rotary_emb if image_rotary_emb is None else image_rotary_emb
-        more = {} if tables is None else {self.rotary_argument: tables[:2]}
+        given = {
+            "encoder_hidden_states": encoder_hidden_states,
+            "attention_mask": attention_mask,
+            "encoder_hidden_states_mask": encoder_hidden_states_mask,
+            self.rotary_argument: None if tables is None else tables[:2],
+        }
         stock: Any = super()
-        return stock.__call__(
-            attn,
-            hidden_states,
-            encoder_hidden_states=encoder_hidden_states,
-            attention_mask=attention_mask,
-            **more,
-        )
+        passed = {name: value for name, value in given.items() if value is not None}
+        return stock.__call__(attn, hidden_states, **passed)
 
 
 class PatchGridCarrier:
@@ -159,12 +167,15 @@ class PatchGridCarrier:
     model and offloading hooks.
     """
 
-    patch_size: tuple[int, int, int]
+    patch_size: Any
 
     def forward(self, hidden_states: Tensor) -> Any:
         """`(cos, sin, grid carrier)` for latents `[batch, channels, frames, height, width]`."""
         cos, sin = super().forward(hidden_states)  # type: ignore[misc]
-        grid = patch_grid(hidden_states.shape[2:], self.patch_size)
+        patches = self.patch_size
+        if isinstance(patches, int):
+            patches = (self.patch_size_t, patches, patches)  # type: ignore[attr-defined]
+        grid = patch_grid(hidden_states.shape[2:], patches)
         return cos, sin, cos.new_empty((*grid, 0))
 
 

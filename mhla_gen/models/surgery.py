@@ -1,8 +1,10 @@
 """Conversion of a model in place, and its undoing: the same for every family."""
 
 import inspect
+import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from diffusers.configuration_utils import FrozenDict
@@ -69,19 +71,18 @@ def resolve(family: Family, model: Any, config: MHLAConfig, new: bool = False) -
     layers = mhla_layers(config, [name for name, _ in attentions])
     if callable(config.layers):
         config = replace(config, layers=layers)
-    if config.has_halves and config.exact_start is None:
-        config = replace(config, exact_start=NEW_START if new else CONVERTED_START)
+    config = _settle_start(family, model, config, new)
     resolve_implementation(config.implementation)
     if config.feature_map not in FEATURE_MAPS:
         raise ValueError(
             f"feature_map must be one of {', '.join(FEATURE_MAPS)}, found {config.feature_map!r}"
         )
-    known = (family.stock_processor, family.unconverted_processor, family.mhla_processor)
     for name, attention in attentions + family.bystanders(model):
+        known = family.processors(attention)
         if type(attention.processor) not in known:
             raise ValueError(
                 f"{name} has the processor {type(attention.processor).__name__}, which MHLA would "
-                f"drop; set {family.stock_processor.__name__} first"
+                f"drop; set {known[0].__name__} first"
             )
         if getattr(attention.processor, "_parallel_config", None) is not None:
             raise ValueError(f"{name} is context-parallel; convert before enable_parallelism")
@@ -108,19 +109,48 @@ def resolve(family: Family, model: Any, config: MHLAConfig, new: bool = False) -
     return config
 
 
+def _settle_start(family: Family, model: Any, config: MHLAConfig, new: bool) -> MHLAConfig:
+    reads_text = any(family.reads_text(attention) for _, attention in family.attentions(model))
+    if reads_text and config.exact == 0 and config.combine != "gate":
+        if config.combine == "projection":
+            raise ValueError(
+                "combine=projection starts with the exact half alone, which with exact=0 is the "
+                "text; take gate or denominator, or a share of exact pairs"
+            )
+        if not config.normalize:
+            raise ValueError("combine=denominator needs normalize=true")
+    if config.exact_start is not None:
+        return config
+    if config.has_halves:
+        return replace(config, exact_start=NEW_START if new else CONVERTED_START)
+    if reads_text and config.exact == 0:
+        return replace(config, exact_start=text_share(family, model))
+    return config
+
+
+def text_share(family: Family, model: Any) -> float:
+    """Share of text among all tokens that a joint layer attends to, at the model's own size.
+
+    What the weight of text starts at beside MHLA: softmax over keys that are all alike weighs
+    text and image by their counts.
+    """
+    return family.text_length / (family.text_length + math.prod(family.native_grid(model)))
+
+
 def add_mhla(family: Family, model: Any, config: MHLAConfig) -> None:
     """Give the chosen layers their `mhla` child; `config` comes from `resolve`."""
     attentions = family.attentions(model)
     chosen = set(mhla_layers(config, [name for name, _ in attentions]))
     for index, (_, attention) in enumerate(attentions):
         if index in chosen:
-            child = MHLA(*family.sizes(model), config).train(attention.training)
+            child = MHLA(*family.sizes(model), config, family.reads_text(attention))
+            child.train(attention.training)
             attention.mhla = _like(family.output_projection(attention), child)
-            swap_processor(attention, family.mhla_processor)
+            swap_processor(attention, family.processors(attention)[1])
         else:
-            swap_processor(attention, family.unconverted_processor)
+            swap_processor(attention, family.processors(attention)[2])
     for _, attention in family.bystanders(model):
-        swap_processor(attention, family.unconverted_processor)
+        swap_processor(attention, family.processors(attention)[2])
     for path, (_, converted_class) in family.replaced_modules.items():
         model.get_submodule(path).__class__ = converted_class
     settings = {"mhla": config.to_dict(), **family.settings(model)}
@@ -136,7 +166,7 @@ def remove_mhla(family: Family, model: Any) -> None:
     for _, attention in family.attentions(model) + family.bystanders(model):
         if hasattr(attention, "mhla"):
             del attention.mhla
-        swap_processor(attention, family.stock_processor)
+        swap_processor(attention, family.processors(attention)[0])
     for path, (stock_class, _) in family.replaced_modules.items():
         model.get_submodule(path).__class__ = stock_class
     softmax_class = family.softmax_class(model)
@@ -168,7 +198,8 @@ def swap_processor(attention: Any, processor_class: type) -> None:
     # set_attention_backend chooses kernels of softmax layers through this attribute.
     if hasattr(processor, "_attention_backend"):
         processor._attention_backend = getattr(attention.processor, "_attention_backend", None)
-    attention.set_processor(processor)
+    # Some layers of diffusers have no method for it.
+    getattr(attention, "set_processor", partial(setattr, attention, "processor"))(processor)
 
 
 def become(family: Family, mhla_class: type, model: Any, config: MHLAConfig) -> Any:

@@ -25,8 +25,14 @@ from mhla_gen.models.wan import MHLAWanTransformer3DModel
 
 KIND = "a checkpoint of the MHLA authors' text-to-video Wan"
 
-_ATTENTION = {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0"}
-_ATTENTION |= {"norm_q": "norm_q", "norm_k": "norm_k"}
+_ATTENTION = {
+    "q": "to_q",
+    "k": "to_k",
+    "v": "to_v",
+    "o": "to_out.0",
+    "norm_q": "norm_q",
+    "norm_k": "norm_k",
+}
 _NAMES = {
     "patch_embedding": "patch_embedding",
     "text_embedding.0": "condition_embedder.text_embedder.linear_1",

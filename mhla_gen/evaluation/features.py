@@ -137,7 +137,7 @@ def extract_features(
     return found
 
 
-def _progress(source: ImageSource, missing: Sequence[int], mine: int) -> tqdm:
+def _progress(source: ImageSource, missing: Sequence[int], mine: int) -> "tqdm[Any]":
     # Shown by the main process, which takes the others to be as far as itself.
     done = (mine - len(missing)) * CHUNK * PartialState().num_processes
     return tqdm(

@@ -31,7 +31,7 @@ def write_video(path: Path, frames: np.ndarray, fps: float) -> None:
         "output_params": ["-f", "mp4"],
     }
     with written_whole(path) as partial:
-        imageio.mimwrite(partial, list(frames), format="mp4", **options)  # pyright: ignore[reportArgumentType]
+        imageio.mimwrite(partial, list(frames), format="mp4", **options)
 
 
 def shown_frames(frames: np.ndarray) -> np.ndarray:

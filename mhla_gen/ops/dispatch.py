@@ -3,6 +3,7 @@
 import importlib.util
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,9 @@ from mhla_gen.ops.naive import naive_mhla
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
-def _fused_mhla(query: Tensor, key: Tensor, value: Tensor, mixing: Tensor, **options) -> Tensor:
+def _fused_mhla(
+    query: Tensor, key: Tensor, value: Tensor, mixing: Tensor, **options: Any
+) -> Tensor:
     # Imported on first use: Triton is neither needed nor installed everywhere.
     if not HAS_TRITON:
         raise ValueError("implementation='fused' needs the package triton; use 'blockwise'")

@@ -3,6 +3,8 @@
 `mhla_gen/ops/README.md` explains the kernels. The operators allocate their outputs and nothing else
 of the size of the tokens; for training they keep the (mixed) summaries.
 """
+# torch says what fake and autograd rules take: pyright needs no annotations of them.
+# pyright: reportMissingParameterType=false
 
 import os
 
@@ -63,26 +65,25 @@ def fused_mhla(
     cos, sin = rotary if rotary is not None else (None, None)
     if use_attention_form is None:
         use_attention_form = attention_form_is_cheaper(query.shape[1], mixing.shape[-1])
-    if _nobody_watches(query, key, value, mixing):
+    if _needs_dispatcher(query, key, value, mixing):
+        run = attention_mhla if use_attention_form else linear_mhla
+    else:
         # The same function without the dispatcher, which takes longer than a short call.
         run = _attention_form if use_attention_form else _linear_form
-    else:
-        run = attention_mhla if use_attention_form else linear_mhla
     return run(
-        query, key, value, mixing, cos, sin, grid, layout, feature_map, normalize, eps,
+        query, key, value, mixing, cos, sin, list(grid), list(layout), feature_map, normalize, eps,
         stored or stored_dtype(query.dtype),
     )[0]  # fmt: skip
 
 
-def _nobody_watches(*tensors: Tensor) -> bool:
-    """Whether plain tensors need no gradient and nothing records or replaces operators."""
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-        return False
+def _needs_dispatcher(*tensors: Tensor) -> bool:
+    """Whether a gradient is wanted, tensors are no plain ones, or something records operators."""
     return (
-        all(type(x) in (Tensor, torch.nn.Parameter) for x in tensors)
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-        and not _intercepted()
+        (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
+        or any(type(x) not in (Tensor, torch.nn.Parameter) for x in tensors)
+        or torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or _intercepted()
     )
 
 
@@ -93,7 +94,8 @@ def _intercepted() -> bool:
     answer is yes: then the dispatcher is asked, which costs time and changes nothing.
     """
     try:
-        modes, level = torch._C._len_torch_dispatch_stack(), torch._C._functorch.maybe_current_level
+        modes = torch._C._len_torch_dispatch_stack()
+        level = torch._C._functorch.maybe_current_level  # type: ignore[attr-defined]
         return modes > 0 or level() is not None
     except (AttributeError, TypeError):
         return True

@@ -32,7 +32,9 @@ from mhla_gen.ops.shard import HeldBlocks, Shard, Slab
 Rotary = tuple[Tensor, Tensor] | None
 
 
-def sharded_mhla(query: Tensor, key: Tensor, value: Tensor, mixing: Tensor, **options) -> Tensor:
+def sharded_mhla(
+    query: Tensor, key: Tensor, value: Tensor, mixing: Tensor, **options: Any
+) -> Tensor:
     """`begin_sharded_mhla` and its end, with nothing between them."""
     begin: Any = begin_sharded_mhla
     return begin(query, key, value, mixing, **options)()

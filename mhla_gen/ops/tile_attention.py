@@ -1,6 +1,7 @@
 """The public operator of the exact half: check once, pick an implementation, call it."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,9 @@ from mhla_gen.ops.tile_blockwise import blockwise_tile_attention
 from mhla_gen.ops.tiles import tiling
 
 
-def _fused_tile_attention(query: Tensor, key: Tensor, value: Tensor, **options) -> tuple:
+def _fused_tile_attention(
+    query: Tensor, key: Tensor, value: Tensor, **options: Any
+) -> tuple[Tensor, Tensor]:
     if not HAS_TRITON:
         raise ValueError("implementation='fused' needs the package triton; use 'blockwise'")
     from mhla_gen.ops.tile_fused import fused_tile_attention

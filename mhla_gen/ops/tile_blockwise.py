@@ -36,7 +36,9 @@ def blockwise_tile_attention(
         )  # [batch, heads, groups, list_size]
         extra_kv = _extra(extra, dtype)
 
-        def attend(q: Tensor, k: Tensor, v: Tensor, lists: Tensor, rows: Tensor) -> tuple:
+        def attend(
+            q: Tensor, k: Tensor, v: Tensor, lists: Tensor, rows: Tensor
+        ) -> tuple[Tensor, Tensor]:
             group_q = q.index_select(2, rows.flatten()).unflatten(2, rows.shape)
             columns = tiles.tokens[lists].flatten(3)  # [batch, heads, groups, keys]
             valid = filled[lists].flatten(3)
@@ -74,7 +76,9 @@ def _softmax(scores: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     return (scores - lse.unsqueeze(-1)).exp() @ values, lse
 
 
-def _extra(extra: tuple[Tensor, Tensor, Tensor] | None, dtype: torch.dtype) -> tuple | None:
+def _extra(
+    extra: tuple[Tensor, Tensor, Tensor] | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor] | None:
     """Keys and values `[batch, heads, 1, extra_len, dim]` and what masks their scores."""
     if extra is None:
         return None

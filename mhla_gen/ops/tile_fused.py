@@ -2,6 +2,8 @@
 
 `mhla_gen/ops/README.md` explains the kernels.
 """
+# torch says what fake and autograd rules take: pyright needs no annotations of them.
+# pyright: reportMissingParameterType=false
 
 import torch
 from torch import Tensor

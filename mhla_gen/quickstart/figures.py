@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -65,7 +66,7 @@ def draw_mixing(model: torch.nn.Module, config: MHLAConfig, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def _write_values(axes, matrix: np.ndarray, top: float) -> None:
+def _write_values(axes: Any, matrix: np.ndarray, top: float) -> None:
     for (row, column), value in np.ndenumerate(matrix):
         # White on the dark half of the colour map, black on the light one.
         colour = "white" if value < 0.6 * top else "black"

@@ -64,7 +64,7 @@ def compile_blocks(model: nn.Module) -> None:
             block.register_forward_pre_hook(_dense)
 
 
-def _limit_forms() -> dict[str, int]:
+def _limit_forms() -> dict[str, Any]:
     """Arguments of torch.compile that let it make a form for every size of a data set.
 
     Releases that take none are told for the whole process.

@@ -98,6 +98,6 @@ def shared_map(
     return whole
 
 
-def advance(bar: tqdm, count: int) -> None:
+def advance(bar: "tqdm[Any]", count: int) -> None:
     """Move a progress bar as if all processes had done as much as this one."""
     bar.update(min(count * PartialState().num_processes, bar.total - bar.n))

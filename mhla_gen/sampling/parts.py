@@ -91,10 +91,10 @@ def _without_onednn(function: Callable[..., Any]) -> Callable[..., Any]:
         backend = torch.backends.mkldnn
         before = backend.enabled
         try:
-            backend.enabled = False  # pyright: ignore[reportAttributeAccessIssue]
+            backend.enabled = False
             return function(*args, **kwargs)
         finally:
-            backend.enabled = before  # pyright: ignore[reportAttributeAccessIssue]
+            backend.enabled = before
 
     return call
 

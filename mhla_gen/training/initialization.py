@@ -23,7 +23,7 @@ def initialize_dit(model: Any) -> None:
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and ".mhla." not in name:
             nn.init.xavier_uniform_(module.weight)
-            if module.bias is not None:
+            if module.bias is not None:  # pyright: ignore[reportUnnecessaryComparison]
                 nn.init.zeros_(module.bias)
     patches = model.pos_embed.proj
     nn.init.xavier_uniform_(patches.weight.view(patches.weight.shape[0], -1))

@@ -11,11 +11,13 @@ from mhla_gen import MHLAConfig
 from mhla_gen.distillation import (
     LayerErrors,
     relative_error,
+    relative_token_error,
     softmax_twin,
     train_only,
     trained_names,
 )
 from mhla_gen.models.surgery import swap_processor
+from mhla_gen.training.optim import keep_mixing_in_range
 
 # Grids that no layout divides: 4 × 4 tokens by 3, 5 × 6 by 2 × 4.
 FAMILIES = {
@@ -60,6 +62,14 @@ def test_the_relative_error_is_a_share_of_each_sample():
     target = torch.randn(3, 5, 7)
     output = torch.stack([target[0], torch.zeros(5, 7), 3 * target[2]])
     torch.testing.assert_close(relative_error(output, target), torch.tensor([0.0, 1.0, 4.0]))
+
+
+def test_a_small_token_counts_as_much_as_a_large_one():
+    target = torch.randn(2, 5, 7) * torch.tensor([1, 1, 1, 1, 1e-3]).view(5, 1)
+    wrong = target.clone()
+    wrong[:, 4] = 0
+    torch.testing.assert_close(relative_token_error(wrong, target), torch.full((2,), 0.2))
+    assert relative_error(wrong, target).max() < 1e-4
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -121,6 +131,27 @@ def test_gradients_of_a_layers_error_reach_that_layer_alone(family, trained):
     assert reached and all(n.startswith(own) for n in reached)
     assert {f"{name}.mhla.mixing", f"{name}.mhla.gate.weight"} <= reached
     assert all(p.grad is None for p in teacher.parameters())
+
+
+@pytest.mark.parametrize("combine", ["gate", "denominator", "projection"])
+@pytest.mark.parametrize("family", MAIN)
+def test_the_linear_half_learns_what_the_exact_half_leaves_out(family, combine):
+    rank = len(FAMILIES[family][2])
+    tiles = {"exact_tile": (2,) * rank, "exact_window": (1,) * rank, "exact_top": 1}
+    _, student, teacher, inputs = pair(
+        family, exact=0.3, combine=combine, learned_features=True, conv=False, gate=False, **tiles
+    )
+    layers = LayerErrors(student, teacher, "token")
+    optimizer = torch.optim.Adam([p for p in student.parameters() if p.requires_grad], lr=1e-2)
+    keep_mixing_in_range(optimizer, student)
+    losses = []
+    for _ in range(30):
+        found = layers.during(lambda: output(student, inputs))
+        losses.append(torch.stack(list(found.values())).mean(1))
+        optimizer.zero_grad()
+        losses[-1].sum().backward()
+        optimizer.step()
+    assert (losses[-1] < losses[0]).all()
 
 
 @pytest.mark.parametrize("family", MAIN)

@@ -118,6 +118,23 @@ def test_the_layer_stage_moves_attention_layers_alone(tmp_path, teacher, trained
     assert added and all(not found[n].equal(fresh[n]) for n in added if "norm" not in n)
 
 
+def test_what_mhla_adds_learns_at_a_rate_of_its_own(tmp_path, teacher):
+    stage = replace(LAYERS, steps=1, learning_rate=1e-6, mhla_learning_rate=1e-2, ema_decay=0.0)
+    stage = replace(stage, train="attention", layer_error="token", warmup_steps=0)
+    model = ModelConfig(mhla=MHLAConfig(layout=(3, 3), exact=0.4, exact_tile=(2, 2)))
+    distill(settings(tmp_path / "run", teacher, stage, model=model))
+    found = weights(tmp_path, "run")
+    fresh = mhla_gen.inject(digits_dit(), model.mhla).state_dict()
+    original = load_file(teacher / "transformer/diffusion_pytorch_model.safetensors")
+    for name, start in (fresh | original).items():
+        moved = (found[name] - start).abs().max().item()
+        # AdamW's first step is its learning rate.
+        expected = 1e-2 if ".mhla." in name else 1e-6 if ".attn1." in name else 0.0
+        # Mixing is clipped; keys have no bias that softmax notices.
+        if not name.endswith((".mixing", ".to_k.bias")):
+            assert moved == pytest.approx(expected, rel=0.05, abs=1e-7), name
+
+
 @pytest.mark.parametrize("steps_before", [1, 3, 4, 7])
 def test_an_interrupted_distillation_resumes_exactly(tmp_path, teacher, monkeypatch, steps_before):
     stages = (replace(LAYERS, train="attention"), OUTPUT)

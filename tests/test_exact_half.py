@@ -106,7 +106,8 @@ def test_the_projection_adds_to_the_exact_half():
 
 @pytest.mark.parametrize("combine", ["gate", "denominator", "projection"])
 def test_every_parameter_and_input_learns(combine):
-    model = layer(combine=combine, conv=True, gate=True, output_norm=True)
+    options = {"combine": combine, "output_norm": True, "learned_features": True}
+    model = layer(conv=True, gate=True, **options)
     inputs = [x.requires_grad_() for x in tokens()]
     model(*inputs, GRID).square().sum().backward()
     for name, parameter in [*model.named_parameters(), *enumerate(inputs)]:
@@ -209,7 +210,7 @@ def test_layers_can_be_chosen_by_a_function():
     ("setting", "message"),
     [
         ("exact=1.5", r"exact must be in \[0, 1\]"),
-        ("exact=.nan", r"exact must be in \[0, 1\]"),
+        ("exact=.nan", "exact must be a number"),
         ("exact_tile=[4,4]", "exact_tile needs an exact between 0 and 1"),
         ("exact=0.1 exact_tile=[4,0]", "exact_tile"),
         ("exact=0.1 exact_window=[2,2]", "odd"),
@@ -219,6 +220,7 @@ def test_layers_can_be_chosen_by_a_function():
         ("exact=0.1 exact_start=1", "exact_start"),
         ("linear=false", "leaves no attention"),
         ("exact=1 output_norm=true", "output_norm"),
+        ("exact=1 learned_features=true", "learned_features"),
         ("exact=0.1 combine=denominator normalize=false", "normalize=true"),
     ],
 )
@@ -255,3 +257,24 @@ def test_softmax_with_convolution_and_gate_is_a_choice_of_a_new_model():
     assert torch.isfinite(
         run(disturb(model), {**dit_inputs(), "class_labels": torch.tensor([0, 2])})
     ).all()
+
+
+@pytest.mark.parametrize("feature_map", ["relu", "softmax"])
+def test_learned_features_start_as_none_and_serve_the_linear_half_alone(feature_map):
+    q, k, v, h = tokens()
+    options = {"feature_map": feature_map, "combine": "denominator"}
+    plain, learned = layer(**options), layer(**options, learned_features=True)
+    learned.load_state_dict(plain.state_dict(), strict=False)
+    learned.features.reset_parameters()
+    expected = plain(q, k, v, h, GRID)
+    torch.testing.assert_close(learned(q, k, v, h, GRID), expected)
+    with torch.no_grad():
+        learned.features.query_map.normal_()
+    assert not torch.allclose(learned(q, k, v, h, GRID), expected, atol=1e-4)
+    alone, _ = exact_attention(q, k, v, learned.config, GRID)
+    assert torch.equal(alone, exact_attention(q, k, v, plain.config, GRID)[0])
+    if feature_map == "softmax":
+        options = {"grid": GRID, "layout": LAYOUT, "feature_map": "identity"}
+        linear = mhla(q.softmax(-1), k.softmax(-1), v, plain.mixing, **options)
+        found = plain._begin_linear(q, k, v, GRID, None, None)()
+        torch.testing.assert_close(found, linear)

@@ -280,6 +280,20 @@ def test_mixing_can_have_a_learning_rate_of_its_own():
     assert len(softmax) == 2
 
 
+@pytest.mark.parametrize("mixing_rate", [None, 0.5])
+def test_what_mhla_adds_can_have_a_learning_rate_of_its_own(mixing_rate):
+    model = mhla_gen.inject(tiny_dit(), MHLAConfig(layout=(2, 2), exact=0.3))
+    groups = parameter_groups(model, 0.1, mixing_rate, mhla_learning_rate=0.2)
+    rates = {id(p): (g.get("lr"), g["weight_decay"]) for g in groups for p in g["params"]}
+    assert len(rates) == len(list(model.parameters()))
+    for name, parameter in model.named_parameters():
+        rate = None
+        if ".mhla." in name:
+            rate = mixing_rate if name.endswith("mixing") and mixing_rate else 0.2
+        undecayed = parameter.ndim < 2 or name.endswith(("mixing", "embedding_table.weight"))
+        assert rates[id(parameter)] == (rate, 0.0 if undecayed else 0.1), name
+
+
 def test_the_average_is_that_of_diffusers():
     model = tiny_dit()
     model.pos_embed.requires_grad_(False)

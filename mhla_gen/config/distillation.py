@@ -27,8 +27,13 @@ class StageConfig(Settings, prefix="distill.stages."):
     teacher_weight: NotNegative = 1.0
     """output: the loss is that of the objective plus this times the mean squared distance to the
     teacher's prediction."""
+    layer_error: Literal["sample", "token"] = "sample"
+    """layers: squared errors as a share of the target's squares, of a sample, or of each of its
+    tokens, where those with a small output count as much as the others."""
     learning_rate: Positive | None = None
     """Peak learning rate."""
+    mhla_learning_rate: NotNegative | None = None
+    """That of what MHLA adds."""
     warmup_steps: Whole | None = None
     """Steps until the peak learning rate."""
     ema_decay: Fraction | None = None

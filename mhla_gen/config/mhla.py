@@ -45,7 +45,10 @@ class MHLAConfig(Settings):
     """Weight of the exact half before training; None is 0.98 where a model is converted and 0.5 in
     a new one. combine=projection starts at 1 whatever it says."""
     feature_map: str = "relu"
-    """φ: relu, squared_relu, elu+1, softplus or identity."""
+    """φ: relu, squared_relu, elu+1, softplus, softmax (over the channels of a head) or identity."""
+    learned_features: bool = False
+    """Give φ a linear map of each head before it, one for queries and one for keys, which start at
+    the identity: what MHLA can learn alone, since it shares its projections with the exact half."""
     normalize: bool = True
     """Divide by the denominator."""
     conv: bool = True
@@ -92,6 +95,10 @@ class MHLAConfig(Settings):
             raise UserError("linear=false leaves no attention at all with exact=0; set exact")
         if self.output_norm and not self.has_linear:
             raise UserError("output_norm is for MHLA's half, which is left out; set it to false")
+        if self.learned_features and not self.has_linear:
+            raise UserError(
+                "learned_features are for MHLA's half, which is left out; set it to false"
+            )
         if self.has_halves and self.combine == "denominator" and not self.normalize:
             raise UserError("combine=denominator needs normalize=true")
 

@@ -56,7 +56,10 @@ class TrainConfig(Settings):
     learning_rate: Positive = 3e-4
     """Peak learning rate of AdamW."""
     mixing_learning_rate: NotNegative | None = None
-    """Peak learning rate of mixing matrices; that of the other weights by default."""
+    """Peak learning rate of mixing matrices; by default that of the other MHLA weights."""
+    mhla_learning_rate: NotNegative | None = None
+    """Peak learning rate of all that MHLA adds to the layers; that of the other weights by default.
+    What starts as the identity beside pretrained weights may learn faster than they do."""
     lr_scheduler: Literal["constant_with_warmup", "cosine", "linear"] = "constant_with_warmup"
     """Course of the learning rate, by its diffusers name."""
     warmup_steps: Whole = 100

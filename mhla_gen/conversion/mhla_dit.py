@@ -42,6 +42,7 @@ _NORMALIZER = (
 )
 # What the authors' model has no switch for, by the names of MHLAConfig.
 _FIXED = {
+    "exact": 0.0,
     "feature_map": "relu",
     "normalize": True,
     "conv": True,
@@ -132,7 +133,7 @@ def write(
             "the authors' released DiT computes another function than Eq. 4, and needs a second "
             "LayerNorm that no model of ours has; normalizer=paper writes weights for mended code"
         )
-    mhla = settings["mhla"]
+    mhla = MHLAConfig.from_dict(settings["mhla"]).to_dict()
     refuse_other_settings(mhla, _FIXED, "the authors' DiT")
     if len(set(mhla["layout"])) > 1:
         raise ValueError(

@@ -57,6 +57,7 @@ _OURS = re.compile(r"blocks\.(\d+)\.attn1\.mhla\.mixing")
 
 # What the authors' model has no switch for, by the names of MHLAConfig and of Wan's config.
 _FIXED = {
+    "exact": 0.0,
     "feature_map": "relu",
     "normalize": False,
     "output_norm": True,
@@ -124,7 +125,7 @@ def write(state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dict[str,
     Raises:
         ValueError: If the authors' model cannot express ours.
     """
-    mhla = settings["mhla"]
+    mhla = MHLAConfig.from_dict(settings["mhla"]).to_dict()
     refuse_other_settings(mhla, _FIXED, "the authors' Wan")
     refuse_other_settings(settings, _FIXED_WAN, "the authors' Wan")
     if mhla["conv"] and mhla["gate"]:

@@ -1,6 +1,6 @@
 """Distillation of a pretrained softmax model into MHLA: of its layers, then of its output."""
 
-from mhla_gen.distillation.layers import LayerErrors, relative_error
+from mhla_gen.distillation.layers import LayerErrors, relative_error, relative_token_error
 from mhla_gen.distillation.losses import LayerLosses, OutputLosses
 from mhla_gen.distillation.stages import distill, rehearse_distillation, stage_task
 from mhla_gen.distillation.teacher import (
@@ -18,6 +18,7 @@ __all__ = [
     "mhla_attentions",
     "rehearse_distillation",
     "relative_error",
+    "relative_token_error",
     "softmax_twin",
     "stage_task",
     "train_only",

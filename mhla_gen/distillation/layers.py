@@ -25,6 +25,15 @@ def relative_error(output: Tensor, target: Tensor) -> Tensor:
     return (output - target).square().sum(1) / squares
 
 
+def relative_token_error(output: Tensor, target: Tensor) -> Tensor:
+    """The mean over tokens `[batch, seq_len, channels]` of `relative_error` of each; `[batch]`."""
+    each = relative_error(output.flatten(0, 1), target.flatten(0, 1))
+    return each.unflatten(0, output.shape[:2]).mean(1)
+
+
+ERRORS = {"sample": relative_error, "token": relative_token_error}
+
+
 class LayerErrors:
     """Compares the MHLA layers of a student with a teacher's, on the teacher's activations.
 
@@ -36,9 +45,11 @@ class LayerErrors:
     Args:
         student: The MHLA model; outside its attention layers it must equal the teacher.
         teacher: Its softmax twin.
+        error: Name in `ERRORS`.
     """
 
-    def __init__(self, student: Any, teacher: Any):
+    def __init__(self, student: Any, teacher: Any, error: str = "sample"):
+        self._error = ERRORS[error]
         originals = dict(teacher.family.attentions(teacher))
         layers = mhla_attentions(student)
         self.names = tuple(layers)
@@ -86,7 +97,7 @@ class LayerErrors:
             return None
         with torch.no_grad():
             target = original(*args, **kwargs)
-        error = relative_error(output, target)
+        error = self._error(output, target)
         if self._found is not None:
             self._found[name] = error
         return target

@@ -116,7 +116,7 @@ def stage_runs(config: TrainConfig) -> Iterator[tuple[str, TrainConfig]]:
         folder = str(Path(config.output_dir) / f"stage-{number}-{stage.kind}")
         given = {
             name: getattr(stage, name)
-            for name in ("learning_rate", "warmup_steps", "ema_decay")
+            for name in ("learning_rate", "mhla_learning_rate", "warmup_steps", "ema_decay")
             if getattr(stage, name) is not None
         }
         if stage.kind == "layers":
@@ -169,7 +169,7 @@ def stage_task(config: TrainConfig, data: TrainingData) -> Task:
     student.to(device)
     teacher.to(device)
     if stage.kind == "layers":
-        layers = LayerErrors(student, teacher)
+        layers = LayerErrors(student, teacher, stage.layer_error)
         losses = LayerLosses(task.objective, task.conditioning, layers)
     else:
         bf16 = config.mixed_precision == "bf16"
@@ -188,7 +188,7 @@ def check_teacher(config: TrainConfig) -> None:
         ValueError: If the student is softmax, or the teacher has MHLA layers.
     """
     if config.model.attention == "softmax":
-        raise ValueError("distill needs another model.attention than softmax")
+        raise ValueError("distill needs another model.attention, found softmax")
     if config.model.trainable != "all":
         raise ValueError("distill.stages say what is trained (train); leave model.trainable out")
     if config.model.pretrained is not None:

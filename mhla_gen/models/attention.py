@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mhla_gen.config import MHLAConfig
 from mhla_gen.models.exact import exact_attention, log_denominator, make_combination
+from mhla_gen.models.features import Features
 from mhla_gen.models.head_rotary import mhla_rotated_by_head
 from mhla_gen.ops import MIXING_INITS, depthwise_conv, mhla
 from mhla_gen.ops.halo import begin_halo, sharded_depthwise_conv
@@ -71,6 +72,7 @@ class MHLA(nn.Module):
         if config.has_linear:
             mixing = initial_mixing(config, num_heads)
             self.mixing = nn.Parameter(mixing, requires_grad=config.mixing_learnable)
+        self.features = Features(num_heads, head_dim, config) if config.has_linear else None
         self.combine = None
         if has_halves:
             self.combine = make_combination(config, num_heads, head_dim, hidden_size)
@@ -85,8 +87,9 @@ class MHLA(nn.Module):
         """Set mixing to its initial matrix, convolution and gate to the identity."""
         if self.mixing is not None:
             self.mixing.copy_(initial_mixing(self.config, self.num_heads))
-        if self.combine is not None:
-            self.combine.reset_parameters()
+        for module in (self.features, self.combine):
+            if module is not None:
+                module.reset_parameters()
         if self.conv is not None:
             for parameter in self.conv.parameters():
                 parameter.zero_()
@@ -167,17 +170,28 @@ class MHLA(nn.Module):
             if self.combine is None:
                 return exact
             linear = self._begin_linear(query, key, value, grid, rotary, None)()
-            weighed_by: dict[str, Tensor] = {"hidden_states": hidden_states}
-            if config.combine == "denominator":
-                assert log_sum_exp is not None
-                layout, mixing = self.occupied_blocks(grid)
-                weighed_by["log_sum_exp"] = log_sum_exp
-                weighed_by["log_denominator"] = log_denominator(
-                    query, key, mixing, config, grid, layout
-                )
+            weighed_by = self.weighed_by(query, key, hidden_states, grid, log_sum_exp)
             return self.combine(exact, linear, **weighed_by)
 
         return attend
+
+    def weighed_by(
+        self,
+        query: Tensor,
+        key: Tensor,
+        hidden_states: Tensor,
+        grid: tuple[int, ...],
+        log_sum_exp: Tensor | None,
+    ) -> dict[str, Tensor]:
+        """What `combine` weighs the halves by; arguments as in `forward` and `exact_attention`."""
+        if self.config.combine != "denominator":
+            return {"hidden_states": hidden_states}
+        assert self.features is not None and log_sum_exp is not None
+        query, key = self.features(query, key)
+        layout, mixing = self.occupied_blocks(grid)
+        options = {"grid": grid, "layout": layout, "feature_map": self.features.operator_map}
+        denominator = log_denominator(query, key, mixing, self.config, **options)
+        return {"log_sum_exp": log_sum_exp, "log_denominator": denominator}
 
     def _begin_linear(
         self,
@@ -189,6 +203,8 @@ class MHLA(nn.Module):
         group: Any,
     ) -> Callable[[], Tensor]:
         """Begin MHLA; the result ends it."""
+        assert self.features is not None
+        query, key = self.features(query, key)
         layout, mixing = self.occupied_blocks(grid)
         attend = _begin_operator(rotary, group)(
             query,
@@ -197,7 +213,7 @@ class MHLA(nn.Module):
             mixing,
             grid=grid,
             layout=layout,
-            feature_map=self.config.feature_map,
+            feature_map=self.features.operator_map,
             rotary=rotary,
             normalize=self.config.normalize,
             eps=self.config.eps,

@@ -113,8 +113,10 @@ def log_denominator(
     key: Tensor,
     mixing: Tensor,
     config: MHLAConfig,
+    *,
     grid: tuple[int, ...],
     layout: tuple[int, ...],
+    feature_map: str,
 ) -> Tensor:
     """Logarithm of MHLA's denominator, float32 `[batch, seq_len, num_heads]`; see `mhla`."""
     # Sums over all keys leave the range of float16 and need the digits of float32.
@@ -127,7 +129,7 @@ def log_denominator(
         mixing,
         grid=grid,
         layout=layout,
-        feature_map=config.feature_map,
+        feature_map=feature_map,
         normalize=False,
         implementation=config.implementation,
     )

@@ -13,6 +13,7 @@ from torch import nn
 from mhla_gen.config import MHLAConfig
 from mhla_gen.models.attention import CONVERTED_START, MHLA, NEW_START
 from mhla_gen.models.family import Family
+from mhla_gen.models.features import SOFTMAX
 from mhla_gen.ops import FEATURE_MAPS, auto_layout, resolve_implementation
 
 
@@ -73,9 +74,10 @@ def resolve(family: Family, model: Any, config: MHLAConfig, new: bool = False) -
         config = replace(config, layers=layers)
     config = _settle_start(family, model, config, new)
     resolve_implementation(config.implementation)
-    if config.feature_map not in FEATURE_MAPS:
+    names = (*FEATURE_MAPS, SOFTMAX)
+    if config.feature_map not in names:
         raise ValueError(
-            f"feature_map must be one of {', '.join(FEATURE_MAPS)}, found {config.feature_map!r}"
+            f"feature_map must be one of {', '.join(names)}, found {config.feature_map!r}"
         )
     for name, attention in attentions + family.bystanders(model):
         known = family.processors(attention)

@@ -17,33 +17,51 @@ def mixing_matrices(model: nn.Module) -> list[nn.Parameter]:
     ]
 
 
+def mhla_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """All that MHLA layers added to a model, mixing included."""
+    return [p for m in model.modules() if isinstance(m, MHLA) for p in m.parameters()]
+
+
 def parameter_groups(
-    model: nn.Module, weight_decay: float, mixing_learning_rate: float | None = None
+    model: nn.Module,
+    weight_decay: float,
+    mixing_learning_rate: float | None = None,
+    mhla_learning_rate: float | None = None,
 ) -> list[dict[str, Any]]:
     """Trainable parameters in two groups: with and without weight decay.
 
-    Mixing matrices are a third group if they have a learning rate of their own.
+    What has a learning rate of its own, mixing matrices or all that MHLA added, follows in further
+    groups. Mixing matrices without one have that of the rest of MHLA.
 
     Weight matrices and convolutions decay. Biases, norms, embedding tables and mixing matrices do
     not: decay would pull a mixing matrix, whose entries are weights of an average, to zero.
     """
     mixing = {id(parameter) for parameter in mixing_matrices(model)}
+    added = {id(parameter) for parameter in mhla_parameters(model)}
     exempt = set(mixing)
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             exempt.add(id(module.weight))
-    trained = [p for p in model.parameters() if p.requires_grad]
-    decayed = [p for p in trained if p.ndim >= 2 and id(p) not in exempt]
-    others = [p for p in trained if p.ndim < 2 or id(p) in exempt]
-    groups: list[dict[str, Any]] = [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": others, "weight_decay": 0.0},
+
+    def kind(parameter: nn.Parameter) -> tuple[float | None, bool]:
+        own = mhla_learning_rate if id(parameter) in added else None
+        if id(parameter) in mixing and mixing_learning_rate is not None:
+            own = mixing_learning_rate
+        return own, parameter.ndim >= 2 and id(parameter) not in exempt
+
+    members: dict[tuple[float | None, bool], list[nn.Parameter]] = {(None, True): []}
+    members[None, False] = []
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            members.setdefault(kind(parameter), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "weight_decay": weight_decay if decays else 0.0,
+            **({} if own_rate is None else {"lr": own_rate}),
+        }
+        for (own_rate, decays), parameters in members.items()
     ]
-    if mixing_learning_rate is not None and mixing:
-        own = [p for p in others if id(p) in mixing]
-        groups[1]["params"] = [p for p in others if id(p) not in mixing]
-        groups.append({"params": own, "weight_decay": 0.0, "lr": mixing_learning_rate})
-    return groups
 
 
 def build_optimizer(
@@ -51,9 +69,10 @@ def build_optimizer(
     learning_rate: float,
     weight_decay: float,
     mixing_learning_rate: float | None = None,
+    mhla_learning_rate: float | None = None,
 ) -> torch.optim.AdamW:
     """AdamW that keeps the model's mixing matrices in [0, 1] after every step."""
-    groups = parameter_groups(model, weight_decay, mixing_learning_rate)
+    groups = parameter_groups(model, weight_decay, mixing_learning_rate, mhla_learning_rate)
     optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.999), fused=True)
     keep_mixing_in_range(optimizer, model)
     return optimizer

@@ -196,7 +196,11 @@ def build_run(
     model.train()
     compile_model(model, config.compile)
     optimizer = build_optimizer(
-        model, config.learning_rate, config.weight_decay, config.mixing_learning_rate
+        model,
+        config.learning_rate,
+        config.weight_decay,
+        config.mixing_learning_rate,
+        config.mhla_learning_rate,
     )
     learning_rate = get_scheduler(
         config.lr_scheduler,

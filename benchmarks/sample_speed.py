@@ -116,7 +116,7 @@ def measure_small(count: int, limit: float, attention: str, tiny: bool) -> dict[
         rate = _rate(SampleConfig(**settings, num_samples=2 * batch), Path(folder, "trial"))
         chosen = max(batch, min(count, int(rate * limit)))
         config = SampleConfig(**settings, num_samples=chosen)
-        sampler = build_sampler(config)
+        config, sampler = build_sampler(config)
         job = Job(config, Path(folder, "set"), sampler, PartialState())
         model_time = ModelTime(sampler.pipeline.transformer)
         began = time.perf_counter()
@@ -144,7 +144,7 @@ def measure_small(count: int, limit: float, attention: str, tiny: bool) -> dict[
 
 def _rate(config: SampleConfig, folder: Path) -> float:
     """Images a second of the second of two units: the first one compiles."""
-    sampler = build_sampler(config)
+    config, sampler = build_sampler(config)
     place(config, sampler.pipeline, DEVICE)
     units = Units.split(len(sampler), config.model_batch_size or 1)
     steps = config.num_inference_steps

@@ -5,16 +5,19 @@ from typing import Any
 
 INDEX_NAME = "model_index.json"
 PIPELINE_NAME = "pipeline"
-"""Folder of a finished run that holds its pipeline."""
+"""Folder of a finished run, and of a checkpoint, that holds its pipeline."""
+SAMPLING_NAME = "sampling.json"
+"""File beside `INDEX_NAME` with settings of `mhla-gen sample` for this pipeline."""
 _SAVED = (INDEX_NAME, "config.json")
 
 
-def find(path: str) -> str | None:
+def find(path: str, newest: bool = False) -> str | None:
     """The place that a path or name means: what `from_pretrained` takes.
 
     Args:
-        path: A folder that `save_pretrained` wrote, of a pipeline or a part of one; a run of ours;
-            or a name on the hub, which is not asked for here.
+        path: A folder that `save_pretrained` wrote, of a pipeline or a part of one; a run of ours,
+            or a checkpoint of one; or a name on the hub, which is not asked for here.
+        newest: Take a run that has not finished for its newest checkpoint.
 
     Returns:
         The folder, that of the run's pipeline, or the name; None for a folder that has none of
@@ -25,7 +28,10 @@ def find(path: str) -> str | None:
     """
     folder = Path(path)
     if folder.is_dir():
-        places = (folder, folder / PIPELINE_NAME)
+        places = [folder, folder / PIPELINE_NAME]
+        if newest:
+            found = folder.glob(f"checkpoint-*/{PIPELINE_NAME}")
+            places += sorted(found, key=lambda place: _step_of(place.parent), reverse=True)
         return next((str(p) for p in places if any((p / n).is_file() for n in _SAVED)), None)
     if folder.exists() or not _is_name(path):
         raise FileNotFoundError(
@@ -35,19 +41,25 @@ def find(path: str) -> str | None:
     return path
 
 
-def locate(path: str) -> str:
+def locate(path: str, newest: bool = False) -> str:
     """As `find`, where something must be there.
 
     Raises:
         FileNotFoundError: If there is nothing.
     """
-    place = find(path)
+    place = find(path, newest)
     if place is None:
+        run = "with a pipeline or a checkpoint" if newest else "that has finished"
         raise FileNotFoundError(
-            f"{path} holds no saved pipeline ({INDEX_NAME}), no saved model (config.json), and no "
-            "run of ours that has finished"
+            f"{path} holds neither a saved pipeline ({INDEX_NAME}), nor a saved model "
+            f"(config.json), nor a run of ours {run}"
         )
     return place
+
+
+def _step_of(checkpoint: Path) -> int:
+    number = checkpoint.name.rpartition("-")[2]
+    return int(number) if number.isdecimal() else -1
 
 
 def pipeline_index(path: str) -> dict[str, Any]:

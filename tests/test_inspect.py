@@ -308,7 +308,9 @@ def test_a_run_is_inspected_before_and_after_its_end(tmp_path, capsys):
     finished = load_subject(str(run), "transformer", torch.float32)
     (run / "pipeline" / "model_index.json").unlink()
     inspect(config, dry_run=True)
-    assert f"{run / 'checkpoint-2'}, MHLADiT" in capsys.readouterr().out
+    assert (
+        f"{run / 'checkpoint-2' / 'pipeline' / 'transformer'}, MHLADiT" in capsys.readouterr().out
+    )
     # The averaged weights, as in the pipeline, and not those of the last step.
     unfinished = load_subject(str(run), "transformer", torch.float32)
     for name, tensor in unfinished.model.state_dict().items():

@@ -11,7 +11,7 @@ from tiny import tiny_clip_cache, tiny_wan, wan_inputs
 import mhla_gen
 from mhla_gen.config import WanConfig, save_config
 from mhla_gen.config.previews import PreviewConfig
-from mhla_gen.sampling.checkpoint import pipeline_of
+from mhla_gen.sampling.saved_pipeline import load_pipeline
 from mhla_gen.training.lora import add_lora, merged
 from mhla_gen.training.parallel import without_weights
 
@@ -82,7 +82,10 @@ def test_shared_models_learn_updates_as_whole_ones_do(cache, tmp_path):
     assert_close(second, first)
     assert not any("lora" in name for name in second)
     # Updates of every process are in the merged weights: those of one process, from a checkpoint.
-    assert_close(pipeline_of(folders[1] / "checkpoint-4").transformer.state_dict(), second)
+    assert_close(
+        load_pipeline(str(folders[1] / "checkpoint-4"), torch.float32).transformer.state_dict(),
+        second,
+    )
 
     # Killed after step 2, as far as its folder can tell.
     for name in ("checkpoint-4", "pipeline"):

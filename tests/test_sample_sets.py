@@ -155,7 +155,9 @@ def test_a_sample_set_on_disk(pipeline, tmp_path, capsys):
     assert len(made["identity"]["weights"]["transformer"]) == 64
     assert {"torch", "diffusers", "mhla_gen"} <= set(made["versions"])
     assert made["command"] and made["devices"] and len(made["sha256"]) == 64
-    assert load_config(tmp_path / "set" / "config.yaml") == config
+    # With what the pipeline says where nothing was given.
+    own = {"guidance_scale": 1.5, "dtype": "float32", "fps": 16.0}
+    assert load_config(tmp_path / "set" / "config.yaml") == replace(config, **own)
     written = (tmp_path / "set" / "samples.npz").stat().st_mtime_ns
     sample(replace(config, batch_size=1))
     assert "already holds" in capsys.readouterr().out

@@ -118,12 +118,16 @@ def test_a_signal_to_the_launcher_stops_both_processes(tmp_path):
     assert resumed.wait(120) == 0
 
 
+def contents_of(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
     config = tiny_run(tmp_path / "a")
     run = build_run(config)
     Path(config.output_dir).mkdir()
     save_checkpoint(run, 2)
-    before = {p.name: p.read_bytes() for p in (tmp_path / "a" / "checkpoint-2").iterdir()}
+    before = contents_of(tmp_path / "a" / "checkpoint-2")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     # No file may be longer than this: every writer gets a real error in the midst of its work.
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
@@ -135,7 +139,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert list(checkpoints(tmp_path / "a")) == [2] and len(list((tmp_path / "a").iterdir())) == 1
-    after = {p.name: p.read_bytes() for p in (tmp_path / "a" / "checkpoint-2").iterdir()}
+    after = contents_of(tmp_path / "a" / "checkpoint-2")
     assert after == before and load_latest(run) == 2
 
 

@@ -28,7 +28,7 @@ from mhla_gen.data.clips import read_placements
 from mhla_gen.distillation import distill
 from mhla_gen.media import Decoder
 from mhla_gen.models import MHLA
-from mhla_gen.sampling.checkpoint import pipeline_of
+from mhla_gen.sampling.saved_pipeline import load_pipeline
 from mhla_gen.training import rehearse, train
 from mhla_gen.training.build import build_task
 from mhla_gen.training.objectives import FlowMatching
@@ -117,7 +117,7 @@ def test_low_rank_updates_and_mhla_learn_and_nothing_else(cache, tmp_path):
     assert not any("norm" in name or "embed" in name for name in moved)
     # A checkpoint gives the same pipeline, without adapters.
     (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
-    state = pipeline_of(checkpoint).transformer.state_dict()
+    state = load_pipeline(str(checkpoint), torch.float32).transformer.state_dict()
     assert state.keys() == found.state_dict().keys()
     for name, value in found.state_dict().items():
         torch.testing.assert_close(state[name], value)

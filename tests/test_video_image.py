@@ -167,7 +167,7 @@ def sample_of(folder, cache, source, **changes):
 
 def test_a_first_frame_of_another_shape_is_cropped_as_clips_are(cache, tmp_path):
     config = sample_of(tmp_path, cache, cache.parent / "pipeline")
-    sampler, given = build_sampler(config), []
+    (_, sampler), given = build_sampler(config), []
     tall = np.zeros((80, 48, 3), np.uint8)
     # What is left of it: the middle 32 of 80 rows.
     tall[24:56] = (200, 30, 30)

@@ -1,6 +1,7 @@
 """Settings of what a run shows of its model while it trains."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from mhla_gen.config.checks import check_choice, normalize_paths
 from mhla_gen.config.evaluation import FeaturesConfig
@@ -19,12 +20,19 @@ class PreviewConfig(Settings, prefix="samples."):
     """How many, class after class."""
     num_inference_steps: Count = 40
     """Denoising steps."""
-    guidance_scale: Guidance = 1.5
-    """Classifier-free guidance; 1 is none."""
+    guidance_scale: Guidance | None = None
+    """Classifier-free guidance; 1 is none. None takes the pipeline's own: 1.5 for classes, 5 for
+    Wan."""
     seed: Seed = 0
     """Each sample has a seed of its own, derived from this one."""
     batch_size: Count = 64
     """Images denoised together."""
+
+    @property
+    def of_pipeline(self) -> dict[str, Any]:
+        """What a pipeline is called with; what is left out is its own."""
+        given = {name: getattr(self, name) for name in ("num_inference_steps", "guidance_scale")}
+        return {name: value for name, value in given.items() if value is not None}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from mhla_gen.config.checks import check_choice, normalize_classes
 from mhla_gen.config.evaluation import EvaluateConfig
-from mhla_gen.config.fields import Count, FilePath, Guidance, Range, Seed, Settings, Texts
+from mhla_gen.config.fields import Count, FilePath, Guidance, Positive, Range, Seed, Settings, Texts
 from mhla_gen.errors import UserError
 
 FORMATS = ("npz", "png", "mp4")
@@ -48,10 +48,12 @@ class SampleConfig(Settings):
     samples_per_prompt: Count = 1
     """Samples of each prompt, with a seed each."""
 
-    num_inference_steps: Count = 40
-    """Denoising steps."""
-    guidance_scale: Guidance = 1.5
-    """Classifier-free guidance; 1 is none."""
+    num_inference_steps: Count | None = None
+    """Denoising steps; None, here and below, takes what the run that saved the pipeline says
+    (sampling.json in its folder), or else the pipeline's own default: 40 for classes, 50 for Wan.
+    """
+    guidance_scale: Guidance | None = None
+    """Classifier-free guidance; 1 is none. The pipeline's own: 1.5 for classes, 5 for Wan."""
     guidance_scale_2: Guidance | None = None
     """That of the second expert of Wan 2.2; None takes guidance_scale."""
     guidance_interval: Any = (0.0, 1.0)
@@ -63,17 +65,18 @@ class SampleConfig(Settings):
     scheduler_options: dict[str, Any] = field(default_factory=dict)
     """Its settings, such as {flow_shift: 3.0}; others are those of the saved scheduler."""
     height: Count | None = None
-    """Pixels; None takes the pipeline's own size. Images of classes are square."""
+    """Pixels. Images of classes are square."""
     width: Count | None = None
     """Pixels."""
     num_frames: Count | None = None
-    """Frames of a video; None takes the pipeline's own number."""
+    """Frames of a video."""
     seed: Seed = 0
     """Each sample has a seed of its own, derived from this one and its number, whatever the batch
     size; sets of different seeds share no noise."""
 
-    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    """Arithmetic of the models."""
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    """Arithmetic of the models; None takes the run's, or else that of the saved weights. Wan's VAE
+    and image encoder stay float32."""
     compile: bool = False
     """Compile the layers of the transformer with torch.compile. For images of classes on a GPU, a
     step is also recorded as a CUDA graph, which takes the memory of one more call."""
@@ -96,8 +99,8 @@ class SampleConfig(Settings):
     formats: Any = "auto"
     """Of npz (all samples in one file), png and mp4 (a file each); auto: npz for classes, png for
     images of prompts, mp4 for videos."""
-    fps: Count = 16
-    """Frames per second of mp4 files."""
+    fps: Positive | None = None
+    """Frames per second of mp4 files; None takes the run's, or else 16."""
     keep_samples: bool = True
     """False keeps no sample but those on the contact sheet; evaluate measures them first."""
     evaluate: EvaluateConfig | None = None

@@ -1,17 +1,15 @@
 """The model to look into: of a saved model or pipeline, or of a run."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 
-from mhla_gen.hub import find, locate_part, pipeline_index
+from mhla_gen.hub import locate, locate_part, pipeline_index
 from mhla_gen.models.family import Family
 from mhla_gen.models.injection import MHLA_CLASSES
 from mhla_gen.models.saved_transformer import load_transformer
-from mhla_gen.sampling.saved_pipeline import load_checkpoint
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,8 +29,8 @@ def load_subject(path: str, component: str, dtype: torch.dtype) -> Subject:
 
     Args:
         path: A model or pipeline that `save_pretrained` wrote, in a folder or on the hub; a run of
-            ours, of which the pipeline is taken, or while it lasts the averaged weights of the
-            newest checkpoint; a checkpoint.
+            ours, of which the pipeline is taken, or while it lasts that of the newest checkpoint; a
+            checkpoint.
         component: Which transformer of a pipeline.
         dtype: Of the weights.
 
@@ -40,13 +38,7 @@ def load_subject(path: str, component: str, dtype: torch.dtype) -> Subject:
         FileNotFoundError: If there is nothing to load.
         ValueError: If it is no transformer that the toolkit knows.
     """
-    if find(path) is None:
-        checkpoint, pipeline = load_checkpoint(Path(path), dtype)
-        model = pipeline.components.get(component)
-        if model is None:
-            raise ValueError(f"the pipeline of {checkpoint} has no {component}")
-        return Subject(model.eval(), family_of(model), str(checkpoint), pipeline.scheduler)
-    place, location = locate_part(path, component)
+    place, location = locate_part(locate(path, newest=True), component)
     model = load_transformer(place, component, dtype)
     source = "/".join([place, *location.values()])
     return Subject(model.eval(), family_of(model), source, _scheduler(place))

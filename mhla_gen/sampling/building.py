@@ -14,22 +14,29 @@ from mhla_gen.pipelines.schedulers import makes_variance, other_scheduler
 from mhla_gen.runtime.compiling import compile_blocks
 from mhla_gen.runtime.cuda_graphs import RecordedForward
 from mhla_gen.sampling.classes import class_labels, ordered_labels
+from mhla_gen.sampling.own_settings import with_defaults, with_own
 from mhla_gen.sampling.prompt_sampler import PromptSampler, read_embeds
 from mhla_gen.sampling.prompts import Prompt, read_prompts
 from mhla_gen.sampling.samplers import ClassSampler, Sampler
-from mhla_gen.sampling.saved_pipeline import load_pipeline
+from mhla_gen.sampling.saved_pipeline import load_folder, pipeline_folder
 
 _SAMPLES_PER_CLASS = 10
 
 
-def build_sampler(config: SampleConfig) -> Sampler:
+def build_sampler(config: SampleConfig) -> tuple[SampleConfig, Sampler]:
     """The pipeline on the CPU, with the scheduler asked for, and the samples that it is to draw.
+
+    Returns:
+        The config with the pipeline's own settings where it gives none, and the samples.
 
     Raises:
         FileNotFoundError: If the pipeline or a file with prompts is missing.
         ValueError: If settings and pipeline do not fit together.
     """
-    pipeline = load_pipeline(config.pipeline, getattr(torch, config.dtype))
+    folder = pipeline_folder(config.pipeline)
+    config = with_own(config, folder)
+    pipeline = load_folder(folder, getattr(torch, str(config.dtype)))
+    config = with_defaults(config, pipeline)
     of_classes = isinstance(pipeline, ClassConditionalPipeline)
     if config.scheduler is not None or config.scheduler_options:
         pipeline.scheduler = other_scheduler(
@@ -44,7 +51,8 @@ def build_sampler(config: SampleConfig) -> Sampler:
         if not hasattr(getattr(pipeline, "vae", None), "enable_tiling"):
             raise ValueError(f"vae_tiling=true, but this {type(pipeline).__name__} has no tiling")
         pipeline.vae.enable_tiling()
-    return _of_classes(config, pipeline) if of_classes else _of_prompts(config, pipeline)
+    build = _of_classes if of_classes else _of_prompts
+    return config, build(config, pipeline)
 
 
 def _of_classes(config: SampleConfig, pipeline: ClassConditionalPipeline) -> ClassSampler:
@@ -62,6 +70,7 @@ def _of_classes(config: SampleConfig, pipeline: ClassConditionalPipeline) -> Cla
             f"height and width must be multiples of {multiple} for {config.pipeline}, found "
             f"{config.height}"
         )
+    assert config.guidance_scale is not None and config.num_inference_steps is not None
     guidance = Guidance(config.guidance_scale, config.guidance_interval, config.guidance_channels)
     guidance.check_channels(pipeline.transformer.config.in_channels)
     _check_steps(pipeline.scheduler, config.num_inference_steps)
@@ -125,7 +134,7 @@ def _prompts(config: SampleConfig) -> tuple[list[Prompt] | None, Any]:
     prompts = None if config.prompts is None else read_prompts(config.prompts)
     if config.prompt_embeds is None:
         return prompts, None
-    guided = config.guidance_scale > 1
+    guided = config.guidance_scale is not None and config.guidance_scale > 1
     embeds = read_embeds(config.prompt_embeds, None if prompts is None else len(prompts), guided)
     if prompts is None:
         prompts = [Prompt(f"prompt {i}") for i in range(len(embeds["prompt_embeds"]))]

@@ -10,35 +10,64 @@ from mhla_gen.sampling.batched_sampler import BatchedSampler
 from mhla_gen.sampling.samplers import Sampler
 from mhla_gen.sampling.units import Units
 
-_TIMED_STEPS = (2, 4)
+# Steps of the draw that is timed: the first compiles and allocates, the second counts.
+_TIMED_STEPS = 2
+# Sets of fewer steps, over all calls, are made in the time that it takes to time one.
+_WORTH_TIMING = 20
 
 
-def timed(sampler: Sampler, units: Units, config: SampleConfig, processes: int) -> str:
-    """How long the set would take, in words, from two short draws of one unit.
+def remaining(
+    sampler: Sampler, units: Units, missing: int, config: SampleConfig, processes: int
+) -> str:
+    """How long `missing` units take, as the end of a sentence; nothing where that is short."""
+    if missing * (config.num_inference_steps or 1) < _WORTH_TIMING:
+        return ""
+    rest = "" if missing == len(units) else f" for the {missing} of {len(units)} units left"
+    return f"; {timed(sampler, units, config, processes, missing)}{rest}"
+
+
+def timed(
+    sampler: Sampler, units: Units, config: SampleConfig, processes: int, missing: int | None = None
+) -> str:
+    """How long a set takes, in words, from a short draw of one unit.
 
     Args:
         sampler: Of the set, on its device.
         units: Of the set.
         config: Its settings.
         processes: How many share the work.
+        missing: Units that are not there yet; all by default.
     """
-    seconds = []
-    for steps in (_TIMED_STEPS[0], *_TIMED_STEPS):
-        # The first draw compiles and allocates; it does not count.
-        with BatchedSampler(sampler, units, steps, units.rows, config.reproducible) as batched:
-            began = time.perf_counter()
-            for _, samples in batched.draw([0]):
-                samples.cpu()
-            seconds.append(time.perf_counter() - began)
-    few, more = _TIMED_STEPS
-    per_step = max(0.0, seconds[2] - seconds[1]) / (more - few)
-    fixed = max(0.0, seconds[1] - few * per_step)
-    per_unit = fixed + per_step * config.num_inference_steps
-    total = per_unit * -(-len(units) // processes)
+    steps = config.num_inference_steps or 1
+    per_unit = _seconds_of_a_unit(sampler, units, steps, config.reproducible)
+    missing = len(units) if missing is None else missing
+    total = per_unit * -(-missing // processes)
+    rate = units.rows * missing / max(total, 1e-9)
     return (
-        f"about {duration(total)} at {units.count / max(total, 1e-9):.3g} samples/s, from {few} "
-        f"and {more} of {config.num_inference_steps} steps with {units.rows} samples"
+        f"about {duration(total)} at {rate:.3g} samples/s, from one of {steps} steps with "
+        f"{units.rows} samples"
     )
+
+
+def _seconds_of_a_unit(sampler: Sampler, units: Units, steps: int, reproducible: bool) -> float:
+    ends: list[float] = []
+
+    def end_step(_: int) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        ends.append(time.perf_counter())
+
+    began = time.perf_counter()
+    with BatchedSampler(sampler, units, _TIMED_STEPS, units.rows, reproducible) as batched:
+        for _, samples in batched.draw([0], end_step):
+            samples.cpu()
+    total = time.perf_counter() - began
+    if len(ends) < _TIMED_STEPS:
+        # A pipeline that does not tell of its steps.
+        return total / _TIMED_STEPS * steps
+    # Pipelines with one image a call draw the samples of a unit one after the other.
+    calls = len(ends) / _TIMED_STEPS
+    return calls * (steps * (ends[-1] - ends[-2]) + began + total - ends[-1])
 
 
 def size(sampler: Sampler, formats: tuple[str, ...]) -> str:

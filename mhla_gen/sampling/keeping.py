@@ -39,7 +39,7 @@ class Keeper:
         work: Work,
         formats: tuple[str, ...],
         on_sheet: set[int],
-        fps: int,
+        fps: float,
         measure: Callable[[int, Tensor], None] | None,
     ):
         self.folder, self.work, self.formats, self.fps = folder, work, formats, fps

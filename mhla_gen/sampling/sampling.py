@@ -38,6 +38,7 @@ from mhla_gen.sampling.outputs import (
     write_samples,
     write_sheet,
 )
+from mhla_gen.sampling.own_settings import OWN
 from mhla_gen.sampling.progress import Progress
 from mhla_gen.sampling.samplers import ClassSampler, Sampler
 from mhla_gen.sampling.units import Units, Work
@@ -71,18 +72,18 @@ def sample(config: SampleConfig, dry_run: bool = False) -> Path:
     resolve_device(config.device)
     state = join_processes(config.device)
     folder = Path(config.output_dir)
-    on_main(lambda: made_with(folder, config, _FREE))
+    on_main(lambda: made_with(folder, config, _free_of(config)))
     on_main(lambda: check_writable(folder))
     with nullcontext() if dry_run else claimed(folder):
         return _sample(config, folder, state, dry_run)
 
 
 def _sample(config: SampleConfig, folder: Path, state: PartialState, dry_run: bool) -> Path:
-    # Again: another command may have had the folder in between.
-    on_main(lambda: made_with(folder, config, _FREE))
     if config.card:
         on_main(lambda: card.check(config.pipeline))
-    sampler = build_sampler(config)
+    config, sampler = build_sampler(config)
+    # Again: with all settings, and another command may have had the folder in between.
+    on_main(lambda: made_with(folder, config, _FREE))
     job = Job(config, folder, sampler, state)
     if (folder / MANIFEST_NAME).is_file():
         if state.is_main_process:
@@ -96,6 +97,11 @@ def _sample(config: SampleConfig, folder: Path, state: PartialState, dry_run: bo
         with not_worth_failing("the model card", "the samples are complete"):
             card.write(config.pipeline, folder)
     return folder
+
+
+def _free_of(config: SampleConfig) -> tuple[str, ...]:
+    """`_FREE`, and what is the pipeline's own, which is not known before that is loaded."""
+    return (*_FREE, *(name for name in OWN if getattr(config, name) is None))
 
 
 class Job:
@@ -119,6 +125,18 @@ class Job:
             return f"{len(self.sampler)} images of {len(np.unique(self.sampler.labels))} classes"
         return f"{len(self.sampler)} {'videos' if self.sampler.is_video else 'images'} of prompts"
 
+    @property
+    def described(self) -> str:
+        """The set with its settings, in words."""
+        config, shape = self.config, " × ".join(map(str, self.sampler.shape))
+        guidance = "" if config.guidance_scale is None else f", guidance {config.guidance_scale:g}"
+        rate = f", {config.fps:g} frames a second" if self.sampler.is_video else ""
+        formats = self.formats if config.keep_samples else ()
+        return (
+            f"{self.summary} to {self.folder}, {config.num_inference_steps} steps each: {shape}"
+            f"{rate}{guidance}, {config.dtype}, {estimate.size(self.sampler, formats)}"
+        )
+
     def rehearse(self) -> None:
         """Say what would be made, how large, and how long it would take."""
         place(self.config, self.sampler.pipeline, self.device)
@@ -126,20 +144,20 @@ class Job:
         processes = self.state.num_processes
         time = estimate.timed(self.sampler, self.units, self.config, processes)
         if self.state.is_main_process:
-            shape = " × ".join(map(str, self.sampler.shape))
-            formats = self.formats if self.config.keep_samples else ()
             print(
-                f"would write {self.summary} to {self.folder}, {self.config.num_inference_steps} "
-                f"steps each: {shape}, {estimate.size(self.sampler, formats)}; "
-                f"{time}{estimate.memory()}" + (", measured on the way" if scorer else "")
+                f"would write {self.described}; {time}{estimate.memory()}"
+                + (", measured on the way" if scorer else "")
             )
 
     def run(self) -> None:
         """Draw what is missing, and finish the set."""
-        scorer = self._scorer()
+        scorer, processes = self._scorer(), self.state.num_processes
         place(self.config, self.sampler.pipeline, self.device)
         on_main(self._begin)
         missing = on_main(lambda: sorted(set(range(len(self.units))) - self.work.done()))
+        time = estimate.remaining(self.sampler, self.units, len(missing), self.config, processes)
+        if self.state.is_main_process:
+            print(f"writing {self.described}{time}", flush=True)
         self._draw(missing[self.state.process_index :: self.state.num_processes], scorer)
         self.state.wait_for_everyone()
         if scorer is not None:
@@ -181,6 +199,7 @@ class Job:
         on_sheet = {number for _, numbers in self.sampler.rows() for number in numbers}
         measure = None if scorer is None else scorer.measure
         formats = self.formats if config.keep_samples else ()
+        assert config.fps is not None and config.num_inference_steps is not None
         keeper = Keeper(self.folder, self.work, formats, on_sheet, config.fps, measure)
         progress = Progress(
             len(self.sampler), self.work.count_done, "sampling", self.state.is_main_process

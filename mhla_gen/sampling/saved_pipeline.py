@@ -2,19 +2,16 @@
 
 import json
 from collections.abc import Mapping
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
-from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
-from mhla_gen.hub import INDEX_NAME, find
+from mhla_gen.hub import INDEX_NAME, locate
 from mhla_gen.pipelines.class_conditional import ClassConditionalPipeline
 from mhla_gen.pipelines.schedulers import prediction_of
-from mhla_gen.sampling.checkpoint import checkpoint_in, pipeline_of
 
 # Parts of Wan's pipelines.
 _PRECISE = {"vae": torch.float32, "image_encoder": torch.float32}
@@ -29,25 +26,36 @@ def load_pipeline(path: str, dtype: torch.dtype) -> Any:
     same parts.
 
     Args:
-        path: Run of `mhla-gen train`, of which the pipeline is taken, or while it lasts the newest
-            checkpoint; one of its checkpoints; a folder that `save_pretrained` wrote; or a name on
-            the hub.
+        path: Run of `mhla-gen train`, of which the pipeline is taken, or while it lasts that of the
+            newest checkpoint; one of its checkpoints; a folder that `save_pretrained` wrote; or a
+            name on the hub.
         dtype: Of the models. Wan's VAE and image encoder stay float32, as its makers use them.
 
     Raises:
         FileNotFoundError: If there is nothing to load.
         ValueError: If what is there is no pipeline of this version of diffusers.
     """
-    place = find(path)
-    if place is None:
-        return load_checkpoint(Path(path), dtype)[1]
+    return load_folder(pipeline_folder(path), dtype)
+
+
+def pipeline_folder(path: str) -> Path:
+    """The folder of a pipeline; fetched from the hub if it is there and nowhere else.
+
+    Args:
+        path: As in `load_pipeline`.
+
+    Raises:
+        FileNotFoundError: If there is nothing to load.
+    """
+    place = locate(path, newest=True)
     folder = Path(place) if Path(place).is_dir() else _downloaded(place)
     if not (folder / INDEX_NAME).is_file():
         raise FileNotFoundError(f"pipeline={path} is a part of a pipeline: no {INDEX_NAME} there")
-    return _from_folder(folder, dtype)
+    return folder
 
 
-def _from_folder(folder: Path, dtype: torch.dtype) -> Any:
+def load_folder(folder: Path, dtype: torch.dtype) -> Any:
+    """The pipeline in a folder; arguments, result and errors as those of `load_pipeline`."""
     index = json.loads((folder / INDEX_NAME).read_text())
     name = index.get("_class_name", "")
     if name == ClassConditionalPipeline.__name__:
@@ -87,42 +95,6 @@ def class_conditional(
         class_names=names,
         prediction_type=prediction_of(pipeline.scheduler),
     )
-
-
-def load_checkpoint(folder: Path, dtype: torch.dtype) -> tuple[Path, Any]:
-    """The newest checkpoint of a run, or the one that a folder is, and its pipeline on the CPU.
-
-    Args:
-        folder: Of a run that has not finished, or of a checkpoint.
-        dtype: As in `load_pipeline`.
-
-    Raises:
-        FileNotFoundError: If there is none.
-        ValueError: If another command wrote it.
-    """
-    checkpoint = checkpoint_in(folder)
-    if checkpoint is None:
-        raise FileNotFoundError(
-            f"{folder} holds neither a saved pipeline ({INDEX_NAME}), nor a saved model "
-            "(config.json), nor a run of `mhla-gen train` with a pipeline or a checkpoint"
-        )
-    pipeline = pipeline_of(checkpoint)
-    precise = _PRECISE if type(pipeline).__name__.startswith("Wan") else {}
-    for name, part in pipeline.components.items():
-        if isinstance(part, torch.nn.Module):
-            _cast(part, precise.get(name, dtype))
-    return checkpoint, pipeline
-
-
-def _cast(part: torch.nn.Module, dtype: torch.dtype) -> None:
-    """What `from_pretrained` does with a dtype: tensors that diffusers keeps in float32 stay so."""
-    if not isinstance(part, ModelMixin):
-        part.to(dtype=dtype)
-        return
-    saved, kept = part.state_dict().keys(), set(part._keep_in_fp32_modules or ())
-    for name, tensor in chain(part.named_parameters(), part.named_buffers()):
-        if name in saved and tensor.is_floating_point() and kept.isdisjoint(name.split(".")):
-            tensor.data = tensor.data.to(dtype)
 
 
 def _downloaded(name: str) -> Path:

@@ -114,6 +114,7 @@ def _class_conditional(config: TrainConfig, data: TrainingData, class_names: Seq
         conditioning=ClassLabels(len(class_names)),
         pipeline=pipeline,
         sampler=class_samples,
+        sampling=config.samples.of_pipeline,
         # The output layer asks the first block's embedder for its condition.
         reused=("transformer_blocks.0",),
         summary=f"{len(data)} images of {len(class_names)} classes, {list(shape)}",
@@ -127,8 +128,7 @@ def class_samples(pipeline: Any, numbers: Sequence[int], config: PreviewConfig) 
     generators = [generator_of(sample_seed(config.seed, number)) for number in numbers]
     images: Any = pipeline(
         [number % pipeline.num_classes for number in numbers],
-        num_inference_steps=config.num_inference_steps,
-        guidance_scale=config.guidance_scale,
+        **config.of_pipeline,
         generator=generators,
         output_type="np",
     ).images

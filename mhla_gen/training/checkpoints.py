@@ -15,6 +15,7 @@ from mhla_gen.config import TrainConfig, load_config, save_config
 from mhla_gen.files import remove_leftovers
 from mhla_gen.hub import PIPELINE_NAME
 from mhla_gen.output_folders import CONFIG_NAME, check_writable, differences, is_free
+from mhla_gen.training.run_pipeline import write_pipeline
 from mhla_gen.training.training_run import Run
 
 _PREFIX = "checkpoint-"
@@ -53,13 +54,20 @@ def last_checkpoint(folder: Path) -> Path | None:
     return next(reversed(checkpoints(folder).values()), None)
 
 
+def last_pipeline(folder: Path) -> Path | None:
+    """The pipeline in the newest complete checkpoint of a run's folder."""
+    last = last_checkpoint(folder)
+    return None if last is None else last / PIPELINE_NAME
+
+
 def save_checkpoint(run: Run, step: int) -> Path:
     """Write `checkpoint-<step>`, then remove the oldest beyond `keep_checkpoints`.
 
     The folder gets its name when all processes have written their part, so a run that is killed
     meanwhile, or finds no room, keeps its previous checkpoints. Weights, optimizer, random states
     of every process, and what was registered with the accelerator (EMA, learning rate, losses that
-    the log has no line of yet) are in it; the position in the data is the step.
+    the log has no line of yet) are in it; the position in the data is the step. Beside them lies
+    the pipeline with the averaged weights, for sampling, which needs nothing else.
 
     Returns:
         The folder.
@@ -75,6 +83,7 @@ def save_checkpoint(run: Run, step: int) -> Path:
     accelerator.wait_for_everyone()
     try:
         accelerator.save_state(str(partial))
+        write_pipeline(run, partial / PIPELINE_NAME, last_pipeline(folder))
         if accelerator.is_main_process:
             save_config(run.config, partial / CONFIG_NAME)
             write_facts(run, partial, step)

@@ -1,7 +1,7 @@
 """The training loop."""
 
 import sys
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 
 from tqdm import tqdm
@@ -19,6 +19,7 @@ from mhla_gen.training.build import build_task
 from mhla_gen.training.checkpoints import (
     check_output_dir,
     last_checkpoint,
+    last_pipeline,
     load_latest,
     pipeline_steps,
     save_checkpoint,
@@ -32,6 +33,7 @@ from mhla_gen.training.previews import (
     has_scores,
     write_previews,
 )
+from mhla_gen.training.run_pipeline import write_pipeline
 from mhla_gen.training.stopping import Stopped, StopRequest
 from mhla_gen.training.task import BuildTask
 from mhla_gen.training.throughput import peak_flops
@@ -110,11 +112,11 @@ def _train(config: TrainConfig, title: str, build: BuildTask) -> Path:
 
 def save_pipeline(run: Run, folder: Path) -> Path:
     """Save the pipeline with the averaged weights; every process must call it."""
-    with run.averaged_model() as model:
-        if run.accelerator.is_main_process:
-            with written_whole(folder) as partial:
-                run.task.finished_pipeline(model).save_pretrained(partial)
-                write_facts(run, partial, run.config.max_steps)
+    main = run.accelerator.is_main_process
+    with written_whole(folder) if main else nullcontext(folder) as partial:
+        write_pipeline(run, partial, last_pipeline(folder.parent))
+        if main:
+            write_facts(run, partial, run.config.max_steps)
     run.accelerator.wait_for_everyone()
     return folder
 

@@ -1,7 +1,7 @@
 """What a run trains: the same for every family of models."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -43,16 +43,15 @@ class Task:
     losses: Losses | None = None
     """What a step minimises; None is the loss of the objective."""
     finished: Callable[[Any], Any] | None = None
-    """The trained transformer → the one that is saved at the end; None saves it as it is."""
+    """The trained transformer → the one that is saved; None saves it as it is."""
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of `mhla-gen sample` that are saved with the pipeline: they hold where a user gives
+    nothing else."""
 
     @property
     def step_losses(self) -> Losses:
         """What a step minimises."""
         return self.losses or ObjectiveLosses(self.objective, self.conditioning)
-
-    def finished_pipeline(self, model: Any) -> DiffusionPipeline:
-        """The pipeline of the trained transformer, as it is saved."""
-        return self.pipeline(model if self.finished is None else self.finished(model))
 
 
 def preview_pixels(numbers: Sequence[int], images: np.ndarray) -> np.ndarray:

@@ -13,7 +13,7 @@ from mhla_gen.training.lora import add_lora, merged
 from mhla_gen.training.pretrained import attention_settings, load_pretrained
 from mhla_gen.training.prompts import ClipMatching, Prompts
 from mhla_gen.training.task import Task
-from mhla_gen.training.wan_pipeline import ClipSamples, WanParts
+from mhla_gen.training.wan_pipeline import ClipSamples, WanParts, sampling_of
 
 # Channels of an image-to-video model beside noisy and known latents: see `first_frame_mask`.
 _MASK_CHANNELS = 4
@@ -50,6 +50,8 @@ def wan_task(config: TrainConfig, wan: WanConfig, data: TrainingData) -> Task:
         add_lora(model, wan)
     patch_size: Any = tuple(model.config.patch_size)
     conditioning = Prompts(empty, patch_size, by_token, wan.first_frame, sees_image)
+    # Where clips keep the rates of their files, that of Wan.
+    fps = getattr(data, "fps", None) or _WAN_FPS
     return Task(
         model=model,
         objective=_objective(config.objective, wan, parts.boundary, by_token),
@@ -57,8 +59,8 @@ def wan_task(config: TrainConfig, wan: WanConfig, data: TrainingData) -> Task:
         pipeline=parts.pipeline,
         finished=merged if config.model.trainable == "lora" else None,
         sampler=ClipSamples(data, empty, wan) if parts.has_autoencoder else None,
-        # Where clips keep the rates of their files, that of Wan.
-        fps=getattr(data, "fps", None) or _WAN_FPS,
+        sampling=sampling_of(config, data, fps),
+        fps=fps,
         gathered=("WanTimeTextImageEmbedding",),
         summary=f"{len(data)} clips, latents {', '.join(map(_times, data.sample_shapes))}",
     )

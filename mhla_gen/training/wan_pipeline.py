@@ -114,6 +114,23 @@ def other_subfolder(wan: WanConfig) -> str:
     return "transformer" if wan.subfolder == "transformer_2" else "transformer_2"
 
 
+def sampling_of(config: TrainConfig, data: TrainingData, fps: float) -> dict[str, Any]:
+    """Settings of `mhla-gen sample` for clips as most of the data are; see `Task.sampling`."""
+    found = {**config.samples.of_pipeline, "fps": fps}
+    if isinstance(data, CachedLatents):
+        # The buckets of a cache know their pixels.
+        frames, height, width = data.index.buckets[largest_bucket(data)].pixels[1:]
+        found |= {"num_frames": frames, "height": height, "width": width}
+    if config.mixed_precision == "bf16" and torch.cuda.is_available():
+        found["dtype"] = "bfloat16"
+    return found
+
+
+def largest_bucket(data: TrainingData) -> int:
+    """The bucket with the most samples."""
+    return max(range(len(data.buckets)), key=lambda number: len(data.buckets[number]))
+
+
 @dataclass(frozen=True, eq=False)
 class ClipSamples:
     """Makes clips with the captions, and first frames, of clips of the data; see `Task.sampler`."""
@@ -144,7 +161,7 @@ class ClipSamples:
         self, pipeline: Any, number: int, config: PreviewConfig, device: torch.device
     ) -> np.ndarray:
         buckets = self.data.buckets
-        largest = max(range(len(buckets)), key=lambda i: len(buckets[i]))
+        largest = largest_bucket(self.data)
         item = self.data.read([buckets[largest][number % len(buckets[largest])]])
         frames, height, width = self.data.sample_shapes[largest][1:]
         options: dict[str, Any] = {
@@ -160,8 +177,7 @@ class ClipSamples:
             found = pipeline(
                 prompt_embeds=item["prompt_embeds"].to(device).float(),
                 negative_prompt_embeds=self.empty[None].to(device).float(),
-                num_inference_steps=config.num_inference_steps,
-                guidance_scale=config.guidance_scale,
+                **config.of_pipeline,
                 generator=generator_of(sample_seed(config.seed, number)),
                 output_type="np",
                 return_dict=False,

@@ -1,0 +1,71 @@
+"""Settings that a user does not give: those of the run that saved a pipeline, or the pipeline's."""
+
+import inspect
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from mhla_gen.config import SampleConfig
+from mhla_gen.errors import UserError
+from mhla_gen.hub import SAMPLING_NAME
+
+_CALLED_WITH = ("num_inference_steps", "guidance_scale")
+_SIZES = ("height", "width", "num_frames")
+OWN = (*_CALLED_WITH, *_SIZES, "fps", "dtype")
+"""Settings that may be the pipeline's own."""
+_FPS = 16.0
+# safetensors' names of what `dtype` may be; weights of fewer bits are computed with in float32.
+_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+def with_own(config: SampleConfig, folder: Path) -> SampleConfig:
+    """A config with the settings that lie beside a pipeline, where it gives none.
+
+    Also its dtype, if nothing else says one: that of the weights.
+
+    Args:
+        config: As the user gave it.
+        folder: Of the pipeline.
+
+    Raises:
+        UserError: If the file beside the pipeline holds anything else.
+    """
+    path = folder / SAMPLING_NAME
+    own = {"dtype": _saved_dtype(folder)} | (json.loads(path.read_text()) if path.is_file() else {})
+    unknown = sorted(own.keys() - set(OWN))
+    if unknown:
+        raise UserError(f"{path} has the keys {', '.join(unknown)}; known are {', '.join(OWN)}")
+    return _filled(config, own)
+
+
+def with_defaults(config: SampleConfig, pipeline: Any) -> SampleConfig:
+    """A config with the defaults of a pipeline where nothing else says a number.
+
+    Sizes stay out: of these a pipeline knows what it takes for None.
+    """
+    parameters = inspect.signature(pipeline.__call__).parameters
+    defaults = {name: parameters[name].default for name in _CALLED_WITH if name in parameters}
+    return _filled(config, {"num_inference_steps": 50, "fps": _FPS} | defaults)
+
+
+def _filled(config: SampleConfig, values: dict[str, Any]) -> SampleConfig:
+    missing = {name: value for name, value in values.items() if getattr(config, name) is None}
+    return replace(config, **missing)
+
+
+def _saved_dtype(folder: Path) -> str:
+    """The arithmetic that most of a transformer's saved weights are in."""
+    sizes: dict[str, int] = {}
+    files = [*sorted(folder.glob("transformer/*.safetensors")), *folder.glob("unet/*.safetensors")]
+    for path in files[:1]:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                part = file.get_slice(name)
+                kind = part.get_dtype()
+                sizes[kind] = sizes.get(kind, 0) + math.prod(part.get_shape())
+    most = max(sizes, key=lambda name: sizes[name], default="F32")
+    return _DTYPES.get(most, "float32")

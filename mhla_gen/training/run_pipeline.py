@@ -1,0 +1,46 @@
+"""The pipeline of a run on disk: at its end, and in each of its checkpoints."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from mhla_gen.files import write_json
+from mhla_gen.hub import SAMPLING_NAME
+from mhla_gen.training.training_run import Run
+
+
+def write_pipeline(run: Run, folder: Path, before: Path | None) -> None:
+    """Write the pipeline with the averaged weights; every process must call it.
+
+    Args:
+        run: What is trained.
+        folder: Where; it is not there yet.
+        before: A pipeline of this run that was written before. Its parts that are not trained, such
+            as the autoencoder, are the same files again where the file system has hard links.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    with run.averaged_model() as model:
+        if run.accelerator.is_main_process:
+            finished = model if run.task.finished is None else run.task.finished(model)
+            pipeline: Any = run.task.pipeline(finished)
+            for name, part in pipeline.components.items():
+                if part is None:
+                    continue
+                known = None if before is None or part is finished else before / name
+                if known is not None and known.is_dir():
+                    shutil.copytree(known, folder / name, copy_function=_link)
+                else:
+                    part.save_pretrained(folder / name)
+            pipeline.save_config(folder)
+            write_json(folder / SAMPLING_NAME, dict(run.task.sampling))
+    run.accelerator.wait_for_everyone()
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)

@@ -1,5 +1,7 @@
 """Walking folders: each real file once, the same files everywhere, nothing left out in silence."""
 
+import tarfile
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -123,3 +125,15 @@ def test_training_and_evaluation_walk_alike(tmp_path, capsys):
     assert source.digest() and images.digest(1) == clips.digest(1) == "unreadable"
     # A link that leads nowhere is a broken image like any other.
     assert np.array_equal(images.read([1])["samples"], images.read([0])["samples"])
+
+
+def test_shards_and_their_members_are_walked_alike(tmp_path):
+    fill(tmp_path, "1.png", "._2.png", "__MACOSX/3.png")
+    (tmp_path / "1.cls").write_text("0")
+    with tarfile.open(tmp_path / "a.tar", "w") as shard:
+        for name in ("1.png", "1.cls", "._2.png", "__MACOSX/3.png"):
+            shard.add(tmp_path / name, name)
+    (tmp_path / "._a.tar").write_bytes(b"\0\5\x16\7")
+    for path in (tmp_path, f"{tmp_path}/*.tar"):
+        config = DataConfig(source="webdataset", path=str(path), image_size=8)
+        assert len(open_images(config)) == 1

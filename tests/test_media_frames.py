@@ -160,6 +160,13 @@ def test_a_list_of_segments_leads_nowhere(tmp_path):
         clip_facts(path)
 
 
+def test_other_kinds_of_files_are_not_guessed_at(tmp_path):
+    for name in ("photo.heic", "clip"):
+        (tmp_path / name).write_bytes(make(tmp_path / "a.mp4").read_bytes())
+        with pytest.raises(UnreadableImageError, match="kind that is not read"):
+            clip_facts(tmp_path / name)
+
+
 @pytest.mark.parametrize("suffix", [".ts", ".avi", ".mpg"])
 def test_damage_is_not_patched_up(suffix, tmp_path):
     path = make(tmp_path / f"a{suffix}", CONTAINERS.get(suffix, X264))

@@ -181,6 +181,13 @@ def test_images_start_videos(image_to_video, tmp_path, monkeypatch):
     assert (first != second).any()
     with pytest.raises(ValueError, match="needs an image; prompt 0 has none"):
         sample(set_of(tmp_path / "none", image_to_video, prompts="up", **SIZE))
+    Image.new("RGBA", (48, 32)).save(tmp_path / "blue.png")
+    with pytest.raises(ValueError, match=r"blue\.png of prompt 1 has transparent pixels"):
+        sample(set_of(tmp_path / "none", image_to_video, **options))
+    (tmp_path / "blue.png").unlink()
+    with pytest.raises(FileNotFoundError, match=r"blue\.png of prompt 1 does not exist"):
+        sample(set_of(tmp_path / "none", image_to_video, **options))
+    Image.new("RGB", (48, 32)).save(tmp_path / "blue.png")
     monkeypatch.setattr("mhla_gen.sampling.prompt_sampler.is_ftfy_available", lambda: False)
     with pytest.raises(ValueError, match="pip install ftfy"):
         options["prompt_embeds"] = None

@@ -94,6 +94,7 @@ def _shards(pattern: str) -> list[Path]:
         found = [path]
     else:
         found = sorted(path.parent.glob(path.name))
+    found = [path for path in found if not is_hidden(path.name)]
     if not found:
         raise MissingError(f"data.path {pattern} names no tar files")
     return found

@@ -112,7 +112,10 @@ def read_frames(
 
 
 def _is_picture(path: str | Path) -> bool:
-    return Path(path).suffix.lower() in IMAGE_SUFFIXES
+    suffix = Path(path).suffix.lower()
+    if suffix not in CLIP_SUFFIXES:
+        raise UnreadableImageError(f"is of a kind that is not read ({suffix or 'no suffix'})")
+    return suffix in IMAGE_SUFFIXES
 
 
 def _video(path: str | Path) -> ffmpeg.Probe:
@@ -136,7 +139,7 @@ def _stored(
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Frames with their numbers, in the pixels that are stored."""
     if video.hdr == "BT.2020":
-        raise UnreadableImageError("has the colours of BT.2020: convert it to BT.709 first")
+        raise UnreadableImageError("has the colours of BT.2020 (HDR?): convert it to BT.709 first")
     if video.hdr and not tone_map:
         raise UnreadableImageError(
             f"is HDR ({video.hdr}): convert it to SDR, or cache it with clips.hdr=tone_map"

@@ -1,10 +1,12 @@
 """Videos to clips: exact frames, buckets, time limits."""
 
+import contextlib
 import itertools
 import os
 import subprocess
 import threading
 import time
+from pathlib import Path
 
 import imageio.v3 as iio
 import imageio_ffmpeg
@@ -45,6 +47,13 @@ def video(tmp_path_factory):
 def ffmpeg(*arguments):
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-loglevel", "error", *map(str, arguments)]
     subprocess.run(command, check=True)
+
+
+def running():
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        # It may have ended meanwhile.
+        with contextlib.suppress(OSError):
+            yield path.read_bytes()
 
 
 def test_frames_are_those_of_the_file_in_any_order(video, decoder):
@@ -125,6 +134,8 @@ def test_a_decoder_that_hangs_is_ended_and_replaced(video, tmp_path):
         with pytest.raises(UnreadableImageError, match=r"takes longer than 0\.3 s"):
             decoder.facts(tmp_path / "hangs.mp4")
         assert time.monotonic() - start < 5
+        # Nor does the program that it ran go on.
+        assert not any(b"hangs.mp4" in command for command in running())
         decoder.timeout = 20
         assert len(decoder.facts(video).times) == 30
 

@@ -138,7 +138,7 @@ def _ask(process: subprocess.Popen[bytes], request: Any, timeout: float) -> tupl
     except (EOFError, OSError, pickle.UnpicklingError) as error:
         status = process.wait()
         if late.is_set():
-            reason = f"takes longer than {timeout:g} s"
+            reason = f"takes longer than {timeout:g} s; clips.timeout allows more"
         else:
             reason = f"makes the decoder end with status {status}"
         raise UnreadableImageError(f"cannot be decoded ({reason})") from error

@@ -7,6 +7,7 @@ workers start quickly.
 import os
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -158,18 +159,29 @@ def _stored(
 
 def _by_decord(
     path: str | Path, wanted: Sequence[int], count: int
-) -> list[tuple[int, np.ndarray]] | None:
+) -> Iterator[tuple[int, np.ndarray]] | None:
     """Frames by decord; None if it counts other ones."""
     # decord loads its own FFmpeg, so only those who read videos import it.
     import decord
 
     open_video: Any = decord.VideoReader
-    try:
+    with _reason_of_decord():
         # Without a tolerance, decord shows a neighbour in the place of a frame it cannot decode.
         reader = open_video(os.path.abspath(path), num_threads=1, fault_tol=1e-9)
-        if len(reader) != count:
-            return None
-        return [(number, visible_pixels(reader[number].asnumpy())) for number in wanted]
+    return _each(reader, wanted) if len(reader) == count else None
+
+
+def _each(reader: Any, wanted: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
+    for number in wanted:
+        with _reason_of_decord():
+            frame = visible_pixels(reader[number].asnumpy())
+        yield number, frame
+
+
+@contextmanager
+def _reason_of_decord() -> Iterator[None]:
+    try:
+        yield
     except Exception as error:  # decord raises whatever it likes about a broken file
         lines = str(error).strip().splitlines() or [type(error).__name__]
         # Without its places in its source.

@@ -27,8 +27,10 @@ _PLAIN_MODES = ("1", "L", "P", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
 # Browsers and FFmpeg show a frame this long if its file says less than the shortest delay.
 _SHORTEST_DELAY, _USUAL_DELAY = 0.02, 0.1
 
-# The settings of an AVIF's codec lie in the boxes before its pixels.
-_AVIF_BOXES = 1 << 16
+# What Pillow does not say stands in front of the pixels.
+_BEGINNING = 1 << 16
+
+_TRANSPARENT = "has transparent pixels: compose it on a background first"
 
 
 class UnreadableImageError(UserError):
@@ -98,6 +100,8 @@ def _opened(file: Path | BinaryIO) -> Iterator[Image.Image]:
                 raise UnreadableImageError(
                     "has more than 8 bits a channel: convert it to 8 bits first"
                 )
+            if _has_bare_canvas(image, file):
+                raise UnreadableImageError(_TRANSPARENT)
             yield image
     except (UnreadableImageError, MemoryError):
         raise
@@ -137,17 +141,30 @@ def _is_deep(image: Image.Image, file: Path | BinaryIO) -> bool:
 
 
 def _is_deep_avif(file: Path | BinaryIO) -> bool:
+    # AV1 in ISOBMFF, 2.3.3: two bytes on, a bit says that there are more than 8 bits.
+    starts = [part[2:3] for part in _beginning(file).split(b"av1C")[1:]]
+    return any(start and start[0] & 0x40 for start in starts)
+
+
+def _has_bare_canvas(image: Image.Image, file: Path | BinaryIO) -> bool:
+    """Whether the first frame of a WebP leaves some of it open, which Pillow shows as black."""
+    if image.format != "WEBP" or image.mode != "RGB" or getattr(image, "n_frames", 1) == 1:
+        return False
+    # A frame begins with its place in units of two pixels, then its size less one, 24 bits each.
+    frame = _beginning(file).partition(b"ANMF")[2][4:16]
+    left, top, width, height = (int.from_bytes(frame[i : i + 3], "little") for i in (0, 3, 6, 9))
+    return bool(left or top) or (width + 1, height + 1) != image.size
+
+
+def _beginning(file: Path | BinaryIO) -> bytes:
     if isinstance(file, Path):
         with file.open("rb") as opened:
-            boxes = opened.read(_AVIF_BOXES)
-    else:
-        place = file.tell()
-        file.seek(0)
-        boxes = file.read(_AVIF_BOXES)
-        file.seek(place)
-    # AV1 in ISOBMFF, 2.3.3: two bytes on, a bit says that there are more than 8 bits.
-    starts = [part[2:3] for part in boxes.split(b"av1C")[1:]]
-    return any(start and start[0] & 0x40 for start in starts)
+            return opened.read(_BEGINNING)
+    place = file.tell()
+    file.seek(0)
+    content = file.read(_BEGINNING)
+    file.seek(place)
+    return content
 
 
 def _frame_numbers(image: Image.Image) -> range:
@@ -175,7 +192,7 @@ def opaque(image: Image.Image) -> Image.Image:
         UnreadableImageError: If some of it is transparent.
     """
     if image.getchannel("A").getextrema() != (255, 255):
-        raise UnreadableImageError("has transparent pixels: compose it on a background first")
+        raise UnreadableImageError(_TRANSPARENT)
     return image.convert("RGB")
 
 

@@ -231,3 +231,15 @@ def test_more_than_two_billion_elements_on_gpu():
         *projected[-1:].contiguous().chunk(3, dim=-1), implementation="fused", **options
     )
     assert torch.equal(out[-1:], last)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_lengths_that_say_nothing_about_scores(poisoned, dtype):
+    """Long keys at right angles to the queries: the bound of their scores is far too large."""
+    tensors, options = make(SMALL, rotary=False, heads=1, batch=1, head_dim=16)
+    with torch.no_grad():
+        tensors[0][..., :8] *= 60
+        tensors[0][..., 8:] = 0
+        tensors[1][..., :8] *= 0.02
+        tensors[1][..., 8:] *= 60
+    assert_accurate(tensors, options, dtype)

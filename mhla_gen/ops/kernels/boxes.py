@@ -11,8 +11,8 @@ def _axis_start(block, length, num_blocks):
 
 
 @triton.jit
-def _divide(x, divisor):
-    # Integer division is slow. A float quotient is exact below 2**21; `Call` checks the size.
+def divide(x, divisor):
+    """Quotient and rest. Integer division is slow; a float quotient is exact below 2**21."""
     inverse = 1.0 / tl.cast(divisor, tl.float32)
     quotient = ((x.to(tl.float32) + 0.5) * inverse).to(tl.int32)
     return quotient, x - quotient * divisor
@@ -72,11 +72,11 @@ def box_tokens(slots, first_t, first_h, first_w, size_h, size_w, H, W, RANK: tl.
     if RANK == 1:
         return (first_w + slots).to(tl.int64)
     else:
-        row, w = _divide(slots, size_w)
+        row, w = divide(slots, size_w)
         if RANK == 2:
             return ((first_h + row) * W + first_w + w).to(tl.int64)
         else:
-            t, h = _divide(row, size_h)
+            t, h = divide(row, size_h)
             return (((first_t + t) * H + first_h + h) * W + first_w + w).to(tl.int64)
 
 
@@ -108,14 +108,14 @@ def part_slots(row, num_parts, count, BT: tl.constexpr):
 def block_of_tokens(tokens, box, RANK: tl.constexpr):
     """Block of each raster-order token (int32), the inverse of `box_tokens`; below 2**21 tokens."""
     T, H, W, LT, LH, LW = box
-    row, w = _divide(tokens, W)
-    block, _rest = _divide((w + 1) * LW - 1, W)
+    row, w = divide(tokens, W)
+    block, _rest = divide((w + 1) * LW - 1, W)
     if RANK > 1:
-        t, h = _divide(row, H)
-        block_h, _rest = _divide((h + 1) * LH - 1, H)
+        t, h = divide(row, H)
+        block_h, _rest = divide((h + 1) * LH - 1, H)
         block += block_h * LW
         if RANK > 2:
-            block_t, _rest = _divide((t + 1) * LT - 1, T)
+            block_t, _rest = divide((t + 1) * LT - 1, T)
             block += block_t * (LH * LW)
     return block
 

@@ -13,6 +13,8 @@ from mhla_gen.ops.kernels.linear import rotate_pieces
 from mhla_gen.ops.kernels.pieces import head_offset, load_pieces, piece_offsets, store_pieces
 
 _LN2 = tl.constexpr(0.6931471805599453)
+# A sum of weights below this has lost some of them, or will lose some of their products.
+_VANISHED = tl.constexpr(2.0**-60)
 
 
 @triton.jit
@@ -98,25 +100,83 @@ def listed_tokens(
 @triton.jit
 def attend(
     q0, q1, k0, k1, v0, v1, valid, peak, total, out0, out1, scale, D1: tl.constexpr,
-    V1: tl.constexpr, MASKED: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    V1: tl.constexpr, MASKED: tl.constexpr, BOUNDED: tl.constexpr, OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One block of keys more: the largest score, Σ exp, and Σ exp · v of every query."""
+    """One block of keys more in Σ exp and Σ exp · v of every query.
+
+    `peak` is no smaller than any score if `BOUNDED`, else the largest score so far.
+    """
     scores = outer(q0, q1, k0, k1, D1, PRECISION)
     if MASKED:
         scores = tl.where(valid[None, :], scores, float("-inf"))
-    new_peak = tl.maximum(peak, tl.max(scores, axis=1) * scale)
-    shift = new_peak
-    if MASKED:
-        # A query without any key so far.
-        shift = tl.where(new_peak > float("-inf"), new_peak, 0.0)
+    shift = peak
+    if not BOUNDED:
+        peak = tl.maximum(peak, tl.max(scores, axis=1) * scale)
+        # A query without any key so far has a peak of -∞.
+        decay = tl.where(peak > float("-inf"), tl.exp2(shift - peak), 0.0)
+        shift = tl.where(peak > float("-inf"), peak, 0.0)
+        total = total * decay
+        out0 = out0 * decay[:, None]
+        if V1 > 0:
+            out1 = out1 * decay[:, None]
     weights = tl.exp2(scores * scale - shift[:, None])
-    decay = tl.exp2(peak - shift)
-    total = total * decay + tl.sum(weights, axis=1)
-    out0 = out0 * decay[:, None]
-    if V1 > 0:
-        out1 = out1 * decay[:, None]
+    total += tl.sum(weights, axis=1)
     out0, out1 = add_times(weights.to(OPERAND), v0, v1, out0, out1, V1, PRECISION)
-    return new_peak, total, out0, out1
+    return peak, total, out0, out1
+
+
+@triton.jit
+def attend_to_list(
+    q0, q1, k_ptr, v_ptr, entries_ptr, extra_k_ptr, extra_v_ptr, extra_mask_ptr, k_strides,
+    v_strides, extra_k_strides, extra_v_strides, box, peak, num_keys, extra_len, scale,
+    D: tl.constexpr, V: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, V0: tl.constexpr,
+    V1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SLOTS: tl.constexpr,
+    SLOT_T: tl.constexpr, SLOT_H: tl.constexpr, SLOT_W: tl.constexpr, RAGGED: tl.constexpr,
+    WIDE: tl.constexpr, ALIGN: tl.constexpr, BOUNDED: tl.constexpr, OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """All keys of one list and head, then those off the grid; see `attend`."""
+    total = tl.zeros((BM,), tl.float32)
+    out0 = tl.zeros((BM, V0), tl.float32)
+    out1 = tl.zeros((BM, V1 if V1 > 0 else 1), tl.float32)
+    whole = num_keys // BN * BN
+    offsets, bits = slot_places(tl.arange(0, BN) % SLOTS, box, SLOT_T, SLOT_H, SLOT_W)
+    # Whole blocks of keys need a mask for ragged tiles only, the rest of the list always.
+    for rest in tl.static_range(2):
+        for start in range(rest * whole, num_keys if rest else whole, BN):
+            keys, valid = listed_tokens(
+                entries_ptr, start, offsets, bits, num_keys, box,
+                SLOTS, SLOT_T, SLOT_H, SLOT_W, BN, rest > 0,
+            )  # fmt: skip
+            k0, k1 = load_tokens(k_ptr, keys, k_strides, D, D0, D1, ALIGN, WIDE)
+            v0, v1 = load_tokens(v_ptr, keys, v_strides, V, V0, V1, ALIGN, WIDE)
+            peak, total, out0, out1 = attend(
+                q0, q1, k0, k1, v0, v1, valid, peak, total, out0, out1, scale,
+                D1, V1, RAGGED or rest > 0, BOUNDED, OPERAND, PRECISION,
+            )  # fmt: skip
+    if extra_mask_ptr is not None:
+        for start in range(0, extra_len, BN):
+            k0, k1, v0, v1, valid = load_extra(
+                extra_k_ptr, extra_v_ptr, extra_mask_ptr, start + tl.arange(0, BN), extra_len,
+                extra_k_strides, extra_v_strides, D, V, D0, D1, V0, V1, ALIGN,
+            )  # fmt: skip
+            peak, total, out0, out1 = attend(
+                q0, q1, k0, k1, v0, v1, valid, peak, total, out0, out1, scale,
+                D1, V1, True, BOUNDED, OPERAND, PRECISION,
+            )  # fmt: skip
+    return peak, total, out0, out1
+
+
+@triton.jit
+def squared_norms(x0, x1, SECOND: tl.constexpr):
+    """Squared length of every row, in pieces."""
+    x0 = x0.to(tl.float32)
+    norms = tl.sum(x0 * x0, axis=1)
+    if SECOND > 0:
+        x1 = x1.to(tl.float32)
+        norms += tl.sum(x1 * x1, axis=1)
+    return norms
 
 
 @triton.jit
@@ -127,6 +187,7 @@ def tile_attend_kernel(
     cos_ptr,
     sin_ptr,
     lists_ptr,
+    longest_ptr,
     extra_k_ptr,
     extra_v_ptr,
     extra_mask_ptr,
@@ -164,6 +225,7 @@ def tile_attend_kernel(
     RANK: tl.constexpr,
     ALIGN: tl.constexpr,
     ROTARY: tl.constexpr,
+    BOUNDED: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -184,39 +246,37 @@ def tile_attend_kernel(
             q0.to(tl.float32), q1.to(tl.float32), cos_ptr, sin_ptr, tokens, q_valid, D, D0, D1, 1
         )
         q0, q1 = r0.to(OPERAND), r1.to(OPERAND)
-    peak = tl.full((BM,), float("-inf"), tl.float32)
-    total = tl.zeros((BM,), tl.float32)
-    out0 = tl.zeros((BM, V0), tl.float32)
-    out1 = tl.zeros((BM, V1 if V1 > 0 else 1), tl.float32)
-    num_keys = list_size * SLOTS
-    whole = num_keys // BN * BN
-    offsets, bits = slot_places(tl.arange(0, BN) % SLOTS, box, SLOT_T, SLOT_H, SLOT_W)
-    # Whole blocks of keys need a mask for ragged tiles only, the rest of the list always.
-    for rest in tl.static_range(2):
-        for start in range(rest * whole, num_keys if rest else whole, BN):
-            keys, valid = listed_tokens(
-                entries_ptr, start, offsets, bits, num_keys, box,
-                SLOTS, SLOT_T, SLOT_H, SLOT_W, BN, rest > 0,
-            )  # fmt: skip
-            k0, k1 = load_tokens(k_ptr, keys, k_strides, D, D0, D1, ALIGN, WIDE)
-            v0, v1 = load_tokens(v_ptr, keys, v_strides, V, V0, V1, ALIGN, WIDE)
-            peak, total, out0, out1 = attend(
-                q0, q1, k0, k1, v0, v1, valid, peak, total, out0, out1, scale,
-                D1, V1, RAGGED or rest > 0, OPERAND, PRECISION,
-            )  # fmt: skip
     if extra_mask_ptr is not None:
         extra_k_ptr += head_offset(extra_k_strides, batch, head, ALIGN)
         extra_v_ptr += head_offset(extra_v_strides, batch, head, ALIGN)
         extra_mask_ptr += batch * extra_len
-        for start in range(0, extra_len, BN):
-            k0, k1, v0, v1, valid = load_extra(
-                extra_k_ptr, extra_v_ptr, extra_mask_ptr, start + tl.arange(0, BN), extra_len,
-                extra_k_strides, extra_v_strides, D, V, D0, D1, V0, V1, ALIGN,
+    num_keys = list_size * SLOTS
+    nothing = tl.full((BM,), float("-inf"), tl.float32)
+    if BOUNDED:
+        # No score is larger than the product of lengths, so no largest one has to be looked for,
+        # and no sum to be scaled again.
+        bound = tl.sqrt(squared_norms(q0, q1, D1) * tl.load(longest_ptr + row)) * scale
+        peak, total, out0, out1 = attend_to_list(
+            q0, q1, k_ptr, v_ptr, entries_ptr, extra_k_ptr, extra_v_ptr, extra_mask_ptr,
+            k_strides, v_strides, extra_k_strides, extra_v_strides, box, bound, num_keys,
+            extra_len, scale, D, V, D0, D1, V0, V1, BM, BN, SLOTS, SLOT_T, SLOT_H, SLOT_W,
+            RAGGED, WIDE, ALIGN, True, OPERAND, PRECISION,
+        )  # fmt: skip
+        # Where it is far too large, weights have vanished.
+        if tl.min(tl.where(q_valid, total, 1.0)) < _VANISHED:
+            peak, total, out0, out1 = attend_to_list(
+                q0, q1, k_ptr, v_ptr, entries_ptr, extra_k_ptr, extra_v_ptr, extra_mask_ptr,
+                k_strides, v_strides, extra_k_strides, extra_v_strides, box, nothing, num_keys,
+                extra_len, scale, D, V, D0, D1, V0, V1, BM, BN, SLOTS, SLOT_T, SLOT_H, SLOT_W,
+                RAGGED, WIDE, ALIGN, False, OPERAND, PRECISION,
             )  # fmt: skip
-            peak, total, out0, out1 = attend(
-                q0, q1, k0, k1, v0, v1, valid, peak, total, out0, out1, scale,
-                D1, V1, True, OPERAND, PRECISION,
-            )  # fmt: skip
+    else:
+        peak, total, out0, out1 = attend_to_list(
+            q0, q1, k_ptr, v_ptr, entries_ptr, extra_k_ptr, extra_v_ptr, extra_mask_ptr,
+            k_strides, v_strides, extra_k_strides, extra_v_strides, box, nothing, num_keys,
+            extra_len, scale, D, V, D0, D1, V0, V1, BM, BN, SLOTS, SLOT_T, SLOT_H, SLOT_W,
+            RAGGED, WIDE, ALIGN, False, OPERAND, PRECISION,
+        )  # fmt: skip
     inverse = 1 / total
     out0, out1 = out0 * inverse[:, None], out1 * inverse[:, None]
     store_pieces(out_ptr, out0, out1, tokens, q_valid, out_strides, V, V0, V1, ALIGN)

@@ -112,7 +112,14 @@ def forward(
     query: Tensor, key: Tensor, value: Tensor, extra: Extra | None, call: TileCall
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, log-sum-exp `[batch, heads, seq_len]` and lists; see `tile_lists`."""
-    keys, means = read_tiles(key, call, mean=call.placed.top > 0)
+    # Weights far below the bound of their scores would vanish in float16.
+    bounded = query.dtype != torch.float16
+    keys, means, longest = read_tiles(
+        key, call, mean=call.placed.top > 0, lengths=bounded and call.placed.list_size > 0
+    )
+    if bounded and extra is not None:
+        beside = extra[0].float().square().sum(-1).amax(dim=1).flatten()
+        longest = beside if longest is None else torch.maximum(longest, beside)
     lists = tile_lists(query, means, call)
     out = value.new_empty(value.shape)
     batch, seq_len, heads, _ = query.shape
@@ -123,7 +130,7 @@ def forward(
     launch(
         tile_attend_kernel,
         (blocks * call.placed.num_groups * call.batch_heads,),
-        (query, keys, value, call.cos, call.sin, lists, *_extra(extra), out, lse),
+        (query, keys, value, call.cos, call.sin, lists, longest, *_extra(extra), out, lse),
         (
             *strides,
             call.box,
@@ -136,34 +143,36 @@ def forward(
             blocks,
             call.scale * _LOG2E,
         ),
-        _constants(call, options, *strides) | {"WIDE": _wide(keys, value)},
+        _constants(call, options, *strides) | {"WIDE": _wide(keys, value), "BOUNDED": bounded},
     )
     return out, lse, lists
 
 
-def read_tiles(key: Tensor, call: TileCall, *, mean: bool = False) -> tuple[Tensor, Tensor | None]:
-    """Rotated keys, like `key`, and float32 means `[batch · heads, tiles, head_dim]` of tiles.
+def read_tiles(
+    key: Tensor, call: TileCall, *, mean: bool = False, lengths: bool = False
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Rotated keys, like `key`, or `key` itself without rotary.
 
-    Without rotary, keys are returned as they are; without `mean`, means are None.
+    On demand also float32 means of tiles `[batch · heads, tiles, head_dim]`, and the largest
+    squared length of a key, `[batch · heads]`.
     """
     batch, seq_len, heads, dim = key.shape
     rotary = call.cos is not None
-    if not (rotary or mean):
-        return key, None
+    if not (rotary or mean or lengths):
+        return key, None, None
     # Heads first, so that neighbours on a line lie together.
     keys = key.new_empty((batch, heads, seq_len, dim)).transpose(1, 2) if rotary else key
-    means = None
-    if mean:
-        shape = call.batch_heads, call.placed.num_tiles, dim
-        means = key.new_empty(shape, dtype=torch.float32)
-    _read(key, call, keys, means, "raster" if rotary else "nowhere", call.slots)
-    return keys, means
+    shape = call.batch_heads, call.placed.num_tiles
+    means = key.new_empty((*shape, dim), dtype=torch.float32) if mean else None
+    longest = key.new_empty(shape, dtype=torch.float32) if lengths else None
+    _read(key, call, keys, means, longest, "raster" if rotary else "nowhere", call.slots)
+    return keys, means, None if longest is None else longest.amax(dim=1)
 
 
 def pack_groups(x: Tensor, call: TileCall, slots: int) -> Tensor:
     """Rotated tokens of every group, consecutive: `[batch · heads, groups, slots, dim]`."""
     packed = x.new_empty((call.batch_heads, call.placed.num_groups, slots, x.shape[3]))
-    _read(x, call, packed, None, "pack", slots, _three(call.placed.groups))
+    _read(x, call, packed, None, None, "pack", slots, _three(call.placed.groups))
     return packed
 
 
@@ -172,6 +181,7 @@ def _read(
     call: TileCall,
     rotated: Tensor | None,
     means: Tensor | None,
+    longest: Tensor | None,
     store: str,
     slots: int,
     groups: tuple[int, ...] | None = None,
@@ -182,7 +192,7 @@ def _read(
     launch(
         read_boxes_kernel,
         (num_boxes * call.batch_heads,),
-        (x, call.cos, call.sin, rotated, means),
+        (x, call.cos, call.sin, rotated, means, longest),
         (*strides, call.box, groups, num_boxes, x.shape[2]),
         {
             "D": x.shape[3],
@@ -194,6 +204,7 @@ def _read(
             "ROTARY": call.cos is not None,
             "STORE": store,
             "MEAN": means is not None,
+            "LONGEST": longest is not None,
             "num_warps": 4 if rows > 16 else 2,
         },
     )
@@ -220,7 +231,7 @@ def tile_lists(query: Tensor, mean_keys: Tensor | None, call: TileCall) -> Tenso
         means = query.new_empty(
             (call.batch_heads, placed.num_groups, query.shape[3]), dtype=torch.float32
         )
-        _read(query, call, None, means, "nowhere", call.queries, _three(placed.groups))
+        _read(query, call, None, means, None, "nowhere", call.queries, _three(placed.groups))
         products = means @ mean_keys.mT
     launch(
         list_kernel,
@@ -264,7 +275,7 @@ def backward(
     rows = options["queries"]["BM"]
     blocks = quotient_up(call.queries, rows)
     slots = blocks * rows
-    keys, _ = read_tiles(key, call)
+    keys, _, _ = read_tiles(key, call)
     queries = pack_groups(query, call, slots)
     grads = grad.new_empty((call.batch_heads, placed.num_groups, slots, value.shape[3]))
     packed_lse = lse.new_empty((call.batch_heads, placed.num_groups, slots))
@@ -444,7 +455,7 @@ def _forward_options(call: TileCall) -> dict:
     if call.operand["OPERAND"] == tl.float32:
         return {"BM": call.block(32), "BN": 32, "num_warps": 4, "num_stages": 1}
     rows = call.block(128)
-    return {"BM": rows, "BN": 64, "num_warps": 8 if rows == 128 else 4, "num_stages": 3}
+    return {"BM": rows, "BN": 64, "num_warps": 4, "num_stages": 2 if rows == 128 else 3}
 
 
 def _backward_options(call: TileCall) -> dict[str, dict]:
@@ -458,10 +469,11 @@ def _backward_options(call: TileCall) -> dict[str, dict]:
             "keys": common | {"BN": keys},
             "extra": common | {"BN": 32},
         }
-    rows = call.block(128)
+    rows = call.block(64)
     keys = min(padded(call.slots), 64)
+    common = {"BM": rows, "num_warps": 4, "num_stages": 2}
     return {
-        "queries": {"BM": rows, "BN": 64, "num_warps": 8, "num_stages": 2},
-        "keys": {"BM": rows, "BN": keys, "num_warps": 8 if keys > 32 else 4, "num_stages": 2},
-        "extra": {"BM": rows, "BN": 64, "num_warps": 8, "num_stages": 2},
+        "queries": common | {"BN": 64},
+        "keys": common | {"BN": keys},
+        "extra": common | {"BN": 64},
     }

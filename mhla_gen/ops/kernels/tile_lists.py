@@ -10,7 +10,7 @@ for each axis along which the tile is a token shorter than the largest one.
 import triton
 import triton.language as tl
 
-from mhla_gen.ops.kernels.boxes import block_box, box_tokens, group_box
+from mhla_gen.ops.kernels.boxes import block_box, box_tokens, divide, group_box
 from mhla_gen.ops.kernels.features import load_angles, rotate
 from mhla_gen.ops.kernels.pieces import head_offset, load_pieces, store_pieces
 
@@ -25,6 +25,7 @@ def read_boxes_kernel(
     sin_ptr,
     rotated_ptr,
     means_ptr,
+    longest_ptr,
     strides,
     rotated_strides,
     box,
@@ -40,11 +41,13 @@ def read_boxes_kernel(
     ROTARY: tl.constexpr,
     STORE: tl.constexpr,
     MEAN: tl.constexpr,
+    LONGEST: tl.constexpr,
 ):
     """Read one tile (or group, where `groups` is given) of one head, rotated.
 
     `STORE` says where to: "raster" to the tokens' own places, "pack" to `SLOTS` consecutive rows
-    a box, zeros where it has fewer tokens, or "nowhere". `MEAN` keeps its mean.
+    a box, zeros where it has fewer tokens, or "nowhere". `MEAN` keeps its mean, `LONGEST`
+    the largest squared length of its tokens.
     """
     head = tl.program_id(0) % num_heads
     index = tl.program_id(0) // num_heads % num_boxes
@@ -58,6 +61,7 @@ def read_boxes_kernel(
     x_ptr += head_offset(strides, batch, head, ALIGN)
     row = (batch * num_heads + head) * num_boxes + index
     total = tl.zeros((BD,), tl.float32)
+    longest = 0.0
     for start in range(0, SLOTS, BT):
         slots = start + tl.arange(0, BT)
         valid = slots < size_t * size_h * size_w
@@ -69,6 +73,8 @@ def read_boxes_kernel(
             x = rotate(x, cos, sin)
         if MEAN:
             total += tl.sum(x, axis=0)
+        if LONGEST:
+            longest = tl.maximum(longest, tl.max(tl.sum(x * x, axis=1)))
         if STORE == "raster":
             place = rotated_ptr + head_offset(rotated_strides, batch, head, ALIGN)
             store_pieces(place, x, x, tokens, valid, rotated_strides, D, BD, 0, ALIGN)
@@ -77,6 +83,8 @@ def read_boxes_kernel(
             store_pieces(
                 rotated_ptr, x, x, rows, exists, (0, D, 0, 1), D, BD, 0, 16 if D % 16 == 0 else 1
             )
+    if LONGEST:
+        tl.store(longest_ptr + row, longest)
     if MEAN:
         channels = tl.arange(0, BD)
         mean = total / (size_t * size_h * size_w)
@@ -192,15 +200,14 @@ def list_kernel(
 def _in_window(tiles, group, box, groups, reach, before, RANK: tl.constexpr):
     """Which tiles are in the window of a group."""
     first = _first(group % groups[2], box[5], groups[2], reach[2], before[2])
-    along = tiles % box[5]
+    lines, along = divide(tiles, box[5])
     inside = (along >= first) & (along < first + reach[2])
     if RANK > 1:
         row = group // groups[2]
         first = _first(row % groups[1], box[4], groups[1], reach[1], before[1])
-        along = tiles // box[5] % box[4]
+        planes, along = divide(lines, box[4])
         inside = inside & (along >= first) & (along < first + reach[1])
         if RANK > 2:
             first = _first(row // groups[1], box[3], groups[0], reach[0], before[0])
-            along = tiles // (box[5] * box[4])
-            inside = inside & (along >= first) & (along < first + reach[0])
+            inside = inside & (planes >= first) & (planes < first + reach[0])
     return inside

@@ -14,7 +14,7 @@ import gc
 import json
 import platform
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -174,8 +174,18 @@ def measure(row: Row, options: argparse.Namespace) -> dict[str, Any]:
             return named | {"error": "out of memory"}
 
 
-def timed(run: Run, options: argparse.Namespace) -> dict[str, Any]:
-    """Speed and memory of a run's steps."""
+def timed(
+    run: Run,
+    options: argparse.Namespace,
+    alone: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> dict[str, Any]:
+    """Speed and memory of a run's steps.
+
+    Args:
+        run: What is timed.
+        options: `seconds`: about how long.
+        alone: Entered while steps are timed, after those that compile: waits for the device.
+    """
     steps = enumerate(run.batches(0, 100_000))
     if torch.cuda.is_available():
         # Before the first step: what a recorded pass takes is allocated once, when it is recorded.
@@ -190,10 +200,11 @@ def timed(run: Run, options: argparse.Namespace) -> dict[str, Any]:
         return time.perf_counter() - began
 
     warm_up = seconds_of(_WARM_UP)
-    pace = seconds_of(_WARM_UP) / _WARM_UP
-    # The main process decides: all must do as many.
-    count = max(3, agreed(run, options.seconds / pace))
-    seconds = seconds_of(count) / count
+    with alone():
+        pace = seconds_of(_WARM_UP) / _WARM_UP
+        # The main process decides: all must do as many.
+        count = max(3, agreed(run, options.seconds / pace))
+        seconds = seconds_of(count) / count
     rate = run.config.batch_size / seconds
     peak = peak_flops(run.accelerator.device, run.config.mixed_precision)
     found: dict[str, Any] = {

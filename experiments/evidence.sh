@@ -1,21 +1,17 @@
 #!/usr/bin/env bash
-# The comparison of docs/evidence.md: arms trained, sampled and scored, the main ones longer too; the
-# speed of each; the probe; the report. Every result is kept: interrupted, it goes on where it was.
-#   bash experiments/evidence.sh DATA OUTPUT [key=value ... | --seconds N]
-# DATA: emoji64.npz (experiments/emoji_dataset.py) or a folder with one sub-folder of images a class.
-# Any number of these may work on one OUTPUT: each takes the next arm that nobody has. Two to six
-# minutes an arm where seven share one H100. Leave the GPU alone while speeds are measured.
+# The comparisons of docs/evidence.md: exact pairs beside MHLA, from scratch, converted and on clips;
+# MHLA beside linear attention, the main arms longer too. Every result is kept.
+#   bash experiments/evidence.sh DATA OUTPUT [--seconds N] [--processes N] [key=value ...]
+# DATA: emoji64.npz (experiments/evidence/emoji_dataset.py) or a folder with one sub-folder of images
+# a class. All GPUs that this machine has are used, with several processes each. After --seconds
+# trainings write checkpoints into OUTPUT/*/work, and the same command goes on from there.
+# PLANS names some of exact, arms, long; exact takes some 35 minutes of an H100, arms 90, long 60.
 set -euo pipefail
-data=${1:?usage: bash experiments/evidence.sh DATA OUTPUT [key=value ...]}
-output=${2:?usage: bash experiments/evidence.sh DATA OUTPUT [key=value ...]}
+usage="usage: bash experiments/evidence.sh DATA OUTPUT [--seconds N] [--processes N] [key=value ...]"
+data=${1:?$usage}
+output=${2:?$usage}
 shift 2
 evidence=$(dirname "$0")/evidence
-long=$evidence/long.yaml
-python "$evidence/evidence_run.py" "$data" "$output" "$@"
-python "$evidence/evidence_run.py" "$data" "$output/long" --plan "$long" "$@"
-python "$evidence/evidence_speed.py" "$output"
-for seed in 0 1; do
-    python "$evidence/evidence_probe.py" "$output" --seed "$seed"
+for plan in ${PLANS:-exact arms long}; do
+    python "$evidence/evidence_launch.py" "$data" "$output/$plan" --plan "$evidence/$plan.yaml" "$@"
 done
-python "$evidence/evidence_report.py" "$output"
-python "$evidence/evidence_report.py" "$output/long" --plan "$long"

@@ -34,7 +34,7 @@ ODD_TEXTS = (
     *("<<", "=", "", " x ", "a=b", "%d"),
 )
 # Plans of the comparison's runs are no configs; tests/test_evidence.py reads them.
-PLANS = {ROOT / "experiments" / "evidence" / name for name in ("arms.yaml", "long.yaml")}
+PLANS = {ROOT / "experiments" / "evidence" / f"{name}.yaml" for name in ("arms", "exact", "long")}
 CONFIGS = sorted({*FOLDER.rglob("*.yaml"), *(ROOT / "experiments").rglob("*.yaml")} - PLANS)
 
 

@@ -2,7 +2,9 @@
 
 import importlib
 import json
+import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,40 +14,52 @@ import torch
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
+EVIDENCE = ROOT / "experiments" / "evidence"
 
 
 @pytest.fixture(autouse=True)
 def scripts(monkeypatch):
     """Scripts of experiments/ import each other as Python does when one of them is run."""
-    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
-    monkeypatch.syspath_prepend(str(ROOT / "experiments" / "evidence"))
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.syspath_prepend(str(EVIDENCE))
     yield importlib.import_module
-    for name in [name for name in sys.modules if name.startswith(("evidence_", "emoji_"))]:
+    for name in [
+        name
+        for name in sys.modules
+        if name.startswith(("evidence_", "emoji_", "moving_", "train_speed"))
+    ]:
         del sys.modules[name]
 
 
-def test_every_run_of_the_plan_is_a_valid_training(scripts):
-    plan = scripts("evidence_plan")
-    runs = plan.read_plan()
-    configs = {run.name: run.config() for run in runs}
-    assert len(configs) == len(runs)
-    for run in runs:
+@pytest.mark.parametrize("name", ["arms", "exact", "long"])
+def test_every_run_of_a_plan_is_a_valid_training(scripts, name):
+    plan = scripts("evidence_plan").Plan(EVIDENCE / f"{name}.yaml")
+    grid_of = scripts("evidence_run").grid_of
+    configs = {run.name: run.config() for run in plan.runs}
+    assert len(configs) == len(plan.runs)
+    controls = {run.setting.name: run for run in reversed(plan.runs) if run.arm == plan.control}
+    for run in plan.runs:
         config = configs[run.name]
         assert config.seed == run.seed
-        assert (64 // config.model.patch_size) ** 2 == run.tokens
-        # The control with the same seed did the same work.
-        control = configs[f"linear-conv-gate-{run.tokens}-s{run.seed}"]
-        for name in ("max_steps", "batch_size", "learning_rate", "ema_decay"):
-            assert getattr(config, name) == getattr(control, name)
-        sizes = ("patch_size", "num_layers", "num_attention_heads", "attention_head_dim")
-        for name in sizes:
-            assert getattr(config.model, name) == getattr(control.model, name)
-    assert runs[0].arm == scripts("evidence_table").CONTROL
-    assert set(plan.read_titles()) >= {run.arm for run in runs}
+        assert np.prod(grid_of(run)) == run.tokens
+        if run.setting.kind == "new":
+            assert (64 // config.model.patch_size) ** 2 == run.tokens
+        # The control did the same work.
+        control = configs[controls[run.setting.name].name] if run.setting.name in controls else None
+        if control is not None:
+            for name in ("max_steps", "batch_size", "learning_rate", "ema_decay"):
+                assert getattr(config, name) == getattr(control, name)
+            for name in ("patch_size", "num_layers", "num_attention_heads", "attention_head_dim"):
+                assert getattr(config.model, name) == getattr(control.model, name)
+        if run.setting.taught is not None:
+            assert run.config(*run.setting.taught, "distill.teacher=x").distill is not None
+    for run in plan.speed:
+        assert run.config().batch_size > 0
+    assert set(plan.probe) <= set(scripts("evidence_probe").ARMS)
 
 
 def test_arms_differ_from_their_control_as_their_titles_say(scripts):
-    configs = {run.arm: run.config() for run in scripts("evidence_plan").read_plan()}
+    configs = {run.arm: run.config() for run in scripts("evidence_plan").Plan().runs}
     control, default = configs["linear-conv-gate"].model, configs["mhla-conv-gate"].model
     assert control.mhla == default.mhla and (control.attention, default.attention) == (
         "linear",
@@ -59,11 +73,15 @@ def test_arms_differ_from_their_control_as_their_titles_say(scripts):
 
 
 def test_a_wrong_line_of_the_plan_is_named(scripts, tmp_path):
-    text = (ROOT / "experiments" / "evidence" / "arms.yaml").read_text()
-    for line, message in (("nothing 256 0", "'nothing 256 0'"), ("mhla 256 0", "more than once")):
-        (tmp_path / "arms.yaml").write_text(f"{text}  - {line}\n")
+    text = (EVIDENCE / "arms.yaml").read_text()
+    for line, message in (
+        ("nothing 256 0", "'nothing 256 0'"),
+        ("mhla 256 0 los", "'mhla 256 0 los'"),
+        ("mhla 256 0", "more than once"),
+    ):
+        (tmp_path / "arms.yaml").write_text(text.replace("order:\n", f"order:\n  - {line}\n"))
         with pytest.raises(ValueError, match=message):
-            scripts("evidence_plan").read_plan(tmp_path / "arms.yaml")
+            assert scripts("evidence_plan").Plan(tmp_path / "arms.yaml").runs
 
 
 def fake_package(folder: Path, style: str, colour: tuple[int, ...]) -> Path:
@@ -101,7 +119,7 @@ def test_data_set_from_packages(scripts, tmp_path):
 
 
 def test_real_images_from_a_folder_and_from_a_file(scripts, tmp_path):
-    load = scripts("evidence_run").load_real
+    load = scripts("evidence_data").load_real
     for name, colour in (("a", "red"), ("b", "blue")):
         (tmp_path / "images" / name).mkdir(parents=True)
         for number in range(10):
@@ -119,7 +137,7 @@ def test_real_images_from_a_folder_and_from_a_file(scripts, tmp_path):
 
 
 def test_an_arm_is_claimed_by_one_process_at_a_time(scripts, tmp_path):
-    claimed = scripts("evidence_run").claimed
+    claimed = scripts("evidence_data").claimed
     path = tmp_path / "arm.lock"
     with claimed(path) as first, claimed(path) as second:
         assert first and not second
@@ -128,9 +146,9 @@ def test_an_arm_is_claimed_by_one_process_at_a_time(scripts, tmp_path):
 
 
 def test_the_long_plan_trains_the_same_arms_longer(scripts):
-    plan = scripts("evidence_plan")
-    short = {run.name: run.config() for run in plan.read_plan()}
-    for run in plan.read_plan(ROOT / "experiments" / "evidence" / "long.yaml"):
+    plan = scripts("evidence_plan").Plan
+    short = {run.name: run.config() for run in plan().runs}
+    for run in plan(EVIDENCE / "long.yaml").runs:
         config = run.config()
         assert config.max_steps > short[run.name].max_steps
         assert replace(config, max_steps=short[run.name].max_steps) == short[run.name]
@@ -180,22 +198,21 @@ def test_nearest_distances(scripts):
 
 
 def result(arm, seed, losses):
-    return {"arm": arm, "seed": seed, "held_out": {"per_image": losses}}
+    return {"arm": arm, "seed": seed, "tokens": 256, "held_out": {"per_image": losses}}
 
 
 def test_difference_pairs_seeds_and_images(scripts):
     table = scripts("evidence_table")
-    control = table.Group(
-        table.CONTROL, "c", 256, [result("c", s, [1.0, 2.0, 3.0]) for s in (0, 1)]
-    )
+    control = table.Group("c", "c", "256", [result("c", s, [1.0, 2.0, 3.0]) for s in (0, 1)])
     arm = table.Group(
-        "x", "x", 256, [result("x", 0, [1.2, 2.2, 3.2]), result("x", 2, [9.0, 9.0, 9.0])]
+        "x", "x", "256", [result("x", 0, [1.2, 2.2, 3.2]), result("x", 2, [9.0, 9.0, 9.0])]
     )
-    found = table.difference(arm, [control, arm])
+    elsewhere = table.Group("c", "c", "1024", [result("c", 2, [1.0, 2.0, 3.0])])
+    found = table.difference(arm, [control, elsewhere, arm], "c")
     # Images differ in difficulty but all lose 0.2: without pairing the error would be large.
     assert found.relative == pytest.approx(0.1) and found.error < 1e-9
     assert found.by_seed == [pytest.approx(0.1)]
-    assert table.difference(arm, [arm]) is None
+    assert table.difference(arm, [arm], "c") is None
 
 
 @pytest.mark.parametrize("task", ["anywhere", "near"])
@@ -223,21 +240,35 @@ def test_probe_learns(scripts, arm):
     assert set(found["accuracy"]) == {4} and found["accuracy"][4] > 1.5 * found["chance"]
 
 
+def save_images(path, count):
+    """A file of noise whose colour says its class."""
+    labels = np.arange(count) % 3
+    images = np.random.default_rng(0).integers(0, 255, (count, 64, 64, 3), dtype=np.uint8)
+    images[..., 0] = (labels * 100)[:, None, None]
+    np.savez(path, arr_0=images, labels=labels)
+    return str(path)
+
+
+def save_plan(path, name, *lines):
+    """A plan of the comparison with another order."""
+    text = (EVIDENCE / f"{name}.yaml").read_text().split("order:")[0]
+    path.write_text(text + "order:\n" + "".join(f"  - {line}\n" for line in lines))
+    return str(path)
+
+
+TINY = ("--samples", "24", "--sampling-steps", "2", "batch_size=4", "warmup_steps=1")
+# What is converted brings its own.
+SIZES = ("model.num_layers=1", "model.num_attention_heads=1")
+
+
 @pytest.mark.slow
 def test_a_tiny_comparison_from_data_to_page(scripts, tmp_path):
     pytest.importorskip("efficientnet_lite_pytorch")
-    draw = np.random.default_rng(0)
-    labels = np.arange(64) % 3
-    images = draw.integers(0, 255, (64, 64, 64, 3), dtype=np.uint8)
-    images[..., 0] = (labels * 100)[:, None, None]
-    np.savez(tmp_path / "data.npz", arr_0=images, labels=labels)
-    plan = (ROOT / "experiments" / "evidence" / "arms.yaml").read_text().split("order:")[0]
+    data = save_images(tmp_path / "data.npz", 64)
     lines = ["linear-conv-gate 256 0", "uniform 256 0", "softmax 1024 0"]
-    (tmp_path / "arms.yaml").write_text(plan + "order:\n" + "".join(f"  - {x}\n" for x in lines))
+    plan = save_plan(tmp_path / "arms.yaml", "arms", *lines)
     out = tmp_path / "out"
-    command = [str(tmp_path / "data.npz"), str(out), "--plan", str(tmp_path / "arms.yaml")]
-    command += ["--samples", "24", "--sampling-steps", "2", "max_steps=3", "batch_size=4"]
-    command += ["model.num_layers=1", "model.num_attention_heads=1", "warmup_steps=1"]
+    command = [data, str(out), "--plan", plan, *TINY, *SIZES, "max_steps=3"]
     run = scripts("evidence_run")
     with pytest.warns(match="samples for 1280 dimensions"):
         run.main(command)
@@ -251,24 +282,108 @@ def test_a_tiny_comparison_from_data_to_page(scripts, tmp_path):
         found["curve"][-1][0] == 3 and found["config"]["model"]["mhla"]["mixing_init"] == "uniform"
     )
     # What is there is not run again.
-    with pytest.warns(match="samples for 1280 dimensions"):
-        run.main(command)
+    run.main(command)
     assert made == {path.name: path.stat().st_mtime_ns for path in out.glob("*-s0.json")}
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- tables of arms -->\nold\n<!-- end of tables -->\nafter\n")
     speed = {"images_per_second": 12.0}
     (out / "speed-uniform-256.json").write_text(json.dumps({"train": speed, "sample": speed}))
-    scripts("evidence_report").main([str(out), "--page", str(page)])
+    scripts("evidence_report").main([str(out), "--plan", plan, "--page", str(page)])
     text = page.read_text()
     assert "old" not in text and "uniform start" in text and text.endswith("after\n")
     for name in ("curves", "layers", "quality-speed", "samples-256", "samples-1024"):
         assert (out / f"{name}.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
+def test_tiny_conversions_go_on_where_they_were_stopped(scripts, tmp_path):
+    data = save_images(tmp_path / "data.npz", 32)
+    plan = save_plan(
+        tmp_path / "exact.yaml",
+        "exact",
+        "teacher teacher 0 loss",
+        "teacher converted 0 loss",
+        "exact-5-learned taught-rest 0 loss",
+    )
+    text = Path(plan).read_text().replace("points: [0, 100, 400]", "points: [0, 2, 60]")
+    small = text.replace("patch_size=1", "patch_size=8").replace("[8,8]", "[2,2]")
+    small = small.replace("steps: 200", "steps: 3").replace(
+        "max_steps=1600", "max_steps=4, " + ", ".join(SIZES)
+    )
+    Path(plan).write_text(small)
+    command = [data, "--plan", plan, *TINY, "compile=none", "log_every=1"]
+    run = scripts("evidence_run")
+
+    def results(out):
+        """Of all runs, but for times."""
+        made = [json.loads(path.read_text()) for path in sorted(out.glob("*-s0.json"))]
+        return [{k: r.get(k) for k in ("name", "points", "held_out", "curve")} for r in made]
+
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    run.main([*command[:1], str(straight), *command[1:]])
+    log = stopped / "work" / "exact-5-learned-taught-rest-s0" / "log.jsonl"
+    script = [sys.executable, str(EVIDENCE / "evidence_run.py"), data, str(stopped), *command[1:]]
+    with subprocess.Popen(script) as process:
+        while process.poll() is None and not (log.is_file() and len(log.read_text()) > 500):
+            time.sleep(0.02)
+        process.terminate()
+    assert not (stopped / "exact-5-learned-taught-rest-s0.json").is_file()
+    run.main([*command[:1], str(stopped), *command[1:]])
+    assert results(stopped) == results(straight)
+    table = scripts("evidence_report")
+    table.main([str(stopped), "--plan", plan])
+    assert "only what is new" in (stopped / "tables.md").read_text()
+
+
+@pytest.mark.slow
+def test_tiny_clips_from_data_to_table(scripts, tmp_path):
+    pytest.importorskip("efficientnet_lite_pytorch")
+    data = save_images(tmp_path / "data.npz", 64)
+    plan = save_plan(tmp_path / "exact.yaml", "exact", "exact-12 clips 0")
+    counts = ["--clips", "8", "--held-out-clips", "2", "--clip-samples", "16"]
+    command = [data, str(tmp_path / "out"), "--plan", plan, *TINY, *SIZES, *counts]
+    with pytest.warns(match="samples for 256 dimensions"):
+        scripts("evidence_run").main([*command, "max_steps=2", "batch_size=2", "compile=none"])
+    found = json.loads((tmp_path / "out" / "exact-12-clips-s0.json").read_text())
+    assert found["tokens"] == 9216 and found["pairs"] == pytest.approx(0.125, abs=0.01)
+    assert len(found["held_out"]["per_image"]) == 2 and found["scores"]["samples"] == 16
+
+
+def test_frames_and_mosaics_of_clips_are_inverse(scripts):
+    clips = scripts("evidence_clips")
+    mosaics = torch.randn(2, 3, 12, 12)
+    frames = clips.frames_of(mosaics)
+    assert frames.shape == (2, 3, 9, 4, 4)
+    assert torch.equal(frames[:, :, 5], mosaics[:, :, 4:8, 8:12])
+    assert torch.equal(clips.mosaic_of(frames), mosaics)
+
+
+def test_clips_of_moving_images_follow_their_rule(scripts):
+    moving = scripts("moving_emoji")
+    images = np.full((32, 64, 64, 3), 255, np.uint8)
+    images[:, 16:48, 16:48] = 0
+    images[:16, 16:48, 16:48, 0] = 200  # the first half is red, and of class 0
+    labels, held_out = np.repeat([0, 1], 16), np.arange(32) % 16 == 15
+    made = moving.make_data(images, labels, held_out, 20, 6)
+    again = moving.make_data(images, labels, held_out, 20, 6)
+    assert made["arr_0"].shape == (26, 96, 96, 3) and made["num_train"] == 20
+    assert all(np.array_equal(made[name], again[name]) for name in made)
+    # A clip shows emoji of its class on white, and they move.
+    for mosaic, label in zip(made["arr_0"], made["labels"], strict=True):
+        dark = mosaic[mosaic[..., 1] < 20]
+        assert len(dark) and (dark[:, 0] > 150).all() == (label == 0)
+    frames = made["arr_0"].reshape(26, 3, 32, 3, 32, 3).swapaxes(2, 3).reshape(26, 9, 32, 32, 3)
+    assert (np.abs(np.diff(frames.astype(int), axis=1)).max(axis=(1, 2, 3, 4)) > 100).all()
+    motion = moving.draw_motion(100, np.random.default_rng(0))
+    for places in (motion.rows, motion.columns):
+        assert places.min() >= 0 and places.max() <= moving.SIDE
+        assert np.abs(np.diff(places)).max() <= 2.5 + 1e-9
+
+
 def test_the_page_has_the_tables_of_the_results(scripts):
     report = scripts("evidence_report")
     folder = ROOT / "docs" / "results" / "evidence"
-    real = json.loads((folder / "real.json").read_text())
-    text = report.tables(report.load_groups(folder), real)
+    plan = scripts("evidence_plan").Plan()
+    text = report.mixing_tables(plan, report.load_groups(folder, plan), folder)
     assert text == (folder / "tables.md").read_text()
     assert text in (ROOT / "docs" / "evidence.md").read_text()

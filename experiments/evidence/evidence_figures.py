@@ -6,12 +6,13 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from evidence_table import CONTROL, Group
+from evidence_table import Group
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
 from mhla_gen.files import written_whole
 
+CONTROL = "linear-conv-gate"
 MAIN = ("softmax", "linear", CONTROL, "mhla", "mhla-conv-gate")
 """Arms that every picture names; the others are drawn thin."""
 _COLOURS: dict[str, str] = dict(
@@ -22,7 +23,8 @@ _FONT = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
 _FONT_SIZE = 16
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
+    """Write a picture, whole or not at all."""
     with written_whole(path) as partial:
         figure.savefig(partial, dpi=130, format="png")
 
@@ -59,7 +61,7 @@ def draw_curves(groups: Sequence[Group], path: Path) -> None:
         axes.set(title=f"{tokens} tokens", xlabel="step")
     panels[0].set_ylabel("training loss against control, %")
     figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=4, fontsize=8)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _seeds(group: Group) -> set[int]:
@@ -92,7 +94,7 @@ def draw_layers(groups: Sequence[Group], path: Path) -> None:
         panels[0, column].set(title=f"{tokens} tokens", ylabel="effective rank")
         panels[1, column].set(xlabel="layer", ylabel="entropy of a row, nats")
     panels[0, 0].legend(fontsize=8)
-    _save(figure, path)
+    save(figure, path)
 
 
 def draw_quality_and_speed(groups: Sequence[Group], path: Path) -> None:
@@ -128,7 +130,7 @@ def draw_quality_and_speed(groups: Sequence[Group], path: Path) -> None:
         axes.margins(0.12, 0.12)
         axes.grid(alpha=0.3)
     figure.legend(marks.values(), marks.keys(), loc="outside lower center", ncols=4)
-    _save(figure, path)
+    save(figure, path)
 
 
 def draw_samples(groups: Sequence[Group], folder: Path, path: Path, side: int = 48) -> None:
@@ -182,4 +184,4 @@ def draw_probe(probes: Sequence[dict[str, Any]], path: Path) -> None:
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("share of queries answered")
     panels[0].legend(fontsize=8)
-    _save(figure, path)
+    save(figure, path)

@@ -119,9 +119,10 @@ def mixing_statistics(model: torch.nn.Module) -> list[dict[str, float]]:
     """
     found = []
     for module in model.modules():
-        if not isinstance(module, MHLA) or module.mixing.shape[-1] == 1:
+        matrix = module.mixing if isinstance(module, MHLA) else None
+        if matrix is None or matrix.shape[-1] == 1:
             continue
-        matrix = module.mixing.detach().double().cpu()
+        matrix = matrix.detach().double().cpu()
         rows = matrix / matrix.sum(dim=-1, keepdim=True).clamp_min(1e-12)
         entropy = -torch.xlogy(rows, rows).sum(dim=-1) / np.log(rows.shape[-1])
         found.append(

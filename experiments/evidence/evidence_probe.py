@@ -1,6 +1,6 @@
 """Long-range probe: find one of many key-value pairs on a grid, by the key.
 
-    python experiments/evidence/evidence_probe.py OUT [ARM ...] [--steps 800] [--seconds 80]
+    python experiments/evidence/evidence_probe.py OUT [ARM ...] [--steps 800] [--seeds 0 1]
 
 Cells of a 12 × 12 grid hold pairs of a random key and a value, or a query: a key whose value is to
 be named, or nothing. In the task "anywhere" the pair lies anywhere, in "near" at most two cells
@@ -9,10 +9,13 @@ has to match a key among as many as there are pairs. Linear attention keeps one 
 pairs, which is where it is known to fail (Arora et al. 2024, arXiv:2402.18668).
 
 A small transformer is trained on samples with 4 to 64 pairs and tested for each number. OUT gets
-one JSON file for each arm and task; those that are there are not run again.
+one JSON file for each arm, task and seed; those that are there are not run again, and of several
+processes each takes the next one that nobody has. With --seconds none is begun that would not end
+in that time.
 """
 
 import argparse
+import itertools
 import json
 import time
 from collections.abc import Sequence
@@ -21,6 +24,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from evidence_data import claimed
 from torch import Tensor, nn
 
 from mhla_gen import MHLAConfig
@@ -45,12 +49,23 @@ def arm(title: str, layout: tuple[int, int], additions: bool, **options: object)
     return title, MHLAConfig(**settings)  # pyright: ignore[reportArgumentType]
 
 
+def tiles(tile: tuple[int, int], top: int) -> dict[str, object]:
+    """Settings of an exact half that reads its own tile and `top` more by content."""
+    return {"exact": 0.125, "exact_tile": tile, "exact_window": (1, 1), "exact_top": top}
+
+
 ARMS: dict[str, tuple[str, MHLAConfig | None]] = {
     "softmax": ("softmax", None),
     "linear": arm("linear", (1, 1), False),
     "linear-conv-gate": arm("linear + conv + gate", (1, 1), True),
     "mhla": arm("MHLA", LAYOUT, False),
     "mhla-conv-gate": arm("MHLA + conv + gate", LAYOUT, True),
+    "exact-pairs": arm("exact 11.1 % (2 × 2 cells) + MHLA", LAYOUT, True, **tiles((2, 2), 3)),
+    "exact-dominoes": arm("exact 12.5 % (1 × 2 cells) + MHLA", LAYOUT, True, **tiles((1, 2), 8)),
+    "exact-cells": arm("exact 12.5 % (single cells) + MHLA", LAYOUT, True, **tiles((1, 1), 17)),
+    "exact-cells-alone": arm(
+        "exact 12.5 % (single cells) alone", LAYOUT, True, **tiles((1, 1), 17), linear=False
+    ),
 }
 
 
@@ -223,21 +238,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("arms", nargs="*", metavar="ARM", help=f"{', '.join(ARMS)}; default: all")
     parser.add_argument("--steps", type=int, default=800)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
     parser.add_argument("--seconds", type=float, default=float("inf"))
     options = parser.parse_intermixed_args(arguments)
     unknown = sorted(set(options.arms) - set(ARMS))
     if unknown:
         parser.error(f"no arm {', '.join(unknown)}; there are {', '.join(ARMS)}")
+    locks = options.out / "work"
+    locks.mkdir(parents=True, exist_ok=True)
     began, longest = time.perf_counter(), 0.0
-    for task in TASKS:
-        for name in options.arms or ARMS:
-            path = options.out / f"probe-{name}-{task}-s{options.seed}.json"
-            left = options.seconds - (time.perf_counter() - began)
-            if path.is_file() or left < longest:
+    for task, seed, name in itertools.product(options.tasks, options.seeds, options.arms or ARMS):
+        path = options.out / f"probe-{name}-{task}-s{seed}.json"
+        left = options.seconds - (time.perf_counter() - began)
+        with claimed(locks / f"{path.stem}.lock") as ours:
+            if not ours or path.is_file() or left < longest:
                 continue
             started = time.perf_counter()
-            found = probe(name, task, options.steps, options.seed, resolve_device("auto"))
+            found = probe(name, task, options.steps, seed, resolve_device("auto"))
             longest = max(longest, time.perf_counter() - started)
             with written_whole(path) as partial:
                 partial.write_text(json.dumps(found, indent=1) + "\n")

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from evidence_exact import draw_shares, exact_tables
 from evidence_figures import (
     draw_curves,
     draw_layers,
@@ -20,7 +21,7 @@ from evidence_figures import (
     draw_quality_and_speed,
     draw_samples,
 )
-from evidence_plan import PLAN
+from evidence_plan import PLAN, Plan
 from evidence_table import Group, cost_table, load_groups, quality_table
 
 from mhla_gen.files import written_whole
@@ -36,40 +37,44 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--page", type=Path)
     options = parser.parse_args(arguments)
     folder: Path = options.results
+    plan = Plan(options.plan)
     # The probe needs no arm, so it is drawn before arms are asked for.
     probes = [json.loads(path.read_text()) for path in sorted(folder.glob("probe-*.json"))]
     if probes:
         draw_probe(probes, folder / "probe.png")
-    groups = load_groups(folder, options.plan)
-    real: dict[str, Any] = json.loads((folder / "real.json").read_text())
-    text = tables(groups, real)
+    groups = load_groups(folder, plan)
+    make = exact_tables if plan.tables == "exact" else mixing_tables
+    text = make(plan, groups, folder)
     with written_whole(folder / "tables.md") as partial:
         partial.write_text(text)
     if options.page:
         replace_tables(options.page, options.plan.stem, text)
-    draw_curves(groups, folder / "curves.png")
-    draw_layers(groups, folder / "layers.png")
-    draw_quality_and_speed(groups, folder / "quality-speed.png")
-    for tokens in sorted({group.tokens for group in groups}):
-        same = [group for group in groups if group.tokens == tokens]
-        draw_samples(same, folder, folder / f"samples-{tokens}.png")
+    if plan.tables == "exact":
+        draw_shares(plan, groups, folder / "shares.png")
+    else:
+        draw_curves(groups, folder / "curves.png")
+        draw_layers(groups, folder / "layers.png")
+        draw_quality_and_speed(groups, folder / "quality-speed.png")
+    for setting in dict.fromkeys(group.setting for group in groups):
+        same = [group for group in groups if group.setting == setting]
+        draw_samples(same, folder, folder / f"samples-{setting}.png")
     print(text)
 
 
-def tables(groups: Sequence[Group], real: dict[str, Any]) -> str:
+def mixing_tables(plan: Plan, groups: Sequence[Group], folder: Path) -> str:
     """All tables, and what the numbers are for real images."""
+    real: dict[str, Any] = json.loads((folder / "real.json").read_text())
     parts = []
-    for tokens in sorted({group.tokens for group in groups}):
-        same = [group for group in groups if group.tokens == tokens]
+    for setting in dict.fromkeys(group.setting for group in groups):
+        same = [group for group in groups if group.setting == setting]
         first = same[0].results[0]
         seconds = {round(sum(r["seconds"].values())) for group in same for r in group.results}
         span = " to ".join(str(end) for end in sorted({min(seconds), max(seconds)}))
         parts += [
-            f"**{tokens} tokens**: {first['steps']} steps of {first['batch_size']} images, "
-            f"{first['scores']['samples']} samples; "
-            f"{span} s an arm on one "
+            f"**{first['tokens']} tokens**: {first['steps']} steps of {first['batch_size']} "
+            f"images, {first['scores']['samples']} samples; {span} s an arm on one "
             f"{first['machine']['device']}.",
-            quality_table(same),
+            quality_table(same, plan.control),
             cost_table(same),
         ]
     parts.append(

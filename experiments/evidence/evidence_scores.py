@@ -1,10 +1,11 @@
 """What is measured of the samples of one arm, against all real images."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import torch
+from evidence_data import Real
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -23,26 +24,6 @@ from mhla_gen.evaluation.intervals import jackknife_interval
 _BATCH = 256
 _JACKKNIFE_GROUPS = 8
 _KID_SUBSETS, _KID_SUBSET_SIZE = 50, 1000
-
-
-@dataclass(frozen=True, eq=False)
-class Real:
-    """The real images; the first `num_train` are trained on, the others held out."""
-
-    images: np.ndarray
-    """uint8 `[images, height, width, channels]`."""
-    labels: np.ndarray
-    """int64 `[images]`."""
-    class_names: tuple[str, ...]
-    num_train: int
-
-    def training(self) -> tuple[np.ndarray, np.ndarray]:
-        """Images and labels of the training part."""
-        return self.images[: self.num_train], self.labels[: self.num_train]
-
-    def held_out(self) -> tuple[np.ndarray, np.ndarray]:
-        """Images and labels of the held-out part."""
-        return self.images[self.num_train :], self.labels[self.num_train :]
 
 
 class Judge:

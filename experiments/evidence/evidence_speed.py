@@ -1,112 +1,155 @@
-"""Speed and memory of the arms of docs/evidence.md, each with a GPU of its own.
+"""Speed and memory of the arms of a plan of docs/evidence.md, each alone on its GPU while timed.
 
-    python experiments/evidence/evidence_speed.py OUT [--arms mhla-conv-gate] [--tokens 256 1024]
+    PYTHONPATH=benchmarks python experiments/evidence/evidence_speed.py OUT [--plan PLAN.yaml]
 
-OUT gets speed-ARM-TOKENS.json for each; those that are there are not measured again. Training is
-whole steps of `mhla-gen train` on random images; sampling is whole steps of the pipeline in
-bfloat16. Layers are compiled, and a step has the same number of tokens in every row.
+OUT gets speed-ARM-SETTING.json for each; those that are there are not measured again. Any number of
+processes may work on one OUT and on one GPU: they compile side by side, and time in turns, while
+the others wait. Training is whole steps of `mhla-gen train` on random data; sampling is whole steps
+of a sampler in bfloat16. Layers are compiled. experiments/evidence.sh runs all of this.
 """
 
 import argparse
+import fcntl
+import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from diffusers import FlowMatchEulerDiscreteScheduler
-from evidence_plan import Run, read_plan
-from evidence_run import machine, write_json
+from evidence_clips import AsImages, ClipClasses, class_embeddings, clip_task, draw_clips
+from evidence_data import claimed
+from evidence_kinds import write_json
+from evidence_plan import PLAN, Plan, Run
+from evidence_run import machine
+from moving_emoji import COLUMNS, SIDE
 from train_speed import RandomSamples, attention_kernel, fresh, synchronize, timed
 
 from mhla_gen.config import SampleConfig
+from mhla_gen.runtime.compiling import compile_blocks
 from mhla_gen.runtime.devices import resolve_device
 from mhla_gen.sampling import ClassConditionalPipeline
 from mhla_gen.sampling.building import place
-from mhla_gen.training.build import build_model
+from mhla_gen.training.build import build_model, build_task
 from mhla_gen.training.training_run import build_run
 
-ARMS = ("softmax", "linear", "linear-conv-gate", "mhla", "mhla-conv-gate", "blocks-64")
-_TOKENS_OF_A_STEP = 131_072
-_SHAPE = (3, 64, 64)
+_SHAPES = {"new": (3, 64, 64), "clips": (3, COLUMNS * SIDE, COLUMNS * SIDE)}
 _CLASSES = 18
-_STEPS = 20
+_WARM_UP_STEPS, _STEPS = 4, 20
+
+Alone = Callable[[], AbstractContextManager[Any]]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure what is missing."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("out", type=Path)
-    parser.add_argument("--arms", nargs="+", default=list(ARMS))
-    parser.add_argument("--tokens", nargs="+", type=int, default=[256, 1024, 4096])
-    parser.add_argument("--seconds", type=float, default=4.0, help="measured time of a training")
-    parser.add_argument("--step-tokens", type=int, default=_TOKENS_OF_A_STEP)
-    options = parser.parse_args(arguments)
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--plan", type=Path, default=PLAN)
+    parser.add_argument("--seconds", type=float, default=3.0, help="measured time of a training")
+    options = parser.parse_intermixed_args(arguments)
     PartialState(cpu=not torch.cuda.is_available())
-    options.out.mkdir(parents=True, exist_ok=True)
-    for run in read_plan():
-        wanted = run.seed == 0 and run.arm in options.arms and run.tokens in options.tokens
-        path = options.out / f"speed-{run.arm}-{run.tokens}.json"
-        if wanted and not path.is_file():
-            write_json(path, measure(run, options))
-            print(path.read_text(), flush=True)
+    locks = options.out / "work"
+    locks.mkdir(parents=True, exist_ok=True)
+    gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "").replace(",", "-")
+    with (locks / f"gpu-{gpu}.lock").open("a") as turns:
+        for run in Plan(options.plan).speed:
+            name = f"speed-{run.arm}-{run.setting.name}"
+            path = options.out / f"{name}.json"
+            with claimed(locks / f"{name}.lock") as ours:
+                if ours and not path.is_file():
+                    write_json(path, measure(run, options, turns))
+                    print(f"{name}: {path.read_text()}", flush=True)
 
 
-def measure(run: Run, options: argparse.Namespace) -> dict[str, Any]:
-    """Images per second and GiB of one arm, in training and in sampling."""
-    batch_size = options.step_tokens // run.tokens
+def measure(run: Run, options: argparse.Namespace, turns: Any) -> dict[str, Any]:
+    """Images (or clips) per second and GiB of one arm, in training and in sampling."""
     device = resolve_device("auto")
-    with fresh(), attention_kernel(run.arm):
-        found = {
-            "arm": run.arm,
-            "tokens": run.tokens,
-            "batch_size": batch_size,
-            "train": training(run, batch_size, options),
-        }
-    with fresh(), attention_kernel(run.arm):
-        found["sample"] = sampling(run, batch_size, device)
-    return found | {"machine": machine(device)}
+
+    @contextmanager
+    def alone() -> Iterator[None]:
+        # Others have the lock too while they compile; this waits until they wait.
+        fcntl.flock(turns, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.flock(turns, fcntl.LOCK_SH)
+
+    fcntl.flock(turns, fcntl.LOCK_SH)
+    try:
+        with fresh(), attention_kernel(run.arm):
+            found = {"train": training(run, options, alone)}
+        with fresh(), attention_kernel(run.arm):
+            found["sample"] = sampling(run, options, device, alone)
+    finally:
+        fcntl.flock(turns, fcntl.LOCK_UN)
+    facts = {"arm": run.arm, "setting": run.setting.name, "tokens": run.tokens}
+    return {**facts, **found, "machine": machine(device)}
 
 
-def training(run: Run, batch_size: int, options: argparse.Namespace) -> dict[str, Any]:
+def training(run: Run, options: argparse.Namespace, alone: Alone) -> dict[str, Any]:
     """Whole steps of the training loop."""
     precision = "bf16" if torch.cuda.is_available() else "fp32"
-    config = run.config(
-        f"batch_size={batch_size}", f"mixed_precision={precision}", "report_to=none"
-    )
-    data = RandomSamples(_SHAPE, num_classes=_CLASSES)
-    return timed(build_run(config, data=data), options)
+    config = run.config(f"mixed_precision={precision}", "report_to=none", *options.overrides)
+    data = RandomSamples(_SHAPES[run.setting.kind], num_classes=_CLASSES)
+    build = clip_task if run.setting.kind == "clips" else build_task
+    found = timed(build_run(config, build, data), options, alone)
+    return {"batch_size": config.batch_size, **found}
 
 
 @torch.no_grad()
-def sampling(run: Run, batch_size: int, device: torch.device) -> dict[str, Any]:
-    """Whole steps of a pipeline, loaded as `mhla-gen sample dtype=bfloat16` loads it."""
-    model = build_model(run.config().model, _SHAPE, _CLASSES)
+def sampling(
+    run: Run, options: argparse.Namespace, device: torch.device, alone: Alone
+) -> dict[str, Any]:
+    """Whole steps of a sampler."""
+    config = run.config(*options.overrides)
+    labels = torch.arange(config.batch_size) % _CLASSES
+    if run.setting.kind == "clips":
+        data = RandomSamples(_SHAPES["clips"], num_classes=_CLASSES)
+        model = clip_task(config, data).model.to(device).eval()
+        if device.type == "cuda":
+            model = model.to(torch.bfloat16)
+        compile_blocks(model)
+        called = AsImages(model, ClipClasses(class_embeddings(_CLASSES)))
+
+        def draw(steps: int) -> Any:
+            return draw_clips(called, labels.numpy(), _SHAPES["clips"], steps, device)
+    else:
+        pipeline = _pipeline(config.model, device)
+
+        def draw(steps: int) -> Any:
+            options = {"guidance_scale": 1.0, "output_type": "latent"}
+            return pipeline(labels.tolist(), num_inference_steps=steps, **options)
+
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    draw(_WARM_UP_STEPS)
+    with alone():
+        synchronize()
+        began = time.perf_counter()
+        draw(_STEPS)
+        synchronize()
+        seconds = time.perf_counter() - began
+    found = {"images_per_second": round(len(labels) / seconds, 1), "steps": _STEPS}
+    if device.type == "cuda":
+        found["gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+    return found
+
+
+def _pipeline(config: Any, device: torch.device) -> Any:
+    """As `mhla-gen sample dtype=bfloat16 compile=true` loads it."""
+    model = build_model(config, _SHAPES["new"], _CLASSES)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     with tempfile.TemporaryDirectory() as folder:
         ClassConditionalPipeline(model, FlowMatchEulerDiscreteScheduler()).save_pretrained(folder)
         pipeline: Any = ClassConditionalPipeline.from_pretrained(folder, dtype=dtype)
     pipeline.set_progress_bar_config(disable=True)
     place(SampleConfig(pipeline="", output_dir="", compile=True), pipeline, device)
-    labels = [i % _CLASSES for i in range(batch_size)]
-
-    def draw(steps: int) -> float:
-        synchronize()
-        began = time.perf_counter()
-        pipeline(labels, num_inference_steps=steps, guidance_scale=1.0, output_type="latent")
-        synchronize()
-        return time.perf_counter() - began
-
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    draw(4)
-    seconds = draw(_STEPS)
-    found = {"images_per_second": round(batch_size / seconds, 1), "steps": _STEPS}
-    if device.type == "cuda":
-        found["gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
-    return found
+    return pipeline
 
 
 if __name__ == "__main__":

@@ -7,22 +7,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from evidence_plan import PLAN, read_plan, read_titles
-
-CONTROL = "linear-conv-gate"
-"""Same convolution, same gate, one block: what MHLA has to beat."""
+from evidence_plan import Plan
 
 
 @dataclass(frozen=True)
 class Group:
-    """All seeds of one arm at one number of tokens."""
+    """All seeds of one arm in one setting."""
 
     arm: str
     title: str
-    tokens: int
+    setting: str
     results: list[dict[str, Any]]
     speed: dict[str, Any] | None = None
     """What experiments/evidence/evidence_speed.py measured."""
+
+    @property
+    def tokens(self) -> int:
+        """Of an image or a clip."""
+        return self.results[0]["tokens"]
 
     def mean(self, *keys: str) -> float:
         """Mean over seeds of a number deep inside the results; NaN where it is missing."""
@@ -44,32 +46,29 @@ class Group:
         return np.mean(rows, axis=0)
 
 
-def load_groups(folder: Path, plan: Path = PLAN) -> list[Group]:
-    """Results in a folder, by tokens, then in the order of the plan's arms.
+def load_groups(folder: Path, plan: Plan) -> list[Group]:
+    """Results in a folder, by setting, then in the order of the plan's arms.
 
     Raises:
         FileNotFoundError: If the folder holds no result of the plan.
     """
-    found: dict[tuple[int, str], list[dict[str, Any]]] = {}
-    for run in read_plan(plan):
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for run in plan.runs:
         path = folder / f"{run.name}.json"
         if path.is_file():
-            found.setdefault((run.tokens, run.arm), []).append(json.loads(path.read_text()))
+            found.setdefault((run.setting.name, run.arm), []).append(json.loads(path.read_text()))
     if not found:
-        raise FileNotFoundError(
-            f"{folder} holds no result of the plan; run experiments/evidence/evidence_run.py"
-        )
-    titles = read_titles(plan)
-    order = list(titles)
-    keys = sorted(found, key=lambda key: (key[0], order.index(key[1])))
+        raise FileNotFoundError(f"{folder} holds no result of the plan; run evidence_launch.py")
     return [
-        Group(arm, titles[arm], tokens, found[tokens, arm], _speed_of(folder, arm, tokens))
-        for tokens, arm in keys
+        Group(arm, title, setting, found[setting, arm], _speed_of(folder, arm, setting))
+        for setting in plan.settings
+        for arm, title in plan.titles.items()
+        if (setting, arm) in found
     ]
 
 
-def _speed_of(folder: Path, arm: str, tokens: int) -> dict[str, Any] | None:
-    path = folder / f"speed-{arm}-{tokens}.json"
+def _speed_of(folder: Path, arm: str, setting: str) -> dict[str, Any] | None:
+    path = folder / f"speed-{arm}-{setting}.json"
     return json.loads(path.read_text()) if path.is_file() else None
 
 
@@ -83,20 +82,25 @@ class Difference:
     by_seed: list[float]
 
 
-def difference(group: Group, groups: Sequence[Group]) -> Difference | None:
+def difference(group: Group, groups: Sequence[Group], control: str) -> Difference | None:
     """An arm beside the control, seed by seed, image by image; None where they share no seed."""
-    control = next((g for g in groups if g.arm == CONTROL and g.tokens == group.tokens), None)
-    if control is None:
-        return None
-    others = {result["seed"]: result for result in control.results}
+    others = {
+        result["seed"]: result["held_out"]
+        for other in groups
+        if other.arm == control and other.setting == group.setting
+        for result in other.results
+    }
+    pairs = [(r["held_out"], others[r["seed"]]) for r in group.results if r["seed"] in others]
+    return paired_difference(pairs)
+
+
+def paired_difference(pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> Difference | None:
+    """Losses of an arm beside losses of the control, of one seed each; None without any."""
     gaps, means = [], []
-    for result in group.results:
-        if result["seed"] in others:
-            ours, theirs = (
-                np.array(r["held_out"]["per_image"]) for r in (result, others[result["seed"]])
-            )
-            gaps.append((ours - theirs) / theirs.mean())
-            means.append(float(gaps[-1].mean()))
+    for found in pairs:
+        ours, theirs = (np.array(losses["per_image"]) for losses in found)
+        gaps.append((ours - theirs) / theirs.mean())
+        means.append(float(gaps[-1].mean()))
     if not gaps:
         return None
     pooled = np.mean(gaps, axis=0)
@@ -112,9 +116,9 @@ COST = ("arm", "parameters", "effective rank", "entropy")
 SPEED = ("training images/s", "sampling images/s", "training GiB")
 
 
-def quality_table(groups: Sequence[Group]) -> str:
+def quality_table(groups: Sequence[Group], control: str) -> str:
     """What the samples are worth, as a Markdown table."""
-    return markdown(QUALITY, [_quality_row(group, groups) for group in groups])
+    return markdown(QUALITY, [_quality_row(group, groups, control) for group in groups])
 
 
 def cost_table(groups: Sequence[Group]) -> str:
@@ -133,20 +137,37 @@ def cost_table(groups: Sequence[Group]) -> str:
     return markdown(COST + SPEED if timed else COST, rows)
 
 
-def _quality_row(group: Group, groups: Sequence[Group]) -> list[str]:
-    gap = difference(group, groups)
-    against = "the control" if group.arm == CONTROL else "–"
-    if gap and group.arm != CONTROL:
-        against = f"{gap.relative:+.2%} ± {gap.error:.2%}"
-        if len(gap.by_seed) > 1:
-            against += f" ({', '.join(f'{x:+.2%}' for x in gap.by_seed)})"
+def against_control(group: Group, groups: Sequence[Group], control: str) -> str:
+    """The relative difference of the losses, with its standard error, and that of each seed."""
+    if group.arm == control:
+        return "the control"
+    gap = difference(group, groups, control)
+    if gap is None:
+        return "–"
+    of_seeds = f" ({', '.join(f'{x:+.2%}' for x in gap.by_seed)})" if len(gap.by_seed) > 1 else ""
+    return f"{gap.relative:+.2%} ± {gap.error:.2%}{of_seeds}"
+
+
+def frechet(group: Group) -> str:
+    """The distance of every seed that has samples; of a single one, with its interval."""
+    scores = [result["scores"] for result in group.results if "scores" in result]
+    if not scores:
+        return "–"
+    interval = ""
+    if len(group.results) == 1:
+        ends = scores[0]["frechet_interval"]
+        interval = f" ± {(ends['high'] - ends['low']) / 2:.1f}"
+    return each([score["frechet"] for score in scores], ".1f") + interval
+
+
+def _quality_row(group: Group, groups: Sequence[Group], control: str) -> list[str]:
     return [
         group.title,
         ", ".join(f"{seed:.0f}" for seed in group.values("seed")),
         f"{group.mean('held_out', 'mean'):.5f}",
-        against,
-        _each(group.values("scores", "frechet"), ".1f") + _interval(group),
-        _each([1000 * x for x in group.values("scores", "kid")], ".1f"),
+        against_control(group, groups, control),
+        frechet(group),
+        each([1000 * x for x in group.values("scores", "kid")], ".1f"),
         f"{group.mean('scores', 'precision'):.3f} / {group.mean('scores', 'recall'):.3f}",
         f"{group.mean('scores', 'recognised'):.1%}",
         f"{group.mean('scores', 'copies'):.1%}",
@@ -161,15 +182,9 @@ def _speeds(group: Group) -> list[str]:
     return [f"{train['images_per_second']:.0f}", f"{sample['images_per_second']:.0f}", gib]
 
 
-def _each(values: list[float], form: str) -> str:
+def each(values: Sequence[float], form: str) -> str:
+    """Numbers of seeds."""
     return ", ".join(f"{value:{form}}" for value in values)
-
-
-def _interval(group: Group) -> str:
-    if len(group.results) > 1:
-        return ""
-    interval = group.results[0]["scores"]["frechet_interval"]
-    return f" ± {(interval['high'] - interval['low']) / 2:.1f}"
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -2,7 +2,8 @@ r"""Make the images of docs/evidence.md: 7,562 emoji of 64 pixels in 18 classes.
 
     npm pack emoji-datasource-google@16.0.0 emoji-datasource-twitter@16.0.0
     for f in emoji-datasource-*.tgz; do mkdir "${f%.tgz}" && tar -xzf "$f" -C "${f%.tgz}"; done
-    python experiments/emoji_dataset.py emoji64.npz noto=emoji-datasource-google-16.0.0/package \
+    python experiments/evidence/emoji_dataset.py emoji64.npz \
+        noto=emoji-datasource-google-16.0.0/package \
         twemoji=emoji-datasource-twitter-16.0.0/package
 
 Every package is one drawing style: Noto Emoji (Apache-2.0) and Twemoji (CC-BY 4.0). A class is a

@@ -1,0 +1,196 @@
+"""The part of docs/evidence.md about clips: a small Wan that is told a class, and its judge.
+
+Where a training loop or a loss sees a clip it is an image, the mosaic of its frames (see
+moving_emoji.py); the model sees frames.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import WanTransformer3DModel
+from evidence_data import Real
+from moving_emoji import COLUMNS
+from torch import Tensor, nn
+
+from mhla_gen import inject
+from mhla_gen.config import FeaturesConfig, TrainConfig
+from mhla_gen.data import Batch, TrainingData
+from mhla_gen.evaluation import FeatureStatistics, build_extractor, frechet_distance
+from mhla_gen.evaluation.intervals import jackknife_interval
+from mhla_gen.training.build import build_objective
+from mhla_gen.training.objectives import FlowMatching
+from mhla_gen.training.pretrained import attention_settings
+from mhla_gen.training.task import Task
+
+_CLASS_DIM = 64
+_FEATURES = 256
+_JACKKNIFE_GROUPS = 8
+_BATCH = 256
+
+
+def class_embeddings(num_classes: int) -> Tensor:
+    """What the model is told of a class, in place of a caption; the last is of "no class".
+
+    Returns:
+        Float32 `[num_classes + 1, 64]`, the same for every model.
+    """
+    return torch.randn(num_classes + 1, _CLASS_DIM, generator=torch.Generator().manual_seed(0))
+
+
+def frames_of(mosaics: Tensor) -> Tensor:
+    """`[batch, channels, height, width]` → `[batch, channels, frames, side, side]`."""
+    tiles = mosaics.unflatten(3, (COLUMNS, -1)).unflatten(2, (COLUMNS, -1))
+    return tiles.transpose(3, 4).flatten(2, 3)
+
+
+def mosaic_of(frames: Tensor) -> Tensor:
+    """Inverse of `frames_of`."""
+    tiles = frames.unflatten(2, (COLUMNS, COLUMNS)).transpose(3, 4)
+    return tiles.flatten(4, 5).flatten(2, 3)
+
+
+@dataclass(frozen=True, eq=False)
+class ClipClasses:
+    """Class numbers for a Wan, which takes embedded captions."""
+
+    embeddings: Tensor
+    """Of `class_embeddings`."""
+
+    def predict(
+        self, model: Any, noisy: Tensor, timesteps: Tensor, batch: Batch, dropped: Tensor
+    ) -> Tensor:
+        """See `mhla_gen.training.conditioning.Conditioning`."""
+        no_class = len(self.embeddings) - 1
+        labels = torch.where(dropped, no_class, batch["labels"])
+        return self.velocity(model, noisy, timesteps, labels)
+
+    def velocity(self, model: Any, noisy: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
+        """What a model predicts for mosaics `[batch, channels, height, width]`."""
+        clips = frames_of(noisy)
+        captions = self.embeddings.to(noisy)[labels][:, None]
+        found = model(clips, timestep=timesteps, encoder_hidden_states=captions, return_dict=False)
+        return mosaic_of(found[0])
+
+
+@dataclass(frozen=True, eq=False)
+class AsImages:
+    """A Wan called as a DiT is, with mosaics and class numbers."""
+
+    model: nn.Module
+    classes: ClipClasses
+
+    def __call__(
+        self, noisy: Tensor, timestep: Tensor, class_labels: Tensor, return_dict: bool = False
+    ) -> tuple[Tensor]:
+        """The velocity, like `noisy`."""
+        return (self.classes.velocity(self.model, noisy, timestep, class_labels),)
+
+
+def clip_task(config: TrainConfig, data: TrainingData) -> Task:
+    """A small Wan for clips of classes; see `mhla_gen.training.build.build_task`."""
+    assert data.class_names is not None
+    sizes = config.model.sizes
+    channels = data.sample_shapes[0][0]
+    model: Any = WanTransformer3DModel(
+        patch_size=(1, 1, 1),
+        num_attention_heads=sizes.num_attention_heads,
+        attention_head_dim=sizes.attention_head_dim,
+        in_channels=channels,
+        out_channels=channels,
+        text_dim=_CLASS_DIM,
+        ffn_dim=4 * sizes.num_attention_heads * sizes.attention_head_dim,
+        num_layers=sizes.num_layers,
+    )
+    if config.model.attention != "softmax":
+        inject(model, attention_settings(config.model, rank=3))
+    return Task(
+        model=model,
+        objective=build_objective(config.objective),
+        conditioning=ClipClasses(class_embeddings(len(data.class_names))),
+        # Saved without a pipeline: diffusers has none for it.
+        pipeline=lambda trained: trained,
+        summary=f"{len(data)} clips of {len(data.class_names)} classes",
+    )
+
+
+@torch.no_grad()
+def draw_clips(
+    model: AsImages, labels: np.ndarray, shape: tuple[int, ...], steps: int, device: torch.device
+) -> np.ndarray:
+    """Clips from noise by Euler steps, without guidance, the same noise for every model.
+
+    Args:
+        model: In evaluation mode, on the device.
+        labels: int64 `[clips]`.
+        shape: Of one mosaic, `(channels, height, width)`.
+        steps: Denoising steps.
+        device: Where the model is.
+
+    Returns:
+        Mosaics, uint8 `[clips, height, width, channels]`.
+    """
+    generator, drawn, batch_size = torch.Generator().manual_seed(0), [], 64
+    for start in range(0, len(labels), batch_size):
+        classes = torch.from_numpy(labels[start : start + batch_size]).to(device)
+        clips = torch.randn(len(classes), *shape, generator=generator).to(device)
+        scheduler: Any = FlowMatching().scheduler()
+        scheduler.set_timesteps(steps, device=device)
+        for timestep in scheduler.timesteps:
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                (velocity,) = model(clips, timestep.expand(len(classes)), classes)
+            clips = scheduler.step(velocity.float(), timestep, clips).prev_sample
+        pixels = ((clips.clamp(-1, 1) + 1) * 127.5).round().byte()
+        drawn.append(pixels.movedim(1, -1).cpu().numpy())
+    return np.concatenate(drawn)
+
+
+class ClipJudge:
+    """Fréchet distance of clips, on EfficientNet-Lite0 features of their frames.
+
+    A clip is described by the mean of its frames' features and by the mean absolute change from
+    each frame to the next: what it shows, and how that moves. Both together, 2,560 numbers, are
+    projected to 256 by a fixed random matrix, so that a few hundred clips are enough.
+
+    Args:
+        real: The real clips.
+        device: Where features are computed.
+    """
+
+    def __init__(self, real: Real, device: torch.device):
+        self.device = device
+        self.extractor = build_extractor(FeaturesConfig(extractor="efficientnet-lite0")).to(device)
+        self.projection: Tensor | None = None
+        self.features = self.extract(real.images)
+        self.statistics = FeatureStatistics.from_features(self.features)
+
+    @torch.no_grad()
+    def extract(self, clips: np.ndarray) -> Tensor:
+        """Features `[clips, 256]` of mosaics, uint8 `[clips, height, width, 3]`, on the CPU."""
+        frames = frames_of(torch.from_numpy(clips).movedim(-1, 1))
+        images = frames.transpose(1, 2).flatten(0, 1)
+        parts = [self.extractor(part.to(self.device))["pool"] for part in images.split(_BATCH)]
+        found = torch.cat(parts).unflatten(0, (len(clips), -1))
+        both = torch.cat([found.mean(dim=1), found.diff(dim=1).abs().mean(dim=1)], dim=1)
+        if self.projection is None:
+            generator = torch.Generator().manual_seed(0)
+            matrix = torch.randn(both.shape[1], _FEATURES, generator=generator, dtype=torch.float64)
+            self.projection = torch.linalg.qr(matrix).Q
+        return both.cpu().double() @ self.projection
+
+    def score(self, clips: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+        """The distance to all real clips, and its interval."""
+        distance, interval = jackknife_interval(
+            self.extract(clips),
+            lambda statistics: frechet_distance(statistics, self.statistics),
+            _JACKKNIFE_GROUPS,
+        )
+        return {"samples": len(clips), "frechet": distance, "frechet_interval": asdict(interval)}
+
+    def score_real(self) -> dict[str, Any]:
+        """The same distance between two halves of the real clips."""
+        order = np.random.default_rng(0).permutation(len(self.features))
+        halves = [self.features[torch.from_numpy(half)] for half in np.array_split(order, 2)]
+        first, second = map(FeatureStatistics.from_features, halves)
+        return {"images": len(order), "frechet_halves": frechet_distance(first, second)}

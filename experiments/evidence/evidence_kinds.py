@@ -1,0 +1,284 @@
+"""The kinds of runs of the comparison: trained from scratch, converted, trained on clips."""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from evidence_clips import AsImages, ClipClasses, ClipJudge, class_embeddings, clip_task, draw_clips
+from evidence_data import Real, load_clips, load_real, once
+from evidence_measure import held_out_loss, layer_statistics, mixing_statistics
+from evidence_plan import Run
+from evidence_scores import Judge
+from PIL import Image
+
+from mhla_gen.config import MHLAConfig, TrainConfig
+from mhla_gen.data import load_data
+from mhla_gen.distillation import distill
+from mhla_gen.files import written_whole
+from mhla_gen.hub import PIPELINE_NAME
+from mhla_gen.models.exact import exact_share
+from mhla_gen.models.saved_transformer import load_transformer
+from mhla_gen.runtime.devices import resolve_device
+from mhla_gen.sampling import ClassConditionalPipeline, generate
+from mhla_gen.training import train
+from mhla_gen.training.build import build_task
+from mhla_gen.training.log import LOG_NAME, read_log
+from mhla_gen.training.pretrained import attention_settings
+
+_INSPECTED = 2
+# Held-out images and clips whose loss is computed at a time.
+_LOSS_BATCH, _CLIP_LOSS_BATCH = 128, 32
+_SAMPLE_BATCH = 256
+
+
+class Workshop:
+    """Settings, data, judges and folders that all runs share; data are made when first needed.
+
+    Args:
+        options: Of the command line: `data`, `out`, `work`, `overrides`, and sizes.
+        inspect: Whether the attention of trained models is looked at.
+    """
+
+    def __init__(self, options: Any, inspect: bool = False):
+        self.options, self.inspect = options, inspect
+        self.out: Path = options.out
+        self.work: Path = options.work or options.out / "work"
+        self.device = resolve_device("auto")
+
+    def config(self, run: Run, *changes: str) -> TrainConfig:
+        """All settings of one training: of the plan, with changes, and of the command line."""
+        return run.config(
+            f"data.path={self.training_file(run.setting.kind)}",
+            f"output_dir={self.work / run.name}",
+            "report_to=none",
+            "sample_every=0",
+            "resume=latest",
+            *changes,
+            *self.options.overrides,
+        )
+
+    @cached_property
+    def images(self) -> Real:
+        """The images; their training part is written where `training_file` says."""
+        real = load_real(self.options.data)
+        once(self.training_file("new"), lambda: real.save_training(self.training_file("new")))
+        return real
+
+    @cached_property
+    def clips(self) -> Real:
+        """The clips, likewise."""
+        options, file = self.options, self.training_file("clips")
+        real = load_clips(
+            self.images, self.work / "clips.npz", options.clips, options.held_out_clips
+        )
+        once(file, lambda: real.save_training(file))
+        return real
+
+    @cached_property
+    def judge(self) -> Judge:
+        """Of images."""
+        return self._judge(Judge(self.images, self.device), "real.json")
+
+    @cached_property
+    def clip_judge(self) -> ClipJudge:
+        """Of clips."""
+        return self._judge(ClipJudge(self.clips, self.device), "real-clips.json")
+
+    def _judge(self, judge: Any, name: str) -> Any:
+        path = self.out / name
+        once(path, lambda: write_json(path, judge.score_real()))
+        path.with_name(f"{name}.lock").unlink(missing_ok=True)
+        return judge
+
+    def training_file(self, kind: str) -> Path:
+        """What runs of a kind are trained on."""
+        return self.work / ("train-clips.npz" if kind == "clips" else "train.npz")
+
+    def draw(self, name: str, samples: np.ndarray, labels: np.ndarray) -> None:
+        """The first sample of every class in one row: the same noise in every arm."""
+        firsts = [samples[labels == c][0] for c in np.unique(labels)]
+        with written_whole(self.out / f"{name}.png") as partial:
+            Image.fromarray(np.concatenate(firsts, axis=1)).save(partial, format="png")
+
+
+def run_new(run: Run, config: TrainConfig, shop: Workshop) -> dict[str, Any]:
+    """Train on images from scratch, and measure what came out."""
+    timed = Stopwatch()
+    with timed("train"):
+        assert shop.images
+        saved = train(config, title=run.name)
+    measured = measure_images(run, saved, shop, timed, shop.inspect)
+    return {**trained_facts(config), **measured, "seconds": timed.seconds}
+
+
+def measure_images(
+    run: Run, saved: Path, shop: Workshop, timed: "Stopwatch", inspect: bool = False
+) -> dict[str, Any]:
+    """Loss, and scores of samples, of a trained pipeline."""
+    pipeline: Any = ClassConditionalPipeline.from_pretrained(saved).to(shop.device)
+    model, (images, labels) = pipeline.transformer, shop.images.held_out()
+    found: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters())}
+    with timed("loss"):
+        found["held_out"] = held_out_loss(model, images, labels, shop.device, _LOSS_BATCH)
+    if run.samples:
+        with timed("sample"), autocast(shop.device):
+            # One label of a real image each, so that classes are as frequent as they are there.
+            wanted = np.resize(shop.images.labels, shop.options.samples)
+            samples = generate(
+                pipeline,
+                wanted,
+                seed=0,
+                batch_size=2 * _SAMPLE_BATCH if run.tokens == 256 else _SAMPLE_BATCH,
+                num_inference_steps=shop.options.sampling_steps,
+                guidance_scale=1.0,
+                title=f"{run.name} samples",
+            )
+        shop.draw(run.name, samples, wanted)
+        with timed("score"):
+            found["scores"] = shop.judge.score(samples, wanted)
+    if inspect:
+        some = images[:_INSPECTED], labels[:_INSPECTED]
+        found["layers"] = layer_statistics(model, *some, shop.device)
+        found["mixing"] = mixing_statistics(model)
+    return found
+
+
+def run_converted(run: Run, config: TrainConfig, shop: Workshop) -> dict[str, Any]:
+    """Give the weights of another run another attention, and measure it while it is tuned.
+
+    Runs that were interrupted go on from what they measured.
+    """
+    assert run.setting.start is not None
+    timed, folder = Stopwatch(), Path(config.output_dir)
+    notes = folder.with_name(f"{run.name}.points.json")
+    noted = json.loads(notes.read_text()) if notes.is_file() else {"points": [], "seconds": {}}
+    timed.seconds = noted["seconds"]
+    assert shop.images
+    start = shop.work / run.setting.start / PIPELINE_NAME
+    if run.setting.taught is not None and config.model.attention != "softmax":
+        with timed("layers"):
+            start = teach_layers(run, run.setting.taught, start, shop)
+    saved = start
+    for steps in run.setting.points[len(noted["points"]) :]:
+        settings = replace(
+            config,
+            model=replace(config.model, pretrained=str(start)),
+            max_steps=max(steps, 1),
+            # The last step has a checkpoint, from which the next point goes on.
+            checkpoint_every=1_000_000,
+        )
+        if steps > 0:
+            with timed("train"):
+                saved = train(settings, title=f"{run.name}, {steps} steps")
+            pipeline: Any = ClassConditionalPipeline.from_pretrained(saved)
+            model = pipeline.transformer.to(shop.device)
+        else:
+            model = build_task(settings, load_data(settings.data)).model.to(shop.device).eval()
+        with timed("loss"):
+            loss = held_out_loss(model, *shop.images.held_out(), shop.device, _LOSS_BATCH)
+        noted["points"].append({"steps": steps, "held_out": loss})
+        write_json(notes, noted | {"seconds": timed.seconds})
+    measured = measure_images(run, folder / PIPELINE_NAME, shop, timed)
+    return {
+        **trained_facts(config),
+        "steps": run.setting.points[-1],
+        "points": noted["points"],
+        "taught": run.setting.taught,
+        **measured,
+        "seconds": timed.seconds,
+    }
+
+
+def teach_layers(run: Run, taught: Sequence[str], teacher: Path, shop: Workshop) -> Path:
+    """A stage that distils every layer; the pipeline that it leaves."""
+    folder = shop.work / f"{run.name}-layers"
+    changes = (f"distill.teacher={teacher}", f"output_dir={folder}")
+    return distill(shop.config(run, *taught, *changes))
+
+
+def run_clips(run: Run, config: TrainConfig, shop: Workshop) -> dict[str, Any]:
+    """Train on clips from scratch, and measure what came out."""
+    timed, clips = Stopwatch(), shop.clips
+    with timed("train"):
+        saved = train(config, title=run.name, build=clip_task)
+    transformer = load_transformer(str(saved)).to(shop.device).eval()
+    model = AsImages(transformer, ClipClasses(class_embeddings(len(clips.class_names))))
+    found: dict[str, Any] = {"parameters": sum(p.numel() for p in transformer.parameters())}
+    with timed("loss"):
+        found["held_out"] = held_out_loss(model, *clips.held_out(), shop.device, _CLIP_LOSS_BATCH)
+    if run.samples:
+        with timed("sample"):
+            wanted = np.resize(clips.labels, shop.options.clip_samples)
+            steps = shop.options.sampling_steps
+            shape = (3, *clips.images.shape[1:3])
+            samples = draw_clips(model, wanted, shape, steps, shop.device)
+        shop.draw(run.name, samples, wanted)
+        with timed("score"):
+            found["scores"] = shop.clip_judge.score(samples, wanted)
+    return {**trained_facts(config), **found, "seconds": timed.seconds}
+
+
+KINDS: dict[str, Callable[[Run, TrainConfig, Workshop], dict[str, Any]]] = {
+    "new": run_new,
+    "converted": run_converted,
+    "clips": run_clips,
+}
+
+
+def trained_facts(config: TrainConfig) -> dict[str, Any]:
+    """What the training says of itself."""
+    log = read_log(Path(config.output_dir) / LOG_NAME)
+    return {
+        "steps": config.max_steps,
+        "batch_size": config.batch_size,
+        "curve": [[line["step"], round(line["loss"], 6)] for line in log],
+    }
+
+
+def exact_pairs(config: TrainConfig, grid: tuple[int, ...]) -> float:
+    """The share of pairs that softmax computes, the mean over layers."""
+    if config.model.attention == "softmax":
+        return 1.0
+    settings: MHLAConfig = attention_settings(config.model, len(grid))
+    share = exact_share(settings, grid)
+    if isinstance(settings.layers, str) and "/" in settings.layers:
+        part, whole = map(int, settings.layers.split("/"))
+        return 1 - (1 - share) * part / whole
+    return share
+
+
+class Stopwatch:
+    """Seconds of the parts of a run; those that a stopped process spent are not counted."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._part, self._began = "", 0.0
+
+    def __call__(self, part: str) -> "Stopwatch":
+        """Name what is measured next."""
+        self._part = part
+        return self
+
+    def __enter__(self) -> None:
+        self._began = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        spent = self.seconds.get(self._part, 0.0) + time.perf_counter() - self._began
+        self.seconds[self._part] = round(spent, 1)
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """bfloat16 on a GPU, as in training."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a result, whole or not at all."""
+    with written_whole(path) as partial:
+        partial.write_text(json.dumps(value, indent=1) + "\n")

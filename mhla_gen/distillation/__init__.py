@@ -2,7 +2,7 @@
 
 from mhla_gen.distillation.layers import LayerErrors, relative_error, relative_token_error
 from mhla_gen.distillation.losses import LayerLosses, OutputLosses
-from mhla_gen.distillation.stages import distill, rehearse_distillation, stage_task
+from mhla_gen.distillation.stages import distill, rehearse_distillation
 from mhla_gen.distillation.teacher import (
     mhla_attentions,
     softmax_twin,
@@ -20,7 +20,6 @@ __all__ = [
     "relative_error",
     "relative_token_error",
     "softmax_twin",
-    "stage_task",
     "train_only",
     "trained_names",
 ]

@@ -2,18 +2,18 @@
 
 import shutil
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from torch import Tensor
 
-from mhla_gen.config import DistillConfig, TrainConfig, save_config
+from mhla_gen.config import DistillConfig, StageConfig, TrainConfig, save_config
 from mhla_gen.data import TrainingData
 from mhla_gen.distillation.layers import LayerErrors
 from mhla_gen.distillation.losses import LayerLosses, OutputLosses
@@ -28,10 +28,11 @@ from mhla_gen.runtime.compiling import compile_model
 from mhla_gen.runtime.processes import on_main
 from mhla_gen.training.build import build_task
 from mhla_gen.training.checkpoints import check_output_dir
-from mhla_gen.training.loop import train
+from mhla_gen.training.loop import run_to_end
 from mhla_gen.training.parallel import build_accelerator
 from mhla_gen.training.rehearsal import rehearse
 from mhla_gen.training.task import Task
+from mhla_gen.training.training_run import build_run
 
 
 def distill(config: TrainConfig) -> Path:
@@ -53,30 +54,25 @@ def distill(config: TrainConfig) -> Path:
     """
     check_output_dir(config)
     processes = build_accelerator(config)
-    with claimed(config.output_dir):
-        on_main(lambda: check_output_dir(config))
-        return _convert(config, processes)
-
-
-def _convert(config: TrainConfig, processes: Accelerator) -> Path:
     folder = Path(config.output_dir)
-
-    def build(stage: TrainConfig, data: TrainingData) -> Task:
-        task = stage_task(stage, data)
-        # Not before: what does not fit leaves nothing behind.
+    with claimed(folder):
+        on_main(lambda: check_output_dir(config))
+        last = folder
+        for stage in stages_of(config):
+            last = Path(stage.config.output_dir)
+            if (last / PIPELINE_NAME).is_dir():
+                continue
+            with claimed(last):
+                on_main(lambda stage=stage: check_output_dir(stage.config))
+                run = build_run(stage.config, stage.task)
+                # Not before: what does not fit leaves nothing behind.
+                if processes.is_main_process:
+                    save_config(config, folder / CONFIG_NAME)
+                run_to_end(run, stage.title)
         if processes.is_main_process:
-            save_config(config, folder / CONFIG_NAME)
-        return task
-
-    last = folder
-    for title, stage in stage_runs(config):
-        last = Path(stage.output_dir)
-        if not (last / PIPELINE_NAME).is_dir():
-            train(stage, title=title, build=build)
-    if processes.is_main_process:
-        with written_whole(folder / PIPELINE_NAME) as partial:
-            shutil.copytree(last / PIPELINE_NAME, partial)
-    processes.wait_for_everyone()
+            with written_whole(folder / PIPELINE_NAME) as partial:
+                shutil.copytree(last / PIPELINE_NAME, partial)
+        processes.wait_for_everyone()
     return folder / PIPELINE_NAME
 
 
@@ -88,13 +84,11 @@ def rehearse_distillation(config: TrainConfig) -> str:
         OSError: As `distill`.
     """
     check_output_dir(config)
-    lines = []
-    for title, stage in stage_runs(config):
-        alone = replace(
-            stage, distill=replace(distillation_of(stage), start=distillation_of(config).start)
-        )
-        lines.append(f"{title}: {rehearse(alone, build=stage_task)}")
-    return "\n".join(lines)
+    start = distillation_of(config).start
+    return "\n".join(
+        f"{stage.title}: {rehearse(stage.config, replace(stage, start=start).task)}"
+        for stage in stages_of(config)
+    )
 
 
 def distillation_of(config: TrainConfig) -> DistillConfig:
@@ -108,77 +102,85 @@ def distillation_of(config: TrainConfig) -> DistillConfig:
     return config.distill
 
 
-def stage_runs(config: TrainConfig) -> Iterator[tuple[str, TrainConfig]]:
-    """Title and settings of the run of each stage."""
-    distillation = distillation_of(config)
-    start = distillation.start
-    for number, stage in enumerate(distillation.stages, 1):
-        folder = str(Path(config.output_dir) / f"stage-{number}-{stage.kind}")
-        given = {
-            name: getattr(stage, name)
-            for name in ("learning_rate", "mhla_learning_rate", "warmup_steps", "ema_decay")
-            if getattr(stage, name) is not None
+@dataclass(frozen=True)
+class Stage:
+    """One stage: the run that it is, and what that run starts from and learns."""
+
+    title: str
+    settings: StageConfig
+    config: TrainConfig
+    """Of its run, in a folder of its own."""
+    start: str | None
+    """The pipeline of the student so far; None for the teacher's weights."""
+
+    def task(self, config: TrainConfig, data: TrainingData) -> Task:
+        """A student and its teacher on this process's device, and what the student learns.
+
+        Args:
+            config: Of the run; that of a rehearsal may differ in its batch size.
+            data: What it learns from.
+
+        Raises:
+            ValueError: If teacher, settings and data do not fit together.
+        """
+        check_teacher(config)
+        layers_alone = self.settings.kind == "layers"
+        if layers_alone and AcceleratorState().distributed_type == DistributedType.FSDP:
+            raise ValueError(
+                "a stage of kind=layers cannot run under FSDP, which frees a layer's weights "
+                "before its own backward pass; run it on one process or under DDP"
+            )
+        task = build_task(config.without_stages, data)
+        student = task.model
+        weights: dict[str, Tensor] = {}
+        if self.start is not None:
+            weights = trained_weights(self.start, student, subfolder(config))
+        learning = trained_names(student, self.settings.train or "all")
+        moved = {
+            n for n, p in student.named_parameters() if n in weights and not p.equal(weights[n])
         }
-        if stage.kind == "layers":
-            # What compares the layers is not compiled.
-            given["compile"] = "none"
-        yield (
-            f"stage {number} of {len(distillation.stages)}, {stage.kind}",
-            replace(
-                config,
-                output_dir=folder,
-                distill=replace(distillation, stages=[stage], start=start),
-                max_steps=stage.steps,
-                # Another order of the data than the stage before had.
-                seed=config.seed + number - 1,
-                **given,
-            ),
-        )
-        start = str(Path(folder) / PIPELINE_NAME)
-
-
-def stage_task(config: TrainConfig, data: TrainingData) -> Task:
-    """A student and its teacher on this process's device, and what the student learns.
-
-    Args:
-        config: Settings with a distillation of one stage.
-        data: What it learns from.
-
-    Raises:
-        ValueError: If teacher, settings and data do not fit together.
-    """
-    distillation = distillation_of(config)
-    (stage,) = distillation.stages
-    check_teacher(config)
-    if stage.kind == "layers" and AcceleratorState().distributed_type == DistributedType.FSDP:
-        raise ValueError(
-            "a stage of kind=layers cannot run under FSDP, which frees a layer's weights before "
-            "its own backward pass; run it on one process or under DDP"
-        )
-    task = build_task(config.without_stages, data)
-    student = task.model
-    weights: dict[str, Tensor] = {}
-    if distillation.start is not None:
-        weights = trained_weights(distillation.start, student, subfolder(config))
-    learning = trained_names(student, stage.train or "all")
-    moved = {n for n, p in student.named_parameters() if n in weights and not p.equal(weights[n])}
-    teacher = softmax_twin(student, learning | moved)
-    student.load_state_dict(weights, strict=False)
-    train_only(student, learning)
-    device: Any = PartialState().device
-    student.to(device)
-    teacher.to(device)
-    if stage.kind == "layers":
-        layers = LayerErrors(student, teacher, stage.layer_error)
-        losses = LayerLosses(task.objective, task.conditioning, layers)
-    else:
+        teacher = softmax_twin(student, learning | moved)
+        student.load_state_dict(weights, strict=False)
+        train_only(student, learning)
+        device: Any = PartialState().device
+        student.to(device)
+        teacher.to(device)
+        if layers_alone:
+            errors = LayerErrors(student, teacher, self.settings.layer_error)
+            return replace(task, losses=LayerLosses(task.objective, task.conditioning, errors))
         bf16 = config.mixed_precision == "bf16"
         autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)
         compile_model(teacher, config.compile)
-        losses = OutputLosses(
-            task.objective, task.conditioning, teacher, stage.teacher_weight, autocast
+        weight = self.settings.teacher_weight
+        losses = OutputLosses(task.objective, task.conditioning, teacher, weight, autocast)
+        return replace(task, losses=losses)
+
+
+def stages_of(config: TrainConfig) -> Iterator[Stage]:
+    """The stages that settings ask for, each starting from what the one before it saves."""
+    distillation = distillation_of(config)
+    start = distillation.start
+    for number, settings in enumerate(distillation.stages, 1):
+        folder = str(Path(config.output_dir) / f"stage-{number}-{settings.kind}")
+        given = {
+            name: getattr(settings, name)
+            for name in ("learning_rate", "mhla_learning_rate", "warmup_steps", "ema_decay")
+            if getattr(settings, name) is not None
+        }
+        if settings.kind == "layers":
+            # What compares the layers is not compiled.
+            given["compile"] = "none"
+        run = replace(
+            config,
+            output_dir=folder,
+            max_steps=settings.steps,
+            # Another order of the data than the stage before had.
+            seed=config.seed + number - 1,
+            **given,
         )
-    return replace(task, losses=losses)
+        title = f"stage {number} of {len(distillation.stages)}, {settings.kind}"
+        yield Stage(title, settings, run, start)
+        start = str(Path(folder) / PIPELINE_NAME)
 
 
 def check_teacher(config: TrainConfig) -> None:
@@ -188,7 +190,7 @@ def check_teacher(config: TrainConfig) -> None:
         ValueError: If the student is softmax, or the teacher has MHLA layers.
     """
     if config.model.attention == "softmax":
-        raise ValueError("distill needs another model.attention, found softmax")
+        raise ValueError("distill needs a model.attention that replaces softmax, found softmax")
     if config.model.trainable != "all":
         raise ValueError("distill.stages say what is trained (train); leave model.trainable out")
     if config.model.pretrained is not None:

@@ -15,7 +15,6 @@ from mhla_gen.hub import PIPELINE_NAME
 from mhla_gen.locks import claimed
 from mhla_gen.output_folders import CONFIG_NAME
 from mhla_gen.runtime.processes import on_main
-from mhla_gen.training.build import build_task
 from mhla_gen.training.checkpoints import (
     check_output_dir,
     last_checkpoint,
@@ -35,12 +34,11 @@ from mhla_gen.training.previews import (
 )
 from mhla_gen.training.run_pipeline import write_pipeline
 from mhla_gen.training.stopping import Stopped, StopRequest
-from mhla_gen.training.task import BuildTask
 from mhla_gen.training.throughput import peak_flops
 from mhla_gen.training.training_run import Run, build_run
 
 
-def train(config: TrainConfig, title: str = "training", build: BuildTask = build_task) -> Path:
+def train(config: TrainConfig, title: str = "training") -> Path:
     """Train, writing a log, checkpoints, and at the end the pipeline with the averaged weights.
 
     Step k is a function of the config and of the weights before it, so a run that was interrupted
@@ -50,7 +48,6 @@ def train(config: TrainConfig, title: str = "training", build: BuildTask = build
         config: Settings; `output_dir` gets config.yaml, log.jsonl, checkpoint-N, previews and
             pipeline.
         title: Name of the progress bar.
-        build: As in `build_run`.
 
     Returns:
         The folder of the trained pipeline.
@@ -64,19 +61,23 @@ def train(config: TrainConfig, title: str = "training", build: BuildTask = build
     # Joins the processes of a launch, which have the folder together.
     build_accelerator(config)
     with claimed(config.output_dir):
-        return _train(config, title, build)
+        # Again: another command may have had the folder in between.
+        on_main(lambda: check_output_dir(config))
+        folder = Path(config.output_dir)
+        if pipeline_steps(folder) == config.max_steps:
+            if build_accelerator(config).is_main_process:
+                done = f"{folder} is already finished: all of its {config.max_steps} steps are done"
+                tqdm.write(f"{done}, and nothing was run", file=sys.stderr)
+            return folder / PIPELINE_NAME
+        return run_to_end(build_run(config), title)
 
 
-def _train(config: TrainConfig, title: str, build: BuildTask) -> Path:
-    # Again: another command may have had the folder in between.
-    on_main(lambda: check_output_dir(config))
-    folder = Path(config.output_dir)
-    if pipeline_steps(folder) == config.max_steps:
-        if build_accelerator(config).is_main_process:
-            done = f"{folder} is already finished: all of its {config.max_steps} steps are done"
-            tqdm.write(f"{done}, and nothing was run", file=sys.stderr)
-        return folder / PIPELINE_NAME
-    run = build_run(config, build)
+def run_to_end(run: Run, title: str) -> Path:
+    """Train a run that is built, from its newest checkpoint on, in a folder that it has alone.
+
+    Arguments, result and errors as those of `train`.
+    """
+    config, folder = run.config, Path(run.config.output_dir)
     if run.accelerator.is_main_process:
         save_config(config, folder / CONFIG_NAME)
     _list_left_out(run, folder)

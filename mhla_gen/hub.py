@@ -8,6 +8,9 @@ PIPELINE_NAME = "pipeline"
 """Folder of a finished run, and of a checkpoint, that holds its pipeline."""
 SAMPLING_NAME = "sampling.json"
 """File beside `INDEX_NAME` with settings of `mhla-gen sample` for this pipeline."""
+EXAMPLES_NAME = "examples"
+"""Folder beside `INDEX_NAME` with prompts for `mhla-gen sample`, and what belongs to them."""
+PROMPTS_NAME, EMBEDS_NAME = "prompts.jsonl", "prompt_embeds.safetensors"
 _SAVED = (INDEX_NAME, "config.json")
 
 
@@ -60,6 +63,17 @@ def locate(path: str, newest: bool = False) -> str:
 def _step_of(checkpoint: Path) -> int:
     number = checkpoint.name.rpartition("-")[2]
     return int(number) if number.isdecimal() else -1
+
+
+def example_settings(pipeline: str | Path) -> list[str]:
+    """Settings with which `mhla-gen sample` draws an example; none for one of classes.
+
+    Args:
+        pipeline: Folder of a pipeline that a run of ours saved.
+    """
+    folder = Path(pipeline) / EXAMPLES_NAME
+    files = {"prompts": folder / PROMPTS_NAME, "prompt_embeds": folder / EMBEDS_NAME}
+    return [f"{name}={path}" for name, path in files.items() if path.is_file()]
 
 
 def pipeline_index(path: str) -> dict[str, Any]:

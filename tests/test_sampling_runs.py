@@ -2,6 +2,7 @@
 
 import filecmp
 import json
+import shlex
 import shutil
 
 import numpy as np
@@ -11,6 +12,7 @@ from diffusers import DiffusionPipeline, WanPipeline
 from tiny import tiny_clip_cache, tiny_dit_pipeline, tiny_wan_pipeline
 from tiny_sampling import arrays_of, set_of, tiny_pipeline
 
+from mhla_gen.cli import main
 from mhla_gen.config import (
     DataConfig,
     MHLAConfig,
@@ -100,10 +102,8 @@ def test_what_is_not_trained_lies_on_the_disk_once(run, tmp_path):
     # What diffusers would have written, and the settings of the run.
     WanPipeline.from_pretrained(places[2]).save_pretrained(tmp_path / "again")
     difference = filecmp.dircmp(tmp_path / "again", places[2])
-    assert difference.left_only == [] and set(difference.right_only) == {
-        "sampling.json",
-        "run.json",
-    }
+    beside = {"sampling.json", "run.json", "examples"}
+    assert difference.left_only == [] and set(difference.right_only) == beside
     assert difference.subdirs.keys() >= {"vae", "scheduler", "transformer", "text_encoder"}
     for inner in difference.subdirs.values():
         assert not inner.left_only and not inner.right_only
@@ -168,3 +168,44 @@ def test_a_file_of_settings_with_other_keys_is_refused(tmp_path):
     (tmp_path / "pipe" / "sampling.json").write_text('{"output_dir": "x"}')
     with pytest.raises(UserError, match="has the keys output_dir; known are num_inference_steps"):
         sample(set_of(tmp_path / "set", tmp_path / "pipe"))
+
+
+def hint_of(arguments, capsys):
+    """What `mhla-gen train` says at its end, as a shell takes it apart."""
+    assert main(["train", *arguments]) == 0
+    said = capsys.readouterr().out.strip().splitlines()[-1]
+    command = shlex.split(said.partition("to draw from it: ")[2])
+    assert command[:2] == ["mhla-gen", "sample"]
+    return command[1:]
+
+
+def test_the_hint_after_training_on_clips_works(run, tmp_path, monkeypatch, capsys):
+    hint = hint_of([str(run / "config.yaml"), "resume=latest"], capsys)
+    monkeypatch.chdir(tmp_path)
+    assert main(hint) == 0
+    made = json.loads((tmp_path / "runs" / "samples" / "manifest.json").read_text())
+    assert made["samples"][0]["prompt"].startswith("a red square moves")
+    assert made["shape"] == [9, 32, 48, 3]
+
+
+@pytest.mark.parametrize("image", [False, True])
+def test_the_hint_works_without_a_text_encoder(clips, image, tmp_path, monkeypatch, capsys):
+    settings = [f"output_dir={tmp_path / 'run'}", "data.source=cache", f"data.path={clips}"]
+    settings += [f"wan.{name}={value}" for name, value in SMALL.items()]
+    settings += [f"wan.first_frame={image}", f"wan.times_of_tokens={image}"]
+    settings += ["model.mhla.layout=[1,2,2]", "max_steps=1", "batch_size=2", "checkpoint_every=1"]
+    settings += ["sample_every=0", "report_to=none", "samples.num_inference_steps=2"]
+    hint = hint_of(settings, capsys)
+    monkeypatch.chdir(tmp_path)
+    assert main(hint) == 0
+    (video,) = (tmp_path / "runs" / "samples" / "videos").iterdir()
+    assert video.stat().st_size > 0
+
+
+def test_the_hint_after_training_on_classes_works(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    settings = ["data.source=digits", "model.patch_size=2", "model.num_layers=1", "max_steps=1"]
+    settings += ["model.num_attention_heads=2", "model.attention_head_dim=8", "batch_size=2"]
+    settings += ["model.mhla.layout=[2,2]", "report_to=none", "sample_every=0"]
+    hint = hint_of([*settings, "samples.num_inference_steps=1"], capsys)
+    assert main(hint) == 0 and (tmp_path / "runs" / "samples" / "samples.npz").is_file()

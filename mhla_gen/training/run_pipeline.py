@@ -2,11 +2,12 @@
 
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mhla_gen.files import write_json
-from mhla_gen.hub import SAMPLING_NAME
+from mhla_gen.hub import EXAMPLES_NAME, SAMPLING_NAME
 from mhla_gen.training.training_run import Run
 
 
@@ -26,14 +27,20 @@ def write_pipeline(run: Run, folder: Path, before: Path | None) -> None:
         if run.accelerator.is_main_process:
             finished = model if run.task.finished is None else run.task.finished(model)
             pipeline: Any = run.task.pipeline(finished)
-            for name, part in pipeline.components.items():
-                if part is None:
-                    continue
-                known = None if before is None or part is finished else before / name
+            parts = {
+                name: partial(part.save_pretrained, folder / name)
+                for name, part in pipeline.components.items()
+                if part is not None
+            }
+            if run.task.examples is not None:
+                parts[EXAMPLES_NAME] = partial(run.task.examples, pipeline, folder / EXAMPLES_NAME)
+            for name, write in parts.items():
+                trained = pipeline.components.get(name) is finished
+                known = None if before is None or trained else before / name
                 if known is not None and known.is_dir():
                     shutil.copytree(known, folder / name, copy_function=_link)
                 else:
-                    part.save_pretrained(folder / name)
+                    write()
             pipeline.save_config(folder)
             write_json(folder / SAMPLING_NAME, dict(run.task.sampling))
     run.accelerator.wait_for_everyone()

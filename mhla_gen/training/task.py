@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -47,6 +48,9 @@ class Task:
     sampling: Mapping[str, Any] = field(default_factory=dict)
     """Settings of `mhla-gen sample` that are saved with the pipeline: they hold where a user gives
     nothing else."""
+    examples: Callable[[Any, Path], None] | None = None
+    """Pipeline and a folder → writes a prompt there for a first sample; see
+    `mhla_gen.hub.example_settings`. None for a pipeline that takes no prompts."""
 
     @property
     def step_losses(self) -> Losses:

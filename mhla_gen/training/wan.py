@@ -13,7 +13,7 @@ from mhla_gen.training.lora import add_lora, merged
 from mhla_gen.training.pretrained import attention_settings, load_pretrained
 from mhla_gen.training.prompts import ClipMatching, Prompts
 from mhla_gen.training.task import Task
-from mhla_gen.training.wan_pipeline import ClipSamples, WanParts, sampling_of
+from mhla_gen.training.wan_pipeline import ClipExamples, ClipSamples, WanParts, sampling_of
 
 # Channels of an image-to-video model beside noisy and known latents: see `first_frame_mask`.
 _MASK_CHANNELS = 4
@@ -60,6 +60,7 @@ def wan_task(config: TrainConfig, wan: WanConfig, data: TrainingData) -> Task:
         finished=merged if config.model.trainable == "lora" else None,
         sampler=ClipSamples(data, empty, wan) if parts.has_autoencoder else None,
         sampling=sampling_of(config, data, fps),
+        examples=ClipExamples(data, empty, wan).write if parts.has_autoencoder else None,
         fps=fps,
         gathered=("WanTimeTextImageEmbedding",),
         summary=f"{len(data)} clips, latents {', '.join(map(_times, data.sample_shapes))}",

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,10 +19,13 @@ from mhla_gen.config import PreviewConfig, TextEncoderConfig, TrainConfig, WanCo
 from mhla_gen.data import TrainingData
 from mhla_gen.data.caching.cached import CachedLatents
 from mhla_gen.data.text import load_text_encoder
-from mhla_gen.hub import pipeline_index
+from mhla_gen.files import write_lines, write_tensors
+from mhla_gen.hub import EMBEDS_NAME, PROMPTS_NAME, pipeline_index
 from mhla_gen.models.saved_transformer import load_transformer
 from mhla_gen.pipelines.noise import generator_of, sample_seed
 from mhla_gen.training.task import preview_pixels
+
+_FRAME_NAME = "first_frame.png"
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,6 +188,31 @@ class ClipSamples:
                 **options,
             )[0]
         return preview_pixels([number], found)[0]
+
+
+@dataclass(frozen=True, eq=False)
+class ClipExamples:
+    """The caption, and first frame, of a clip of the data; see `Task.examples`."""
+
+    data: CachedLatents
+    empty: Tensor
+    wan: WanConfig
+
+    def write(self, pipeline: Any, folder: Path) -> None:
+        """Write a prompt, its embedding if the pipeline has no text encoder, and its image."""
+        number = self.data.buckets[largest_bucket(self.data)][0]
+        item = self.data.read([number])
+        example = {"prompt": self.data.caption(number) or ""}
+        folder.mkdir(parents=True)
+        if pipeline.text_encoder is None:
+            embeds = {"prompt_embeds": item["prompt_embeds"].float()}
+            embeds["negative_prompt_embeds"] = self.empty[None].float()
+            write_tensors(folder / EMBEDS_NAME, embeds)
+        if self.wan.first_frame:
+            example["image"] = _FRAME_NAME
+            latents = item["mean"][:, :, :1].to(pipeline.vae.device)
+            decoded_frame(pipeline.vae, latents).save(folder / _FRAME_NAME)
+        write_lines(folder / PROMPTS_NAME, [example])
 
 
 @torch.no_grad()

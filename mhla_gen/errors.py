@@ -20,6 +20,14 @@ class MissingError(UserError, FileNotFoundError):
     """A file or a folder that is not there."""
 
 
+class OccupiedError(UserError, FileExistsError):
+    """A place for output that holds something else."""
+
+
+class NotWritableError(UserError, PermissionError):
+    """A place for output that takes no files."""
+
+
 class NotFiniteError(UserError):
     """A model gave NaN or infinity in place of a sample."""
 

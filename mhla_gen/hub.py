@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from mhla_gen.errors import MissingError, UserError
+
 INDEX_NAME = "model_index.json"
 PIPELINE_NAME = "pipeline"
 """Folder of a finished run, and of a checkpoint, that holds its pipeline."""
@@ -37,7 +39,7 @@ def find(path: str, newest: bool = False) -> str | None:
             places += sorted(found, key=lambda place: _step_of(place.parent), reverse=True)
         return next((str(p) for p in places if any((p / n).is_file() for n in _SAVED)), None)
     if folder.exists() or not _is_name(path):
-        raise FileNotFoundError(
+        raise MissingError(
             f"{path}: there is no such folder, and it is not taken for a name on the hub, which is "
             "owner/name where no folder here is called owner"
         )
@@ -53,7 +55,7 @@ def locate(path: str, newest: bool = False) -> str:
     place = find(path, newest)
     if place is None:
         run = "with a pipeline or a checkpoint" if newest else "that has finished"
-        raise FileNotFoundError(
+        raise MissingError(
             f"{path} holds neither a saved pipeline ({INDEX_NAME}), nor a saved model "
             f"(config.json), nor a run of ours {run}"
         )
@@ -119,7 +121,7 @@ def locate_part(path: str, name: str) -> tuple[str, dict[str, Any]]:
         return place, {}
     parts = [key for key, value in index.items() if _is_part(value)]
     if name not in parts:
-        raise ValueError(f"the pipeline {place} has no {name}; it has {', '.join(parts)}")
+        raise UserError(f"the pipeline {place} has no {name}; it has {', '.join(parts)}")
     return place, {"subfolder": name}
 
 

@@ -6,6 +6,7 @@ import os
 import socket
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,9 +15,11 @@ from tqdm import tqdm
 
 from mhla_gen import files
 from mhla_gen.errors import UserError
-from mhla_gen.output_folders import LOCK_NAME
+from mhla_gen.output_folders import CONFIG_NAME, LOCK_NAME
 from mhla_gen.runtime.processes import on_main
+from mhla_gen.version import __version__
 
+ERRORS_NAME = "errors.log"
 # What locking says on file systems that have none.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
@@ -31,7 +34,8 @@ def claimed(folder: str | Path) -> Iterator[None]:
 
     All processes of a launch call this; the lock is theirs together, and ends with the main one,
     however that ends. What killed commands left half-written there is removed. A folder that is
-    made here and has nothing in it at the end goes again.
+    made here and has nothing in it at the end goes again. An error that ends the work is noted in a
+    run's errors.log, with its traceback.
 
     Raises:
         FolderInUseError: If another command has it, naming its host and process.
@@ -43,10 +47,25 @@ def claimed(folder: str | Path) -> Iterator[None]:
     mine = files.claim(folder)
     try:
         yield
+    except Exception as error:
+        note_failure(folder, error)
+        raise
     finally:
         if mine:
             files.release(folder)
         lock.give_back()
+
+
+def note_failure(folder: Path, error: Exception) -> None:
+    """Append an error with its traceback to the log of a run; nothing where there is no run."""
+    if not (folder / CONFIG_NAME).is_file():
+        return
+    words = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    where = f"process {os.getpid()} on {socket.gethostname()}, mhla_gen {__version__}"
+    trace = "".join(traceback.format_exception(error))
+    # The error itself matters more than a log that cannot be written.
+    with suppress(OSError), (folder / ERRORS_NAME).open("a", encoding="utf-8") as file:
+        file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {where}: {words}\n{trace}\n")
 
 
 class _Lock:

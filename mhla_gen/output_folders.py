@@ -10,6 +10,7 @@ from typing import Any
 
 from mhla_gen.config import ConfigError, load_config
 from mhla_gen.config.fields import path_settings
+from mhla_gen.errors import NotWritableError, OccupiedError
 from mhla_gen.files import is_temporary
 
 CONFIG_NAME = "config.yaml"
@@ -40,11 +41,11 @@ def made_with(folder: str | Path, config: Any, ignore: Sequence[str] = ("output_
     folder = Path(folder)
     remedy = "choose another output_dir or move it away"
     if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"output_dir {folder} is a file; {remedy}")
+        raise OccupiedError(f"output_dir {folder} is a file; {remedy}")
     if is_free(folder):
         return False
     if not (folder / CONFIG_NAME).is_file():
-        raise FileExistsError(
+        raise OccupiedError(
             f"output_dir {folder} has files that this command did not write, and no {CONFIG_NAME}; "
             f"{remedy}"
         )
@@ -52,10 +53,10 @@ def made_with(folder: str | Path, config: Any, ignore: Sequence[str] = ("output_
         found = load_config(folder / CONFIG_NAME, schema=type(config))
     except ConfigError as error:
         message = f"output_dir {folder} was written by another command, or is damaged ({error})"
-        raise FileExistsError(f"{message}; {remedy}") from None
+        raise OccupiedError(f"{message}; {remedy}") from None
     changes = differences(found, config, ignore)
     if changes:
-        raise FileExistsError(
+        raise OccupiedError(
             f"output_dir {folder} was made with other settings ({'; '.join(changes)}); {remedy}"
         )
     return True
@@ -74,7 +75,7 @@ def check_writable(folder: str | Path) -> None:
         with tempfile.TemporaryFile(dir=parent):
             pass
     except OSError as error:
-        raise PermissionError(
+        raise NotWritableError(
             f"output_dir {folder} cannot be made: {parent} is not writable "
             f"({error.strerror or error}); choose another output_dir"
         ) from error

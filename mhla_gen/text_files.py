@@ -163,12 +163,12 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for i, key in enumerate(keys) if key in keys[:i])
-        raise ValueError(f"the key {twice!r} is given twice")
+        raise UserError(f"the key {twice!r} is given twice")
     return found
 
 
 def _constant(name: str) -> float:
-    raise ValueError(f"{name} is no number in it")
+    raise UserError(f"{name} is no number in it")
 
 
 def _shortened(value: Any) -> str:

@@ -1,16 +1,19 @@
 """The command line as a user meets it: real processes, real messages."""
 
+import os
 import re
 import subprocess
 import sys
 from itertools import permutations
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 from mhla_gen.cli import COMMANDS, main
 from mhla_gen.config import SCHEMAS
+from mhla_gen.errors import MissingError, UserError
 
 ROOT = Path(__file__).parents[1]
 # The other scripts in these folders measure something and have options of their own.
@@ -99,3 +102,81 @@ def test_every_launcher_starts(launcher, tmp_path):
     command = [sys.executable, str(launcher), "--help"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0 and "CONFIG.yaml" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["trian"], "there is no command trian; did you mean train?"),
+        (["dance"], "there is no command dance; there are quickstart, train"),
+        (["train", "--seed", "3"], "written key=value: seed=3 in place of --seed"),
+        (["train", "--seed=3"], "written key=value: seed=3 in place of --seed=3"),
+        (["train", "--max-steps", "3"], "written key=value: max_steps=3 in place of --max-steps"),
+        (["train", "--data.path=d"], "written key=value: data.path=d in place of"),
+        (["train", "--max_stps", "3"], "written key=value: max_steps=3 in place of"),
+        (["train", "--config", "a.yaml"], "by its name alone: mhla-gen train a.yaml"),
+        (["train", "-c", "a.yaml"], "by its name alone: mhla-gen train a.yaml"),
+        (["train", "--dryrun"], "there is no flag --dryrun"),
+        (["sample", "--guidance_scale"], "written key=value: guidance_scale=… in place of"),
+    ],
+)
+def test_words_of_other_command_lines_are_answered_with_ours(words, said, capsys):
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+
+
+def test_a_folder_may_have_an_equals_sign(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lr=1e-4").mkdir()
+    (tmp_path / "seed=1").mkdir()
+    for word, line in (
+        ("lr=1e-4", "pipeline: lr=1e-4"),
+        (str(tmp_path / "lr=2"), f"pipeline: {tmp_path}/lr=2"),
+        ("seed=1", "seed: 1"),
+    ):
+        assert main(["sample", word, "--print-config"]) == 0
+        assert line in capsys.readouterr().out.splitlines()
+    assert main(["sample", "lr=2"]) == 2
+    assert "Key 'lr' not in" in capsys.readouterr().err
+
+
+def test_faults_of_the_program_keep_their_traceback(monkeypatch, capsys):
+    for error in (ValueError("bug"), TypeError("bug"), FileNotFoundError(2, "gone", "x")):
+        monkeypatch.setattr("mhla_gen.cli.doctor.run", Mock(side_effect=error))
+        with pytest.raises(type(error)):
+            main(["doctor"])
+    for error in (UserError("said"), PermissionError(13, "said", "x"), MissingError("said")):
+        monkeypatch.setattr("mhla_gen.cli.doctor.run", Mock(side_effect=error))
+        assert main(["doctor"]) == 2
+        said = capsys.readouterr().err
+        assert "said" in said and said.count("\n") == 1
+        monkeypatch.setenv("MHLA_GEN_TRACEBACK", "1")
+        with pytest.raises(type(error)):
+            main(["doctor"])
+        monkeypatch.delenv("MHLA_GEN_TRACEBACK")
+
+
+def test_errors_for_users_are_of_our_own_class():
+    """Others keep their traceback; those of ops are about arguments of a call."""
+    own = re.compile(r"raise (ValueError|FileNotFoundError|FileExistsError|PermissionError)\(")
+    for path in (ROOT / "mhla_gen").rglob("*.py"):
+        if "ops" not in path.relative_to(ROOT).parts:
+            found = own.search(path.read_text())
+            assert not found, f"{path}: raise a class of mhla_gen.errors, found {found[0]}"
+
+
+def test_processors_are_prepared_unless_the_user_has(tmp_path):
+    code = (
+        "import os, sys; from mhla_gen.cli import main; main(['doctor', '--dry-run']);"
+        "print(os.environ['MKL_CBWR'], os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
+    )
+    plain = {k: v for k, v in os.environ.items() if k not in ("MKL_CBWR", "OMP_WAIT_POLICY")}
+    given = {"MKL_CBWR": "COMPATIBLE", "OMP_WAIT_POLICY": "active"}
+    for settings, expected in (({}, "AUTO,STRICT passive"), (given, "COMPATIBLE active")):
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, env=plain | settings, capture_output=True, text=True)
+        assert done.stdout.splitlines()[-1].startswith(expected), done.stderr
+    # They are read when torch is loaded.
+    code = "import sys, mhla_gen.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

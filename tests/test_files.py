@@ -237,3 +237,18 @@ def test_a_path_is_the_same_under_any_spelling(tmp_path, monkeypatch):
     assert differences(*sets[:2]) == [] and differences(sets[0], sets[2])
     nested = [SampleConfig(evaluate=EvaluateConfig(reference=name)) for name in ("d", "./d/")]
     assert differences(*nested) == []
+
+
+def test_an_error_is_noted_in_the_log_of_a_run(tmp_path):
+    def fail(name):
+        with pytest.raises(ZeroDivisionError), claimed(tmp_path / name):
+            1 / 0  # noqa: B018
+
+    fail("none")
+    assert not (tmp_path / "none").exists()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("job: doctor\n")
+    fail("run")
+    fail("run")
+    log = (tmp_path / "run" / "errors.log").read_text()
+    assert log.count("ZeroDivisionError: division by zero") == 2 and "Traceback" in log

@@ -14,6 +14,7 @@ import torch
 from mhla_gen.bench.model import bench_model
 from mhla_gen.bench.ops import bench_ops
 from mhla_gen.config import BenchConfig
+from mhla_gen.errors import OccupiedError
 from mhla_gen.files import write_json
 from mhla_gen.runtime.devices import resolve_device
 from mhla_gen.version import __version__
@@ -42,7 +43,7 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     """
     folder = Path(config.output_dir)
     if (folder / "bench.json").exists():
-        raise FileExistsError(
+        raise OccupiedError(
             f"output_dir {folder} holds an earlier measurement; choose another one or move it away"
         )
     device = resolve_device(config.device)

@@ -1,14 +1,18 @@
 """`mhla-gen COMMAND [CONFIG.yaml] [key=value …]`: parse, load the config, make one call."""
 
 import argparse
+import difflib
 import errno
 import importlib
 import os
 import sys
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from mhla_gen.config import SCHEMAS, load_config, to_yaml
+from mhla_gen.config.fields import kinds_of
+from mhla_gen.config.reading import is_setting
+from mhla_gen.errors import UserError
 from mhla_gen.version import __version__
 
 
@@ -21,6 +25,12 @@ class Command(NamedTuple):
     """The setting that a folder means when it stands where a config file would."""
 
 
+_FLAGS = ("--dry-run", "--print-config", "--help", "-h", "--version")
+# What a machine refuses, and no program can mend.
+_REFUSALS = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO),
+    *(errno.ESTALE, errno.ENAMETOOLONG, errno.ELOOP, errno.EMFILE, errno.ENFILE),
+)
 # The keys are those of SCHEMAS. Modules are imported only when their command runs.
 COMMANDS: dict[str, Command] = {
     "quickstart": Command(
@@ -107,52 +117,107 @@ def main(argv: Sequence[str] | None = None) -> int:
     come from.
     """
     given = _joined_command(sys.argv[1:] if argv is None else argv)
+    if mistake := _mistake(given):
+        print(f"mhla-gen: error: {mistake}", file=sys.stderr)
+        return 2
     # argparse takes settings on one side of a flag only.
     args = build_parser().parse_args(sorted(given, key=lambda word: word.startswith("-")))
+    name = args.command
+    if name != "bench":
+        _prepare_processor()
     try:
-        path, overrides = _split_arguments(args.arguments, COMMANDS[args.command].folder_key)
-        config = load_config(path, overrides, SCHEMAS[args.command])
+        config = _config_of(name, args.arguments)
         if args.print_config:
             print(to_yaml(config), end="")
             return 0
-        module = importlib.import_module(COMMANDS[args.command].module)
+        module = importlib.import_module(COMMANDS[name].module)
         module.run(config, dry_run=args.dry_run)
         if "accelerate" in sys.modules:
             importlib.import_module("mhla_gen.runtime.processes").part_processes()
-    except (ValueError, OSError) as error:
-        if os.environ.get("MHLA_GEN_TRACEBACK") == "1":
-            raise
-        full = getattr(error, "errno", None) == errno.ENOSPC
-        # What is whole stays, and is not made again.
-        remedy = "; make room, then give the same command again" if full else ""
-        print(f"mhla-gen {args.command}: error: {error}{remedy}", file=sys.stderr)
-        return 2
-    except RuntimeError as error:
-        # torch.OutOfMemoryError, told by name so that --help needs no torch.
-        if type(error).__name__ != "OutOfMemoryError":
-            raise
-        print(
-            f"mhla-gen {args.command}: error: out of GPU memory; lower batch_size or the size",
-            file=sys.stderr,
-        )
-        return 2
     except KeyboardInterrupt as error:
-        print(f"\nmhla-gen {args.command}: {error or 'interrupted'}", file=sys.stderr)
+        print(f"\nmhla-gen {name}: {error or 'interrupted'}", file=sys.stderr)
         return 130
+    except Exception as error:
+        said = _said(error)
+        if said is None or os.environ.get("MHLA_GEN_TRACEBACK") == "1":
+            raise
+        print(f"mhla-gen {name}: error: {said}", file=sys.stderr)
+        return 2
     return 0
+
+
+def _prepare_processor() -> None:
+    """Set what libraries read when torch is loaded, unless the user has.
+
+    MKL's products of one row then do not depend on where a weight lies in memory, so that a resumed
+    run is exact on every processor. And threads of OpenMP sleep while they wait for work: spinning,
+    they take the cores from those that have some.
+    """
+    os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
+def _said(error: Exception) -> str | None:
+    """What a user can do about an error; None for one that is a fault of the program."""
+    number = getattr(error, "errno", None)
+    if isinstance(error, UserError) or (isinstance(error, OSError) and number in _REFUSALS):
+        full = number in (errno.ENOSPC, errno.EDQUOT)
+        # What is whole stays, and is not made again.
+        return f"{error}; make room, then give the same command again" if full else str(error)
+    # Told by name so that --help needs no torch.
+    if type(error).__name__ == "OutOfMemoryError":
+        return "out of GPU memory; lower batch_size or the size"
+    return None
+
+
+def _mistake(given: Sequence[str]) -> str | None:
+    """What is wrong with the words of the command line, and what to write."""
+    name = next((word for word in given if not word.startswith("-")), None)
+    if name is None:
+        return None
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        meant = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
+        return f"there is no command {name}; {meant}"
+    words = list(given)
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        if not word.startswith("-") or word in _FLAGS:
+            continue
+        key, equals, value = word.lstrip("-").partition("=")
+        key = key.replace("-", "_")
+        if not equals and not following.startswith("-"):
+            value = following
+        if key in ("config", "c", "config_file"):
+            return f"a config file is given by its name alone: mhla-gen {name} {value or 'FILE'}"
+        known = [*kinds_of(SCHEMAS[name])]
+        near = [key] if key.split(".")[0] in known else difflib.get_close_matches(key, known, n=1)
+        if near:
+            return f"settings are written key=value: {near[0]}={value or '…'} in place of {word}"
+        return (
+            f"there is no flag {word}; settings are written key=value, flags are --dry-run and "
+            "--print-config"
+        )
+    return None
+
+
+def _config_of(name: str, arguments: Sequence[str]) -> Any:
+    """The settings that the words behind a command mean."""
+    schema, folder_key = SCHEMAS[name], COMMANDS[name].folder_key
+    first = arguments[0] if arguments else None
+    if first is None or _is_override(first, schema):
+        return load_config(None, arguments, schema)
+    if folder_key is not None and not first.endswith((".yaml", ".yml")):
+        return load_config(None, [f"{folder_key}={first}", *arguments[1:]], schema)
+    return load_config(first, arguments[1:], schema)
+
+
+def _is_override(word: str, schema: type) -> bool:
+    """Whether a word sets something; a file or folder may have = in its name, too."""
+    known = word.partition("=")[0].split(".")[0].split("[")[0] in kinds_of(schema)
+    return "=" in word and (known or (is_setting(word) and not os.path.exists(word)))
 
 
 def _joined_command(argv: Sequence[str]) -> list[str]:
     """The arguments with a command of two words as one."""
     both = " ".join(argv[:2])
     return [both, *argv[2:]] if both in COMMANDS else list(argv)
-
-
-def _split_arguments(
-    arguments: Sequence[str], folder_key: str | None
-) -> tuple[str | None, list[str]]:
-    if arguments and "=" not in arguments[0]:
-        if folder_key is not None and not arguments[0].endswith((".yaml", ".yml")):
-            return None, [f"{folder_key}={arguments[0]}", *arguments[1:]]
-        return arguments[0], list(arguments[1:])
-    return None, list(arguments)

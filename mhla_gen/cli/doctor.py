@@ -1,6 +1,7 @@
 """`mhla-gen doctor`: try every part of the installation once."""
 
 from mhla_gen.config import DoctorConfig
+from mhla_gen.errors import UserError
 
 
 def run(config: DoctorConfig, dry_run: bool) -> None:
@@ -18,4 +19,4 @@ def run(config: DoctorConfig, dry_run: bool) -> None:
     print(report(findings))
     broken = [finding.name for finding in findings if finding.state == "broken"]
     if broken:
-        raise ValueError(f"{', '.join(broken)} does not work; the table names remedies")
+        raise UserError(f"{', '.join(broken)} does not work; the table names remedies")

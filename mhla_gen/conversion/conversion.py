@@ -15,6 +15,7 @@ from mhla_gen.config import ConvertConfig, save_config
 from mhla_gen.conversion import mhla_dit, mhla_wan, original_dit
 from mhla_gen.conversion.keys import Converted, few
 from mhla_gen.conversion.reading import read_checkpoint
+from mhla_gen.errors import MissingError, UserError
 from mhla_gen.files import written_whole
 from mhla_gen.hub import locate_part
 from mhla_gen.models import (
@@ -50,7 +51,7 @@ def convert(config: ConvertConfig, dry_run: bool = False) -> None:
         OSError: If a file is missing or the output folder holds something else.
     """
     if config.source is None:
-        raise ValueError("source is missing: the checkpoint to convert")
+        raise UserError("source is missing: the checkpoint to convert")
     folder = Path(config.output_dir)
     if made_with(folder, config):
         print(f"{folder} holds this conversion already; nothing was done")
@@ -119,10 +120,10 @@ def build(converted: Converted) -> Any:
     extra = converted.state.keys() - expected.keys()
     if missing or extra:
         what = "lacks" if missing else "has too many weights:"
-        raise ValueError(f"the checkpoint {what} (by our names) {few(missing or extra)}")
+        raise UserError(f"the checkpoint {what} (by our names) {few(missing or extra)}")
     for key, tensor in converted.state.items():
         if tensor.shape != expected[key].shape:
-            raise ValueError(
+            raise UserError(
                 f"the checkpoint's {key} (our name) is {tuple(tensor.shape)}, but a "
                 f"{type(model).__name__} of this size has {tuple(expected[key].shape)}"
             )
@@ -174,7 +175,7 @@ def _write(
 def _saved_folder(source: str) -> Path:
     """The folder of the transformer that a model, pipeline or run has."""
     if not Path(source).is_dir():
-        raise FileNotFoundError(
+        raise MissingError(
             f"source {source} is no folder: an export takes that of a model, a pipeline or a run; "
             "what is on the hub is downloaded first (hf download)"
         )
@@ -187,7 +188,7 @@ def _saved_model(folder: Path, kind: str) -> tuple[Any, dict[str, Any]]:
     saved = json.loads((folder / "config.json").read_text())
     classes = {c.__name__: c for c in _WRITABLE[kind]}
     if saved.get("_class_name") not in classes:
-        raise ValueError(
+        raise UserError(
             f"format {kind} is for {' or '.join(classes)}, but {folder} holds a "
             f"{saved.get('_class_name')}"
         )
@@ -200,17 +201,17 @@ def _saved_model(folder: Path, kind: str) -> tuple[Any, dict[str, Any]]:
 
 def _same_weights(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
     if found.keys() != expected.keys():
-        raise ValueError(f"weights were lost or added: {few(found.keys() ^ expected.keys())}")
+        raise UserError(f"weights were lost or added: {few(found.keys() ^ expected.keys())}")
     for key, tensor in expected.items():
         # The table of positions is computed, not learned; reading checked it.
         if key != "pos_embed" and not torch.equal(found[key].to(tensor.dtype), tensor):
-            raise ValueError(f"{key} changed on the way there and back; nothing was written")
+            raise UserError(f"{key} changed on the way there and back; nothing was written")
 
 
 def _same_outputs(before: Tensor, after: Tensor) -> None:
     if not torch.equal(before, after):
         error = (before - after).abs().max().item()
-        raise ValueError(f"the written model's outputs differ by {error:.1e}; nothing was written")
+        raise UserError(f"the written model's outputs differ by {error:.1e}; nothing was written")
 
 
 def _dtype(state: Mapping[str, Tensor]) -> torch.dtype:

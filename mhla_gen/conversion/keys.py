@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from mhla_gen.errors import UserError
+
 _BLOCK = re.compile(r"(?<=blocks\.)\d+")
 
 
@@ -61,7 +63,7 @@ def shape(state: Mapping[str, Tensor], key: str, kind: str) -> tuple[int, ...]:
         ValueError: If it is not there.
     """
     if key not in state:
-        raise ValueError(f"not {kind}: it has no weight {key}")
+        raise UserError(f"not {kind}: it has no weight {key}")
     return tuple(state[key].shape)
 
 
@@ -72,7 +74,7 @@ def refuse_unknown(keys: Collection[str], kind: str) -> None:
         ValueError: If there are any; they are named.
     """
     if keys:
-        raise ValueError(f"not {kind}, which has no {few(keys)}")
+        raise UserError(f"not {kind}, which has no {few(keys)}")
 
 
 def few(keys: Collection[str]) -> str:
@@ -89,4 +91,4 @@ def refuse_other_settings(found: Mapping[str, Any], needed: Mapping[str, Any], k
     """
     for name, value in needed.items():
         if found[name] != value:
-            raise ValueError(f"{kind} always has {name}={value}, but the model has {found[name]}")
+            raise UserError(f"{kind} always has {name}={value}, but the model has {found[name]}")

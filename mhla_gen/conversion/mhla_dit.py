@@ -17,6 +17,7 @@ from torch import Tensor
 from mhla_gen.config import MHLAConfig
 from mhla_gen.conversion import original_dit
 from mhla_gen.conversion.keys import Converted, refuse_other_settings, rename, shape
+from mhla_gen.errors import UserError
 from mhla_gen.models.dit import MHLADiTTransformer2DModel
 
 KIND = "a checkpoint of the MHLA authors' DiT"
@@ -77,9 +78,9 @@ def read(
     num_blocks = shape(state, "blocks.0.attn.piece_attn.conv.weight", KIND)[0]
     side = math.isqrt(num_blocks)
     if any(tuple(m.shape) != (side**2, side**2, 1, 1) for m in mixing.values()):
-        raise ValueError(f"{KIND} has mixing matrices [M, M, 1, 1] of one square number M")
+        raise UserError(f"{KIND} has mixing matrices [M, M, 1, 1] of one square number M")
     if any(re.search(r"\.attn\.[qk]_norm\.", key) for key in state):
-        raise ValueError("the checkpoint normalises queries and keys, which diffusers' DiT cannot")
+        raise UserError("the checkpoint normalises queries and keys, which diffusers' DiT cannot")
 
     differences = []
     if any(".attn.norm." in key for key in state):
@@ -87,7 +88,7 @@ def read(
     if normalizer == "released" and num_blocks > 1:
         differences.append(_NORMALIZER)
     if differences and not allow_differences:
-        raise ValueError(
+        raise UserError(
             f"this checkpoint would compute another function: {'; '.join(differences)}. As a start "
             "for training it can be read with allow_differences=true"
         )
@@ -129,14 +130,14 @@ def write(
         ValueError: If the authors' model cannot express ours.
     """
     if normalizer != "paper":
-        raise ValueError(
+        raise UserError(
             "the authors' released DiT computes another function than Eq. 4, and needs a second "
             "LayerNorm that no model of ours has; normalizer=paper writes weights for mended code"
         )
     mhla = MHLAConfig.from_dict(settings["mhla"]).to_dict()
     refuse_other_settings(mhla, _FIXED, "the authors' DiT")
     if len(set(mhla["layout"])) > 1:
-        raise ValueError(
+        raise UserError(
             f"the authors' DiT has as many blocks along both axes, not {mhla['layout']}"
         )
     base, converted = {}, {}
@@ -148,7 +149,7 @@ def write(
         else:
             base[key] = tensor
     if len(converted) != 3 * settings["num_layers"]:
-        raise ValueError("the authors' DiT has MHLA in every layer; some layers here are softmax")
+        raise UserError("the authors' DiT has MHLA in every layer; some layers here are softmax")
     for key, tensor in original_dit.write(base, settings).items():
         converted[rename(key, _NAMES_BACK) or key] = tensor
     return converted

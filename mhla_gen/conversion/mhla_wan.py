@@ -21,6 +21,7 @@ from mhla_gen.conversion.keys import (
     rename,
     shape,
 )
+from mhla_gen.errors import UserError
 from mhla_gen.models.wan import MHLAWanTransformer3DModel
 
 KIND = "a checkpoint of the MHLA authors' text-to-video Wan"
@@ -90,12 +91,12 @@ def read(state: Mapping[str, Tensor], layout: tuple[int, ...] | None = None) -> 
             unknown.append(key)
     refuse_unknown(unknown, KIND)
     if not layers:
-        raise ValueError(f"not {KIND}: no layer has a mixing matrix (self_attn.block_attn)")
+        raise UserError(f"not {KIND}: no layer has a mixing matrix (self_attn.block_attn)")
     first = f"blocks.{min(layers)}.self_attn"
     _check_layout(layout, shape(state, f"{first}.block_attn.conv.weight", KIND)[0])
     conv, gate = f"{first}.lepe.weight" in state, f"{first}.g.weight" in state
     if conv and gate:
-        raise ValueError(f"a layer has a gate and a convolution: {_BOTH}")
+        raise UserError(f"a layer has a gate and a convolution: {_BOTH}")
     head_dim = shape(state, f"{first}.g_norm.weight", KIND)[0]
     config = MHLAConfig(layout=layout, layers=layers, conv=conv, gate=gate, **_FIXED)
     arguments = {
@@ -129,7 +130,7 @@ def write(state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dict[str,
     refuse_other_settings(mhla, _FIXED, "the authors' Wan")
     refuse_other_settings(settings, _FIXED_WAN, "the authors' Wan")
     if mhla["conv"] and mhla["gate"]:
-        raise ValueError(f"the model has a gate and a convolution: {_BOTH}")
+        raise UserError(f"the model has a gate and a convolution: {_BOTH}")
     names = inverse(_NAMES)
     converted, unknown = {}, []
     for key, tensor in state.items():
@@ -147,7 +148,7 @@ def write(state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dict[str,
 def _check_layout(layout: tuple[int, ...] | None, num_blocks: int) -> None:
     if layout is None or len(layout) != 3 or math.prod(layout) != num_blocks:
         known = ", for the released training settings (3, 5, 10)" if num_blocks == 150 else ""
-        raise ValueError(
+        raise UserError(
             f"the mixing matrices are for {num_blocks} blocks: give layout, the blocks along "
             f"frames, height and width that multiply to it{known}; found {layout}"
         )

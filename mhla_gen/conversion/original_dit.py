@@ -22,6 +22,7 @@ from mhla_gen.conversion.keys import (
     rename,
     shape,
 )
+from mhla_gen.errors import UserError
 from mhla_gen.models.dit import OriginalDiTTransformer2DModel
 
 KIND = "a facebookresearch/DiT checkpoint"
@@ -86,7 +87,7 @@ def read(state: Mapping[str, Tensor], num_attention_heads: int | None = None) ->
 
     heads = num_attention_heads or _HEADS.get(hidden_size)
     if heads is None or hidden_size % heads:
-        raise ValueError(
+        raise UserError(
             f"the number of heads is not in the weights: give num_attention_heads, a divisor of "
             f"the hidden size {hidden_size}"
         )
@@ -118,7 +119,7 @@ def write(state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dict[str,
         ValueError: If the original cannot express the model.
     """
     if settings["timestep_freq_shift"] != _FIXED["timestep_freq_shift"]:
-        raise ValueError(
+        raise UserError(
             "the model embeds timesteps at diffusers' frequencies, which the original DiT does not "
             "have; if its weights came from the original, load them with "
             "OriginalDiTTransformer2DModel.from_pretrained(folder, norm_eps=1e-6) and save that"
@@ -135,7 +136,7 @@ def write(state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dict[str,
             parts.setdefault(f"blocks.{match[1]}.attn.qkv.{match[3]}", {})[match[2]] = tensor
         elif (match := _COPIED.fullmatch(key)) and (new := rename(match[2], embedders)):
             if not torch.equal(converted.setdefault(new, tensor), tensor):
-                raise ValueError(
+                raise UserError(
                     f"block {match[1]} has another {match[2]} than block 0: the original DiT has "
                     "one for all blocks, and training in diffusers moved them apart"
                 )
@@ -161,7 +162,7 @@ def _check_positions(found: Tensor, sample_size: int, patch_size: int) -> None:
     # The original's table was rounded elsewhere: 3e-8 in float32, a half-precision digit otherwise.
     tolerance = 1e-5 if found.dtype in (torch.float32, torch.float64) else 1e-2
     if found.shape != fixed.shape or (found.float() - fixed).abs().max() > tolerance:
-        raise ValueError(
+        raise UserError(
             "pos_embed is not DiT's fixed sine-cosine table of a square grid in raster order, the "
             "only one that diffusers has"
         )

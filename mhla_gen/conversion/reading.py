@@ -12,6 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from mhla_gen.errors import MissingError, UserError
+
 # What training scripts put around a model's weights, in the order of preference of `auto`.
 _ENTRIES = ("ema", "model", "state_dict")
 # What wrappers put before every name.
@@ -50,29 +52,29 @@ def read_checkpoint(path: str | Path, entry: str = "auto") -> dict[str, Tensor]:
 def _read_folder(path: Path) -> dict[str, Tensor]:
     files = sorted(path.glob("*.safetensors"))
     if not files:
-        raise FileNotFoundError(f"{path} has no .safetensors files")
+        raise MissingError(f"{path} has no .safetensors files")
     contents: dict[str, Tensor] = {}
     for file in files:
         shard = _read_safetensors(file)
         twice = sorted(shard.keys() & contents.keys())
         if twice:
-            raise ValueError(f"{path} has {twice[0]} in two files; give one of the files")
+            raise UserError(f"{path} has {twice[0]} in two files; give one of the files")
         contents |= shard
     return contents
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
-        raise FileNotFoundError(f"checkpoint {path} does not exist")
+        raise MissingError(f"checkpoint {path} does not exist")
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+        raise UserError(f"{path} is not a whole safetensors file: {error}") from error
 
 
 def _read_torch(path: Path) -> Any:
     if not path.is_file():
-        raise FileNotFoundError(f"checkpoint {path} does not exist")
+        raise MissingError(f"checkpoint {path} does not exist")
     # DiT's training script saves its command line as a Namespace, a plain bag of values.
     with torch.serialization.safe_globals([argparse.Namespace]):
         try:
@@ -81,13 +83,13 @@ def _read_torch(path: Path) -> Any:
             mapped = zipfile.is_zipfile(path)
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         except pickle.UnpicklingError as error:
-            raise ValueError(
+            raise UserError(
                 f"{path} holds more than tensors or is no file of torch.save; it is not unpickled, "
                 "because that would run its code: ask for a safetensors file"
             ) from error
         except (RuntimeError, EOFError, KeyError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ValueError(f"{path} is not a whole file of torch.save: {reason}") from error
+            raise UserError(f"{path} is not a whole file of torch.save: {reason}") from error
 
 
 def _choose(contents: Any, entry: str, path: Path) -> dict[str, Tensor]:
@@ -96,11 +98,11 @@ def _choose(contents: Any, entry: str, path: Path) -> dict[str, Tensor]:
     found = contents if isinstance(contents, Mapping) else {}
     entries = [name for name in _ENTRIES if _is_state(found.get(name))]
     if not entries:
-        raise ValueError(f"{path} holds no state dict, on its own or as {', '.join(_ENTRIES)}")
+        raise UserError(f"{path} holds no state dict, on its own or as {', '.join(_ENTRIES)}")
     if entry == "auto":
         return dict(found[entries[0]])
     if entry not in entries:
-        raise ValueError(f"{path} has no weights {entry!r}; it has {', '.join(entries)}")
+        raise UserError(f"{path} has no weights {entry!r}; it has {', '.join(entries)}")
     return dict(found[entry])
 
 

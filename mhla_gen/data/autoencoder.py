@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mhla_gen.config import AutoencoderConfig
 from mhla_gen.digests import settings_digest, weights_digest
+from mhla_gen.errors import UserError
 from mhla_gen.hub import locate_part
 
 IMAGE_AUTOENCODERS = ("AutoencoderKL", "AutoencoderDC", "AutoencoderTiny")
@@ -43,18 +44,18 @@ def load_autoencoder(config: AutoencoderConfig) -> Any:
         values: Any = diffusers.AutoencoderKL.load_config(path, **subfolder)
     except OSError as error:
         line = str(error).splitlines()[0]
-        raise ValueError(
+        raise UserError(
             f"vae.path {path} holds no autoencoder of diffusers, or cannot be reached: {line}"
         ) from error
     name = values.get("_class_name")
     known = IMAGE_AUTOENCODERS + VIDEO_AUTOENCODERS
     if name not in known:
-        raise ValueError(f"vae.path {path} is a {name}; known are {', '.join(known)}")
+        raise UserError(f"vae.path {path} is a {name}; known are {', '.join(known)}")
     dtype = getattr(torch, config.dtype)
     vae = getattr(diffusers, name).from_pretrained(path, torch_dtype=dtype, **subfolder)
     if config.tiling:
         if not hasattr(vae, "enable_tiling"):
-            raise ValueError(f"vae.tiling=true, but {name} has no tiling")
+            raise UserError(f"vae.tiling=true, but {name} has no tiling")
         vae.enable_tiling()
     return vae.eval().requires_grad_(False)
 
@@ -93,16 +94,16 @@ def latent_shape(vae: Any, frames: int, height: int, width: int) -> tuple[int, .
     """
     temporal, spatial = compression(vae)
     if height % spatial or width % spatial:
-        raise ValueError(
+        raise UserError(
             f"{type(vae).__name__} takes sizes that are multiples of {spatial}, "
             f"found {height} × {width}"
         )
     if (frames - 1) % temporal:
-        raise ValueError(
+        raise UserError(
             f"{type(vae).__name__} takes 1 + a multiple of {temporal} frames, found {frames}"
         )
     if frames > 1 and not is_video(vae):
-        raise ValueError(f"{type(vae).__name__} encodes images, found clips of {frames} frames")
+        raise UserError(f"{type(vae).__name__} encodes images, found clips of {frames} frames")
     time = ((frames - 1) // temporal + 1,) if is_video(vae) else ()
     return num_channels(vae), *time, height // spatial, width // spatial
 

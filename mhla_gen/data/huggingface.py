@@ -9,6 +9,7 @@ import numpy as np
 
 from mhla_gen.config import DataConfig
 from mhla_gen.data.lists import Known, known_of
+from mhla_gen.errors import MissingError, UserError
 from mhla_gen.text_files import Row
 
 
@@ -48,25 +49,25 @@ def saved_dataset(config: DataConfig) -> HuggingFaceStore:
     try:
         datasets: Any = importlib.import_module("datasets")
     except ModuleNotFoundError as error:
-        raise ValueError(
+        raise UserError(
             'data.source=huggingface needs the package datasets: pip install "mhla_gen[datasets]"'
         ) from error
     try:
         table: Any = datasets.load_from_disk(str(config.path))
     except FileNotFoundError as error:
-        raise FileNotFoundError(
+        raise MissingError(
             f"data.path {config.path} is no folder that datasets saved to disk"
         ) from error
     if isinstance(table, datasets.DatasetDict):
         if config.split not in table:
             splits = ", ".join(map(str, table))
-            raise ValueError(f"{config.path} has no split {config.split}; found {splits}")
+            raise UserError(f"{config.path} has no split {config.split}; found {splits}")
         table = table[config.split]
     name = str(config.path)
     feature = table.features.get(config.image_column)
     if not isinstance(feature, datasets.Image):
         found = ", ".join(table.column_names)
-        raise ValueError(f"{name} has no column {config.image_column} of images; found {found}")
+        raise UserError(f"{name} has no column {config.image_column} of images; found {found}")
     images = table.select_columns(config.image_column)
     images = images.cast_column(config.image_column, datasets.Image(decode=False))
     return HuggingFaceStore(images, name, *_known(table, config, datasets.ClassLabel))
@@ -77,7 +78,7 @@ def _known(table: Any, config: DataConfig, class_label: type) -> Known:
     columns = [c for c in wanted if c in table.column_names]
     if not columns:
         found = ", ".join(table.column_names)
-        raise ValueError(f"{config.path} has no column {' or '.join(wanted)}; found {found}")
+        raise UserError(f"{config.path} has no column {' or '.join(wanted)}; found {found}")
     values = table.select_columns(columns).to_list()
     rows = [Row(f"{config.path}, row {number}", row) for number, row in enumerate(values, 1)]
     feature = table.features.get(config.label_column)

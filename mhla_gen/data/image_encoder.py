@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mhla_gen.config import ImageEncoderConfig
 from mhla_gen.digests import settings_digest, weights_digest
+from mhla_gen.errors import UserError
 from mhla_gen.hub import locate, pipeline_index
 
 IMAGE_ENCODERS = ("CLIPVisionModel", "CLIPVisionModelWithProjection")
@@ -49,14 +50,14 @@ def load_image_encoder(config: ImageEncoderConfig) -> ImageEncoder:
 
     path = locate(str(config.path))
     if not has_image_encoder(path):
-        raise ValueError(
+        raise UserError(
             f"image_encoder.path {path} must be a pipeline with the folders image_encoder and "
             "image_processor, such as Wan 2.1's for image to video"
         )
     parts = pipeline_index(path)
     name = parts["image_encoder"][1]
     if name not in IMAGE_ENCODERS:
-        raise ValueError(
+        raise UserError(
             f"image_encoder.path {path} has a {name}; known are {', '.join(IMAGE_ENCODERS)}"
         )
     dtype = getattr(torch, config.dtype)
@@ -68,7 +69,7 @@ def load_image_encoder(config: ImageEncoderConfig) -> ImageEncoder:
         processor = kind.from_pretrained(path, subfolder="image_processor")
     except (OSError, KeyError, TypeError) as error:
         line = str(error).splitlines()[0]
-        raise ValueError(
+        raise UserError(
             f"image_encoder.path {path} has no image_encoder and image_processor: {line}"
         ) from error
     return ImageEncoder(model.eval().requires_grad_(False), processor)

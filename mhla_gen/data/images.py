@@ -18,6 +18,7 @@ from torch import Tensor
 from mhla_gen.data.broken import BrokenImages
 from mhla_gen.data.protocol import Batch
 from mhla_gen.data.stores import ImageStore
+from mhla_gen.errors import MissingError, UserError
 from mhla_gen.media.pictures import UnreadableImageError, read_rgb
 
 # Pillow decodes without holding the interpreter lock.
@@ -42,17 +43,17 @@ class ArrayImages:
     def __post_init__(self):
         shape, dtype = self.images.shape, self.images.dtype
         if dtype != np.uint8 or len(shape) != 4 or shape[1] != shape[2] or not len(self.images):
-            raise ValueError(
+            raise UserError(
                 "images must be square, uint8 [images, height, width, channels]; "
                 f"found {dtype} {list(shape)}"
             )
         if self.labels.shape != shape[:1] or not np.issubdtype(self.labels.dtype, np.integer):
-            raise ValueError(
+            raise UserError(
                 f"labels must be one integer per image, {shape[0]} in all; "
                 f"found {self.labels.dtype} {list(self.labels.shape)}"
             )
         if self.labels.min() < 0 or self.labels.max() >= len(self.class_names):
-            raise ValueError(
+            raise UserError(
                 f"labels must be in 0…{len(self.class_names) - 1}; "
                 f"found {self.labels.min()}…{self.labels.max()}"
             )
@@ -214,7 +215,7 @@ class EncodedImages:
         first, reason = next(iter(broken.items()))
         names = self.class_names
         whose = "" if names is None else f" of class {names[self._label(index)]}"
-        raise ValueError(
+        raise UserError(
             f"no image{whose} can be read ({len(images)} in all): {self.describe(first)} {reason}; "
             "mend them, or remove the class from the data"
         )
@@ -246,7 +247,7 @@ def load_npz(path: Path, num_classes: int | None = None) -> ArrayImages:
         ValueError: If it is no npz file, or lacks an array.
     """
     if not path.is_file():
-        raise FileNotFoundError(
+        raise MissingError(
             f"data.path {path} is not a file, which data.source=npz takes; "
             "a folder of class folders is data.source=folder"
         )
@@ -254,9 +255,9 @@ def load_npz(path: Path, num_classes: int | None = None) -> ArrayImages:
         with np.load(path, allow_pickle=False) as arrays:
             images, labels = arrays["arr_0"], arrays["labels"]
     except KeyError as error:
-        raise ValueError(f"{path} must hold arr_0 and labels: {error.args[0]}") from error
+        raise UserError(f"{path} must hold arr_0 and labels: {error.args[0]}") from error
     except (OSError, ValueError, AttributeError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is not an npz file of plain arrays: {error}") from error
+        raise UserError(f"{path} is not an npz file of plain arrays: {error}") from error
     if num_classes is None:
         whole = np.issubdtype(labels.dtype, np.integer)
         num_classes = int(labels.max(initial=0)) + 1 if whole else 1

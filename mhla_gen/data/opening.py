@@ -9,6 +9,7 @@ from mhla_gen.data.images import ArrayImages, EncodedImages, digits, load_npz
 from mhla_gen.data.protocol import TrainingData
 from mhla_gen.data.stores import FileStore, ImageStore, class_folders, listed_images
 from mhla_gen.data.webdataset import tar_shards
+from mhla_gen.errors import MissingError, UserError
 
 
 def load_data(config: DataConfig) -> TrainingData:
@@ -19,7 +20,7 @@ def load_data(config: DataConfig) -> TrainingData:
         FileNotFoundError: If they are missing.
     """
     if config.source == "clips":
-        raise ValueError(
+        raise UserError(
             "data.source=clips: videos are trained on from a cache; run `mhla-gen cache`, then "
             "use data.source=cache"
         )
@@ -32,7 +33,7 @@ def load_data(config: DataConfig) -> TrainingData:
         assert isinstance(images, EncodedImages) and isinstance(images.store, FileStore)
         missing = [path for path in images.store.paths if not path.is_file()]
         if missing:
-            raise FileNotFoundError(f"{config.path} names {missing[0]}, which does not exist")
+            raise MissingError(f"{config.path} names {missing[0]}, which does not exist")
     return images
 
 
@@ -58,7 +59,7 @@ def open_images(config: DataConfig) -> ArrayImages | EncodedImages:
     elif config.source == "huggingface":
         store = saved_dataset(config)
     else:
-        raise ValueError(f"data.source={config.source} does not hold images in pixels")
+        raise UserError(f"data.source={config.source} does not hold images in pixels")
     assert config.image_size is not None
     return EncodedImages(store, config.image_size)
 
@@ -66,7 +67,7 @@ def open_images(config: DataConfig) -> ArrayImages | EncodedImages:
 def _of_size(images: ArrayImages, config: DataConfig) -> ArrayImages:
     size = images.image_shape[-1]
     if config.image_size not in (None, size):
-        raise ValueError(
+        raise UserError(
             f"data.image_size is {config.image_size} but the {config.source} images are "
             f"{size} pixels wide; leave it out or set it to {size}"
         )

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mhla_gen.config import TextEncoderConfig
 from mhla_gen.digests import settings_digest, tensors_digest
+from mhla_gen.errors import UserError
 from mhla_gen.hub import locate, pipeline_index
 
 ENCODERS = {"t5": "T5EncoderModel", "umt5": "UMT5EncoderModel"}
@@ -54,7 +55,7 @@ def load_text_encoder(config: TextEncoderConfig) -> TextEncoder:
 
     path = locate(str(config.path))
     if not pipeline_index(path):
-        raise ValueError(
+        raise UserError(
             f"text.path {path} must be a pipeline with the folders text_encoder and tokenizer"
         )
     try:
@@ -62,9 +63,9 @@ def load_text_encoder(config: TextEncoderConfig) -> TextEncoder:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, subfolder="tokenizer")
     except (OSError, ValueError) as error:
         line = str(error).splitlines()[0]
-        raise ValueError(f"text.path {path} has no text_encoder and tokenizer: {line}") from error
+        raise UserError(f"text.path {path} has no text_encoder and tokenizer: {line}") from error
     if settings.model_type not in ENCODERS:
-        raise ValueError(
+        raise UserError(
             f"text.path {path} has a text encoder of type {settings.model_type}; "
             f"known are {', '.join(ENCODERS)}"
         )

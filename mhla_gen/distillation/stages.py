@@ -18,6 +18,7 @@ from mhla_gen.data import TrainingData
 from mhla_gen.distillation.layers import LayerErrors
 from mhla_gen.distillation.losses import LayerLosses, OutputLosses
 from mhla_gen.distillation.teacher import softmax_twin, train_only, trained_names
+from mhla_gen.errors import UserError
 from mhla_gen.files import written_whole
 from mhla_gen.hub import PIPELINE_NAME
 from mhla_gen.locks import claimed
@@ -98,7 +99,7 @@ def distillation_of(config: TrainConfig) -> DistillConfig:
         ValueError: If they have none.
     """
     if config.distill is None:
-        raise ValueError("distillation needs distill.teacher and distill.stages")
+        raise UserError("distillation needs distill.teacher and distill.stages")
     return config.distill
 
 
@@ -126,7 +127,7 @@ class Stage:
         check_teacher(config)
         layers_alone = self.settings.kind == "layers"
         if layers_alone and AcceleratorState().distributed_type == DistributedType.FSDP:
-            raise ValueError(
+            raise UserError(
                 "a stage of kind=layers cannot run under FSDP, which frees a layer's weights "
                 "before its own backward pass; run it on one process or under DDP"
             )
@@ -190,16 +191,16 @@ def check_teacher(config: TrainConfig) -> None:
         ValueError: If the student is softmax, or the teacher has MHLA layers.
     """
     if config.model.attention == "softmax":
-        raise ValueError("distill needs a model.attention that replaces softmax, found softmax")
+        raise UserError("distill needs a model.attention that replaces softmax, found softmax")
     if config.model.trainable != "all":
-        raise ValueError("distill.stages say what is trained (train); leave model.trainable out")
+        raise UserError("distill.stages say what is trained (train); leave model.trainable out")
     if config.model.pretrained is not None:
-        raise ValueError(
+        raise UserError(
             "distill.teacher is what the student starts from; leave model.pretrained out"
         )
     teacher = str(distillation_of(config).teacher)
     if issubclass(transformer_class(teacher, subfolder(config)), MHLATransformerMixin):
-        raise ValueError(f"distill.teacher {teacher} has MHLA layers; it must be the softmax model")
+        raise UserError(f"distill.teacher {teacher} has MHLA layers; it must be the softmax model")
 
 
 def subfolder(config: TrainConfig) -> str:
@@ -216,7 +217,7 @@ def trained_weights(folder: str, student: Any, subfolder: str) -> dict[str, Tens
     found = load_transformer(folder, subfolder)
     changes = differing_values(_settings(found), _settings(student))
     if changes:
-        raise ValueError(f"the student in {folder} is another model ({'; '.join(changes)})")
+        raise UserError(f"the student in {folder} is another model ({'; '.join(changes)})")
     return found.state_dict()
 
 

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Collection
 from typing import Any, Literal
 
+from mhla_gen.errors import UserError
 from mhla_gen.models.attention import MHLA
 from mhla_gen.models.surgery import swap_processor
 from mhla_gen.models.transformer import MHLATransformerMixin
@@ -24,7 +25,7 @@ def mhla_attentions(student: MHLATransformerMixin) -> dict[str, Any]:
         name: layer for name, layer in layers if isinstance(getattr(layer, "mhla", None), MHLA)
     }
     if not found:
-        raise ValueError("the student has no MHLA layers; convert it with mhla_gen.inject first")
+        raise UserError("the student has no MHLA layers; convert it with mhla_gen.inject first")
     return found
 
 

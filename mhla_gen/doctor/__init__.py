@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from mhla_gen.doctor import computing, installation
 from mhla_gen.doctor.result import Result, State
+from mhla_gen.errors import UserError
 
 
 class Finding(NamedTuple):
@@ -24,7 +25,7 @@ def examine(names: Sequence[str] = ()) -> list[Finding]:
     """
     unknown = [name for name in names if name not in CHECKS]
     if unknown:
-        raise ValueError(f"checks must be among {', '.join(CHECKS)}; found {', '.join(unknown)}")
+        raise UserError(f"checks must be among {', '.join(CHECKS)}; found {', '.join(unknown)}")
     return [_guarded(name, CHECKS[name]) for name in names or CHECKS]
 
 

@@ -1,7 +1,9 @@
 """Errors of the evaluation that a user can mend; each message is one sentence."""
 
+from mhla_gen.errors import UserError
 
-class EvaluationError(ValueError):
+
+class EvaluationError(UserError):
     """Images, features or statistics that cannot be evaluated as asked."""
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from mhla_gen.errors import UserError
+
 
 @dataclass(frozen=True)
 class ExtractorIdentity:
@@ -46,7 +48,7 @@ class Extractor(nn.Module):
             For each name in `dims`, float32 [batch, dim].
         """
         if images.dtype != torch.uint8:
-            raise ValueError(f"extractors take uint8 images in 0…255, found {images.dtype}")
+            raise UserError(f"extractors take uint8 images in 0…255, found {images.dtype}")
         with torch.no_grad(), full_float32(images.device):
             return {name: x.to(torch.float32) for name, x in self.extract(images).items()}
 

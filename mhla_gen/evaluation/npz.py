@@ -8,6 +8,7 @@ from typing import BinaryIO
 import numpy as np
 from numpy.lib import format as npy
 
+from mhla_gen.errors import UserError
 from mhla_gen.evaluation.errors import EvaluationError
 from mhla_gen.files import written_whole
 
@@ -73,7 +74,7 @@ def _mapped(path: Path, key: str) -> np.ndarray:
         shape, fortran, dtype = _npy_header(file)
         start = file.tell()
     if dtype.hasobject:
-        raise ValueError("it holds Python objects, which are never loaded")
+        raise UserError("it holds Python objects, which are never loaded")
     if 0 in shape:
         return np.zeros(shape, dtype)
     order = "F" if fortran else "C"

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from mhla_gen.errors import UserError
 from mhla_gen.models import MHLA
 from mhla_gen.models.family import Family
 from mhla_gen.ops import FEATURE_MAPS
@@ -261,7 +262,7 @@ def _softmax_attention(
     """From the arguments of `scaled_dot_product_attention`, `[batch, heads, tokens, channels]`."""
     _check_single(query)
     if attn_mask is not None or is_causal:
-        raise ValueError("inspect draws self-attention without a mask; this model uses one")
+        raise UserError("inspect draws self-attention without a mask; this model uses one")
     if enable_gqa:
         key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
     return SoftmaxAttention(
@@ -273,4 +274,4 @@ def _softmax_attention(
 
 def _check_single(query: Tensor) -> None:
     if len(query) != 1:
-        raise ValueError(f"inspect looks at one input at a time, found a batch of {len(query)}")
+        raise UserError(f"inspect looks at one input at a time, found a batch of {len(query)}")

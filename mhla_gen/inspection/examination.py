@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from mhla_gen.errors import UserError
 from mhla_gen.inspection.attention_maps import LayerAttention, MHLAAttention, watch
 from mhla_gen.inspection.inputs import Input
 from mhla_gen.inspection.statistics import HeadStatistics, head_statistics
@@ -98,13 +99,13 @@ def examine(title: str, subject: Subject, inputs: Sequence[Input], focus: Focus)
     for item in tqdm(inputs, desc=f"inspect {title}", unit="input"):
         watch(subject.family, subject.model, _on(device, item.arguments), observe)
     if not layers:
-        raise ValueError(f"no layer of {subject.source} is softmax or MHLA; nothing to draw")
+        raise UserError(f"no layer of {subject.source} is softmax or MHLA; nothing to draw")
     return Examination(title, subject, dict(sorted(layers.items())))
 
 
 def _new_layer(name: str, attention: LayerAttention, focus: Focus) -> Layer:
     if attention.seq_len != int(np.prod(focus.grid)):
-        raise ValueError(
+        raise UserError(
             f"{name} attends over {attention.seq_len} tokens, not over the grid {focus.grid}; "
             "inspect draws self-attention over the image's or video's own tokens"
         )

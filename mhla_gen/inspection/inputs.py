@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mhla_gen.config import InputsConfig
 from mhla_gen.data import ArrayImages, EncodedImages, derived_seed, open_images
+from mhla_gen.errors import UserError
 from mhla_gen.inspection.subject import Subject
 
 # What diffusers' Wan pipelines pass: text padded to 512 tokens, 257 of CLIP's for an image.
@@ -45,12 +46,12 @@ def token_grid(subject: Subject, config: InputsConfig) -> tuple[int, ...]:
     if config.grid is None:
         return native
     if len(config.grid) != len(native):
-        raise ValueError(
+        raise UserError(
             f"grid needs {len(native)} entries for a {type(subject.model).__name__}, "
             f"found {list(config.grid)}"
         )
     if isinstance(subject.model, DiTTransformer2DModel) and len(set(config.grid)) > 1:
-        raise ValueError(f"DiT's token grid is square, found grid={list(config.grid)}")
+        raise UserError(f"DiT's token grid is square, found grid={list(config.grid)}")
     return config.grid
 
 
@@ -109,7 +110,7 @@ def add_noise(scheduler: Any, latents: Tensor, noise: Tensor, timestep: int) -> 
         ValueError: If there is no scheduler to tell how.
     """
     if scheduler is None:
-        raise ValueError(
+        raise UserError(
             "data need a pipeline folder: its scheduler says how much noise a timestep has; "
             "leave data out to inspect the model on noise alone"
         )
@@ -131,7 +132,7 @@ def _starts(
     num_classes = getattr(subject.model.config, "num_embeds_ada_norm", None)
     classes = range(num_classes or 1) if config.classes == "all" else config.classes
     if num_classes and max(classes) >= num_classes:
-        raise ValueError(f"the model has classes 0…{num_classes - 1}, found {max(classes)}")
+        raise UserError(f"the model has classes 0…{num_classes - 1}, found {max(classes)}")
     return [_Start(None, classes[i % len(classes)]) for i in range(config.num_inputs)]
 
 
@@ -139,7 +140,7 @@ def _images(
     images: ArrayImages | EncodedImages, config: InputsConfig, shape: tuple[int, ...]
 ) -> list[_Start]:
     if tuple(images.image_shape) != shape[1:]:
-        raise ValueError(
+        raise UserError(
             f"the data are {list(images.image_shape)} but the model takes {list(shape[1:])}; "
             "latent and video models are inspected on noise: leave data out"
         )
@@ -181,7 +182,7 @@ def _condition_of(model: Any) -> Condition:
         if isinstance(model, base):
             return condition
     names = ", ".join(base.__name__ for base in CONDITIONS)
-    raise ValueError(f"inspect can make inputs for {names}; found a {type(model).__name__}")
+    raise UserError(f"inspect can make inputs for {names}; found a {type(model).__name__}")
 
 
 def _cast(arguments: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from mhla_gen.config import InspectConfig, save_config
+from mhla_gen.errors import UserError
 from mhla_gen.files import written_whole
 from mhla_gen.inspection.examination import Examination, Focus, examine
 from mhla_gen.inspection.figures import Picture, draw_statistics
@@ -43,7 +44,7 @@ def inspect(config: InspectConfig, dry_run: bool = False) -> Path:
         OSError: If a model or data are missing, or the output folder holds something else.
     """
     if config.model is None:
-        raise ValueError(
+        raise UserError(
             "inspect needs a model: a folder or a hub name, as first argument or model=…"
         )
     folder = Path(config.output_dir)
@@ -86,7 +87,7 @@ def _load(config: InspectConfig) -> dict[str, Subject]:
     for subject in subjects.values():
         num_heads = subject.family.sizes(subject.model)[0]
         if config.head is not None and config.head >= num_heads:
-            raise ValueError(
+            raise UserError(
                 f"{subject.source} has heads 0…{num_heads - 1}, found head={config.head}"
             )
     return subjects
@@ -94,7 +95,7 @@ def _load(config: InspectConfig) -> dict[str, Subject]:
 
 def _check_teacher(model: Subject, teacher: Subject) -> None:
     if type(model.family) is not type(teacher.family):
-        raise ValueError(
+        raise UserError(
             f"model and teacher must be of one family, found a {type(model.model).__name__} and a "
             f"{type(teacher.model).__name__}"
         )
@@ -110,7 +111,7 @@ def _check_teacher(model: Subject, teacher: Subject) -> None:
     ]
     for name in sizes[0]:
         if sizes[0][name] != sizes[1][name]:
-            raise ValueError(
+            raise UserError(
                 f"model and teacher must take the same inputs and have as many layers; {name}: "
                 f"{sizes[0][name]} and {sizes[1][name]}"
             )

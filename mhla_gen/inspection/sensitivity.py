@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from mhla_gen.config import SensitivityConfig
+from mhla_gen.errors import UserError
 from mhla_gen.inspection.sensitivity_plan import Plan, plan_by_count, plan_by_error
 from mhla_gen.inspection.sensitivity_report import write_report
 from mhla_gen.inspection.sensitivity_scan import LAYERS_NAME, Scan
@@ -32,7 +33,7 @@ def sensitivity(config: SensitivityConfig, dry_run: bool = False) -> Path:
         OSError: If the model or data are missing, or the output folder holds something else.
     """
     if config.model is None:
-        raise ValueError(
+        raise UserError(
             "inspect sensitivity needs a model: a folder or hub name, as first argument or model=…"
         )
     folder = Path(config.output_dir)

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from mhla_gen.errors import UserError
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -28,7 +30,7 @@ def plan_by_count(errors: Mapping[int, float], softmax_layers: int) -> Plan:
         ValueError: If no layer is left to replace.
     """
     if softmax_layers >= len(errors):
-        raise ValueError(
+        raise UserError(
             f"softmax_layers must be below {len(errors)}, the layers that were measured, "
             f"found {softmax_layers}"
         )
@@ -49,7 +51,7 @@ def plan_by_error(errors: Mapping[int, float], max_error: float) -> Plan:
         replaced.append(layer)
     if not replaced:
         smallest = min(errors.values())
-        raise ValueError(
+        raise UserError(
             f"max_error={max_error} is below the smallest error of a layer, {smallest:.3g}"
         )
     return _plan(errors, replaced)

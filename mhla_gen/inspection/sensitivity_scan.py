@@ -19,6 +19,7 @@ from mhla_gen.data import derived_seed, open_images
 from mhla_gen.digests import tensors_digest
 from mhla_gen.distillation.layers import LayerErrors, relative_error
 from mhla_gen.distillation.teacher import mhla_attentions, softmax_twin, train_only, trained_names
+from mhla_gen.errors import OccupiedError, UserError
 from mhla_gen.files import append_line, write_lines, write_tensors
 from mhla_gen.inspection.inputs import Input, make_inputs, token_grid
 from mhla_gen.inspection.sensitivity_plan import plan_by_count
@@ -76,7 +77,7 @@ class Scan:
         dtype = getattr(torch, config.dtype)
         subject = load_subject(str(config.model), config.component, dtype)
         if isinstance(subject.model, MHLATransformerMixin):
-            raise ValueError(f"{config.model} has MHLA layers already; give the softmax model")
+            raise UserError(f"{config.model} has MHLA layers already; give the softmax model")
         grid = token_grid(subject, config)
         images = None if config.data is None else open_images(config.data)
         inputs = make_inputs(subject, config, grid, images)
@@ -114,7 +115,7 @@ class Scan:
         file = folder / LAYERS_NAME
         lines = read_log(file)
         if lines and lines[0].get("weights") != self.digest:
-            raise FileExistsError(
+            raise OccupiedError(
                 f"output_dir {folder} was measured on other weights of {self.config.model}; "
                 "choose another one"
             )

@@ -6,6 +6,7 @@ from typing import Any
 import diffusers
 import torch
 
+from mhla_gen.errors import UserError
 from mhla_gen.hub import locate, locate_part, pipeline_index
 from mhla_gen.models.family import Family
 from mhla_gen.models.injection import MHLA_CLASSES
@@ -55,9 +56,7 @@ def family_of(model: Any) -> Family:
             known: Any = mhla_class
             return known.family
     names = ", ".join(base.__name__ for base in MHLA_CLASSES)
-    raise ValueError(
-        f"inspect knows {names}, with and without MHLA; found a {type(model).__name__}"
-    )
+    raise UserError(f"inspect knows {names}, with and without MHLA; found a {type(model).__name__}")
 
 
 def _scheduler(place: str) -> Any | None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mhla_gen.config import InspectConfig
+from mhla_gen.errors import UserError
 
 
 def query_tokens(config: InspectConfig, grid: tuple[int, ...]) -> list[tuple[int, ...]]:
@@ -23,7 +24,7 @@ def query_tokens(config: InspectConfig, grid: tuple[int, ...]) -> list[tuple[int
         return list(dict.fromkeys((*(n // 2 for n in grid[:-2]), *token) for token in tokens))
     for position in config.queries:
         if len(position) != len(grid) or any(p >= n for p, n in zip(position, grid, strict=True)):
-            raise ValueError(f"queries must lie on the token grid {grid}, found {list(position)}")
+            raise UserError(f"queries must lie on the token grid {grid}, found {list(position)}")
     return list(config.queries)
 
 

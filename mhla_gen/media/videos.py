@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from mhla_gen.errors import UserError
 from mhla_gen.files import written_whole
 
 # Frames of a video that a picture shows.
@@ -21,7 +22,7 @@ def write_video(path: Path, frames: np.ndarray, fps: float) -> None:
 
     height, width = frames.shape[1:3]
     if height % 2 or width % 2:
-        raise ValueError(f"mp4 needs even sides, found {height} × {width}; write png or npz")
+        raise UserError(f"mp4 needs even sides, found {height} × {width}; write png or npz")
     options: dict[str, Any] = {
         "fps": fps,
         "quality": 8,

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mhla_gen.config import MHLAConfig
+from mhla_gen.errors import UserError
 from mhla_gen.models.exact import exact_attention, log_denominator, make_combination
 from mhla_gen.models.features import Features
 from mhla_gen.models.head_rotary import mhla_rotated_by_head
@@ -60,7 +61,7 @@ class MHLA(nn.Module):
     ):
         super().__init__()
         if config.layout == "auto":
-            raise ValueError("MHLA needs a layout of block counts; resolve layout='auto' first")
+            raise UserError("MHLA needs a layout of block counts; resolve layout='auto' first")
         has_halves = config.has_linear and (config.has_tiles or reads_text)
         if has_halves and config.exact_start is None:
             config = replace(config, exact_start=NEW_START)
@@ -134,7 +135,7 @@ class MHLA(nn.Module):
             ValueError: If processes share the sequence of a layer with an exact half.
         """
         if group is not None and self.config.exact > 0:
-            raise ValueError("layers with an exact half cannot share a sequence among processes")
+            raise UserError("layers with an exact half cannot share a sequence among processes")
         halo = None
         if self.conv is not None and group is not None:
             halo = self.conv.begin_halo(value.flatten(2), grid, group)
@@ -276,7 +277,7 @@ def _begin_operator(
     if group is None:
         return partial(partial, mhla_rotated_by_head if by_head else mhla)
     if by_head:
-        raise ValueError("a sequence that ranks share needs one rotary table for all heads")
+        raise UserError("a sequence that ranks share needs one rotary table for all heads")
     begin: Any = begin_sharded_mhla
     return partial(begin, group=group)
 

@@ -12,6 +12,7 @@ from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DMod
 from torch import Tensor
 
 from mhla_gen.config import MHLAConfig
+from mhla_gen.errors import UserError
 from mhla_gen.models.family import Family
 from mhla_gen.models.processors import MHLAProcessor, Rotary
 from mhla_gen.models.transformer import MHLATransformerMixin, accepts, accepts_mhla
@@ -38,7 +39,7 @@ def _square(seq_len: int) -> tuple[int, int]:
     # As an index: torch.compile, which would leave the length open, compiles for each square.
     side = math.isqrt(operator.index(seq_len))
     if side * side != seq_len:
-        raise ValueError(f"DiT's tokens form a square grid, found {seq_len}")
+        raise UserError(f"DiT's tokens form a square grid, found {seq_len}")
     return side, side
 
 

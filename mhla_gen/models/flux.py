@@ -12,6 +12,7 @@ from diffusers.models.transformers.transformer_flux2 import (
 )
 from torch import Tensor, nn
 
+from mhla_gen.errors import UserError
 from mhla_gen.models.joint import (
     JointFamily,
     JointMHLAProcessor,
@@ -117,7 +118,7 @@ class FluxFamily(JointFamily):
 
 def _grid_of_positions(positions: Tensor) -> tuple[int, int]:
     if torch.compiler.is_compiling():
-        raise ValueError(
+        raise UserError(
             "where a whole model is compiled as one graph, MHLA layers need the token grid as "
             "joint_attention_kwargs={'grid': (height, width)}; compile_repeated_blocks does not"
         )
@@ -125,7 +126,7 @@ def _grid_of_positions(positions: Tensor) -> tuple[int, int]:
     number, row, column = positions.reshape(-1, positions.shape[-1])[-1, :3].int().tolist()
     grid = (row + 1, column + 1)
     if number != 0 or grid[0] * grid[1] != positions.shape[-2]:
-        raise ValueError(
+        raise UserError(
             "MHLA layers take one image per sequence, in raster order; img_ids have "
             f"{positions.shape[-2]} tokens, the last one of image {number} at {row}, {column}"
         )
@@ -160,7 +161,7 @@ class Flux2Family(FluxFamily):
             ValueError: Also if keys of reference images are to be kept or read.
         """
         if given.get("kv_cache_mode") is not None:
-            raise ValueError("MHLA layers keep no keys of reference images: kv_cache_mode=None")
+            raise UserError("MHLA layers keep no keys of reference images: kv_cache_mode=None")
         return super().arguments(model, given)
 
 

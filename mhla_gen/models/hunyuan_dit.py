@@ -7,6 +7,7 @@ from diffusers.models.attention_processor import HunyuanAttnProcessor2_0
 from diffusers.models.transformers.hunyuan_transformer_2d import HunyuanDiT2DModel
 from torch import Tensor
 
+from mhla_gen.errors import UserError
 from mhla_gen.models.family import Family, patch_grid
 from mhla_gen.models.processors import DropsGrid, MHLAProcessor, pairs
 from mhla_gen.models.transformer import FusesSelfAttention
@@ -47,7 +48,7 @@ class HunyuanDiTFamily(Family):
         """
         tables = given.get("image_rotary_emb")
         if tables is None:
-            raise ValueError("MHLA layers of HunyuanDiT need image_rotary_emb=(cos, sin)")
+            raise UserError("MHLA layers of HunyuanDiT need image_rotary_emb=(cos, sin)")
         hidden_states = given["hidden_states"]
         grid = patch_grid(hidden_states.shape[-2:], model.pos_embed.patch_size)
         return given | {"image_rotary_emb": (*tables, hidden_states.new_empty((*grid, 0)))}

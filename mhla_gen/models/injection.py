@@ -8,6 +8,7 @@ import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from mhla_gen.config import MHLAConfig
+from mhla_gen.errors import UserError
 from mhla_gen.models.attention import MHLA
 from mhla_gen.models.cogvideox import MHLACogVideoXTransformer3DModel
 from mhla_gen.models.dit import MHLADiTTransformer2DModel
@@ -79,9 +80,9 @@ def inject(pipe_or_transformer: Any, config: MHLAConfig | None = None) -> Any:
     targets = _transformers(pipe_or_transformer)
     for transformer in targets:
         if isinstance(transformer, MHLATransformerMixin):
-            raise ValueError("the model already has MHLA layers; call mhla_gen.restore on it first")
+            raise UserError("the model already has MHLA layers; call mhla_gen.restore on it first")
         if type(transformer) not in MHLA_CLASSES:
-            raise ValueError(_unsupported(transformer))
+            raise UserError(_unsupported(transformer))
         resolve(MHLA_CLASSES[type(transformer)].family, transformer, config)
     for transformer in targets:
         mhla_class = MHLA_CLASSES[type(transformer)]
@@ -103,9 +104,9 @@ def restore(pipe_or_transformer: Any) -> Any:
     """
     targets = [t for t in _transformers(pipe_or_transformer) if isinstance(t, MHLATransformerMixin)]
     if not targets:
-        raise ValueError("the model has no MHLA layers to restore")
+        raise UserError("the model has no MHLA layers to restore")
     if any(getattr(transformer, "_parallel_config", None) is not None for transformer in targets):
-        raise ValueError("the model shares its sequences; restore before enable_parallelism")
+        raise UserError("the model shares its sequences; restore before enable_parallelism")
     for transformer in targets:
         remove_mhla(transformer.family, transformer)
     return _update_index(pipe_or_transformer)
@@ -178,7 +179,7 @@ def summary(pipe_or_transformer: Any) -> Summary:
     for number, transformer in enumerate(targets):
         mhla_class = MHLA_CLASSES.get(type(transformer), type(transformer))
         if not issubclass(mhla_class, MHLATransformerMixin):
-            raise ValueError(_unsupported(transformer))
+            raise UserError(_unsupported(transformer))
         prefix = f"transformer_{number + 1}." if number else ""
         grid = mhla_class.family.native_grid(transformer)
         for name, attention in mhla_class.family.attentions(transformer):
@@ -230,7 +231,7 @@ def _transformers(pipe_or_transformer: Any) -> list[Any]:
         known = (*MHLA_CLASSES, *MHLA_CLASSES.values())
         found = [m for m in pipe_or_transformer.components.values() if type(m) in known]
         if not found:
-            raise ValueError(
+            raise UserError(
                 f"{type(pipe_or_transformer).__name__} holds none of "
                 f"{', '.join(c.__name__ for c in MHLA_CLASSES)}"
             )

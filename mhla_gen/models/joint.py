@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor
 
+from mhla_gen.errors import UserError
 from mhla_gen.models.family import Family
 from mhla_gen.models.head_rotary import rotated
 from mhla_gen.models.processors import MHLAProcessor, Rotary, normalized, pairs
@@ -167,7 +168,7 @@ class JointMHLAProcessor(MHLAProcessor):
             ValueError: If the family has no mask, but one is given.
         """
         if mask is not None:
-            raise ValueError("MHLA layers of this model take no attention mask")
+            raise UserError("MHLA layers of this model take no attention mask")
         return None
 
     def project_text(self, attn: Any, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -204,7 +205,7 @@ def find_grid(grid: tuple[int, ...] | None, tables: Any) -> tuple[int, ...]:
     if grid is not None:
         return tuple(grid)
     if not isinstance(tables, tuple | list) or len(tables) != 3:
-        raise ValueError("MHLA layers need the token grid, and the layer was handed none")
+        raise UserError("MHLA layers need the token grid, and the layer was handed none")
     return tuple(tables[2].shape[:-1])
 
 
@@ -215,7 +216,7 @@ def check_grid(grid: tuple[int, ...], num_tokens: int) -> None:
         ValueError: If not, as with several images in one sequence.
     """
     if math.prod(grid) != num_tokens:
-        raise ValueError(
+        raise UserError(
             f"MHLA layers take one image per sequence, whose tokens fill a grid: found "
             f"{num_tokens} tokens for {'×'.join(map(str, grid))}"
         )

@@ -8,6 +8,7 @@ from diffusers.models.transformers.transformer_kandinsky import (
 )
 from torch import Tensor, nn
 
+from mhla_gen.errors import UserError
 from mhla_gen.models.family import Family, patch_grid
 from mhla_gen.models.processors import MHLAProcessor, Rotary
 from mhla_gen.models.transformer import MHLATransformerMixin
@@ -53,7 +54,7 @@ class MHLAKandinsky5AttnProcessor(MHLAProcessor):
         """
         rotations, grid = tables
         if rotations is None or grid is None:
-            raise ValueError("MHLA layers need rotary_emb, and the grid in sparse_params")
+            raise UserError("MHLA layers need rotary_emb, and the grid in sparse_params")
         # They are the same for the whole batch and all heads.
         matrices = rotations[0, :, 0]
         return grid, (matrices[..., 0, 0], matrices[..., 1, 0])
@@ -100,7 +101,7 @@ class Kandinsky5Family(Family):
             ValueError: If `sparse_params` is given: NABLA reorders the tokens and masks attention.
         """
         if given.get("sparse_params") is not None:
-            raise ValueError(
+            raise UserError(
                 "MHLA layers take no sparse_params: they replace NABLA; load the model with "
                 "attention_type='regular', so that the pipeline passes none"
             )

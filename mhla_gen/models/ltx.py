@@ -9,6 +9,7 @@ from diffusers.models.transformers.transformer_ltx import (
 )
 from torch import Tensor
 
+from mhla_gen.errors import UserError
 from mhla_gen.models.family import Family
 from mhla_gen.models.processors import DropsGrid, MHLAProcessor, pairs
 from mhla_gen.models.transformer import MHLATransformerMixin
@@ -36,7 +37,7 @@ class GridLTXRotaryPosEmbed(LTXVideoRotaryPosEmbed):
         """
         sizes = (num_frames or 0, height or 0, width or 0)
         if sizes[0] * sizes[1] * sizes[2] != hidden_states.shape[1]:
-            raise ValueError(
+            raise UserError(
                 f"MHLA layers need num_frames, height and width that multiply to the number of "
                 f"tokens, {hidden_states.shape[1]}, also beside video_coords, found {sizes}"
             )

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from mhla_gen.errors import UserError
 from mhla_gen.models.family import patch_grid
 from mhla_gen.models.parallel import sequence_group
 
@@ -45,7 +46,7 @@ class MHLAProcessor:
             ValueError: If a mask or other keys are given, or the grid is missing.
         """
         if attention_mask is not None or encoder_hidden_states is not None:
-            raise ValueError("MHLA layers take neither an attention mask nor other keys and values")
+            raise UserError("MHLA layers take neither an attention mask nor other keys and values")
         tables = rotary_emb if image_rotary_emb is None else image_rotary_emb
         if grid is None:
             grid, rotary = self.place(attn, hidden_states, tables)
@@ -70,7 +71,7 @@ class MHLAProcessor:
             ValueError: If rotary embedding or grid are missing.
         """
         if tables is None or len(tables) != 3:
-            raise ValueError(
+            raise UserError(
                 "MHLA layers of this model need the rotary embedding and the grid: "
                 "(rotary_emb or image_rotary_emb) = (cos, sin, grid carrier)"
             )

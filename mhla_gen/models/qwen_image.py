@@ -8,6 +8,7 @@ from diffusers.models.transformers.transformer_qwenimage import (
 )
 from torch import Tensor
 
+from mhla_gen.errors import UserError
 from mhla_gen.models.joint import JointFamily, JointMHLAProcessor
 from mhla_gen.models.processors import DropsGrid, Rotary
 from mhla_gen.models.transformer import MHLATransformerMixin
@@ -52,13 +53,13 @@ class QwenImageFamily(JointFamily):
         shapes = given["img_shapes"]
         sizes = {tuple(shape) for item in shapes for shape in _images(item)}
         if any(len(_images(item)) != 1 for item in shapes) or len(sizes) != 1:
-            raise ValueError(
+            raise UserError(
                 "MHLA layers take one image per sequence, the same size for all of a batch; "
                 f"img_shapes={shapes}"
             )
         frames, height, width = sizes.pop()
         if frames != 1:
-            raise ValueError(f"MHLA layers of Qwen-Image take one frame, img_shapes={shapes}")
+            raise UserError(f"MHLA layers of Qwen-Image take one frame, img_shapes={shapes}")
         own = given.get("attention_kwargs") or {}
         return given | {"attention_kwargs": {**own, "grid": (height, width)}}
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 
+from mhla_gen.errors import MissingError, UserError
 from mhla_gen.hub import locate_part
 from mhla_gen.models.injection import MHLA_CLASSES
 
@@ -49,10 +50,10 @@ def _saved_class(place: str, location: dict[str, Any]) -> Any:
     except OSError as error:
         missing = "is no folder here, and the hub has no such model, or cannot be reached"
         what = "holds no model" if Path(place).is_dir() else missing
-        raise FileNotFoundError(f"{place} {what}: {str(error).splitlines()[0]}") from error
+        raise MissingError(f"{place} {what}: {str(error).splitlines()[0]}") from error
     name = config.get("_class_name")
     if name == _FORMER_CLASS and config.get("norm_type") == "ada_norm_zero":
         name = DiTTransformer2DModel.__name__
     if name not in _CLASSES:
-        raise ValueError(f"{place} is a {name}; known are {', '.join(sorted(_CLASSES))}")
+        raise UserError(f"{place} is a {name}; known are {', '.join(sorted(_CLASSES))}")
     return _CLASSES[name]

@@ -11,6 +11,7 @@ from diffusers.configuration_utils import FrozenDict
 from torch import nn
 
 from mhla_gen.config import MHLAConfig
+from mhla_gen.errors import UserError
 from mhla_gen.models.attention import CONVERTED_START, MHLA, NEW_START
 from mhla_gen.models.family import Family
 from mhla_gen.models.features import SOFTMAX
@@ -35,16 +36,16 @@ def mhla_layers(config: MHLAConfig, names: Sequence[str]) -> tuple[int, ...]:
     if callable(config.layers):
         chosen = tuple(i for i, name in enumerate(names) if config.layers(i, name))
         if not chosen:
-            raise ValueError(f"the function in layers converts none of {num_layers} layers")
+            raise UserError(f"the function in layers converts none of {num_layers} layers")
         return chosen
     if isinstance(config.layers, str):
         part, whole = map(int, config.layers.split("/"))
         chosen = tuple(i for i in range(num_layers) if i % whole >= whole - part)
         if not chosen:
-            raise ValueError(f"layers={config.layers!r} converts none of {num_layers} layers")
+            raise UserError(f"layers={config.layers!r} converts none of {num_layers} layers")
         return chosen
     if max(config.layers) >= num_layers:
-        raise ValueError(
+        raise UserError(
             f"layers={list(config.layers)} names layer {max(config.layers)}, but the model has "
             f"layers 0 to {num_layers - 1}"
         )
@@ -76,35 +77,35 @@ def resolve(family: Family, model: Any, config: MHLAConfig, new: bool = False) -
     resolve_implementation(config.implementation)
     names = (*FEATURE_MAPS, SOFTMAX)
     if config.feature_map not in names:
-        raise ValueError(
+        raise UserError(
             f"feature_map must be one of {', '.join(names)}, found {config.feature_map!r}"
         )
     for name, attention in attentions + family.bystanders(model):
         known = family.processors(attention)
         if type(attention.processor) not in known:
-            raise ValueError(
+            raise UserError(
                 f"{name} has the processor {type(attention.processor).__name__}, which MHLA would "
                 f"drop; set {known[0].__name__} first"
             )
         if getattr(attention.processor, "_parallel_config", None) is not None:
-            raise ValueError(f"{name} is context-parallel; convert before enable_parallelism")
+            raise UserError(f"{name} is context-parallel; convert before enable_parallelism")
     grid = family.native_grid(model)
     for name in ("exact_tile", "exact_group", "exact_window"):
         value = getattr(config, name)
         if value is not None and len(value) != family.rank:
-            raise ValueError(
+            raise UserError(
                 f"{family.base_class.__name__} has a {family.rank}-D token grid, so {name} needs "
                 f"{family.rank} entries, found {value}"
             )
     if config.layout == "auto":
         return replace(config, layout=auto_layout(grid))
     if len(config.layout) != family.rank:
-        raise ValueError(
+        raise UserError(
             f"{family.base_class.__name__} has a {family.rank}-D token grid, so layout needs "
             f"{family.rank} entries, found {config.layout}"
         )
     if any(count > length for count, length in zip(config.layout, grid, strict=True)):
-        raise ValueError(
+        raise UserError(
             f"layout={config.layout} has more blocks than the model's own token grid {grid} has "
             f"tokens along an axis; take at most {grid}, or layout='auto'"
         )
@@ -115,12 +116,12 @@ def _settle_start(family: Family, model: Any, config: MHLAConfig, new: bool) -> 
     reads_text = any(family.reads_text(attention) for _, attention in family.attentions(model))
     if reads_text and config.exact == 0 and config.combine != "gate":
         if config.combine == "projection":
-            raise ValueError(
+            raise UserError(
                 "combine=projection starts with the exact half alone, which with exact=0 is the "
                 "text; take gate or denominator, or a share of exact pairs"
             )
         if not config.normalize:
-            raise ValueError("combine=denominator needs normalize=true")
+            raise UserError("combine=denominator needs normalize=true")
     if config.exact_start is not None:
         return config
     if config.has_halves:

@@ -10,6 +10,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import nn
 
 from mhla_gen.config import MHLAConfig
+from mhla_gen.errors import UserError
 from mhla_gen.models.family import Family
 from mhla_gen.models.parallel import check_parallelism
 from mhla_gen.models.surgery import add_mhla, become, resolve
@@ -119,9 +120,9 @@ class MHLATransformerMixin:
         base_class: Any = cls.family.base_class
         if isinstance(base_model_or_path, nn.Module):
             if kwargs:
-                raise ValueError(f"{sorted(kwargs)} only apply when a path is given, not a model")
+                raise UserError(f"{sorted(kwargs)} only apply when a path is given, not a model")
             if type(base_model_or_path) not in (base_class, *cls.family.variants):
-                raise ValueError(
+                raise UserError(
                     f"{cls.__name__}.from_base needs a {base_class.__name__}, found a "
                     f"{type(base_model_or_path).__name__}"
                 )
@@ -146,7 +147,7 @@ class MHLATransformerMixin:
         location = {k: kwargs[k] for k in _LOCATION if k in kwargs}
         saved = cls.load_config(pretrained_model_name_or_path, **location)  # type: ignore[attr-defined]
         if "mhla" not in saved and "mhla" not in kwargs:
-            raise ValueError(
+            raise UserError(
                 f"{pretrained_model_name_or_path} holds no MHLA settings; convert a softmax "
                 f"checkpoint with {cls.__name__}.from_base(path, MHLAConfig(...))"
             )
@@ -160,7 +161,7 @@ class MHLATransformerMixin:
         for problem in ("missing", "unexpected"):
             keys = sorted(key for key in info[f"{problem}_keys"] if ".mhla." in key)
             if keys:
-                raise ValueError(
+                raise UserError(
                     f"{pretrained_model_name_or_path}: {problem} MHLA weights {_few(keys)}; the "
                     "file and the mhla settings in config.json do not belong together"
                 )
@@ -172,7 +173,7 @@ class MHLATransformerMixin:
         Raises:
             ValueError: Always.
         """
-        raise ValueError(_NO_OTHER_PROCESSOR)
+        raise UserError(_NO_OTHER_PROCESSOR)
 
     def set_default_attn_processor(self) -> None:
         """Refuse, as `set_attn_processor` does.
@@ -180,7 +181,7 @@ class MHLATransformerMixin:
         Raises:
             ValueError: Always.
         """
-        raise ValueError(_NO_OTHER_PROCESSOR)
+        raise UserError(_NO_OTHER_PROCESSOR)
 
     def enable_parallelism(self, *, config: Any, **kwargs: Any) -> None:
         """Share every sequence among processes; as in diffusers, for context parallelism.

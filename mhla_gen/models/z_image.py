@@ -8,6 +8,7 @@ from diffusers.models.transformers.transformer_z_image import (
 )
 from torch import Tensor
 
+from mhla_gen.errors import UserError
 from mhla_gen.models.family import patch_grid
 from mhla_gen.models.joint import JointFamily, JointMHLAProcessor
 from mhla_gen.models.processors import Rotary
@@ -77,10 +78,10 @@ class ZImageFamily(JointFamily):
         """
         images = given["x"]
         if isinstance(images[0], list):
-            raise ValueError("MHLA layers of Z-Image take one image per sequence, found lists")
+            raise UserError("MHLA layers of Z-Image take one image per sequence, found lists")
         sizes = {tuple(image.shape[1:]) for image in images}
         if len(sizes) != 1 or given.get("f_patch_size", 1) != 1 or images[0].shape[1] != 1:
-            raise ValueError(
+            raise UserError(
                 "MHLA layers of Z-Image take images of one frame and one size in a batch, found "
                 f"{sorted(sizes)}"
             )

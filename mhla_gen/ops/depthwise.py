@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mhla_gen.errors import UserError
+
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
@@ -45,7 +47,7 @@ def depthwise_conv(
             f"weight needs one odd size for each axis of grid={grid}, found {tuple(weight.shape)}"
         )
     if weight.shape[:2] != (tokens.shape[2], 1) or math.prod(grid) != tokens.shape[1]:
-        raise ValueError(
+        raise UserError(
             f"tokens {tuple(tokens.shape)} do not fit weight {tuple(weight.shape)} and grid={grid}"
         )
     if implementation == "auto":
@@ -53,11 +55,11 @@ def depthwise_conv(
     if implementation == "torch":
         return _torch_conv(tokens, weight, bias, grid)
     if implementation != "fused":
-        raise ValueError(f"implementation must be auto, torch or fused, found {implementation!r}")
+        raise UserError(f"implementation must be auto, torch or fused, found {implementation!r}")
     from mhla_gen.ops.kernels.depthwise import INTERPRETED, depthwise_tokens
 
     if not tokens.is_cuda and not INTERPRETED:
-        raise ValueError(
+        raise UserError(
             f"implementation='fused' needs a CUDA device, found {tokens.device}; use 'torch'"
         )
     return depthwise_tokens(tokens, weight, bias, list(grid))

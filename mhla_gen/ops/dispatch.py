@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mhla_gen.errors import UserError
 from mhla_gen.ops.blockwise import blockwise_mhla
 from mhla_gen.ops.feature_maps import FEATURE_MAPS
 from mhla_gen.ops.naive import naive_mhla
@@ -20,7 +21,7 @@ def _fused_mhla(
 ) -> Tensor:
     # Imported on first use: Triton is neither needed nor installed everywhere.
     if not HAS_TRITON:
-        raise ValueError("implementation='fused' needs the package triton; use 'blockwise'")
+        raise UserError("implementation='fused' needs the package triton; use 'blockwise'")
     from mhla_gen.ops.fused import fused_mhla
 
     return fused_mhla(query, key, value, mixing, **options)
@@ -169,7 +170,7 @@ def resolve_implementation(
     """
     if implementation not in ("auto", *IMPLEMENTATIONS):
         names = ", ".join(["auto", *IMPLEMENTATIONS])
-        raise ValueError(f"implementation must be one of {names}, found {implementation!r}")
+        raise UserError(f"implementation must be one of {names}, found {implementation!r}")
     if implementation != "auto":
         return implementation
     if torch.device(device).type != "cuda" or not HAS_TRITON:
@@ -213,17 +214,17 @@ def check_blocks(
 ) -> None:
     """Raise `ValueError` unless layout and mixing fit the grid and the query's heads."""
     if len(layout) != len(grid):
-        raise ValueError(f"layout needs one entry per axis of grid={grid}, found layout={layout}")
+        raise UserError(f"layout needs one entry per axis of grid={grid}, found layout={layout}")
     for axis, (length, num_blocks) in enumerate(zip(grid, layout, strict=True)):
         if not 1 <= num_blocks <= length:
-            raise ValueError(
+            raise UserError(
                 f"layout={layout} must have 1 to {length} blocks along axis {axis} of grid={grid}, "
                 f"found {num_blocks}"
             )
     num_heads, num_blocks = query.shape[2], math.prod(layout)
     shapes = ((num_blocks, num_blocks), (num_heads, num_blocks, num_blocks))
     if tuple(mixing.shape) not in shapes or not mixing.is_floating_point():
-        raise ValueError(
+        raise UserError(
             f"mixing for layout={layout} and {num_heads} heads must be floating with shape "
             f"{shapes[0]} or {shapes[1]}, found {mixing.dtype} {tuple(mixing.shape)}"
         )
@@ -240,7 +241,7 @@ def check_options(
 ) -> None:
     """Raise `ValueError` unless names are known and rotary tables fit the query's tokens."""
     if feature_map not in FEATURE_MAPS:
-        raise ValueError(f"feature_map must be one of {list(FEATURE_MAPS)}, found {feature_map!r}")
+        raise UserError(f"feature_map must be one of {list(FEATURE_MAPS)}, found {feature_map!r}")
     if causal and rank != 1:
         raise ValueError(f"causal attention needs a one-dimensional grid, found {rank} axes")
     check_rotary(query, rotary)

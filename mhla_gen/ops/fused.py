@@ -11,6 +11,7 @@ import os
 import torch
 from torch import Tensor
 
+from mhla_gen.errors import UserError
 from mhla_gen.ops.kernels import attention_form, linear_form
 from mhla_gen.ops.kernels.launch import Call, merge_axes, num_parts, stored_dtype
 from mhla_gen.ops.kernels.linear_form import Summaries
@@ -61,7 +62,7 @@ def fused_mhla(
         trainable_rotary,
     )
     if reason is not None:
-        raise ValueError(f"implementation='fused' {reason}; use 'blockwise' or 'auto'")
+        raise UserError(f"implementation='fused' {reason}; use 'blockwise' or 'auto'")
     cos, sin = rotary if rotary is not None else (None, None)
     if use_attention_form is None:
         use_attention_form = attention_form_is_cheaper(query.shape[1], mixing.shape[-1])

@@ -6,6 +6,8 @@ import math
 import torch
 from torch import Tensor
 
+from mhla_gen.errors import UserError
+
 
 def locality_mixing(layout: tuple[int, ...]) -> Tensor:
     r"""Mixing matrix that favours near blocks.
@@ -53,7 +55,7 @@ def uniform_mixing(layout: tuple[int, ...]) -> Tensor:
 
 def _count(layout: tuple[int, ...]) -> int:
     if not layout or min(layout) < 1:
-        raise ValueError(f"layout needs at least one block along every axis, found {layout}")
+        raise UserError(f"layout needs at least one block along every axis, found {layout}")
     return math.prod(layout)
 
 

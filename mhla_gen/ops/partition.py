@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mhla_gen.errors import UserError
+
 # A divisor of the axis is taken instead of the best ragged count while it keeps this share of it:
 # equal blocks need no tail tiles in the kernels.
 _DIVISOR_SHARE = 0.6
@@ -33,7 +35,7 @@ def block_starts(length: int, num_blocks: int) -> tuple[int, ...]:
         ValueError: If there are more blocks than tokens, or none.
     """
     if not 1 <= num_blocks <= length:
-        raise ValueError(
+        raise UserError(
             f"an axis of {length} tokens takes 1 to {length} blocks, found {num_blocks}"
         )
     return tuple(b * length // num_blocks for b in range(num_blocks))

@@ -14,6 +14,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from mhla_gen.errors import UserError
 from mhla_gen.ops.partition import block_starts
 
 
@@ -31,7 +32,7 @@ class Shard:
 
     def __post_init__(self):
         if not 0 <= self.first < self.stop <= math.prod(self.grid):
-            raise ValueError(
+            raise UserError(
                 f"a shard of grid={self.grid} needs at least one of its {math.prod(self.grid)} "
                 f"tokens, found [{self.first}, {self.stop}); use fewer ranks"
             )

@@ -16,6 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from mhla_gen.errors import UserError
 from mhla_gen.ops.blockwise import mix, to_blocks, to_tokens
 from mhla_gen.ops.collectives import sum_over_ranks
 from mhla_gen.ops.dispatch import (
@@ -135,7 +136,7 @@ def _implementation(
     if chosen == "blockwise":
         return _begin_blockwise_shard
     if chosen != "fused":
-        raise ValueError(f"implementation={chosen!r} cannot share a sequence; use 'auto'")
+        raise UserError(f"implementation={chosen!r} cannot share a sequence; use 'auto'")
     # Imported on first use: Triton is neither needed nor installed everywhere.
     from mhla_gen.ops.sharded_fused import begin_fused_shard
 

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mhla_gen.errors import UserError
 from mhla_gen.ops.collectives import gather_rows
 from mhla_gen.ops.fused import unsupported
 from mhla_gen.ops.kernels import linear_form
@@ -47,7 +48,7 @@ def begin_fused_shard(
     sizes = query.shape[3], value.shape[3], blocks.num_parts
     reason = unsupported(query.device, query.dtype, *sizes, False, trains)
     if reason is not None:
-        raise ValueError(f"implementation='fused' {reason}; use 'blockwise' or 'auto'")
+        raise UserError(f"implementation='fused' {reason}; use 'blockwise' or 'auto'")
     sharing = _Sharing(shard, layout, group, blocks, feature_map, normalize, eps)
     tables = tuple(table.contiguous() for table in rotary or ())
     # Keys and values have their gradients from the function that ends the call.

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mhla_gen.errors import UserError
 from mhla_gen.ops.dispatch import HAS_TRITON, check_rotary, check_tokens
 from mhla_gen.ops.naive import naive_tile_attention
 from mhla_gen.ops.tile_blockwise import blockwise_tile_attention
@@ -16,7 +17,7 @@ def _fused_tile_attention(
     query: Tensor, key: Tensor, value: Tensor, **options: Any
 ) -> tuple[Tensor, Tensor]:
     if not HAS_TRITON:
-        raise ValueError("implementation='fused' needs the package triton; use 'blockwise'")
+        raise UserError("implementation='fused' needs the package triton; use 'blockwise'")
     from mhla_gen.ops.tile_fused import fused_tile_attention
 
     return fused_tile_attention(query, key, value, **options)
@@ -93,7 +94,7 @@ def tile_attention(
     placed = tiling(grid, tuple(tile), tuple(window), top, None if group is None else tuple(group))
     checked = None if extra is None else _check_extra(query, value, extra)
     if placed.list_size == 0 and checked is None:
-        raise ValueError("no query has a key: give window, top or extra")
+        raise UserError("no query has a key: give window, top or extra")
     implementation = resolve_tile_implementation(
         implementation, query, value, rotary, placed.num_tiles
     )
@@ -122,7 +123,7 @@ def resolve_tile_implementation(
     """
     if implementation not in ("auto", *TILE_IMPLEMENTATIONS):
         names = ", ".join(["auto", *TILE_IMPLEMENTATIONS])
-        raise ValueError(f"implementation must be one of {names}, found {implementation!r}")
+        raise UserError(f"implementation must be one of {names}, found {implementation!r}")
     if implementation != "auto":
         return implementation
     if query.device.type != "cuda" or not HAS_TRITON:

@@ -8,6 +8,7 @@
 import torch
 from torch import Tensor
 
+from mhla_gen.errors import UserError
 from mhla_gen.ops.fused import DTYPES, INTERPRETED, MAX_DIM
 from mhla_gen.ops.kernels import tile_form
 from mhla_gen.ops.kernels.tile_form import TileCall
@@ -36,7 +37,7 @@ def fused_tile_attention(
     """
     reason = unsupported(query, value, rotary, placed.num_tiles)
     if reason is not None:
-        raise ValueError(f"implementation='fused' {reason}; use 'blockwise' or 'auto'")
+        raise UserError(f"implementation='fused' {reason}; use 'blockwise' or 'auto'")
     cos, sin = rotary if rotary is not None else (None, None)
     keys, values, mask = extra if extra is not None else (None, None, None)
     out, lse, _ = tile_attend(

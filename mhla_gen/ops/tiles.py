@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mhla_gen.errors import UserError
 from mhla_gen.ops.partition import block_slots
 
 # Tile lengths along an axis that the rule of `auto_tiles` picks from, the preferred one first.
@@ -97,15 +98,15 @@ def tiling(
     sizes = {"tile": tile, "window": window, "group": group}
     for name, size in sizes.items():
         if len(size) != len(grid):
-            raise ValueError(f"{name} needs one number per axis of grid={grid}, found {size}")
+            raise UserError(f"{name} needs one number per axis of grid={grid}, found {size}")
     if min(*tile, *group) < 1:
-        raise ValueError(f"tile and group must be positive, found {tile} and {group}")
+        raise UserError(f"tile and group must be positive, found {tile} and {group}")
     if max(window) > 0 and any(w < 1 or w % 2 == 0 for w in window):
-        raise ValueError(
+        raise UserError(
             f"window must be odd numbers of tiles, or all zeros for no window, found {window}"
         )
     if min(window) < 0 or top < 0:
-        raise ValueError(f"window and top must not be negative, found {window} and {top}")
+        raise UserError(f"window and top must not be negative, found {window} and {top}")
     tiles = tuple(-(-n // size) for n, size in zip(grid, tile, strict=True))
     groups = tuple(-(-n // size) for n, size in zip(tiles, group, strict=True))
     # The largest group is -(-tiles // groups) tiles long.
@@ -148,7 +149,7 @@ def auto_tiles(grid: tuple[int, ...], share: float) -> TileLayout:
         ValueError: If the share is out of its range.
     """
     if not 0 < share <= 1:
-        raise ValueError(f"the share of exact pairs must be in (0, 1], found {share}")
+        raise UserError(f"the share of exact pairs must be in (0, 1], found {share}")
     tile = _auto_tile(grid)
     tiles = tuple(-(-n // size) for n, size in zip(grid, tile, strict=True))
     num_tiles = math.prod(tiles)

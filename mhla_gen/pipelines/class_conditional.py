@@ -18,6 +18,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from mhla_gen.data.autoencoder import compression, latent_normalisation
+from mhla_gen.errors import UserError
 from mhla_gen.models import MHLADiTTransformer2DModel, OriginalDiTTransformer2DModel
 from mhla_gen.pipelines.classes import Classes, class_numbers, label_tensor
 from mhla_gen.pipelines.guidance import Guidance
@@ -153,15 +154,15 @@ class ClassConditionalPipeline(DiffusionPipeline):
         guidance.check_channels(self.transformer.config.in_channels)
         labels = label_tensor(class_labels, self.class_names, self.num_classes)
         if isinstance(generator, Sequence) and len(generator) != len(labels):
-            raise ValueError(
+            raise UserError(
                 f"generator must be one or a list of one per image, found {len(generator)} for "
                 f"{len(labels)} images"
             )
         if output_type not in ("pil", "np", "pt", "latent"):
-            raise ValueError(f"output_type must be pil, np, pt or latent, found {output_type!r}")
+            raise UserError(f"output_type must be pil, np, pt or latent, found {output_type!r}")
         unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
         if unknown:
-            raise ValueError(f"callbacks get {self._callback_tensor_inputs}, not {sorted(unknown)}")
+            raise UserError(f"callbacks get {self._callback_tensor_inputs}, not {sorted(unknown)}")
         device = self._execution_device
         # Nothing in this function waits for the device, so that it always has work. The
         # scheduler's own numbers stay on the CPU.
@@ -212,7 +213,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         if latents is None:
             latents = randn_tensor(shape, generator, device, torch.float32)
         elif latents.shape != shape:
-            raise ValueError(
+            raise UserError(
                 f"latents must be {list(shape)}, found {list(latents.shape)}; image_size asks for "
                 "another size"
             )
@@ -227,7 +228,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
             ValueError: If its patches do not tile that.
         """
         if image_size < 1 or image_size % self.size_multiple:
-            raise ValueError(
+            raise UserError(
                 f"image_size must be a multiple of {self.size_multiple}, found {image_size}"
             )
         return image_size // self.vae_scale_factor

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mhla_gen.errors import UserError
+
 Classes = int | str | Sequence[int | str] | Tensor
 
 # Names that a message about an unknown one lists.
@@ -29,11 +31,11 @@ def label_tensor(classes: Classes, class_names: Sequence[str], num_classes: int)
     if not isinstance(classes, Tensor):
         classes = torch.as_tensor(class_numbers(classes, class_names))
     if classes.ndim != 1 or classes.is_floating_point() or not len(classes):
-        raise ValueError(
+        raise UserError(
             f"class_labels must be a list of class numbers or names, found {classes.tolist()}"
         )
     if classes.min() < 0 or classes.max() >= num_classes:
-        raise ValueError(
+        raise UserError(
             f"class_labels must be in 0…{num_classes - 1}, found {classes.min()}…{classes.max()}"
         )
     return classes.long()
@@ -68,5 +70,5 @@ def _number_of(name: str, by_name: dict[str, int]) -> int:
         close = difflib.get_close_matches(name.casefold(), by_name, n=1)
         some = ", ".join(sorted(by_name)[:_SHOWN])
         hint = f"did you mean {close[0]!r}?" if close else f"among its classes are {some}"
-        raise ValueError(f"the model has no class {name!r}; {hint}")
+        raise UserError(f"the model has no class {name!r}; {hint}")
     return by_name[name.casefold()]

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mhla_gen.errors import UserError
+
 
 @dataclass(frozen=True)
 class Guidance:
@@ -26,19 +28,19 @@ class Guidance:
 
     def __post_init__(self):
         if self.scale < 1:
-            raise ValueError(f"guidance_scale must be at least 1, found {self.scale}")
+            raise UserError(f"guidance_scale must be at least 1, found {self.scale}")
         if len(self.interval) != 2 or not 0 <= self.interval[0] <= self.interval[1] <= 1:
-            raise ValueError(
+            raise UserError(
                 "guidance_interval must be two noise levels in [0, 1], the lower one first, found "
                 f"{list(self.interval)}"
             )
         if self.channels is not None and self.channels < 1:
-            raise ValueError(f"guidance_channels must be at least 1, found {self.channels}")
+            raise UserError(f"guidance_channels must be at least 1, found {self.channels}")
 
     def check_channels(self, num_channels: int) -> None:
         """Raise if more channels are to be guided than the image or latent has."""
         if self.channels is not None and self.channels > num_channels:
-            raise ValueError(
+            raise UserError(
                 f"guidance_channels must be at most {num_channels}, the channels that the model "
                 f"denoises, found {self.channels}"
             )

@@ -8,6 +8,8 @@ from typing import Any
 
 import diffusers
 
+from mhla_gen.errors import UserError
+
 # These take the variance from the output; others would misread a config that says so.
 _LEARNING = ("DDPMScheduler", "DDPMParallelScheduler")
 
@@ -45,24 +47,24 @@ def check_scheduler(scheduler: Any, prediction_type: str, learned_variance: bool
     expected = prediction_of(scheduler)
     if prediction_type == "flow_prediction" and not name.startswith("FlowMatch"):
         if "use_flow_sigmas" not in known:
-            raise ValueError(
+            raise UserError(
                 f"{name} cannot take {prediction_type}; choose one that can, such as "
                 "FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler or "
                 "DPMSolverMultistepScheduler"
             )
         if expected != prediction_type or not scheduler.config.use_flow_sigmas:
-            raise ValueError(
+            raise UserError(
                 f'{name} needs prediction_type="flow_prediction" and use_flow_sigmas=True for what '
                 "this model makes"
             )
     elif expected != prediction_type:
-        raise ValueError(
+        raise UserError(
             f"{name} works on {expected}, but the model makes {prediction_type}; "
             "choose a scheduler or its options to match"
         )
     if learns_variance(scheduler) and not (learned_variance and name in _LEARNING):
         reason = "the model makes none" if not learned_variance else f"{name} cannot use it"
-        raise ValueError(
+        raise UserError(
             f"variance_type={_setting(scheduler, 'variance_type')} takes a learned variance, but "
             f"{reason}; choose variance_type={_default(type(scheduler), 'variance_type')}"
         )
@@ -93,7 +95,7 @@ def other_scheduler(
     known = _options(new_class)
     for option in options:
         if option not in known:
-            raise ValueError(f"{name} has no option {option!r}{_suggestion(option, known)}")
+            raise UserError(f"{name} has no option {option!r}{_suggestion(option, known)}")
     prediction_type = prediction_type or prediction_of(scheduler)
     settings: dict[str, Any] = {}
     if prediction_type == "flow_prediction":
@@ -113,7 +115,7 @@ def other_scheduler(
         new = new_class.from_config(scheduler.config, **{**settings, **options})
     except (NotImplementedError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"{name} does not take {dict(options)}: {reason}") from error
+        raise UserError(f"{name} does not take {dict(options)}: {reason}") from error
     check_scheduler(new, prediction_type, learned_variance)
     return new
 
@@ -127,7 +129,7 @@ def scheduler_class(name: str) -> Any:
     found = getattr(diffusers, name, None)
     if not (isinstance(found, type) and hasattr(found, "set_timesteps")):
         known = [key for key in dir(diffusers) if key.endswith("Scheduler")]
-        raise ValueError(f"diffusers has no scheduler {name!r}{_suggestion(name, known)}")
+        raise UserError(f"diffusers has no scheduler {name!r}{_suggestion(name, known)}")
     return found
 
 

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mhla_gen.errors import UserError
+
 # Forms of one block that torch compiles: for training and for sampling, and for every size of a
 # data set, where it finds no form for several. Its own limit is 8, after which it raises.
 _MOST_FORMS = 256
@@ -26,7 +28,7 @@ def repeated_blocks(model: nn.Module) -> tuple[str, ...]:
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     lists = [blocks for blocks in lists if len({type(block) for block in blocks}) == 1]
     if not lists:
-        raise ValueError(f"{type(model).__name__} repeats no blocks")
+        raise UserError(f"{type(model).__name__} repeats no blocks")
     largest = max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters()))
     return (type(largest[0]).__name__,)
 

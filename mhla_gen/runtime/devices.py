@@ -2,6 +2,8 @@
 
 import torch
 
+from mhla_gen.errors import UserError
+
 
 def resolve_device(name: str) -> torch.device:
     """The device that a config's `device` means.
@@ -14,7 +16,7 @@ def resolve_device(name: str) -> torch.device:
     """
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
-        raise ValueError("device=cuda but PyTorch finds no CUDA device; use device=auto")
+        raise UserError("device=cuda but PyTorch finds no CUDA device; use device=auto")
     return torch.device("cuda" if available and name != "cpu" else "cpu")
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from mhla_gen.config import SampleConfig
+from mhla_gen.errors import UserError
 from mhla_gen.pipelines.class_conditional import ClassConditionalPipeline
 from mhla_gen.pipelines.classes import class_numbers
 from mhla_gen.pipelines.guidance import Guidance
@@ -49,7 +50,7 @@ def build_sampler(config: SampleConfig) -> tuple[SampleConfig, Sampler]:
     pipeline.set_progress_bar_config(disable=True)
     if config.vae_tiling:
         if not hasattr(getattr(pipeline, "vae", None), "enable_tiling"):
-            raise ValueError(f"vae_tiling=true, but this {type(pipeline).__name__} has no tiling")
+            raise UserError(f"vae_tiling=true, but this {type(pipeline).__name__} has no tiling")
         pipeline.vae.enable_tiling()
     build = _of_classes if of_classes else _of_prompts
     return config, build(config, pipeline)
@@ -58,15 +59,15 @@ def build_sampler(config: SampleConfig) -> tuple[SampleConfig, Sampler]:
 def _of_classes(config: SampleConfig, pipeline: ClassConditionalPipeline) -> ClassSampler:
     for key in ("prompts", "prompt_embeds", "image", "num_frames", "guidance_scale_2"):
         if getattr(config, key) is not None:
-            raise ValueError(f"{key} is given, but {config.pipeline} makes images of classes")
+            raise UserError(f"{key} is given, but {config.pipeline} makes images of classes")
     if config.height != config.width:
-        raise ValueError(
+        raise UserError(
             "images of classes are square: height and width must be equal, found "
             f"{config.height} and {config.width}"
         )
     multiple = pipeline.size_multiple
     if config.height is not None and (config.height < 1 or config.height % multiple):
-        raise ValueError(
+        raise UserError(
             f"height and width must be multiples of {multiple} for {config.pipeline}, found "
             f"{config.height}"
         )
@@ -91,7 +92,7 @@ def _check_steps(scheduler: Any, steps: int) -> None:
         scheduler.set_timesteps(steps)
     except (TypeError, ValueError, RuntimeError) as error:
         name, reason = type(scheduler).__name__, str(error).splitlines()[0]
-        raise ValueError(f"{name} cannot plan num_inference_steps={steps}: {reason}") from error
+        raise UserError(f"{name} cannot plan num_inference_steps={steps}: {reason}") from error
 
 
 def _labels(config: SampleConfig, names: list[str]) -> np.ndarray:
@@ -112,12 +113,10 @@ def _of_prompts(config: SampleConfig, pipeline: Any) -> PromptSampler:
     }
     for key, given in unused.items():
         if given:
-            raise ValueError(f"{key} is given, but the {name} in {config.pipeline} takes prompts")
+            raise UserError(f"{key} is given, but the {name} in {config.pipeline} takes prompts")
     prompts, embeds = _prompts(config)
     if prompts is None:
-        raise ValueError(
-            f"the {name} in {config.pipeline} takes prompts; give prompts=TEXT or FILE"
-        )
+        raise UserError(f"the {name} in {config.pipeline} takes prompts; give prompts=TEXT or FILE")
     return PromptSampler(
         pipeline,
         [_completed(config, prompt) for prompt in prompts],
@@ -158,7 +157,7 @@ def place(config: SampleConfig, pipeline: Any, device: torch.device) -> None:
     if config.offload == "none":
         pipeline.to(device)
     elif device.type == "cpu":
-        raise ValueError(f"offload={config.offload} needs a GPU to offload from; found none")
+        raise UserError(f"offload={config.offload} needs a GPU to offload from; found none")
     elif config.offload == "model":
         pipeline.enable_model_cpu_offload(device=device)
     else:

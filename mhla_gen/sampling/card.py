@@ -7,6 +7,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from mhla_gen.errors import OccupiedError, UserError
 from mhla_gen.files import write_text, written_whole
 from mhla_gen.hub import INDEX_NAME, find
 from mhla_gen.sampling.manifest import MANIFEST_NAME
@@ -26,10 +27,10 @@ def check(pipeline: str) -> Path:
     """
     folder = Path(find(pipeline) or pipeline)
     if not (folder / INDEX_NAME).is_file():
-        raise ValueError(f"card=true needs a saved pipeline in a folder, found pipeline={pipeline}")
+        raise UserError(f"card=true needs a saved pipeline in a folder, found pipeline={pipeline}")
     existing = folder / CARD_NAME
     if existing.is_file() and _MARK not in existing.read_text():
-        raise FileExistsError(f"{existing} is not a card of ours; move it away or leave card=false")
+        raise OccupiedError(f"{existing} is not a card of ours; move it away or leave card=false")
     return folder
 
 

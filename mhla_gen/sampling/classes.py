@@ -4,6 +4,8 @@ from typing import Any
 
 import numpy as np
 
+from mhla_gen.errors import UserError
+
 
 def class_labels(classes: Any, samples_per_class: int, num_classes: int) -> np.ndarray:
     """One label per sample, class after class; int64.
@@ -45,7 +47,5 @@ def _checked(classes: Any, num_classes: int) -> np.ndarray:
     chosen: Any = range(num_classes) if everything else classes
     for number in chosen:
         if not 0 <= number < num_classes:
-            raise ValueError(
-                f"the model has classes 0…{num_classes - 1}, found {number} in classes"
-            )
+            raise UserError(f"the model has classes 0…{num_classes - 1}, found {number} in classes")
     return np.asarray(chosen, dtype=np.int64)

@@ -64,7 +64,7 @@ class PromptSampler:
         self.options = {k: v for k, v in options.items() if v is not None}
         unknown = [k for k in self.options if k not in self._arguments]
         if unknown:
-            raise ValueError(f"{type(pipeline).__name__} takes no {', '.join(unknown)}")
+            raise UserError(f"{type(pipeline).__name__} takes no {', '.join(unknown)}")
         self._check_prompts()
         self.shape, self._sizes = self._resolved(dict(sizes))
 
@@ -147,24 +147,24 @@ class PromptSampler:
         name = type(self.pipeline).__name__
         for number, prompt in enumerate(self.prompts):
             if self.takes_image and prompt.image is None:
-                raise ValueError(f"{name} needs an image; prompt {number} has none, nor has image=")
+                raise UserError(f"{name} needs an image; prompt {number} has none, nor has image=")
             if prompt.image is not None and not self.takes_image:
-                raise ValueError(f"prompt {number} has an image, but {name} takes none")
+                raise UserError(f"prompt {number} has an image, but {name} takes none")
         for number, prompt in enumerate(self.prompts):
             if prompt.image is not None:
                 _check_readable(number, prompt.image)
         if self.embeds is not None and self.takes_image:
             self._check_embeds(name, self.embeds)
         if self.embeds is None and getattr(self.pipeline, "text_encoder", None) is None:
-            raise ValueError(f"this {name} has no text encoder; give prompt_embeds=FILE")
+            raise UserError(f"this {name} has no text encoder; give prompt_embeds=FILE")
         # diffusers 0.42 calls it there without asking whether it is installed.
         if self.embeds is None and name == "WanImageToVideoPipeline" and not is_ftfy_available():
-            raise ValueError(f"{name} cleans prompts with ftfy: pip install ftfy")
+            raise UserError(f"{name} cleans prompts with ftfy: pip install ftfy")
 
     def _check_embeds(self, name: str, embeds: Mapping[str, Tensor]) -> None:
         lengths = {values.shape[1] for values in embeds.values()} - {TEXT_LENGTH_WITH_IMAGE}
         if lengths and getattr(self.pipeline.transformer.config, "image_dim", None) is not None:
-            raise ValueError(
+            raise UserError(
                 f"this {name} takes prompt_embeds of {TEXT_LENGTH_WITH_IMAGE} tokens, found "
                 f"{lengths.pop()}; pad them with zeros"
             )
@@ -176,7 +176,7 @@ class PromptSampler:
             key = "frames" if key == "num_frames" and "frames" in self._arguments else key
             if key not in self._arguments:
                 if value is not None:
-                    raise ValueError(f"{name} takes no {key}")
+                    raise UserError(f"{name} takes no {key}")
                 continue
             found[key] = value or self._arguments[key].default or self._own_size()
         self._check_multiples(found)
@@ -195,9 +195,9 @@ class PromptSampler:
         temporal = getattr(self.pipeline, "vae_scale_factor_temporal", 1)
         for key, value in sizes.items():
             if "frames" not in key and value % multiple:
-                raise ValueError(f"{key} must be a multiple of {multiple}, found {value}")
+                raise UserError(f"{key} must be a multiple of {multiple}, found {value}")
             if "frames" in key and (value - 1) % temporal:
-                raise ValueError(f"{key} must be 1 + a multiple of {temporal}, found {value}")
+                raise UserError(f"{key} must be 1 + a multiple of {temporal}, found {value}")
 
 
 def _check_readable(number: int, path: str) -> None:
@@ -222,7 +222,7 @@ def read_embeds(path: str, num_prompts: int | None, guided: bool) -> dict[str, T
         ValueError: If it holds other tensors, or embeddings of another number of prompts.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"prompt_embeds={path} does not exist")
+        raise MissingError(f"prompt_embeds={path} does not exist")
     tensors = load_file(path)
     num_prompts = num_prompts or len(tensors.get("prompt_embeds", ()))
     needed = ["prompt_embeds"] + (["negative_prompt_embeds"] if guided else [])
@@ -230,7 +230,7 @@ def read_embeds(path: str, num_prompts: int | None, guided: bool) -> dict[str, T
         found = tensors.get(key, torch.empty(0))
         allowed = (num_prompts,) if key == "prompt_embeds" else (1, num_prompts)
         if found.ndim != 3 or len(found) not in allowed:
-            raise ValueError(
+            raise UserError(
                 f"{path}: {key} must be [{' or '.join(map(str, allowed))}, tokens, text_dim], "
                 f"found {list(found.shape) if found.numel() else 'none'}"
             )

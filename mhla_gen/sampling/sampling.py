@@ -12,7 +12,7 @@ import torch
 from accelerate import PartialState
 
 from mhla_gen.config import SampleConfig, save_config
-from mhla_gen.errors import not_worth_failing
+from mhla_gen.errors import OccupiedError, UserError, not_worth_failing
 from mhla_gen.files import write_json, write_lines
 from mhla_gen.locks import claimed
 from mhla_gen.output_folders import CONFIG_NAME, check_writable, differing_values, made_with
@@ -174,7 +174,7 @@ class Job:
         before = self.work.identity() or _read_identity(self.folder)
         changes = [] if before is None else differing_values(before, found)
         if changes:
-            raise FileExistsError(
+            raise OccupiedError(
                 f"output_dir {self.folder} was begun with another model, other samples or another "
                 f"kind of device ({'; '.join(changes)}); choose another output_dir or move it away"
             )
@@ -262,7 +262,7 @@ def _formats(config: SampleConfig, sampler: Sampler) -> tuple[str, ...]:
         return ("mp4",) if sampler.is_video else ("png",)
     wrong, kind = ("png", "videos") if sampler.is_video else ("mp4", "images")
     if wrong in config.formats:
-        raise ValueError(f"formats has {wrong}, but the samples are {kind}")
+        raise UserError(f"formats has {wrong}, but the samples are {kind}")
     return config.formats
 
 

@@ -9,6 +9,7 @@ import diffusers
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
+from mhla_gen.errors import MissingError, UserError
 from mhla_gen.hub import INDEX_NAME, locate
 from mhla_gen.pipelines.class_conditional import ClassConditionalPipeline
 from mhla_gen.pipelines.schedulers import prediction_of
@@ -50,7 +51,7 @@ def pipeline_folder(path: str) -> Path:
     place = locate(path, newest=True)
     folder = Path(place) if Path(place).is_dir() else _downloaded(place)
     if not (folder / INDEX_NAME).is_file():
-        raise FileNotFoundError(f"pipeline={path} is a part of a pipeline: no {INDEX_NAME} there")
+        raise MissingError(f"pipeline={path} is a part of a pipeline: no {INDEX_NAME} there")
     return folder
 
 
@@ -63,14 +64,14 @@ def load_folder(folder: Path, dtype: torch.dtype) -> Any:
     else:
         found = getattr(diffusers, name, None) if isinstance(name, str) else None
     if not (isinstance(found, type) and issubclass(found, DiffusionPipeline)):
-        raise ValueError(f"{folder}: diffusers {diffusers.__version__} has no pipeline {name!r}")
+        raise UserError(f"{folder}: diffusers {diffusers.__version__} has no pipeline {name!r}")
     # Components that were saved as missing have to be named as missing.
     absent = {key: None for key, value in index.items() if value == [None, None]}
     precise = _PRECISE | {"default": dtype} if name.startswith("Wan") else dtype
     try:
         pipeline = found.from_pretrained(folder, dtype=precise, **absent)
     except (KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"{folder} is not a whole {name}: {error}") from error
+        raise UserError(f"{folder} is not a whole {name}: {error}") from error
     if name == "DiTPipeline":
         return class_conditional(pipeline, index.get("id2label") or {})
     return pipeline
@@ -115,6 +116,6 @@ def _downloaded(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=list(_SAVED)))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise FileNotFoundError(
+        raise MissingError(
             f"pipeline={name} is no folder here, and the hub has no such pipeline: {reason}"
         ) from error

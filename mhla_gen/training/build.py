@@ -10,6 +10,7 @@ from mhla_gen.config import ModelConfig, ObjectiveConfig, PreviewConfig, TrainCo
 from mhla_gen.data import TrainingData
 from mhla_gen.data.caching.cached import CachedLatents
 from mhla_gen.data.caching.matching import require_pipeline
+from mhla_gen.errors import UserError
 from mhla_gen.models import MHLADiTTransformer2DModel
 from mhla_gen.pipelines.class_conditional import ClassConditionalPipeline
 from mhla_gen.pipelines.noise import generator_of, sample_seed
@@ -43,13 +44,13 @@ def build_model(
     channels, height, width = image_shape
     out_channels = out_channels or channels
     if height != width:
-        raise ValueError(f"a DiT takes square images, the data are {height} × {width}")
+        raise UserError(f"a DiT takes square images, the data are {height} × {width}")
     if config.pretrained is not None:
         model = pretrained_dit(config, tuple(image_shape), num_classes, out_channels)
         disable_label_dropout(model)
         return model
     if height % config.sizes.patch_size:
-        raise ValueError(
+        raise UserError(
             f"model.patch_size {config.sizes.patch_size} does not divide the image size {height}"
         )
     sizes: dict[str, Any] = {
@@ -81,13 +82,13 @@ def build_task(config: TrainConfig, data: TrainingData) -> Task:
         ValueError: If model and data do not fit together.
     """
     if config.distill is not None:
-        raise ValueError("settings with distill are run by mhla_gen.distillation.distill")
+        raise UserError("settings with distill are run by mhla_gen.distillation.distill")
     if config.model.pretrained is not None and isinstance(data, CachedLatents):
         require_pipeline(data, config.model.pretrained)
     if config.wan is not None:
         return wan_task(config, config.wan, data)
     if data.class_names is None:
-        raise ValueError("the data have no class labels, which a class-conditional model needs")
+        raise UserError("the data have no class labels, which a class-conditional model needs")
     return _class_conditional(config, data, data.class_names)
 
 

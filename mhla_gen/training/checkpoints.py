@@ -12,6 +12,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from mhla_gen.config import TrainConfig, load_config, save_config
+from mhla_gen.errors import NotWritableError, OccupiedError, UserError
 from mhla_gen.files import remove_leftovers
 from mhla_gen.hub import PIPELINE_NAME
 from mhla_gen.output_folders import CONFIG_NAME, check_writable, differences, is_free
@@ -92,7 +93,7 @@ def save_checkpoint(run: Run, step: int) -> Path:
         shutil.rmtree(partial, ignore_errors=True)
         last = last_checkpoint(folder) or "none"
         free = shutil.disk_usage(folder).free / 1e6
-        raise OSError(
+        raise NotWritableError(
             f"{target} could not be written ({str(error).splitlines()[0]}); {free:.3g} MB are free "
             f"there; the last checkpoint is {last}; make room, and go on with resume=latest"
         ) from error
@@ -166,14 +167,14 @@ def load_latest(run: Run) -> int:
     step, folder = max(found.items())
     facts = json.loads((folder / _FACTS_NAME).read_text())
     if facts["num_samples"] != len(run.data):
-        raise ValueError(
+        raise UserError(
             f"{folder} was trained on {facts['num_samples']} samples, but the data are "
             f"{len(run.data)} now: the run cannot go on exactly; restore the data, or start a new "
             "run in another output_dir"
         )
     changes = different_weights(folder, run.accelerator.unwrap_model(run.model))
     if changes:
-        raise ValueError(
+        raise UserError(
             f"{folder} is a checkpoint of another model ({'; '.join(changes[:3])}"
             f"{f'; and {len(changes) - 3} more' if len(changes) > 3 else ''}); choose another "
             "output_dir"
@@ -221,11 +222,11 @@ def check_output_dir(config: TrainConfig) -> None:
     if is_free(folder):
         return
     if not (folder / CONFIG_NAME).is_file():
-        raise FileExistsError(
+        raise OccupiedError(
             f"output_dir {folder} exists and is no training run; choose another one"
         )
     if config.resume == "never":
-        raise FileExistsError(
+        raise OccupiedError(
             f"output_dir {folder} holds a run; add resume=latest to go on with it, "
             "or choose another one"
         )
@@ -235,14 +236,14 @@ def check_output_dir(config: TrainConfig) -> None:
         if not _may_change(change.split(":")[0], config)
     ]
     if changes:
-        raise FileExistsError(
+        raise OccupiedError(
             f"the run in {folder} had other settings and cannot go on exactly "
             f"({'; '.join(changes)}); choose another output_dir, or give it the settings it had"
         )
     done = max([pipeline_steps(folder), *checkpoints(folder)])
     # The steps of a distillation are those of its stages, which have folders of their own.
     if config.distill is None and done > config.max_steps:
-        raise FileExistsError(
+        raise OccupiedError(
             f"the run in {folder} has done {done} steps, more than max_steps={config.max_steps}; "
             f"choose another output_dir, or max_steps of at least {done}"
         )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from mhla_gen.errors import UserError
 from mhla_gen.files import append_line, read_lines, write_lines
 from mhla_gen.training.checkpoints import last_checkpoint
 from mhla_gen.training.recent import Recorded
@@ -117,7 +118,7 @@ class RunLog:
         if wrong.any():
             first = int(wrong.nonzero()[0])
             positions = (~finite[first]).nonzero().flatten().tolist()
-            raise ValueError(not_finite(self.run, step - len(finite) + first, positions))
+            raise UserError(not_finite(self.run, step - len(finite) + first, positions))
         return recorded
 
     def _use_of_device(self, samples_per_second: float) -> dict[str, float]:

@@ -4,6 +4,7 @@ import copy
 from typing import Any
 
 from mhla_gen.config import WanConfig
+from mhla_gen.errors import UserError
 from mhla_gen.training.optim import train_only_mhla
 
 
@@ -20,11 +21,11 @@ def add_lora(model: Any, config: WanConfig) -> None:
     try:
         from peft import LoraConfig
     except ImportError as error:
-        raise ValueError("model.trainable=lora needs the package peft") from error
+        raise UserError("model.trainable=lora needs the package peft") from error
     targets = list(config.lora_targets)
     ends = tuple(f".{target}" for target in targets)
     if not any(name.endswith(ends) for name, _ in model.named_modules()):
-        raise ValueError(f"wan.lora_targets {targets} name no layer of a {type(model).__name__}")
+        raise UserError(f"wan.lora_targets {targets} name no layer of a {type(model).__name__}")
     alpha = config.lora_rank if config.lora_alpha is None else config.lora_alpha
     rank = config.lora_rank
     settings: dict[str, Any] = {"r": rank, "lora_alpha": alpha, "target_modules": targets}

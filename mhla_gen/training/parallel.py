@@ -20,6 +20,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
 from mhla_gen.config import TrainConfig
+from mhla_gen.errors import UserError
 
 # Gradients stay in the buckets that travel: half as much to copy and to launch. Buffers of
 # transformers are tables, the same everywhere.
@@ -36,7 +37,7 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
     available = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available}
     if config.report_to != "none" and not available[config.report_to]():
         # accelerate would leave it out without a word.
-        raise ValueError(
+        raise UserError(
             f"report_to={config.report_to} needs the package {config.report_to}; install it, or "
             "use report_to=none"
         )
@@ -53,17 +54,17 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != accelerator.num_processes:
         # Each would train alone, and all of them write into one folder.
-        raise ValueError(
+        raise UserError(
             f"{started} processes were started but accelerate joins {accelerator.num_processes}; "
             "without GPUs, set ACCELERATE_USE_CPU=1 and start them with torchrun"
         )
     if sharded and accelerator.num_processes == 1:
-        raise ValueError(
+        raise UserError(
             "parallelism=fsdp shares a model among processes, found one; start them with "
             "`accelerate launch train/train.py CONFIG.yaml`, or use parallelism=ddp"
         )
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
-        raise ValueError("accelerate is configured for FSDP 1; set fsdp_version to 2")
+        raise UserError("accelerate is configured for FSDP 1; set fsdp_version to 2")
     if sharded and accelerator.device.type == "cpu":
         # accelerate shards on accelerators only, PyTorch anywhere: this is how the tests run it.
         accelerator.state.fsdp_plugin = _sharding_plugin()

@@ -8,6 +8,7 @@ from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DMod
 from torch import nn
 
 from mhla_gen.config import MHLAConfig, ModelConfig
+from mhla_gen.errors import UserError
 from mhla_gen.models import inject
 from mhla_gen.models.saved_transformer import load_transformer
 from mhla_gen.models.transformer import MHLATransformerMixin
@@ -28,7 +29,7 @@ def load_pretrained(config: ModelConfig, subfolder: str = "transformer") -> Any:
     model = load_transformer(str(config.pretrained), subfolder)
     if config.attention == "softmax":
         if isinstance(model, MHLATransformerMixin):
-            raise ValueError(
+            raise UserError(
                 f"{config.pretrained} has MHLA layers; set model.attention=mhla, "
                 "or save it once after mhla_gen.restore(model)"
             )
@@ -39,7 +40,7 @@ def load_pretrained(config: ModelConfig, subfolder: str = "transformer") -> Any:
     found = model.mhla_config
     changes = differences(found, asked, ("implementation", "exact_start"))
     if asked not in (MHLAConfig(), found) and changes:
-        raise ValueError(
+        raise UserError(
             f"{config.pretrained} has MHLA layers already, with other settings "
             f"(model.mhla: {'; '.join(changes)}); leave model.mhla out to keep them"
         )
@@ -72,7 +73,7 @@ def pretrained_dit(
     """
     model = load_pretrained(config)
     if not isinstance(model, DiTTransformer2DModel):
-        raise ValueError(
+        raise UserError(
             f"{config.pretrained} is a {type(model).__name__}, but class labels need a DiT"
         )
     if config.new_classes:
@@ -91,7 +92,7 @@ def pretrained_dit(
         if sizes[name] != value
     ]
     if wrong:
-        raise ValueError(f"{config.pretrained} does not fit: {'; '.join(wrong)}")
+        raise UserError(f"{config.pretrained} does not fit: {'; '.join(wrong)}")
     return model
 
 

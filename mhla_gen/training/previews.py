@@ -102,7 +102,7 @@ def evaluate_samples(run: Run, step: int) -> None:
             tqdm.write(f"no metrics of step {step}: {error}", file=sys.stderr)
         return
     if samples is None:
-        raise ValueError("evaluate_every is for class-conditional models of images")
+        raise UserError("evaluate_every is for class-conditional models of images")
     folder = _scores(Path(run.config.output_dir), step)
     if run.accelerator.is_main_process:
         with written_whole(folder / "samples.npz") as partial, partial.open("wb") as file:

@@ -16,6 +16,7 @@ from torch import nn
 
 from mhla_gen.config import TrainConfig
 from mhla_gen.data import Batch, BatchOrder, TrainingData, batches, load_data
+from mhla_gen.errors import UserError
 from mhla_gen.runtime.compiling import compile_model, repeated_blocks
 from mhla_gen.runtime.cuda_graphs import RecordedTraining
 from mhla_gen.runtime.devices import send
@@ -178,7 +179,7 @@ def build_run(
     accelerator = build_accelerator(config)
     parts = accelerator.num_processes * config.gradient_accumulation_steps
     if config.batch_size % parts:
-        raise ValueError(
+        raise UserError(
             f"batch_size {config.batch_size} must be a multiple of {parts}, "
             "processes × gradient_accumulation_steps"
         )

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from mhla_gen.config import ObjectiveConfig, TrainConfig, WanConfig
 from mhla_gen.data import TrainingData
+from mhla_gen.errors import UserError
 from mhla_gen.models import inject
 from mhla_gen.models.wan import TEXT_LENGTH_WITH_IMAGE
 from mhla_gen.training.lora import add_lora, merged
@@ -41,7 +42,7 @@ def wan_task(config: TrainConfig, wan: WanConfig, data: TrainingData) -> Task:
     model = _build_model(config, wan, data, empty.shape[-1], by_token)
     sees_image = model.config.image_dim is not None
     if sees_image and len(empty) != TEXT_LENGTH_WITH_IMAGE:
-        raise ValueError(
+        raise UserError(
             "a Wan that reads an image beside the caption takes captions of "
             f"{TEXT_LENGTH_WITH_IMAGE} tokens, found {len(empty)}; build the cache again with "
             f"text.max_sequence_length={TEXT_LENGTH_WITH_IMAGE}"
@@ -70,7 +71,7 @@ def wan_task(config: TrainConfig, wan: WanConfig, data: TrainingData) -> Task:
 def _empty_prompt(data: TrainingData) -> Tensor:
     empty = getattr(data, "empty_prompt_embeds", None)
     if empty is None:
-        raise ValueError(
+        raise UserError(
             "wan learns from clips with embedded captions: data.source=cache with what `mhla-gen "
             "cache` wrote of data.source=clips"
         )
@@ -80,16 +81,16 @@ def _empty_prompt(data: TrainingData) -> Tensor:
 def _check(config: TrainConfig, wan: WanConfig, data: TrainingData) -> None:
     for shape in data.sample_shapes:
         if len(shape) != 4:
-            raise ValueError(f"wan takes latents of clips, the data have {_times(shape)}")
+            raise UserError(f"wan takes latents of clips, the data have {_times(shape)}")
         if shape[2] % 2 or shape[3] % 2:
-            raise ValueError(
+            raise UserError(
                 f"wan's tokens are 2 × 2 latents, which do not tile {_times(shape)}; take clips "
                 "whose sides are multiples of 16 pixels (32 for Wan 2.2's 5B)"
             )
     if config.objective.name != "flow_matching":
-        raise ValueError(f"wan needs objective.name=flow_matching, found {config.objective.name}")
+        raise UserError(f"wan needs objective.name=flow_matching, found {config.objective.name}")
     if wan.first_frame and config.data.horizontal_flip:
-        raise ValueError("wan.first_frame needs data.horizontal_flip=false")
+        raise UserError("wan.first_frame needs data.horizontal_flip=false")
 
 
 def _objective(
@@ -116,7 +117,7 @@ def _build_model(
     (channels,) = {shape[0] for shape in data.sample_shapes}
     concatenated = wan.first_frame and not by_token
     if concatenated and not getattr(data, "has_condition", False):
-        raise ValueError(
+        raise UserError(
             "wan.first_frame needs a cache with clips.condition=true, or times_of_tokens=true for "
             "a model like Wan 2.2's TI2V-5B"
         )
@@ -138,7 +139,7 @@ def _build_model(
         return model
     model = load_pretrained(config.model, wan.subfolder)
     if not isinstance(model, WanTransformer3DModel):
-        raise ValueError(f"{config.model.pretrained} is a {type(model).__name__}, not a Wan")
+        raise UserError(f"{config.model.pretrained} is a {type(model).__name__}, not a Wan")
     found: Any = model.config
     if found.image_dim is not None:
         _check_image(str(config.model.pretrained), found, image_dim)
@@ -147,25 +148,25 @@ def _build_model(
     ]
     if wrong:
         hint = "; see wan.first_frame" if found.in_channels != wanted["in_channels"] else ""
-        raise ValueError(f"{config.model.pretrained} does not fit: {'; '.join(wrong)}{hint}")
+        raise UserError(f"{config.model.pretrained} does not fit: {'; '.join(wrong)}{hint}")
     return model
 
 
 def _check_image(name: str, found: Any, image_dim: int | None) -> None:
     """Raise unless the data have what an image-to-video model of Wan 2.1 reads."""
     if found.pos_embed_seq_len is not None:
-        raise ValueError(
+        raise UserError(
             f"{name} reads a first and a last frame, and caches hold the first; take a model of "
             "image to video"
         )
     if image_dim is None:
-        raise ValueError(
+        raise UserError(
             f"{name} reads CLIP's embedding of the first frame, which the data do not hold; build "
             "the cache again, in a new folder, with clips.condition=true and "
             "image_encoder.path=PIPELINE, the pipeline of this model"
         )
     if found.image_dim != image_dim:
-        raise ValueError(
+        raise UserError(
             f"{name} does not fit: image_dim is {found.image_dim}, but the data need {image_dim}"
         )
 

@@ -37,6 +37,7 @@ from mhla_gen.data.images import ArrayImages, EncodedImages
 from mhla_gen.data.opening import open_images
 from mhla_gen.data.protocol import Examples
 from mhla_gen.data.text import TextEncoder, load_text_encoder
+from mhla_gen.errors import UserError
 from mhla_gen.locks import claimed
 from mhla_gen.media import Decoder
 from mhla_gen.runtime.devices import resolve_device
@@ -67,7 +68,7 @@ def build_cache(config: CacheConfig, dry_run: bool = False) -> str:
     if config.verify:
         return verify(Path(config.output_dir))
     if config.vae.path is None:
-        raise ValueError("a cache needs vae.path, the folder or hub name of an autoencoder")
+        raise UserError("a cache needs vae.path, the folder or hub name of an autoencoder")
     on_main(lambda: check_output_dir(config))
     files: Files = (
         find_clips(config.data, config.clips.missing_caption, config.clips.hdr == "tone_map")
@@ -145,7 +146,7 @@ def _text_encoder(config: CacheConfig, files: Files) -> TextEncoder | None:
     if config.text.path is None:
         return None
     if files.captions is None:
-        raise ValueError(
+        raise UserError(
             "text.path is given, but the data have no captions in a column "
             f"{config.data.caption_column}"
         )
@@ -166,9 +167,7 @@ def _frame_encoder(config: CacheConfig, files: Files) -> tuple[CacheConfig, Imag
 
 def _check_sizes(config: CacheConfig, files: Files, vae: Any) -> None:
     if config.clips.condition and not is_video(vae):
-        raise ValueError(
-            f"clips.condition needs an autoencoder of videos, not {type(vae).__name__}"
-        )
+        raise UserError(f"clips.condition needs an autoencoder of videos, not {type(vae).__name__}")
     if isinstance(files, ClipFiles):
         for bucket in config.clips.buckets:
             latent_shape(vae, *bucket)
@@ -196,7 +195,7 @@ def _examples(
     if PartialState().is_main_process:
         print(report(config.clips, clips.placements))
     if not len(clips):
-        raise ValueError("no clip fits any bucket; the table above says why")
+        raise UserError("no clip fits any bucket; the table above says why")
     return clips, [{"name": p.name, "reason": p.left_out} for p in clips.placements if p.unreadable]
 
 

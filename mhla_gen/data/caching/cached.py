@@ -20,6 +20,7 @@ from mhla_gen.data.caching.chunks import read_record, read_tensors
 from mhla_gen.data.caching.index import CAPTIONS_NAME, Index
 from mhla_gen.data.image_encoder import ImageEncoder, load_image_encoder
 from mhla_gen.data.protocol import Batch
+from mhla_gen.errors import UserError
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +48,7 @@ class CachedLatents:
         for name, facts in index.files.items():
             path = folder / name
             if not path.is_file() or path.stat().st_size != facts["bytes"]:
-                raise ValueError(
+                raise UserError(
                     f"{path} is missing or not of {facts['bytes']} bytes; run `mhla-gen cache` "
                     "again with its config, or copy it again"
                 )
@@ -144,7 +145,7 @@ class CachedLatents:
             ValueError: If the cache holds no embeddings.
         """
         if not self.has_prompts:
-            raise ValueError(f"{self.folder} holds no embedded captions; build it with text.path")
+            raise UserError(f"{self.folder} holds no embedded captions; build it with text.path")
         return self._prompt(0)
 
     def require(self, config: DataConfig) -> None:
@@ -155,17 +156,17 @@ class CachedLatents:
         """
         sizes = {bucket.pixels[-1] for bucket in self.index.buckets}
         if config.image_size is not None and sizes != {config.image_size}:
-            raise ValueError(
+            raise UserError(
                 f"data.image_size is {config.image_size}, but the cache {self.folder} was made of "
                 f"images {', '.join(map(str, sorted(sizes)))} pixels wide"
             )
         count = len(self.class_names or ())
         if config.num_classes is not None and config.num_classes != count:
-            raise ValueError(
+            raise UserError(
                 f"data.num_classes is {config.num_classes}, but the cache {self.folder} has {count}"
             )
         if config.horizontal_flip and not self.has_flips:
-            raise ValueError(
+            raise UserError(
                 f"data.horizontal_flip=true, but the cache {self.folder} has no mirrored images; "
                 "build it with data.horizontal_flip=true"
             )
@@ -222,7 +223,7 @@ class CachedLatents:
     ) -> None:
         for key, value in found.items():
             if value != known[key]:
-                raise ValueError(
+                raise UserError(
                     f"the {what} of {self.folder} were made by another {maker} ({key}: "
                     f"{known[key]}, found {value})"
                 )

@@ -17,6 +17,7 @@ from mhla_gen.data.caching.checking import (
 from mhla_gen.data.caching.chunks import Chunk
 from mhla_gen.data.caching.index import CAPTIONS_NAME, QUARANTINE_NAME, BucketIndex, Index
 from mhla_gen.data.protocol import Examples
+from mhla_gen.errors import UserError
 from mhla_gen.files import write_json, write_lines
 from mhla_gen.runtime.processes import on_main
 
@@ -84,7 +85,7 @@ def _write(
     buckets = tuple(filter(lambda bucket: bucket.count, _buckets(contents, found)))
     if not buckets:
         first = quarantined[0]
-        raise ValueError(
+        raise UserError(
             f"none of {len(quarantined)} could be read, {first['name']} {first['reason']} first"
         )
     index = Index(

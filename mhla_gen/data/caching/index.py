@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from mhla_gen.errors import MissingError, UserError
 from mhla_gen.files import write_json
 
 INDEX_NAME = "index.json"
@@ -75,22 +76,22 @@ class Index:
         """
         path = folder / INDEX_NAME
         if not folder.exists():
-            raise FileNotFoundError(
+            raise MissingError(
                 f"{folder} does not exist; a cache is a folder that `mhla-gen cache` writes"
             )
         if not path.is_file() and not (folder / SETTINGS_NAME).is_file():
-            raise FileNotFoundError(
+            raise MissingError(
                 f"{folder} is no cache, which `mhla-gen cache` writes; images are another "
                 "data.source: npz for such a file, folder for a folder of class folders"
             )
         if not path.is_file():
-            raise FileNotFoundError(
+            raise MissingError(
                 f"{folder} is a cache that is not finished: {INDEX_NAME} is missing; run "
                 "`mhla-gen cache` with its config, which goes on where it stopped"
             )
         values = json.loads(path.read_text())
         if values.pop("format", None) != FORMAT:
-            raise ValueError(f"{path} has another format; build the cache again")
+            raise UserError(f"{path} has another format; build the cache again")
         values["buckets"] = tuple(
             BucketIndex(
                 tuple(bucket["pixels"]),

@@ -6,6 +6,7 @@ from mhla_gen.config import AutoencoderConfig, ImageEncoderConfig
 from mhla_gen.data.autoencoder import load_autoencoder
 from mhla_gen.data.caching.cached import CachedLatents
 from mhla_gen.data.image_encoder import load_image_encoder
+from mhla_gen.errors import UserError
 from mhla_gen.hub import pipeline_index
 
 
@@ -34,4 +35,4 @@ def require_pipeline(cache: CachedLatents, path: str) -> None:
             config = ImageEncoderConfig(path=path, dtype=settings["image_encoder"]["dtype"])
             cache.require_image_encoder(load_image_encoder(config))
     except ValueError as error:
-        raise ValueError(f"model.pretrained {path} does not fit data.path: {error}") from error
+        raise UserError(f"model.pretrained {path} does not fit data.path: {error}") from error

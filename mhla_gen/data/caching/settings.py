@@ -12,6 +12,7 @@ from mhla_gen.data.caching.index import SETTINGS_NAME
 from mhla_gen.data.clip_files import ClipFiles
 from mhla_gen.data.images import ArrayImages, EncodedImages
 from mhla_gen.digests import settings_digest
+from mhla_gen.errors import OccupiedError
 from mhla_gen.files import write_json
 from mhla_gen.media.pictures import READING
 from mhla_gen.output_folders import CONFIG_NAME, check_writable, differing_values, made_with
@@ -107,7 +108,7 @@ def check_settings(config: CacheConfig, settings: dict[str, Any]) -> None:
     path = folder / SETTINGS_NAME
     changes = differing_values(json.loads(path.read_text()), settings) if path.is_file() else []
     if changes:
-        raise FileExistsError(
+        raise OccupiedError(
             f"output_dir {folder} was made of other data or by other models "
             f"({'; '.join(changes)}); choose another output_dir or move it away"
         )

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mhla_gen.errors import UserError
+
 _OPERANDS = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 # Programs that keep a large GPU busy: two for each of 132 multiprocessors, with some to spare.
 _ENOUGH_PROGRAMS = 512
@@ -112,7 +114,7 @@ class Call:
 
     def __post_init__(self) -> None:
         if len(self.grid) > 1 and self.block_size > _LARGEST_BOX:
-            raise ValueError(
+            raise UserError(
                 f"a block of several axes may hold {_LARGEST_BOX} tokens, found grid={self.grid} "
                 f"with layout={self.layout}"
             )

@@ -217,6 +217,7 @@ def test_a_full_disk_leaves_whole_files(source, tmp_path, monkeypatch):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert sorted(p.name for p in (tmp_path / "cache").iterdir()) == [
         "config.yaml",
+        "errors.log",
         "settings.json",
     ]
     assert "21 samples" in build_cache(config)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The comparisons of docs/evidence.md: exact pairs beside MHLA, from scratch, converted and on clips;
-# MHLA beside linear attention, the main arms longer too. Every result is kept.
+# The comparisons of docs/evidence.md, exact pairs beside MHLA, from scratch, converted and on clips,
+# and of docs/mixing.md, MHLA beside linear attention, the main arms longer too. Results are kept.
 #   bash experiments/evidence.sh DATA OUTPUT [--seconds N] [--processes N] [key=value ...]
 # DATA: emoji64.npz (experiments/evidence/emoji_dataset.py) or a folder with one sub-folder of images
 # a class. All GPUs that this machine has are used, with several processes each. After --seconds

@@ -386,4 +386,4 @@ def test_the_page_has_the_tables_of_the_results(scripts):
     plan = scripts("evidence_plan").Plan()
     text = report.mixing_tables(plan, report.load_groups(folder, plan), folder)
     assert text == (folder / "tables.md").read_text()
-    assert text in (ROOT / "docs" / "evidence.md").read_text()
+    assert text in (ROOT / "docs" / "mixing.md").read_text()

@@ -1,6 +1,6 @@
 """Work on a plan of docs/evidence.md with several processes on every GPU, for a limited time.
 
-    python experiments/evidence/evidence_launch.py DATA OUT [--seconds 520] [--processes 5]
+    python experiments/evidence/evidence_launch.py DATA OUT [--seconds 520] [--processes 4]
         [--plan PLAN.yaml] [--parts speed runs report] [key=value ...]
 
 The parts are: `speed`, what is compared alone on its GPU; `runs`, all trainings, the deciding ones
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--plan", type=Path, default=PLAN)
     parser.add_argument("--seconds", type=float, default=float("inf"))
-    parser.add_argument("--processes", type=int, default=5, help="of each GPU")
+    parser.add_argument("--processes", type=int, default=4, help="of each GPU")
     parser.add_argument("--parts", nargs="+", default=["speed", "runs", "report"])
     parser.add_argument("--options", default="", help="of evidence_run.py, such as '--samples 64'")
     options = parser.parse_intermixed_args(arguments)

@@ -7,7 +7,7 @@ from mhla_gen.errors import UserError
 
 _CONTENT_MIXING = (
     "content_mixing=true is no longer supported (mixing from content was no better than the plain "
-    "matrix, see docs/evidence.md); leave it out and train again"
+    "matrix, see docs/mixing.md); leave it out and train again"
 )
 _MULTISCALE = (
     "mixing_init must be locality or uniform, found 'multiscale', which is no longer supported; "

@@ -70,10 +70,12 @@ def distill(config: TrainConfig) -> Path:
                 if processes.is_main_process:
                     save_config(config, folder / CONFIG_NAME)
                 run_to_end(run, stage.title)
-        if processes.is_main_process:
+
+        def copy() -> None:
             with written_whole(folder / PIPELINE_NAME) as partial:
                 shutil.copytree(last / PIPELINE_NAME, partial)
-        processes.wait_for_everyone()
+
+        on_main(copy)
     return folder / PIPELINE_NAME
 
 

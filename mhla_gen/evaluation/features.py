@@ -164,10 +164,12 @@ def _open_folder(
         **settings,
     }
     folder = cache_dir / settings_digest(everything)[:32]
-    if PartialState().is_main_process:
+
+    def make() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / SETTINGS_NAME, {**everything, "source": source.name})
-    PartialState().wait_for_everyone()
+
+    on_main(make)
     return folder
 
 

@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from accelerate import PartialState
 from torch import Tensor
 
 from mhla_gen.config import ReferenceConfig
@@ -17,6 +16,7 @@ from mhla_gen.evaluation.protocol import EvaluationProtocol
 from mhla_gen.evaluation.sources import ImageSource, has_statistics
 from mhla_gen.evaluation.statistics_file import STATISTICS_KEYS, StatisticsFile, write_statistics
 from mhla_gen.media.pictures import UnreadableImageError
+from mhla_gen.runtime.processes import on_main
 
 
 @dataclass(frozen=True)
@@ -128,12 +128,14 @@ def build_reference(config: ReferenceConfig, dry_run: bool = False) -> Path | No
         return None
     names = [name for name in STATISTICS_KEYS if name in measurer.extractor.dims]
     measured = measurer.features(source, names)
-    if PartialState().is_main_process:
+
+    def write() -> None:
         statistics = {name: measured.statistics(name) for name in names}
         images = None if measurer.clip else kept_images(source, config.keep_images, config.seed)
         write_statistics(out, statistics, protocol, images)
         print(f"{out}: {measured.count} images, {protocol}")
-    PartialState().wait_for_everyone()
+
+    on_main(write)
     return out
 
 

@@ -1,5 +1,6 @@
 """Work that several processes share (accelerate launch, torchrun), or that one does for all."""
 
+import pickle
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -51,22 +52,33 @@ def part_processes() -> None:
 def on_main(compute: Callable[[], T]) -> T:
     """The result of `compute`, called by the main process alone; all get it, or its error.
 
-    Raises:
-        ValueError: If `compute` does.
-        OSError: If `compute` does.
+    Whatever the error is: the others would wait for a result for a day. One that does not pickle
+    reaches them as a RuntimeError that says it.
     """
     state = PartialState()
+    if state.num_processes == 1:
+        return compute()
     result: list[Any] = [None, None]
-    if state.is_main_process:
-        try:
-            result[0] = compute()
-        except (ValueError, OSError) as error:
-            result[1] = error
-    if state.num_processes > 1:
+    if not state.is_main_process:
         broadcast_object_list(result)
-    if result[1] is not None:
-        raise result[1]
+        if result[1] is not None:
+            raise result[1]
+        return result[0]
+    try:
+        result[0] = compute()
+    except Exception as error:
+        broadcast_object_list([None, _portable(error)])
+        raise
+    broadcast_object_list(result)
     return result[0]
+
+
+def _portable(error: Exception) -> Exception:
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # by whatever its class does to be pickled
+        return RuntimeError(f"{type(error).__name__} in the main process: {error}")
+    return error
 
 
 def shared_map(

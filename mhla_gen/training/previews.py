@@ -21,6 +21,7 @@ from mhla_gen.errors import NotFiniteError, UserError, not_worth_failing
 from mhla_gen.files import written_whole
 from mhla_gen.media.videos import shown_frames, write_video
 from mhla_gen.models import MHLA
+from mhla_gen.runtime.processes import on_main
 from mhla_gen.training.parallel import whole
 from mhla_gen.training.training_run import Run
 
@@ -104,10 +105,12 @@ def evaluate_samples(run: Run, step: int) -> None:
     if samples is None:
         raise UserError("evaluate_every is for class-conditional models of images")
     folder = _scores(Path(run.config.output_dir), step)
-    if run.accelerator.is_main_process:
+
+    def write() -> None:
         with written_whole(folder / "samples.npz") as partial, partial.open("wb") as file:
             np.savez(file, arr_0=samples)
-    run.accelerator.wait_for_everyone()
+
+    on_main(write)
     results = evaluate(
         EvaluateConfig(
             samples=str(folder / "samples.npz"),

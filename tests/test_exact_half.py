@@ -234,6 +234,8 @@ def test_what_does_not_fit_is_refused_before_anything_changes():
     keys = list(model.state_dict())
     with pytest.raises(ValueError, match="exact_tile needs 3 entries"):
         mhla_gen.inject(model, MHLAConfig(exact=0.1, exact_tile=(4, 4)))
+    with pytest.raises(ValueError, match="leave no exact pair"):
+        mhla_gen.inject(model, MHLAConfig(exact=0.1, exact_window=(0, 0, 0), exact_top=0))
     assert list(model.state_dict()) == keys
     mhla_gen.inject(model, MHLAConfig(exact=0.1))
     with pytest.raises(NotImplementedError, match=r"exact=0\.1 cannot share a sequence"):

@@ -73,10 +73,22 @@ def all_weights(attention):
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(
     "options",
-    [{}, {"normalize": False, "feature_map": "elu+1"}, {"mixing_per_head": True, "layers": "2/3"}],
+    [
+        {},
+        {"normalize": False, "feature_map": "elu+1"},
+        {"mixing_per_head": True, "layers": "2/3"},
+        {"exact": 1.0},
+        {"exact": 0.3, "linear": False},
+        {"exact": 0.3, "learned_features": True},
+        {"exact": 0.3, "combine": "denominator"},
+    ],
 )
 def test_weights_times_values_are_the_output_of_the_layer(case, options):
     make, make_inputs, layout = CASES[case]
+    if options.get("exact") == 0.3:
+        ones = (1,) * len(layout)
+        options = options | {"exact_tile": tuple(2 * n for n in ones), "exact_window": ones}
+        options["exact_top"] = 2
     model = mhla_gen.inject(make(), MHLAConfig(layout=layout, **PLAIN, **options))
     seen, values, outputs = look(disturb(model).double(), double(make_inputs()))
     for index, attention in seen.items():
@@ -84,7 +96,8 @@ def test_weights_times_values_are_the_output_of_the_layer(case, options):
         out = torch.einsum("hqk,khv->qhv", all_weights(attention), value).flatten(1)
         torch.testing.assert_close(out, outputs[index][0].double(), rtol=1e-6, atol=1e-9)
     kinds = {attention.kind for attention in seen.values()}
-    assert kinds == ({"mhla", "softmax"} if "layers" in options else {"mhla"})
+    expected = {row.kind for row in mhla_gen.summary(model)}
+    assert kinds == expected
 
 
 def test_rows_of_normalised_layers_sum_to_one():
@@ -262,6 +275,29 @@ def test_wan_pages_have_a_column_per_frame(tmp_path):
     assert {path.stem for path in (tmp_path / "out").glob("*.png")} == {
         "statistics", "mixing_00", "attention_00",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(("make", "grid"), [(tiny_dit, None), (tiny_wan, [7, 4, 6])])
+def test_pages_show_both_halves_of_a_layer(tmp_path, make, grid):
+    layout = (2,) * len(grid or (4, 4))
+    tiles = {"exact_tile": layout, "exact_window": (0,) * len(layout), "exact_top": 1}
+    config = MHLAConfig(layout=layout, exact=0.3, **tiles)
+    mhla_gen.inject(make(num_layers=1), config).save_pretrained(tmp_path / "model")
+    folder = tmp_path / "out"
+    settings = {"grid": grid} if grid else {}
+    page = inspect(
+        InspectConfig(
+            model=str(tmp_path / "model"), output_dir=str(folder), num_inputs=1, **settings
+        )
+    )
+    text = page.read_text(encoding="utf-8")
+    assert "exact + mhla, exact half 98%" in text
+    assert "model, exact half, query" in text and "model, mhla half, query" in text
+    assert {path.stem for path in folder.glob("*.png")} == {
+        "statistics", "mixing_00", "attention_00",
+    }  # fmt: skip
+    (layer,) = json.loads((folder / "statistics.json").read_text())["model"]
+    assert layer["exact_weight"] == pytest.approx(0.98, abs=0.01)
 
 
 def test_image_to_video_models_get_image_embeddings(tmp_path):

@@ -1,11 +1,6 @@
 """Look into a model: mixing matrices, induced attention maps, rank and entropy."""
 
-from mhla_gen.inspection.attention_maps import (
-    LayerAttention,
-    MHLAAttention,
-    SoftmaxAttention,
-    watch,
-)
+from mhla_gen.inspection.attention_maps import watch
 from mhla_gen.inspection.inspection import inspect
 from mhla_gen.inspection.statistics import (
     effective_rank,
@@ -13,8 +8,17 @@ from mhla_gen.inspection.statistics import (
     numerical_rank,
     row_entropy,
 )
+from mhla_gen.inspection.weights import (
+    BothHalves,
+    ExactAttention,
+    LayerAttention,
+    MHLAAttention,
+    SoftmaxAttention,
+)
 
 __all__ = [
+    "BothHalves",
+    "ExactAttention",
     "LayerAttention",
     "MHLAAttention",
     "SoftmaxAttention",

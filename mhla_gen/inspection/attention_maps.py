@@ -1,12 +1,6 @@
-"""The attention weights that a model's self-attention layers induce, for chosen queries.
-
-A linear or MHLA layer never forms its weights, but its output is `weights @ value` for some matrix;
-row n of that matrix says how much token n reads of every token. Rows are computed on demand from
-the queries and keys of a real forward pass, so memory is `rows × seq_len` and never `seq_len²`.
-"""
+"""Run a model and see what each of its self-attention layers attends to."""
 
 import inspect
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,134 +11,17 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from mhla_gen.errors import UserError
+from mhla_gen.inspection.weights import (
+    BothHalves,
+    ExactAttention,
+    LayerAttention,
+    MHLAAttention,
+    SoftmaxAttention,
+)
 from mhla_gen.models import MHLA
+from mhla_gen.models.exact import exact_attention, tile_layout
 from mhla_gen.models.family import Family
-from mhla_gen.ops import FEATURE_MAPS
-from mhla_gen.ops.feature_maps import rotate
-from mhla_gen.ops.partition import block_of_tokens
-
-
-@dataclass(frozen=True, eq=False)
-class LayerAttention(ABC):
-    """What one layer did for one input, ready to be asked for rows of its weights."""
-
-    query: Tensor
-    """`[seq_len, num_heads, head_dim]`, as the layer's attention function got it."""
-    key: Tensor
-    """Like `query`."""
-
-    @property
-    def seq_len(self) -> int:
-        """Tokens."""
-        return self.query.shape[0]
-
-    @property
-    def num_heads(self) -> int:
-        """Heads."""
-        return self.query.shape[1]
-
-    @property
-    def head_dim(self) -> int:
-        """Channels of a head."""
-        return self.query.shape[2]
-
-    @property
-    def device(self) -> torch.device:
-        """Where rows must be."""
-        return self.query.device
-
-    @property
-    @abstractmethod
-    def kind(self) -> str:
-        """softmax, mhla, or linear for MHLA with a single block."""
-
-    @property
-    @abstractmethod
-    def rank_bound(self) -> int:
-        """The largest rank that the form of the layer allows."""
-
-    @abstractmethod
-    def weights(self, rows: Tensor, head: int) -> Tensor:
-        """Rows of a head's attention weights, float64 `[len(rows), seq_len]`."""
-
-
-@dataclass(frozen=True, eq=False)
-class MHLAAttention(LayerAttention):
-    """An MHLA layer: `((φ(Q) φ(K)ᵀ) ∘ m[block, block])`, divided by its denominator.
-
-    Convolution, gate and output norm of the layer come after these weights.
-
-    Source:
-        Zhang et al. 2026, arXiv:2601.07832, Eq. (4), written as attention.
-    """
-
-    mixing: Tensor
-    """`[num_blocks, num_blocks]` or `[num_heads, num_blocks, num_blocks]`."""
-    grid: tuple[int, ...]
-    layout: tuple[int, ...]
-    feature_map: str
-    normalize: bool
-    eps: float
-    rotary: tuple[Tensor, Tensor] | None = None
-    """`(cos, sin)`, each `[seq_len, head_dim / 2]`. Rotated weights can be negative."""
-
-    @property
-    def kind(self) -> str:
-        """`mhla`, or linear where there is one block only."""
-        return "linear" if self.mixing.shape[-1] == 1 else "mhla"
-
-    @property
-    def rank_bound(self) -> int:
-        """Sum over blocks of the smaller of block size and `head_dim`.
-
-        Source:
-            Zhang et al. 2026, arXiv:2601.07832, Sec. 4.
-        """
-        sizes = torch.bincount(block_of_tokens(self.grid, self.layout))
-        return int(sizes.clamp(max=self.head_dim).sum())
-
-    def weights(self, rows: Tensor, head: int) -> Tensor:
-        """See `LayerAttention.weights`; rows sum to 1 if the layer normalises without rotation."""
-        phi = FEATURE_MAPS[self.feature_map]
-        phi_q = phi(self.query[rows, head].double())  # [rows, head_dim]
-        phi_k = phi(self.key[:, head].double())
-        mixing = (self.mixing if self.mixing.ndim == 2 else self.mixing[head]).double()
-        block = block_of_tokens(self.grid, self.layout, device=rows.device)
-        mixed = mixing[block[rows]][:, block]  # [rows, seq_len]
-        plain = (phi_q @ phi_k.T) * mixed
-        weights = plain
-        if self.rotary is not None:
-            cos, sin = (table.double() for table in self.rotary)
-            rotated_q = rotate(phi_q.unsqueeze(1), (cos[rows], sin[rows])).squeeze(1)
-            rotated_k = rotate(phi_k.unsqueeze(1), (cos, sin)).squeeze(1)
-            weights = (rotated_q @ rotated_k.T) * mixed
-        if self.normalize:
-            # The rotation is left out of the denominator, as the operator does.
-            weights = weights / (plain.sum(dim=1, keepdim=True) + self.eps)
-        return weights
-
-
-@dataclass(frozen=True, eq=False)
-class SoftmaxAttention(LayerAttention):
-    """A softmax layer: `softmax(scale Q Kᵀ)`."""
-
-    scale: float
-
-    @property
-    def kind(self) -> str:
-        """`softmax`."""
-        return "softmax"
-
-    @property
-    def rank_bound(self) -> int:
-        """`seq_len`: the exponential leaves no bound."""
-        return self.seq_len
-
-    def weights(self, rows: Tensor, head: int) -> Tensor:
-        """See `LayerAttention.weights`; rows sum to 1."""
-        scores = self.query[rows, head].double() @ self.key[:, head].double().T
-        return (scores * self.scale).softmax(dim=1)
-
+from mhla_gen.models.head_rotary import rotated
 
 Observer = Callable[[int, LayerAttention], None]
 
@@ -199,20 +76,62 @@ class _MHLAHook:
     def __call__(self, module: MHLA, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = inspect.signature(module.forward).bind(*args, **kwargs).arguments
         _check_single(given["query"])
-        # Small grids use some of the blocks only, and the layer knows which.
-        layout, mixing = module.occupied_blocks(given["grid"])
-        attention = MHLAAttention(
-            query=given["query"][0],
-            key=given["key"][0],
-            mixing=mixing.detach(),
-            grid=tuple(given["grid"]),
-            layout=layout,
-            feature_map=module.config.feature_map,
-            normalize=module.config.normalize,
-            eps=module.config.eps,
-            rotary=given.get("rotary"),
+        if given.get("extra") is not None:
+            raise UserError(
+                "inspect draws attention among tokens of one grid; this model joins text"
+            )
+        rotary = given.get("rotary")
+        self.observe(self.index, _of_layer(module, given, rotary))
+
+
+def _of_layer(
+    module: MHLA, given: dict[str, Any], rotary: tuple[Tensor, Tensor] | None
+) -> LayerAttention:
+    """From the arguments of `MHLA.forward`."""
+    config, grid = module.config, tuple(given["grid"])
+    if config.exact == 0:
+        return _linear_half(module, given, grid, rotary)
+    query, key = (rotated(given[name], rotary)[0] for name in ("query", "key"))
+    if config.exact == 1:
+        return SoftmaxAttention(query, key, scale=query.shape[-1] ** -0.5)
+    exact = ExactAttention(query, key, grid=grid, layout=tile_layout(config, grid))
+    if module.combine is None:
+        return exact
+    linear = _linear_half(module, given, grid, rotary)
+    share = None
+    if config.combine != "projection":
+        log_sum_exp = None
+        if config.combine == "denominator":
+            tokens = (given[name] for name in ("query", "key", "value"))
+            _, log_sum_exp = exact_attention(*tokens, config, grid, rotary)
+        weighed_by = module.weighed_by(
+            given["query"], given["key"], given["hidden_states"], grid, log_sum_exp
         )
-        self.observe(self.index, attention)
+        share = module.combine.shares(**weighed_by)[0]
+    return BothHalves(query, key, exact=exact, linear=linear, share=share)
+
+
+def _linear_half(
+    module: MHLA,
+    given: dict[str, Any],
+    grid: tuple[int, ...],
+    rotary: tuple[Tensor, Tensor] | None,
+) -> MHLAAttention:
+    # Small grids use some of the blocks only, and the layer knows which.
+    layout, mixing = module.occupied_blocks(grid)
+    assert module.features is not None
+    query, key = module.features(given["query"], given["key"])
+    return MHLAAttention(
+        query=query[0],
+        key=key[0],
+        mixing=mixing.detach(),
+        grid=grid,
+        layout=layout,
+        feature_map=module.features.operator_map,
+        normalize=module.config.normalize,
+        eps=module.config.eps,
+        rotary=rotary,
+    )
 
 
 class _SoftmaxSpy(TorchFunctionMode):

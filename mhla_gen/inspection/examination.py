@@ -1,7 +1,7 @@
 """Run a model on inputs and keep, layer by layer, what the page shows."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -10,10 +10,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mhla_gen.errors import UserError
-from mhla_gen.inspection.attention_maps import LayerAttention, MHLAAttention, watch
+from mhla_gen.inspection.attention_maps import watch
 from mhla_gen.inspection.inputs import Input
 from mhla_gen.inspection.statistics import HeadStatistics, head_statistics
 from mhla_gen.inspection.subject import Subject
+from mhla_gen.inspection.weights import BothHalves, LayerAttention, MHLAAttention
 
 
 @dataclass(eq=False)
@@ -23,18 +24,39 @@ class Layer:
     name: str
     """Path inside the model."""
     kind: str
-    """softmax, mhla or linear."""
+    """softmax, mhla, linear, exact, or exact + one of the linear kinds."""
     rank_bound: int
     """The largest rank that its form allows for the rows that were looked at."""
     layout: tuple[int, ...] | None
-    """Blocks along each axis; None for softmax."""
+    """Blocks along each axis; None without MHLA."""
     mixing: np.ndarray | None
-    """`[num_blocks, num_blocks]`, with heads first if they differ; None for softmax."""
+    """`[num_blocks, num_blocks]`, with heads first if they differ; None without MHLA."""
     maps: np.ndarray
     """Weights of the chosen queries for the first input, `[queries, *grid]`, times their number:
     1 is what uniform attention would give."""
+    halves: dict[str, np.ndarray] = field(default_factory=dict)
+    """The same of the exact half and of MHLA, by kind, where a layer has both."""
+    whole: bool = True
+    """Whether `maps` are those of the layer, not of one of its halves."""
+    exact_weight: float | None = None
+    """Mean weight of the exact half over heads and tokens of the first input, where it has one."""
     statistics: list[list[HeadStatistics]] = field(default_factory=list)
     """One list of heads per input."""
+
+    @property
+    def said(self) -> str:
+        """Its kind, and how much the exact half weighs."""
+        if self.exact_weight is None:
+            return self.kind
+        return f"{self.kind}, exact half {self.exact_weight:.0%}"
+
+    def views(self, title: str) -> dict[str, "Layer"]:
+        """The layer by its title, and each half as if it were the layer."""
+        halves = {
+            f"{title}, {kind} half": replace(self, kind=kind, maps=maps, whole=False)
+            for kind, maps in self.halves.items()
+        }
+        return {title: self, **halves}
 
     def per_head(self, quantity: str) -> np.ndarray:
         """The mean over inputs of rank, effective_rank or entropy, `[heads]`."""
@@ -109,14 +131,18 @@ def _new_layer(name: str, attention: LayerAttention, focus: Focus) -> Layer:
             f"{name} attends over {attention.seq_len} tokens, not over the grid {focus.grid}; "
             "inspect draws self-attention over the image's or video's own tokens"
         )
-    mixed = isinstance(attention, MHLAAttention)
+    halves = [attention.exact, attention.linear] if isinstance(attention, BothHalves) else []
+    mixed = next((part for part in (attention, *halves) if isinstance(part, MHLAAttention)), None)
+    share = attention.share if isinstance(attention, BothHalves) else None
     return Layer(
         name=name,
         kind=attention.kind,
         rank_bound=min(len(focus.rows), attention.rank_bound),
-        layout=attention.layout if mixed else None,
-        mixing=attention.mixing.float().cpu().numpy() if mixed else None,
+        layout=None if mixed is None else mixed.layout,
+        mixing=None if mixed is None else mixed.mixing.float().cpu().numpy(),
         maps=_maps(attention, focus),
+        halves={half.kind: _maps(half, focus) for half in halves},
+        exact_weight=None if share is None else share.float().mean().item(),
     )
 
 

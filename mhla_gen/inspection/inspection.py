@@ -11,7 +11,7 @@ import torch
 from mhla_gen.config import InspectConfig, save_config
 from mhla_gen.errors import UserError
 from mhla_gen.files import written_whole
-from mhla_gen.inspection.examination import Examination, Focus, examine
+from mhla_gen.inspection.examination import Examination, Focus, Layer, examine
 from mhla_gen.inspection.figures import Picture, draw_statistics
 from mhla_gen.inspection.inputs import Input, latent_shape, make_inputs, token_grid
 from mhla_gen.inspection.map_figures import draw_maps
@@ -156,12 +156,7 @@ def _write(
     statistics = draw_statistics(examinations, len(focus.rows), _seq_len(focus))
     mixing = _mixing(examinations[0])
     maps = [
-        draw_maps(
-            index,
-            {seen.title: seen.layers[index] for seen in examinations if index in seen.layers},
-            queries,
-            focus.grid,
-        )
+        draw_maps(index, _views(examinations, index), queries, focus.grid)
         for index in examinations[0].layers
     ]
     page = build_page(examinations, facts, statistics, mixing, maps)
@@ -176,11 +171,20 @@ def _write(
         save_config(replace(config, output_dir=str(folder)), partial / CONFIG_NAME)
 
 
+def _views(examinations: list[Examination], index: int) -> dict[str, Layer]:
+    """A layer of the model and of its teacher, with their halves, by title."""
+    views: dict[str, Layer] = {}
+    for seen in examinations:
+        if index in seen.layers:
+            views |= seen.layers[index].views(seen.title)
+    return views
+
+
 def _mixing(seen: Examination) -> list[Picture]:
     """Heat maps of every layer with more than one block."""
     pictures = []
     for index, layer in seen.layers.items():
-        if layer.mixing is None or layer.kind == "linear":
+        if layer.mixing is None or layer.mixing.shape[-1] == 1:
             continue
         pictures.append(draw_mixing(index, layer))
         if layer.mixing.ndim == 3:
@@ -200,6 +204,7 @@ def _numbers(examinations: list[Examination], facts: list[tuple[str, str]]) -> d
                     "kind": layer.kind,
                     "layout": layer.layout,
                     "rank_bound": layer.rank_bound,
+                    "exact_weight": layer.exact_weight,
                     "inputs": [[asdict(head) for head in heads] for heads in layer.statistics],
                 }
                 for index, layer in seen.layers.items()

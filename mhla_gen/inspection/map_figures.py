@@ -21,7 +21,7 @@ def draw_maps(
     queries: Sequence[tuple[int, ...]],
     grid: tuple[int, ...],
 ) -> Picture:
-    """Attention maps of one layer, of the model and of its teacher.
+    """Attention maps of one layer, of the model and of its teacher, and of their halves.
 
     Images have a column per query and a row per model; videos a column per frame and a row per
     model and query.
@@ -47,7 +47,7 @@ def draw_maps(
         for query, weights in zip(queries, layer.maps, strict=True)
     )
     alt = f"Attention maps of layer {index} over the token grid. {own}."
-    kinds = ", ".join(f"{title}: {layer.kind}" for title, layer in layers.items())
+    kinds = ", ".join(f"{title}: {layer.said}" for title, layer in layers.items() if layer.whole)
     return render(f"attention_{index:02d}", f"Layer {index} ({kinds})", alt, make)
 
 

@@ -45,7 +45,8 @@ reads of every token. Weights are given in multiples of uniform attention: 1 rea
 Each picture, or row of frames, has its own scale up to its “max”; where weights are negative, as
 after rotary embedding, red is positive, blue negative, white zero. Thin lines are block borders.
 Linear and MHLA layers never form these weights; they are what the layer's output equals, before its
-convolution, gate and output norm."""
+convolution, gate and output norm. Of a layer with an exact half the whole is shown first, weighed
+by its gate, then each half."""
 
 _MIXING_TEXT = """Row i of the mixing matrix says how much the queries of block i read of the
 summary of every block. Beside or below the matrix, every row is a small picture of the block grid

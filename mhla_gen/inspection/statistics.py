@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mhla_gen.inspection.attention_maps import LayerAttention
+from mhla_gen.inspection.weights import LayerAttention
 
 # Attention is computed in float32 where it matters, so smaller singular values are rounding.
 _PRECISION = torch.finfo(torch.float32).eps

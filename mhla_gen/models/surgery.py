@@ -13,6 +13,7 @@ from torch import nn
 from mhla_gen.config import MHLAConfig
 from mhla_gen.errors import UserError
 from mhla_gen.models.attention import CONVERTED_START, MHLA, NEW_START
+from mhla_gen.models.exact import exact_share
 from mhla_gen.models.family import Family
 from mhla_gen.models.features import SOFTMAX
 from mhla_gen.ops import FEATURE_MAPS, auto_layout, resolve_implementation
@@ -97,6 +98,11 @@ def resolve(family: Family, model: Any, config: MHLAConfig, new: bool = False) -
                 f"{family.base_class.__name__} has a {family.rank}-D token grid, so {name} needs "
                 f"{family.rank} entries, found {value}"
             )
+    if config.exact > 0 and exact_share(config, grid) == 0:
+        raise UserError(
+            f"exact_window and exact_top leave no exact pair on the model's token grid {grid}; "
+            "give one of them more tiles"
+        )
     if config.layout == "auto":
         return replace(config, layout=auto_layout(grid))
     if len(config.layout) != family.rank:

@@ -73,7 +73,7 @@ def test_a_full_disk_is_one_line_with_the_remedy(monkeypatch, capsys):
         with Path("/dev/full").open("w") as file:
             file.write("1")
 
-    monkeypatch.setattr("mhla_gen.cli.doctor.run", fill)
+    monkeypatch.setattr("mhla_gen.cli.commands.doctor", fill)
     assert main(["doctor"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "No space left" in error and "make room" in error
@@ -143,11 +143,11 @@ def test_a_folder_may_have_an_equals_sign(tmp_path, capsys, monkeypatch):
 
 def test_faults_of_the_program_keep_their_traceback(monkeypatch, capsys):
     for error in (ValueError("bug"), TypeError("bug"), FileNotFoundError(2, "gone", "x")):
-        monkeypatch.setattr("mhla_gen.cli.doctor.run", Mock(side_effect=error))
+        monkeypatch.setattr("mhla_gen.cli.commands.doctor", Mock(side_effect=error))
         with pytest.raises(type(error)):
             main(["doctor"])
     for error in (UserError("said"), PermissionError(13, "said", "x"), MissingError("said")):
-        monkeypatch.setattr("mhla_gen.cli.doctor.run", Mock(side_effect=error))
+        monkeypatch.setattr("mhla_gen.cli.commands.doctor", Mock(side_effect=error))
         assert main(["doctor"]) == 2
         said = capsys.readouterr().err
         assert "said" in said and said.count("\n") == 1

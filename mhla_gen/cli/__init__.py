@@ -17,10 +17,11 @@ from mhla_gen.version import __version__
 
 
 class Command(NamedTuple):
-    """A sub-command: `module.run(config, dry_run)` does the work."""
+    """A sub-command."""
 
     summary: str
-    module: str
+    function: str
+    """`module:function` that does the work, called with the settings and `dry_run`."""
     folder_key: str | None = None
     """The setting that a folder means when it stands where a config file would."""
 
@@ -35,45 +36,49 @@ _REFUSALS = (
 COMMANDS: dict[str, Command] = {
     "quickstart": Command(
         "train, sample and score on handwritten digits: minutes on a CPU",
-        "mhla_gen.cli.quickstart",
+        "mhla_gen.quickstart.quickstart:quickstart",
     ),
     "train": Command(
         "train a diffusion transformer on images of classes, or a Wan on clips",
-        "mhla_gen.cli.train",
+        "mhla_gen.cli.commands:train",
     ),
     "cache": Command(
-        "encode images or clips to latents, once for every training run", "mhla_gen.cli.cache"
+        "encode images or clips to latents, once for every training run",
+        "mhla_gen.cli.commands:cache",
     ),
     "sample": Command(
         "sample images of classes, or images and videos of prompts, from a saved pipeline",
-        "mhla_gen.cli.sample",
+        "mhla_gen.sampling.sampling:sample",
         folder_key="pipeline",
     ),
     "evaluate": Command(
         "measure samples against a reference: FID, sFID, IS, precision, recall, KID, FVD",
-        "mhla_gen.cli.evaluate",
+        "mhla_gen.evaluation.evaluation:evaluate",
     ),
-    "reference": Command("write reference statistics of your own images", "mhla_gen.cli.reference"),
+    "reference": Command(
+        "write reference statistics of your own images",
+        "mhla_gen.evaluation.reference:build_reference",
+    ),
     "inspect": Command(
         "draw a model's mixing matrices, attention maps, rank and entropy",
-        "mhla_gen.cli.inspect",
+        "mhla_gen.inspection.inspection:inspect",
         folder_key="model",
     ),
     "inspect sensitivity": Command(
         "measure what replacing each softmax layer does, and plan which ones to keep",
-        "mhla_gen.cli.sensitivity",
+        "mhla_gen.inspection.sensitivity:sensitivity",
         folder_key="model",
     ),
     "convert": Command(
         "read DiT checkpoints of other code, or write them, and compare outputs",
-        "mhla_gen.cli.convert",
+        "mhla_gen.conversion.conversion:convert",
     ),
     "bench": Command(
         "measure latency and memory of attention operators, or of whole models",
-        "mhla_gen.cli.bench",
+        "mhla_gen.cli.commands:bench",
         folder_key="subject",
     ),
-    "doctor": Command("try every part of the installation once", "mhla_gen.cli.doctor"),
+    "doctor": Command("try every part of the installation once", "mhla_gen.cli.commands:doctor"),
 }
 
 
@@ -130,8 +135,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.print_config:
             print(to_yaml(config), end="")
             return 0
-        module = importlib.import_module(COMMANDS[name].module)
-        module.run(config, dry_run=args.dry_run)
+        module, function = COMMANDS[name].function.split(":")
+        getattr(importlib.import_module(module), function)(config, dry_run=args.dry_run)
         if "accelerate" in sys.modules:
             importlib.import_module("mhla_gen.runtime.processes").part_processes()
     except KeyboardInterrupt as error:

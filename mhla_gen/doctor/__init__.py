@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from mhla_gen.doctor import computing, installation
-from mhla_gen.doctor.result import Result, State
+from mhla_gen.doctor.installation import Result, State
 from mhla_gen.errors import UserError
 
 

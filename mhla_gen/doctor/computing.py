@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-from mhla_gen.doctor.result import Result
+from mhla_gen.doctor.installation import Result
 from mhla_gen.ops import linear_attention, locality_mixing, mhla
 from mhla_gen.ops.depthwise import depthwise_conv
 from mhla_gen.runtime.cuda_graphs import RecordedForward

@@ -6,14 +6,26 @@ import shlex
 import sys
 import tempfile
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import torch
 from packaging.requirements import Requirement
 
 from mhla_gen.config import FeaturesConfig
-from mhla_gen.doctor.result import Result
 from mhla_gen.evaluation.feature_cache import cached_sets
 from mhla_gen.version import __version__
+
+State = Literal["ok", "absent", "broken"]
+"""absent is fine: something optional is not there."""
+
+
+class Result(NamedTuple):
+    """State, what was seen, and what to do."""
+
+    state: State
+    detail: str
+    remedy: str = ""
+
 
 # Of the required packages, those that others ask for when something differs.
 _NAMED = ("torch", "diffusers", "accelerate", "transformers", "decord2", "tensorboard")

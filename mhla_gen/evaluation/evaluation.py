@@ -14,8 +14,15 @@ from mhla_gen.evaluation.feature_files import FeatureSet
 from mhla_gen.evaluation.measurer import Measurer
 from mhla_gen.evaluation.protocol import EvaluationProtocol
 from mhla_gen.evaluation.reference import Reference
-from mhla_gen.evaluation.report import Result, format_table, write_report
-from mhla_gen.evaluation.results import FRECHET, compute_metrics, features_of, need_images
+from mhla_gen.evaluation.results import (
+    FRECHET,
+    Result,
+    compute_metrics,
+    features_of,
+    format_table,
+    need_images,
+    write_report,
+)
 from mhla_gen.evaluation.sources import MANIFEST_NAME
 from mhla_gen.version import __version__
 

@@ -13,12 +13,19 @@ from mhla_gen.errors import UserError
 from mhla_gen.files import written_whole
 from mhla_gen.inspection.examination import Examination, Focus, Layer, examine
 from mhla_gen.inspection.figures import Picture, draw_statistics
-from mhla_gen.inspection.inputs import Input, latent_shape, make_inputs, token_grid
+from mhla_gen.inspection.inputs import (
+    Input,
+    latent_shape,
+    make_inputs,
+    query_tokens,
+    row_of,
+    statistics_rows,
+    token_grid,
+)
 from mhla_gen.inspection.map_figures import draw_maps
 from mhla_gen.inspection.mixing_figures import draw_mixing, draw_mixing_heads
 from mhla_gen.inspection.page import build_page
 from mhla_gen.inspection.subject import Subject, load_subject
-from mhla_gen.inspection.tokens import query_tokens, row_of, statistics_rows
 from mhla_gen.output_folders import CONFIG_NAME, made_with
 from mhla_gen.runtime.devices import resolve_device
 from mhla_gen.version import __version__

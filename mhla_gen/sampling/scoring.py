@@ -13,7 +13,7 @@ from mhla_gen.evaluation.evaluation import Scoring, check_metrics
 from mhla_gen.evaluation.feature_files import FeatureSet
 from mhla_gen.evaluation.measurer import Measurer
 from mhla_gen.evaluation.protocol import EvaluationProtocol
-from mhla_gen.evaluation.report import Result
+from mhla_gen.evaluation.results import Result
 from mhla_gen.media.pictures import crop_array
 from mhla_gen.sampling.units import Units, write_array
 

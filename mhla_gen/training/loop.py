@@ -32,6 +32,7 @@ from mhla_gen.training.previews import (
     has_scores,
     write_previews,
 )
+from mhla_gen.training.readiness import open_what_is_needed
 from mhla_gen.training.run_pipeline import write_pipeline
 from mhla_gen.training.stopping import Stopped, StopRequest
 from mhla_gen.training.throughput import peak_flops
@@ -78,6 +79,7 @@ def run_to_end(run: Run, title: str) -> Path:
     Arguments, result and errors as those of `train`.
     """
     config, folder = run.config, Path(run.config.output_dir)
+    open_what_is_needed(run)
     if run.accelerator.is_main_process:
         save_config(config, folder / CONFIG_NAME)
     _list_left_out(run, folder)

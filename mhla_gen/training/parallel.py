@@ -27,12 +27,11 @@ from mhla_gen.errors import UserError
 _REPLICATION = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
-def build_accelerator(config: TrainConfig) -> Accelerator:
-    """Accelerate's state for a run.
+def check_tracker(config: TrainConfig) -> None:
+    """Raise unless the package is there that `report_to` names.
 
     Raises:
-        ValueError: If parts of a model are asked for on one process, or with FSDP's first version,
-            a tracker is not installed, or the processes that were started do not know each other.
+        ValueError: Naming it.
     """
     available = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available}
     if config.report_to != "none" and not available[config.report_to]():
@@ -41,6 +40,16 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
             f"report_to={config.report_to} needs the package {config.report_to}; install it, or "
             "use report_to=none"
         )
+
+
+def build_accelerator(config: TrainConfig) -> Accelerator:
+    """Accelerate's state for a run.
+
+    Raises:
+        ValueError: If parts of a model are asked for on one process, or with FSDP's first version,
+            a tracker is not installed, or the processes that were started do not know each other.
+    """
+    check_tracker(config)
     # accelerate's own name for float32 is "no", which YAML reads as false.
     precision = "no" if config.mixed_precision == "fp32" else config.mixed_precision
     sharded = config.parallelism == "fsdp"

@@ -6,6 +6,7 @@ Nothing here touches the randomness or the weights of training.
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mhla_gen.config import EvaluateConfig, PreviewConfig
+from mhla_gen.config import EvaluateConfig, PreviewConfig, TrainConfig
 from mhla_gen.errors import NotFiniteError, UserError, not_worth_failing
 from mhla_gen.files import written_whole
 from mhla_gen.media.videos import shown_frames, write_video
@@ -90,20 +91,18 @@ def evaluate_samples(run: Run, step: int) -> None:
     Every process must call it.
 
     Raises:
-        ValueError: If the model cannot be sampled from, or samples and reference do not compare.
+        ValueError: If samples and reference do not compare any more; a run opens both at its start.
     """
     # Training alone needs none of the packages that evaluation brings.
     from mhla_gen.evaluation import evaluate
 
-    settings = run.config.evaluation
     try:
-        samples = make_samples(run, settings.samples)
+        samples = make_samples(run, run.config.evaluation.samples)
     except NotFiniteError as error:
         if run.accelerator.is_main_process:
             tqdm.write(f"no metrics of step {step}: {error}", file=sys.stderr)
         return
-    if samples is None:
-        raise UserError("evaluate_every is for class-conditional models of images")
+    assert samples is not None, "such a run does not start"
     folder = _scores(Path(run.config.output_dir), step)
 
     def write() -> None:
@@ -111,16 +110,16 @@ def evaluate_samples(run: Run, step: int) -> None:
             np.savez(file, arr_0=samples)
 
     on_main(write)
-    results = evaluate(
-        EvaluateConfig(
-            samples=str(folder / "samples.npz"),
-            reference=settings.reference,
-            metrics=settings.metrics,
-            features=settings.features,
-            out=str(folder / _METRICS_NAME),
-        )
-    )
+    settings = evaluation_settings(run.config)
+    drawn, out = str(folder / "samples.npz"), str(folder / _METRICS_NAME)
+    results = evaluate(replace(settings, samples=drawn, out=out))
     run.accelerator.log({f"evaluation/{r.metric}": r.value for r in results}, step=step)
+
+
+def evaluation_settings(config: TrainConfig) -> EvaluateConfig:
+    """Those of `mhla-gen evaluate` for the samples of a run."""
+    given = config.evaluation
+    return EvaluateConfig(reference=given.reference, metrics=given.metrics, features=given.features)
 
 
 def make_samples(run: Run, config: PreviewConfig) -> np.ndarray | None:

@@ -11,7 +11,8 @@ from mhla_gen.config import TrainConfig
 from mhla_gen.data.caching.cached import CachedLatents
 from mhla_gen.training.build import build_task
 from mhla_gen.training.checkpoints import check_output_dir
-from mhla_gen.training.parallel import build_accelerator
+from mhla_gen.training.parallel import build_accelerator, check_tracker
+from mhla_gen.training.readiness import open_what_is_needed
 from mhla_gen.training.task import BuildTask
 from mhla_gen.training.training_run import Run, build_run
 
@@ -31,12 +32,14 @@ def rehearse(config: TrainConfig, build: BuildTask = build_task) -> str:
         OSError: As `train`.
     """
     check_output_dir(config)
+    check_tracker(config)
     config = replace(config, report_to="none")
     accelerator = build_accelerator(config)
     parts = accelerator.num_processes * config.gradient_accumulation_steps
     on_gpu = accelerator.device.type == "cuda"
     size = config.batch_size if on_gpu else min(config.batch_size, 4 * parts)
     run = build_run(replace(config, batch_size=size), build)
+    open_what_is_needed(run)
     loss, seconds = _two_steps(run)
     total = timedelta(seconds=round(seconds * config.batch_size / size * config.max_steps))
     parameters = [p.numel() for p in run.model.parameters()]

@@ -6,6 +6,7 @@ from test_tile_attention import LAYOUTS, attend, make
 from torch.utils.checkpoint import checkpoint
 
 from mhla_gen.ops import tile_fused
+from mhla_gen.ops.kernels import tile_form
 from mhla_gen.ops.kernels.tile_form import owners_of_tiles
 from mhla_gen.ops.tile_attention import resolve_tile_implementation, tile_attention
 from mhla_gen.ops.tiles import tile_lists, tiling
@@ -233,13 +234,20 @@ def test_more_than_two_billion_elements_on_gpu():
     assert torch.equal(out[-1:], last)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_lengths_that_say_nothing_about_scores(poisoned, dtype):
-    """Long keys at right angles to the queries: the bound of their scores is far too large."""
-    tensors, options = make(SMALL, rotary=False, heads=1, batch=1, head_dim=16)
-    with torch.no_grad():
-        tensors[0][..., :8] *= 60
-        tensors[0][..., 8:] = 0
-        tensors[1][..., :8] *= 0.02
-        tensors[1][..., 8:] *= 60
-    assert_accurate(tensors, options, dtype)
+@pytest.mark.parametrize("far", [False, True])
+def test_scores_bounded_by_lengths(poisoned, monkeypatch, far):
+    """As bfloat16 takes them; keys far longer than scores tell take the second loop."""
+    monkeypatch.setattr(tile_form, "takes_bound", lambda query: True)
+    tensors, options = make(SMALL, rotary=False, heads=1, batch=1, head_dim=16, extra=2)
+    if far:
+        with torch.no_grad():
+            tensors[0][..., :8] *= 60
+            tensors[0][..., 8:] = 0
+            for keys in (tensors[1], tensors[3]):
+                keys[..., :8] *= 0.02
+                keys[..., 8:] *= 60
+    expected = outputs_and_gradients(tensors, options, "naive", torch.float64)
+    assert (
+        max(errors(outputs_and_gradients(tensors, options, "fused", torch.float32), expected))
+        < 1e-5
+    )

@@ -112,8 +112,7 @@ def forward(
     query: Tensor, key: Tensor, value: Tensor, extra: Extra | None, call: TileCall
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, log-sum-exp `[batch, heads, seq_len]` and lists; see `tile_lists`."""
-    # Weights far below the bound of their scores would vanish in float16.
-    bounded = query.dtype != torch.float16
+    bounded = takes_bound(query)
     keys, means, longest = read_tiles(
         key, call, mean=call.placed.top > 0, lengths=bounded and call.placed.list_size > 0
     )
@@ -146,6 +145,15 @@ def forward(
         _constants(call, options, *strides) | {"WIDE": _wide(keys, value), "BOUNDED": bounded},
     )
     return out, lse, lists
+
+
+def takes_bound(query: Tensor) -> bool:
+    """Whether scores are bounded by the lengths of queries and keys, see `tile_attend_kernel`.
+
+    Weights far below the bound would vanish in float16, and lose digits that float32 has. With few
+    channels, the second loop for bounds that are too large costs registers that the first needs.
+    """
+    return query.dtype == torch.bfloat16 and query.shape[3] > 64
 
 
 def read_tiles(

@@ -1,0 +1,137 @@
+"""Time tile attention beside cuDNN's softmax and FlexAttention, at shares of the pairs.
+
+python benchmarks/tile_speed.py OUT.json        needs CUDA
+
+Medians over replays of a CUDA graph; bfloat16. `limit` is what the exact half may take by the
+project's own rule, share · softmax / 0.7 + 60 µs. `whole` adds MHLA on the same inputs.
+"""
+
+import argparse
+import json
+import math
+from collections.abc import Callable
+from datetime import date
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+from kernel_speed import time_ms
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from mhla_gen.bench.ops import Case
+from mhla_gen.ops import auto_layout, auto_tiles, locality_mixing, mhla, tile_attention, tile_share
+
+SHARES = (0.02, 0.05, 0.125, 0.25)
+CASES = (
+    Case(32, 4, (64, 64), 64, (8, 8), False),
+    Case(1, 6, (128, 128), 64, auto_layout((128, 128)), False),
+    Case(1, 12, (21, 30, 50), 128, (3, 5, 10), True),
+    Case(1, 40, (21, 45, 80), 128, (3, 5, 10), True),
+)
+
+
+def both(attend: Callable[..., Tensor], inputs: list[Tensor], grad: Tensor) -> dict[str, float]:
+    """Milliseconds of a forward pass, and of forward and backward."""
+    with torch.no_grad():
+        forward = time_ms(lambda: attend(*inputs))
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    train = time_ms(lambda: torch.autograd.grad(attend(*inputs), inputs, grad))
+    return {"forward_ms": forward, "train_ms": train}
+
+
+def softmax(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """cuDNN's, on tokens first."""
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+def measure(case: Case) -> dict[str, Any]:
+    """Softmax, MHLA and every share at one shape."""
+    tokens = math.prod(case.grid)
+    shape = (case.batch, tokens, case.heads, case.head_dim)
+    *inputs, grad = torch.randn(4, *shape, dtype=torch.bfloat16, device="cuda")
+    angles = torch.rand(tokens, case.head_dim // 2, device="cuda") * 2 * math.pi
+    rotary = (angles.cos(), angles.sin()) if case.rotary else None
+    mixing = locality_mixing(case.layout).cuda()
+    linear = partial(mhla, mixing=mixing, grid=case.grid, layout=case.layout, rotary=rotary)
+    reference = both(softmax, inputs, grad)
+    row: dict[str, Any] = {**case._asdict(), "softmax": reference, "shares": []}
+    row["mhla"] = both(linear, inputs, grad)
+    for share in SHARES:
+        layout = auto_tiles(case.grid, share)._asdict()
+        exact = partial(tile_attention, grid=case.grid, rotary=rotary, **layout)
+
+        def half(q: Tensor, k: Tensor, v: Tensor, exact: Any = exact) -> Tensor:
+            return exact(q, k, v)[0]
+
+        def whole(q: Tensor, k: Tensor, v: Tensor, exact: Any = exact) -> Tensor:
+            return exact(q, k, v)[0] + linear(q, k, v)
+
+        found = tile_share(case.grid, **layout)
+        limit = {name: found * ms / 0.7 + 0.06 for name, ms in reference.items()}
+        row["shares"].append(
+            {
+                "share": found,
+                "layout": layout,
+                "exact": both(half, inputs, grad),
+                "limit": limit,
+                "whole": both(whole, inputs, grad),
+            }
+        )
+        print(case.grid, row["shares"][-1], flush=True)
+    return row
+
+
+def flex() -> dict[str, Any]:
+    """FlexAttention on random lists of blocks of 128 tokens; tiles of 64 in groups of two."""
+    blocks, read, heads = 246, 12, 12
+    tokens = 128 * blocks
+    *inputs, grad = torch.randn(4, 1, tokens, heads, 128, dtype=torch.bfloat16, device="cuda")
+    order = torch.rand(1, heads, blocks, blocks, device="cuda").argsort(dim=-1).int()
+    count = torch.full((1, heads, blocks), read, dtype=torch.int32, device="cuda")
+    mask = BlockMask.from_kv_blocks(torch.zeros_like(count), order, count, order, BLOCK_SIZE=128)
+    compiled: Any = torch.compile(partial(flex_attention, block_mask=mask))
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+        return compiled(q, k, v).transpose(1, 2)
+
+    layout = {"tile": (64,), "group": (2,), "window": (0,), "top": 2 * read}
+    tiles = partial(tile_attention, grid=(tokens,), **layout)
+    return {
+        "shape": [1, heads, tokens, 128],
+        "share": read / blocks,
+        "flex_attention": both(attend, inputs, grad),
+        "tile_attention": both(lambda q, k, v: tiles(q, k, v)[0], inputs, grad),
+    }
+
+
+def main() -> None:
+    """Measure every shape, print the rows and write them as they come."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path)
+    out = parser.parse_args().out
+    found: dict[str, Any] = {
+        "command": f"python benchmarks/tile_speed.py {out.name}",
+        "date": date.today().isoformat(),
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "rows": [],
+    }
+    for case in CASES:
+        found["rows"].append(measure(case))
+        out.write_text(json.dumps(found, indent=1) + "\n")
+    found["flex"] = flex()
+    print(found["flex"])
+    out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

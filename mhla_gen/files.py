@@ -180,7 +180,11 @@ def put(partial: Path, path: Path) -> None:
         # A folder cannot be renamed onto one that has files.
         old = _beside(path, "old")
         os.replace(path, old)
-        os.replace(partial, path)
+        try:
+            os.replace(partial, path)
+        except BaseException:
+            os.replace(old, path)
+            raise
         _sync(path.parent)
         remove(old)
     else:

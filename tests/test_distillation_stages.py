@@ -156,7 +156,7 @@ def test_an_interrupted_distillation_resumes_exactly(tmp_path, teacher, monkeypa
     for stage in ("stage-1-layers", "stage-2-output"):
         straight, stopped = tmp_path / "straight" / stage, tmp_path / "stopped" / stage
         assert same(weights(straight), weights(stopped))
-        for name in ("model.safetensors", "optimizer.bin"):
+        for name in ("model.safetensors", "optimizer.safetensors"):
             saved = [folder / "checkpoint-4" / name for folder in (straight, stopped)]
             assert saved[0].read_bytes() == saved[1].read_bytes(), name
         logs = [read_log(folder / "log.jsonl") for folder in (straight, stopped)]

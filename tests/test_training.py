@@ -10,9 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers.training_utils import EMAModel
-from safetensors.torch import load_file
 from tiny import tiny_dit
-from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
 import mhla_gen
@@ -26,6 +24,7 @@ from mhla_gen.training import (
     rehearse,
     train,
 )
+from mhla_gen.training.checkpoint_state import SavedTensors
 from mhla_gen.training.checkpoints import checkpoints
 from mhla_gen.training.conditioning import ClassLabels
 from mhla_gen.training.ema import WeightAverage
@@ -72,20 +71,11 @@ def log_of(folder):
 
 
 def state_of(checkpoint):
-    """Every number in a checkpoint: raw weights, optimizer, average, learning rate, by file."""
-    found = {}
-    for path in sorted(checkpoint.iterdir()):
-        if path.suffix == ".safetensors":
-            found[path.name] = load_file(path)
-        elif path.suffix == ".bin" or path.match("custom_checkpoint_*.pkl"):
-            found[path.name] = torch.load(path, weights_only=True)
-        elif path.is_dir():
-            # What processes of FSDP2 wrote together.
-            whole = checkpoint.with_name(f"{checkpoint.name}-{path.name}.pt")
-            dcp_to_torch_save(path, whole)
-            found[path.name] = torch.load(whole, weights_only=True)
-            whole.unlink()
-    return found
+    """Every number in a checkpoint: raw weights, optimizer, average, learning rate, by kind."""
+    kinds = {path.name.split(".")[0].split("-")[0] for path in checkpoint.glob("*.safetensors")}
+    found = {kind: SavedTensors(checkpoint, kind).all() for kind in kinds}
+    state = json.loads((checkpoint / "state.json").read_text())
+    return found | {"state": state | {"random": len(state["random"])}}
 
 
 def assert_same_state(first, second):
@@ -98,7 +88,7 @@ def assert_same_state(first, second):
         same = one.equal(other) if isinstance(one, torch.Tensor) else one == other
         assert same, f"{keystr(path)} differs"
     names = " ".join(keystr(path) for path in leaves[0])
-    for part in ("model", "optimizer", "exp_avg_sq", "shadow_params", "last_lr"):
+    for part in ("model", "optimizer", "exp_avg_sq", "average", "last_lr"):
         assert part in names, f"no {part} in {first}"
 
 

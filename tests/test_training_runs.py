@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import re
 import resource
 import shutil
@@ -46,9 +47,17 @@ from mhla_gen.config import (
 from mhla_gen.config.evaluation import FeaturesConfig
 from mhla_gen.data.caching.build import build_cache
 from mhla_gen.data.images import digits
+from mhla_gen.errors import UserError
+from mhla_gen.locks import claimed
 from mhla_gen.runtime.compiling import compile_model, repeated_blocks
+from mhla_gen.sampling.saved_pipeline import load_pipeline
 from mhla_gen.training import rehearse, train
-from mhla_gen.training.checkpoints import checkpoints, load_latest, save_checkpoint
+from mhla_gen.training.checkpoints import (
+    checkpoints,
+    load_latest,
+    pipeline_steps,
+    save_checkpoint,
+)
 from mhla_gen.training.conditioning import ClassLabels
 from mhla_gen.training.log import mean_by_timestep, read_log
 from mhla_gen.training.previews import mixing_picture, tiled
@@ -133,7 +142,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
     try:
         with pytest.raises(
-            OSError, match=r"checkpoint-4 could not be written .* MB are free .*checkpoint-2; make"
+            OSError, match=r"checkpoint-4 cannot be written .* MB are free .* is .*checkpoint-2"
         ):
             save_checkpoint(run, 4)
     finally:
@@ -152,18 +161,17 @@ def test_a_checkpoint_is_replaced_without_a_moment_without_one(tmp_path, monkeyp
     first = mark.read_text()
     replace_path = os.replace
 
-    def killed(source, target):
-        if Path(target).name == "checkpoint-2":
+    def stopped(source, target):
+        if Path(target).name == "checkpoint-2" and source.name.endswith(".partial"):
             raise KeyboardInterrupt
         replace_path(source, target)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(os, "replace", killed)
+        patch.setattr(os, "replace", stopped)
         save_checkpoint(run, 2)
-    assert not checkpoints(tmp_path / "a")
-    # The one that was set aside is taken, and what else is left goes.
-    assert load_latest(run) == 2 and mark.read_text() == first
+    # The one that was set aside is back, and what else was left is gone.
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["checkpoint-2"]
+    assert load_latest(run) == 2 and mark.read_text() == first
     save_checkpoint(run, 2)
     assert mark.read_text() == first.removesuffix("\n")
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["checkpoint-2"]
@@ -174,17 +182,17 @@ def test_half_a_checkpoint_is_never_taken(tmp_path, monkeypatch):
     (tmp_path / "a").mkdir()
     save_checkpoint(run, 2)
 
-    def killed(path):
+    def killed(path, **_):
         (path / "model.safetensors").unlink()
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("mhla_gen.training.checkpoints.shutil.rmtree", killed)
+        patch.setattr("mhla_gen.files.shutil.rmtree", killed)
         save_checkpoint(run, 4)
     assert list(checkpoints(tmp_path / "a")) == [4]
     assert len(list((tmp_path / "a").iterdir())) == 2
-    save_checkpoint(run, 6)
-    assert [path.name for path in (tmp_path / "a").iterdir()] == ["checkpoint-6"]
+    assert load_latest(run) == 4
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["checkpoint-4"]
 
 
 @pytest.mark.parametrize(("checkpoint_every", "last"), [(0, "no checkpoint"), (1, "checkpoint-2")])
@@ -655,3 +663,109 @@ def test_a_run_on_a_gpu_learns_in_bf16(how, tmp_path):
     train(config)
     lines = read_log(tmp_path / "a" / "log.jsonl")
     assert lines[-1]["loss"] < 0.9 * lines[0]["loss"] and lines[-1]["memory_gib"] > 0
+
+
+@pytest.fixture(scope="module")
+def two_checkpoints(tmp_path_factory):
+    """A run with checkpoints of steps 2 and 4, and how to go on with it."""
+    config = tiny_run(tmp_path_factory.mktemp("run") / "a", max_steps=4, checkpoint_every=2)
+    train(config)
+    shutil.rmtree(Path(config.output_dir) / "pipeline")
+    return replace(config, resume="latest", max_steps=5)
+
+
+CHECKPOINT_FILES = [
+    "average.safetensors",
+    "config.yaml",
+    "model.safetensors",
+    "optimizer.safetensors",
+    "run.json",
+    "state.json",
+]
+
+
+def test_nothing_of_a_checkpoint_is_a_pickle(two_checkpoints):
+    folder = Path(two_checkpoints.output_dir) / "checkpoint-4"
+    assert sorted(path.name for path in folder.iterdir()) == CHECKPOINT_FILES
+    for path in folder.iterdir():
+        with pytest.raises((pickle.UnpicklingError, KeyError, ValueError, EOFError)):
+            pickle.loads(path.read_bytes())
+
+
+@pytest.mark.parametrize("damage", ["halved", "emptied", "missing", "changed"])
+@pytest.mark.parametrize("name", CHECKPOINT_FILES)
+def test_a_damaged_checkpoint_is_named_and_so_is_a_whole_one(
+    name, damage, two_checkpoints, tmp_path
+):
+    """One sentence, by training and by sampling; training goes on from the older one if asked."""
+    root = tmp_path / "a"
+    shutil.copytree(two_checkpoints.output_dir, root)
+    run = build_run(replace(two_checkpoints, output_dir=str(root)))
+    folder = root / "checkpoint-4"
+    content = (folder / name).read_bytes()
+    if damage == "missing":
+        (folder / name).unlink()
+    elif damage == "changed" and name == "run.json":
+        (folder / name).write_bytes(content.replace(b'"sha256": "', b'"sha256": "0', 1))
+    else:
+        middle = len(content) // 2
+        changed = content[:middle] + bytes(8) + content[middle + 8 :]
+        made = {"halved": content[:middle], "emptied": b"", "changed": changed}
+        (folder / name).write_bytes(made[damage])
+    with pytest.raises(UserError) as caught:
+        load_latest(run)
+    said = str(caught.value)
+    assert f"{folder / name} is " in said or (name == "run.json" and damage == "changed"), said
+    assert "damaged" in said or "missing" in said
+    assert f"whole is {root / 'checkpoint-2'}, from which resume=whole goes on" in said
+    if name == "average.safetensors":
+        with pytest.raises(UserError, match=rf"{name} is .*; draw from another checkpoint"):
+            load_pipeline(str(root), torch.float32)
+    run.config = replace(run.config, resume="whole")
+    assert load_latest(run) == 2
+    assert list(checkpoints(root)) == [2] and (root / "damaged-checkpoint-4").is_dir()
+
+
+def test_an_empty_checkpoint_is_no_progress(two_checkpoints, tmp_path):
+    config = replace(two_checkpoints, output_dir=str(tmp_path / "a"), max_steps=6)
+    shutil.copytree(two_checkpoints.output_dir, config.output_dir)
+    (tmp_path / "a" / "checkpoint-500").mkdir()
+    assert list(checkpoints(tmp_path / "a")) == [2, 4]
+    train(config)
+    assert pipeline_steps(tmp_path / "a") == 6
+
+
+def test_checkpoints_of_earlier_versions_are_unpickled_on_request_only(two_checkpoints, tmp_path):
+    """They were accelerate's: what it writes and loads is the reference."""
+    config = replace(two_checkpoints, output_dir=str(tmp_path / "a"))
+    shutil.copytree(two_checkpoints.output_dir, config.output_dir)
+    train(config)
+    expected = load_pipeline(f"{config.output_dir}/pipeline", torch.float32)
+    shutil.rmtree(config.output_dir)
+    shutil.copytree(two_checkpoints.output_dir, config.output_dir)
+    run = build_run(config)
+    assert load_latest(run) == 4
+    old = tmp_path / "a" / "checkpoint-4"
+    shutil.rmtree(old)
+    ema, recent = run.ema, run.recent
+    run.accelerator.register_for_checkpointing(run.learning_rate, ema, recent)
+    run.accelerator.save_state(str(old))
+    (old / "run.json").write_text(json.dumps({"step": 4, "num_samples": 1797}))
+    save_config(config, old / "config.yaml")
+    with pytest.raises(UserError, match=r"holds pickles.*unpickle_checkpoint=true"):
+        train(config)
+    with pytest.raises(UserError, match="holds pickles, which are not read here"):
+        load_pipeline(str(old), torch.float32)
+    train(replace(config, unpickle_checkpoint=True))
+    found = load_pipeline(f"{config.output_dir}/pipeline", torch.float32)
+    assert_same(expected.transformer.state_dict(), found.transformer.state_dict())
+
+
+def test_two_trainings_never_share_a_folder(two_checkpoints):
+    with claimed(two_checkpoints.output_dir):
+        program = "import sys\nfrom mhla_gen.cli import main\nsys.exit(main(sys.argv[1:]))"
+        path = f"{two_checkpoints.output_dir}/config.yaml"
+        command = [sys.executable, "-c", program, "train", path, "resume=latest", "max_steps=9"]
+        done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert f"another command is writing to {two_checkpoints.output_dir} (process" in done.stderr

@@ -102,8 +102,13 @@ class TrainConfig(Settings):
     """Steps between evaluations of samples of the averaged weights; 0 makes none."""
     evaluation: RunEvaluationConfig = field(default_factory=RunEvaluationConfig)
     """How samples are evaluated."""
-    resume: Literal["never", "latest"] = "never"
-    """latest goes on from the newest checkpoint in output_dir, or starts where there is none."""
+    resume: Literal["never", "latest", "whole"] = "never"
+    """latest goes on from the newest checkpoint in output_dir, or starts where there is none. whole
+    does too, but where the newest is damaged it goes on from the newest that is whole, and sets the
+    damaged ones aside."""
+    unpickle_checkpoint: bool = False
+    """Go on from a checkpoint of an earlier version, which holds pickles: programs that run when
+    they are read. Newer ones hold none."""
 
     def __post_init__(self):
         super().__post_init__()

@@ -1,34 +1,51 @@
 """Checkpoints: folders `checkpoint-N` with all that a run needs to go on exactly."""
 
-import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
-from accelerate.utils.constants import FSDP_MODEL_NAME
-from safetensors import SafetensorError, safe_open
+from accelerate.utils import gather_object
+from safetensors import SafetensorError
 from torch import nn
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from mhla_gen.config import TrainConfig, load_config, save_config
-from mhla_gen.errors import NotWritableError, OccupiedError, UserError
-from mhla_gen.files import remove_leftovers
+from mhla_gen.errors import OccupiedError, UserError
+from mhla_gen.files import (
+    DamagedFileError,
+    WriteError,
+    errors_naming,
+    make_folder,
+    partial_of,
+    put,
+    read_json,
+    remove,
+    remove_leftovers,
+    write_json,
+)
 from mhla_gen.hub import PIPELINE_NAME
 from mhla_gen.output_folders import CONFIG_NAME, check_writable, differences, is_free
+from mhla_gen.runtime.processes import on_main
+from mhla_gen.training.checkpoint_state import (
+    SavedTensors,
+    damage_of,
+    facts_of,
+    read_state,
+    write_state,
+)
 from mhla_gen.training.run_pipeline import write_pipeline
 from mhla_gen.training.training_run import Run
 
 _PREFIX = "checkpoint-"
-# Names of checkpoints that are being written or removed, and of one that another replaces.
-_PARTIAL, _ASIDE = ".partial", ".old"
 _FACTS_NAME = "run.json"
-# Where accelerate writes a model that processes share.
-_SHARED_NAME = f"{FSDP_MODEL_NAME}_0"
+_FORMAT = 2
+# What only checkpoints of the first format have.
+_PICKLES = ("optimizer.bin", "custom_checkpoint_0.pkl")
 # A resumed run may differ in these, and in all below them: they do not change what a step computes.
 _FREE = (
     "output_dir",
     "resume",
+    "unpickle_checkpoint",
     "checkpoint_every",
     "keep_checkpoints",
     "log_every",
@@ -41,17 +58,17 @@ _FREE = (
 
 
 def checkpoints(folder: Path) -> dict[int, Path]:
-    """Complete checkpoints in a run's folder, by step, oldest first."""
+    """Checkpoints in a run's folder, by step, oldest first; an empty folder is none."""
     found = {
         int(path.name.removeprefix(_PREFIX)): path
         for path in folder.glob(f"{_PREFIX}*")
-        if path.name.removeprefix(_PREFIX).isdecimal()
+        if path.name.removeprefix(_PREFIX).isdecimal() and path.is_dir() and any(path.iterdir())
     }
     return dict(sorted(found.items()))
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint in a run's folder."""
+    """The newest checkpoint in a run's folder."""
     return next(reversed(checkpoints(folder).values()), None)
 
 
@@ -64,150 +81,208 @@ def last_pipeline(folder: Path) -> Path | None:
 def save_checkpoint(run: Run, step: int) -> Path:
     """Write `checkpoint-<step>`, then remove the oldest beyond `keep_checkpoints`.
 
-    The folder gets its name when all processes have written their part, so a run that is killed
-    meanwhile, or finds no room, keeps its previous checkpoints. Weights, optimizer, random states
-    of every process, and what was registered with the accelerator (EMA, learning rate, losses that
-    the log has no line of yet) are in it; the position in the data is the step. Beside them lies
-    the pipeline with the averaged weights, for sampling, which needs nothing else.
+    The folder gets its name when all processes have written their part and all of it is on the
+    disk: a run that is killed meanwhile, a power loss or a full disk leave the previous ones.
+    Weights, optimizer, average, learning rate, random states of every process, and losses that the
+    log has no line of yet are in it; the position in the data is the step. Beside them lies the
+    pipeline with the averaged weights, for sampling, which needs nothing else.
 
     Returns:
         The folder.
 
     Raises:
-        OSError: If it cannot be written.
+        WriteError: If it cannot be written.
     """
-    accelerator, folder = run.accelerator, Path(run.config.output_dir)
-    target = folder / f"{_PREFIX}{step}"
-    partial = _hidden(target, _PARTIAL)
-    if accelerator.is_main_process:
-        tidy(folder)
-    accelerator.wait_for_everyone()
+    target = Path(run.config.output_dir) / f"{_PREFIX}{step}"
+    partial = on_main(lambda: _begun(target))
     try:
-        accelerator.save_state(str(partial))
-        write_pipeline(run, partial / PIPELINE_NAME, last_pipeline(folder))
-        if accelerator.is_main_process:
-            save_config(run.config, partial / CONFIG_NAME)
-            write_facts(run, partial, step)
-    # A full disk is one of these, by who was writing.
+        own: Any = write_state(run, partial)
+        with errors_naming(target, partial):
+            write_pipeline(run, partial / PIPELINE_NAME, last_pipeline(target.parent))
     except (OSError, RuntimeError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        last = last_checkpoint(folder) or "none"
-        free = shutil.disk_usage(folder).free / 1e6
-        raise NotWritableError(
-            f"{target} could not be written ({str(error).splitlines()[0]}); {free:.3g} MB are free "
-            f"there; the last checkpoint is {last}; make room, and go on with resume=latest"
-        ) from error
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        _put(partial, target)
-        for old in list(checkpoints(folder).values())[: -run.config.keep_checkpoints]:
-            _remove(old)
-    accelerator.wait_for_everyone()
+        own = error
+    # All learn of it if one of them could not write.
+    every = gather_object([own])
+    on_main(lambda: _end(run, partial, target, step, every))
     return target
 
 
-def write_facts(run: Run, folder: Path, step: int) -> None:
-    """Say in a checkpoint, or in a trained pipeline, how many steps it has."""
-    facts = json.dumps({"step": step, "num_samples": len(run.data)})
-    (folder / _FACTS_NAME).write_text(facts + "\n")
+def _begun(target: Path) -> Path:
+    partial = partial_of(target)
+    with errors_naming(target, partial):
+        make_folder(target.parent)
+        partial.mkdir()
+    return partial
+
+
+def _end(run: Run, partial: Path, target: Path, step: int, every: list[Any]) -> None:
+    """Give a checkpoint its name, and remove old ones; or say why it could not be written."""
+    try:
+        for found in every:
+            if isinstance(found, Exception):
+                raise found
+        with errors_naming(target, partial):
+            save_config(run.config, partial / CONFIG_NAME)
+            facts = {name: fact for part in every for name, fact in part.items()}
+            write_facts(run, partial, step, facts | facts_of(partial, [CONFIG_NAME]))
+            put(partial, target)
+    except WriteError as error:
+        remove(partial)
+        last = last_checkpoint(target.parent) or "none"
+        free = shutil.disk_usage(target.parent).free / 1e6
+        reason = (
+            f"{error.strerror}; {free:.3g} MB are free there; the last checkpoint, from which "
+            f"resume=latest goes on, is {last}"
+        )
+        raise WriteError(error.errno, reason, str(target)) from error
+    except BaseException:
+        remove(partial)
+        raise
+    for old in list(checkpoints(target.parent).values())[: -run.config.keep_checkpoints]:
+        remove(old)
+
+
+def write_facts(
+    run: Run, folder: Path, step: int, files: dict[str, dict[str, Any]] | None = None
+) -> None:
+    """Say in a checkpoint, or in a trained pipeline, how many steps it has, and of which files."""
+    facts = {"format": _FORMAT, "step": step, "num_samples": len(run.data), "files": files or {}}
+    write_json(folder / _FACTS_NAME, facts)
 
 
 def pipeline_steps(folder: Path) -> int:
-    """How many steps the pipeline in a run's folder has; 0 if there is none that says it."""
+    """How many steps the pipeline in a run's folder has; 0 if there is none that says it.
+
+    Raises:
+        DamagedFileError: If it says it no more.
+    """
     path = folder / PIPELINE_NAME / _FACTS_NAME
-    return json.loads(path.read_text())["step"] if path.is_file() else 0
+    if not path.is_file():
+        return 0
+    return read_json(path, f"remove {path.parent} and go on with resume=latest")["step"]
 
 
 def tidy(folder: Path) -> None:
-    """Remove what a run that was killed left half-written; a checkpoint set aside comes back."""
+    """Finish what a killed run left; names of earlier versions tell no process."""
     remove_leftovers(folder)
-    for aside in list(folder.glob(f".{_PREFIX}*{_ASIDE}")):
-        target = folder / aside.name.removeprefix(".").removesuffix(_ASIDE)
-        if target.exists():
-            _remove(aside)
-        else:
+    for aside in list(folder.glob(f".{_PREFIX}*.old")):
+        target = folder / aside.name.removeprefix(".").removesuffix(".old")
+        if not target.exists():
             os.replace(aside, target)
-    for partial in list(folder.glob(f".{_PREFIX}*{_PARTIAL}")):
-        shutil.rmtree(partial)
-
-
-def _put(partial: Path, target: Path) -> None:
-    """Give a checkpoint its name; one that had it is there until then, and set aside meanwhile."""
-    aside = _hidden(target, _ASIDE)
-    if target.exists():
-        os.replace(target, aside)
-    os.replace(partial, target)
-    if aside.exists():
-        _remove(aside)
-
-
-def _remove(path: Path) -> None:
-    # Renamed first: half a checkpoint must not look like a whole one.
-    partial = _hidden(path, _PARTIAL)
-    os.replace(path, partial)
-    shutil.rmtree(partial)
-
-
-def _hidden(path: Path, ending: str) -> Path:
-    return path.with_name(f".{path.name.removeprefix('.')}{ending}")
+    for path in [*folder.glob(f".{_PREFIX}*.old"), *folder.glob(f".{_PREFIX}*.partial")]:
+        remove(path)
 
 
 def load_latest(run: Run) -> int:
     """Restore the newest checkpoint of the run, if it has one; the number of steps it has done.
 
+    With `resume=whole`, the newest that is whole; damaged ones after it are renamed.
+
     Raises:
-        ValueError: If it is of another model, or the data have changed.
+        UserError: If it is damaged, naming the file and the newest one that is whole; if it is of
+            another model or holds pickles, or the data have changed.
     """
-    if run.accelerator.is_main_process:
-        tidy(Path(run.config.output_dir))
-    run.accelerator.wait_for_everyone()
-    found = checkpoints(Path(run.config.output_dir))
-    if not found:
+    folder = on_main(lambda: _chosen(run))
+    if folder is None:
         return 0
-    step, folder = max(found.items())
-    facts = json.loads((folder / _FACTS_NAME).read_text())
+    facts = facts_in(folder)
     if facts["num_samples"] != len(run.data):
         raise UserError(
             f"{folder} was trained on {facts['num_samples']} samples, but the data are "
             f"{len(run.data)} now: the run cannot go on exactly; restore the data, or start a new "
             "run in another output_dir"
         )
-    changes = different_weights(folder, run.accelerator.unwrap_model(run.model))
-    if changes:
-        raise UserError(
-            f"{folder} is a checkpoint of another model ({'; '.join(changes[:3])}"
-            f"{f'; and {len(changes) - 3} more' if len(changes) > 3 else ''}); choose another "
-            "output_dir"
-        )
-    run.accelerator.load_state(str(folder))
-    return step
+    if not holds_pickles(folder):
+        changes = different_weights(folder, run.accelerator.unwrap_model(run.model))
+        if changes:
+            raise UserError(
+                f"{folder} is a checkpoint of another model ({'; '.join(changes[:3])}"
+                f"{f'; and {len(changes) - 3} more' if len(changes) > 3 else ''}); choose another "
+                "output_dir"
+            )
+        read_state(run, folder)
+    else:
+        run.accelerator.register_for_checkpointing(run.learning_rate, run.ema, run.recent)
+        run.accelerator.load_state(str(folder))
+    return int(folder.name.removeprefix(_PREFIX))
+
+
+def _chosen(run: Run) -> Path | None:
+    """The checkpoint to go on from."""
+    root = Path(run.config.output_dir)
+    tidy(root)
+    damaged: list[Path] = []
+    for folder in reversed(checkpoints(root).values()):
+        problem = problem_of(folder)
+        if problem is None:
+            if holds_pickles(folder) and not run.config.unpickle_checkpoint:
+                raise UserError(
+                    f"{folder} holds pickles, as those of earlier versions did, and they run as "
+                    "programs when they are read; if you trust it, go on once with "
+                    "unpickle_checkpoint=true: the next checkpoint holds none"
+                )
+            for path in damaged:
+                os.replace(path, path.with_name(f"damaged-{path.name}"))
+            return folder
+        if run.config.resume != "whole":
+            raise UserError(f"{problem}; {_remedy(root, folder)}")
+        damaged.append(folder)
+    if damaged:
+        raise UserError(f"{problem_of(damaged[0])}; {_remedy(root, damaged[0])}")
+    return None
+
+
+def _remedy(root: Path, damaged: Path) -> str:
+    others = [path for path in reversed(checkpoints(root).values()) if path != damaged]
+    whole = next((path for path in others if problem_of(path) is None), None)
+    if whole is None:
+        return "no other checkpoint is whole; restore it, or start anew in another output_dir"
+    return f"the newest checkpoint that is whole is {whole}, from which resume=whole goes on"
+
+
+def problem_of(folder: Path, kinds: tuple[str, ...] | None = None) -> str | None:
+    """Which file of a checkpoint is damaged, and how; None if it is whole.
+
+    Args:
+        folder: `checkpoint-N`.
+        kinds: Look at tensors of these kinds alone, of `checkpoint_state.KINDS`.
+    """
+    try:
+        facts = facts_in(folder)
+    except DamagedFileError as error:
+        return str(error).rsplit(";", 1)[0]
+    return damage_of(folder, facts["files"], kinds)
+
+
+def facts_in(folder: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself: `step`, `num_samples`, `files`.
+
+    Raises:
+        DamagedFileError: If it does not.
+    """
+    path, remedy = folder / _FACTS_NAME, "use another checkpoint"
+    if not path.is_file():
+        raise DamagedFileError(path, "it is missing", remedy)
+    facts = read_json(path, remedy)
+    if not isinstance(facts, dict) or not {"step", "num_samples"} <= facts.keys():
+        raise DamagedFileError(path, "it does not say which step this is", remedy)
+    return {"files": {}, **facts}
+
+
+def holds_pickles(folder: Path) -> bool:
+    """Whether a checkpoint is of the first format."""
+    return any((folder / name).exists() for name in _PICKLES) or ("format" not in facts_in(folder))
 
 
 def different_weights(folder: Path, model: nn.Module) -> list[str]:
     """In which weights a checkpoint differs from a model, by name and shape."""
-    saved = _saved_shapes(folder)
+    saved = SavedTensors(folder, "model").shapes
     own = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     return [
         f"{name}: found {saved.get(name, 'nothing')}, the model has {own.get(name, 'nothing')}"
         for name in sorted({*saved, *own})
         if saved.get(name) != own.get(name)
     ]
-
-
-def _saved_shapes(folder: Path) -> dict[str, list[int]]:
-    """Shapes of the weights in a checkpoint, without reading them."""
-    if (folder / _SHARED_NAME).is_dir():
-        shared = FileSystemReader(folder / _SHARED_NAME).read_metadata().state_dict_metadata
-        return {
-            name.removeprefix("model."): list(entry.size)
-            for name, entry in shared.items()
-            if isinstance(entry, TensorStorageMetadata)
-        }
-    shapes: dict[str, list[int]] = {}
-    for path in folder.glob("model*.safetensors"):
-        with safe_open(path, framework="pt") as file:
-            shapes |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
-    return shapes
 
 
 def check_output_dir(config: TrainConfig) -> None:

@@ -42,13 +42,16 @@ class WeightAverage(EMAModel):
         """Give parameters their averages."""
         super().copy_to(_local(parameters))
 
-    def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps, averages whole; every process must ask."""
-        pairs = zip(self.shadow_params, self._weights, strict=True)
-        return {**super().state_dict(), "shadow_params": [_whole(*pair) for pair in pairs]}
+    def settings(self) -> dict[str, Any]:
+        """All of its state but the averages, as plain values."""
+        return {name: v for name, v in self.state_dict().items() if name != "shadow_params"}
+
+    def load_settings(self, settings: dict[str, Any]) -> None:
+        """Take what `settings` gave."""
+        super().load_state_dict(settings)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the state of a checkpoint, each process its part."""
+        """Take whole averages, as earlier checkpoints have them, each process its part."""
         super().load_state_dict(state_dict)
         pairs = zip(self.shadow_params, self._weights, strict=True)
         self.shadow_params = [_part(*pair) for pair in pairs]
@@ -69,20 +72,6 @@ class WeightAverage(EMAModel):
 def _local(parameters: Iterable[Tensor]) -> list[Any]:
     """What this process has of each, in the same memory."""
     return [p.to_local() if isinstance(p, DTensor) else p for p in parameters]
-
-
-def _whole(part: Tensor, weight: Tensor) -> Tensor:
-    """All of a tensor that processes share as they do `weight`."""
-    if not isinstance(weight, DTensor):
-        return part
-    return DTensor.from_local(
-        part,
-        weight.device_mesh,
-        weight.placements,
-        run_check=False,
-        shape=weight.shape,
-        stride=weight.stride(),
-    ).full_tensor()
 
 
 def _part(whole: Tensor, weight: Tensor) -> Tensor:

@@ -54,13 +54,29 @@ class RecentSteps:
             self._results = []
         return self._recorded
 
-    def state_dict(self) -> dict[str, Any]:
+    def state(self) -> dict[str, Tensor]:
         """What a checkpoint keeps; every process must ask."""
         recorded = self.recorded()
-        return {} if recorded is None else dict(vars(recorded))
+        if recorded is None:
+            return {}
+        losses = {f"losses.{name}": values for name, values in recorded.losses.items()}
+        others = {"grad_norms": recorded.grad_norms, "timesteps": recorded.timesteps}
+        return {name: tensor.contiguous() for name, tensor in (losses | others).items()}
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Take what `state` gave."""
+        self.clear()
+        if state:
+            prefix = "losses."
+            losses = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
+            self._recorded = Recorded(losses, state["grad_norms"], state["timesteps"])
+
+    def state_dict(self) -> dict[str, Any]:
+        """As accelerate asks for it."""
+        return dict(self.state())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the state of a checkpoint."""
+        """Take the state of a checkpoint of an earlier version."""
         self.clear()
         if state_dict:
             self._recorded = Recorded(**state_dict)

@@ -12,7 +12,7 @@ from mhla_gen.training.training_run import Run
 
 
 def write_pipeline(run: Run, folder: Path, before: Path | None) -> None:
-    """Write the pipeline with the averaged weights; every process must call it.
+    """Write the pipeline with the averaged weights; every process must call it, and one writes.
 
     Args:
         run: What is trained.
@@ -43,7 +43,6 @@ def write_pipeline(run: Run, folder: Path, before: Path | None) -> None:
                     write()
             pipeline.save_config(folder)
             write_json(folder / SAMPLING_NAME, dict(run.task.sampling))
-    run.accelerator.wait_for_everyone()
 
 
 def _link(source: str, target: str) -> None:

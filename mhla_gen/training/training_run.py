@@ -217,7 +217,6 @@ def build_run(
         record_passes(accelerator, model, config)
     ema = WeightAverage(model, config.ema_decay)
     recent = RecentSteps(accelerator, config.gradient_accumulation_steps)
-    accelerator.register_for_checkpointing(learning_rate, ema, recent)
     return Run(
         config=config,
         accelerator=accelerator,

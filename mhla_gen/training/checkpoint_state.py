@@ -1,0 +1,346 @@
+"""The state of a run on disk, as safetensors and JSON: nothing of it is a program.
+
+Tensors that processes share (FSDP2) are written by each process with the rows that it holds, and
+read by any number of processes.
+"""
+
+import itertools
+import json
+import random
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from mhla_gen.digests import file_digest
+from mhla_gen.files import DamagedFileError, errors_naming, flush, read_json, write_json
+from mhla_gen.training.training_run import Run
+
+STATE_NAME = "state.json"
+KINDS = ("model", "average", "optimizer")
+"""Files of tensors: `KIND.safetensors`, or `KIND-RANK-of-COUNT.safetensors` of each process."""
+_RECENT_NAME = "recent.safetensors"
+
+Facts = dict[str, dict[str, Any]]
+"""Bytes and SHA-256 of files, by name."""
+
+
+class Rows(NamedTuple):
+    """What this process holds of a tensor: some rows of its first axis, or all of it."""
+
+    local: Tensor
+    start: int
+    shape: tuple[int, ...]
+    """Of the whole tensor."""
+    mine: bool
+    """Whether this process is the one that writes them."""
+
+    @classmethod
+    def of(cls, tensor: Tensor, like: Tensor | None = None, main: bool = True) -> "Rows":
+        """The rows of a tensor.
+
+        Args:
+            tensor: Shared or not.
+            like: Shared as it is, where `tensor` is what this process holds of it.
+            main: Whether this process writes what every process has.
+
+        Raises:
+            ValueError: If it is shared along another axis.
+        """
+        shared = tensor if like is None else like
+        if not isinstance(shared, DTensor):
+            return cls(tensor, 0, tuple(tensor.shape), main)
+        start, length, mine = 0, shared.shape[0], True
+        position: Any = shared.device_mesh.get_coordinate()
+        for axis, placement in enumerate(shared.placements):
+            if placement.is_shard(0):
+                # As torch.chunk cuts: the last parts may be smaller, or have nothing.
+                size = -(-length // shared.device_mesh.size(axis))
+                first = min(position[axis] * size, length)
+                start, length = start + first, min(size, length - first)
+            elif placement.is_replicate():
+                mine = mine and position[axis] == 0
+            else:
+                raise ValueError(f"a checkpoint cannot hold tensors that are placed as {placement}")
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        return cls(local, start, tuple(shared.shape), mine and length > 0)
+
+
+def write_state(run: Run, folder: Path) -> Facts:
+    """Write what this process holds of a run; every process must call it.
+
+    Args:
+        run: Between two steps.
+        folder: Of the checkpoint.
+
+    Returns:
+        The files of this process; they are on the disk.
+
+    Raises:
+        WriteError: If there is no room.
+    """
+    recent, main = run.recent.state(), run.accelerator.is_main_process
+    everyone = gather_object([_random_state()])
+    names = []
+    for kind in KINDS:
+        rows = {name: entry for name, entry in _rows(run, kind).items() if entry.mine}
+        if rows:
+            names.append(_name(run, kind))
+            with errors_naming(folder / names[-1], folder):
+                _write_rows(folder / names[-1], rows)
+    if main:
+        names.append(STATE_NAME)
+        write_json(
+            folder / STATE_NAME,
+            {
+                "optimizer": _optimizer_groups(run),
+                "learning_rate": run.learning_rate.state_dict(),
+                "average": run.ema.settings(),
+                "random": everyone,
+            },
+            indent=None,
+        )
+        if recent:
+            names.append(_RECENT_NAME)
+            with errors_naming(folder / _RECENT_NAME, folder):
+                save_file(recent, folder / _RECENT_NAME)
+    return facts_of(folder, names)
+
+
+def facts_of(folder: Path, names: Iterable[str]) -> Facts:
+    """Bytes and digest of files, once they are on the disk."""
+
+    def one(name: str) -> dict[str, Any]:
+        path = folder / name
+        with errors_naming(path, folder):
+            flush(path)
+        return {"bytes": path.stat().st_size, "sha256": file_digest(path)}
+
+    names = list(names)
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(names, pool.map(one, names), strict=True))
+
+
+def damage_of(folder: Path, facts: Facts, kinds: Iterable[str] | None = None) -> str | None:
+    """Which file is not as it was written, and how; None if all are.
+
+    Args:
+        folder: Of the checkpoint.
+        facts: Of its files.
+        kinds: Look at files of these kinds alone.
+    """
+    wanted = {n: f for n, f in facts.items() if kinds is None or _kind(n) in kinds}
+    for name, fact in wanted.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{path} is missing"
+        if path.stat().st_size != fact["bytes"]:
+            return f"{path} is damaged ({path.stat().st_size} bytes of {fact['bytes']})"
+    with ThreadPoolExecutor() as pool:
+        digests = pool.map(lambda name: file_digest(folder / name), wanted)
+        for (name, fact), digest in zip(wanted.items(), digests, strict=True):
+            if fact["sha256"] != digest:
+                return f"{folder / name} is damaged (its bytes have changed)"
+    return None
+
+
+def read_state(run: Run, folder: Path) -> None:
+    """Restore a run, each process its part.
+
+    Args:
+        run: Just built.
+        folder: A whole checkpoint of the same model.
+    """
+    state = read_json(folder / STATE_NAME, "use another checkpoint")
+    with torch.no_grad():
+        for kind in ("model", "average"):
+            saved = SavedTensors(folder, kind)
+            for name, rows in _rows(run, kind).items():
+                rows.local.copy_(saved.rows(name, rows.start, len_of(rows.local)))
+    run.ema.load_settings(state["average"])
+    run.learning_rate.load_state_dict(state["learning_rate"])
+    _read_optimizer(run, SavedTensors(folder, "optimizer"), state["optimizer"])
+    recent = folder / _RECENT_NAME
+    run.recent.load(SavedTensors(folder, "recent").all() if recent.is_file() else {})
+    everyone = state["random"]
+    if run.accelerator.process_index < len(everyone):
+        _set_random_state(everyone[run.accelerator.process_index])
+
+
+class SavedTensors:
+    """Tensors of a checkpoint, read row by row, whoever wrote which.
+
+    Args:
+        folder: Of the checkpoint.
+        kind: Of the files.
+
+    Raises:
+        DamagedFileError: If one is no safetensors file.
+    """
+
+    def __init__(self, folder: Path, kind: str):
+        self.shapes: dict[str, list[int]] = {}
+        self._places: dict[str, list[tuple[int, Any]]] = {}
+        for path in sorted(folder.glob(f"{kind}*.safetensors")):
+            try:
+                file: Any = safe_open(path, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise DamagedFileError(path, str(error), "use another checkpoint") from error
+            about = file.metadata() or {}
+            starts, shapes = (json.loads(about.get(key, "{}")) for key in ("starts", "shapes"))
+            for name in file.keys():  # noqa: SIM118
+                self.shapes[name] = shapes.get(name, file.get_slice(name).get_shape())
+                self._places.setdefault(name, []).append((starts.get(name, 0), file))
+        for places in self._places.values():
+            places.sort(key=lambda place: place[0])
+
+    def all(self) -> dict[str, Tensor]:
+        """All tensors, whole, on the CPU."""
+        return {name: self.rows(name) for name in self.shapes}
+
+    def rows(self, name: str, start: int = 0, length: int | None = None) -> Tensor:
+        """Some rows of a tensor, or all of it, on the CPU."""
+        places = self._places[name]
+        if not self.shapes[name] or (len(places) == 1 and start == 0 and length is None):
+            return places[0][1].get_tensor(name)
+        stop = self.shapes[name][0] if length is None else start + length
+        ends = [first for first, _ in places[1:]] + [self.shapes[name][0]]
+        parts = [
+            file.get_slice(name)[max(start, first) - first : min(stop, end) - first]
+            for (first, file), end in zip(places, ends, strict=True)
+            if max(start, first) < min(stop, end) or start == stop
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _kind(name: str) -> str:
+    return name.split(".")[0].split("-")[0]
+
+
+def len_of(tensor: Tensor) -> int | None:
+    """Rows of a tensor; None for a number."""
+    return len(tensor) if tensor.ndim else None
+
+
+def _name(run: Run, kind: str) -> str:
+    if not run.accelerator.is_fsdp2:
+        return f"{kind}.safetensors"
+    rank, count = run.accelerator.process_index, run.accelerator.num_processes
+    return f"{kind}-{rank:05d}-of-{count:05d}.safetensors"
+
+
+def _rows(run: Run, kind: str) -> dict[str, Rows]:
+    """What this process holds of the tensors of a kind, by name."""
+    model, main = run.accelerator.unwrap_model(run.model), run.accelerator.is_main_process
+    parameters = dict(model.named_parameters())
+    if kind == "model":
+        return {n: Rows.of(t, main=main) for n, t in model.state_dict().items()}
+    if kind == "average":
+        pairs = zip(parameters.items(), run.ema.shadow_params, strict=True)
+        return {n: Rows.of(average, like=p, main=main) for (n, p), average in pairs}
+    state = run.optimizer.state
+    return {
+        f"{key}.{name}": Rows.of(value, main=main)
+        for name, parameter in parameters.items()
+        for key, value in state.get(parameter, {}).items()
+    }
+
+
+def _write_rows(path: Path, rows: Mapping[str, Rows]) -> None:
+    tensors: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, entry in rows.items():
+        tensor = entry.local.detach().to("cpu").contiguous()
+        # safetensors takes no two tensors of one memory.
+        tensors[name] = tensor.clone() if tensor.untyped_storage().data_ptr() in seen else tensor
+        seen.add(tensor.untyped_storage().data_ptr())
+    about = {"format": "pt"}
+    if any(tuple(entry.local.shape) != entry.shape for entry in rows.values()):
+        about["starts"] = json.dumps({name: entry.start for name, entry in rows.items()})
+        about["shapes"] = json.dumps({name: entry.shape for name, entry in rows.items()})
+    save_file(tensors, path, about)
+
+
+def _names_of_groups(run: Run) -> list[list[str]]:
+    """Names of the parameters of each group of the optimizer."""
+    model = run.accelerator.unwrap_model(run.model)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [[names[id(p)] for p in group["params"]] for group in run.optimizer.param_groups]
+
+
+def _optimizer_groups(run: Run) -> list[dict[str, Any]]:
+    groups = zip(run.optimizer.param_groups, _names_of_groups(run), strict=True)
+    return [{**group, "params": names} for group, names in groups]
+
+
+def _read_optimizer(run: Run, saved: SavedTensors, groups: list[dict[str, Any]]) -> None:
+    kinds = sorted({name.split(".", 1)[0] for name in saved.shapes})
+    state: dict[int, dict[str, Tensor]] = {}
+    numbers = itertools.count()
+    plain = []
+    for group, names, known in zip(
+        run.optimizer.param_groups, _names_of_groups(run), groups, strict=True
+    ):
+        indices = list(itertools.islice(numbers, len(names)))
+        # JSON has no tuples.
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in known.items()}
+        plain.append({**values, "params": indices})
+        for index, name, parameter in zip(indices, names, group["params"], strict=True):
+            found = {
+                kind: _as_shared(saved, f"{kind}.{name}", parameter)
+                for kind in kinds
+                if f"{kind}.{name}" in saved.shapes
+            }
+            if found:
+                state[index] = found
+    run.optimizer.load_state_dict({"state": state, "param_groups": plain})
+
+
+def _as_shared(saved: SavedTensors, name: str, parameter: Tensor) -> Tensor:
+    """A saved tensor, shared among processes if its parameter is and has the same shape."""
+    if not isinstance(parameter, DTensor) or saved.shapes[name] != list(parameter.shape):
+        return saved.rows(name)
+    rows = Rows.of(parameter)
+    return DTensor.from_local(
+        saved.rows(name, rows.start, len(rows.local)).to(rows.local.device),
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
+
+
+def _random_state() -> dict[str, Any]:
+    """Of Python, NumPy and torch in this process, as JSON holds it."""
+    kind, keys, position, *rest = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": [kind, np.asarray(keys).tolist(), position, *rest],
+        "torch": torch.get_rng_state().numpy().tobytes().hex(),
+        "cuda": [state.numpy().tobytes().hex() for state in torch.cuda.get_rng_state_all()]
+        if torch.cuda.is_available()
+        else [],
+    }
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    version, values, gauss = state["python"]
+    random.setstate((version, tuple(values), gauss))
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(_from_hex(state["torch"]))
+    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([_from_hex(text) for text in state["cuda"]])
+
+
+def _from_hex(text: str) -> Tensor:
+    return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)

@@ -43,13 +43,6 @@ _claimed: dict[Path, tuple[int, int]] = {}
 _writing: set[Path] = set()
 
 
-class DamagedFileError(UserError):
-    """A file of ours that was cut, emptied or changed; the message names it and a remedy."""
-
-    def __init__(self, path: str | Path, reason: str, remedy: str):
-        super().__init__(f"{path} is damaged ({reason}); {remedy}")
-
-
 class WriteError(OSError, UserError):
     """A file that could not be written, with its name."""
 
@@ -131,37 +124,6 @@ def append_line(path: str | Path, line: str) -> None:
         # A disk that fills up takes less than it is given.
         while rest:
             rest = rest[file.write(rest) :]
-
-
-def read_json(path: str | Path, remedy: str) -> Any:
-    """Read JSON that this package wrote.
-
-    Args:
-        path: The file.
-        remedy: What to do where it is damaged.
-
-    Raises:
-        DamagedFileError: If it is no JSON.
-    """
-    try:
-        return json.loads(Path(path).read_bytes())
-    except ValueError as error:
-        raise DamagedFileError(path, f"no whole JSON: {error}", remedy) from error
-
-
-def read_lines(path: str | Path) -> tuple[list[dict[str, Any]], int]:
-    """The JSON objects of a log, a line each, and how many lines are none."""
-    found, damaged = [], 0
-    for line in Path(path).read_bytes().split(b"\n"):
-        try:
-            values = json.loads(line) if line.strip() else {}
-        except ValueError:
-            values = None
-        if isinstance(values, dict):
-            found += [values] if values else []
-        else:
-            damaged += 1
-    return found, damaged
 
 
 def partial_of(path: Path) -> Path:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from mhla_gen.errors import MissingError, UserError
+from mhla_gen.saved_files import read_json
 
 INDEX_NAME = "model_index.json"
 PIPELINE_NAME = "pipeline"
@@ -34,9 +35,12 @@ def find(path: str, newest: bool = False) -> str | None:
     folder = Path(path)
     if folder.is_dir():
         places = [folder, folder / PIPELINE_NAME]
-        if newest:
-            found = folder.glob(f"checkpoint-*/{PIPELINE_NAME}")
-            places += sorted(found, key=lambda place: _step_of(place.parent), reverse=True)
+        if newest and not places[1].is_dir():
+            # No older one in place of the newest: it would be another model without a word.
+            found = [
+                p for p in folder.glob("checkpoint-*") if _step_of(p) >= 0 and any(p.iterdir())
+            ]
+            places += [max(found, key=_step_of) / PIPELINE_NAME] if found else []
         return next((str(p) for p in places if any((p / n).is_file() for n in _SAVED)), None)
     if folder.exists() or not _is_name(path):
         raise MissingError(
@@ -92,8 +96,10 @@ def pipeline_index(path: str) -> dict[str, Any]:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
     place = locate(path)
-    if Path(place).is_dir() and not (Path(place) / INDEX_NAME).is_file():
-        return {}
+    if Path(place).is_dir():
+        if not (Path(place) / INDEX_NAME).is_file():
+            return {}
+        read_json(Path(place) / INDEX_NAME, "save or download the pipeline again")
     try:
         index: Any = DiffusionPipeline.load_config(place)
     except OSError:

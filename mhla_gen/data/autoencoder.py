@@ -10,6 +10,7 @@ from mhla_gen.config import AutoencoderConfig
 from mhla_gen.digests import settings_digest, weights_digest
 from mhla_gen.errors import UserError
 from mhla_gen.hub import locate_part
+from mhla_gen.saved_files import naming_damage
 
 IMAGE_AUTOENCODERS = ("AutoencoderKL", "AutoencoderDC", "AutoencoderTiny")
 VIDEO_AUTOENCODERS = ("AutoencoderKLWan", "AutoencoderKLLTXVideo")
@@ -52,7 +53,8 @@ def load_autoencoder(config: AutoencoderConfig) -> Any:
     if name not in known:
         raise UserError(f"vae.path {path} is a {name}; known are {', '.join(known)}")
     dtype = getattr(torch, config.dtype)
-    vae = getattr(diffusers, name).from_pretrained(path, torch_dtype=dtype, **subfolder)
+    with naming_damage(path):
+        vae = getattr(diffusers, name).from_pretrained(path, torch_dtype=dtype, **subfolder)
     if config.tiling:
         if not hasattr(vae, "enable_tiling"):
             raise UserError(f"vae.tiling=true, but {name} has no tiling")

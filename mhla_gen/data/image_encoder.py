@@ -11,6 +11,7 @@ from mhla_gen.config import ImageEncoderConfig
 from mhla_gen.digests import settings_digest, weights_digest
 from mhla_gen.errors import UserError
 from mhla_gen.hub import locate, pipeline_index
+from mhla_gen.saved_files import naming_damage
 
 IMAGE_ENCODERS = ("CLIPVisionModel", "CLIPVisionModelWithProjection")
 
@@ -62,9 +63,10 @@ def load_image_encoder(config: ImageEncoderConfig) -> ImageEncoder:
         )
     dtype = getattr(torch, config.dtype)
     try:
-        model = getattr(transformers, name).from_pretrained(
-            path, subfolder="image_encoder", dtype=dtype
-        )
+        with naming_damage(path):
+            model = getattr(transformers, name).from_pretrained(
+                path, subfolder="image_encoder", dtype=dtype
+            )
         kind = getattr(transformers, parts["image_processor"][1])
         processor = kind.from_pretrained(path, subfolder="image_processor")
     except (OSError, KeyError, TypeError) as error:

@@ -12,6 +12,7 @@ from mhla_gen.config import TextEncoderConfig
 from mhla_gen.digests import settings_digest, tensors_digest
 from mhla_gen.errors import UserError
 from mhla_gen.hub import locate, pipeline_index
+from mhla_gen.saved_files import naming_damage
 
 ENCODERS = {"t5": "T5EncoderModel", "umt5": "UMT5EncoderModel"}
 
@@ -70,7 +71,9 @@ def load_text_encoder(config: TextEncoderConfig) -> TextEncoder:
             f"known are {', '.join(ENCODERS)}"
         )
     kind = getattr(transformers, ENCODERS[settings.model_type])
-    model = kind.from_pretrained(path, subfolder="text_encoder", dtype=getattr(torch, config.dtype))
+    dtype = getattr(torch, config.dtype)
+    with naming_damage(path):
+        model = kind.from_pretrained(path, subfolder="text_encoder", dtype=dtype)
     return TextEncoder(model.eval().requires_grad_(False), tokenizer, config.max_sequence_length)
 
 

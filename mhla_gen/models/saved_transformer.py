@@ -9,6 +9,7 @@ from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DMod
 from mhla_gen.errors import MissingError, UserError
 from mhla_gen.hub import locate_part
 from mhla_gen.models.injection import MHLA_CLASSES
+from mhla_gen.saved_files import naming_damage
 
 _CLASSES: dict[str, Any] = {c.__name__: c for pair in MHLA_CLASSES.items() for c in pair}
 # The class that diffusers' own DiTs on the hub were saved with, before they had one of their own.
@@ -31,7 +32,9 @@ def load_transformer(
         ValueError: If it is no transformer, or of a class that the toolkit does not know.
     """
     place, location = locate_part(path, subfolder)
-    return _saved_class(place, location).from_pretrained(place, torch_dtype=dtype, **location)
+    found = _saved_class(place, location)
+    with naming_damage(place):
+        return found.from_pretrained(place, torch_dtype=dtype, **location)
 
 
 def transformer_class(path: str, subfolder: str = "transformer") -> Any:

@@ -1,7 +1,6 @@
 """Settings that a user does not give: those of the run that saved a pipeline, or the pipeline's."""
 
 import inspect
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from safetensors import safe_open
 from mhla_gen.config import SampleConfig
 from mhla_gen.errors import UserError
 from mhla_gen.hub import SAMPLING_NAME
+from mhla_gen.saved_files import read_json
 
 _CALLED_WITH = ("num_inference_steps", "guidance_scale")
 _SIZES = ("height", "width", "num_frames")
@@ -35,7 +35,9 @@ def with_own(config: SampleConfig, folder: Path) -> SampleConfig:
         UserError: If the file beside the pipeline holds anything else.
     """
     path = folder / SAMPLING_NAME
-    own = {"dtype": _saved_dtype(folder)} | (json.loads(path.read_text()) if path.is_file() else {})
+    remedy = f"give the settings, and remove it, or take another pipeline than {folder}"
+    known = read_json(path, remedy) if path.is_file() else {}
+    own = {"dtype": _saved_dtype(folder)} | known
     unknown = sorted(own.keys() - set(OWN))
     if unknown:
         raise UserError(f"{path} has the keys {', '.join(unknown)}; known are {', '.join(OWN)}")

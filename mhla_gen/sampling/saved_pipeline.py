@@ -13,6 +13,7 @@ from mhla_gen.errors import MissingError, UserError
 from mhla_gen.hub import INDEX_NAME, locate
 from mhla_gen.pipelines.class_conditional import ClassConditionalPipeline
 from mhla_gen.pipelines.schedulers import prediction_of
+from mhla_gen.saved_files import naming_damage, read_json
 
 # Parts of Wan's pipelines.
 _PRECISE = {"vae": torch.float32, "image_encoder": torch.float32}
@@ -56,8 +57,17 @@ def pipeline_folder(path: str) -> Path:
 
 
 def load_folder(folder: Path, dtype: torch.dtype) -> Any:
-    """The pipeline in a folder; arguments, result and errors as those of `load_pipeline`."""
-    index = json.loads((folder / INDEX_NAME).read_text())
+    """The pipeline in a folder; arguments, result and errors as those of `load_pipeline`.
+
+    Raises:
+        DamagedFileError: Naming a file that is cut or emptied.
+    """
+    with naming_damage(folder):
+        return _load(folder, dtype)
+
+
+def _load(folder: Path, dtype: torch.dtype) -> Any:
+    index = read_json(folder / INDEX_NAME, "save or download the pipeline again")
     name = index.get("_class_name", "")
     if name == ClassConditionalPipeline.__name__:
         found: Any = ClassConditionalPipeline

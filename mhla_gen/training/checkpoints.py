@@ -12,13 +12,11 @@ from torch import nn
 from mhla_gen.config import TrainConfig, load_config, save_config
 from mhla_gen.errors import OccupiedError, UserError
 from mhla_gen.files import (
-    DamagedFileError,
     WriteError,
     errors_naming,
     make_folder,
     partial_of,
     put,
-    read_json,
     remove,
     remove_leftovers,
     write_json,
@@ -26,6 +24,7 @@ from mhla_gen.files import (
 from mhla_gen.hub import PIPELINE_NAME
 from mhla_gen.output_folders import CONFIG_NAME, check_writable, differences, is_free
 from mhla_gen.runtime.processes import on_main
+from mhla_gen.saved_files import DamagedFileError, read_json
 from mhla_gen.training.checkpoint_state import (
     SavedTensors,
     damage_of,

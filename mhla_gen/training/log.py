@@ -13,7 +13,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mhla_gen.errors import UserError
-from mhla_gen.files import append_line, read_lines, write_lines
+from mhla_gen.files import append_line, write_lines
+from mhla_gen.saved_files import read_lines
 from mhla_gen.training.checkpoints import last_checkpoint
 from mhla_gen.training.recent import Recorded
 from mhla_gen.training.step import StepResult

@@ -1,0 +1,110 @@
+"""Files that this package wrote, read again: what was cut, emptied or changed is named."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from mhla_gen.errors import UserError
+
+
+class DamagedFileError(UserError):
+    """A file of ours that was cut, emptied or changed; the message names it and a remedy."""
+
+    def __init__(self, path: str | Path, reason: str, remedy: str):
+        super().__init__(f"{path} is damaged ({reason}); {remedy}")
+
+
+def read_json(path: str | Path, remedy: str) -> Any:
+    """Read JSON that this package wrote.
+
+    Args:
+        path: The file.
+        remedy: What to do where it is damaged.
+
+    Raises:
+        DamagedFileError: If it is no JSON.
+    """
+    try:
+        return json.loads(Path(path).read_bytes())
+    except ValueError as error:
+        raise DamagedFileError(path, f"no whole JSON: {error}", remedy) from error
+
+
+def read_lines(path: str | Path) -> tuple[list[dict[str, Any]], int]:
+    """The JSON objects of a log, a line each, and how many lines are none."""
+    found, damaged = [], 0
+    for line in Path(path).read_bytes().split(b"\n"):
+        try:
+            values = json.loads(line) if line.strip() else {}
+        except ValueError:
+            values = None
+        if isinstance(values, dict):
+            found += [values] if values else []
+        else:
+            damaged += 1
+    return found, damaged
+
+
+def read_array(path: str | Path, remedy: str, mapped: bool = False) -> np.ndarray:
+    """Read an .npy file that this package wrote.
+
+    Args:
+        path: The file.
+        remedy: What to do where it is damaged.
+        mapped: Read rows when they are used.
+
+    Raises:
+        DamagedFileError: If it is none, or missing.
+    """
+    try:
+        return np.load(path, mmap_mode="r" if mapped else None, allow_pickle=False)
+    except FileNotFoundError as error:
+        raise DamagedFileError(path, "it is missing", remedy) from error
+    except (ValueError, EOFError) as error:
+        raise DamagedFileError(path, f"no whole array: {error}", remedy) from error
+
+
+@contextmanager
+def naming_damage(place: str | Path) -> Iterator[None]:
+    """Name the file where loading a saved model or pipeline fails because of it.
+
+    Args:
+        place: What is loaded; a name on the hub is let be.
+
+    Raises:
+        DamagedFileError: In place of any error, if a safetensors or JSON file there is damaged.
+        UserError: In place of errors of the system, such as a missing file.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        folder = Path(place)
+        for path in sorted(folder.rglob("*")) if folder.is_dir() else ():
+            problem = _problem_of(path)
+            if problem is not None:
+                remedy = "save, copy or download it again"
+                raise DamagedFileError(path, problem, remedy) from error
+        if isinstance(error, OSError) and folder.is_dir():
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UserError(f"{place} cannot be loaded: {reason}") from error
+        raise
+
+
+def _problem_of(path: Path) -> str | None:
+    """Why a file of a saved model cannot be read; None if it can be, or is of another kind."""
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, "np"):
+                pass
+        elif path.suffix == ".json":
+            json.loads(path.read_bytes())
+    except (SafetensorError, ValueError, OSError) as error:
+        return str(error)
+    return None

@@ -32,8 +32,11 @@ if TYPE_CHECKING:
         MHLAZImageTransformer2DModel,
         OriginalDiTTransformer2DModel,
         inject,
+        load_adapter,
         restore,
+        save_adapter,
         summary,
+        unload_adapter,
     )
     from mhla_gen.pipelines.class_conditional import ClassConditionalPipeline
 
@@ -61,8 +64,11 @@ _HOMES = {
     "MHLAWanTransformer3DModel": "mhla_gen.models",
     "OriginalDiTTransformer2DModel": "mhla_gen.models",
     "inject": "mhla_gen.models",
+    "load_adapter": "mhla_gen.models",
     "restore": "mhla_gen.models",
+    "save_adapter": "mhla_gen.models",
     "summary": "mhla_gen.models",
+    "unload_adapter": "mhla_gen.models",
     "ClassConditionalPipeline": "mhla_gen.pipelines.class_conditional",
 }
 
@@ -90,9 +96,12 @@ __all__ = [
     "OriginalDiTTransformer2DModel",
     "__version__",
     "inject",
+    "load_adapter",
     "load_config",
     "restore",
+    "save_adapter",
     "summary",
+    "unload_adapter",
 ]
 
 

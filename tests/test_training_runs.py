@@ -445,6 +445,10 @@ def test_only_mhla_is_trained_if_asked(tmp_path):
     base = tiny_dit().from_pretrained(tmp_path / "model").state_dict()
     assert all(torch.equal(weights[key], base[key]) for key in base)
     assert any(weights[key].any() for key in weights if key.endswith("mhla.gate.weight"))
+    adapted = mhla_gen.load_adapter(
+        tiny_dit().from_pretrained(tmp_path / "model"), tmp_path / "run"
+    )
+    assert all(torch.equal(value, weights[key]) for key, value in adapted.state_dict().items())
 
 
 @pytest.mark.parametrize("how", ["regional", "whole"])

@@ -115,6 +115,12 @@ def test_low_rank_updates_and_mhla_learn_and_nothing_else(cache, tmp_path):
     moved = {n for n, p in found.named_parameters() if n in before and not p.equal(before[n])}
     assert {name.rsplit(".", 2)[-2] for name in moved} == {"to_q", "to_k", "to_v", "0", "proj", "2"}
     assert not any("norm" in name or "embed" in name for name in moved)
+    # What was learned is also saved alone, and the pipeline is the base with it.
+    adapted = mhla_gen.load_adapter(tiny_wan().from_pretrained(source), tmp_path / "run")
+    inputs = wan_inputs()
+    with torch.no_grad():
+        samples = [model.eval()(**inputs).sample for model in (adapted, found)]
+    torch.testing.assert_close(*samples, rtol=1e-3, atol=1e-4)
     # A checkpoint gives the same pipeline, without adapters.
     (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
     state = load_pipeline(str(checkpoint), torch.float32).transformer.state_dict()

@@ -23,6 +23,9 @@ class SampleConfig(Settings):
     pipeline: FilePath = "runs/train/pipeline"
     """Run of `mhla-gen train` or one of its checkpoints, folder that `save_pretrained` wrote, or
     name on the Hugging Face hub."""
+    adapter: FilePath | None = None
+    """Adapter to load into it: a folder that `mhla_gen.save_adapter` wrote, a run that trained no
+    other weights, or a name on the hub."""
     output_dir: FilePath = "runs/samples"
     """Folder for the samples and manifest.json. A start that was interrupted is gone on with."""
 

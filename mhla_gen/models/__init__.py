@@ -1,5 +1,6 @@
 """MHLA inside diffusers transformers."""
 
+from mhla_gen.models.adapters import load_adapter, save_adapter, unload_adapter
 from mhla_gen.models.attention import MHLA
 from mhla_gen.models.cogvideox import MHLACogVideoXTransformer3DModel
 from mhla_gen.models.dit import MHLADiTTransformer2DModel, OriginalDiTTransformer2DModel
@@ -42,6 +43,9 @@ __all__ = [
     "OriginalDiTTransformer2DModel",
     "Summary",
     "inject",
+    "load_adapter",
     "restore",
+    "save_adapter",
     "summary",
+    "unload_adapter",
 ]

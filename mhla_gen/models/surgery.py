@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from types import MethodType
 from typing import Any
 
 from diffusers.configuration_utils import FrozenDict
@@ -161,7 +162,7 @@ def add_mhla(family: Family, model: Any, config: MHLAConfig) -> None:
     for _, attention in family.bystanders(model):
         swap_processor(attention, family.processors(attention)[2])
     for path, (_, converted_class) in family.replaced_modules.items():
-        model.get_submodule(path).__class__ = converted_class
+        change_class(model.get_submodule(path), converted_class)
     settings = {"mhla": config.to_dict(), **family.settings(model)}
     # from_config ignores what is marked as the default; that may have been another class's.
     defaults = [k for k in model.config.get("_use_default_values", ()) if k not in settings]
@@ -177,11 +178,11 @@ def remove_mhla(family: Family, model: Any) -> None:
             del attention.mhla
         swap_processor(attention, family.processors(attention)[0])
     for path, (stock_class, _) in family.replaced_modules.items():
-        model.get_submodule(path).__class__ = stock_class
+        change_class(model.get_submodule(path), stock_class)
     softmax_class = family.softmax_class(model)
     added = _argument_names(type(model)) - _argument_names(softmax_class)
     model._internal_dict = FrozenDict({k: v for k, v in model.config.items() if k not in added})
-    model.__class__ = softmax_class
+    change_class(model, softmax_class)
 
 
 def _argument_names(model_class: Any) -> set[str]:
@@ -195,10 +196,22 @@ def _like(projection: nn.Module, module: MHLA) -> MHLA:
     """
     parameters = list(projection.parameters())
     floating = next((p for p in parameters if p.is_floating_point()), None)
-    module = module.to(parameters[0].device, None if floating is None else floating.dtype)
+    device, hook = parameters[0].device, getattr(projection, "_hf_hook", None)
+    if device.type == "meta" and hook is not None:
+        # Its weights are loaded for each call; those of the new module are few and stay.
+        device = hook.execution_device
+    module = module.to(device, None if floating is None else floating.dtype)
     if module.mixing is not None:
         module.mixing.data = module.mixing.data.float()
     return module
+
+
+def change_class(module: Any, new_class: Any) -> None:
+    """Change a module's class in place, with the `forward` that offloading has wrapped, too."""
+    module.__class__ = new_class
+    # accelerate's hooks keep the method that they call.
+    if "_old_forward" in vars(module):
+        module._old_forward = MethodType(new_class.forward, module)
 
 
 def swap_processor(attention: Any, processor_class: type) -> None:
@@ -214,6 +227,6 @@ def swap_processor(attention: Any, processor_class: type) -> None:
 def become(family: Family, mhla_class: type, model: Any, config: MHLAConfig) -> Any:
     """Turn a base model into its MHLA class in place; all checks come first."""
     resolved = resolve(family, model, config)
-    model.__class__ = mhla_class
+    change_class(model, mhla_class)
     add_mhla(family, model, resolved)
     return model

@@ -8,6 +8,7 @@ import torch
 
 from mhla_gen.config import SampleConfig
 from mhla_gen.errors import UserError
+from mhla_gen.models import load_adapter
 from mhla_gen.pipelines.class_conditional import ClassConditionalPipeline
 from mhla_gen.pipelines.classes import class_numbers
 from mhla_gen.pipelines.guidance import Guidance
@@ -37,6 +38,8 @@ def build_sampler(config: SampleConfig) -> tuple[SampleConfig, Sampler]:
     folder = pipeline_folder(config.pipeline)
     config = with_own(config, folder)
     pipeline = load_folder(folder, getattr(torch, str(config.dtype)))
+    if config.adapter is not None:
+        load_adapter(pipeline, config.adapter)
     config = with_defaults(config, pipeline)
     of_classes = isinstance(pipeline, ClassConditionalPipeline)
     if config.scheduler is not None or config.scheduler_options:

@@ -8,11 +8,14 @@ from typing import Any
 
 from mhla_gen.files import write_json
 from mhla_gen.hub import EXAMPLES_NAME, SAMPLING_NAME
+from mhla_gen.models.adapters import ADAPTER_FOLDER, save_adapter
 from mhla_gen.training.training_run import Run
 
 
 def write_pipeline(run: Run, folder: Path, before: Path | None) -> None:
     """Write the pipeline with the averaged weights; every process must call it, and one writes.
+
+    Where nothing but MHLA and LoRA is trained, `adapter` in its folder has both of them alone.
 
     Args:
         run: What is trained.
@@ -42,6 +45,8 @@ def write_pipeline(run: Run, folder: Path, before: Path | None) -> None:
                 else:
                     write()
             pipeline.save_config(folder)
+            if run.config.model.trainable != "all":
+                save_adapter(run.task.pipeline(model), folder / ADAPTER_FOLDER)
             write_json(folder / SAMPLING_NAME, dict(run.task.sampling))
 
 

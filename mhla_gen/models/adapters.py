@@ -1,0 +1,262 @@
+"""Adapters: what was added to a pretrained model, in one file of a few megabytes.
+
+An adapter holds the weights of MHLA, of its exact half and of LoRA, the settings of all three, and
+of the base model its class, its name and a digest of every weight.
+"""
+
+import json
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.hooks.group_offloading import _is_group_offload_enabled
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mhla_gen.config import MHLAConfig
+from mhla_gen.errors import MissingError, UserError
+from mhla_gen.files import written_whole
+from mhla_gen.hub import PIPELINE_NAME
+from mhla_gen.models.attention import MHLA
+from mhla_gen.models.base_weights import BaseWeights
+from mhla_gen.models.injection import MHLA_CLASSES, inject, restore
+from mhla_gen.models.lora import add_lora_weights, check_lora, lora_of, remove_lora
+from mhla_gen.models.surgery import mhla_layers
+from mhla_gen.models.transformer import MHLATransformerMixin
+
+ADAPTER_NAME = "mhla_adapter.safetensors"
+ADAPTER_FOLDER = "adapter"
+"""Folder of a trained pipeline that holds what was added to its base."""
+_FORMAT = "mhla_gen adapter 1"
+_ALONE = "transformer"
+"""What a transformer outside of a pipeline is called."""
+_LOADED = "_mhla_adapter"
+"""Attribute of a transformer whose added parts came from an adapter: where that lies."""
+
+
+def save_adapter(pipe_or_transformer: Any, folder: str | Path) -> Path:
+    """Write what MHLA and LoRA added to a model, without the model.
+
+    Args:
+        pipe_or_transformer: A transformer with MHLA layers, or a pipeline that holds one or more.
+        folder: Gets `mhla_adapter.safetensors`; one that is there is replaced.
+
+    Returns:
+        The file.
+
+    Raises:
+        ValueError: If nothing was added, or there is more than one LoRA.
+        OSError: If it cannot be written.
+    """
+    tensors, described = {}, {}
+    for name, model in _transformers(pipe_or_transformer).items():
+        if not issubclass(type(model), MHLATransformerMixin):
+            continue
+        lora, lora_tensors = lora_of(model)
+        added = {k: v for k, v in model.state_dict().items() if ".mhla." in k} | lora_tensors
+        tensors |= {f"{name}.{k}": v.detach().cpu().contiguous() for k, v in added.items()}
+        described[name] = {
+            "base_class": model.family.softmax_class(model).__name__,
+            "base": str(model.config.get("_name_or_path") or ""),
+            "mhla": model.mhla_config.to_dict(),
+            "settings": model.family.settings(model),
+            "lora": lora,
+            "weights": BaseWeights.of(model).digests,
+        }
+    if not described:
+        raise UserError("the model has no MHLA layers, so there is no adapter to save")
+    path = Path(folder) / ADAPTER_NAME
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(path) as partial:
+        metadata = {"format": _FORMAT, "transformers": json.dumps(described)}
+        save_file(tensors, partial, metadata=metadata)
+    return path
+
+
+def load_adapter(pipe_or_transformer: Any, folder_or_name: str | Path, **location: Any) -> Any:
+    """Add to a softmax model what an adapter holds, in place; another adapter makes room for it.
+
+    Args:
+        pipe_or_transformer: A transformer of the adapter's class, or a pipeline that holds it.
+        folder_or_name: Folder or file that `save_adapter` wrote; a run of ours that trained nothing
+            else; or a name on the Hugging Face hub.
+        location: Of a name on the hub: `revision`, `token`, `cache_dir`, `subfolder`.
+
+    Returns:
+        Its first argument.
+
+    Raises:
+        FileNotFoundError: If there is no adapter.
+        ValueError: If it is for another architecture, or the model has MHLA layers of its own.
+    """
+    path = _find(folder_or_name, location)
+    described, tensors = _read(path)
+    parts = _transformers(pipe_or_transformer)
+    if parts.keys() == {_ALONE} and len(described) == 1:
+        parts = {name: parts[_ALONE] for name in described}
+    if described.keys() - parts.keys():
+        raise UserError(
+            f"{path} is an adapter for {_and(described)}, but the model has {_and(parts)}"
+        )
+    for name in described:
+        _check(path, parts[name], described[name], tensors[name])
+    if any(hasattr(model, _LOADED) for model in parts.values()):
+        unload_adapter(pipe_or_transformer)
+    for name in described:
+        model = parts[name]
+        inject(model, MHLAConfig.from_dict(described[name]["mhla"]))
+        setattr(model, _LOADED, str(path))
+        state = {k: v for k, v in tensors[name].items() if ".mhla." in k}
+        model.load_state_dict(state, strict=False)
+        add_lora_weights(model, described[name]["lora"], tensors[name])
+    if isinstance(pipe_or_transformer, DiffusionPipeline):
+        # It saves the classes that its parts had when it was told of them.
+        pipe_or_transformer.register_modules(**parts)
+    return pipe_or_transformer
+
+
+def unload_adapter(pipe_or_transformer: Any) -> Any:
+    """Take away what `load_adapter` added: the softmax model again, bit for bit.
+
+    Args:
+        pipe_or_transformer: What `load_adapter` was given.
+
+    Returns:
+        Its argument.
+
+    Raises:
+        ValueError: If no adapter is loaded.
+    """
+    parts = _transformers(pipe_or_transformer)
+    loaded = {name: model for name, model in parts.items() if hasattr(model, _LOADED)}
+    if not loaded:
+        raise UserError("the model has no adapter to unload; mhla_gen.restore undoes inject")
+    for model in loaded.values():
+        remove_lora(model)
+        if isinstance(model, MHLATransformerMixin):
+            restore(model)
+        delattr(model, _LOADED)
+    if isinstance(pipe_or_transformer, DiffusionPipeline):
+        pipe_or_transformer.register_modules(**loaded)
+    return pipe_or_transformer
+
+
+def _transformers(pipe_or_transformer: Any) -> dict[str, Any]:
+    """Transformers that take MHLA, by their names in a pipeline."""
+    if not isinstance(pipe_or_transformer, DiffusionPipeline):
+        return {_ALONE: pipe_or_transformer}
+    known = (*MHLA_CLASSES, *MHLA_CLASSES.values())
+    components = pipe_or_transformer.components.items()
+    return {name: part for name, part in components if type(part) in known}
+
+
+def _find(folder_or_name: str | Path, location: dict[str, Any]) -> Path:
+    path = Path(folder_or_name)
+    if path.is_file():
+        return path
+    if path.is_dir():
+        folder = path / str(location.get("subfolder") or "")
+        for place in (folder, folder / ADAPTER_FOLDER, folder / PIPELINE_NAME / ADAPTER_FOLDER):
+            if (place / ADAPTER_NAME).is_file():
+                return place / ADAPTER_NAME
+        raise MissingError(f"{folder_or_name} holds no {ADAPTER_NAME}")
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(str(folder_or_name), ADAPTER_NAME, **location))
+    except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise MissingError(
+            f"{folder_or_name} is no folder here, and the hub has no {ADAPTER_NAME} of this name, "
+            f"or cannot be reached: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
+    """Descriptions and tensors of an adapter, by transformer."""
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    if metadata.get("format") != _FORMAT:
+        raise UserError(
+            f"{path} is no adapter that this version reads: expected {_FORMAT!r}, found "
+            f"{metadata.get('format')!r}"
+        )
+    described = json.loads(metadata["transformers"])
+    return described, {
+        name: {
+            k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")
+        }
+        for name in described
+    }
+
+
+def _check(path: Path, model: Any, described: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Check an adapter against a model before anything changes."""
+    found: Any = type(model)
+    if issubclass(found, MHLATransformerMixin):
+        if not hasattr(model, _LOADED):
+            raise UserError(
+                "the model has MHLA layers of its own; call mhla_gen.restore on it first"
+            )
+        found = model.family.softmax_class(model)
+    if found.__name__ != described["base_class"]:
+        raise UserError(
+            f"{path} is an adapter for a {described['base_class']}, found a {found.__name__}"
+        )
+    if _is_group_offload_enabled(model):
+        raise UserError("the model is offloaded by groups; load the adapter before that")
+    family = MHLA_CLASSES[found].family
+    if family.settings(model) != described["settings"]:
+        raise UserError(
+            f"{path} is for a model with {described['settings']}, found {family.settings(model)}"
+        )
+    expected = dict(_expected(family, model, described["mhla"]))
+    found_shapes = {k: v.shape for k, v in tensors.items() if ".mhla." in k}
+    for name in sorted(expected.keys() | found_shapes.keys()):
+        if expected.get(name) != found_shapes.get(name):
+            raise UserError(
+                f"{path} is for a {found.__name__} of other sizes: {name} is "
+                f"{_shape(found_shapes.get(name))}, expected {_shape(expected.get(name))}"
+            )
+    check_lora(path, model, described["lora"], tensors)
+    different = BaseWeights.of(model).different(described["weights"])
+    if different:
+        warnings.warn(
+            f"{path} was made for other weights than these: {len(different)} of "
+            f"{len(described['weights'])} differ, such as {different[0]}, from "
+            f"{described['base'] or 'a model without a name'}",
+            stacklevel=3,
+        )
+
+
+def _expected(family: Any, model: Any, settings: Any) -> Iterator[tuple[str, torch.Size]]:
+    """Names and shapes of the weights that MHLA adds to a model."""
+    config = MHLAConfig.from_dict(settings)
+    attentions = family.attentions(model)
+    try:
+        chosen = mhla_layers(config, [name for name, _ in attentions])
+    except ValueError as error:
+        raise UserError(f"the adapter is for a model of other sizes: {error}") from error
+    for index in chosen:
+        path, attention = attentions[index]
+        heads, head_dim, hidden_size = family.sizes(model)
+        with torch.device("meta"):
+            child = MHLA(heads, head_dim, hidden_size, config, family.reads_text(attention))
+        for name, value in child.state_dict().items():
+            yield f"{path}.mhla.{name}", value.shape
+
+
+def _shape(size: torch.Size | None) -> str:
+    return "nothing" if size is None else str(list(size))
+
+
+def _and(names: Any) -> str:
+    return " and ".join(names) or "no transformer that takes MHLA"

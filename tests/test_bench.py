@@ -16,7 +16,9 @@ def test_operators_are_measured_side_by_side(tmp_path, capsys):
     assert (tmp_path / "bench.png").stat().st_size > 0
     assert {"device", "torch", "command", "date"} <= set(result)
     assert [(row["tokens"], row["method"]) for row in result["rows"]] == [
-        (tokens, method) for tokens in (12, 16) for method in ("softmax", "linear", "blockwise")
+        (tokens, method)
+        for tokens in (12, 16)
+        for method in ("softmax", "linear", "blockwise", "blockwise exact=0.125")
     ]
     for row in result["rows"]:
         assert row["forward_ms"] > 0 and row["train_ms"] > 0 and row["forward_ratio"] > 0
@@ -28,13 +30,29 @@ def test_operators_are_measured_side_by_side(tmp_path, capsys):
     assert (tmp_path / "bench.json").read_text() == before
 
 
+def test_a_share_is_measured_with_and_without_the_linear_half(tmp_path, capsys):
+    both = "blockwise exact=0.1 exact_tile=[2,2] exact_window=[1,1] exact_top=1"
+    methods = ["softmax", "blockwise", both, f"{both} linear=false", "naive exact=1"]
+    settings = ["grids=[[8,8]]", "num_heads=1", "head_dim=8", "backward=false", "rotary=true"]
+    assert main(["bench", "ops", f"output_dir={tmp_path}", f"methods={methods}", *settings]) == 0
+    rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    assert not any("error" in row for row in rows)
+    assert [row["exact"] for row in rows] == [1.0, 0.0, 0.125, 0.125, 1.0]
+    assert "12.5%" in capsys.readouterr().out
+    folder = tmp_path / "wrong"
+    assert main(["bench", "ops", f"output_dir={folder}", 'methods=["auto exact=2"]']) == 2
+    assert "exact must be in [0, 1]" in capsys.readouterr().err and not folder.exists()
+
+
 def test_a_model_is_measured_with_every_attention(tmp_path):
-    methods = ["softmax", "linear", "blockwise", "blockwise conv=false gate=false"]
-    settings = ["grids=[[4,4]]", "num_layers=1", f"methods={methods}"]
+    methods = ["softmax", "linear", "blockwise conv=false gate=false"]
+    methods += ["blockwise exact=0.3 exact_tile=[2,2] exact_top=0", "auto layers=1/2 exact=1"]
+    settings = ["grids=[[4,4]]", "num_layers=2", f"methods={methods}"]
     assert main(["bench", "model", f"output_dir={tmp_path}", *settings]) == 0
     rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
     assert [row["method"] for row in rows] == methods
     assert all(row["train_ms"] > row["forward_ms"] > 0 for row in rows)
+    assert [row["exact"] for row in rows] == [1.0, 0.0, 0.0, 0.25, 1.0]
 
 
 def test_a_method_that_cannot_run_is_part_of_the_result(tmp_path):
@@ -61,7 +79,9 @@ def test_crossover_lies_between_the_sizes_where_the_order_changes():
         ("methods=[performer]", "methods must be one of"),
         ("methods=fast", 'methods must be "auto" or a list'),
         ("num_heads=0", "num_heads"),
-        ('methods=["fused conv=false"]', "subject=model"),
+        ('methods=["fused conv=false"]', "subject=ops"),
+        ('methods=["linear exact=0.1"]', "subject=ops"),
+        ('methods=["softmax exact=0.1"]', "for MHLA"),
         ("compile=all", "compile"),
     ],
 )

@@ -47,9 +47,14 @@ def results(folder):
     return json.loads((folder / "sensitivity.json").read_text())
 
 
-@pytest.mark.parametrize("kind", ["dit", "wan"])
-def test_the_error_of_a_layer_is_that_of_a_model_with_this_layer_replaced(tmp_path, softmax, kind):
+@pytest.mark.parametrize(("kind", "exact"), [("dit", 0.0), ("wan", 0.0), ("dit", 0.4)])
+def test_the_error_of_a_layer_is_that_of_a_model_with_this_layer_replaced(
+    tmp_path, softmax, kind, exact
+):
     config = settings(softmax, tmp_path / "scan", kind, softmax_layers=1)
+    if exact:
+        tiles = {"exact_tile": (2, 2), "exact_window": (1, 1), "exact_top": 2}
+        config = replace(config, mhla=replace(config.mhla, exact=exact, **tiles))
     sensitivity(config)
     found = results(tmp_path / "scan")
     base = (tiny_dit if kind == "dit" else tiny_wan)(

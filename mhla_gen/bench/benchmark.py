@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from mhla_gen.bench.model import bench_model
-from mhla_gen.bench.ops import bench_ops
+from mhla_gen.bench.ops import bench_ops, halves_of
 from mhla_gen.config import BenchConfig
 from mhla_gen.errors import OccupiedError
 from mhla_gen.files import write_json
@@ -22,6 +22,7 @@ from mhla_gen.version import __version__
 _COLUMNS = {
     "tokens": "{:d}",
     "method": "{}",
+    "exact": "{:.1%}",
     "forward_ms": "{:.3f}",
     "forward_ratio": "{:.2f}x",
     "floor_share": "{:.0%}",
@@ -30,6 +31,11 @@ _COLUMNS = {
     "train_ratio": "{:.2f}x",
     "train_peak_gib": "{:.3f}",
 }
+_ON_GPU = (
+    *("softmax_cudnn", "softmax_flash", "linear"),
+    *("fused", "fused exact=0.05", "fused exact=0.125"),
+)
+_ELSEWHERE = ("softmax", "linear", "blockwise", "blockwise exact=0.125")
 
 
 def bench(config: BenchConfig) -> dict[str, Any]:
@@ -70,8 +76,10 @@ def _resolve(config: BenchConfig, device: torch.device) -> BenchConfig:
     """Replace "auto" by what suits the device."""
     gpu = device.type == "cuda"
     if config.methods == "auto":
-        on_gpu = ("softmax_cudnn", "softmax_flash", "linear", "fused")
-        config = replace(config, methods=on_gpu if gpu else ("softmax", "linear", "blockwise"))
+        config = replace(config, methods=_ON_GPU if gpu else _ELSEWHERE)
+    for method in config.methods:
+        # A mistake stops here rather than in the middle of the rows.
+        halves_of(method)
     if config.dtype == "auto":
         config = replace(config, dtype="bfloat16" if gpu else "float32")
     return config

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from mhla_gen.bench.measure import latency_ms, peak_memory_gib
 from mhla_gen.config import BenchConfig, MHLAConfig, load_config
+from mhla_gen.models import inject, summary
+from mhla_gen.models.exact import exact_share
+from mhla_gen.models.transformer import MHLATransformerMixin
 from mhla_gen.runtime.compiling import compile_blocks
 
 _BACKENDS = {"softmax_cudnn": "_native_cudnn", "softmax_flash": "_native_flash"}
@@ -24,6 +27,7 @@ def bench_model(config: BenchConfig, device: torch.device) -> Iterator[dict[str,
             try:
                 torch.manual_seed(0)
                 model = _prepare(method, config, grid, device, dtype)
+                row["exact"] = _share(model, grid)
                 yield row | _measure(model, config, grid, device, dtype)
             except (RuntimeError, ValueError, AttributeError) as error:
                 yield row | {"error": str(error).splitlines()[0]}
@@ -42,8 +46,6 @@ def _prepare(
     dtype: torch.dtype,
 ) -> Any:
     """The model with the attention that `method` names, compiled if the config says so."""
-    from mhla_gen.models import inject
-
     with device:
         model = _build(config, grid).to(dtype)
     name, *settings = method.split()
@@ -59,6 +61,15 @@ def _prepare(
     elif config.compile:
         compile_blocks(model)
     return model
+
+
+def _share(model: Any, grid: tuple[int, ...]) -> float:
+    """The share of pairs that softmax computes, the mean over self-attention layers."""
+    rows = summary(model)
+    if not isinstance(model, MHLATransformerMixin):
+        return sum(row.exact for row in rows) / len(rows)
+    share = exact_share(model.mhla_config, grid)
+    return sum(share if row.converted else row.exact for row in rows) / len(rows)
 
 
 def _measure(

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mhla_gen.bench.measure import copy_bandwidth, graph_latency_ms, latency_ms, peak_memory_gib
-from mhla_gen.config import BenchConfig
-from mhla_gen.ops import auto_layout, linear_attention, locality_mixing, mhla
+from mhla_gen.config import BenchConfig, MHLAConfig, load_config
+from mhla_gen.models.exact import exact_attention, exact_share
+from mhla_gen.ops import IMPLEMENTATIONS, auto_layout, linear_attention, locality_mixing, mhla
 
 _BACKENDS = {
     "softmax": None,
@@ -66,6 +67,7 @@ def bench_ops(config: BenchConfig, device: torch.device) -> Iterator[dict[str, A
     for case in cases(config):
         for method in config.methods:
             row = {"method": method, **case._asdict(), "tokens": math.prod(case.grid)}
+            row["exact"] = 1.0 if method in _BACKENDS else exact_share(halves_of(method), case.grid)
             try:
                 yield row | _measure(method, case, dtype, device, bandwidth, config.backward)
             except (RuntimeError, ValueError) as error:
@@ -124,10 +126,32 @@ def _attention(method: str, case: Case, device: torch.device) -> Callable[..., T
         rotary = angles.cos(), angles.sin()
     if method == "linear":
         return partial(linear_attention, rotary=rotary)
+    config = halves_of(method)
     mixing = locality_mixing(case.layout).to(device).requires_grad_()
-    return lambda q, k, v: mhla(
-        q, k, v, mixing, grid=case.grid, layout=case.layout, rotary=rotary, implementation=method
-    )
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        halves = []
+        if config.exact > 0:
+            exact, _ = exact_attention(query, key, value, config, case.grid, rotary)
+            halves.append(exact)
+        if config.has_linear:
+            placed = {"grid": case.grid, "layout": case.layout, "rotary": rotary}
+            implementation = config.implementation
+            halves.append(mhla(query, key, value, mixing, **placed, implementation=implementation))
+        return halves[0] if len(halves) == 1 else torch.lerp(*halves, weight=0.5)
+
+    return attend
+
+
+def halves_of(method: str) -> MHLAConfig:
+    """Settings of the halves that a row of `BenchConfig.methods` names.
+
+    Raises:
+        ConfigError: If a setting is wrong.
+    """
+    name, *settings = method.split()
+    implementation = name if name in IMPLEMENTATIONS else "auto"
+    return load_config(None, [f"implementation={implementation}", *settings], MHLAConfig)
 
 
 def _softmax(backend: SDPBackend | None, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -63,9 +63,10 @@ class BenchConfig(Settings):
     """Folder for bench.json and bench.png."""
     methods: Any = "auto"
     """Rows for every size: softmax (torch's choice), softmax_cudnn, softmax_flash, linear, and MHLA
-    as naive, blockwise, fused or auto. "auto" takes softmax_cudnn, softmax_flash, linear and fused
-    on a GPU, softmax, linear and blockwise elsewhere. For models, settings of MHLA may follow, as
-    in "fused conv=false gate=false" or "fused layers=2/3"."""
+    as naive, blockwise, fused or auto. Settings of MHLA may follow: for ops of its two halves, as
+    in "fused exact=0.05" or "fused exact=0.05 linear=false", for models any, as in "fused
+    conv=false gate=false" or "fused layers=2/3". "auto" takes softmax_cudnn, softmax_flash, linear,
+    fused and shares of 5 and 12.5 % on a GPU, softmax, linear, blockwise and 12.5 % elsewhere."""
     grids: Any = "squares"
     """Token grids, one size each: a list such as [[16, 16], [32, 32]], "squares" (8×8 to 64×64),
     or "models", those of DiT and Wan models with their heads."""
@@ -110,9 +111,13 @@ class BenchConfig(Settings):
             for method in self.methods:
                 name, *settings = method.split()
                 check_choice("methods", name, known)
-                if settings and (self.subject == "ops" or name.startswith("softmax")):
+                of_halves = all(s.startswith(("exact", "linear=")) for s in settings)
+                if settings and name.startswith("softmax"):
+                    raise UserError(f"settings in methods are for MHLA, found {method!r}")
+                if settings and self.subject == "ops" and (name == "linear" or not of_halves):
                     raise UserError(
-                        f"settings in methods are for MHLA in subject=model, found {method!r}"
+                        "settings in methods of subject=ops are those of the halves (exact…, "
+                        f"linear), found {method!r}"
                     )
             object.__setattr__(self, "methods", tuple(self.methods))
         object.__setattr__(self, "layout", normalize_layout(self.layout))

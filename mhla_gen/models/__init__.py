@@ -10,10 +10,11 @@ from mhla_gen.models.hunyuan_video import (
     MHLAHunyuanVideo15Transformer3DModel,
     MHLAHunyuanVideoTransformer3DModel,
 )
-from mhla_gen.models.injection import LayerSummary, Summary, inject, restore, summary
+from mhla_gen.models.injection import inject, restore
 from mhla_gen.models.kandinsky5 import MHLAKandinsky5Transformer3DModel
 from mhla_gen.models.ltx import MHLALTXVideoTransformer3DModel
 from mhla_gen.models.mochi import MHLAMochiTransformer3DModel
+from mhla_gen.models.overview import LayerSummary, Summary, summary
 from mhla_gen.models.pixart import MHLAPixArtTransformer2DModel
 from mhla_gen.models.qwen_image import MHLAQwenImageTransformer2DModel
 from mhla_gen.models.sana_video import MHLASanaVideoTransformer3DModel

@@ -1,0 +1,144 @@
+"""What every self-attention layer of a model is, and what of it softmax computes."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mhla_gen.errors import UserError
+from mhla_gen.models.attention import MHLA
+from mhla_gen.models.exact import exact_share, tile_layout
+from mhla_gen.models.family import Family
+from mhla_gen.models.injection import MHLA_CLASSES, transformers_of, unsupported
+from mhla_gen.models.transformer import MHLATransformerMixin
+from mhla_gen.ops import resolve_implementation
+from mhla_gen.ops.tile_attention import resolve_tile_implementation
+from mhla_gen.ops.tiles import tiling
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """One self-attention layer."""
+
+    name: str
+    """Path of the layer inside the model."""
+    kind: str
+    """softmax, mhla, or linear: MHLA with a single block, or the model's own linear attention.
+    exact is softmax on a share of the pairs, "exact + mhla" both halves."""
+    exact: float
+    """Share of the pairs that softmax computes, on the model's own token grid."""
+    layout: tuple[int, ...] | None
+    """Blocks along each axis; None without MHLA."""
+    implementation: str
+    """Which code runs on the layer's device."""
+    added_parameters: int
+    """Parameters that MHLA adds to the layer."""
+    converted: bool
+    """Whether `inject` replaced the layer's attention."""
+
+
+class Summary(list[LayerSummary]):
+    """Rows of `summary`; prints as a table."""
+
+    def __str__(self) -> str:
+        header = ("layer", "attention", "exact", "layout", "implementation", "added parameters")
+        rows = [
+            (
+                row.name,
+                row.kind,
+                f"{row.exact:.1%}",
+                "×".join(map(str, row.layout)) if row.layout else "-",
+                row.implementation,
+                f"{row.added_parameters:,}",
+            )
+            for row in self
+        ]
+        total = f"{sum(row.added_parameters for row in self):,}"
+        converted = sum(row.converted for row in self)
+        rows.append(("total", f"{converted} of {len(self)}", "", "", "", total))
+        widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+        lines = [
+            "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip()
+            for line in (header, *rows)
+        ]
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def summary(pipe_or_transformer: Any) -> Summary:
+    """What every self-attention layer is, one row a layer.
+
+    Args:
+        pipe_or_transformer: A supported transformer, converted or not, or a pipeline.
+
+    Returns:
+        A list of `LayerSummary` that prints as a table.
+
+    Raises:
+        ValueError: If there is no supported transformer.
+    """
+    rows = Summary()
+    targets = transformers_of(pipe_or_transformer)
+    for number, transformer in enumerate(targets):
+        mhla_class = MHLA_CLASSES.get(type(transformer), type(transformer))
+        if not issubclass(mhla_class, MHLATransformerMixin):
+            raise UserError(unsupported(transformer))
+        prefix = f"transformer_{number + 1}." if number else ""
+        grid = mhla_class.family.native_grid(transformer)
+        for name, attention in mhla_class.family.attentions(transformer):
+            rows.append(_summarise(mhla_class.family, prefix + name, attention, grid))
+    return rows
+
+
+def _summarise(family: Family, name: str, attention: Any, grid: tuple[int, ...]) -> LayerSummary:
+    child = getattr(attention, "mhla", None)
+    if child is None:
+        softmax = family.stock_kind == "softmax"
+        backend = getattr(attention.processor, "_attention_backend", None)
+        backend = backend or ("sdpa" if softmax else "diffusers")
+        return LayerSummary(
+            name=name,
+            kind=family.stock_kind,
+            exact=float(softmax),
+            layout=None,
+            implementation=str(getattr(backend, "value", backend)),
+            added_parameters=0,
+            converted=False,
+        )
+    config = child.config
+    return LayerSummary(
+        name=name,
+        kind=child.kind,
+        exact=exact_share(config, grid),
+        layout=config.layout if config.has_linear else None,
+        implementation=_implementation(child, next(attention.parameters()).device, grid),
+        added_parameters=sum(p.numel() for p in child.parameters()),
+        converted=True,
+    )
+
+
+def _implementation(child: MHLA, device: torch.device, grid: tuple[int, ...]) -> str:
+    """What runs on a device; of both halves, where they differ."""
+    config, found = child.config, []
+    if config.exact == 1:
+        return "sdpa"
+    if config.has_tiles:
+        token = torch.empty(1, 1, 1, child.head_dim, dtype=torch.bfloat16, device=device)
+        tile, group, window, top = tile_layout(config, grid)
+        num_tiles = tiling(grid, tile, window, top, group).num_tiles
+        found.append(
+            resolve_tile_implementation(config.implementation, token, token, None, num_tiles)
+        )
+    if config.has_linear:
+        found.append(
+            resolve_implementation(
+                config.implementation,
+                device=device,
+                head_dim=child.head_dim,
+                value_dim=child.head_dim,
+                num_blocks=math.prod(config.layout),
+            )
+        )
+    return " + ".join(dict.fromkeys(found))

@@ -195,17 +195,21 @@ def test_any_number_of_broken_images_is_gone_past_and_listed(tmp_path, capsys):
     assert all("cannot be decoded" in line["reason"] for line in lines)
 
 
-def test_a_class_of_broken_images_is_an_error_before_the_first_step(image_folder, tmp_path, capsys):
+def test_a_class_of_broken_images_is_an_error_before_the_first_step(
+    image_folder, tmp_path_factory, capsys
+):
     for path in (image_folder / "cat").glob("*.png"):
         path.write_text("junk")
     settings = {"source": "folder", "path": str(image_folder), "image_size": 8}
     with pytest.raises(ValueError, match=r"no image of class cat .*3 in all.*0\.png cannot be dec"):
         # An ant, which could be read.
         load_data(DataConfig(**settings)).read([0])
+    # Inside of the data it would be a class folder.
+    run = tmp_path_factory.mktemp("runs") / "run"
     given = [f"data.{key}={value}" for key, value in settings.items()]
-    assert main(["train", f"output_dir={tmp_path / 'run'}", *given]) == 2
+    assert main(["train", f"output_dir={run}", *given]) == 2
     assert "no image of class cat can be read" in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
+    assert not run.exists()
 
 
 def test_folders_without_images_are_refused(tmp_path):

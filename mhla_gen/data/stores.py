@@ -131,7 +131,8 @@ def _images_in(folder: Path) -> tuple[list[Path], int, Counter[str]]:
 def _tell_left_out(root: Path, others: Counter[str], misplaced: int) -> None:
     parts = [passed_over(others)] if others else []
     if misplaced:
-        parts.append(f"{misplaced} images that are not directly in a class folder")
+        what = "image that is" if misplaced == 1 else "images that are"
+        parts.append(f"{misplaced} {what} not directly in a class folder")
     if parts:
         tell(f"data.path {root}: left out {' and '.join(parts)}")
 

@@ -5,12 +5,14 @@ moving_emoji.py); the model sees frames.
 """
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import WanTransformer3DModel
+from diffusers import DiffusionPipeline, WanTransformer3DModel
 from evidence_data import Real
+from evidence_scores import kept_features
 from moving_emoji import COLUMNS
 from torch import Tensor, nn
 
@@ -19,10 +21,15 @@ from mhla_gen.config import FeaturesConfig, TrainConfig
 from mhla_gen.data import Batch, TrainingData
 from mhla_gen.evaluation import FeatureStatistics, build_extractor, frechet_distance
 from mhla_gen.evaluation.intervals import jackknife_interval
+from mhla_gen.hub import PIPELINE_NAME
+from mhla_gen.locks import claimed
 from mhla_gen.training.build import build_objective
+from mhla_gen.training.checkpoints import check_output_dir, pipeline_steps
+from mhla_gen.training.loop import run_to_end
 from mhla_gen.training.objectives import FlowMatching
 from mhla_gen.training.pretrained import attention_settings
 from mhla_gen.training.task import Task
+from mhla_gen.training.training_run import build_run
 
 _CLASS_DIM = 64
 _FEATURES = 256
@@ -88,6 +95,24 @@ class AsImages:
         return (self.classes.velocity(self.model, noisy, timestep, class_labels),)
 
 
+class ClipPipeline(DiffusionPipeline):
+    """What a run saves: the transformer. `draw_clips` draws from it."""
+
+    def __init__(self, transformer: Any):
+        super().__init__()
+        self.register_modules(transformer=transformer)
+
+
+def train_clips(config: TrainConfig, title: str) -> Path:
+    """`mhla_gen.training.train` for clips of classes."""
+    folder = Path(config.output_dir)
+    with claimed(folder):
+        check_output_dir(config)
+        if pipeline_steps(folder) == config.max_steps:
+            return folder / PIPELINE_NAME
+        return run_to_end(build_run(config, clip_task), title)
+
+
 def clip_task(config: TrainConfig, data: TrainingData) -> Task:
     """A small Wan for clips of classes; see `mhla_gen.training.build.build_task`."""
     assert data.class_names is not None
@@ -109,8 +134,7 @@ def clip_task(config: TrainConfig, data: TrainingData) -> Task:
         model=model,
         objective=build_objective(config.objective),
         conditioning=ClipClasses(class_embeddings(len(data.class_names))),
-        # Saved without a pipeline: diffusers has none for it.
-        pipeline=lambda trained: trained,
+        pipeline=ClipPipeline,
         summary=f"{len(data)} clips of {len(data.class_names)} classes",
     )
 
@@ -156,13 +180,13 @@ class ClipJudge:
     Args:
         real: The real clips.
         device: Where features are computed.
+        kept: Where their features are, or are written.
     """
 
-    def __init__(self, real: Real, device: torch.device):
+    def __init__(self, real: Real, device: torch.device, kept: Path):
         self.device = device
         self.extractor = build_extractor(FeaturesConfig(extractor="efficientnet-lite0")).to(device)
-        self.projection: Tensor | None = None
-        self.features = self.extract(real.images)
+        self.features = kept_features(kept, lambda: self.extract(real.images))
         self.statistics = FeatureStatistics.from_features(self.features)
 
     @torch.no_grad()
@@ -173,11 +197,9 @@ class ClipJudge:
         parts = [self.extractor(part.to(self.device))["pool"] for part in images.split(_BATCH)]
         found = torch.cat(parts).unflatten(0, (len(clips), -1))
         both = torch.cat([found.mean(dim=1), found.diff(dim=1).abs().mean(dim=1)], dim=1)
-        if self.projection is None:
-            generator = torch.Generator().manual_seed(0)
-            matrix = torch.randn(both.shape[1], _FEATURES, generator=generator, dtype=torch.float64)
-            self.projection = torch.linalg.qr(matrix).Q
-        return both.cpu().double() @ self.projection
+        generator = torch.Generator().manual_seed(0)
+        matrix = torch.randn(both.shape[1], _FEATURES, generator=generator, dtype=torch.float64)
+        return both.cpu().double() @ torch.linalg.qr(matrix).Q
 
     def score(self, clips: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
         """The distance to all real clips, and its interval."""

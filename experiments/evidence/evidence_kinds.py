@@ -1,5 +1,6 @@
 """The kinds of runs of the comparison: trained from scratch, converted, trained on clips."""
 
+import gc
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -10,7 +11,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from evidence_clips import AsImages, ClipClasses, ClipJudge, class_embeddings, clip_task, draw_clips
+from evidence_clips import (
+    AsImages,
+    ClipClasses,
+    ClipJudge,
+    class_embeddings,
+    draw_clips,
+    train_clips,
+)
 from evidence_data import Real, load_clips, load_real, once
 from evidence_measure import held_out_loss, layer_statistics, mixing_statistics
 from evidence_plan import Run
@@ -20,7 +28,7 @@ from PIL import Image
 from mhla_gen.config import MHLAConfig, TrainConfig
 from mhla_gen.data import load_data
 from mhla_gen.distillation import distill
-from mhla_gen.files import written_whole
+from mhla_gen.files import write_json, written_whole
 from mhla_gen.hub import PIPELINE_NAME
 from mhla_gen.models.exact import exact_share
 from mhla_gen.models.saved_transformer import load_transformer
@@ -83,12 +91,14 @@ class Workshop:
     @cached_property
     def judge(self) -> Judge:
         """Of images."""
-        return self._judge(Judge(self.images, self.device), "real.json")
+        kept = self.work / "features.pt"
+        return self._judge(Judge(self.images, self.device, kept), "real.json")
 
     @cached_property
     def clip_judge(self) -> ClipJudge:
         """Of clips."""
-        return self._judge(ClipJudge(self.clips, self.device), "real-clips.json")
+        kept = self.work / "clip-features.pt"
+        return self._judge(ClipJudge(self.clips, self.device, kept), "real-clips.json")
 
     def _judge(self, judge: Any, name: str) -> Any:
         path = self.out / name
@@ -113,6 +123,7 @@ def run_new(run: Run, config: TrainConfig, shop: Workshop) -> dict[str, Any]:
     with timed("train"):
         assert shop.images
         saved = train(config, title=run.name)
+    tidy()
     measured = measure_images(run, saved, shop, timed, shop.inspect)
     return {**trained_facts(config), **measured, "seconds": timed.seconds}
 
@@ -164,6 +175,7 @@ def run_converted(run: Run, config: TrainConfig, shop: Workshop) -> dict[str, An
     if run.setting.taught is not None and config.model.attention != "softmax":
         with timed("layers"):
             start = teach_layers(run, run.setting.taught, start, shop)
+        tidy()
     saved = start
     for steps in run.setting.points[len(noted["points"]) :]:
         settings = replace(
@@ -176,6 +188,7 @@ def run_converted(run: Run, config: TrainConfig, shop: Workshop) -> dict[str, An
         if steps > 0:
             with timed("train"):
                 saved = train(settings, title=f"{run.name}, {steps} steps")
+            tidy()
             pipeline: Any = ClassConditionalPipeline.from_pretrained(saved)
             model = pipeline.transformer.to(shop.device)
         else:
@@ -206,7 +219,8 @@ def run_clips(run: Run, config: TrainConfig, shop: Workshop) -> dict[str, Any]:
     """Train on clips from scratch, and measure what came out."""
     timed, clips = Stopwatch(), shop.clips
     with timed("train"):
-        saved = train(config, title=run.name, build=clip_task)
+        saved = train_clips(config, run.name)
+    tidy()
     transformer = load_transformer(str(saved)).to(shop.device).eval()
     model = AsImages(transformer, ClipClasses(class_embeddings(len(clips.class_names))))
     found: dict[str, Any] = {"parameters": sum(p.numel() for p in transformer.parameters())}
@@ -273,12 +287,13 @@ class Stopwatch:
         self.seconds[self._part] = round(spent, 1)
 
 
+def tidy() -> None:
+    """Give back memory, of recorded passes above all, which a run leaves in cycles."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def autocast(device: torch.device) -> torch.autocast:
     """bfloat16 on a GPU, as in training."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a result, whole or not at all."""
-    with written_whole(path) as partial:
-        partial.write_text(json.dumps(value, indent=1) + "\n")

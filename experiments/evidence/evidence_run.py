@@ -12,7 +12,6 @@ changes the training of all runs, see base.yaml.
 """
 
 import argparse
-import gc
 import platform
 import shutil
 import time
@@ -24,10 +23,11 @@ from typing import Any
 
 import torch
 from evidence_data import claimed
-from evidence_kinds import KINDS, Workshop, exact_pairs, write_json
+from evidence_kinds import KINDS, Workshop, exact_pairs, tidy
 from evidence_plan import PLAN, Plan, Run
 from moving_emoji import FRAMES, SIDE
 
+from mhla_gen.files import write_json
 from mhla_gen.hub import PIPELINE_NAME
 from mhla_gen.training.stopping import Stopped
 from mhla_gen.version import __version__
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--samples", type=int, default=1024)
     parser.add_argument("--sampling-steps", type=int, default=20)
     parser.add_argument("--clips", type=int, default=6144, help="clips to train on")
-    parser.add_argument("--held-out-clips", type=int, default=384)
+    parser.add_argument("--held-out-clips", type=int, default=256)
     parser.add_argument("--clip-samples", type=int, default=512)
     options = parser.parse_intermixed_args(arguments)
     plan = Plan(options.plan)
@@ -133,9 +133,7 @@ class Worker:
         finally:
             # Each run compiles its own code; after a few, torch.compile would give up.
             torch.compiler.reset()
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            tidy()
         return False
 
     def _run(self, run: Run) -> dict[str, Any]:

@@ -1,11 +1,13 @@
 """What is measured of the samples of one arm, against all real images."""
 
+from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from evidence_data import Real
+from evidence_data import Real, once
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -20,6 +22,7 @@ from mhla_gen.evaluation import (
     precision_recall,
 )
 from mhla_gen.evaluation.intervals import jackknife_interval
+from mhla_gen.files import written_whole
 
 _BATCH = 256
 _JACKKNIFE_GROUPS = 8
@@ -32,12 +35,13 @@ class Judge:
     Args:
         real: The real images.
         device: Where features and distances are computed.
+        kept: Where their features are, or are written.
     """
 
-    def __init__(self, real: Real, device: torch.device):
+    def __init__(self, real: Real, device: torch.device, kept: Path):
         self.real, self.device = real, device
         self.extractor = build_extractor(FeaturesConfig(extractor="efficientnet-lite0")).to(device)
-        self.features = self.extract(real.images)
+        self.features = kept_features(kept, lambda: self.extract(real.images)).to(device)
         self.statistics = FeatureStatistics.from_features(self.features)
         self.classifier = make_pipeline(
             StandardScaler(), LogisticRegression(C=1e-3, max_iter=200)
@@ -95,6 +99,17 @@ class Judge:
     def recognised(self, features: Tensor, labels: np.ndarray) -> float:
         """Share of images in which the classifier of real images sees the class asked for."""
         return float((self.classifier.predict(features.cpu()) == labels).mean())
+
+
+def kept_features(path: Path, compute: Callable[[], Tensor]) -> Tensor:
+    """Features of a file, on the CPU; of several processes the first computes and writes them."""
+
+    def make() -> None:
+        with written_whole(path) as partial:
+            torch.save(compute().cpu(), partial)
+
+    once(path, make)
+    return torch.load(path, weights_only=True)
 
 
 def _pixels(images: np.ndarray, device: torch.device) -> Tensor:

@@ -23,13 +23,13 @@ from accelerate import PartialState
 from diffusers import FlowMatchEulerDiscreteScheduler
 from evidence_clips import AsImages, ClipClasses, class_embeddings, clip_task, draw_clips
 from evidence_data import claimed
-from evidence_kinds import write_json
 from evidence_plan import PLAN, Plan, Run
 from evidence_run import machine
 from moving_emoji import COLUMNS, SIDE
 from train_speed import RandomSamples, attention_kernel, fresh, synchronize, timed
 
 from mhla_gen.config import SampleConfig
+from mhla_gen.files import write_json
 from mhla_gen.runtime.compiling import compile_blocks
 from mhla_gen.runtime.devices import resolve_device
 from mhla_gen.sampling import ClassConditionalPipeline

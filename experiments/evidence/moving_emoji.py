@@ -178,7 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("emoji", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--clips", type=int, default=6144)
-    parser.add_argument("--held-out", type=int, default=384)
+    parser.add_argument("--held-out", type=int, default=256)
     options = parser.parse_args(arguments)
     with np.load(options.emoji, allow_pickle=False) as arrays:
         images, labels, classes = arrays["arr_0"], arrays["labels"], arrays["classes"]

@@ -9,11 +9,14 @@ from test_video import losses_of, wan_run
 from tiny import tiny_clip_cache, tiny_wan, wan_inputs
 
 import mhla_gen
-from mhla_gen.config import WanConfig, save_config
+from mhla_gen.config import MHLAConfig, WanConfig, save_config
 from mhla_gen.config.previews import PreviewConfig
 from mhla_gen.sampling.saved_pipeline import load_pipeline
 from mhla_gen.training.lora import add_lora, merged
 from mhla_gen.training.parallel import without_weights
+
+TILES = {"exact_tile": (1, 2, 2), "exact_window": (1, 1, 1), "exact_top": 1}
+EXACT = MHLAConfig(layout=(2, 2, 2), exact=0.3, **TILES)
 
 
 def with_updates():
@@ -57,7 +60,7 @@ def test_shared_models_learn_updates_as_whole_ones_do(cache, tmp_path):
             tmp_path / how,
             cache,
             {"lora_rank": 2},
-            {"pretrained": str(tmp_path / "base"), "trainable": "lora"},
+            {"pretrained": str(tmp_path / "base"), "trainable": "lora", "mhla": EXACT},
             learning_rate=1e-2,
             max_steps=4,
             batch_size=4,

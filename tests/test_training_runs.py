@@ -555,7 +555,10 @@ def test_sharing_a_model_needs_processes(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("parallelism", ["ddp", "fsdp"])
 def test_two_processes_train_and_resume_as_one(parallelism, tmp_path):
+    exact = {"exact": 0.3, "exact_tile": (2, 2), "exact_top": 1, "learned_features": True}
     settings = {
+        "model": replace(TINY, mhla=replace(TINY.mhla, **exact)),
+        "mhla_learning_rate": 1e-3,
         "max_steps": 6,
         "checkpoint_every": 3,
         "log_every": 3,

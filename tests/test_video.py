@@ -47,7 +47,7 @@ def wan_run(folder, cache, wan=None, model=None, **changes):
     settings = {
         "output_dir": str(folder),
         "data": DataConfig(source="cache", path=str(cache)),
-        "model": ModelConfig(mhla=MHLAConfig(layout=(2, 2, 2)), **(model or {})),
+        "model": ModelConfig(**{"mhla": MHLAConfig(layout=(2, 2, 2))} | (model or {})),
         "wan": WanConfig(**SMALL | (wan or {})),
         "max_steps": 2,
         "batch_size": 2,
@@ -67,13 +67,15 @@ def losses_of(folder):
 
 def test_a_new_wan_learns_from_a_cache_of_clips(cache, tmp_path):
     samples = PreviewConfig(num_images=2, num_inference_steps=2, guidance_scale=2.0)
-    config = wan_run(tmp_path / "run", cache, sample_every=2, samples=samples)
+    model = {"mhla": MHLAConfig(layout=(2, 2, 2), exact=0.3, exact_top=1)}
+    config = wan_run(tmp_path / "run", cache, model=model, sample_every=2, samples=samples)
     assert "clips, latents 16 ×" in rehearse(config) and not (tmp_path / "run").exists()
     train(config)
     pipeline = WanPipeline.from_pretrained(
         tmp_path / "run" / "pipeline", tokenizer=None, text_encoder=None, transformer_2=None
     )
     assert type(pipeline.transformer) is mhla_gen.MHLAWanTransformer3DModel
+    assert pipeline.transformer.mhla_config.exact_start == 0.5
     names = {path.name for path in (tmp_path / "run" / "previews").iterdir()}
     assert {"clip-0000002-00.mp4", "clip-0000002-01.mp4", "samples-0000002.png"} <= names
     assert preview_fps(tmp_path / "run") == 16

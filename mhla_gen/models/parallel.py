@@ -52,8 +52,8 @@ def check_parallelism(family: Family, settings: MHLAConfig, config: Any) -> None
         )
     if settings.exact > 0:
         raise NotImplementedError(
-            f"layers with exact={settings.exact:g} cannot share a sequence: their tiles would lie "
-            "with other ranks; use exact=0, call mhla_gen.restore(model) first, or use one device"
+            f"layers with exact={settings.exact:g} cannot share a sequence: other ranks would "
+            "hold keys that they read; use exact=0, one device, or mhla_gen.restore(model) first"
         )
 
 

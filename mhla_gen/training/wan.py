@@ -8,7 +8,7 @@ from torch import Tensor
 from mhla_gen.config import ObjectiveConfig, TrainConfig, WanConfig
 from mhla_gen.data import TrainingData
 from mhla_gen.errors import UserError
-from mhla_gen.models import inject
+from mhla_gen.models import MHLAWanTransformer3DModel
 from mhla_gen.models.wan import TEXT_LENGTH_WITH_IMAGE
 from mhla_gen.training.lora import add_lora, merged
 from mhla_gen.training.pretrained import attention_settings, load_pretrained
@@ -133,11 +133,11 @@ def _build_model(
             # As in Wan 2.1: the projections of the image take what the image embedder makes.
             hidden_size = sizes["num_attention_heads"] * sizes["attention_head_dim"]
             sizes |= {"image_dim": image_dim, "added_kv_proj_dim": hidden_size}
-        model: Any = WanTransformer3DModel(**sizes)
-        if config.model.attention != "softmax":
-            inject(model, attention_settings(config.model, rank=3))
-        return model
-    model = load_pretrained(config.model, wan.subfolder)
+        if config.model.attention == "softmax":
+            return WanTransformer3DModel(**sizes)
+        settings = attention_settings(config.model, rank=3)
+        return MHLAWanTransformer3DModel(**sizes, mhla=settings)
+    model: Any = load_pretrained(config.model, wan.subfolder)
     if not isinstance(model, WanTransformer3DModel):
         raise UserError(f"{config.model.pretrained} is a {type(model).__name__}, not a Wan")
     found: Any = model.config

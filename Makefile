@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 OUTPUT ?= runs/quickstart
 
-.PHONY: help install quickstart test test-all test-gpu lint format wheel clean
+.PHONY: help install quickstart test test-all test-gpu lint format docs wheel clean
 
 help:
 	@echo "make quickstart   train, sample and score a small model on real digits (3 minutes on 2 cores)"
@@ -14,6 +14,7 @@ help:
 	@echo "make test-gpu     tests that need CUDA; a missing device is a failure"
 	@echo "make lint         ruff and pyright"
 	@echo "make format       let ruff rewrite the code"
+	@echo "make docs         the documents as a site, in build/site; a warning is a failure"
 	@echo "make wheel        build the wheel into dist/"
 
 $(INSTALLED): pyproject.toml mhla_gen/version.py
@@ -43,6 +44,10 @@ lint: $(INSTALLED)
 format: $(INSTALLED)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --editable ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 
 wheel: $(INSTALLED)
 	$(BIN)/python -m build --wheel --outdir dist .

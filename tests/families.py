@@ -37,9 +37,20 @@ from tiny_joint import (
     tiny_z_image,
     z_image_inputs,
 )
+from tiny_wan_variants import (
+    cosmos_inputs,
+    skyreels_v2_inputs,
+    tiny_cosmos,
+    tiny_skyreels_v2,
+    tiny_wan_animate,
+    tiny_wan_vace,
+    wan_animate_inputs,
+    wan_vace_inputs,
+)
 
 from mhla_gen import (
     MHLACogVideoXTransformer3DModel,
+    MHLACosmosTransformer3DModel,
     MHLADiTTransformer2DModel,
     MHLAFlux2Transformer2DModel,
     MHLAFluxTransformer2DModel,
@@ -53,7 +64,10 @@ from mhla_gen import (
     MHLAQwenImageTransformer2DModel,
     MHLASanaVideoTransformer3DModel,
     MHLASD3Transformer2DModel,
+    MHLASkyReelsV2Transformer3DModel,
+    MHLAWanAnimateTransformer3DModel,
     MHLAWanTransformer3DModel,
+    MHLAWanVACETransformer3DModel,
     MHLAZImageTransformer2DModel,
 )
 
@@ -71,6 +85,20 @@ FAMILIES = {
         (1, 2, 3),
     ),
     "wan": (tiny_wan, wan_inputs, MHLAWanTransformer3DModel, (1, 2, 3)),
+    "cosmos": (tiny_cosmos, cosmos_inputs, MHLACosmosTransformer3DModel, (1, 2, 3)),
+    "skyreels_v2": (
+        tiny_skyreels_v2,
+        skyreels_v2_inputs,
+        MHLASkyReelsV2Transformer3DModel,
+        (1, 2, 3),
+    ),
+    "wan_animate": (
+        tiny_wan_animate,
+        wan_animate_inputs,
+        MHLAWanAnimateTransformer3DModel,
+        (1, 2, 3),
+    ),
+    "wan_vace": (tiny_wan_vace, wan_vace_inputs, MHLAWanVACETransformer3DModel, (1, 2, 3)),
     "cogvideox": (tiny_cogvideox, cogvideox_inputs, MHLACogVideoXTransformer3DModel, (1, 2, 3)),
     "flux": (tiny_flux, flux_inputs, MHLAFluxTransformer2DModel, (2, 3)),
     "flux2": (tiny_flux2, flux2_inputs, MHLAFlux2Transformer2DModel, (2, 3)),

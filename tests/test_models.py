@@ -50,6 +50,7 @@ from tiny_joint import (
     tiny_sd3,
     tiny_z_image,
 )
+from tiny_wan_variants import skyreels_v2_inputs, tiny_skyreels_v2
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -252,6 +253,12 @@ def ltx_rotation(x, call):
     return transformer_ltx.apply_rotary_emb(x.flatten(2), (cos, sin)).view_as(x).double()
 
 
+def cosmos_rotation(x, call):
+    cos, sin, _ = call["image_rotary_emb"]
+    rotated = apply_rotary_emb(x, (cos, sin), use_real_unbind_dim=-2, sequence_dim=1)
+    return rotated.double()
+
+
 def kandinsky5_rotation(x, call):
     return (call["rotary_emb"] * x.unflatten(-1, (-1, 1, 2))).sum(-1).flatten(-2)
 
@@ -265,7 +272,10 @@ LAYERS = {
     "ltx": (across_heads, ltx_rotation, (2, 14, 10)),
     "pixart": (per_head, unrotated, (7, 3)),
     "sana_video": (across_heads, wan_rotation, (2, 7, 5)),
-    "wan": (across_heads, wan_rotation, (2, 7, 5)),
+    **dict.fromkeys(
+        ("skyreels_v2", "wan", "wan_animate", "wan_vace"), (across_heads, wan_rotation, (2, 7, 5))
+    ),
+    "cosmos": (normalized_per_head, cosmos_rotation, (2, 7, 5)),
 }
 
 
@@ -309,6 +319,9 @@ def test_sana_video_with_one_block_is_its_own_linear_attention():
 
 
 def test_what_a_family_cannot_take_is_refused():
+    skyreels = mhla_gen.inject(tiny_skyreels_v2(num_frame_per_block=2))
+    with pytest.raises(ValueError, match="neither an attention mask"):
+        run(skyreels, skyreels_v2_inputs(frames=4))
     model = mhla_gen.inject(tiny_ltx(), MHLAConfig(layout=(1, 2, 2)))
     inputs = ltx_inputs()
     coordinates = torch.rand(1, 3, 90)

@@ -3,6 +3,7 @@
 from mhla_gen.models.adapters import load_adapter, save_adapter, unload_adapter
 from mhla_gen.models.attention import MHLA
 from mhla_gen.models.cogvideox import MHLACogVideoXTransformer3DModel
+from mhla_gen.models.cosmos import MHLACosmosTransformer3DModel
 from mhla_gen.models.dit import MHLADiTTransformer2DModel, OriginalDiTTransformer2DModel
 from mhla_gen.models.flux import MHLAFlux2Transformer2DModel, MHLAFluxTransformer2DModel
 from mhla_gen.models.hunyuan_dit import MHLAHunyuanDiT2DModel
@@ -20,12 +21,18 @@ from mhla_gen.models.qwen_image import MHLAQwenImageTransformer2DModel
 from mhla_gen.models.sana_video import MHLASanaVideoTransformer3DModel
 from mhla_gen.models.sd3 import MHLASD3Transformer2DModel
 from mhla_gen.models.wan import MHLAWanTransformer3DModel
+from mhla_gen.models.wan_variants import (
+    MHLASkyReelsV2Transformer3DModel,
+    MHLAWanAnimateTransformer3DModel,
+    MHLAWanVACETransformer3DModel,
+)
 from mhla_gen.models.z_image import MHLAZImageTransformer2DModel
 
 __all__ = [
     "MHLA",
     "LayerSummary",
     "MHLACogVideoXTransformer3DModel",
+    "MHLACosmosTransformer3DModel",
     "MHLADiTTransformer2DModel",
     "MHLAFlux2Transformer2DModel",
     "MHLAFluxTransformer2DModel",
@@ -39,7 +46,10 @@ __all__ = [
     "MHLAQwenImageTransformer2DModel",
     "MHLASD3Transformer2DModel",
     "MHLASanaVideoTransformer3DModel",
+    "MHLASkyReelsV2Transformer3DModel",
+    "MHLAWanAnimateTransformer3DModel",
     "MHLAWanTransformer3DModel",
+    "MHLAWanVACETransformer3DModel",
     "MHLAZImageTransformer2DModel",
     "OriginalDiTTransformer2DModel",
     "Summary",

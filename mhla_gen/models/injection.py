@@ -7,6 +7,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from mhla_gen.config import MHLAConfig
 from mhla_gen.errors import UserError
 from mhla_gen.models.cogvideox import MHLACogVideoXTransformer3DModel
+from mhla_gen.models.cosmos import MHLACosmosTransformer3DModel
 from mhla_gen.models.dit import MHLADiTTransformer2DModel
 from mhla_gen.models.flux import MHLAFlux2Transformer2DModel, MHLAFluxTransformer2DModel
 from mhla_gen.models.hunyuan_dit import MHLAHunyuanDiT2DModel
@@ -24,12 +25,21 @@ from mhla_gen.models.sd3 import MHLASD3Transformer2DModel
 from mhla_gen.models.surgery import become, remove_mhla, resolve
 from mhla_gen.models.transformer import MHLATransformerMixin
 from mhla_gen.models.wan import MHLAWanTransformer3DModel
+from mhla_gen.models.wan_variants import (
+    MHLASkyReelsV2Transformer3DModel,
+    MHLAWanAnimateTransformer3DModel,
+    MHLAWanVACETransformer3DModel,
+)
 from mhla_gen.models.z_image import MHLAZImageTransformer2DModel
 
 # Base class → the class it becomes. A new family is one file and one line here.
 MHLA_CLASSES: dict[type, type] = {
     softmax_class: mhla_class
     for mhla_class in (
+        MHLAWanVACETransformer3DModel,
+        MHLAWanAnimateTransformer3DModel,
+        MHLASkyReelsV2Transformer3DModel,
+        MHLACosmosTransformer3DModel,
         MHLAZImageTransformer2DModel,
         MHLASD3Transformer2DModel,
         MHLAQwenImageTransformer2DModel,

@@ -170,9 +170,9 @@ class PatchGridCarrier:
 
     patch_size: Any
 
-    def forward(self, hidden_states: Tensor) -> Any:
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """`(cos, sin, grid carrier)` for latents `[batch, channels, frames, height, width]`."""
-        cos, sin = super().forward(hidden_states)  # type: ignore[misc]
+        cos, sin = super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
         patches = self.patch_size
         if isinstance(patches, int):
             patches = (self.patch_size_t, patches, patches)  # type: ignore[attr-defined]

@@ -1,0 +1,90 @@
+"""Tiny real diffusers models that are built as Wan is, and Cosmos."""
+
+import torch
+from diffusers import (
+    CosmosTransformer3DModel,
+    SkyReelsV2Transformer3DModel,
+    WanAnimateTransformer3DModel,
+    WanVACETransformer3DModel,
+)
+from tiny import wan_inputs
+
+WAN = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "text_dim": 16,
+    "freq_dim": 16,
+    "ffn_dim": 32,
+    "num_layers": 3,
+    "rope_max_seq_len": 64,
+}
+
+
+def tiny_wan_vace(**changes):
+    arguments = WAN | {"num_layers": 2, "vace_layers": [0], "vace_in_channels": 8} | changes
+    return WanVACETransformer3DModel(**arguments).eval()
+
+
+def wan_vace_inputs(frames=3, height=10, width=12, batch=1):
+    control = {"control_hidden_states": torch.randn(batch, 8, frames, height, width)}
+    return wan_inputs(frames, height, width, batch) | control
+
+
+def tiny_skyreels_v2(**changes):
+    return SkyReelsV2Transformer3DModel(**WAN | changes).eval()
+
+
+def skyreels_v2_inputs(frames=3, height=10, width=12, batch=1):
+    return wan_inputs(frames, height, width, batch)
+
+
+def tiny_wan_animate(**changes):
+    arguments = {
+        "in_channels": 12,
+        "latent_channels": 4,
+        "out_channels": 4,
+        "image_dim": 20,
+        "motion_encoder_channel_sizes": {"4": 8, "8": 8, "16": 8},
+        "motion_encoder_size": 16,
+        "motion_style_dim": 8,
+        "motion_dim": 4,
+        "motion_encoder_dim": 8,
+        "face_encoder_hidden_dim": 8,
+        "face_encoder_num_heads": 2,
+        "inject_face_latents_blocks": 2,
+        "num_layers": 4,
+    } | changes
+    return WanAnimateTransformer3DModel(**WAN | arguments).eval()
+
+
+def wan_animate_inputs(frames=3, height=10, width=12, batch=1):
+    inputs = wan_inputs(frames, height, width, batch, channels=12)
+    return inputs | {
+        "encoder_hidden_states_image": torch.randn(batch, 5, 20),
+        "pose_hidden_states": torch.randn(batch, 4, frames - 1, height, width),
+        "face_pixel_values": torch.rand(batch, 3, 4 * (frames - 2) + 1, 16, 16),
+    }
+
+
+def tiny_cosmos(**changes):
+    arguments = {
+        "in_channels": 4,
+        "out_channels": 4,
+        "num_attention_heads": 2,
+        "attention_head_dim": 18,
+        "num_layers": 3,
+        "text_embed_dim": 16,
+        "adaln_lora_dim": 4,
+        "max_size": (8, 32, 32),
+        "concat_padding_mask": False,
+    } | changes
+    return CosmosTransformer3DModel(**arguments).eval()
+
+
+def cosmos_inputs(frames=3, height=10, width=12, batch=1):
+    return {
+        "hidden_states": torch.randn(batch, 4, frames, height, width),
+        "timestep": torch.linspace(0.3, 0.6, batch),
+        "encoder_hidden_states": torch.randn(batch, 7, 16),
+        "fps": 16,
+    }

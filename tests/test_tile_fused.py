@@ -121,6 +121,15 @@ def test_ties_are_broken_as_by_the_definition(layout):
     torch.testing.assert_close(fused, naive, rtol=1e-5, atol=1e-5)
 
 
+def test_autocast_chooses_the_same_tiles():
+    layout = {"grid": (8, 8), "tile": (2, 2), "window": (1, 1), "top": 3}
+    tensors, options = make(layout, rotary=False, heads=1, batch=1)
+    tensors = [x.detach().half().to(DEVICE) for x in tensors]
+    expected = attend(tensors, options, "fused")
+    with torch.autocast(DEVICE, torch.bfloat16):
+        assert all(map(torch.equal, attend(tensors, options, "fused"), expected))
+
+
 def test_owners_are_the_groups_that_list_a_tile():
     placed = tiling((12, 10), (2, 2), (3, 1), 2, (2, 1))
     means = torch.randn(2, 3, placed.num_groups, 4), torch.randn(2, 3, placed.num_tiles, 4)

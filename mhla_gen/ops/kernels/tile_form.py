@@ -240,7 +240,9 @@ def tile_lists(query: Tensor, mean_keys: Tensor | None, call: TileCall) -> Tenso
             (call.batch_heads, placed.num_groups, query.shape[3]), dtype=torch.float32
         )
         _read(query, call, None, means, None, "nowhere", call.queries, _three(placed.groups))
-        products = means @ mean_keys.mT
+        # Autocast would choose tiles by bfloat16 products.
+        with torch.autocast(query.device.type, enabled=False):
+            products = means @ mean_keys.mT
     launch(
         list_kernel,
         (placed.num_groups * call.batch_heads,),

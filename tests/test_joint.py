@@ -1,11 +1,13 @@
 """Attention over text and image together: a layer against its definition, masks, softmax."""
 
+import copy
 import inspect
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers import ContextParallelConfig, FirstBlockCacheConfig, TaylorSeerCacheConfig
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_qwenimage import apply_rotary_emb_qwen
 from families import FAMILIES, cast, output, run, two_inputs
@@ -255,3 +257,34 @@ def test_weight_of_text_starts_at_its_share_of_tokens():
     assert F.mse_loss(share, torch.full_like(share, 1 / 9)) < 1e-12
     with pytest.raises(ValueError, match="combine=projection"):
         mhla_gen.inject(tiny_flux(), MHLAConfig(layout=(2, 2), combine="projection"))
+
+
+@pytest.mark.parametrize("name", ["flux", "hunyuan_video", "qwen_image"])
+@pytest.mark.parametrize(
+    "cache",
+    [
+        FirstBlockCacheConfig(threshold=0.15),
+        TaylorSeerCacheConfig(cache_interval=2, disable_cache_before_step=1, max_order=0),
+    ],
+)
+def test_caches_skip_what_they_skip_of_the_stock_model(name, cache):
+    make, make_inputs, _, layout = FAMILIES[name]
+    stock, inputs = make(), make_inputs()
+    ours = copy.deepcopy(stock)
+    mhla_gen.inject(ours, MHLAConfig(layout=layout, exact=1, conv=False, gate=False))
+    steps = [inputs | {"hidden_states": inputs["hidden_states"] * x} for x in (1, 0.9, 0.8)]
+    plain = [run(stock, step) for step in steps]
+    results = []
+    for model in (stock, ours):
+        model.enable_cache(copy.deepcopy(cache))
+        with model.cache_context("cond"):
+            results.append([run(model, step) for step in steps])
+    for expected, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(results[0][1], plain[1], atol=1e-4)
+
+
+def test_sequences_with_text_are_not_shared():
+    model = mhla_gen.inject(tiny_flux(), MHLAConfig(layout=(2, 2)))
+    with pytest.raises(NotImplementedError, match=r"FluxTransformer2DModel.*restore"):
+        model.enable_parallelism(config=ContextParallelConfig(ring_degree=2))

@@ -106,3 +106,19 @@ def test_clips_are_not_evaluated(tmp_path, monkeypatch):
     monkeypatch.setattr("mhla_gen.training.parallel.is_wandb_available", lambda: False)
     with pytest.raises(ValueError, match="report_to=wandb needs the package wandb"):
         rehearse(wan_run(tmp_path / "run", cache, report_to="wandb"))
+
+
+def test_nothing_disturbs_the_bar_of_a_run_on_clips(tmp_path, capfd, recwarn):
+    """Wan in mixed precision, with a text encoder that is loaded and saved while it trains."""
+    cache = tiny_clip_cache(tmp_path / "clips", clips=1)
+    wan = {"save_text_encoder": True}
+    config = wan_run(tmp_path / "run", cache, wan, mixed_precision="bf16", checkpoint_every=1)
+    capfd.readouterr()
+    train(config)
+    said = capfd.readouterr().err
+    before, _, bar = said.partition("training: 1 process on cpu")
+    assert "Loading weights" not in bar and "Writing" not in bar and "Warning" not in before + bar
+    assert not [w for w in recwarn if "Mismatch dtype" in str(w.message)]
+    assert "clips/s" in bar and "images/s" not in bar
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").open()]
+    assert lines[-1]["clips_per_second"] > 0 and "images_per_second" not in lines[-1]

@@ -145,7 +145,10 @@ def test_how_long_a_set_takes_is_said_before_it_is_made(tmp_path, capsys, monkey
     sample(set_of(tmp_path / "set", tmp_path / "pipe", num_samples=2, num_inference_steps=None))
     (line,) = said
     assert line.startswith("writing 2 images of 2 classes to ") and "40 steps each: 8 × 8" in line
-    assert "guidance 1.5, float32, npz 128 B; about " in line and "samples/s" in line
+    assert (
+        "guidance 1.5, float32, npz 128 B, by 1 process on cpu; about " in line
+        and "samples/s" in line
+    )
 
 
 def test_what_nobody_gives_is_the_pipelines_own(tmp_path):

@@ -123,6 +123,7 @@ def test_a_signal_to_the_launcher_stops_both_processes(tmp_path):
     _, errors = process.communicate(timeout=120)
     (done,) = checkpoints(tmp_path / "run")
     assert f"stopped by SIGTERM after step {done}" in errors
+    assert "training: 2 processes on cpu" in errors
     resumed = launch(tmp_path / "run.yaml", "resume=latest", f"max_steps={done + 1}", processes=2)
     assert resumed.wait(120) == 0
 

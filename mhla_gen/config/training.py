@@ -50,7 +50,7 @@ class TrainConfig(Settings):
     max_steps: Count = 10_000
     """Optimizer steps."""
     batch_size: Count = 256
-    """Images per optimizer step, over all processes and accumulated micro-batches."""
+    """Images or clips per optimizer step, over all processes and accumulated micro-batches."""
     gradient_accumulation_steps: Count = 1
     """Micro-batches per optimizer step."""
     learning_rate: Positive = 3e-4

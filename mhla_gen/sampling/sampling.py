@@ -132,9 +132,11 @@ class Job:
         guidance = "" if config.guidance_scale is None else f", guidance {config.guidance_scale:g}"
         rate = f", {config.fps:g} frames a second" if self.sampler.is_video else ""
         formats = self.formats if config.keep_samples else ()
+        count = self.state.num_processes
         return (
             f"{self.summary} to {self.folder}, {config.num_inference_steps} steps each: {shape}"
-            f"{rate}{guidance}, {config.dtype}, {estimate.size(self.sampler, formats)}"
+            f"{rate}{guidance}, {config.dtype}, {estimate.size(self.sampler, formats)}, by "
+            f"{count} process{'es' if count > 1 else ''} on {self.device.type}"
         )
 
     def rehearse(self) -> None:

@@ -74,7 +74,7 @@ class RunLog:
             **{name: float(values.mean()) for name, values in recorded.losses.items()},
             "learning_rate": learning_rate,
             "grad_norm": float(recorded.grad_norms.mean()),
-            "images_per_second": round(rate, 1),
+            f"{self.run.task.samples}_per_second": round(rate, 1),
             **self._use_of_device(rate),
         }
         ranges = mean_by_timestep(recorded.losses["loss"].flatten(), recorded.timesteps.flatten())
@@ -133,7 +133,8 @@ class RunLog:
 
     def _write(self, line: dict[str, Any]) -> None:
         shown = [f"loss {line['loss']:.4f}", f"lr {line['learning_rate']:.2g}"]
-        shown += [f"{line['images_per_second']:.1f} images/s"]
+        samples = self.run.task.samples
+        shown += [f"{line[f'{samples}_per_second']:.1f} {samples}/s"]
         shown += [f"MFU {line['mfu']:.1%}"] if "mfu" in line else []
         shown += [f"{line['memory_gib']} GiB"] if "memory_gib" in line else []
         self.bar.set_postfix_str(", ".join(shown), refresh=False)

@@ -14,7 +14,7 @@ from mhla_gen.files import written_whole
 from mhla_gen.hub import PIPELINE_NAME
 from mhla_gen.locks import claimed
 from mhla_gen.output_folders import CONFIG_NAME
-from mhla_gen.runtime.processes import on_main
+from mhla_gen.runtime.processes import on_main, tell
 from mhla_gen.training.checkpoints import (
     check_output_dir,
     last_checkpoint,
@@ -37,6 +37,7 @@ from mhla_gen.training.run_pipeline import write_pipeline
 from mhla_gen.training.stopping import Stopped, StopRequest
 from mhla_gen.training.throughput import peak_flops
 from mhla_gen.training.training_run import Run, build_run
+from mhla_gen.training.undisturbed import undisturbed
 
 
 def train(config: TrainConfig, title: str = "training") -> Path:
@@ -86,8 +87,10 @@ def run_to_end(run: Run, title: str) -> Path:
     start = load_latest(run)
     start_trackers(run, start)
     peak = peak_flops(run.accelerator.device, config.mixed_precision)
+    processes, device = run.accelerator.num_processes, run.accelerator.device.type
+    tell(f"{title}: {processes} process{'es' if processes > 1 else ''} on {device}")
     log = RunLog(run, folder / LOG_NAME, start, title, peak)
-    with closing(log), StopRequest(run.accelerator) as stop:
+    with closing(log), undisturbed(), StopRequest(run.accelerator) as stop:
         with log.paused():
             _catch_up(run, start)
         for number, parts in enumerate(run.batches(start, config.max_steps), start):

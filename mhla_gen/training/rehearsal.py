@@ -15,6 +15,7 @@ from mhla_gen.training.parallel import build_accelerator, check_tracker
 from mhla_gen.training.readiness import open_what_is_needed
 from mhla_gen.training.task import BuildTask
 from mhla_gen.training.training_run import Run, build_run
+from mhla_gen.training.undisturbed import undisturbed
 
 
 def rehearse(config: TrainConfig, build: BuildTask = build_task) -> str:
@@ -40,7 +41,8 @@ def rehearse(config: TrainConfig, build: BuildTask = build_task) -> str:
     size = config.batch_size if on_gpu else min(config.batch_size, 4 * parts)
     run = build_run(replace(config, batch_size=size), build)
     open_what_is_needed(run)
-    loss, seconds = _two_steps(run)
+    with undisturbed():
+        loss, seconds = _two_steps(run)
     total = timedelta(seconds=round(seconds * config.batch_size / size * config.max_steps))
     parameters = [p.numel() for p in run.model.parameters()]
     trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)

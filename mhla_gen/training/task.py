@@ -39,6 +39,8 @@ class Task:
     sampler: Callable[[Any, Sequence[int], PreviewConfig], np.ndarray] | None = None
     """Pipeline, numbers of samples and their settings → uint8 `[images, (frames,) height, width,
     channels]`; None for a model that previews show no samples of."""
+    samples: str = "images"
+    """What the samples are called where they are counted."""
     fps: float = 16.0
     """Frames per second of clips that previews show."""
     losses: Losses | None = None

@@ -62,6 +62,7 @@ def wan_task(config: TrainConfig, wan: WanConfig, data: TrainingData) -> Task:
         sampler=ClipSamples(data, empty, wan) if parts.has_autoencoder else None,
         sampling=sampling_of(config, data, fps),
         examples=ClipExamples(data, empty, wan).write if parts.has_autoencoder else None,
+        samples="clips",
         fps=fps,
         gathered=("WanTimeTextImageEmbedding",),
         summary=f"{len(data)} clips, latents {', '.join(map(_times, data.sample_shapes))}",

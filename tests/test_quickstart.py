@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -98,7 +99,7 @@ def test_an_interrupted_one_goes_on_to_the_same_end(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("mhla_gen.quickstart.quickstart.save_samples", interrupt)
+        patch.setattr(sys.modules[quickstart.__module__], "save_samples", interrupt)
         with pytest.raises(KeyboardInterrupt):
             quickstart(tiny(tmp_path / "parts"))
     assert not (tmp_path / "parts" / "metrics.json").exists()

@@ -23,9 +23,10 @@ from tiny_sampling import FLOW, draw, latent_pipeline, tiny_pipeline
 
 import mhla_gen
 from mhla_gen import ClassConditionalPipeline
+from mhla_gen.pipelines.guidance import Guidance
 from mhla_gen.pipelines.noise import noise_of
 from mhla_gen.pipelines.schedulers import other_scheduler
-from mhla_gen.sampling import Guidance, contact_sheet
+from mhla_gen.sampling.contact_sheet import contact_sheet
 from mhla_gen.sampling.saved_pipeline import class_conditional
 
 

@@ -32,8 +32,9 @@ from mhla_gen.files import write_json, written_whole
 from mhla_gen.hub import PIPELINE_NAME
 from mhla_gen.models.exact import exact_share
 from mhla_gen.models.saved_transformer import load_transformer
+from mhla_gen.pipelines.class_conditional import ClassConditionalPipeline
 from mhla_gen.runtime.devices import resolve_device
-from mhla_gen.sampling import ClassConditionalPipeline, generate
+from mhla_gen.sampling import generate
 from mhla_gen.training import train
 from mhla_gen.training.build import build_task
 from mhla_gen.training.log import LOG_NAME, read_log

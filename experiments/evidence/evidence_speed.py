@@ -30,9 +30,9 @@ from train_speed import RandomSamples, attention_kernel, fresh, synchronize, tim
 
 from mhla_gen.config import SampleConfig
 from mhla_gen.files import write_json
+from mhla_gen.pipelines.class_conditional import ClassConditionalPipeline
 from mhla_gen.runtime.compiling import compile_blocks
 from mhla_gen.runtime.devices import resolve_device
-from mhla_gen.sampling import ClassConditionalPipeline
 from mhla_gen.sampling.building import place
 from mhla_gen.training.build import build_model, build_task
 from mhla_gen.training.training_run import build_run

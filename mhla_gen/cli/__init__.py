@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from mhla_gen.cli.early import check_early
 from mhla_gen.config import SCHEMAS, load_config, to_yaml
 from mhla_gen.config.fields import kinds_of
 from mhla_gen.config.reading import is_setting
@@ -135,6 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.print_config:
             print(to_yaml(config), end="")
             return 0
+        check_early(config)
         module, function = COMMANDS[name].function.split(":")
         getattr(importlib.import_module(module), function)(config, dry_run=args.dry_run)
         if "accelerate" in sys.modules:

@@ -10,13 +10,11 @@ import numpy as np
 
 from mhla_gen.config import DataConfig
 from mhla_gen.data.lists import listed_paths, read_list
-from mhla_gen.digests import file_digest
 from mhla_gen.errors import MissingError, UserError
 from mhla_gen.media import ClipFacts, Crop, Decoder
 from mhla_gen.media.folders import files_below, passed_over
 from mhla_gen.media.frames import CLIP_SUFFIXES
 from mhla_gen.media.pictures import UnreadableImageError
-from mhla_gen.runtime.processes import tell
 from mhla_gen.text_files import read_text
 
 # What stands beside clips on purpose: captions, and lists.
@@ -41,6 +39,9 @@ class ClipFiles:
 
     def digest(self, index: int) -> str:
         """See `Examples`."""
+        # Here, so that captions are checked without torch; as below.
+        from mhla_gen.digests import file_digest
+
         try:
             return file_digest(self.paths[index])
         except OSError:
@@ -81,10 +82,25 @@ def find_clips(config: DataConfig, missing_caption: str, tone_map: bool = False)
         MissingError: If there are no files.
         UserError: If the list or a caption cannot be read, or captions are missing.
     """
-    root = Path(str(config.path))
+    paths, captions, others = with_captions(config, missing_caption)
+    if others:
+        from mhla_gen.runtime.processes import tell
+
+        tell(f"data.path {config.path}: left out {passed_over(others)}")
+    return ClipFiles(tuple(paths), tuple(captions), tone_map)
+
+
+def with_captions(
+    config: DataConfig, missing_caption: str
+) -> tuple[list[Path], list[str], Counter[str]]:
+    """Files, the caption of each, and how many of other kinds there are, by suffix.
+
+    Arguments and errors as those of `find_clips`.
+    """
+    root, others = Path(str(config.path)), Counter[str]()
     if root.is_dir():
         found = files_below(root, CLIP_SUFFIXES)
-        paths, others = list(found.paths), found.others
+        paths, others = list(found.paths), Counter(found.others)
         if not paths:
             suffixes = " ".join(sorted(CLIP_SUFFIXES))
             beside = passed_over(others)
@@ -92,8 +108,6 @@ def find_clips(config: DataConfig, missing_caption: str, tone_map: bool = False)
                 f"data.path {root} has no clips ({suffixes}){beside and f'; found {beside}'}"
             )
         others = Counter({s: count for s, count in others.items() if s not in _BESIDE})
-        if others:
-            tell(f"data.path {root}: left out {passed_over(others)}")
         captions = [_text_beside(path) for path in paths]
         remedy = "write captions into text files of the same names, dog.txt for dog.mp4"
     elif root.exists():
@@ -109,7 +123,7 @@ def find_clips(config: DataConfig, missing_caption: str, tone_map: bool = False)
             f"{len(missing)} of {len(paths)} clips have no caption, {missing[0]} first; {remedy}, "
             "or take empty ones with clips.missing_caption=empty"
         )
-    return ClipFiles(tuple(paths), tuple(captions), tone_map)
+    return paths, captions, others
 
 
 def _text_beside(path: Path) -> str:

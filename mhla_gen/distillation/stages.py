@@ -28,10 +28,10 @@ from mhla_gen.output_folders import CONFIG_NAME, differing_values
 from mhla_gen.runtime.compiling import compile_model
 from mhla_gen.runtime.processes import on_main
 from mhla_gen.training.build import build_task
-from mhla_gen.training.checkpoints import check_output_dir
 from mhla_gen.training.loop import run_to_end
 from mhla_gen.training.parallel import build_accelerator
 from mhla_gen.training.rehearsal import rehearse
+from mhla_gen.training.run_folder import check_output_dir
 from mhla_gen.training.task import Task
 from mhla_gen.training.training_run import build_run
 

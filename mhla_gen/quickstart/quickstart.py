@@ -14,11 +14,12 @@ from mhla_gen.data.images import digits
 from mhla_gen.files import remove, write_json, written_whole
 from mhla_gen.locks import claimed
 from mhla_gen.output_folders import CONFIG_NAME, made_with
+from mhla_gen.pipelines.class_conditional import ClassConditionalPipeline
 from mhla_gen.quickstart.figures import draw_losses, draw_mixing
 from mhla_gen.quickstart.report import next_commands, table
 from mhla_gen.quickstart.scores import FEATURE_SPACE, score, score_real
-from mhla_gen.sampling import ClassConditionalPipeline, class_labels, contact_sheet, generate
-from mhla_gen.sampling.contact_sheet import rows_by_class
+from mhla_gen.sampling import class_labels, generate
+from mhla_gen.sampling.contact_sheet import contact_sheet, rows_by_class
 from mhla_gen.sampling.manifest import manifest, weights_of
 from mhla_gen.sampling.sample_set import save_samples
 from mhla_gen.sampling.samplers import ClassSampler

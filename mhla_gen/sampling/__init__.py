@@ -1,17 +1,23 @@
-"""Sampling: the class-conditional pipeline, and sample sets of classes and prompts on disk."""
+"""Sampling: sets of samples of classes and prompts on disk.
 
-from mhla_gen.pipelines.class_conditional import ClassConditionalPipeline
-from mhla_gen.pipelines.guidance import Guidance
-from mhla_gen.sampling.classes import class_labels
-from mhla_gen.sampling.contact_sheet import contact_sheet
-from mhla_gen.sampling.sample_set import generate
-from mhla_gen.sampling.sampling import sample
+Names are imported on first use: settings are checked without torch.
+"""
 
-__all__ = [
-    "ClassConditionalPipeline",
-    "Guidance",
-    "class_labels",
-    "contact_sheet",
-    "generate",
-    "sample",
-]
+from typing import TYPE_CHECKING
+
+from mhla_gen.lazy import names_from
+
+if TYPE_CHECKING:
+    from mhla_gen.sampling.classes import class_labels
+    from mhla_gen.sampling.sample_set import generate
+    from mhla_gen.sampling.sampling import sample
+
+_HOMES = {
+    "class_labels": "classes",
+    "generate": "sample_set",
+    "sample": "sampling",
+}
+
+__all__ = ["class_labels", "generate", "sample"]
+
+__getattr__ = names_from(__name__, _HOMES)

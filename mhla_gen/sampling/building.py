@@ -18,7 +18,7 @@ from mhla_gen.runtime.cuda_graphs import RecordedForward
 from mhla_gen.sampling.classes import class_labels, ordered_labels
 from mhla_gen.sampling.own_settings import with_defaults, with_own
 from mhla_gen.sampling.prompt_sampler import PromptSampler, read_embeds
-from mhla_gen.sampling.prompts import Prompt, read_prompts
+from mhla_gen.sampling.prompts import Prompt, missing_prompts, read_prompts
 from mhla_gen.sampling.samplers import ClassSampler, Sampler
 from mhla_gen.sampling.saved_pipeline import load_folder, pipeline_folder
 
@@ -119,7 +119,7 @@ def _of_prompts(config: SampleConfig, pipeline: Any) -> PromptSampler:
             raise UserError(f"{key} is given, but the {name} in {config.pipeline} takes prompts")
     prompts, embeds = _prompts(config)
     if prompts is None:
-        raise UserError(f"the {name} in {config.pipeline} takes prompts; give prompts=TEXT or FILE")
+        raise UserError(missing_prompts(name, config.pipeline))
     return PromptSampler(
         pipeline,
         [_completed(config, prompt) for prompt in prompts],

@@ -17,9 +17,16 @@ _CALLED_WITH = ("num_inference_steps", "guidance_scale")
 _SIZES = ("height", "width", "num_frames")
 OWN = (*_CALLED_WITH, *_SIZES, "fps", "dtype")
 """Settings that may be the pipeline's own."""
+FREE = ("output_dir", "batch_size", "device", "offload", "card")
+"""A set may be gone on with under other values of these: they do not change a sample."""
 _FPS = 16.0
 # safetensors' names of what `dtype` may be; weights of fewer bits are computed with in float32.
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+def free_of(config: SampleConfig) -> tuple[str, ...]:
+    """`FREE`, and what is the pipeline's own, which is not known before that is found."""
+    return (*FREE, *(name for name in OWN if getattr(config, name) is None))
 
 
 def with_own(config: SampleConfig, folder: Path) -> SampleConfig:

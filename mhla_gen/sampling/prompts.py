@@ -48,6 +48,11 @@ def read_prompts(prompts: Any) -> list[Prompt]:
     return found
 
 
+def missing_prompts(name: str, pipeline: str) -> str:
+    """What to say where a pipeline of this class gets no prompts."""
+    return f"the {name} in {pipeline} takes prompts; give prompts=TEXT or FILE"
+
+
 def _file_of(prompts: str) -> Path | None:
     """The file that a text names; None if it is a prompt itself."""
     if Path(prompts).suffix.lower() in _READ:

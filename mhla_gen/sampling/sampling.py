@@ -38,7 +38,7 @@ from mhla_gen.sampling.outputs import (
     write_samples,
     write_sheet,
 )
-from mhla_gen.sampling.own_settings import OWN
+from mhla_gen.sampling.own_settings import FREE, free_of
 from mhla_gen.sampling.progress import Progress
 from mhla_gen.sampling.samplers import ClassSampler, Sampler
 from mhla_gen.sampling.units import Units, Work
@@ -47,8 +47,6 @@ if TYPE_CHECKING:
     from mhla_gen.sampling.scoring import Scorer
 
 RECORDS_NAME = "samples.jsonl"
-# A set may be gone on with under other values of these: they do not change a sample.
-_FREE = ("output_dir", "batch_size", "device", "offload", "card")
 
 
 def sample(config: SampleConfig, dry_run: bool = False) -> Path:
@@ -72,7 +70,7 @@ def sample(config: SampleConfig, dry_run: bool = False) -> Path:
     resolve_device(config.device)
     state = join_processes(config.device)
     folder = Path(config.output_dir)
-    on_main(lambda: made_with(folder, config, _free_of(config)))
+    on_main(lambda: made_with(folder, config, free_of(config)))
     on_main(lambda: check_writable(folder))
     with nullcontext() if dry_run else claimed(folder):
         return _sample(config, folder, state, dry_run)
@@ -83,7 +81,7 @@ def _sample(config: SampleConfig, folder: Path, state: PartialState, dry_run: bo
         on_main(lambda: card.check(config.pipeline))
     config, sampler = build_sampler(config)
     # Again: with all settings, and another command may have had the folder in between.
-    on_main(lambda: made_with(folder, config, _FREE))
+    on_main(lambda: made_with(folder, config, FREE))
     job = Job(config, folder, sampler, state)
     if (folder / MANIFEST_NAME).is_file():
         if state.is_main_process:
@@ -97,11 +95,6 @@ def _sample(config: SampleConfig, folder: Path, state: PartialState, dry_run: bo
         with not_worth_failing("the model card", "the samples are complete"):
             card.write(config.pipeline, folder)
     return folder
-
-
-def _free_of(config: SampleConfig) -> tuple[str, ...]:
-    """`_FREE`, and what is the pipeline's own, which is not known before that is loaded."""
-    return (*_FREE, *(name for name in OWN if getattr(config, name) is None))
 
 
 class Job:

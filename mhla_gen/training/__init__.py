@@ -1,11 +1,32 @@
-"""Training of diffusion transformers."""
+"""Training of diffusion transformers.
 
-from mhla_gen.training.build import build_model, build_task
-from mhla_gen.training.initialization import disable_label_dropout, initialize_dit
-from mhla_gen.training.loop import train
-from mhla_gen.training.optim import build_optimizer, keep_mixing_in_range, parameter_groups
-from mhla_gen.training.rehearsal import rehearse
-from mhla_gen.training.task import Task
+Names are imported on first use: settings are checked without torch.
+"""
+
+from typing import TYPE_CHECKING
+
+from mhla_gen.lazy import names_from
+
+if TYPE_CHECKING:
+    from mhla_gen.training.build import build_model, build_task
+    from mhla_gen.training.initialization import disable_label_dropout, initialize_dit
+    from mhla_gen.training.loop import train
+    from mhla_gen.training.optim import build_optimizer, keep_mixing_in_range, parameter_groups
+    from mhla_gen.training.rehearsal import rehearse
+    from mhla_gen.training.task import Task
+
+_HOMES = {
+    "Task": "task",
+    "build_model": "build",
+    "build_optimizer": "optim",
+    "build_task": "build",
+    "disable_label_dropout": "initialization",
+    "initialize_dit": "initialization",
+    "keep_mixing_in_range": "optim",
+    "parameter_groups": "optim",
+    "rehearse": "rehearsal",
+    "train": "loop",
+}
 
 __all__ = [
     "Task",
@@ -19,3 +40,5 @@ __all__ = [
     "rehearse",
     "train",
 ]
+
+__getattr__ = names_from(__name__, _HOMES)

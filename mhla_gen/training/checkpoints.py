@@ -9,8 +9,8 @@ from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from torch import nn
 
-from mhla_gen.config import TrainConfig, load_config, save_config
-from mhla_gen.errors import OccupiedError, UserError
+from mhla_gen.config import save_config
+from mhla_gen.errors import UserError
 from mhla_gen.files import (
     WriteError,
     errors_naming,
@@ -22,7 +22,7 @@ from mhla_gen.files import (
     write_json,
 )
 from mhla_gen.hub import PIPELINE_NAME
-from mhla_gen.output_folders import CONFIG_NAME, check_writable, differences, is_free
+from mhla_gen.output_folders import CONFIG_NAME
 from mhla_gen.runtime.processes import on_main
 from mhla_gen.saved_files import DamagedFileError, read_json
 from mhla_gen.training.checkpoint_state import (
@@ -32,43 +32,13 @@ from mhla_gen.training.checkpoint_state import (
     read_state,
     write_state,
 )
+from mhla_gen.training.run_folder import FACTS_NAME, PREFIX, checkpoints, last_checkpoint
 from mhla_gen.training.run_pipeline import write_pipeline
 from mhla_gen.training.training_run import Run
 
-_PREFIX = "checkpoint-"
-_FACTS_NAME = "run.json"
 _FORMAT = 2
 # What only checkpoints of the first format have.
 _PICKLES = ("optimizer.bin", "custom_checkpoint_0.pkl")
-# A resumed run may differ in these, and in all below them: they do not change what a step computes.
-_FREE = (
-    "output_dir",
-    "resume",
-    "unpickle_checkpoint",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "log_every",
-    "report_to",
-    "sample_every",
-    "samples",
-    "evaluate_every",
-    "evaluation",
-)
-
-
-def checkpoints(folder: Path) -> dict[int, Path]:
-    """Checkpoints in a run's folder, by step, oldest first; an empty folder is none."""
-    found = {
-        int(path.name.removeprefix(_PREFIX)): path
-        for path in folder.glob(f"{_PREFIX}*")
-        if path.name.removeprefix(_PREFIX).isdecimal() and path.is_dir() and any(path.iterdir())
-    }
-    return dict(sorted(found.items()))
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint in a run's folder."""
-    return next(reversed(checkpoints(folder).values()), None)
 
 
 def last_pipeline(folder: Path) -> Path | None:
@@ -92,7 +62,7 @@ def save_checkpoint(run: Run, step: int) -> Path:
     Raises:
         WriteError: If it cannot be written.
     """
-    target = Path(run.config.output_dir) / f"{_PREFIX}{step}"
+    target = Path(run.config.output_dir) / f"{PREFIX}{step}"
     partial = on_main(lambda: _begun(target))
     try:
         own: Any = write_state(run, partial)
@@ -146,29 +116,17 @@ def write_facts(
 ) -> None:
     """Say in a checkpoint, or in a trained pipeline, how many steps it has, and of which files."""
     facts = {"format": _FORMAT, "step": step, "num_samples": len(run.data), "files": files or {}}
-    write_json(folder / _FACTS_NAME, facts)
-
-
-def pipeline_steps(folder: Path) -> int:
-    """How many steps the pipeline in a run's folder has; 0 if there is none that says it.
-
-    Raises:
-        DamagedFileError: If it says it no more.
-    """
-    path = folder / PIPELINE_NAME / _FACTS_NAME
-    if not path.is_file():
-        return 0
-    return read_json(path, f"remove {path.parent} and go on with resume=latest")["step"]
+    write_json(folder / FACTS_NAME, facts)
 
 
 def tidy(folder: Path) -> None:
     """Finish what a killed run left; names of earlier versions tell no process."""
     remove_leftovers(folder)
-    for aside in list(folder.glob(f".{_PREFIX}*.old")):
+    for aside in list(folder.glob(f".{PREFIX}*.old")):
         target = folder / aside.name.removeprefix(".").removesuffix(".old")
         if not target.exists():
             os.replace(aside, target)
-    for path in [*folder.glob(f".{_PREFIX}*.old"), *folder.glob(f".{_PREFIX}*.partial")]:
+    for path in [*folder.glob(f".{PREFIX}*.old"), *folder.glob(f".{PREFIX}*.partial")]:
         remove(path)
 
 
@@ -203,7 +161,7 @@ def load_latest(run: Run) -> int:
     else:
         run.accelerator.register_for_checkpointing(run.learning_rate, run.ema, run.recent)
         run.accelerator.load_state(str(folder))
-    return int(folder.name.removeprefix(_PREFIX))
+    return int(folder.name.removeprefix(PREFIX))
 
 
 def _chosen(run: Run) -> Path | None:
@@ -259,7 +217,7 @@ def facts_in(folder: Path) -> dict[str, Any]:
     Raises:
         DamagedFileError: If it does not.
     """
-    path, remedy = folder / _FACTS_NAME, "use another checkpoint"
+    path, remedy = folder / FACTS_NAME, "use another checkpoint"
     if not path.is_file():
         raise DamagedFileError(path, "it is missing", remedy)
     facts = read_json(path, remedy)
@@ -282,49 +240,3 @@ def different_weights(folder: Path, model: nn.Module) -> list[str]:
         for name in sorted({*saved, *own})
         if saved.get(name) != own.get(name)
     ]
-
-
-def check_output_dir(config: TrainConfig) -> None:
-    """Raise unless the output folder is free, or holds a run that this config may go on with.
-
-    Raises:
-        FileExistsError: If it holds anything else.
-        PermissionError: If it cannot be written.
-    """
-    folder = Path(config.output_dir)
-    check_writable(folder)
-    if is_free(folder):
-        return
-    if not (folder / CONFIG_NAME).is_file():
-        raise OccupiedError(
-            f"output_dir {folder} exists and is no training run; choose another one"
-        )
-    if config.resume == "never":
-        raise OccupiedError(
-            f"output_dir {folder} holds a run; add resume=latest to go on with it, "
-            "or choose another one"
-        )
-    changes = [
-        change
-        for change in differences(load_config(folder / CONFIG_NAME, schema=TrainConfig), config)
-        if not _may_change(change.split(":")[0], config)
-    ]
-    if changes:
-        raise OccupiedError(
-            f"the run in {folder} had other settings and cannot go on exactly "
-            f"({'; '.join(changes)}); choose another output_dir, or give it the settings it had"
-        )
-    done = max([pipeline_steps(folder), *checkpoints(folder)])
-    # The steps of a distillation are those of its stages, which have folders of their own.
-    if config.distill is None and done > config.max_steps:
-        raise OccupiedError(
-            f"the run in {folder} has done {done} steps, more than max_steps={config.max_steps}; "
-            f"choose another output_dir, or max_steps of at least {done}"
-        )
-
-
-def _may_change(key: str, config: TrainConfig) -> bool:
-    # A constant learning rate does not know the length of the run; the others do.
-    if key == "max_steps":
-        return config.lr_scheduler == "constant_with_warmup"
-    return any(key == free or key.startswith(f"{free}.") for free in _FREE)

@@ -16,11 +16,8 @@ from mhla_gen.locks import claimed
 from mhla_gen.output_folders import CONFIG_NAME
 from mhla_gen.runtime.processes import on_main, tell
 from mhla_gen.training.checkpoints import (
-    check_output_dir,
-    last_checkpoint,
     last_pipeline,
     load_latest,
-    pipeline_steps,
     save_checkpoint,
     write_facts,
 )
@@ -33,6 +30,7 @@ from mhla_gen.training.previews import (
     write_previews,
 )
 from mhla_gen.training.readiness import open_what_is_needed
+from mhla_gen.training.run_folder import check_output_dir, last_checkpoint, pipeline_steps
 from mhla_gen.training.run_pipeline import write_pipeline
 from mhla_gen.training.stopping import Stopped, StopRequest
 from mhla_gen.training.throughput import peak_flops

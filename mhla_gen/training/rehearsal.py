@@ -10,9 +10,9 @@ import torch
 from mhla_gen.config import TrainConfig
 from mhla_gen.data.caching.cached import CachedLatents
 from mhla_gen.training.build import build_task
-from mhla_gen.training.checkpoints import check_output_dir
 from mhla_gen.training.parallel import build_accelerator, check_tracker
 from mhla_gen.training.readiness import open_what_is_needed
+from mhla_gen.training.run_folder import check_output_dir
 from mhla_gen.training.task import BuildTask
 from mhla_gen.training.training_run import Run, build_run
 from mhla_gen.training.undisturbed import undisturbed

@@ -1,0 +1,99 @@
+"""The folder of a run: what is in it, and whether these settings may go on with it."""
+
+from pathlib import Path
+
+from mhla_gen.config import TrainConfig, load_config
+from mhla_gen.errors import OccupiedError
+from mhla_gen.hub import PIPELINE_NAME
+from mhla_gen.output_folders import CONFIG_NAME, check_writable, differences, is_free
+from mhla_gen.saved_files import read_json
+
+PREFIX = "checkpoint-"
+FACTS_NAME = "run.json"
+# A resumed run may differ in these, and in all below them: they do not change what a step computes.
+_FREE = (
+    "output_dir",
+    "resume",
+    "unpickle_checkpoint",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "log_every",
+    "report_to",
+    "sample_every",
+    "samples",
+    "evaluate_every",
+    "evaluation",
+)
+
+
+def checkpoints(folder: Path) -> dict[int, Path]:
+    """Checkpoints in a run's folder, by step, oldest first; an empty folder is none."""
+    found = {
+        int(path.name.removeprefix(PREFIX)): path
+        for path in folder.glob(f"{PREFIX}*")
+        if path.name.removeprefix(PREFIX).isdecimal() and path.is_dir() and any(path.iterdir())
+    }
+    return dict(sorted(found.items()))
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint in a run's folder."""
+    return next(reversed(checkpoints(folder).values()), None)
+
+
+def pipeline_steps(folder: Path) -> int:
+    """How many steps the pipeline in a run's folder has; 0 if there is none that says it.
+
+    Raises:
+        DamagedFileError: If it says it no more.
+    """
+    path = folder / PIPELINE_NAME / FACTS_NAME
+    if not path.is_file():
+        return 0
+    return read_json(path, f"remove {path.parent} and go on with resume=latest")["step"]
+
+
+def check_output_dir(config: TrainConfig) -> None:
+    """Raise unless the output folder is free, or holds a run that this config may go on with.
+
+    Raises:
+        FileExistsError: If it holds anything else.
+        PermissionError: If it cannot be written.
+    """
+    folder = Path(config.output_dir)
+    check_writable(folder)
+    if is_free(folder):
+        return
+    if not (folder / CONFIG_NAME).is_file():
+        raise OccupiedError(
+            f"output_dir {folder} exists and is no training run; choose another one"
+        )
+    if config.resume == "never":
+        raise OccupiedError(
+            f"output_dir {folder} holds a run; add resume=latest to go on with it, "
+            "or choose another one"
+        )
+    changes = [
+        change
+        for change in differences(load_config(folder / CONFIG_NAME, schema=TrainConfig), config)
+        if not _may_change(change.split(":")[0], config)
+    ]
+    if changes:
+        raise OccupiedError(
+            f"the run in {folder} had other settings and cannot go on exactly "
+            f"({'; '.join(changes)}); choose another output_dir, or give it the settings it had"
+        )
+    done = max([pipeline_steps(folder), *checkpoints(folder)])
+    # The steps of a distillation are those of its stages, which have folders of their own.
+    if config.distill is None and done > config.max_steps:
+        raise OccupiedError(
+            f"the run in {folder} has done {done} steps, more than max_steps={config.max_steps}; "
+            f"choose another output_dir, or max_steps of at least {done}"
+        )
+
+
+def _may_change(key: str, config: TrainConfig) -> bool:
+    # A constant learning rate does not know the length of the run; the others do.
+    if key == "max_steps":
+        return config.lr_scheduler == "constant_with_warmup"
+    return any(key == free or key.startswith(f"{free}.") for free in _FREE)

@@ -24,10 +24,10 @@ from mhla_gen.evaluation.intervals import jackknife_interval
 from mhla_gen.hub import PIPELINE_NAME
 from mhla_gen.locks import claimed
 from mhla_gen.training.build import build_objective
-from mhla_gen.training.run_folder import check_output_dir, pipeline_steps
 from mhla_gen.training.loop import run_to_end
 from mhla_gen.training.objectives import FlowMatching
 from mhla_gen.training.pretrained import attention_settings
+from mhla_gen.training.run_folder import check_output_dir, pipeline_steps
 from mhla_gen.training.task import Task
 from mhla_gen.training.training_run import build_run
 

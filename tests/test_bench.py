@@ -55,6 +55,16 @@ def test_a_model_is_measured_with_every_attention(tmp_path):
     assert [row["exact"] for row in rows] == [1.0, 0.0, 0.0, 0.25, 1.0]
 
 
+@pytest.mark.slow
+def test_a_model_of_text_and_image_is_measured(tmp_path):
+    methods = ["softmax", "blockwise exact=0.3 exact_tile=[2,2] exact_top=0"]
+    settings = ["model=flux", "grids=[[8,6]]", "num_layers=1", f"methods={methods}"]
+    settings += ["backward=false", "dtype=bfloat16"]
+    assert main(["bench", "model", f"output_dir={tmp_path}", *settings]) == 0
+    rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    assert all(row["forward_ms"] > 0 for row in rows)
+
+
 def test_a_method_that_cannot_run_is_part_of_the_result(tmp_path):
     settings = ["grids=[[3,3]]", "num_heads=1", "head_dim=200", "methods=[fused]"]
     assert main(["bench", "ops", f"output_dir={tmp_path}", *settings]) == 0

@@ -16,12 +16,14 @@ from mhla_gen.runtime.compiling import compile_blocks
 
 _BACKENDS = {"softmax_cudnn": "_native_cudnn", "softmax_flash": "_native_flash"}
 
+# 256 and 512 pixels; 1024 and 2048 pixels; 81 frames at 480×800.
+_GRIDS = {"dit": ((16, 16), (32, 32)), "flux": ((64, 64), (128, 128)), "wan": ((21, 30, 50),)}
+
 
 def bench_model(config: BenchConfig, device: torch.device) -> Iterator[dict[str, Any]]:
     """One row for every grid and method: a forward pass of random weights, and a training step."""
     dtype = getattr(torch, config.dtype)
-    grids = ((21, 30, 50),) if config.model == "wan" else ((16, 16), (32, 32))
-    for grid in grids if config.grids == "models" else config.grids:
+    for grid in _GRIDS[config.model] if config.grids == "models" else config.grids:
         for method in config.methods:
             row = {"method": method, "model": config.model, "grid": grid, "tokens": math.prod(grid)}
             try:
@@ -111,12 +113,19 @@ def _time(
 
 
 def _build(config: BenchConfig, grid: tuple[int, ...]) -> Any:
-    """DiT-XL/2 or Wan2.1-1.3B with `num_layers` layers and random weights."""
+    """DiT-XL/2, FLUX.1-dev or Wan2.1-1.3B with `num_layers` layers and random weights."""
     if config.model == "dit":
         from diffusers import DiTTransformer2DModel
 
         return DiTTransformer2DModel(
             num_layers=config.num_layers or 28, sample_size=2 * grid[0], out_channels=8
+        )
+    if config.model == "flux":
+        from diffusers import FluxTransformer2DModel
+
+        double = config.num_layers or 19
+        return FluxTransformer2DModel(
+            num_layers=double, num_single_layers=2 * double, guidance_embeds=True
         )
     from diffusers import WanTransformer3DModel
 
@@ -132,6 +141,19 @@ def _inputs(config: BenchConfig, grid: tuple[int, ...]) -> dict[str, torch.Tenso
             "hidden_states": torch.randn(batch, 4, 2 * grid[0], 2 * grid[1]),
             "timestep": torch.full((batch,), 500),
             "class_labels": torch.zeros(batch, dtype=torch.int64),
+        }
+    if config.model == "flux":
+        height, width = grid
+        return {
+            "hidden_states": torch.randn(batch, height * width, 64),
+            "encoder_hidden_states": torch.randn(batch, 512, 4096),
+            "pooled_projections": torch.randn(batch, 768),
+            "timestep": torch.full((batch,), 0.5),
+            "guidance": torch.full((batch,), 3.5),
+            "img_ids": torch.cartesian_prod(
+                torch.zeros(1), torch.arange(float(height)), torch.arange(float(width))
+            ),
+            "txt_ids": torch.zeros(512, 3),
         }
     frames, height, width = grid
     return {

@@ -69,7 +69,7 @@ class BenchConfig(Settings):
     fused and shares of 5 and 12.5 % on a GPU, softmax, linear, blockwise and 12.5 % elsewhere."""
     grids: Any = "squares"
     """Token grids, one size each: a list such as [[16, 16], [32, 32]], "squares" (8×8 to 64×64),
-    or "models", those of DiT and Wan models with their heads."""
+    or "models", those of DiT, Flux and Wan models with their heads."""
     layout: Any = "auto"
     """Blocks along each axis of the grids, or "auto"."""
     batch_size: Count = 1
@@ -84,10 +84,10 @@ class BenchConfig(Settings):
     """Time forward and backward together too."""
     checkpointing: bool = True
     """Recompute the layers of a model during backward instead of keeping what they computed."""
-    model: Literal["dit", "wan"] = "dit"
-    """DiT-XL/2 or Wan2.1-1.3B, random weights."""
+    model: Literal["dit", "flux", "wan"] = "dit"
+    """DiT-XL/2, FLUX.1-dev or Wan2.1-1.3B, random weights."""
     num_layers: Count | None = None
-    """Layers of the model; None takes all."""
+    """Layers of the model, of Flux those with two streams; None takes all."""
     compile: Any = False
     """torch.compile: false, true (the layer that the model repeats) or "whole" (all in one)."""
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"

@@ -342,7 +342,7 @@ def test_a_run_is_inspected_before_and_after_its_end(tmp_path, capsys):
     inspect(config, dry_run=True)
     assert "pipeline/transformer" in capsys.readouterr().out
     finished = load_subject(str(run), "transformer", torch.float32)
-    (run / "pipeline" / "model_index.json").unlink()
+    (run / "pipeline").rename(tmp_path / "kept")
     inspect(config, dry_run=True)
     assert (
         f"{run / 'checkpoint-2' / 'pipeline' / 'transformer'}, MHLADiT" in capsys.readouterr().out

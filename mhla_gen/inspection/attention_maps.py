@@ -19,7 +19,7 @@ from mhla_gen.inspection.weights import (
     SoftmaxAttention,
 )
 from mhla_gen.models import MHLA
-from mhla_gen.models.exact import exact_attention, tile_layout
+from mhla_gen.models.exact import ProjectionCombination, exact_attention, tile_layout
 from mhla_gen.models.family import Family
 from mhla_gen.models.head_rotary import rotated
 
@@ -99,11 +99,12 @@ def _of_layer(
         return exact
     linear = _linear_half(module, given, grid, rotary)
     share = None
-    if config.combine != "projection":
+    if not isinstance(module.combine, ProjectionCombination):
         log_sum_exp = None
         if config.combine == "denominator":
-            tokens = (given[name] for name in ("query", "key", "value"))
-            _, log_sum_exp = exact_attention(*tokens, config, grid, rotary)
+            log_sum_exp = exact_attention(
+                given["query"], given["key"], given["value"], config, grid, rotary
+            )[1]
         weighed_by = module.weighed_by(
             given["query"], given["key"], given["hidden_states"], grid, log_sum_exp
         )

@@ -220,7 +220,8 @@ class MHLA(nn.Module):
             eps=self.config.eps,
             implementation=self.config.implementation,
         )
-        return attend if self.norm is None else lambda: self.norm(attend())
+        norm = self.norm
+        return attend if norm is None else lambda: norm(attend())
 
     def occupied_blocks(self, grid: tuple[int, ...]) -> tuple[tuple[int, ...], Tensor]:
         """The blocks that hold tokens of this grid: their layout and their part of mixing.

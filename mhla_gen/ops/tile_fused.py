@@ -129,7 +129,7 @@ def tile_attend_backward(
     """Gradients of query, key, value and of extra keys and values, empty without them."""
     call = _call(query, value, cos, sin, grid, tiles, groups, reach, before, top, scale)
     with torch.cuda.device_of(query):
-        return tile_form.backward(
+        return tile_form.backward(  # pyright: ignore[reportReturnType]
             grad,
             None if grad_lse is None else grad_lse.contiguous(),
             query,
@@ -178,7 +178,8 @@ tile_attend.register_autograd(_backward, setup_context=_setup)
 
 
 def _placed(grid, tiles, groups, reach, before, top) -> Tiling:
-    return Tiling(*map(tuple, (grid, tiles, groups, reach, before)), top)
+    grid, tiles, groups, reach, before = map(tuple, (grid, tiles, groups, reach, before))
+    return Tiling(grid, tiles, groups, reach, before, top)
 
 
 def _call(query, value, cos, sin, grid, tiles, groups, reach, before, top, scale) -> TileCall:

@@ -96,4 +96,5 @@ def _prompt_of(row: Row) -> Prompt:
         raise UserError(f"{place} has no prompt")
     if values.get("seed") is not None:
         SEEDS.check(f"{place}: seed", values["seed"], whole=True)
-    return Prompt(**values | {"prompt": values["prompt"] or ""})
+    given: dict[str, Any] = values | {"prompt": values["prompt"] or ""}
+    return Prompt(**given)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from mhla_gen.config import ObjectiveConfig, TrainConfig, WanConfig
 from mhla_gen.data import TrainingData
+from mhla_gen.data.caching.cached import CachedLatents
 from mhla_gen.errors import UserError
 from mhla_gen.models import MHLAWanTransformer3DModel
 from mhla_gen.models.wan import TEXT_LENGTH_WITH_IMAGE
@@ -53,6 +54,9 @@ def wan_task(config: TrainConfig, wan: WanConfig, data: TrainingData) -> Task:
     conditioning = Prompts(empty, patch_size, by_token, wan.first_frame, sees_image)
     # Where clips keep the rates of their files, that of Wan.
     fps = getattr(data, "fps", None) or _WAN_FPS
+    examples = None
+    if parts.has_autoencoder and isinstance(data, CachedLatents):
+        examples = ClipExamples(data, empty, wan).write
     return Task(
         model=model,
         objective=_objective(config.objective, wan, parts.boundary, by_token),
@@ -61,7 +65,7 @@ def wan_task(config: TrainConfig, wan: WanConfig, data: TrainingData) -> Task:
         finished=merged if config.model.trainable == "lora" else None,
         sampler=ClipSamples(data, empty, wan) if parts.has_autoencoder else None,
         sampling=sampling_of(config, data, fps),
-        examples=ClipExamples(data, empty, wan).write if parts.has_autoencoder else None,
+        examples=examples,
         samples="clips",
         fps=fps,
         gathered=("WanTimeTextImageEmbedding",),
@@ -137,7 +141,7 @@ def _build_model(
         if config.model.attention == "softmax":
             return WanTransformer3DModel(**sizes)
         settings = attention_settings(config.model, rank=3)
-        return MHLAWanTransformer3DModel(**sizes, mhla=settings)
+        return MHLAWanTransformer3DModel(**sizes, mhla=settings)  # pyright: ignore[reportCallIssue]
     model: Any = load_pretrained(config.model, wan.subfolder)
     if not isinstance(model, WanTransformer3DModel):
         raise UserError(f"{config.model.pretrained} is a {type(model).__name__}, not a Wan")

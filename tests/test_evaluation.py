@@ -72,7 +72,7 @@ def settings(tmp_path, network):
         reference=str(tmp_path / "real.npz"),
         metrics=("fd", "kid", "precision", "recall"),
         features=FeaturesConfig(
-            extractor="torchscript", weights=network, cache_dir=str(tmp_path / "cache")
+            extractor="torchscript", trust=True, weights=network, cache_dir=str(tmp_path / "cache")
         ),
         kid_subset_size=20,
         out=str(tmp_path / "out" / "metrics.json"),
@@ -293,7 +293,7 @@ def test_interrupted_extraction_resumes(settings, tmp_path, monkeypatch):
     monkeypatch.setattr(features, "CHUNK", 16)
     cache = tmp_path / "cache"
     evaluate(settings)
-    chunks = sorted(cache.rglob("pool-0*.npy"))
+    chunks = sorted(cache.rglob("pool-0*.npz"))
     assert len(chunks) == 4 + 5
     first = {path: path.stat().st_mtime_ns for path in chunks}
     expected = json.loads((tmp_path / "out" / "metrics.json").read_text())
@@ -340,6 +340,7 @@ def test_two_processes_give_the_numbers_of_one(settings, tmp_path):
     expected = values(evaluate(replace(settings, kid_subsets=3)))
     shared = [
         "features.extractor=torchscript",
+        "features.trust=true",
         f"features.weights={settings.features.weights}",
         f"features.cache_dir={tmp_path}/other",
         "features.device=cpu",
@@ -371,7 +372,7 @@ def on_two_processes(*arguments):
 def test_dry_run_measures_nothing(settings, tmp_path, capsys):
     assert evaluate(settings, dry_run=True) == []
     assert "would measure 60 images" in capsys.readouterr().out
-    assert not list(tmp_path.rglob("pool-*.npy"))
+    assert not list(tmp_path.rglob("pool-*.npz"))
     plan = ReferenceConfig(data=settings.samples, features=settings.features)
     assert build_reference(plan, dry_run=True) is None
 
@@ -405,6 +406,7 @@ def test_fvd_measures_clips(tmp_path):
         metrics=("fvd",),
         features=FeaturesConfig(
             extractor="i3d",
+            trust=True,
             weights=scripted(PooledClips(), tmp_path / "i3d.pt"),
             video_frames=3,
             video_stride=2,
@@ -433,6 +435,7 @@ def test_fvd_reads_folders_of_videos(tmp_path):
         metrics=("fvd",),
         features=FeaturesConfig(
             extractor="i3d",
+            trust=True,
             weights=scripted(PooledClips(), tmp_path / "i3d.pt"),
             video_frames=6,
             cache_dir=str(tmp_path / "cache"),
@@ -480,11 +483,15 @@ def test_scripts_with_another_output_are_refused(tmp_path):
 
     with pytest.raises(EvaluationError, match=r"must return features \[batch, dim\]"):
         build_extractor(
-            FeaturesConfig(extractor="torchscript", weights=scripted(Maps(), tmp_path / "maps.pt"))
+            FeaturesConfig(
+                extractor="torchscript", trust=True, weights=scripted(Maps(), tmp_path / "maps.pt")
+            )
         )
     (tmp_path / "not.pt").write_text("no network")
     with pytest.raises(EvaluationError, match="no TorchScript file"):
-        build_extractor(FeaturesConfig(extractor="torchscript", weights=str(tmp_path / "not.pt")))
+        build_extractor(
+            FeaturesConfig(extractor="torchscript", trust=True, weights=str(tmp_path / "not.pt"))
+        )
 
 
 def test_statistics_files_keep_all_digits(tmp_path):
@@ -494,3 +501,35 @@ def test_statistics_files_keep_all_digits(tmp_path):
     with np.load(tmp_path / "a.npz") as file:
         np.testing.assert_array_equal(file["sigma"], statistics.covariance)
         assert int(file["count"]) == 50
+
+
+@pytest.mark.parametrize("damage", ["halved", "emptied", "changed", "missing"])
+def test_features_that_were_damaged_are_computed_again(damage, settings, tmp_path, monkeypatch):
+    """Bytes that changed in the cache changed a distance, and half a file ended an evaluation."""
+    monkeypatch.setattr(features, "CHUNK", 16)
+    expected = values(evaluate(settings))
+    cached = [p for p in (tmp_path / "cache").rglob("*.npz")]
+    assert len(cached) == 4 + 5 + 1
+    for path in cached:
+        content = path.read_bytes()
+        middle = len(content) // 2
+        changed = content[:middle] + bytes(x ^ 1 for x in content[middle : middle + 9])
+        made = {"halved": content[:middle], "emptied": b"", "missing": b""}
+        path.write_bytes(made.get(damage, changed + content[middle + 9 :]))
+        if damage == "missing":
+            path.unlink()
+        assert values(evaluate(settings)) == expected
+        assert path.read_bytes() == content
+
+
+def test_a_program_wants_trust(settings):
+    features = replace(settings.features, trust=False)
+    with pytest.raises(EvaluationError, match=r"is TorchScript, a program .*features\.trust=true"):
+        evaluate(replace(settings, features=features))
+
+
+def test_equal_sets_have_a_distance_of_zero(settings, capsys):
+    assert values(evaluate(replace(settings, samples=settings.reference, metrics=("fd",)))) == {
+        "fd": 0.0
+    }
+    assert " 0.0000 " in capsys.readouterr().out

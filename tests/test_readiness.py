@@ -28,6 +28,7 @@ def scored(tmp_path):
     torch.jit.script(Means()).save(str(tmp_path / "means.pt"))
     features = FeaturesConfig(
         extractor="torchscript",
+        trust=True,
         weights=str(tmp_path / "means.pt"),
         cache_dir=str(tmp_path / "features"),
     )

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from tiny_sampling import arrays_of, latent_pipeline, set_of, tiny_pipeline
 from mhla_gen import MHLADiTTransformer2DModel
 from mhla_gen.cli import main
 from mhla_gen.config import ConfigError, SampleConfig, load_config, save_config
+from mhla_gen.errors import UserError
 from mhla_gen.evaluation import load_images
 from mhla_gen.pipelines.classes import class_numbers
 from mhla_gen.pipelines.noise import sample_seed
@@ -92,6 +94,73 @@ def test_a_set_is_the_same_for_any_batch_and_any_starts(
     classes = 3 if model == "pipeline" else 1000
     assert arrays["labels"].tolist() == [i % classes for i in range(count)]
     assert len({image.tobytes() for image in arrays["arr_0"]}) == count
+
+
+@pytest.mark.parametrize("damage", ["halved", "emptied", "missing", "changed"])
+@pytest.mark.parametrize("formats", ["npz", "png"])
+def test_damaged_units_are_drawn_again(damage, formats, pipeline, tmp_path, monkeypatch):
+    options = {"num_samples": 5, "model_batch_size": 2, "formats": (formats,)}
+    sample(set_of(tmp_path / "one", pipeline, **options))
+    config = set_of(tmp_path / "two", pipeline, **options)
+    interrupted(config, monkeypatch, after=2)
+    files = [p for p in (tmp_path / "two").rglob("*") if p.is_file()]
+    files = [p for p in files if p.suffix in (".npy", ".png") or p.parent.name == "done"]
+    assert len(files) > 6
+    whole = shutil.copytree(tmp_path / "two", tmp_path / "copy")
+    for path in files:
+        shutil.rmtree(tmp_path / "two")
+        shutil.copytree(whole, tmp_path / "two")
+        if damage == "changed":
+            # The size is right: it is found where the samples are joined, and named.
+            if path.parent.name != "samples":
+                continue
+            path.write_bytes(path.read_bytes()[:-4] + b"abcd")
+            with pytest.raises(UserError, match=rf"{path} is damaged .*; remove it and give the"):
+                sample(config)
+            path.unlink()
+        elif damage == "missing":
+            path.unlink()
+        else:
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2 * (damage == "halved")])
+        sample(config)
+        made = [
+            {p.name: p.read_bytes() for p in (tmp_path / name).rglob("*.[np][pn][zg]")}
+            for name in ("one", "two")
+        ]
+        assert made[0] == made[1] and len(made[0]) > 1, path
+
+
+@pytest.mark.parametrize("damage", ["halved", "emptied", "missing"])
+def test_a_finished_set_that_lost_samples_is_not_finished(damage, pipeline, tmp_path, capsys):
+    config = set_of(tmp_path / "set", pipeline, samples_per_class=1, formats=("npz", "png"))
+    sample(config)
+    expected = bytes_of(tmp_path / "set")
+    names = ["samples.npz", "samples.jsonl", "images/000001.png", "manifest.json"]
+    for name in names:
+        path = tmp_path / "set" / name
+        content = path.read_bytes()
+        path.write_bytes(content[: len(content) // 2 * (damage == "halved")])
+        if damage == "missing":
+            path.unlink()
+        if (damage, name) != ("missing", "manifest.json"):
+            named = path.parent if path.parent.name == "images" else path
+            with pytest.raises(UserError, match=rf"{named} is damaged .*; remove .* again"):
+                sample(config)
+            (tmp_path / "set" / "manifest.json").unlink()
+        sample(config)
+        assert bytes_of(tmp_path / "set") == expected
+
+
+@pytest.mark.parametrize("damage", ["emptied", "missing"])
+def test_units_of_who_knows_what_are_not_gone_on_with(damage, pipeline, tmp_path, monkeypatch):
+    config = set_of(tmp_path / "set", pipeline, num_samples=5, model_batch_size=2)
+    interrupted(config, monkeypatch, after=1)
+    path = tmp_path / "set" / ".work" / "identity.json"
+    path.write_bytes(b"")
+    if damage == "missing":
+        path.unlink()
+    with pytest.raises(UserError, match=rf"{path} is damaged .*; remove .*\.work to draw"):
+        sample(config)
 
 
 def test_what_is_not_repeatable_differs_by_rounding_at_most(latents, tmp_path):

@@ -16,6 +16,7 @@ from tiny_sampling import arrays_of, set_of, tiny_pipeline
 import mhla_gen
 from mhla_gen import ClassConditionalPipeline, MHLAConfig
 from mhla_gen.config import EvaluateConfig, FeaturesConfig, ModelConfig, TrainConfig
+from mhla_gen.errors import OccupiedError
 from mhla_gen.evaluation import evaluate
 from mhla_gen.sampling import sample, saved_pipeline
 from mhla_gen.sampling.saved_pipeline import load_pipeline
@@ -156,6 +157,16 @@ def test_a_name_on_the_hub_is_found_in_its_cache(tmp_path):
     assert second.startswith("pipeline=someone/letters is no folder here, and the hub has no such")
 
 
+@pytest.mark.parametrize("name", ["README.md", "samples.png"])
+def test_a_card_takes_the_place_of_nothing(name, tmp_path):
+    pipe = tmp_path / "pipe"
+    tiny_pipeline().save_pretrained(pipe)
+    (pipe / name).write_text("mine")
+    with pytest.raises(OccupiedError, match=rf"{name} is not a .* of ours"):
+        sample(set_of(tmp_path / "set", pipe, card=True, **FIRST))
+    assert (pipe / name).read_text() == "mine" and not (tmp_path / "set").exists()
+
+
 def test_a_card_has_settings_and_a_picture(tmp_path):
     pipe = tmp_path / "pipe"
     tiny_pipeline(class_names=["a", "b", "c"]).save_pretrained(pipe)
@@ -190,6 +201,7 @@ def scoring(tmp_path):
     np.savez(tmp_path / "real.npz", arr_0=rng.integers(0, 256, (40, 64, 64, 3), np.uint8))
     features = FeaturesConfig(
         extractor="torchscript",
+        trust=True,
         weights=str(tmp_path / "brightness.pt"),
         cache_dir=str(tmp_path / "cache"),
         device="cpu",

@@ -365,6 +365,7 @@ def test_samples_are_scored_in_between(tmp_path):
     torch.jit.script(Means()).save(str(tmp_path / "means.pt"))
     features = FeaturesConfig(
         extractor="torchscript",
+        trust=True,
         weights=str(tmp_path / "means.pt"),
         cache_dir=str(tmp_path / "features"),
     )

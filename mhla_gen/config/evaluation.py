@@ -28,6 +28,9 @@ class FeaturesConfig(Settings, prefix="features."):
     weights: FilePath | None = None
     """File with the weights, or DINOv2's folder or hub name. None: inception's released weights
     (fetched once), DINOv2 large, EfficientNet's package; the other two need a TorchScript file."""
+    trust: bool = False
+    """A TorchScript file is a program that may do whatever you may, such as write files: true says
+    that you know where it comes from."""
     dtype: Literal["float32", "float64"] = "float32"
     """Arithmetic inside inception; float64 makes it independent of batch size and device."""
     batch_size: Count = 64

@@ -24,6 +24,7 @@ from mhla_gen.models import (
     OriginalDiTTransformer2DModel,
 )
 from mhla_gen.output_folders import CONFIG_NAME, made_with
+from mhla_gen.saved_files import read_json
 
 EXPORT_NAME = "model.pt"
 REPORT_NAME = "conversion.json"
@@ -185,7 +186,7 @@ def _saved_folder(source: str) -> Path:
 
 def _saved_model(folder: Path, kind: str) -> tuple[Any, dict[str, Any]]:
     """Class and settings of a folder that `save_pretrained` wrote."""
-    saved = json.loads((folder / "config.json").read_text())
+    saved = read_json(folder / "config.json", "save or copy the model again")
     classes = {c.__name__: c for c in _WRITABLE[kind]}
     if saved.get("_class_name") not in classes:
         raise UserError(

@@ -1,6 +1,5 @@
 """Clips that are cut out of videos: what goes into which bucket, what is left out, and why."""
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -22,6 +21,7 @@ from mhla_gen.data.clip_files import ClipFiles
 from mhla_gen.files import write_json
 from mhla_gen.media import Decoder
 from mhla_gen.media.pictures import UnreadableImageError
+from mhla_gen.saved_files import read_json
 
 _LISTED = 10
 
@@ -137,7 +137,7 @@ def write_placements(path: Path, placements: Sequence[Placement]) -> None:
 
 def read_placements(path: Path) -> tuple[Placement, ...]:
     """Read what `write_placements` wrote."""
-    rows = json.loads(path.read_text())
+    rows = read_json(path, "build the cache again in another output_dir")
     return tuple(Placement(**row | {"windows": tuple(map(tuple, row["windows"]))}) for row in rows)
 
 

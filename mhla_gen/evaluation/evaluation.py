@@ -1,6 +1,5 @@
 """The evaluation command: samples and a reference → numbers with protocols and intervals."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from mhla_gen.evaluation.results import (
     write_report,
 )
 from mhla_gen.evaluation.sources import MANIFEST_NAME
+from mhla_gen.saved_files import read_json
 from mhla_gen.version import __version__
 
 _OF_INCEPTION = ("fid", "sfid", "is")
@@ -176,7 +176,10 @@ def _context(
         "count": samples.count,
         "unreadable": list(samples.unreadable),
         "sha256": samples.digest,
-        "manifests": [json.loads(path.read_text()) for path in _manifests(config.samples)],
+        "manifests": [
+            read_json(path, "draw the set again, or remove it")
+            for path in _manifests(config.samples)
+        ],
     }
     context: dict[str, Any] = {"samples": described}
     if reference:

@@ -38,6 +38,11 @@ def build_extractor(config: FeaturesConfig) -> Extractor:
         raise EvaluationError(
             f"features.extractor={config.extractor} needs features.weights=FILE, a TorchScript file"
         )
+    if not config.trust:
+        raise EvaluationError(
+            f"{config.weights} is TorchScript, a program that may do whatever you may: if you know "
+            "where it comes from, give features.trust=true"
+        )
     scripted = I3DExtractor if config.extractor == "i3d" else TorchScriptExtractor
     return scripted(config.weights)
 

@@ -1,12 +1,12 @@
 """The folder of extracted features: how large it is, and what leaves it when it is too large."""
 
-import os
 import re
-import shutil
 import time
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
+
+from mhla_gen.files import remove
 
 SETTINGS_NAME = "settings.json"
 # Sets of this folder carry a hash for a name; other things in it are not ours to remove.
@@ -54,9 +54,6 @@ def limit_cache(cache_dir: Path, limit_gb: float) -> None:
     for each in sets:
         if total <= limit_gb * _GB or each.opened > newest:
             return
-        # Renamed first: a set of which a part is gone must not be found again.
-        gone = each.folder.with_name(f".{each.folder.name}.{os.getpid()}.partial")
         with suppress(FileNotFoundError):
-            os.replace(each.folder, gone)
-            shutil.rmtree(gone)
+            remove(each.folder)
         total -= each.size

@@ -1,6 +1,9 @@
 """Features on disk: a file for each chunk of images, and the set that they make up."""
 
 import json
+import sys
+import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +13,8 @@ import torch
 from torch import Tensor
 
 from mhla_gen.evaluation.frechet import FeatureStatistics, FeatureSums
-from mhla_gen.evaluation.npz import open_array, write_npz
-from mhla_gen.files import write_json, written_whole
+from mhla_gen.evaluation.npz import write_npz
+from mhla_gen.saved_files import DamagedFileError
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class FeatureSet:
     def stream(self, name: str) -> Iterator[np.ndarray]:
         """Features [n, dim] chunk by chunk, in order."""
         for chunk in range(self.chunks):
-            yield np.load(_chunk_file(self.folder, name, chunk))
+            yield read_features(self.folder, name, chunk)[0]
 
     def load(self, name: str) -> Tensor:
         """All features [count, dim], float32, in order."""
@@ -42,7 +45,12 @@ class FeatureSet:
         """Mean and covariance; kept beside the features once computed."""
         path = self.folder / f"{name}-statistics.npz"
         if path.is_file():
-            return FeatureStatistics(open_array(path, "mu"), open_array(path, "sigma"), self.count)
+            try:
+                known = _read_checked(path)
+                return FeatureStatistics(known["mu"], known["sigma"], self.count)
+            except DamagedFileError:
+                # Computed again from the features, which have their own checksums.
+                pass
         sums: FeatureSums | None = None
         for features in self.stream(name):
             sums = (sums or FeatureSums(features.shape[1])).add(features)
@@ -53,11 +61,7 @@ class FeatureSet:
 
 
 def _chunk_file(folder: Path, name: str, chunk: int) -> Path:
-    return folder / f"{name}-{chunk:06d}.npy"
-
-
-def _problems_file(folder: Path, chunk: int) -> Path:
-    return folder / f"unreadable-{chunk:06d}.json"
+    return folder / f"{name}-{chunk:06d}.npz"
 
 
 def write_chunk(
@@ -76,20 +80,55 @@ def write_chunk(
         dims: Their sizes, for a chunk without a readable image.
         unreadable: A line for each image that is missing.
     """
-    write_json(_problems_file(folder, chunk), unreadable, indent=None)
     for name, dim in dims.items():
         # Copied here, not after each batch: a copy waits for the device.
         parts = [output[name].cpu() for output in outputs]
         features = torch.cat(parts) if parts else torch.zeros(0, dim)
-        path = _chunk_file(folder, name, chunk)
-        with written_whole(path) as partial, partial.open("wb") as file:
-            np.save(file, features.numpy())
+        write_features(folder, name, chunk, features.numpy(), unreadable)
+
+
+def write_features(
+    folder: Path, name: str, chunk: int, features: np.ndarray, unreadable: Sequence[str] = ()
+) -> None:
+    """Write features of a chunk, `[images, dim]`, with a checksum: that of zip files."""
+    lines = np.frombuffer(json.dumps(list(unreadable)).encode(), np.uint8)
+    write_npz(_chunk_file(folder, name, chunk), {"features": features, "unreadable": lines})
+
+
+def read_features(folder: Path, name: str, chunk: int) -> tuple[np.ndarray, list[str]]:
+    """Features of a chunk, `[images, dim]`, and why images are missing.
+
+    Raises:
+        DamagedFileError: If the file is missing or not as it was written.
+    """
+    found = _read_checked(_chunk_file(folder, name, chunk))
+    return found["features"], json.loads(found["unreadable"].tobytes())
+
+
+def _read_checked(path: Path) -> dict[str, np.ndarray]:
+    """All arrays of an npz file of ours; reading them whole compares their checksums."""
+    remedy = "give the same command again, which computes it anew"
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            return dict(archive)
+    except FileNotFoundError as error:
+        raise DamagedFileError(path, "it is missing", remedy) from error
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise DamagedFileError(path, str(error), remedy) from error
 
 
 def is_complete(folder: Path, names: Sequence[str], chunk: int) -> bool:
-    """Whether all files of a chunk are there."""
-    files = [_chunk_file(folder, name, chunk) for name in names]
-    return all(file.is_file() for file in [_problems_file(folder, chunk), *files])
+    """Whether the features of a chunk are there, as they were written."""
+    for name in names:
+        path = _chunk_file(folder, name, chunk)
+        if not path.is_file():
+            return False
+        try:
+            read_features(folder, name, chunk)
+        except DamagedFileError as error:
+            print(f"{str(error).split(';')[0]}: computed again", file=sys.stderr)
+            return False
+    return True
 
 
 def collect(
@@ -98,6 +137,7 @@ def collect(
     """The set of a folder whose chunks are all there; arguments as its fields."""
     unreadable, count = [], 0
     for chunk in range(chunks):
-        unreadable += json.loads(_problems_file(folder, chunk).read_text())
-        count += len(np.load(_chunk_file(folder, name, chunk), mmap_mode="r"))
+        features, lines = read_features(folder, name, chunk)
+        unreadable += lines
+        count += len(features)
     return FeatureSet(folder, chunks, count, tuple(unreadable), shape, digest)

@@ -19,13 +19,15 @@ from mhla_gen.evaluation.extractor import Extractor
 from mhla_gen.evaluation.feature_cache import SETTINGS_NAME, limit_cache
 from mhla_gen.evaluation.feature_files import FeatureSet, collect, is_complete, write_chunk
 from mhla_gen.evaluation.sources import ImageSource, frame_shape
-from mhla_gen.files import write_json
+from mhla_gen.files import remove_leftovers, write_json
 from mhla_gen.media.pictures import UnreadableImageError
 from mhla_gen.runtime.processes import on_main
 
 # Images per file of features. Fixed, so that another number of processes goes on with the same
 # files; an interruption loses one chunk a process.
 CHUNK = 1024
+# Of the files; those of another are computed again.
+FORMAT = 2
 _LISTED = 10
 
 
@@ -161,12 +163,14 @@ def _open_folder(
         "count": len(source),
         "extractor": asdict(extractor.identity),
         "chunk": CHUNK,
+        "format": FORMAT,
         **settings,
     }
     folder = cache_dir / settings_digest(everything)[:32]
 
     def make() -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        for place in (cache_dir, folder):
+            remove_leftovers(place)
         write_json(folder / SETTINGS_NAME, {**everything, "source": source.name})
 
     on_main(make)

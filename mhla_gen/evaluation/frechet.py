@@ -186,7 +186,7 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
         b: Statistics of the other.
 
     Returns:
-        The distance; up to rounding, at least 0.
+        The distance, at least 0; that of equal sets is 0.
 
     Raises:
         EvaluationError: If dimensions differ.
@@ -214,7 +214,9 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
     cross = a.factor.T @ b.factor
     mean_term = float(((a.mean - b.mean) ** 2).sum())
     traces = float(np.trace(a.covariance) + np.trace(b.covariance))
-    return mean_term + traces - 2 * float(torch.linalg.svdvals(cross).sum())
+    distance = mean_term + traces - 2 * float(torch.linalg.svdvals(cross).sum())
+    # Less than the rounding of the sums that are subtracted, also of either sign, is nothing.
+    return distance if distance > traces * a.dim * torch.finfo(torch.float64).eps else 0.0
 
 
 def as_features(features: Tensor | np.ndarray) -> Tensor:

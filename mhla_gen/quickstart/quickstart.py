@@ -1,6 +1,5 @@
 """The quickstart, step by step."""
 
-import json
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from mhla_gen.sampling.contact_sheet import contact_sheet, rows_by_class
 from mhla_gen.sampling.manifest import manifest, weights_of
 from mhla_gen.sampling.sample_set import save_samples
 from mhla_gen.sampling.samplers import ClassSampler
+from mhla_gen.saved_files import read_json
 from mhla_gen.training.log import LOG_NAME, read_log
 from mhla_gen.training.loop import train
 from mhla_gen.training.rehearsal import rehearse
@@ -68,7 +68,7 @@ def quickstart(config: QuickstartConfig, dry_run: bool = False) -> None:
             _run(config, folder)
     elif started:
         print(f"{folder} holds a finished quickstart with these settings; nothing was run")
-    metrics = json.loads((folder / METRICS_NAME).read_text())
+    metrics = read_json(folder / METRICS_NAME, "remove it and give the same command again")
     print(f"\n{table(metrics)}\n\nPictures and numbers are in {folder}. Next:\n")
     for command in next_commands(folder, config.max_steps):
         print(f"  {command}")

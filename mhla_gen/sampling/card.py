@@ -1,6 +1,5 @@
 """A model card: README.md in a pipeline's folder, with settings, how to load it, and a picture."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from mhla_gen.files import write_text, written_whole
 from mhla_gen.hub import INDEX_NAME, find
 from mhla_gen.sampling.manifest import MANIFEST_NAME
 from mhla_gen.sampling.outputs import SHEET_NAME
+from mhla_gen.saved_files import read_json
 
 CARD_NAME, PICTURE_NAME = "README.md", "samples.png"
 # By this line we know a card again, and write over no other.
@@ -23,14 +23,18 @@ def check(pipeline: str) -> Path:
 
     Raises:
         ValueError: If the pipeline is not a folder here.
-        FileExistsError: If there is a README.md that we did not write.
+        OccupiedError: If there is a README.md or a samples.png that we did not write.
     """
     folder = Path(find(pipeline) or pipeline)
     if not (folder / INDEX_NAME).is_file():
         raise UserError(f"card=true needs a saved pipeline in a folder, found pipeline={pipeline}")
-    existing = folder / CARD_NAME
-    if existing.is_file() and _MARK not in existing.read_text():
-        raise OccupiedError(f"{existing} is not a card of ours; move it away or leave card=false")
+    card, picture = folder / CARD_NAME, folder / PICTURE_NAME
+    ours = card.is_file() and _MARK in card.read_text(encoding="utf-8", errors="replace")
+    for path in (card, picture):
+        # A picture is ours where the card is.
+        if path.exists() and not ours:
+            what = "a card" if path == card else "a picture"
+            raise OccupiedError(f"{path} is not {what} of ours; move it away or leave card=false")
     return folder
 
 
@@ -49,13 +53,14 @@ def write(pipeline: str, samples: Path) -> Path:
         OSError: If there is a README.md that we did not write.
     """
     folder = check(pipeline)
-    made = json.loads((samples / MANIFEST_NAME).read_text())
+    made = read_json(samples / MANIFEST_NAME, "draw the set again")
     pictured = (samples / SHEET_NAME).is_file()
+    card = ModelCard(f"---\n{_metadata(made).to_yaml()}\n---\n\n{_text(made, pictured)}")
+    # First: by it the picture is known as ours.
+    write_text(folder / CARD_NAME, str(card))
     if pictured:
         with written_whole(folder / PICTURE_NAME) as partial:
             shutil.copyfile(samples / SHEET_NAME, partial)
-    card = ModelCard(f"---\n{_metadata(made).to_yaml()}\n---\n\n{_text(made, pictured)}")
-    write_text(folder / CARD_NAME, str(card))
     return folder / CARD_NAME
 
 

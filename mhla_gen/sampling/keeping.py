@@ -1,6 +1,5 @@
 """What becomes of drawn samples: files, parts of the contact sheet, features, and a mark."""
 
-import hashlib
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -8,13 +7,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from mhla_gen.media.videos import write_video
 from mhla_gen.sampling.outputs import file_of, sheet_part, write_image
-from mhla_gen.sampling.units import Work, write_array
+from mhla_gen.sampling.units import Work, samples_digest, write_array
 
 # Units whose files are being written while the next ones are drawn.
 _WAITING = 4
@@ -86,20 +84,21 @@ class Keeper:
         if arrived is not None:
             arrived.synchronize()
         samples = host.numpy()
+        files = list(self.work.features_folder.glob(f"*-{unit:06d}.npz"))
         if "npz" in self.formats:
-            write_array(self.work.samples_file(unit), samples)
+            files.append(self.work.samples_file(unit))
+            write_array(files[-1], samples)
         for number, pixels in zip(self.work.units.numbers(unit), samples, strict=True):
             if number in self.on_sheet:
-                write_array(self.work.sheet_file(number), sheet_part(pixels))
-            self._write_file(number, pixels)
-        digest = hashlib.sha256(np.ascontiguousarray(samples).data).hexdigest()
-        self.work.mark(unit, {**values, "sha256": digest})
-
-    def _write_file(self, number: int, pixels: np.ndarray) -> None:
-        if "png" in self.formats:
-            write_image(file_of(self.folder, number, "png"), pixels)
-        if "mp4" in self.formats:
-            write_video(file_of(self.folder, number, "mp4"), pixels, self.fps)
+                files.append(self.work.sheet_file(number))
+                write_array(files[-1], sheet_part(pixels))
+            if "png" in self.formats:
+                files.append(file_of(self.folder, number, "png"))
+                write_image(files[-1], pixels)
+            if "mp4" in self.formats:
+                files.append(file_of(self.folder, number, "mp4"))
+                write_video(files[-1], pixels, self.fps)
+        self.work.mark(unit, {**values, "sha256": samples_digest(samples)}, files)
 
 
 def _to_host(samples: Tensor) -> tuple[Tensor, Any]:

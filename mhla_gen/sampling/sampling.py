@@ -1,6 +1,6 @@
 """The sample command: settings → a folder of samples, by any number of processes and starts."""
 
-import json
+import os
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -42,6 +42,7 @@ from mhla_gen.sampling.own_settings import FREE, free_of
 from mhla_gen.sampling.progress import Progress
 from mhla_gen.sampling.samplers import ClassSampler, Sampler
 from mhla_gen.sampling.units import Units, Work
+from mhla_gen.saved_files import DamagedFileError, read_json
 
 if TYPE_CHECKING:
     from mhla_gen.sampling.scoring import Scorer
@@ -84,6 +85,7 @@ def _sample(config: SampleConfig, folder: Path, state: PartialState, dry_run: bo
     on_main(lambda: made_with(folder, config, FREE))
     job = Job(config, folder, sampler, state)
     if (folder / MANIFEST_NAME).is_file():
+        on_main(job.require_whole)
         if state.is_main_process:
             print(f"{folder} already holds these {job.summary}; nothing to do")
             job.work.remove()
@@ -149,6 +151,7 @@ class Job:
         scorer, processes = self._scorer(), self.state.num_processes
         place(self.config, self.sampler.pipeline, self.device)
         on_main(self._begin)
+        on_main(self.work.forget_damaged)
         missing = on_main(lambda: sorted(set(range(len(self.units))) - self.work.done()))
         time = estimate.remaining(self.sampler, self.units, len(missing), self.config, processes)
         if self.state.is_main_process:
@@ -166,7 +169,7 @@ class Job:
         weights = weights_of(self.sampler.pipeline)
         exact = self.config.reproducible
         found = identity(self.sampler, self.units, weights, self.device, exact)
-        before = self.work.identity() or _read_identity(self.folder)
+        before = self.work.identity() or _manifest_in(self.folder).get("identity")
         changes = [] if before is None else differing_values(before, found)
         if changes:
             raise OccupiedError(
@@ -217,9 +220,10 @@ class Job:
     def _finish(self) -> None:
         """Join what the units left, and write the manifest, which says that the set is complete."""
         files = self._finish_samples() if self.config.keep_samples else []
+        sizes = {name: size_of(self.folder / name) for name in files}
         with not_worth_failing("the contact sheet", "the samples are complete"):
             rows = [
-                (title, np.concatenate([np.load(self.work.sheet_file(n)) for n in numbers]))
+                (title, np.concatenate([self.work.sheet_part(n) for n in numbers]))
                 for title, numbers in self.sampler.rows()
             ]
             write_sheet(self.folder / SHEET_NAME, rows, self.sampler.is_video)
@@ -227,16 +231,25 @@ class Job:
         if self.config.evaluate is not None:
             files.append(self.config.evaluate.out)
         made = manifest(self.sampler, self.config, self.identity, files, self.work.marks())
-        write_json(self.folder / MANIFEST_NAME, made)
+        write_json(self.folder / MANIFEST_NAME, {**made, "bytes": sizes})
         self.work.remove()
+
+    def require_whole(self) -> None:
+        """Raise unless a finished set still has its samples.
+
+        Raises:
+            DamagedFileError: Naming what is missing or has another size.
+        """
+        for name, size in _manifest_in(self.folder).get("bytes", {}).items():
+            found = size_of(self.folder / name)
+            if found != size:
+                remedy = f"remove {self.folder / MANIFEST_NAME} to draw the set again"
+                raise DamagedFileError(self.folder / name, f"{found} bytes of {size}", remedy)
 
     def _finish_samples(self) -> list[str]:
         files, count = [], len(self.sampler)
         if "npz" in self.formats:
-            parts = (
-                np.load(self.work.samples_file(unit), mmap_mode="r")
-                for unit in range(len(self.units))
-            )
+            parts = map(self.work.samples, range(len(self.units)))
             labels = self.sampler.labels if isinstance(self.sampler, ClassSampler) else None
             shape = (count, *self.sampler.shape)
             write_samples(self.folder / SAMPLES_NAME, parts, shape, labels)
@@ -261,6 +274,14 @@ def _formats(config: SampleConfig, sampler: Sampler) -> tuple[str, ...]:
     return config.formats
 
 
-def _read_identity(folder: Path) -> dict[str, Any] | None:
+def _manifest_in(folder: Path) -> dict[str, Any]:
+    """The manifest of a finished set; nothing before that."""
     path = folder / MANIFEST_NAME
-    return json.loads(path.read_text()).get("identity") if path.is_file() else None
+    return read_json(path, "remove it to draw the set again") if path.is_file() else {}
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of all files of a folder; 0 where there is nothing."""
+    if path.is_dir():
+        return sum(entry.stat().st_size for entry in os.scandir(path) if entry.is_file())
+    return path.stat().st_size if path.is_file() else 0

@@ -10,12 +10,12 @@ from torch import Tensor
 from mhla_gen.config import EvaluateConfig
 from mhla_gen.evaluation.errors import EvaluationError
 from mhla_gen.evaluation.evaluation import Scoring, check_metrics
-from mhla_gen.evaluation.feature_files import FeatureSet
+from mhla_gen.evaluation.feature_files import FeatureSet, write_features
 from mhla_gen.evaluation.measurer import Measurer
 from mhla_gen.evaluation.protocol import EvaluationProtocol
 from mhla_gen.evaluation.results import Result
 from mhla_gen.media.pictures import crop_array
-from mhla_gen.sampling.units import Units, write_array
+from mhla_gen.sampling.units import Units
 
 
 class Scorer:
@@ -70,7 +70,7 @@ class Scorer:
         device = next(self._extractor.parameters(), torch.empty(0)).device
         features = self._extractor(self._prepared(samples).to(device).movedim(-1, -3))
         for name in self._scoring.feature_names:
-            write_array(self._features / f"{name}-{unit:06d}.npy", features[name].cpu().numpy())
+            write_features(self._features, name, unit, features[name].cpu().numpy())
 
     def score(self, units: Units, digest: str) -> list[Result]:
         """The numbers of the set, also written to `evaluate.out`; all processes call this.

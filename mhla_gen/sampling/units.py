@@ -1,14 +1,17 @@
 """Units: the groups of samples that are called, written and resumed together."""
 
-import json
+import hashlib
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mhla_gen.errors import UserError
 from mhla_gen.files import write_json, written_whole
+from mhla_gen.saved_files import DamagedFileError, read_array, read_json
 
 WORK_NAME = ".work"
 
@@ -58,14 +61,47 @@ class Work:
         """Samples that are done, by all processes."""
         return sum(len(self.units.numbers(unit)) for unit in self.done())
 
-    def mark(self, unit: int, values: dict[str, Any]) -> None:
-        """Note that a unit is done."""
-        write_json(self.folder / "done" / f"{unit:06d}.json", values)
+    def mark(self, unit: int, values: dict[str, Any], files: Iterable[Path]) -> None:
+        """Note that a unit is done, and how large its files are."""
+        root = self.folder.parent
+        sizes = {str(path.relative_to(root)): path.stat().st_size for path in sorted(files)}
+        write_json(self._mark_file(unit), {**values, "files": sizes})
 
     def marks(self) -> list[dict[str, Any]]:
         """What the marks say, unit after unit."""
-        paths = sorted((self.folder / "done").glob("*.json"))
-        return [json.loads(path.read_text()) for path in paths]
+        remedy = "remove it and give the same command again"
+        return [read_json(self._mark_file(unit), remedy) for unit in sorted(self.done())]
+
+    def forget_damaged(self) -> None:
+        """Take units for not done whose mark or files are not as they were written."""
+        for unit in sorted(self.done()):
+            try:
+                sizes = read_json(self._mark_file(unit), "").get("files", {})
+                wrong = [name for name, size in sizes.items() if self._size(name) != size]
+            except (UserError, AttributeError):
+                wrong = [self._mark_file(unit).name]
+            if wrong:
+                print(f"{wrong[0]} is damaged or missing: its samples are drawn again")
+                self._mark_file(unit).unlink()
+
+    def _mark_file(self, unit: int) -> Path:
+        return self.folder / "done" / f"{unit:06d}.json"
+
+    def _size(self, name: str) -> int | None:
+        path = self.folder.parent / name
+        return path.stat().st_size if path.is_file() else None
+
+    def samples(self, unit: int) -> np.ndarray:
+        """The samples of a unit that is done, `[samples, …]`.
+
+        Raises:
+            DamagedFileError: If they are not those that were drawn.
+        """
+        path, remedy = self.samples_file(unit), "remove it and give the same command again"
+        samples = read_array(path, remedy, mapped=True)
+        if samples_digest(samples) != read_json(self._mark_file(unit), remedy)["sha256"]:
+            raise DamagedFileError(path, "its samples have changed", remedy)
+        return samples
 
     def samples_file(self, unit: int) -> Path:
         """Where the samples of a unit lie, `[samples, …]`."""
@@ -75,6 +111,10 @@ class Work:
         """Where the part of a sample lies that the contact sheet shows."""
         return self.folder / "sheet" / f"{number:06d}.npy"
 
+    def sheet_part(self, number: int) -> np.ndarray:
+        """What the contact sheet shows of a sample, `[images, …]`."""
+        return read_array(self.sheet_file(number), "give the same command again")
+
     @property
     def features_folder(self) -> Path:
         """Where features lie, a file for each name and unit."""
@@ -83,7 +123,13 @@ class Work:
     def identity(self) -> dict[str, Any] | None:
         """What decides the samples, as the first start wrote it; None before that."""
         path = self.folder / "identity.json"
-        return json.loads(path.read_text()) if path.is_file() else None
+        remedy = f"remove {self.folder} to draw the set from its beginning"
+        if path.is_file():
+            return read_json(path, remedy)
+        if self.done():
+            # What these samples are of cannot be told any more.
+            raise DamagedFileError(path, "it is missing", remedy)
+        return None
 
     def write_identity(self, values: dict[str, Any]) -> None:
         """Keep what decides the samples."""
@@ -98,3 +144,8 @@ def write_array(path: Path, array: np.ndarray) -> None:
     """Write an .npy file, whole or not at all."""
     with written_whole(path) as partial, partial.open("wb") as file:
         np.save(file, array)
+
+
+def samples_digest(samples: np.ndarray) -> str:
+    """SHA-256 of samples, uint8 `[samples, …]`."""
+    return hashlib.sha256(np.ascontiguousarray(samples).data).hexdigest()

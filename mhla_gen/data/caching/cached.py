@@ -1,7 +1,6 @@
 """A finished cache as a data set."""
 
 import itertools
-import json
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from mhla_gen.data.caching.index import CAPTIONS_NAME, Index
 from mhla_gen.data.image_encoder import ImageEncoder, load_image_encoder
 from mhla_gen.data.protocol import Batch
 from mhla_gen.errors import UserError
+from mhla_gen.saved_files import read_json
 
 
 @dataclass(frozen=True, eq=False)
@@ -236,7 +236,7 @@ class CachedLatents:
 
     @cached_property
     def _captions(self) -> list[str]:
-        return json.loads((self.folder / CAPTIONS_NAME).read_text())
+        return read_json(self.folder / CAPTIONS_NAME, "run `mhla-gen cache` with its config again")
 
     def _locate(self, index: int) -> tuple[str, int]:
         """File and row of a sample."""

@@ -1,12 +1,12 @@
 """What a finished cache holds: index.json, written last."""
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from mhla_gen.errors import MissingError, UserError
 from mhla_gen.files import write_json
+from mhla_gen.saved_files import read_json
 
 INDEX_NAME = "index.json"
 CAPTIONS_NAME = "captions.json"
@@ -89,7 +89,7 @@ class Index:
                 f"{folder} is a cache that is not finished: {INDEX_NAME} is missing; run "
                 "`mhla-gen cache` with its config, which goes on where it stopped"
             )
-        values = json.loads(path.read_text())
+        values = read_json(path, "remove it and run `mhla-gen cache` with its config again")
         if values.pop("format", None) != FORMAT:
             raise UserError(f"{path} has another format; build the cache again")
         values["buckets"] = tuple(

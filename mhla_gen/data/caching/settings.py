@@ -16,6 +16,7 @@ from mhla_gen.errors import OccupiedError
 from mhla_gen.files import write_json
 from mhla_gen.media.pictures import READING
 from mhla_gen.output_folders import CONFIG_NAME, check_writable, differing_values, made_with
+from mhla_gen.saved_files import read_json
 
 # Two runs may differ in these: paths are known by content, and the rest does not change it.
 _FREE = (
@@ -32,6 +33,7 @@ _FREE = (
     "verify",
     "device",
 )
+_REMEDY = "build the cache again in another output_dir"
 _CHUNK_SIZES = {"clips": 8}
 _IMAGES_PER_CHUNK = 512
 
@@ -106,7 +108,7 @@ def check_settings(config: CacheConfig, settings: dict[str, Any]) -> None:
     """
     folder = Path(config.output_dir)
     path = folder / SETTINGS_NAME
-    changes = differing_values(json.loads(path.read_text()), settings) if path.is_file() else []
+    changes = differing_values(read_json(path, _REMEDY), settings) if path.is_file() else []
     if changes:
         raise OccupiedError(
             f"output_dir {folder} was made of other data or by other models "

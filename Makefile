@@ -5,13 +5,14 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 OUTPUT ?= runs/quickstart
 
-.PHONY: help install quickstart test test-all test-gpu lint format docs wheel clean
+.PHONY: help install quickstart test test-all test-gpu test-crash lint format docs wheel clean
 
 help:
 	@echo "make quickstart   train, sample and score a small model on real digits (3 minutes on 2 cores)"
 	@echo "make test         every fast CPU test"
 	@echo "make test-all     slow tests too"
 	@echo "make test-gpu     tests that need CUDA; a missing device is a failure"
+	@echo "make test-crash   kill commands at every write, fill their disk, damage their files (an hour)"
 	@echo "make lint         ruff and pyright"
 	@echo "make format       let ruff rewrite the code"
 	@echo "make docs         the documents as a site, in build/site; a warning is a failure"
@@ -35,6 +36,9 @@ test-all: $(INSTALLED)
 
 test-gpu: $(INSTALLED)
 	REQUIRE_GPU=1 $(BIN)/python -m pytest -q -m gpu
+
+test-crash: $(INSTALLED)
+	CRASH_TESTS=all $(BIN)/python -m pytest -q tests/test_crashes.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .

@@ -87,7 +87,7 @@ def naming_damage(place: str | Path) -> Iterator[None]:
     except Exception as error:
         folder = Path(place)
         for path in sorted(folder.rglob("*")) if folder.is_dir() else ():
-            problem = _problem_of(path)
+            problem = problem_of_file(path)
             if problem is not None:
                 remedy = "save, copy or download it again"
                 raise DamagedFileError(path, problem, remedy) from error
@@ -97,7 +97,7 @@ def naming_damage(place: str | Path) -> Iterator[None]:
         raise
 
 
-def _problem_of(path: Path) -> str | None:
+def problem_of_file(path: Path) -> str | None:
     """Why a file of a saved model cannot be read; None if it can be, or is of another kind."""
     try:
         if path.suffix == ".safetensors":

@@ -319,7 +319,7 @@ def test_changed_and_missing_files_are_found_and_mended(source, tmp_path):
     with pytest.raises(ValueError, match=r"latents-000002\.safetensors .*cannot be read"):
         build_cache(verify)
     file.unlink()
-    with pytest.raises(ValueError, match=r"000002\.safetensors of the cache is missing; run `mhla"):
+    with pytest.raises(ValueError, match=r"000002\.safetensors is missing; run `mhla"):
         build_cache(verify)
     build_cache(config)
     assert content(tmp_path / "cache") == whole

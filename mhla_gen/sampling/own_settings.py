@@ -11,7 +11,7 @@ from safetensors import safe_open
 from mhla_gen.config import SampleConfig
 from mhla_gen.errors import UserError
 from mhla_gen.hub import SAMPLING_NAME
-from mhla_gen.saved_files import read_json
+from mhla_gen.saved_files import naming_damage, read_json
 
 _CALLED_WITH = ("num_inference_steps", "guidance_scale")
 _SIZES = ("height", "width", "num_frames")
@@ -44,7 +44,8 @@ def with_own(config: SampleConfig, folder: Path) -> SampleConfig:
     path = folder / SAMPLING_NAME
     remedy = f"give the settings, and remove it, or take another pipeline than {folder}"
     known = read_json(path, remedy) if path.is_file() else {}
-    own = {"dtype": _saved_dtype(folder)} | known
+    with naming_damage(folder):
+        own = {"dtype": _saved_dtype(folder)} | known
     unknown = sorted(own.keys() - set(OWN))
     if unknown:
         raise UserError(f"{path} has the keys {', '.join(unknown)}; known are {', '.join(OWN)}")

@@ -24,7 +24,7 @@ from mhla_gen.files import (
 from mhla_gen.hub import PIPELINE_NAME
 from mhla_gen.output_folders import CONFIG_NAME
 from mhla_gen.runtime.processes import on_main
-from mhla_gen.saved_files import DamagedFileError, read_json
+from mhla_gen.saved_files import DamagedFileError, problem_of_file, read_json
 from mhla_gen.training.checkpoint_state import (
     SavedTensors,
     damage_of,
@@ -117,6 +117,33 @@ def write_facts(
     """Say in a checkpoint, or in a trained pipeline, how many steps it has, and of which files."""
     facts = {"format": _FORMAT, "step": step, "num_samples": len(run.data), "files": files or {}}
     write_json(folder / FACTS_NAME, facts)
+
+
+def sizes_below(folder: Path) -> dict[str, dict[str, Any]]:
+    """Bytes of all files in a folder, by their path there."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size} for path in files}
+
+
+def require_whole_pipeline(folder: Path) -> None:
+    """Raise unless the pipeline of a finished run still has its files.
+
+    Raises:
+        DamagedFileError: Naming one that is missing, or whose weights have another size.
+    """
+    pipeline = folder / PIPELINE_NAME
+    remedy = f"remove {pipeline} and go on with resume=latest, which saves it again"
+    known = read_json(pipeline / FACTS_NAME, remedy).get("files", {})
+    found = sizes_below(pipeline)
+    for name, fact in known.items():
+        # Settings may have been edited.
+        if name not in found or (name.endswith(".safetensors") and found[name] != fact):
+            size = found.get(name, {}).get("bytes", 0)
+            reason = f"{size} bytes of {fact['bytes']}"
+            raise DamagedFileError(pipeline / name, reason, remedy)
+        problem = problem_of_file(pipeline / name)
+        if problem is not None:
+            raise DamagedFileError(pipeline / name, problem, remedy)
 
 
 def tidy(folder: Path) -> None:

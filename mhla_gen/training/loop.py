@@ -18,7 +18,9 @@ from mhla_gen.runtime.processes import on_main, tell
 from mhla_gen.training.checkpoints import (
     last_pipeline,
     load_latest,
+    require_whole_pipeline,
     save_checkpoint,
+    sizes_below,
     write_facts,
 )
 from mhla_gen.training.log import LOG_NAME, RunLog, start_trackers
@@ -65,6 +67,7 @@ def train(config: TrainConfig, title: str = "training") -> Path:
         on_main(lambda: check_output_dir(config))
         folder = Path(config.output_dir)
         if pipeline_steps(folder) == config.max_steps:
+            on_main(lambda: require_whole_pipeline(folder))
             if build_accelerator(config).is_main_process:
                 done = f"{folder} is already finished: all of its {config.max_steps} steps are done"
                 tqdm.write(f"{done}, and nothing was run", file=sys.stderr)
@@ -120,7 +123,7 @@ def save_pipeline(run: Run, folder: Path) -> Path:
     with written_whole(folder) if main else nullcontext(folder) as partial:
         write_pipeline(run, partial, last_pipeline(folder.parent))
         if main:
-            write_facts(run, partial, run.config.max_steps)
+            write_facts(run, partial, run.config.max_steps, sizes_below(partial))
     run.accelerator.wait_for_everyone()
     return folder
 

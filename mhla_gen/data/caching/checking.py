@@ -6,6 +6,7 @@ from typing import Any
 
 from mhla_gen.data.caching.chunks import MISSING, Chunk, examine
 from mhla_gen.data.caching.index import Index
+from mhla_gen.errors import UserError
 from mhla_gen.runtime.processes import shared_map
 
 Facts = dict[str, Any]
@@ -23,7 +24,7 @@ def examine_all(folder: Path, names: Sequence[str]) -> dict[str, Facts]:
     found = shared_map(lambda name: examine(folder / name), names, "checking", "file")
     for facts in found:
         if "problem" in facts:
-            raise broken(facts["file"], facts["problem"])
+            raise broken(facts["path"], facts["problem"])
     return {facts["file"]: facts for facts in found}
 
 
@@ -45,16 +46,16 @@ def require_latents(
     record, shapes = facts["record"], facts["shapes"]
     rows = len(record["names"])
     if rows + len(record["quarantined"]) != len(chunk.items) or shapes["item"] != [rows]:
-        raise broken(chunk.name, f"has {shapes['item'][0]} samples of {len(chunk.items)}")
+        raise broken(facts["path"], f"has {shapes['item'][0]} samples of {len(chunk.items)}")
     if rows == 0:
         return
     if "mean" not in shapes or extras != EXTRAS & shapes.keys():
-        raise broken(chunk.name, f"has the tensors {', '.join(shapes)}")
+        raise broken(facts["path"], f"has the tensors {', '.join(shapes)}")
     for name in ("mean", "std", "mean_flipped", "std_flipped", "condition"):
         found = facts["dtypes"].get(name), shapes.get(name)
         if name in shapes and found != (dtype, [rows, *shape]):
             raise broken(
-                chunk.name, f"has {name} of {found[0]} {found[1]}, not {dtype} {[rows, *shape]}"
+                facts["path"], f"has {name} of {found[0]} {found[1]}, not {dtype} {[rows, *shape]}"
             )
 
 
@@ -66,7 +67,7 @@ def require_prompts(facts: Facts, chunk: Chunk) -> None:
     """
     if facts["shapes"]["lengths"] != [len(chunk.items)]:
         found = facts["shapes"]["lengths"][0]
-        raise broken(chunk.name, f"has {found} captions of {len(chunk.items)}")
+        raise broken(facts["path"], f"has {found} captions of {len(chunk.items)}")
 
 
 def require_digests(found: Iterable[Facts], known: dict[str, Facts]) -> None:
@@ -78,14 +79,14 @@ def require_digests(found: Iterable[Facts], known: dict[str, Facts]) -> None:
     for facts in found:
         name = facts["file"]
         if name in known and known[name]["sha256"] != facts["sha256"]:
-            raise broken(name, "has changed since it was written")
+            raise broken(facts["path"], "has changed since it was written")
 
 
-def broken(name: str, problem: str) -> ValueError:
+def broken(path: str, problem: str) -> UserError:
     """The error for a file that must be computed again."""
     delete = "" if problem == MISSING else "delete this file and "
-    return ValueError(
-        f"{name} of the cache {problem}; {delete}run `mhla-gen cache` with its config again, which "
+    return UserError(
+        f"{path} {problem}; {delete}run `mhla-gen cache` with its config again, which "
         "computes it anew"
     )
 

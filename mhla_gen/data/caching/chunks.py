@@ -112,16 +112,21 @@ def examine(path: Path) -> dict[str, Any]:
         `problem`.
     """
     if not path.is_file():
-        return {"file": path.name, "problem": MISSING}
+        return {"file": path.name, "path": str(path), "problem": MISSING}
     try:
         tensors, record = read_tensors(path), read_record(path)
     except (SafetensorError, OSError) as error:
-        return {"file": path.name, "problem": f"cannot be read ({error})"}
+        return {"file": path.name, "path": str(path), "problem": f"cannot be read ({error})"}
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            return {"file": path.name, "problem": f"has values in {name} that are not finite"}
+            return {
+                "file": path.name,
+                "path": str(path),
+                "problem": f"has values in {name} that are not finite",
+            }
     return {
         "file": path.name,
+        "path": str(path),
         "bytes": path.stat().st_size,
         "sha256": file_digest(path),
         "shapes": {name: list(tensor.shape) for name, tensor in tensors.items()},

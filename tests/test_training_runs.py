@@ -52,15 +52,11 @@ from mhla_gen.locks import claimed
 from mhla_gen.runtime.compiling import compile_model, repeated_blocks
 from mhla_gen.sampling.saved_pipeline import load_pipeline
 from mhla_gen.training import rehearse, train
-from mhla_gen.training.checkpoints import (
-    checkpoints,
-    load_latest,
-    pipeline_steps,
-    save_checkpoint,
-)
+from mhla_gen.training.checkpoints import load_latest, save_checkpoint
 from mhla_gen.training.conditioning import ClassLabels
 from mhla_gen.training.log import mean_by_timestep, read_log
 from mhla_gen.training.previews import mixing_picture, tiled
+from mhla_gen.training.run_folder import checkpoints, pipeline_steps
 from mhla_gen.training.stopping import Stopped
 from mhla_gen.training.throughput import specified_flops, step_flops
 from mhla_gen.training.training_run import build_run

@@ -1,5 +1,7 @@
 """The operators, see `mhla` and `tile_attention`: `naive` defines, `blockwise` runs anywhere."""
 
+from mhla_gen.ops.causal import causal_mhla, distance_mixing, locality_weights
+from mhla_gen.ops.causal_state import CausalState
 from mhla_gen.ops.depthwise import depthwise_conv
 from mhla_gen.ops.dispatch import IMPLEMENTATIONS, linear_attention, mhla, resolve_implementation
 from mhla_gen.ops.feature_maps import FEATURE_MAPS
@@ -14,14 +16,18 @@ __all__ = [
     "IMPLEMENTATIONS",
     "MIXING_INITS",
     "TILE_IMPLEMENTATIONS",
+    "CausalState",
     "TileLayout",
     "auto_layout",
     "auto_tiles",
     "block_starts",
+    "causal_mhla",
     "depthwise_conv",
+    "distance_mixing",
     "linear_attention",
     "linformer_attention",
     "locality_mixing",
+    "locality_weights",
     "mhla",
     "resolve_implementation",
     "tile_attention",

@@ -1,0 +1,241 @@
+"""Causal MHLA over blocks of a fixed number of tokens, which is what language needs.
+
+Source: Zhang et al. 2026, arXiv:2601.07832, App. C. The paper's matrix of one weight per pair of
+blocks ends at the length it was trained for; here a weight belongs to a distance between blocks.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mhla_gen.errors import UserError
+from mhla_gen.ops.causal_checks import check_causal
+from mhla_gen.ops.dispatch import mhla
+from mhla_gen.ops.feature_maps import FEATURE_MAPS, rotate
+
+
+def locality_weights(num_blocks: int) -> Tensor:
+    """Weights by distance that favour near blocks: `1 - distance / num_blocks`, float32.
+
+    Args:
+        num_blocks: Distances with a weight of their own, 0 to `num_blocks - 1`.
+
+    Raises:
+        ValueError: If there are none.
+
+    Source:
+        After the locality of Zhang et al. 2026, arXiv:2601.07832, Sec. 4.2, but never 0: the last
+        weight stands for all further blocks too.
+    """
+    if num_blocks < 1:
+        raise UserError(f"num_blocks must be at least 1, found {num_blocks}")
+    return 1 - torch.arange(num_blocks, dtype=torch.float32) / num_blocks
+
+
+def distance_mixing(weights: Tensor, num_blocks: int) -> Tensor:
+    r"""Mixing matrix for any number of blocks: $m_{ib} = w_{\min(i - b,\, D - 1)}$ for b ≤ i.
+
+    Blocks further away than any distance with a weight of its own are read with the last weight.
+    So a matrix for more blocks continues one for fewer, and what is that far away can be kept as
+    one sum without changing the result.
+
+    Args:
+        weights: $w$, `[..., D]`.
+        num_blocks: Rows and columns of the result.
+
+    Returns:
+        `[..., num_blocks, num_blocks]` in the dtype of `weights`, 0 above the diagonal.
+    """
+    block = torch.arange(num_blocks, device=weights.device)
+    distance = block.unsqueeze(1) - block
+    return by_distance(weights, distance.clamp(min=0)).tril()
+
+
+def by_distance(weights: Tensor, distance: Tensor) -> Tensor:
+    """$w_{min(distance, D - 1)}$, `[..., *distance.shape]`."""
+    index = distance.clamp(max=weights.shape[-1] - 1)
+    return weights.index_select(-1, index.flatten()).unflatten(-1, index.shape)
+
+
+def causal_mhla(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weights: Tensor,
+    *,
+    block_size: int,
+    mask: Tensor | None = None,
+    feature_map: str = "relu",
+    rotary: tuple[Tensor, Tensor] | None = None,
+    normalize: bool = True,
+    eps: float = 1e-6,
+) -> Tensor:
+    r"""Causal MHLA of whole sequences, in the chunkwise parallel form.
+
+    Token $n$ of block $i = \lfloor n / \text{block\_size} \rfloor$ reads every $s \le n$:
+    $$o_n = \sum_s w_{i - b(s)} R(\varphi(q_n))^\top R(\varphi(k_s)) v_s \,/\,
+      (\sum_s w_{i - b(s)} \varphi(q_n)^\top \varphi(k_s) + \epsilon),$$
+    with the last of `weights` for all distances beyond them. `CausalState` is the same function,
+    token by token.
+
+    Args:
+        query: `[batch, seq_len, num_heads, head_dim]`, before the feature map. Query heads may be a
+            multiple of key heads, which then serve groups of consecutive query heads.
+        key: `[batch, seq_len, num_key_heads, head_dim]`.
+        value: `[batch, seq_len, num_key_heads, value_dim]`.
+        weights: One per distance between blocks, `[num_distances]` or, by key head,
+            `[num_key_heads, num_distances]`. Non-negative if `normalize`.
+        block_size: Tokens per block; the last block may hold fewer.
+        mask: Bool `[batch, seq_len]`, False at padding. A sequence is what remains without its
+            padding, wherever that is: blocks begin at its first token, and its output depends on
+            nothing else. Outputs at padding are 0.
+        feature_map: Name of φ in `FEATURE_MAPS`.
+        rotary: `(cos, sin)`, each `[seq_len, head_dim / 2]` or, where positions differ in a batch,
+            `[batch, seq_len, head_dim / 2]`; channels 2i and 2i + 1 are a pair.
+        normalize: Divide by the denominator.
+        eps: Added to the denominator.
+
+    Returns:
+        `[batch, seq_len, num_heads, value_dim]` in the dtype of `query`; sums accumulate in
+        float32, or in float64 for float64 inputs.
+
+    Raises:
+        ValueError: If shapes, dtypes, devices or names do not fit; the message says what does.
+
+    Source:
+        Zhang et al. 2026, arXiv:2601.07832, App. C.
+    """
+    check_causal(query, key, value, weights, block_size, mask, feature_map, rotary)
+    if mask is None and (rotary is None or rotary[0].ndim == 2):
+        return _whole_blocks(
+            query, key, value, weights, block_size, feature_map, rotary, normalize, eps
+        )
+    with torch.autocast(query.device.type, enabled=False):
+        tokens = Features(query, key, value, mask, feature_map, rotary)
+        length = query.shape[1] + -query.shape[1] % block_size
+        positions = absent_last(tokens.ranks, mask, length)
+        placed = tokens.placed(positions, length)
+        numerator, denominator = placed.attend(weights, block_size, normalize)
+        if denominator is not None:
+            numerator = numerator / (denominator + eps)
+        return taken(numerator, positions, mask).to(query.dtype)
+
+
+def _whole_blocks(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weights: Tensor,
+    block_size: int,
+    feature_map: str,
+    rotary: tuple[Tensor, Tensor] | None,
+    normalize: bool,
+    eps: float,
+) -> Tensor:
+    """The form without padding: tokens that fill the last block are read by no other."""
+    seq_len, group = query.shape[1], query.shape[2] // key.shape[2]
+    padding = (0, 0, 0, 0, 0, -seq_len % block_size)
+    query, key, value = (F.pad(x, padding) for x in (query, key, value))
+    if rotary is not None:
+        cos, sin = rotary
+        rotary = (F.pad(cos, padding[2:]), F.pad(sin, padding[2:]))
+    num_blocks = query.shape[1] // block_size
+    out = mhla(
+        query,
+        key.repeat_interleave(group, dim=2),
+        value.repeat_interleave(group, dim=2),
+        distance_mixing(_by_query_head(weights, group), num_blocks),
+        grid=(query.shape[1],),
+        layout=(num_blocks,),
+        feature_map=feature_map,
+        rotary=rotary,
+        normalize=normalize,
+        causal=True,
+        eps=eps,
+    )
+    return out[:, :seq_len]
+
+
+def _by_query_head(weights: Tensor, group: int) -> Tensor:
+    return weights if weights.ndim == 1 else weights.repeat_interleave(group, dim=0)
+
+
+class Features:
+    """Tokens after φ and rotation, in float32 at least, with padding set to 0 before.
+
+    `q` and `k` make numerators, `phi_q` and `phi_k` denominators.
+    """
+
+    def __init__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        feature_map: str,
+        rotary: tuple[Tensor, Tensor] | None,
+    ):
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        if mask is not None:
+            absent = ~mask[..., None, None]
+            query, key, value = (x.masked_fill(absent, 0) for x in (query, key, value))
+        phi = FEATURE_MAPS[feature_map]
+        self.phi_q, self.phi_k, self.v = phi(query.to(dtype)), phi(key.to(dtype)), value.to(dtype)
+        self.q, self.k = rotate(self.phi_q, rotary), rotate(self.phi_k, rotary)
+        batch, seq_len = query.shape[:2]
+        # Place of every token among the tokens of its sequence.
+        if mask is None:
+            self.ranks = torch.arange(seq_len, device=query.device).expand(batch, seq_len)
+        else:
+            self.ranks = mask.long().cumsum(dim=1) - 1
+
+    def placed(self, positions: Tensor, length: int) -> "Placed":
+        """Put tokens at `positions` of `length` empty places; those at `length` are dropped."""
+        q, k, v = (_placed(x, positions, length) for x in (self.q, self.k, self.v))
+        if self.q is self.phi_q:
+            return Placed(q, k, q, k, v)
+        phi_q, phi_k = (_placed(x, positions, length) for x in (self.phi_q, self.phi_k))
+        return Placed(q, k, phi_q, phi_k, v)
+
+
+class Placed:
+    """Features in whole blocks, 0 where there is no token."""
+
+    def __init__(self, q: Tensor, k: Tensor, phi_q: Tensor, phi_k: Tensor, v: Tensor):
+        self.q, self.k, self.phi_q, self.phi_k, self.v = q, k, phi_q, phi_k, v
+
+    def attend(
+        self, weights: Tensor, block_size: int, normalize: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Numerators, and denominators `[..., 1]` unless they are not wanted."""
+        numerator = self._sums(self.q, self.k, self.v, weights, block_size)
+        if not normalize:
+            return numerator, None
+        ones = torch.ones_like(self.v[..., :1])
+        return numerator, self._sums(self.phi_q, self.phi_k, ones, weights, block_size)
+
+    def _sums(self, q: Tensor, k: Tensor, v: Tensor, weights: Tensor, block_size: int) -> Tensor:
+        identity = {"feature_map": "identity", "rotary": None, "normalize": False, "eps": 0.0}
+        return _whole_blocks(q, k, v, weights.to(q.dtype), block_size, **identity)
+
+    def summaries(self, block_size: int) -> tuple[Tensor, Tensor]:
+        """`[batch, blocks, key_heads, head_dim, value_dim]`; key sums are without the last."""
+        k, phi_k, v = (x.unflatten(1, (-1, block_size)) for x in (self.k, self.phi_k, self.v))
+        return torch.einsum("bmshk,bmshv->bmhkv", k, v), phi_k.sum(dim=2)
+
+
+def absent_last(positions: Tensor, mask: Tensor | None, length: int) -> Tensor:
+    """Positions with padding moved to `length`, behind all places."""
+    return positions if mask is None else positions.masked_fill(~mask, length)
+
+
+def _placed(x: Tensor, positions: Tensor, length: int) -> Tensor:
+    index = positions[..., None, None].expand_as(x)
+    return x.new_zeros(x.shape[0], length + 1, *x.shape[2:]).scatter(1, index, x)[:, :length]
+
+
+def taken(placed: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
+    """Inverse of placing: what stands at `positions`, and 0 for padding."""
+    index = positions.clamp(max=placed.shape[1] - 1)[..., None, None]
+    out = placed.gather(1, index.expand(*positions.shape, *placed.shape[2:]))
+    return out if mask is None else out.masked_fill(~mask[..., None, None], 0)

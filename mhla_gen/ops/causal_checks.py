@@ -1,0 +1,76 @@
+"""What causal MHLA takes, checked once."""
+
+import torch
+from torch import Tensor
+
+from mhla_gen.errors import UserError
+from mhla_gen.ops.feature_maps import FEATURE_MAPS
+
+
+def check_causal(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weights: Tensor,
+    block_size: int,
+    mask: Tensor | None,
+    feature_map: str,
+    rotary: tuple[Tensor, Tensor] | None,
+) -> None:
+    """Raise `ValueError` unless everything fits together."""
+    if query.ndim != 4 or key.ndim != 4 or value.ndim != 4:
+        raise ValueError(
+            "query, key and value must be [batch, seq_len, heads, dim], found "
+            f"{tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}"
+        )
+    heads = key.shape[2]
+    if query.shape[:2] != key.shape[:2] or query.shape[3] != key.shape[3]:
+        raise ValueError(
+            f"key must have batch, seq_len and head_dim of query {tuple(query.shape)}, found "
+            f"{tuple(key.shape)}"
+        )
+    if value.shape[:3] != key.shape[:3] or heads == 0 or query.shape[2] % heads:
+        raise ValueError(
+            "value must have the heads of key, and query a multiple of them, found "
+            f"{value.shape[2]}, {heads} and {query.shape[2]} heads"
+        )
+    if not query.dtype == key.dtype == value.dtype or not query.is_floating_point():
+        raise ValueError(
+            "query, key and value must share one floating dtype, found "
+            f"{query.dtype}, {key.dtype} and {value.dtype}"
+        )
+    if query.shape[1] == 0:
+        raise ValueError("query has no tokens; give at least one")
+    check_weights(weights, heads, block_size, feature_map)
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != query.shape[:2]):
+        raise ValueError(
+            f"mask must be bool {tuple(query.shape[:2])}, found {mask.dtype} {tuple(mask.shape)}"
+        )
+    _check_rotary(query, rotary)
+
+
+def check_weights(weights: Tensor, heads: int | None, block_size: int, feature_map: str) -> None:
+    """Raise `ValueError` unless there are weights, a block size and a feature map to go by."""
+    fits = heads is None or weights.ndim == 1 or weights.shape[0] == heads
+    if weights.ndim not in (1, 2) or weights.shape[-1] == 0 or not fits:
+        raise UserError(
+            "weights must be [num_distances] or [num_key_heads, num_distances], found "
+            f"{tuple(weights.shape)}" + ("" if heads is None else f" for {heads} key heads")
+        )
+    if block_size < 1:
+        raise UserError(f"block_size must be at least 1, found {block_size}")
+    if feature_map not in FEATURE_MAPS:
+        raise UserError(f"feature_map must be one of {list(FEATURE_MAPS)}, found {feature_map!r}")
+
+
+def _check_rotary(query: Tensor, rotary: tuple[Tensor, Tensor] | None) -> None:
+    if rotary is None:
+        return
+    batch, seq_len, _, head_dim = query.shape
+    shape = (seq_len, head_dim // 2)
+    for table in rotary:
+        if head_dim % 2 or tuple(table.shape) not in (shape, (batch, *shape), (1, *shape)):
+            raise ValueError(
+                f"rotary must be (cos, sin), each {shape} or {(batch, *shape)} with an even "
+                f"head_dim, found {tuple(table.shape)} for head_dim={head_dim}"
+            )

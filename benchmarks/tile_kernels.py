@@ -19,8 +19,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from mhla_gen.bench.ops import Case
 from mhla_gen.ops import auto_tiles
-from mhla_gen.ops.kernels import tile_form
-from mhla_gen.ops.kernels.tile_form import TileCall
+from mhla_gen.ops.kernels import tile_form, tile_gradients
+from mhla_gen.ops.kernels.tile_call import TileCall
 from mhla_gen.ops.tiles import tiling
 
 SHARE = 0.05
@@ -61,7 +61,9 @@ def measure(case: Case) -> dict[str, Any]:
         "softmax": both(softmax, [query, key, value], grad),
         "forward": kernel_ms(lambda: tile_form.forward(query, key, value, None, call)),
         "backward": kernel_ms(
-            lambda: tile_form.backward(grad, None, query, key, value, None, out, lse, lists, call)
+            lambda: tile_gradients.backward(
+                grad, None, query, key, value, None, out, lse, lists, call
+            )
         ),
     }
 

@@ -7,7 +7,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mhla_gen.ops import tile_fused
 from mhla_gen.ops.kernels import tile_form
-from mhla_gen.ops.kernels.tile_form import owners_of_tiles
+from mhla_gen.ops.kernels.tile_gradients import owners_of_tiles
 from mhla_gen.ops.tile_attention import resolve_tile_implementation, tile_attention
 from mhla_gen.ops.tiles import tile_lists, tiling
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from mhla_gen.errors import UserError
 from mhla_gen.ops.fused import DTYPES, INTERPRETED, MAX_DIM
-from mhla_gen.ops.kernels import tile_form
-from mhla_gen.ops.kernels.tile_form import TileCall
+from mhla_gen.ops.kernels import tile_form, tile_gradients
+from mhla_gen.ops.kernels.tile_call import TileCall
 from mhla_gen.ops.tiles import Tiling
 
 MAX_TILES = 16384
@@ -94,7 +94,8 @@ def tile_attend(
 
 @tile_attend.register_fake
 def _(query, key, value, cos, sin, extra_key, extra_value, extra_mask, *options):
-    placed = _placed(*options[:6])
+    *sizes, _scale = options
+    placed = _placed(*sizes)
     batch, seq_len, heads, _ = query.shape
     return (
         value.new_empty(value.shape),
@@ -129,7 +130,7 @@ def tile_attend_backward(
     """Gradients of query, key, value and of extra keys and values, empty without them."""
     call = _call(query, value, cos, sin, grid, tiles, groups, reach, before, top, scale)
     with torch.cuda.device_of(query):
-        return tile_form.backward(  # pyright: ignore[reportReturnType]
+        return tile_gradients.backward(
             grad,
             None if grad_lse is None else grad_lse.contiguous(),
             query,
@@ -178,8 +179,7 @@ tile_attend.register_autograd(_backward, setup_context=_setup)
 
 
 def _placed(grid, tiles, groups, reach, before, top) -> Tiling:
-    grid, tiles, groups, reach, before = map(tuple, (grid, tiles, groups, reach, before))
-    return Tiling(grid, tiles, groups, reach, before, top)
+    return Tiling(tuple(grid), tuple(tiles), tuple(groups), tuple(reach), tuple(before), top)
 
 
 def _call(query, value, cos, sin, grid, tiles, groups, reach, before, top, scale) -> TileCall:

@@ -1,0 +1,217 @@
+"""Launches of tile attention's backward."""
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from mhla_gen.ops.kernels.compiled import launch
+from mhla_gen.ops.kernels.launch import alignment, padded, quotient_up
+from mhla_gen.ops.kernels.tile_backward import (
+    prepare_kernel,
+    tile_backward_extra_kernel,
+    tile_backward_keys_kernel,
+    tile_backward_queries_kernel,
+)
+from mhla_gen.ops.kernels.tile_call import (
+    LOG2E,
+    Extra,
+    TileCall,
+    extra_strides,
+    extra_tensors,
+    kernel_constants,
+    numbered_wide,
+    three_axes,
+    without,
+)
+from mhla_gen.ops.kernels.tile_form import read_boxes, read_tiles
+
+# Parts of all queries that gradients of few keys off the grid are summed in.
+_ENOUGH_PROGRAMS = 512
+
+
+def backward(
+    grad: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    extra: Extra | None,
+    out: Tensor,
+    lse: Tensor,
+    lists: Tensor,
+    call: TileCall,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key, value, and of the keys and values of `extra` (empty without)."""
+    placed, heads = call.placed, query.shape[2]
+    options = _backward_options(call)
+    rows = options["queries"]["BM"]
+    blocks = quotient_up(call.queries, rows)
+    slots = blocks * rows
+    keys, _, _ = read_tiles(key, call)
+    queries = pack_groups(query, call, slots)
+    grads = grad.new_empty((call.batch_heads, placed.num_groups, slots, value.shape[3]))
+    packed_lse = lse.new_empty((call.batch_heads, placed.num_groups, slots))
+    delta = torch.empty_like(packed_lse)
+    strides = grad.stride(), out.stride()
+    groups = three_axes(placed.groups)
+    launch(
+        prepare_kernel,
+        (blocks * placed.num_groups * call.batch_heads,),
+        (grad, out, lse, grad_lse, grads, packed_lse, delta),
+        (*strides, call.box, groups, query.shape[1], heads, placed.num_groups, blocks),
+        {
+            **{name: call.pieces[name] for name in ("V", "V0", "V1")},
+            "BM": rows,
+            "RANK": call.rank,
+            "ALIGN": alignment(*strides),
+            "num_warps": 4,
+        },
+    )
+    packs = queries, grads, packed_lse, delta
+    scales = call.scale * LOG2E, call.scale
+    dquery = query.new_empty(query.shape)
+    strides = keys.stride(), value.stride(), dquery.stride(), *extra_strides(extra)
+    launch(
+        tile_backward_queries_kernel,
+        (blocks * placed.num_groups * call.batch_heads,),
+        (*packs, keys, value, call.cos, call.sin, lists, *extra_tensors(extra), dquery),
+        (
+            *strides,
+            call.box,
+            groups,
+            heads,
+            placed.num_groups,
+            placed.list_size,
+            0 if extra is None else extra[0].shape[1],
+            blocks,
+            *scales,
+        ),
+        kernel_constants(call, options["queries"], *strides) | {"WIDE": numbered_wide(keys, value)},
+    )
+    dkey, dvalue = _backward_keys(packs, keys, value, lists, blocks, options["keys"], call)
+    dextra = _backward_extra(packs, extra, blocks, options["extra"], call)
+    return dquery, dkey, dvalue, *dextra
+
+
+def _backward_keys(
+    packs: tuple[Tensor, ...],
+    keys: Tensor,
+    value: Tensor,
+    lists: Tensor,
+    group_blocks: int,
+    options: dict,
+    call: TileCall,
+) -> tuple[Tensor, Tensor]:
+    placed = call.placed
+    dkey, dvalue = call.query.new_empty(call.query.shape), call.value.new_empty(call.value.shape)
+    owners, offsets = owners_of_tiles(lists, placed.num_tiles)
+    blocks = quotient_up(call.slots, options["BN"])
+    strides = keys.stride(), value.stride(), dkey.stride(), dvalue.stride()
+    constants = without(kernel_constants(call, options, *strides), "RAGGED", *call.slot_sizes)
+    launch(
+        tile_backward_keys_kernel,
+        (blocks * placed.num_tiles * call.batch_heads,),
+        (*packs, keys, value, call.cos, call.sin, owners, offsets, dkey, dvalue),
+        (
+            *strides,
+            call.box,
+            call.query.shape[2],
+            placed.num_tiles,
+            placed.num_groups,
+            group_blocks,
+            blocks,
+            call.scale * LOG2E,
+            call.scale,
+        ),
+        constants,
+    )
+    return dkey, dvalue
+
+
+def owners_of_tiles(lists: Tensor, num_tiles: int) -> tuple[Tensor, Tensor]:
+    """The groups that read each tile of each head, ascending.
+
+    Args:
+        lists: Tiles and entries, int32 `[batch · heads, groups, 2, list_size]`.
+        num_tiles: Tiles of a head.
+
+    Returns:
+        int32 groups of all tiles one after the other, and where each tile's begin, and the last
+        one's end.
+    """
+    heads, num_groups, _, list_size = lists.shape
+    first = torch.arange(heads, dtype=torch.int32, device=lists.device) * num_tiles
+    tiles, order = (lists[:, :, 0] + first[:, None, None]).flatten().sort(stable=True)
+    owners = order.div(max(list_size, 1), rounding_mode="floor") % num_groups
+    places = torch.arange(heads * num_tiles + 1, dtype=torch.int32, device=lists.device)
+    return owners.int(), torch.searchsorted(tiles, places, out_int32=True)
+
+
+def _backward_extra(
+    packs: tuple[Tensor, ...], extra: Extra | None, blocks: int, options: dict, call: TileCall
+) -> tuple[Tensor, Tensor]:
+    if extra is None:
+        return call.query.new_empty(0), call.value.new_empty(0)
+    keys, values, mask = extra
+    batch, extra_len, heads, _ = keys.shape
+    extra_blocks, num_blocks = (
+        quotient_up(extra_len, options["BN"]),
+        call.placed.num_groups * blocks,
+    )
+    parts = max(1, min(_ENOUGH_PROGRAMS // (extra_blocks * batch * heads), num_blocks))
+    part_blocks = quotient_up(num_blocks, parts)
+    parts = quotient_up(num_blocks, part_blocks)
+    dkey, dvalue = (
+        x.new_empty((parts, batch, extra_len, heads, x.shape[3]), dtype=torch.float32)
+        for x in (keys, values)
+    )
+    constants = without(
+        kernel_constants(call, options, *extra_strides(extra)),
+        "RAGGED", "RANK", "ROTARY", *call.slot_sizes,
+    )  # fmt: skip
+    launch(
+        tile_backward_extra_kernel,
+        (parts * batch * heads * extra_blocks,),
+        (*packs, keys, values, mask, dkey, dvalue),
+        (
+            *extra_strides(extra),
+            heads,
+            batch,
+            extra_len,
+            extra_blocks,
+            num_blocks,
+            part_blocks,
+            call.scale * LOG2E,
+            call.scale,
+        ),
+        constants,
+    )
+    return dkey.sum(dim=0).to(keys.dtype), dvalue.sum(dim=0).to(values.dtype)
+
+
+def pack_groups(x: Tensor, call: TileCall, slots: int) -> Tensor:
+    """Rotated tokens of every group, consecutive: `[batch · heads, groups, slots, dim]`."""
+    packed = x.new_empty((call.batch_heads, call.placed.num_groups, slots, x.shape[3]))
+    read_boxes(x, call, packed, None, None, "pack", slots, three_axes(call.placed.groups))
+    return packed
+
+
+def _backward_options(call: TileCall) -> dict[str, dict]:
+    """As `_forward_options`, for gradients of queries, of keys, and of keys off the grid."""
+    if call.operand["OPERAND"] == tl.float32:
+        rows = call.block(32)
+        common = {"BM": rows, "num_warps": 4, "num_stages": 1}
+        keys = min(padded(call.slots), 32)
+        return {
+            "queries": common | {"BN": 32},
+            "keys": common | {"BN": keys},
+            "extra": common | {"BN": 32},
+        }
+    rows = call.block(64)
+    keys = min(padded(call.slots), 64)
+    common = {"BM": rows, "num_warps": 4, "num_stages": 2}
+    return {
+        "queries": common | {"BN": 64},
+        "keys": common | {"BN": keys},
+        "extra": common | {"BN": 64},
+    }

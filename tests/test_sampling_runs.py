@@ -4,11 +4,13 @@ import filecmp
 import json
 import shlex
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, WanPipeline
+from PIL import Image
 from tiny import tiny_clip_cache, tiny_dit_pipeline, tiny_wan_pipeline
 from tiny_sampling import arrays_of, set_of, tiny_pipeline
 
@@ -212,3 +214,29 @@ def test_the_hint_after_training_on_classes_works(tmp_path, monkeypatch, capsys)
     settings += ["model.mhla.layout=[2,2]", "report_to=none", "sample_every=0"]
     hint = hint_of([*settings, "samples.num_inference_steps=1"], capsys)
     assert main(hint) == 0 and (tmp_path / "runs" / "samples" / "samples.npz").is_file()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "changes"),
+    [
+        ("train_cpu.yaml", ["sample_every=1", "samples.num_inference_steps=1"]),
+        (
+            "train_pixels128.yaml",
+            ["model.num_layers=1", "compile=none", "batch_size=1", "sample_every=0"],
+        ),
+    ],
+)
+def test_recipes_take_a_folder_of_images(recipe, changes, tmp_path, monkeypatch, capsys):
+    rng = np.random.default_rng(0)
+    for name in ("bee", "cow"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for number in range(3):
+            pixels = rng.integers(0, 256, (60, 50, 3), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "images" / name / f"{number}.png")
+    config = Path(__file__).parent.parent / "configs" / recipe
+    monkeypatch.chdir(tmp_path)
+    hint = hint_of([str(config), "max_steps=1", *changes], capsys)
+    settings = ["num_inference_steps=1", "num_samples=1", "device=cpu"]
+    assert main([*hint, *settings]) == 0
+    side = 32 if recipe == "train_cpu.yaml" else 128
+    assert arrays_of(tmp_path / "runs" / "samples")["arr_0"].shape == (1, side, side, 3)

@@ -39,8 +39,10 @@ from tiny_joint import (
 )
 from tiny_wan_variants import (
     cosmos_inputs,
+    sana_inputs,
     skyreels_v2_inputs,
     tiny_cosmos,
+    tiny_sana,
     tiny_skyreels_v2,
     tiny_wan_animate,
     tiny_wan_vace,
@@ -62,6 +64,7 @@ from mhla_gen import (
     MHLAMochiTransformer3DModel,
     MHLAPixArtTransformer2DModel,
     MHLAQwenImageTransformer2DModel,
+    MHLASanaTransformer2DModel,
     MHLASanaVideoTransformer3DModel,
     MHLASD3Transformer2DModel,
     MHLASkyReelsV2Transformer3DModel,
@@ -86,6 +89,7 @@ FAMILIES = {
     ),
     "wan": (tiny_wan, wan_inputs, MHLAWanTransformer3DModel, (1, 2, 3)),
     "cosmos": (tiny_cosmos, cosmos_inputs, MHLACosmosTransformer3DModel, (1, 2, 3)),
+    "sana": (tiny_sana, sana_inputs, MHLASanaTransformer2DModel, (2, 2)),
     "skyreels_v2": (
         tiny_skyreels_v2,
         skyreels_v2_inputs,
@@ -127,7 +131,8 @@ TWO_SIZES = {
     "sd3": ({"height": 8, "width": 12}, {"height": 14, "width": 6}),
     "z_image": ({"height": 8, "width": 12}, {"height": 14, "width": 6}),
     **dict.fromkeys(
-        ("flux", "flux2", "qwen_image"), ({"height": 4, "width": 6}, {"height": 7, "width": 3})
+        ("flux", "flux2", "qwen_image", "sana"),
+        ({"height": 4, "width": 6}, {"height": 7, "width": 3}),
     ),
 }
 TWO_CLIPS = ({"height": 10, "width": 14}, {"frames": 2, "height": 14, "width": 10})

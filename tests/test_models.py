@@ -30,13 +30,11 @@ from tiny import (
     kandinsky5_inputs,
     ltx_inputs,
     pixart_inputs,
-    sana_video_inputs,
     tiny_dit,
     tiny_hunyuan_dit,
     tiny_kandinsky5,
     tiny_ltx,
     tiny_pixart,
-    tiny_sana_video,
     tiny_wan,
     wan_inputs,
 )
@@ -271,6 +269,7 @@ LAYERS = {
     "kandinsky5": (kandinsky5_projections, kandinsky5_rotation, (2, 7, 5)),
     "ltx": (across_heads, ltx_rotation, (2, 14, 10)),
     "pixart": (per_head, unrotated, (7, 3)),
+    "sana": (across_heads, unrotated, (7, 3)),
     "sana_video": (across_heads, wan_rotation, (2, 7, 5)),
     **dict.fromkeys(
         ("skyreels_v2", "wan", "wan_animate", "wan_vace"), (across_heads, wan_rotation, (2, 7, 5))
@@ -311,10 +310,12 @@ def test_a_layer_equals_the_definition(name):
     torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_sana_video_with_one_block_is_its_own_linear_attention():
-    model, inputs = tiny_sana_video(), sana_video_inputs()
+@pytest.mark.parametrize("name", ["sana", "sana_video"])
+def test_sana_with_one_block_is_its_own_linear_attention(name):
+    make, make_inputs, _, layout = FAMILIES[name]
+    model, inputs = make(), make_inputs()
     before = run(model, inputs)
-    mhla_gen.inject(model, MHLAConfig(layout=(1, 1, 1), conv=False, gate=False))
+    mhla_gen.inject(model, MHLAConfig(layout=(1,) * len(layout), conv=False, gate=False))
     torch.testing.assert_close(run(model, inputs), before, rtol=1e-3, atol=1e-4)
 
 

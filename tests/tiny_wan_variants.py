@@ -1,8 +1,9 @@
-"""Tiny real diffusers models that are built as Wan is, and Cosmos."""
+"""Tiny real diffusers models that are built as Wan is, Cosmos and SANA."""
 
 import torch
 from diffusers import (
     CosmosTransformer3DModel,
+    SanaTransformer2DModel,
     SkyReelsV2Transformer3DModel,
     WanAnimateTransformer3DModel,
     WanVACETransformer3DModel,
@@ -87,4 +88,30 @@ def cosmos_inputs(frames=3, height=10, width=12, batch=1):
         "timestep": torch.linspace(0.3, 0.6, batch),
         "encoder_hidden_states": torch.randn(batch, 7, 16),
         "fps": 16,
+    }
+
+
+def tiny_sana(**changes):
+    arguments = {
+        "in_channels": 4,
+        "out_channels": 4,
+        "num_attention_heads": 2,
+        "attention_head_dim": 16,
+        "num_layers": 3,
+        "num_cross_attention_heads": 2,
+        "cross_attention_head_dim": 16,
+        "cross_attention_dim": 32,
+        "caption_channels": 12,
+        "sample_size": 8,
+        "qk_norm": "rms_norm_across_heads",
+    } | changes
+    return SanaTransformer2DModel(**arguments).eval()
+
+
+def sana_inputs(height=4, width=6, batch=2):
+    return {
+        "hidden_states": torch.randn(batch, 4, height, width),
+        "timestep": torch.arange(3, 3 + batch),
+        "encoder_hidden_states": torch.randn(batch, 7, 12),
+        "encoder_attention_mask": torch.tensor([[1, 1, 1, 1, 1, 0, 0]]).repeat(batch, 1),
     }

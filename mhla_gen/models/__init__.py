@@ -18,6 +18,7 @@ from mhla_gen.models.mochi import MHLAMochiTransformer3DModel
 from mhla_gen.models.overview import LayerSummary, Summary, summary
 from mhla_gen.models.pixart import MHLAPixArtTransformer2DModel
 from mhla_gen.models.qwen_image import MHLAQwenImageTransformer2DModel
+from mhla_gen.models.sana import MHLASanaTransformer2DModel
 from mhla_gen.models.sana_video import MHLASanaVideoTransformer3DModel
 from mhla_gen.models.sd3 import MHLASD3Transformer2DModel
 from mhla_gen.models.wan import MHLAWanTransformer3DModel
@@ -45,6 +46,7 @@ __all__ = [
     "MHLAPixArtTransformer2DModel",
     "MHLAQwenImageTransformer2DModel",
     "MHLASD3Transformer2DModel",
+    "MHLASanaTransformer2DModel",
     "MHLASanaVideoTransformer3DModel",
     "MHLASkyReelsV2Transformer3DModel",
     "MHLAWanAnimateTransformer3DModel",

@@ -31,7 +31,7 @@ class Family:
     """Processor class of a layer that stays softmax inside a converted model."""
     replaced_modules: ClassVar[dict[str, tuple[type, type]]] = {}
     """Path of a module outside the layers → its stock class and the class it has in a converted
-    model, which must have the same state."""
+    model, which must have the same state; a last `*` stands for every block."""
     variants: ClassVar[tuple[type, ...]] = ()
     """Further softmax classes that are converted like `base_class`, with the same weights."""
     shares_sequences: ClassVar[bool] = False
@@ -56,6 +56,15 @@ class Family:
     def processors(self, attention: Any) -> tuple[type, type, type]:
         """Stock, MHLA and unconverted processor class of a layer."""
         return self.stock_processor, self.mhla_processor, self.unconverted_processor
+
+    def replaced(self, model: Any) -> list[tuple[Any, type, type]]:
+        """Modules outside the layers whose class changes: stock class, class when converted."""
+        found = []
+        for path, classes in self.replaced_modules.items():
+            blocks, every, _ = path.partition(".*")
+            module = model.get_submodule(blocks)
+            found += [(one, *classes) for one in (module if every else [module])]
+        return found
 
     def sizes(self, model: Any) -> tuple[int, int, int]:
         """Heads, channels of a head, channels of the layer's input."""

@@ -20,6 +20,7 @@ from mhla_gen.models.ltx import MHLALTXVideoTransformer3DModel
 from mhla_gen.models.mochi import MHLAMochiTransformer3DModel
 from mhla_gen.models.pixart import MHLAPixArtTransformer2DModel
 from mhla_gen.models.qwen_image import MHLAQwenImageTransformer2DModel
+from mhla_gen.models.sana import MHLASanaTransformer2DModel
 from mhla_gen.models.sana_video import MHLASanaVideoTransformer3DModel
 from mhla_gen.models.sd3 import MHLASD3Transformer2DModel
 from mhla_gen.models.surgery import become, remove_mhla, resolve
@@ -36,6 +37,7 @@ from mhla_gen.models.z_image import MHLAZImageTransformer2DModel
 MHLA_CLASSES: dict[type, type] = {
     softmax_class: mhla_class
     for mhla_class in (
+        MHLASanaTransformer2DModel,
         MHLAWanVACETransformer3DModel,
         MHLAWanAnimateTransformer3DModel,
         MHLASkyReelsV2Transformer3DModel,

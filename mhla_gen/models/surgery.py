@@ -161,8 +161,8 @@ def add_mhla(family: Family, model: Any, config: MHLAConfig) -> None:
             swap_processor(attention, family.processors(attention)[2])
     for _, attention in family.bystanders(model):
         swap_processor(attention, family.processors(attention)[2])
-    for path, (_, converted_class) in family.replaced_modules.items():
-        change_class(model.get_submodule(path), converted_class)
+    for module, _, converted_class in family.replaced(model):
+        change_class(module, converted_class)
     settings = {"mhla": config.to_dict(), **family.settings(model)}
     # from_config ignores what is marked as the default; that may have been another class's.
     defaults = [k for k in model.config.get("_use_default_values", ()) if k not in settings]
@@ -177,8 +177,8 @@ def remove_mhla(family: Family, model: Any) -> None:
         if hasattr(attention, "mhla"):
             del attention.mhla
         swap_processor(attention, family.processors(attention)[0])
-    for path, (stock_class, _) in family.replaced_modules.items():
-        change_class(model.get_submodule(path), stock_class)
+    for module, stock_class, _ in family.replaced(model):
+        change_class(module, stock_class)
     softmax_class = family.softmax_class(model)
     added = _argument_names(type(model)) - _argument_names(softmax_class)
     model._internal_dict = FrozenDict({k: v for k, v in model.config.items() if k not in added})

@@ -168,7 +168,7 @@ def test_the_command_is_dry_repeatable_and_careful(tmp_path, capsys):
     assert cli() == 2
     assert "source is missing" in capsys.readouterr().err
     assert cli(f"source={tmp_path}", "direction=export", f"output_dir={tmp_path / 'x'}") == 2
-    assert "no saved model (config.json)" in capsys.readouterr().err
+    assert "nor a saved model (config.json)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

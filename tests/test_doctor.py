@@ -12,7 +12,17 @@ from mhla_gen import doctor
 from mhla_gen.cli import main
 
 QUICK = [
-    *("packages", "optional", "operator", "GPU", "kernels", "softmax", "graphs", "conversion"),
+    *(
+        "packages",
+        "optional",
+        "operator",
+        "alignment",
+        "GPU",
+        "kernels",
+        "softmax",
+        "graphs",
+        "conversion",
+    ),
     *("video", "inception", "caches"),
 ]
 
@@ -88,3 +98,17 @@ def test_every_remedy_belongs_to_a_check():
 def test_unknown_checks_are_refused():
     with pytest.raises(ValueError, match="found moon"):
         doctor.examine(["moon"])
+
+
+def test_products_that_depend_on_alignment_are_told(monkeypatch):
+    (finding,) = doctor.examine(["alignment"])
+    # tests/conftest.py sets it.
+    assert finding.state == "ok" and "MKL_CBWR" in finding.detail
+    linear = F.linear
+
+    def by_address(row, weight):
+        return linear(row, weight) * (1 + 1e-6 * (weight.data_ptr() % 64 == 4))
+
+    monkeypatch.setattr(F, "linear", by_address)
+    (finding,) = doctor.examine(["alignment"])
+    assert finding.state == "absent" and "MKL_CBWR=AUTO,STRICT" in finding.remedy

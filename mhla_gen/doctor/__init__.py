@@ -53,6 +53,7 @@ CHECKS: dict[str, Callable[[], Result]] = {
     "packages": installation.check_versions,
     "optional": installation.check_optional,
     "operator": computing.check_operator,
+    "alignment": computing.check_alignment,
     "GPU": computing.check_gpu,
     "kernels": computing.check_kernels,
     "softmax": computing.check_softmax,

@@ -1,6 +1,7 @@
 """Checks that compute something: operators, kernels, compilation, conversion, video."""
 
 import functools
+import os
 import tempfile
 from pathlib import Path
 
@@ -23,6 +24,31 @@ def check_operator() -> Result:
     if error > 1e-10:
         return Result("broken", f"blockwise differs from the definition by {error:.1e}")
     return Result("ok", f"blockwise equals the definition on the CPU (relative error {error:.0e})")
+
+
+def check_alignment() -> Result:
+    """Does a product depend on where in memory a weight lies?"""
+    generator = torch.Generator().manual_seed(0)
+    for size in (8, 24, 72, 128):
+        weight = torch.randn(size, size, generator=generator)
+        row = torch.randn(1, size, generator=generator)
+        memory, found = torch.empty(size * size + 16), set()
+        for offset in range(16):
+            moved = memory[offset : offset + size * size].view(size, size).copy_(weight)
+            found.add(torch.nn.functional.linear(row, moved).numpy().tobytes())
+        if len(found) > 1:
+            return Result(
+                "absent",
+                "products of one row round by where a weight lies in memory: a loaded model may "
+                "differ from the saved one in its last bits",
+                "commands set MKL_CBWR=AUTO,STRICT; set it before Python starts for your programs",
+            )
+    given = os.environ.get("MKL_CBWR")
+    return Result(
+        "ok",
+        "products do not depend on where weights lie in memory"
+        + (f" (MKL_CBWR={given})" if given else ""),
+    )
 
 
 def check_gpu() -> Result:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from mhla_gen.config.fields import expand_home
 from mhla_gen.errors import MissingError, UserError
 from mhla_gen.saved_files import read_json
 
@@ -32,6 +33,7 @@ def find(path: str, newest: bool = False) -> str | None:
     Raises:
         FileNotFoundError: If it is neither a folder nor can be a name on the hub.
     """
+    path = expand_home("the model", path)
     folder = Path(path)
     if folder.is_dir():
         places = [folder, folder / PIPELINE_NAME]

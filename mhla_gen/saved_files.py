@@ -1,6 +1,7 @@
 """Files that this package wrote, read again: what was cut, emptied or changed is named."""
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,11 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from mhla_gen.errors import UserError
+
+# diffusers and transformers put the name of a variant before the number of a part.
+_WEIGHTS = re.compile(
+    r"(?:diffusion_pytorch_model|pytorch_model|model)(\.\w+?)?(-\d+-of-\d+)?\.(safetensors|bin)"
+)
 
 
 class DamagedFileError(UserError):
@@ -91,10 +97,27 @@ def naming_damage(place: str | Path) -> Iterator[None]:
             if problem is not None:
                 remedy = "save, copy or download it again"
                 raise DamagedFileError(path, problem, remedy) from error
+        if variant := _only_variant(folder):
+            name = variant.name.split(".")[1].split("-")[0]
+            raise UserError(
+                f"{variant.parent} holds its weights as a variant only, {variant.name}; save them "
+                f'once without: from_pretrained(…, variant="{name}"), then '
+                "save_pretrained(NEW FOLDER)"
+            ) from error
         if isinstance(error, OSError) and folder.is_dir():
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(f"{place} cannot be loaded: {reason}") from error
         raise
+
+
+def _only_variant(folder: Path) -> Path | None:
+    """A file of weights, such as model.fp16.safetensors, where a model has no others."""
+    for config in sorted(folder.rglob("config.json")) if folder.is_dir() else ():
+        matches = map(_WEIGHTS.fullmatch, sorted(p.name for p in config.parent.iterdir()))
+        found = [match for match in matches if match]
+        if found and all(match[1] for match in found):
+            return config.with_name(found[0][0])
+    return None
 
 
 def problem_of_file(path: Path) -> str | None:

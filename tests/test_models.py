@@ -31,6 +31,7 @@ from tiny import (
     ltx_inputs,
     pixart_inputs,
     tiny_dit,
+    tiny_dit_pipeline,
     tiny_hunyuan_dit,
     tiny_kandinsky5,
     tiny_ltx,
@@ -59,6 +60,7 @@ from mhla_gen import (
     MHLADiTTransformer2DModel,
 )
 from mhla_gen.models.injection import MHLA_CLASSES
+from mhla_gen.models.unsupported import REASONS
 from mhla_gen.ops.feature_maps import rotate
 from mhla_gen.ops.naive import naive_mhla
 from mhla_gen.runtime.compiling import compile_blocks, repeated_blocks
@@ -647,6 +649,10 @@ def test_the_page_of_models_is_complete():
     assert len(rows) == len(set(rows))
     assert models <= set(rows) <= defined.keys()
     converted = re.findall(r"^\| `(\w+)` \| `(\w+)` \|", page, re.MULTILINE)
+    # What `inject` says of the others is what the page says.
+    assert set(rows) - {base for base, _ in converted} == REASONS.keys()
+    for name, said in re.findall(r"^\| `(\w+)` \| ([^`].*) \|$", page, re.MULTILINE):
+        assert REASONS[name].endswith(said.replace("`", ""))
     assert set(converted) == {
         (mhla_class.family.base_class.__name__, mhla_class.__name__)
         for _, _, mhla_class, _ in FAMILIES.values()
@@ -654,6 +660,77 @@ def test_the_page_of_models_is_complete():
     assert {c.family for c in MHLA_CLASSES.values()} == {
         c.family for _, _, c, _ in FAMILIES.values()
     }
+
+
+def test_inject_says_why_a_model_does_not_fit():
+    def named(name):
+        return type(name, (torch.nn.Module,), {})()
+
+    for name, said in (
+        ("StableAudio3DiTModel", "does not fit: differential attention"),
+        ("WanVACETransformer3DModel", "fits, but no adapter is written: as Wan"),
+        ("Flux3Transformer2DModel", "fits in part only"),
+        ("UNet2DConditionModel", "does not fit: a UNet"),
+        ("Linear", "expected a pipeline or one of"),
+    ):
+        for tried in (mhla_gen.inject, mhla_gen.summary):
+            with pytest.raises(ValueError, match=said):
+                tried(named(name))
+    unet = diffusers.UNet2DModel(
+        sample_size=8,
+        block_out_channels=(8,),
+        norm_num_groups=4,
+        layers_per_block=1,
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+    )
+    pipe = diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler())
+    with pytest.raises(ValueError, match=r"DDPMPipeline holds no model .*UNet2DModel does not fit"):
+        mhla_gen.inject(pipe)
+
+
+def test_peft_beside_mhla_is_counted_once_and_never_restored_away():
+    peft = pytest.importorskip("peft")
+    base = tiny_wan()
+    expected = {key: value.clone() for key, value in base.state_dict().items()}
+    model = mhla_gen.inject(base, MHLAConfig(layout=(1, 2, 2)))
+    alone = [row.added_parameters for row in mhla_gen.summary(model)]
+    saved = peft.LoraConfig(r=2, target_modules=["to_q"], modules_to_save=["mhla"])
+    copied = copy.deepcopy(model)
+    copied.add_adapter(saved)
+    assert [row.added_parameters for row in mhla_gen.summary(copied)] == alone
+    with pytest.raises(ValueError, match=r"peft \(default\) changed MHLA's own layers"):
+        mhla_gen.restore(copied)
+    low_rank = copy.deepcopy(model)
+    low_rank.add_adapter(peft.LoraConfig(r=2, target_modules=["mhla.gate", "to_v"]))
+    assert [row.added_parameters for row in mhla_gen.summary(low_rank)] == alone
+    before = low_rank.state_dict().keys()
+    with pytest.raises(ValueError, match=r"unload_lora\(\) of the model"):
+        mhla_gen.restore(low_rank)
+    assert low_rank.state_dict().keys() == before
+    low_rank.unload_lora()
+    # On layers that stay, adapters do too: the softmax model with them, exactly.
+    model.add_adapter(peft.LoraConfig(r=2, target_modules=["to_v"], init_lora_weights=False))
+    plain = tiny_wan()
+    plain.load_state_dict(expected)
+    plain.add_adapter(peft.LoraConfig(r=2, target_modules=["to_v"]))
+    lora = {key: value for key, value in model.state_dict().items() if ".lora_" in key}
+    plain.load_state_dict(lora, strict=False)
+    restored = mhla_gen.restore(model)
+    inputs = wan_inputs()
+    with torch.no_grad():
+        assert torch.equal(run(restored.eval(), inputs), run(plain.eval(), inputs))
+    restored.unload_lora()
+    for state in (restored.state_dict(), mhla_gen.restore(low_rank).state_dict()):
+        assert state.keys() == expected.keys()
+        assert all(torch.equal(value, expected[key]) for key, value in state.items())
+
+
+def test_auto_model_finds_the_transformer_of_a_pipeline(tmp_path):
+    pipe = mhla_gen.inject(tiny_dit_pipeline(), MHLAConfig(layout=(2, 2)))
+    pipe.save_pretrained(tmp_path)
+    found = diffusers.AutoModel.from_pretrained(str(tmp_path), subfolder="transformer")
+    assert type(found) is MHLADiTTransformer2DModel
 
 
 def test_positional_arguments_and_defaults():

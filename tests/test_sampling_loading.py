@@ -18,6 +18,7 @@ from mhla_gen import ClassConditionalPipeline, MHLAConfig
 from mhla_gen.config import EvaluateConfig, FeaturesConfig, ModelConfig, TrainConfig
 from mhla_gen.errors import OccupiedError
 from mhla_gen.evaluation import evaluate
+from mhla_gen.models.saved_transformer import load_transformer
 from mhla_gen.sampling import sample, saved_pipeline
 from mhla_gen.sampling.saved_pipeline import load_pipeline
 from mhla_gen.training import train
@@ -238,3 +239,20 @@ def test_a_comparison_that_cannot_be_is_refused_before_sampling(scoring, tmp_pat
     with pytest.raises(ValueError, match="image size: samples 8 × 8, reference 64 × 64"):
         sample(config)
     assert not (tmp_path / "set").exists()
+
+
+def test_weights_of_a_variant_only_are_named_with_how_to_load_them(tmp_path, monkeypatch):
+    pipe = tiny_pipeline()
+    pipe.save_pretrained(tmp_path / "fp16", variant="fp16")
+    pipe.save_pretrained(tmp_path / "parts", variant="fp16", max_shard_size="3KB")
+    pipe.save_pretrained(tmp_path / "both", variant="fp16")
+    pipe.save_pretrained(tmp_path / "both")
+    message = r'variant only, diffusion_pytorch_model\.fp16.*variant="fp16"'
+    for name in ("fp16", "parts"):
+        for load in (lambda p: load_pipeline(p, torch.float32), load_transformer):
+            with pytest.raises(ValueError, match=message) as error:
+                load(str(tmp_path / name))
+            assert "\n" not in str(error.value)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    load_pipeline("~/both", torch.float32)
+    mhla_gen.MHLADiTTransformer2DModel.from_pretrained("~/both/transformer")

@@ -23,7 +23,7 @@ from mhla_gen.files import written_whole
 from mhla_gen.hub import PIPELINE_NAME
 from mhla_gen.models.attention import MHLA
 from mhla_gen.models.base_weights import BaseWeights
-from mhla_gen.models.injection import MHLA_CLASSES, inject, restore
+from mhla_gen.models.injection import MHLA_CLASSES, inject, take_out
 from mhla_gen.models.lora import add_lora_weights, check_lora, lora_of, remove_lora
 from mhla_gen.models.surgery import mhla_layers
 from mhla_gen.models.transformer import MHLATransformerMixin
@@ -69,7 +69,7 @@ def save_adapter(pipe_or_transformer: Any, folder: str | Path) -> Path:
         }
     if not described:
         raise UserError("the model has no MHLA layers, so there is no adapter to save")
-    path = Path(folder) / ADAPTER_NAME
+    path = Path(folder).expanduser() / ADAPTER_NAME
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(path) as partial:
         metadata = {"format": _FORMAT, "transformers": json.dumps(described)}
@@ -138,7 +138,7 @@ def unload_adapter(pipe_or_transformer: Any) -> Any:
     for model in loaded.values():
         remove_lora(model)
         if isinstance(model, MHLATransformerMixin):
-            restore(model)
+            take_out([model])
         delattr(model, _LOADED)
     if isinstance(pipe_or_transformer, DiffusionPipeline):
         pipe_or_transformer.register_modules(**loaded)
@@ -155,7 +155,7 @@ def _transformers(pipe_or_transformer: Any) -> dict[str, Any]:
 
 
 def _find(folder_or_name: str | Path, location: dict[str, Any]) -> Path:
-    path = Path(folder_or_name)
+    path = Path(folder_or_name).expanduser()
     if path.is_file():
         return path
     if path.is_dir():

@@ -1,5 +1,6 @@
 """Put MHLA into a diffusers model or pipeline in place, and take it out."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -25,6 +26,7 @@ from mhla_gen.models.sana_video import MHLASanaVideoTransformer3DModel
 from mhla_gen.models.sd3 import MHLASD3Transformer2DModel
 from mhla_gen.models.surgery import become, remove_mhla, resolve
 from mhla_gen.models.transformer import MHLATransformerMixin
+from mhla_gen.models.unsupported import reason_of
 from mhla_gen.models.wan import MHLAWanTransformer3DModel
 from mhla_gen.models.wan_variants import (
     MHLASkyReelsV2Transformer3DModel,
@@ -98,6 +100,8 @@ def inject(pipe_or_transformer: Any, config: MHLAConfig | None = None) -> Any:
 def restore(pipe_or_transformer: Any) -> Any:
     """Undo `inject`: softmax attention again, bit for bit; MHLA's own weights are dropped.
 
+    Adapters of peft on layers that stay are kept, as they are.
+
     Args:
         pipe_or_transformer: A converted transformer, or a pipeline that holds one or more.
 
@@ -105,18 +109,46 @@ def restore(pipe_or_transformer: Any) -> Any:
         Its argument.
 
     Raises:
-        ValueError: If nothing in it is converted, or it is context-parallel.
+        ValueError: If nothing in it is converted, adapters of peft changed MHLA's own layers, or
+            it is context-parallel.
     """
     targets = [
         t for t in transformers_of(pipe_or_transformer) if isinstance(t, MHLATransformerMixin)
     ]
     if not targets:
         raise UserError("the model has no MHLA layers to restore")
-    if any(getattr(transformer, "_parallel_config", None) is not None for transformer in targets):
-        raise UserError("the model shares its sequences; restore before enable_parallelism")
     for transformer in targets:
-        remove_mhla(transformer.family, transformer)
+        if adapters := adapted_mhla(transformer):
+            raise UserError(
+                f"adapters of peft ({', '.join(adapters)}) changed MHLA's own layers, which would "
+                "go without a word; take them off first: unload_lora_weights() of the pipeline or "
+                "unload_lora() of the model, or load it again where modules_to_save names mhla"
+            )
+    take_out(targets)
     return _update_index(pipe_or_transformer)
+
+
+def take_out(transformers: Sequence[Any]) -> None:
+    """Give converted transformers their own attention and class again.
+
+    Raises:
+        UserError: If one is context-parallel.
+    """
+    if any(getattr(each, "_parallel_config", None) is not None for each in transformers):
+        raise UserError("the model shares its sequences; restore before enable_parallelism")
+    for transformer in transformers:
+        remove_mhla(transformer.family, transformer)
+
+
+def adapted_mhla(transformer: Any) -> list[str]:
+    """The adapters of peft that hold a part of MHLA's own layers."""
+    names = getattr(transformer, "peft_config", None) or {}
+    held = [
+        key
+        for key in transformer.state_dict()
+        if ".mhla." in key and (".lora_" in key or ".modules_to_save." in key)
+    ]
+    return [name for name in names if any(f".{name}." in key for key in held)]
 
 
 def transformers_of(pipe_or_transformer: Any) -> list[Any]:
@@ -125,9 +157,13 @@ def transformers_of(pipe_or_transformer: Any) -> list[Any]:
         known = (*MHLA_CLASSES, *MHLA_CLASSES.values())
         found = [m for m in pipe_or_transformer.components.values() if type(m) in known]
         if not found:
+            reasons = filter(None, map(reason_of, pipe_or_transformer.components.values()))
             raise UserError(
-                f"{type(pipe_or_transformer).__name__} holds none of "
-                f"{', '.join(c.__name__ for c in MHLA_CLASSES)}"
+                f"{type(pipe_or_transformer).__name__} holds no model that can be converted: "
+                + (
+                    "; ".join(dict.fromkeys(reasons))
+                    or f"none of {', '.join(c.__name__ for c in MHLA_CLASSES)}"
+                )
             )
         return found
     return [pipe_or_transformer]
@@ -144,8 +180,12 @@ def _update_index(pipe_or_transformer: Any) -> Any:
 
 def unsupported(transformer: Any) -> str:
     """Why a transformer cannot be converted."""
-    hint = "; convert before torch.compile" if hasattr(transformer, "_orig_mod") else ""
+    if hasattr(transformer, "_orig_mod"):
+        return "the model is compiled; convert it before torch.compile"
+    reason = reason_of(transformer)
+    if reason is not None:
+        return f"{reason} (docs/models.md)"
     return (
         f"expected a pipeline or one of {', '.join(c.__name__ for c in MHLA_CLASSES)}, found a "
-        f"{type(transformer).__name__}{hint}"
+        f"{type(transformer).__name__}"
     )

@@ -114,9 +114,15 @@ def _summarise(family: Family, name: str, attention: Any, grid: tuple[int, ...])
         exact=exact_share(config, grid),
         layout=config.layout if config.has_linear else None,
         implementation=_implementation(child, next(attention.parameters()).device, grid),
-        added_parameters=sum(p.numel() for p in child.parameters()),
+        added_parameters=_added(child),
         converted=True,
     )
+
+
+def _added(child: Any) -> int:
+    """Parameters of MHLA alone: peft may hold a copy of it that it trains, or low-rank updates."""
+    own = getattr(child, "original_module", child)
+    return sum(p.numel() for name, p in own.named_parameters() if "lora_" not in name)
 
 
 def _implementation(child: MHLA, device: torch.device, grid: tuple[int, ...]) -> str:

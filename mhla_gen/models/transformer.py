@@ -10,6 +10,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import nn
 
 from mhla_gen.config import MHLAConfig
+from mhla_gen.config.fields import expand_home
 from mhla_gen.errors import UserError
 from mhla_gen.models.family import Family
 from mhla_gen.models.parallel import check_parallelism
@@ -129,6 +130,7 @@ class MHLATransformerMixin:
             resolve(cls.family, base_model_or_path, config or MHLAConfig())
             base_model = copy.deepcopy(base_model_or_path)
         else:
+            base_model_or_path = expand_home("the model", base_model_or_path)
             location = {k: kwargs[k] for k in _LOCATION if k in kwargs}
             saved = base_class.load_config(base_model_or_path, **location)
             variants = {variant.__name__: variant for variant in cls.family.variants}
@@ -144,6 +146,7 @@ class MHLATransformerMixin:
             ValueError: If the folder holds no MHLA settings, or MHLA weights are missing or do not
                 belong to these settings. Softmax checkpoints go through `from_base`.
         """
+        pretrained_model_name_or_path = expand_home("the model", pretrained_model_name_or_path)
         location = {k: kwargs[k] for k in _LOCATION if k in kwargs}
         saved = cls.load_config(pretrained_model_name_or_path, **location)  # type: ignore[attr-defined]
         if "mhla" not in saved and "mhla" not in kwargs:

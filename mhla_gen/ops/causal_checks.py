@@ -40,7 +40,7 @@ def check_causal(
             f"{query.dtype}, {key.dtype} and {value.dtype}"
         )
     if query.shape[1] == 0:
-        raise ValueError("query has no tokens; give at least one")
+        raise UserError("query has no tokens; give at least one")
     check_weights(weights, heads, block_size, feature_map)
     if mask is not None and (mask.dtype != torch.bool or mask.shape != query.shape[:2]):
         raise ValueError(

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from mhla_gen.digests import file_digest
+from mhla_gen.errors import UserError
 from mhla_gen.files import errors_naming, flush, write_json
 from mhla_gen.saved_files import DamagedFileError, read_json
 from mhla_gen.training.training_run import Run
@@ -70,7 +71,7 @@ class Rows(NamedTuple):
             elif placement.is_replicate():
                 mine = mine and position[axis] == 0
             else:
-                raise ValueError(f"a checkpoint cannot hold tensors that are placed as {placement}")
+                raise UserError(f"a checkpoint cannot hold tensors that are placed as {placement}")
         local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
         return cls(local, start, tuple(shared.shape), mine and length > 0)
 

@@ -32,6 +32,11 @@ class DataConfig(Settings, prefix="data."):
     image_size: Count | None = None
     """Side of the square images in pixels. Image files are cropped and resized to it; the other
     sources have a size, and a number given here must equal it."""
+    failed_reads: Literal["stop", "quarantine"] = "stop"
+    """What becomes of an image whose file cannot be read after several attempts (a damaged one is
+    always left out, and listed). stop ends the command, and the same command goes on exactly when
+    the file can be read. quarantine lists it, and another one of its class takes its place from
+    then on: such a run cannot be repeated."""
     horizontal_flip: bool = False
     """Mirror every image with probability one half. A cache must hold both sides for it: say it
     there, too."""

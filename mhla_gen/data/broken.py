@@ -8,6 +8,10 @@ from threading import Lock
 from tqdm import tqdm
 
 from mhla_gen.files import append_line
+from mhla_gen.saved_files import read_lines
+
+FAILED = "could not be read"
+"""The reason of an image whose file failed, rather than being damaged."""
 
 
 class BrokenImages:
@@ -20,6 +24,17 @@ class BrokenImages:
 
     def __contains__(self, index: int) -> bool:
         return index in self._found
+
+    def reason(self, index: int) -> str:
+        """Why an image is among them."""
+        return self._found[index]["reason"]
+
+    @staticmethod
+    def failed_in(path: Path) -> dict[str, str]:
+        """Names and reasons of images that a listing has because their reading failed."""
+        lines = read_lines(path)[0] if path.is_file() else []
+        found = {str(line.get("name")): str(line.get("reason")) for line in lines}
+        return {name: reason for name, reason in found.items() if reason.startswith(FAILED)}
 
     def add(self, index: int, name: str, reason: str) -> None:
         """Note an image, say so on the terminal, and list it."""

@@ -1,7 +1,6 @@
 """Images to train on: arrays in memory, or encoded images that are read when they are needed."""
 
 import hashlib
-import io
 import zipfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -9,17 +8,18 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mhla_gen.data.broken import BrokenImages
+from mhla_gen.data.broken import FAILED, BrokenImages
+from mhla_gen.data.patience import ReadFailedError, read_patiently, read_rgb_patiently
 from mhla_gen.data.protocol import Batch
 from mhla_gen.data.stores import ImageStore
 from mhla_gen.errors import MissingError, UserError
-from mhla_gen.media.pictures import UnreadableImageError, read_rgb
+from mhla_gen.media.pictures import UnreadableImageError
 
 # Pillow decodes without holding the interpreter lock.
 _READERS = 8
@@ -104,6 +104,8 @@ class EncodedImages:
     """Where the files are."""
     image_size: int
     """Side in pixels after ADM's centre crop."""
+    failed_reads: Literal["stop", "quarantine"] = "stop"
+    """What becomes of an image whose file cannot be read; see `DataConfig`."""
     broken: BrokenImages = field(default_factory=BrokenImages, init=False, repr=False)
     """What `read` found that it could not read."""
 
@@ -143,11 +145,13 @@ class EncodedImages:
     def read(self, indices: Sequence[int]) -> Batch:
         """See `TrainingData`.
 
-        In place of an image that cannot be read comes the next one of its class that can, which is
+        In place of an image that is damaged comes the next one of its class that is not, which is
         said. So a long run does not end with it, and what sample i is stays a function of the
-        files.
+        files. A read that fails is none of that: it is tried again, and then ends the run, unless
+        `failed_reads` says otherwise.
 
         Raises:
+            ReadFailedError: If a file cannot be read.
             ValueError: If no image of a class can be read, also of one that is not asked for: a run
                 fails when it starts, not when it comes to that class.
         """
@@ -164,18 +168,38 @@ class EncodedImages:
 
     def pixels(self, index: int) -> np.ndarray:
         """See `Examples`."""
+        name = self.describe(index)
         try:
-            content = self.store.content(index)
-        except OSError as error:
-            raise UnreadableImageError(f"cannot be read ({error.strerror or error})") from error
-        return read_rgb(io.BytesIO(content), self.image_size)
+            return read_rgb_patiently(lambda: self.store.content(index), name, self.image_size)
+        except ReadFailedError as error:
+            if self.failed_reads == "stop":
+                raise
+            raise UnreadableImageError(f"{FAILED} ({error.__cause__})") from error
 
     def digest(self, index: int) -> str:
         """See `Examples`."""
         try:
-            return hashlib.sha256(self.store.content(index)).hexdigest()
-        except OSError:
+            content = read_patiently(lambda: self.store.content(index), self.describe(index))
+        except UnreadableImageError:
             return "unreadable"
+        except ReadFailedError:
+            if self.failed_reads == "stop":
+                raise
+            return "unreadable"
+        return hashlib.sha256(content).hexdigest()
+
+    def leave_out(self, listing: Path) -> None:
+        """List broken images in a file; those whose reading failed in an earlier start stay out.
+
+        So what sample i is does not change with each start.
+        """
+        failed = self.broken.failed_in(listing)
+        if failed:
+            numbers = {self.describe(index): index for index in range(len(self))}
+            for name, reason in failed.items():
+                if name in numbers:
+                    self.broken.add(numbers[name], name, reason)
+        self.broken.list_in(listing)
 
     def _label(self, index: int) -> int:
         return 0 if self.labels is None else int(self.labels[index])
@@ -212,6 +236,9 @@ class EncodedImages:
             for number, reason in broken.items():
                 self.broken.add(number, self.describe(number), reason)
             return pixels
+        if not broken:
+            # Other threads have found them.
+            broken = {int(images[0]): self.broken.reason(int(images[0]))}
         first, reason = next(iter(broken.items()))
         names = self.class_names
         whose = "" if names is None else f" of class {names[self._label(index)]}"

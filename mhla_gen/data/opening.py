@@ -61,7 +61,7 @@ def open_images(config: DataConfig) -> ArrayImages | EncodedImages:
     else:
         raise UserError(f"data.source={config.source} does not hold images in pixels")
     assert config.image_size is not None
-    return EncodedImages(store, config.image_size)
+    return EncodedImages(store, config.image_size, config.failed_reads)
 
 
 def _of_size(images: ArrayImages, config: DataConfig) -> ArrayImages:

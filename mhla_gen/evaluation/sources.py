@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from mhla_gen.data.patience import read_file_patiently
 from mhla_gen.digests import file_digest
 from mhla_gen.evaluation.errors import EvaluationError
 from mhla_gen.evaluation.npz import npz_keys, open_array
@@ -20,7 +21,6 @@ from mhla_gen.media.pictures import (
     READING,
     UnreadableImageError,
     crop_array,
-    read_rgb,
 )
 from mhla_gen.runtime.processes import tell
 
@@ -119,7 +119,8 @@ class FileSource:
         """See `ImageSource`."""
         if self._clip:
             return read_clip(self._files[index], self._clip)
-        return read_rgb(self._files[index], self._size)
+        # A read that fails ends the evaluation: it says nothing about the image.
+        return read_file_patiently(self._files[index], self._size)
 
     def label(self, index: int) -> str:
         """See `ImageSource`."""

@@ -131,7 +131,7 @@ def save_pipeline(run: Run, folder: Path) -> Path:
 def _list_left_out(run: Run, folder: Path) -> None:
     """Say, and list, which data the model does not see."""
     if isinstance(run.data, EncodedImages):
-        run.data.broken.list_in(folder / QUARANTINE_NAME)
+        run.data.leave_out(folder / QUARANTINE_NAME)
     warning = run.data.index.warning if isinstance(run.data, CachedLatents) else None
     if warning and run.accelerator.is_main_process:
         tqdm.write(warning, file=sys.stderr)

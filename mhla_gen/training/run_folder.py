@@ -15,6 +15,7 @@ _FREE = (
     "output_dir",
     "resume",
     "unpickle_checkpoint",
+    "data.failed_reads",
     "checkpoint_every",
     "keep_checkpoints",
     "log_every",

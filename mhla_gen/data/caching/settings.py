@@ -22,6 +22,7 @@ from mhla_gen.saved_files import read_json
 _FREE = (
     "output_dir",
     "data.path",
+    "data.failed_reads",
     "vae.path",
     "text.path",
     "text.batch_size",

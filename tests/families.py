@@ -39,9 +39,11 @@ from tiny_joint import (
 )
 from tiny_wan_variants import (
     cosmos_inputs,
+    ltx2_inputs,
     sana_inputs,
     skyreels_v2_inputs,
     tiny_cosmos,
+    tiny_ltx2,
     tiny_sana,
     tiny_skyreels_v2,
     tiny_wan_animate,
@@ -60,6 +62,7 @@ from mhla_gen import (
     MHLAHunyuanVideo15Transformer3DModel,
     MHLAHunyuanVideoTransformer3DModel,
     MHLAKandinsky5Transformer3DModel,
+    MHLALTX2VideoTransformer3DModel,
     MHLALTXVideoTransformer3DModel,
     MHLAMochiTransformer3DModel,
     MHLAPixArtTransformer2DModel,
@@ -80,6 +83,7 @@ FAMILIES = {
     "hunyuan_dit": (tiny_hunyuan_dit, hunyuan_dit_inputs, MHLAHunyuanDiT2DModel, (2, 2)),
     "kandinsky5": (tiny_kandinsky5, kandinsky5_inputs, MHLAKandinsky5Transformer3DModel, (1, 2, 3)),
     "ltx": (tiny_ltx, ltx_inputs, MHLALTXVideoTransformer3DModel, (1, 2, 3)),
+    "ltx2": (tiny_ltx2, ltx2_inputs, MHLALTX2VideoTransformer3DModel, (1, 2, 3)),
     "pixart": (tiny_pixart, pixart_inputs, MHLAPixArtTransformer2DModel, (2, 2)),
     "sana_video": (
         tiny_sana_video,

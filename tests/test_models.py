@@ -21,7 +21,7 @@ from diffusers import (
 )
 from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.models.embeddings import apply_rotary_emb
-from diffusers.models.transformers import transformer_ltx
+from diffusers.models.transformers import transformer_ltx, transformer_ltx2
 from families import FAMILIES, cast, output, run, two_inputs
 from tiny import (
     disturb,
@@ -49,7 +49,7 @@ from tiny_joint import (
     tiny_sd3,
     tiny_z_image,
 )
-from tiny_wan_variants import skyreels_v2_inputs, tiny_skyreels_v2
+from tiny_wan_variants import ltx2_inputs, skyreels_v2_inputs, tiny_ltx2, tiny_skyreels_v2
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -253,6 +253,13 @@ def ltx_rotation(x, call):
     return transformer_ltx.apply_rotary_emb(x.flatten(2), (cos, sin)).view_as(x).double()
 
 
+def ltx2_rotation(x, call):
+    rotated = transformer_ltx2.apply_interleaved_rotary_emb(
+        x.flatten(2), call["query_rotary_emb"][:2]
+    )
+    return rotated.view_as(x).double()
+
+
 def cosmos_rotation(x, call):
     cos, sin, _ = call["image_rotary_emb"]
     rotated = apply_rotary_emb(x, (cos, sin), use_real_unbind_dim=-2, sequence_dim=1)
@@ -270,6 +277,7 @@ LAYERS = {
     "hunyuan_dit": (normalized_per_head, hunyuan_dit_rotation, (7, 3)),
     "kandinsky5": (kandinsky5_projections, kandinsky5_rotation, (2, 7, 5)),
     "ltx": (across_heads, ltx_rotation, (2, 14, 10)),
+    "ltx2": (across_heads, ltx2_rotation, (2, 14, 10)),
     "pixart": (per_head, unrotated, (7, 3)),
     "sana": (across_heads, unrotated, (7, 3)),
     "sana_video": (across_heads, wan_rotation, (2, 7, 5)),
@@ -321,7 +329,22 @@ def test_sana_with_one_block_is_its_own_linear_attention(name):
     torch.testing.assert_close(run(model, inputs), before, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("perturbed", [{}, {"perturbation_mask": torch.tensor([0.5])}])
+@pytest.mark.parametrize("rope_type", ["interleaved", "split"])
+def test_ltx2_gates_and_perturbs_its_layers(rope_type, perturbed):
+    gates = {"gated_attn": True, "audio_gated_attn": True, "perturbed_attn": True}
+    model = tiny_ltx2(rope_type=rope_type, **gates)
+    inputs = ltx2_inputs() | perturbed | {"spatio_temporal_guidance_blocks": [1]}
+    before = run(model, inputs)
+    config = MHLAConfig(layout=(1, 2, 2), exact=1, conv=False, gate=False, layers=[0, 1])
+    mhla_gen.inject(model, config)
+    torch.testing.assert_close(run(model, inputs), before)
+    assert torch.equal(run(mhla_gen.restore(model), inputs), before)
+
+
 def test_what_a_family_cannot_take_is_refused():
+    with pytest.raises(ValueError, match="multiply to the number of tokens, 90"):
+        run(mhla_gen.inject(tiny_ltx2()), ltx2_inputs() | {"height": None})
     skyreels = mhla_gen.inject(tiny_skyreels_v2(num_frame_per_block=2))
     with pytest.raises(ValueError, match="neither an attention mask"):
         run(skyreels, skyreels_v2_inputs(frames=4))

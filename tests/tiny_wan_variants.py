@@ -1,8 +1,9 @@
-"""Tiny real diffusers models that are built as Wan is, Cosmos and SANA."""
+"""Tiny real diffusers models that are built as Wan is, Cosmos, SANA and LTX-2."""
 
 import torch
 from diffusers import (
     CosmosTransformer3DModel,
+    LTX2VideoTransformer3DModel,
     SanaTransformer2DModel,
     SkyReelsV2Transformer3DModel,
     WanAnimateTransformer3DModel,
@@ -114,4 +115,36 @@ def sana_inputs(height=4, width=6, batch=2):
         "timestep": torch.arange(3, 3 + batch),
         "encoder_hidden_states": torch.randn(batch, 7, 12),
         "encoder_attention_mask": torch.tensor([[1, 1, 1, 1, 1, 0, 0]]).repeat(batch, 1),
+    }
+
+
+def tiny_ltx2(**changes):
+    arguments = {
+        "in_channels": 4,
+        "out_channels": 4,
+        "num_attention_heads": 2,
+        "attention_head_dim": 12,
+        "cross_attention_dim": 24,
+        "audio_in_channels": 4,
+        "audio_out_channels": 4,
+        "audio_num_attention_heads": 2,
+        "audio_attention_head_dim": 6,
+        "audio_cross_attention_dim": 12,
+        "num_layers": 3,
+        "caption_channels": 16,
+    } | changes
+    return LTX2VideoTransformer3DModel(**arguments).eval()
+
+
+def ltx2_inputs(frames=3, height=5, width=6, batch=1):
+    return {
+        "hidden_states": torch.randn(batch, frames * height * width, 4),
+        "audio_hidden_states": torch.randn(batch, 8, 4),
+        "encoder_hidden_states": torch.randn(batch, 7, 16),
+        "audio_encoder_hidden_states": torch.randn(batch, 7, 16),
+        "timestep": torch.arange(3.0, 3 + batch),
+        "num_frames": frames,
+        "height": height,
+        "width": width,
+        "audio_num_frames": 8,
     }

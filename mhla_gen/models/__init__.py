@@ -14,6 +14,7 @@ from mhla_gen.models.hunyuan_video import (
 from mhla_gen.models.injection import inject, restore
 from mhla_gen.models.kandinsky5 import MHLAKandinsky5Transformer3DModel
 from mhla_gen.models.ltx import MHLALTXVideoTransformer3DModel
+from mhla_gen.models.ltx2 import MHLALTX2VideoTransformer3DModel
 from mhla_gen.models.mochi import MHLAMochiTransformer3DModel
 from mhla_gen.models.overview import LayerSummary, Summary, summary
 from mhla_gen.models.pixart import MHLAPixArtTransformer2DModel
@@ -41,6 +42,7 @@ __all__ = [
     "MHLAHunyuanVideo15Transformer3DModel",
     "MHLAHunyuanVideoTransformer3DModel",
     "MHLAKandinsky5Transformer3DModel",
+    "MHLALTX2VideoTransformer3DModel",
     "MHLALTXVideoTransformer3DModel",
     "MHLAMochiTransformer3DModel",
     "MHLAPixArtTransformer2DModel",

@@ -36,10 +36,11 @@ class MHLACosmosAttnProcessor(MHLAProcessor):
     def project(self, attn: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """With the two channels of a pair side by side in queries and keys."""
         query, key, value = super().project(attn, hidden_states)
-        return _interleaved(query), _interleaved(key), value
+        return interleaved(query), interleaved(key), value
 
 
-def _interleaved(x: Tensor) -> Tensor:
+def interleaved(x: Tensor) -> Tensor:
+    """Channels with the two of a rotary pair side by side, from pairs of the halves of a head."""
     return x.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
 
 

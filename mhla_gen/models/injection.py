@@ -18,6 +18,7 @@ from mhla_gen.models.hunyuan_video import (
 )
 from mhla_gen.models.kandinsky5 import MHLAKandinsky5Transformer3DModel
 from mhla_gen.models.ltx import MHLALTXVideoTransformer3DModel
+from mhla_gen.models.ltx2 import MHLALTX2VideoTransformer3DModel
 from mhla_gen.models.mochi import MHLAMochiTransformer3DModel
 from mhla_gen.models.pixart import MHLAPixArtTransformer2DModel
 from mhla_gen.models.qwen_image import MHLAQwenImageTransformer2DModel
@@ -39,6 +40,7 @@ from mhla_gen.models.z_image import MHLAZImageTransformer2DModel
 MHLA_CLASSES: dict[type, type] = {
     softmax_class: mhla_class
     for mhla_class in (
+        MHLALTX2VideoTransformer3DModel,
         MHLASanaTransformer2DModel,
         MHLAWanVACETransformer3DModel,
         MHLAWanAnimateTransformer3DModel,

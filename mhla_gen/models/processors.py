@@ -57,6 +57,16 @@ class MHLAProcessor:
         out = attn.mhla(query, key, value, hidden_states, grid, rotary, group)
         return self.project_back(attn, out)
 
+    @staticmethod
+    def check(attention_mask: Any, encoder_hidden_states: Any) -> None:
+        """Refuse what MHLA cannot use.
+
+        Raises:
+            ValueError: If either argument is not None.
+        """
+        if attention_mask is not None or encoder_hidden_states is not None:
+            raise ValueError("MHLA layers take neither an attention mask nor other keys and values")
+
     def place(
         self, attn: Any, hidden_states: Tensor, tables: Any
     ) -> tuple[tuple[int, ...], Rotary]:

@@ -32,7 +32,8 @@ class GridSanaTransformerBlock(SanaTransformerBlock):
         width: Any = None,
     ) -> Tensor:
         """As `SanaTransformerBlock`."""
-        self.attn1.grid = (height, width)
+        attention: Any = self.attn1
+        attention.grid = (height, width)
         return super().forward(
             hidden_states,
             attention_mask,

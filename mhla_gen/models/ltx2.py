@@ -1,0 +1,173 @@
+"""MHLA for diffusers' LTX-2: video and audio, of which the video's own attention is replaced."""
+
+from typing import Any
+
+import torch
+from diffusers.models.transformers.transformer_ltx2 import (
+    LTX2AudioVideoAttnProcessor,
+    LTX2AudioVideoRotaryPosEmbed,
+    LTX2PerturbedAttnProcessor,
+    LTX2VideoTransformer3DModel,
+)
+from torch import Tensor
+
+from mhla_gen.models.cosmos import interleaved
+from mhla_gen.models.family import Family
+from mhla_gen.models.processors import MHLAProcessor, pairs
+from mhla_gen.models.transformer import MHLATransformerMixin
+
+
+class GridLTX2RotaryPosEmbed(LTX2AudioVideoRotaryPosEmbed):
+    """LTX-2's rotary embedding of video, which also tells its grid to the attention layers.
+
+    It is called with coordinates alone; the model sets the grid in the same call of `forward`.
+    """
+
+    grid: Any
+
+    def forward(self, coords: Tensor, device: Any = None) -> Any:  # type: ignore[override]
+        """`(cos, sin, grid carrier)`."""
+        cos, sin = super().forward(coords, device)
+        return cos, sin, cos.new_empty((*self.grid, 0))
+
+
+class SoftmaxLTX2AttnProcessor(LTX2AudioVideoAttnProcessor):
+    """Stock attention for the softmax layers of a hybrid."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        query_rotary_emb: Any = None,
+        key_rotary_emb: Any = None,
+    ) -> Tensor:
+        """As `LTX2AudioVideoAttnProcessor`."""
+        return super().__call__(
+            attn, hidden_states, encoder_hidden_states, attention_mask, query_rotary_emb[:2]
+        )
+
+
+class SoftmaxLTX2PerturbedAttnProcessor(LTX2PerturbedAttnProcessor):
+    """Stock attention for the softmax layers of a hybrid."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        query_rotary_emb: Any = None,
+        key_rotary_emb: Any = None,
+        perturbation_mask: Tensor | None = None,
+        all_perturbed: Any = None,
+    ) -> Tensor:
+        """As `LTX2PerturbedAttnProcessor`."""
+        return super().__call__(
+            attn,
+            hidden_states,
+            encoder_hidden_states,
+            attention_mask,
+            query_rotary_emb[:2],
+            perturbation_mask=perturbation_mask,
+            all_perturbed=all_perturbed,
+        )
+
+
+class MHLALTX2AttnProcessor(MHLAProcessor):
+    """MHLA of an `LTX2Attention` layer, with the layer's own gate for each head."""
+
+    norm_across_heads = True
+
+    def __call__(  # type: ignore[override]
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        query_rotary_emb: Any = None,
+        key_rotary_emb: Any = None,
+        perturbation_mask: Tensor | None = None,
+        all_perturbed: Any = None,
+    ) -> Tensor:
+        """As `MHLAProcessor`; a perturbed layer gives its values in place of its attention.
+
+        Raises:
+            ValueError: If a mask or other keys are given, or the grid is missing.
+        """
+        self.check(attention_mask, encoder_hidden_states)
+        grid, rotary = self.place(attn, hidden_states, query_rotary_emb)
+        query, key, value = self.project(attn, hidden_states)
+        if attn.rope_type == "split":
+            query, key = interleaved(query), interleaved(key)
+        if all_perturbed is None and perturbation_mask is not None:
+            all_perturbed = torch.all(perturbation_mask == 0)
+        if all_perturbed:
+            out = value.flatten(2)
+        else:
+            out = attn.mhla(query, key, value, hidden_states, grid, rotary)
+            if perturbation_mask is not None:
+                out = torch.lerp(value.flatten(2), out, perturbation_mask)
+        if attn.to_gate_logits is not None:
+            gates = 2 * torch.sigmoid(attn.to_gate_logits(hidden_states))
+            out = (out.unflatten(2, (attn.heads, -1)) * gates.unsqueeze(-1)).flatten(2)
+        return self.project_back(attn, out)
+
+    def angles(self, attn: Any, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """From tables `[batch, seq_len, channels]`, or by head `[batch, num_heads, seq_len, …]`."""
+        if attn.rope_type == "split":
+            return cos.transpose(1, 2), sin.transpose(1, 2)
+        cos, sin = pairs(cos, sin)
+        return cos.unflatten(2, (attn.heads, -1)), sin.unflatten(2, (attn.heads, -1))
+
+
+class MHLALTX2PerturbedAttnProcessor(MHLALTX2AttnProcessor):
+    """For models whose layers can be perturbed."""
+
+
+class LTX2Family(Family):
+    """LTX-2: grids of frames, height and width; audio and what reads other tokens stay softmax."""
+
+    base_class = LTX2VideoTransformer3DModel
+    rank = 3
+    layers = ("transformer_blocks.*.attn1",)
+    # 121 frames at 512×768 after the VAE (8×32×32), the default of its pipeline.
+    native = (16, 16, 24)
+    stock_processor = LTX2AudioVideoAttnProcessor
+    mhla_processor = MHLALTX2AttnProcessor
+    unconverted_processor = SoftmaxLTX2AttnProcessor
+    replaced_modules = {  # noqa: RUF012
+        "rope": (LTX2AudioVideoRotaryPosEmbed, GridLTX2RotaryPosEmbed)
+    }
+
+    def processors(self, attention: Any) -> tuple[type, type, type]:
+        """As of the family, or of the layers that can be perturbed."""
+        perturbed = (LTX2PerturbedAttnProcessor, MHLALTX2PerturbedAttnProcessor)
+        if isinstance(attention.processor, perturbed):
+            return (*perturbed, SoftmaxLTX2PerturbedAttnProcessor)
+        return super().processors(attention)
+
+    def arguments(self, model: Any, given: dict[str, Any]) -> dict[str, Any]:
+        """The grid goes to the rotary embedding, which hands it on.
+
+        Raises:
+            ValueError: If the three sizes do not say how the tokens lie.
+        """
+        grid = tuple(given.get(name) or 0 for name in ("num_frames", "height", "width"))
+        if grid[0] * grid[1] * grid[2] != given["hidden_states"].shape[1]:
+            raise ValueError(
+                f"MHLA layers need num_frames, height and width that multiply to the number of "
+                f"tokens, {given['hidden_states'].shape[1]}, also beside video_coords, found {grid}"
+            )
+        model.rope.grid = grid
+        return given
+
+
+class MHLALTX2VideoTransformer3DModel(MHLATransformerMixin, LTX2VideoTransformer3DModel):
+    """`LTX2VideoTransformer3DModel` with MHLA layers.
+
+    Takes the arguments of its base class and `mhla`, an `MHLAConfig` or a dict of its values.
+    """
+
+    family = LTX2Family()

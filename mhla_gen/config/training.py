@@ -171,3 +171,7 @@ class QuickstartConfig(Settings):
                 f"the quickstart trains model.attention=mhla, found {self.model.attention}; "
                 "`mhla-gen train` has the other kinds"
             )
+        if not self.model.mhla.has_linear:
+            raise UserError(
+                "the quickstart draws mixing matrices; leave MHLA's half in (model.mhla)"
+            )

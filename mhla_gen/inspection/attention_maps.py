@@ -19,7 +19,7 @@ from mhla_gen.inspection.weights import (
     SoftmaxAttention,
 )
 from mhla_gen.models import MHLA
-from mhla_gen.models.exact import ProjectionCombination, exact_attention, tile_layout
+from mhla_gen.models.exact import exact_attention, tile_layout
 from mhla_gen.models.family import Family
 from mhla_gen.models.head_rotary import rotated
 
@@ -98,17 +98,15 @@ def _of_layer(
     if module.combine is None:
         return exact
     linear = _linear_half(module, given, grid, rotary)
-    share = None
-    if not isinstance(module.combine, ProjectionCombination):
-        log_sum_exp = None
-        if config.combine == "denominator":
-            log_sum_exp = exact_attention(
-                given["query"], given["key"], given["value"], config, grid, rotary
-            )[1]
-        weighed_by = module.weighed_by(
-            given["query"], given["key"], given["hidden_states"], grid, log_sum_exp
-        )
-        share = module.combine.shares(**weighed_by)[0]
+    log_sum_exp = None
+    if config.combine == "denominator":
+        values = given["query"], given["key"], given["value"]
+        _, log_sum_exp = exact_attention(*values, config, grid, rotary)
+    weighed_by = module.weighed_by(
+        given["query"], given["key"], given["hidden_states"], grid, log_sum_exp
+    )
+    shares = module.combine.shares(**weighed_by)
+    share = None if shares is None else shares[0]
     return BothHalves(query, key, exact=exact, linear=linear, share=share)
 
 

@@ -136,7 +136,26 @@ def log_denominator(
     return (sums.squeeze(-1) + config.eps).log()
 
 
-class GateCombination(nn.Module):
+class Combination(nn.Module):
+    """Makes one output of the exact half and MHLA's, each `[batch, seq_len, num_heads, head_dim]`.
+
+    What it weighs them by are keywords, those of `MHLA.weighed_by`.
+    """
+
+    def reset_parameters(self) -> None:
+        """Set what is learned to its start."""
+        raise NotImplementedError
+
+    def forward(self, exact: Tensor, linear: Tensor, **weighed_by: Any) -> Tensor:
+        """The layer's output, like both."""
+        raise NotImplementedError
+
+    def shares(self, **weighed_by: Any) -> Tensor | None:
+        """Weight of the exact half, `[batch, seq_len, num_heads]`; None where there is none."""
+        return None
+
+
+class GateCombination(Combination):
     r"""$a \cdot \mathrm{exact} + (1 - a) \cdot \mathrm{linear}$, one $a$ for each token and head.
 
     $a$ is the sigmoid of a linear map of the layer's input.
@@ -159,16 +178,16 @@ class GateCombination(nn.Module):
         self.to_share.weight.zero_()
         self.to_share.bias.fill_(_logit(self.start))
 
-    def forward(self, exact: Tensor, linear: Tensor, hidden_states: Tensor, **_: Any) -> Tensor:
-        """Combine `[batch, seq_len, num_heads, head_dim]`."""
-        return _weighed(exact, linear, self.to_share(hidden_states))
+    def forward(self, exact: Tensor, linear: Tensor, **weighed_by: Any) -> Tensor:
+        """See `Combination`."""
+        return _weighed(exact, linear, self.to_share(weighed_by["hidden_states"]))
 
-    def shares(self, hidden_states: Tensor, **_: Any) -> Tensor:
+    def shares(self, **weighed_by: Any) -> Tensor:
         """`a`, `[batch, seq_len, num_heads]`."""
-        return self.to_share(hidden_states).sigmoid()
+        return self.to_share(weighed_by["hidden_states"]).sigmoid()
 
 
-class DenominatorCombination(nn.Module):
+class DenominatorCombination(Combination):
     r"""As `GateCombination`, with $a = \sigma(\mathrm{lse} + b - \log \mathrm{denominator})$.
 
     With $b = 0$ this is one average with one denominator over all pairs of both halves. $b$ is
@@ -190,19 +209,19 @@ class DenominatorCombination(nn.Module):
         """Set b to its start."""
         self.bias.fill_(_logit(self.start))
 
-    def forward(self, exact: Tensor, linear: Tensor, **denominators: Any) -> Tensor:
-        """Combine `[batch, seq_len, num_heads, head_dim]`."""
-        return _weighed(exact, linear, self._logits(**denominators))
+    def forward(self, exact: Tensor, linear: Tensor, **weighed_by: Any) -> Tensor:
+        """See `Combination`."""
+        return _weighed(exact, linear, self._logits(**weighed_by))
 
-    def shares(self, **denominators: Any) -> Tensor:
+    def shares(self, **weighed_by: Any) -> Tensor:
         """`a`, `[batch, seq_len, num_heads]`."""
-        return self._logits(**denominators).sigmoid()
+        return self._logits(**weighed_by).sigmoid()
 
     def _logits(self, log_sum_exp: Tensor, log_denominator: Tensor, **_: Any) -> Tensor:
         return log_sum_exp.transpose(1, 2) - log_denominator + self.bias.float()
 
 
-class ProjectionCombination(nn.Module):
+class ProjectionCombination(Combination):
     """The exact half plus a linear map of the other one, which starts at zero.
 
     Args:
@@ -223,14 +242,14 @@ class ProjectionCombination(nn.Module):
         self.proj.weight.zero_()
         self.proj.bias.zero_()
 
-    def forward(self, exact: Tensor, linear: Tensor, **_: Any) -> Tensor:
-        """Combine `[batch, seq_len, num_heads, head_dim]`."""
+    def forward(self, exact: Tensor, linear: Tensor, **weighed_by: Any) -> Tensor:
+        """See `Combination`."""
         return exact + self.proj(linear)
 
 
 def make_combination(
     config: MHLAConfig, num_heads: int, head_dim: int, hidden_size: int
-) -> GateCombination | DenominatorCombination | ProjectionCombination:
+) -> Combination:
     """The module that combines the halves of a layer, as `config.combine` says."""
     if config.combine == "projection":
         return ProjectionCombination(head_dim)

@@ -17,7 +17,7 @@ from mhla_gen.training.build import build_model
 
 __all__ = ["family"]
 
-SOFTMAX = [name for name in FAMILIES if name != "sana_video"]
+SOFTMAX = [n for n, kind in FAMILIES.items() if kind[2].family.stock_kind == "softmax"]
 GRID, LAYOUT = (5, 7), (2, 3)
 
 

@@ -11,7 +11,7 @@ from mhla_gen.version import __version__
 if TYPE_CHECKING:
     from diffusers.models.modeling_utils import ModelMixin
 
-    from mhla_gen.config import MHLAConfig, load_config
+    from mhla_gen.config import LinformerConfig, MHLAConfig, load_config
     from mhla_gen.models import (
         MHLA,
         MHLACogVideoXTransformer3DModel,
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 # diffusers looks up ModelMixin in the package of a saved component before it loads the component.
 _HOMES = {
     "ModelMixin": "diffusers.models.modeling_utils",
+    "LinformerConfig": "mhla_gen.config",
     "MHLAConfig": "mhla_gen.config",
     "load_config": "mhla_gen.config",
     "MHLA": "mhla_gen.models",
@@ -87,6 +88,7 @@ _HOMES = {
 __all__ = [
     "MHLA",
     "ClassConditionalPipeline",
+    "LinformerConfig",
     "MHLACogVideoXTransformer3DModel",
     "MHLAConfig",
     "MHLACosmosTransformer3DModel",

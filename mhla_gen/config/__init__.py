@@ -15,6 +15,7 @@ from mhla_gen.config.data import (
 from mhla_gen.config.distillation import DistillConfig, StageConfig
 from mhla_gen.config.evaluation import EvaluateConfig, FeaturesConfig, ReferenceConfig
 from mhla_gen.config.inspection import InputsConfig, InspectConfig, SensitivityConfig
+from mhla_gen.config.linformer import AttentionConfig, LinformerConfig, attention_from_dict
 from mhla_gen.config.load import SCHEMAS, ConfigError, load_config, save_config, to_yaml
 from mhla_gen.config.mhla import MHLAConfig
 from mhla_gen.config.model import ModelConfig
@@ -28,6 +29,7 @@ from mhla_gen.config.wan import WAN_PRESETS, WanConfig
 __all__ = [
     "SCHEMAS",
     "WAN_PRESETS",
+    "AttentionConfig",
     "AutoencoderConfig",
     "BenchConfig",
     "CacheConfig",
@@ -42,6 +44,7 @@ __all__ = [
     "ImageEncoderConfig",
     "InputsConfig",
     "InspectConfig",
+    "LinformerConfig",
     "MHLAConfig",
     "ModelConfig",
     "ObjectiveConfig",
@@ -55,6 +58,7 @@ __all__ = [
     "TextEncoderConfig",
     "TrainConfig",
     "WanConfig",
+    "attention_from_dict",
     "load_config",
     "save_config",
     "to_yaml",

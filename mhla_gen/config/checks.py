@@ -46,6 +46,27 @@ def normalize_layout(layout: Any) -> Any:
     return tuple(layout)
 
 
+def normalize_layers(layers: Any) -> Any:
+    """Indices as a sorted tuple; "all", a fraction like "2/3" or a function as it is."""
+    if callable(layers):
+        return layers
+    message = f'layers must be "all", a list of indices or a fraction like "2/3", found {layers!r}'
+    if isinstance(layers, str):
+        if layers == "all":
+            return layers
+        part, slash, whole = layers.partition("/")
+        if not (slash and part.isdecimal() and whole.isdecimal() and 0 < int(part) <= int(whole)):
+            raise UserError(message)
+        return layers
+    if not isinstance(layers, Sequence):
+        raise UserError(message)
+    if any(not isinstance(i, int) or isinstance(i, bool) or i < 0 for i in layers):
+        raise UserError(message)
+    if not layers or len(set(layers)) != len(layers):
+        raise UserError(message + " (empty or with duplicates)")
+    return tuple(sorted(layers))
+
+
 def normalize_classes(classes: Any, names: bool = False) -> Any:
     """Class numbers as a tuple, or "all" as it is; with `names`, names may stand among them."""
     if isinstance(classes, str) and classes == "all":

@@ -1,10 +1,10 @@
 """Settings of the attention that replaces softmax."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any, Literal, Self
 
-from mhla_gen.config.checks import normalize_integers, normalize_layout
+from mhla_gen.config.checks import normalize_integers, normalize_layers, normalize_layout
 from mhla_gen.config.fields import Count, NotNegative, Range, Settings, Whole
 from mhla_gen.config.retired import without_retired
 from mhla_gen.errors import UserError
@@ -73,7 +73,7 @@ class MHLAConfig(Settings):
     def __post_init__(self):
         super().__post_init__()
         object.__setattr__(self, "layout", normalize_layout(self.layout))
-        object.__setattr__(self, "layers", _normalize_layers(self.layers))
+        object.__setattr__(self, "layers", normalize_layers(self.layers))
         if self.conv_kernel_size % 2 == 0:
             raise UserError(
                 f"conv_kernel_size must be odd and positive, found {self.conv_kernel_size}"
@@ -113,6 +113,11 @@ class MHLAConfig(Settings):
         return self.exact == 0 or (self.exact < 1 and self.linear)
 
     @property
+    def unshared(self) -> str | None:
+        """What keeps processes from sharing a sequence, or None."""
+        return f"exact={self.exact:g}" if self.exact > 0 else None
+
+    @property
     def has_halves(self) -> bool:
         """Whether there are two halves to combine."""
         return self.has_tiles and self.linear
@@ -131,29 +136,11 @@ class MHLAConfig(Settings):
         """The settings that `to_dict` of this or an earlier version wrote.
 
         Raises:
-            ValueError: If they use what this version no longer has.
+            ValueError: If they use what this version no longer has, or are of another attention.
         """
+        if "kind" in values:
+            raise UserError(f"expected settings of MHLA, found those of {values['kind']} layers")
         return cls(**without_retired(values))
 
 
 _TILE_SETTINGS = ("exact_tile", "exact_group", "exact_window", "exact_top")
-
-
-def _normalize_layers(layers: Any) -> Any:
-    if callable(layers):
-        return layers
-    message = f'layers must be "all", a list of indices or a fraction like "2/3", found {layers!r}'
-    if isinstance(layers, str):
-        if layers == "all":
-            return layers
-        part, slash, whole = layers.partition("/")
-        if not (slash and part.isdecimal() and whole.isdecimal() and 0 < int(part) <= int(whole)):
-            raise UserError(message)
-        return layers
-    if not isinstance(layers, Sequence):
-        raise UserError(message)
-    if any(not isinstance(i, int) or isinstance(i, bool) or i < 0 for i in layers):
-        raise UserError(message)
-    if not layers or len(set(layers)) != len(layers):
-        raise UserError(message + " (empty or with duplicates)")
-    return tuple(sorted(layers))

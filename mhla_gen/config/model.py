@@ -5,6 +5,7 @@ from typing import Literal, NamedTuple
 
 from mhla_gen.config.checks import check_choice
 from mhla_gen.config.fields import Count, FilePath, Settings
+from mhla_gen.config.linformer import LinformerConfig
 from mhla_gen.config.mhla import MHLAConfig
 from mhla_gen.errors import UserError
 
@@ -39,12 +40,14 @@ class ModelConfig(Settings, prefix="model."):
         ValueError: If a value is out of its range.
     """
 
-    attention: Literal["softmax", "gated_softmax", "linear", "mhla"] = "mhla"
+    attention: Literal["softmax", "gated_softmax", "linear", "mhla", "linformer"] = "mhla"
     """linear is MHLA with one block, gated_softmax is softmax: the controls that have the same
     convolution and gate."""
     mhla: MHLAConfig = field(default_factory=MHLAConfig)
-    """Settings of all but softmax; linear replaces the layout by one block, gated_softmax sets
-    exact to 1."""
+    """Settings of all but softmax and linformer; linear replaces the layout by one block,
+    gated_softmax sets exact to 1."""
+    linformer: LinformerConfig = field(default_factory=LinformerConfig)
+    """Settings of linformer."""
     preset: str = "DiT-S/2"
     """Sizes of a new model: DiT-S, DiT-B, DiT-L or DiT-XL, with patches of /2, /4 or /8."""
     patch_size: Count | None = None

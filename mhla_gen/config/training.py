@@ -114,6 +114,12 @@ class TrainConfig(Settings):
         super().__post_init__()
         if self.model.trainable == "lora" and self.wan is None:
             raise UserError("model.trainable=lora needs wan: diffusers' DiT takes no adapters")
+        shares = self.model.attention == "linformer" and self.model.linformer.sharing == "layerwise"
+        if shares and self.parallelism == "fsdp":
+            raise UserError(
+                "model.linformer.sharing=layerwise reads weights of another layer, which "
+                "parallelism=fsdp keeps apart; take sharing=key_value or parallelism=ddp"
+            )
         if self.evaluate_every and self.evaluation.reference is None:
             raise UserError("evaluate_every needs evaluation.reference, images or statistics")
 

@@ -5,7 +5,7 @@ from collections.abc import Collection
 from typing import Any, Literal
 
 from mhla_gen.errors import UserError
-from mhla_gen.models.attention import MHLA
+from mhla_gen.models.additions import AddedAttention
 from mhla_gen.models.surgery import swap_processor
 from mhla_gen.models.transformer import MHLATransformerMixin
 
@@ -22,7 +22,9 @@ def mhla_attentions(student: MHLATransformerMixin) -> dict[str, Any]:
     """
     layers = student.family.attentions(student)
     found = {
-        name: layer for name, layer in layers if isinstance(getattr(layer, "mhla", None), MHLA)
+        name: layer
+        for name, layer in layers
+        if isinstance(getattr(layer, "mhla", None), AddedAttention)
     }
     if not found:
         raise UserError("the student has no MHLA layers; convert it with mhla_gen.inject first")
@@ -43,7 +45,7 @@ def trained_names(student: Any, trained: Trained) -> set[str]:
     frozen = {
         f"{name}.mhla.mixing"
         for name, layer in layers.items()
-        if not layer.mhla.config.mixing_learnable
+        if layer.mhla.mixing is not None and not layer.mhla.config.mixing_learnable
     }
     names = (name for name, _ in student.named_parameters())
     return {name for name in names if name.startswith(prefixes)} - frozen

@@ -13,6 +13,7 @@ from mhla_gen.models.hunyuan_video import (
 )
 from mhla_gen.models.injection import inject, restore
 from mhla_gen.models.kandinsky5 import MHLAKandinsky5Transformer3DModel
+from mhla_gen.models.linformer import Linformer
 from mhla_gen.models.ltx import MHLALTXVideoTransformer3DModel
 from mhla_gen.models.ltx2 import MHLALTX2VideoTransformer3DModel
 from mhla_gen.models.mochi import MHLAMochiTransformer3DModel
@@ -33,6 +34,7 @@ from mhla_gen.models.z_image import MHLAZImageTransformer2DModel
 __all__ = [
     "MHLA",
     "LayerSummary",
+    "Linformer",
     "MHLACogVideoXTransformer3DModel",
     "MHLACosmosTransformer3DModel",
     "MHLADiTTransformer2DModel",

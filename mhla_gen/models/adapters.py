@@ -17,15 +17,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mhla_gen.config import MHLAConfig
+from mhla_gen.config import attention_from_dict
 from mhla_gen.errors import MissingError, UserError
 from mhla_gen.files import written_whole
 from mhla_gen.hub import PIPELINE_NAME
-from mhla_gen.models.attention import MHLA
 from mhla_gen.models.base_weights import BaseWeights
 from mhla_gen.models.injection import MHLA_CLASSES, inject, take_out
 from mhla_gen.models.lora import add_lora_weights, check_lora, lora_of, remove_lora
-from mhla_gen.models.surgery import mhla_layers
+from mhla_gen.models.surgery import new_modules
 from mhla_gen.models.transformer import MHLATransformerMixin
 
 ADAPTER_NAME = "mhla_adapter.safetensors"
@@ -108,7 +107,7 @@ def load_adapter(pipe_or_transformer: Any, folder_or_name: str | Path, **locatio
         unload_adapter(pipe_or_transformer)
     for name in described:
         model = parts[name]
-        inject(model, MHLAConfig.from_dict(described[name]["mhla"]))
+        inject(model, attention_from_dict(described[name]["mhla"]))
         setattr(model, _LOADED, str(path))
         state = {k: v for k, v in tensors[name].items() if ".mhla." in k}
         model.load_state_dict(state, strict=False)
@@ -239,17 +238,12 @@ def _check(path: Path, model: Any, described: Any, tensors: Mapping[str, Tensor]
 
 def _expected(family: Any, model: Any, settings: Any) -> Iterator[tuple[str, torch.Size]]:
     """Names and shapes of the weights that MHLA adds to a model."""
-    config = MHLAConfig.from_dict(settings)
-    attentions = family.attentions(model)
     try:
-        chosen = mhla_layers(config, [name for name, _ in attentions])
+        with torch.device("meta"):
+            added = new_modules(family, model, attention_from_dict(settings))
     except ValueError as error:
         raise UserError(f"the adapter is for a model of other sizes: {error}") from error
-    for index in chosen:
-        path, attention = attentions[index]
-        heads, head_dim, hidden_size = family.sizes(model)
-        with torch.device("meta"):
-            child = MHLA(heads, head_dim, hidden_size, config, family.reads_text(attention))
+    for path, child in added.items():
         for name, value in child.state_dict().items():
             yield f"{path}.mhla.{name}", value.shape
 

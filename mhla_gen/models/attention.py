@@ -7,20 +7,16 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mhla_gen.config import MHLAConfig
 from mhla_gen.errors import UserError
+from mhla_gen.models.additions import AddedAttention
 from mhla_gen.models.exact import exact_attention, log_denominator, make_combination
 from mhla_gen.models.features import Features
 from mhla_gen.models.head_rotary import mhla_rotated_by_head
-from mhla_gen.ops import MIXING_INITS, depthwise_conv, mhla
-from mhla_gen.ops.halo import begin_halo, sharded_depthwise_conv
+from mhla_gen.ops import MIXING_INITS, mhla
 from mhla_gen.ops.sharded import begin_sharded_mhla
-
-# silu(x) = 1 here, to the last bit in float32, bfloat16 and float16.
-_SILU_ONE = 1.2784645427610738
 
 NEW_START = 0.5
 """Weight of the exact half in a new model."""
@@ -28,7 +24,7 @@ CONVERTED_START = 0.98
 """Weight of the exact half in a converted model, which this disturbs least."""
 
 
-class MHLA(nn.Module):
+class MHLA(AddedAttention):
     """MHLA over projected queries, keys and values, with everything it learns.
 
     Beside MHLA, or in its place, softmax can compute a share of the pairs exactly (`config.exact`).
@@ -59,16 +55,13 @@ class MHLA(nn.Module):
         config: MHLAConfig,
         reads_text: bool = False,
     ):
-        super().__init__()
+        super().__init__(num_heads, head_dim, config)
         if config.layout == "auto":
             raise UserError("MHLA needs a layout of block counts; resolve layout='auto' first")
         has_halves = config.has_linear and (config.has_tiles or reads_text)
         if has_halves and config.exact_start is None:
             config = replace(config, exact_start=NEW_START)
-        self.config = config
-        self.num_heads = num_heads
-        self.head_dim = head_dim
-        inner_dim = num_heads * head_dim
+        self.config: MHLAConfig = config
         self.mixing = None
         if config.has_linear:
             mixing = initial_mixing(config, num_heads)
@@ -77,9 +70,7 @@ class MHLA(nn.Module):
         self.combine = None
         if has_halves:
             self.combine = make_combination(config, num_heads, head_dim, hidden_size)
-        size, rank = config.conv_kernel_size, len(config.layout)
-        self.conv = DepthwiseConv(inner_dim, size, rank) if config.conv else None
-        self.gate = nn.Linear(hidden_size, inner_dim) if config.gate else None
+        self.add_parts(hidden_size, len(config.layout))
         self.norm = nn.RMSNorm(head_dim, eps=1e-6) if config.output_norm else None
         self.reset_parameters()
 
@@ -91,63 +82,9 @@ class MHLA(nn.Module):
         for module in (self.features, self.combine):
             if module is not None:
                 module.reset_parameters()
-        if self.conv is not None:
-            for parameter in self.conv.parameters():
-                parameter.zero_()
-        if self.gate is not None:
-            self.gate.weight.zero_()
-            self.gate.bias.fill_(_SILU_ONE)
+        self.reset_parts()
         if self.norm is not None:
             self.norm.reset_parameters()
-
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        hidden_states: Tensor,
-        grid: tuple[int, ...],
-        rotary: tuple[Tensor, Tensor] | None = None,
-        group: Any = None,
-        extra: tuple[Tensor, ...] | None = None,
-    ) -> Tensor:
-        """Attend over a token grid, and to keys off it.
-
-        An axis with fewer tokens than blocks, such as the single frame of an image, uses as many
-        blocks as it has tokens, evenly spaced; the others are empty and read by nobody.
-
-        Args:
-            query: `[batch, seq_len, num_heads, head_dim]`, before the feature map, raster order.
-            key: Like `query`.
-            value: Like `query`.
-            hidden_states: Input of the layer, `[batch, seq_len, hidden_size]`.
-            grid: Tokens along each axis.
-            rotary: See `mhla_gen.ops.mhla`, or `mhla_rotated_by_head` for tables of 4 axes.
-            group: Processes that share the sequence, each with its own part of all tensors above
-                (`mhla_gen.ops.sharded`), or None if this process has all of it.
-            extra: Keys and values off the grid that every token reads exactly, and maybe a mask of
-                the valid ones; see `mhla_gen.ops.tile_attention`.
-
-        Returns:
-            `[batch, seq_len, num_heads * head_dim]`.
-
-        Raises:
-            ValueError: If processes share the sequence of a layer with an exact half.
-        """
-        if group is not None and self.config.exact > 0:
-            raise UserError("layers with an exact half cannot share a sequence among processes")
-        halo = None
-        if self.conv is not None and group is not None:
-            halo = self.conv.begin_halo(value.flatten(2), grid, group)
-        attend = self._begin(query, key, value, hidden_states, grid, rotary, group, extra)
-        # Where processes share the sequence, this hides what they tell each other.
-        convolved = None if self.conv is None else self.conv(value.flatten(2), grid, group, halo)
-        out = attend().flatten(2)
-        if convolved is not None:
-            out = out + convolved
-        if self.gate is not None:
-            out = out * F.silu(self.gate(hidden_states))
-        return out
 
     def _begin(
         self,
@@ -160,7 +97,11 @@ class MHLA(nn.Module):
         group: Any,
         extra: tuple[Tensor, ...] | None,
     ) -> Callable[[], Tensor]:
-        """Begin what `forward` does before convolution and gate; the result ends it."""
+        """Begin attention, whose result ends it.
+
+        An axis with fewer tokens than blocks, such as the single frame of an image, uses as many
+        blocks as it has tokens, evenly spaced; the others are empty and read by nobody.
+        """
         config = self.config
         assert extra is None or config.exact > 0 or self.combine is not None
         if config.exact == 0 and extra is None:
@@ -287,46 +228,3 @@ def initial_mixing(config: MHLAConfig, num_heads: int) -> Tensor:
     """The matrix that training starts from, `[blocks, blocks]`, with heads first if they differ."""
     mixing = MIXING_INITS[config.mixing_init](config.layout)
     return mixing.repeat(num_heads, 1, 1) if config.mixing_per_head else mixing
-
-
-class DepthwiseConv(nn.Module):
-    """Depthwise convolution over tokens on their grid; it starts at zero.
-
-    Args:
-        channels: Channels of a token.
-        kernel_size: Odd width along every axis.
-        rank: Axes of the grid.
-
-    Source:
-        The positional convolution (CPE) of arXiv:2601.07832, Sec. 5.2, on values.
-    """
-
-    def __init__(self, channels: int, kernel_size: int, rank: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(channels, 1, *[kernel_size] * rank))
-        self.bias = nn.Parameter(torch.zeros(channels))
-
-    def forward(
-        self,
-        tokens: Tensor,
-        grid: tuple[int, ...],
-        group: Any = None,
-        halo: Callable[[], Tensor] | None = None,
-    ) -> Tensor:
-        """Convolve tokens `[batch, seq_len, channels]`, raster order of `grid`.
-
-        `group`: processes that share them, or None; `halo`: what `begin_halo` returned, if called.
-        """
-        if group is not None:
-            convolve: Any = sharded_depthwise_conv
-            return convolve(tokens, self.weight, self.bias, grid=grid, group=group, halo=halo)
-        return depthwise_conv(tokens, self.weight, self.bias, grid=grid)
-
-    def begin_halo(self, tokens: Tensor, grid: tuple[int, ...], group: Any) -> Callable[[], Tensor]:
-        """Start to borrow what `forward` needs of other processes' tokens."""
-        begin: Any = begin_halo
-        return begin(tokens, tuple(self.weight.shape[2:]), grid=grid, group=group)
-
-    def extra_repr(self) -> str:
-        """Channels and filter size, for `print(model)`."""
-        return f"{len(self.bias)}, kernel_size={tuple(self.weight.shape[2:])}"

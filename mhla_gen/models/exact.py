@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mhla_gen.config import MHLAConfig
+from mhla_gen.config import AttentionConfig, MHLAConfig
 from mhla_gen.models.head_rotary import rotated
 from mhla_gen.ops import TileLayout, auto_tiles, mhla, tile_attention, tile_share
 
@@ -40,9 +40,9 @@ def tile_layout(config: MHLAConfig, grid: tuple[int, ...]) -> TileLayout:
     )
 
 
-def exact_share(config: MHLAConfig, grid: tuple[int, ...]) -> float:
+def exact_share(config: AttentionConfig, grid: tuple[int, ...]) -> float:
     """The share of pairs that softmax computes on a token grid, from 0 to 1."""
-    if not config.has_tiles:
+    if not isinstance(config, MHLAConfig) or not config.has_tiles:
         return float(config.exact)
     tile, group, window, top = tile_layout(config, grid)
     return tile_share(grid, tile, window, top, group)

@@ -5,7 +5,7 @@ from typing import Any
 
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
-from mhla_gen.config import MHLAConfig
+from mhla_gen.config import AttentionConfig, MHLAConfig
 from mhla_gen.errors import UserError
 from mhla_gen.models.cogvideox import MHLACogVideoXTransformer3DModel
 from mhla_gen.models.cosmos import MHLACosmosTransformer3DModel
@@ -67,8 +67,8 @@ MHLA_CLASSES: dict[type, type] = {
 }
 
 
-def inject(pipe_or_transformer: Any, config: MHLAConfig | None = None) -> Any:
-    """Replace softmax self-attention by MHLA, in place.
+def inject(pipe_or_transformer: Any, config: AttentionConfig | None = None) -> Any:
+    """Replace softmax self-attention by MHLA or Linformer, in place.
 
     Projections are kept, so the model's weights still load and train as before; the class becomes
     the family's `MHLA…` class, whose `save_pretrained` and `from_pretrained` carry everything.
@@ -77,7 +77,7 @@ def inject(pipe_or_transformer: Any, config: MHLAConfig | None = None) -> Any:
     Args:
         pipe_or_transformer: A transformer of a supported family (`docs/models.md`), or any pipeline
             that holds one or more of them (both experts of Wan 2.2).
-        config: Settings; the defaults if None.
+        config: Settings of either; the defaults of MHLA if None.
 
     Returns:
         Its argument.

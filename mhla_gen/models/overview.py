@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from mhla_gen.errors import UserError
-from mhla_gen.models.attention import MHLA
+from mhla_gen.models.additions import AddedAttention
 from mhla_gen.models.exact import exact_share, tile_layout
 from mhla_gen.models.family import Family
 from mhla_gen.models.injection import MHLA_CLASSES, transformers_of, unsupported
@@ -25,7 +25,8 @@ class LayerSummary:
     """Path of the layer inside the model."""
     kind: str
     """softmax, mhla, or linear: MHLA with a single block, or the model's own linear attention.
-    exact is softmax on a share of the pairs, "exact + mhla" both halves."""
+    exact is softmax on a share of the pairs, "exact + mhla" both halves; linformer is softmax over
+    projected keys."""
     exact: float
     """Share of the pairs that softmax computes, on the model's own token grid."""
     layout: tuple[int, ...] | None
@@ -125,10 +126,10 @@ def _added(child: Any) -> int:
     return sum(p.numel() for name, p in own.named_parameters() if "lora_" not in name)
 
 
-def _implementation(child: MHLA, device: torch.device, grid: tuple[int, ...]) -> str:
+def _implementation(child: AddedAttention, device: torch.device, grid: tuple[int, ...]) -> str:
     """What runs on a device; of both halves, where they differ."""
     config, found = child.config, []
-    if config.exact == 1:
+    if config.exact == 1 or child.kind == "linformer":
         return "sdpa"
     if config.has_tiles:
         token = torch.empty(1, 1, 1, child.head_dim, dtype=torch.bfloat16, device=device)

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from diffusers import TensorParallelConfig
 from torch import nn
 
-from mhla_gen.config import MHLAConfig
+from mhla_gen.config import AttentionConfig
 from mhla_gen.models.family import Family
 
 
@@ -28,7 +28,7 @@ def sequence_group(parallel_config: Any) -> Any:
     return parallel_config.context_parallel_config._flattened_mesh.get_group()
 
 
-def check_parallelism(family: Family, settings: MHLAConfig, config: Any) -> None:
+def check_parallelism(family: Family, settings: AttentionConfig, config: Any) -> None:
     """Check that MHLA layers of a family can run as `config` wants.
 
     Args:
@@ -50,10 +50,10 @@ def check_parallelism(family: Family, settings: MHLAConfig, config: Any) -> None
             f"MHLA layers of {family.base_class.__name__} cannot share a sequence: a rank would "
             "sum its own tokens only; call mhla_gen.restore(model) first, or run on one device"
         )
-    if settings.exact > 0:
+    if settings.unshared:
         raise NotImplementedError(
-            f"layers with exact={settings.exact:g} cannot share a sequence: other ranks would "
-            "hold keys that they read; use exact=0, one device, or mhla_gen.restore(model) first"
+            f"layers with {settings.unshared} cannot share a sequence: other ranks would "
+            "hold keys that they read; use plain MHLA, one device, or mhla_gen.restore(model) first"
         )
 
 

@@ -11,16 +11,18 @@ from typing import Any
 from diffusers.configuration_utils import FrozenDict
 from torch import nn
 
-from mhla_gen.config import MHLAConfig
+from mhla_gen.config import AttentionConfig, LinformerConfig, MHLAConfig
 from mhla_gen.errors import UserError
+from mhla_gen.models.additions import AddedAttention
 from mhla_gen.models.attention import CONVERTED_START, MHLA, NEW_START
 from mhla_gen.models.exact import exact_share
 from mhla_gen.models.family import Family
 from mhla_gen.models.features import SOFTMAX
+from mhla_gen.models.linformer import Linformer
 from mhla_gen.ops import FEATURE_MAPS, auto_layout, resolve_implementation
 
 
-def mhla_layers(config: MHLAConfig, names: Sequence[str]) -> tuple[int, ...]:
+def mhla_layers(config: AttentionConfig, names: Sequence[str]) -> tuple[int, ...]:
     """Indices of the layers that `config.layers` converts.
 
     A fraction `a/b` keeps the first `b - a` of every `b` layers softmax.
@@ -54,7 +56,9 @@ def mhla_layers(config: MHLAConfig, names: Sequence[str]) -> tuple[int, ...]:
     return config.layers
 
 
-def resolve(family: Family, model: Any, config: MHLAConfig, new: bool = False) -> MHLAConfig:
+def resolve(
+    family: Family, model: Any, config: AttentionConfig, new: bool = False
+) -> AttentionConfig:
     """Check a config against a model and settle what it leaves open.
 
     Args:
@@ -64,8 +68,8 @@ def resolve(family: Family, model: Any, config: MHLAConfig, new: bool = False) -
         new: Whether the model's weights are new; a pretrained one is disturbed as little as can be.
 
     Returns:
-        Settings with block counts for `layout="auto"`, indices for a function in `layers`, and a
-        number for `exact_start`.
+        Settings with block counts for `layout="auto"`, token counts for `grid="auto"`, indices for
+        a function in `layers`, and a number for `exact_start`.
 
     Raises:
         ValueError: If layers, rank, layout or processors do not fit the model, or there is no such
@@ -75,13 +79,6 @@ def resolve(family: Family, model: Any, config: MHLAConfig, new: bool = False) -
     layers = mhla_layers(config, [name for name, _ in attentions])
     if callable(config.layers):
         config = replace(config, layers=layers)
-    config = _settle_start(family, model, config, new)
-    resolve_implementation(config.implementation)
-    names = (*FEATURE_MAPS, SOFTMAX)
-    if config.feature_map not in names:
-        raise UserError(
-            f"feature_map must be one of {', '.join(names)}, found {config.feature_map!r}"
-        )
     for name, attention in attentions + family.bystanders(model):
         known = family.processors(attention)
         if type(attention.processor) not in known:
@@ -91,14 +88,56 @@ def resolve(family: Family, model: Any, config: MHLAConfig, new: bool = False) -
             )
         if getattr(attention.processor, "_parallel_config", None) is not None:
             raise UserError(f"{name} is context-parallel; convert before enable_parallelism")
+    if isinstance(config, LinformerConfig):
+        return _resolve_linformer(family, model, config, len(layers))
+    return _resolve_mhla(family, model, config, new)
+
+
+def _resolve_linformer(
+    family: Family, model: Any, config: LinformerConfig, num_layers: int
+) -> LinformerConfig:
+    if config.grid == "auto":
+        config = replace(config, grid=family.native_grid(model))
+    by_layer = config.projected_len_by_layer
+    if by_layer is not None and len(by_layer) != num_layers:
+        raise UserError(
+            f"projected_len_by_layer needs an entry for each of {num_layers} converted layers, "
+            f"found {len(by_layer)}"
+        )
+    _check_rank(family, "grid", config.grid)
+    for layer in map(config.of_layer, range(num_layers)):
+        if layer.by_axis:
+            _check_rank(family, "projected_len", layer.projected)
+        if any(k > n for k, n in zip(layer.projected, layer.lengths, strict=True)):
+            raise UserError(
+                f"projected_len={layer.projected_len} is more than the tokens of the grid "
+                f"{config.grid} that it projects; take at most "
+                f"{layer.lengths if layer.by_axis else layer.lengths[0]}"
+            )
+    return config
+
+
+def _check_rank(family: Family, name: str, value: tuple[int, ...]) -> None:
+    if len(value) != family.rank:
+        raise UserError(
+            f"{family.base_class.__name__} has a {family.rank}-D token grid, so {name} needs "
+            f"{family.rank} entries, found {value}"
+        )
+
+
+def _resolve_mhla(family: Family, model: Any, config: MHLAConfig, new: bool) -> MHLAConfig:
+    config = _settle_start(family, model, config, new)
+    resolve_implementation(config.implementation)
+    names = (*FEATURE_MAPS, SOFTMAX)
+    if config.feature_map not in names:
+        raise UserError(
+            f"feature_map must be one of {', '.join(names)}, found {config.feature_map!r}"
+        )
     grid = family.native_grid(model)
     for name in ("exact_tile", "exact_group", "exact_window"):
         value = getattr(config, name)
-        if value is not None and len(value) != family.rank:
-            raise UserError(
-                f"{family.base_class.__name__} has a {family.rank}-D token grid, so {name} needs "
-                f"{family.rank} entries, found {value}"
-            )
+        if value is not None:
+            _check_rank(family, name, value)
     if config.exact > 0 and exact_share(config, grid) == 0:
         raise UserError(
             f"exact_window and exact_top leave no exact pair on the model's token grid {grid}; "
@@ -106,11 +145,7 @@ def resolve(family: Family, model: Any, config: MHLAConfig, new: bool = False) -
         )
     if config.layout == "auto":
         return replace(config, layout=auto_layout(grid))
-    if len(config.layout) != family.rank:
-        raise UserError(
-            f"{family.base_class.__name__} has a {family.rank}-D token grid, so layout needs "
-            f"{family.rank} entries, found {config.layout}"
-        )
+    _check_rank(family, "layout", config.layout)
     if any(count > length for count, length in zip(config.layout, grid, strict=True)):
         raise UserError(
             f"layout={config.layout} has more blocks than the model's own token grid {grid} has "
@@ -147,14 +182,37 @@ def text_share(family: Family, model: Any) -> float:
     return family.text_length / (family.text_length + math.prod(family.native_grid(model)))
 
 
-def add_mhla(family: Family, model: Any, config: MHLAConfig) -> None:
-    """Give the chosen layers their `mhla` child; `config` comes from `resolve`."""
+def new_modules(family: Family, model: Any, config: AttentionConfig) -> dict[str, AddedAttention]:
+    """What each chosen layer gains, by the layer's name.
+
+    Args:
+        family: Of the model.
+        model: Tells layers and sizes.
+        config: Comes from `resolve`.
+
+    Raises:
+        ValueError: If the model does not have the layers that `config` names.
+    """
     attentions = family.attentions(model)
-    chosen = set(mhla_layers(config, [name for name, _ in attentions]))
-    for index, (_, attention) in enumerate(attentions):
-        if index in chosen:
+    added: dict[str, AddedAttention] = {}
+    owner = None
+    for index in mhla_layers(config, [name for name, _ in attentions]):
+        name, attention = attentions[index]
+        if isinstance(config, LinformerConfig):
+            child = Linformer(*family.sizes(model), config.of_layer(len(added)), owner)
+            owner = owner or child
+        else:
             child = MHLA(*family.sizes(model), config, family.reads_text(attention))
-            child.train(attention.training)
+        added[name] = child
+    return added
+
+
+def add_mhla(family: Family, model: Any, config: AttentionConfig) -> None:
+    """Give the chosen layers their `mhla` child; `config` comes from `resolve`."""
+    added = new_modules(family, model, config)
+    for name, attention in family.attentions(model):
+        if name in added:
+            child = added[name].train(attention.training)
             attention.mhla = _like(family.output_projection(attention), child)
             swap_processor(attention, family.processors(attention)[1])
         else:
@@ -189,7 +247,7 @@ def _argument_names(model_class: Any) -> set[str]:
     return set(inspect.signature(model_class.__init__).parameters)
 
 
-def _like(projection: nn.Module, module: MHLA) -> MHLA:
+def _like(projection: nn.Module, module: AddedAttention) -> AddedAttention:
     """Move a new module to where its layer's output projection is; mixing stays float32.
 
     The projection's weight may be quantized, then the bias tells the dtype.
@@ -224,7 +282,7 @@ def swap_processor(attention: Any, processor_class: type) -> None:
     getattr(attention, "set_processor", partial(setattr, attention, "processor"))(processor)
 
 
-def become(family: Family, mhla_class: type, model: Any, config: MHLAConfig) -> Any:
+def become(family: Family, mhla_class: type, model: Any, config: AttentionConfig) -> Any:
     """Turn a base model into its MHLA class in place; all checks come first."""
     resolved = resolve(family, model, config)
     change_class(model, mhla_class)

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
-from mhla_gen.config import MHLAConfig
+from mhla_gen.config import AttentionConfig, MHLAConfig, attention_from_dict
 from mhla_gen.config.fields import expand_home
 from mhla_gen.errors import UserError
 from mhla_gen.models.family import Family
@@ -87,22 +87,22 @@ class MHLATransformerMixin:
         if type(cls.family).arguments is not Family.arguments:
             cls.forward = _forward(cls.family)  # type: ignore[attr-defined]
 
-    def convert_new(self, mhla: MHLAConfig | dict[str, Any] | None) -> None:
+    def convert_new(self, mhla: AttentionConfig | dict[str, Any] | None) -> None:
         """Convert a freshly built model; the last line of the class's `__init__`."""
-        config = mhla if isinstance(mhla, MHLAConfig) else MHLAConfig.from_dict(mhla or {})
+        config = mhla if isinstance(mhla, AttentionConfig) else attention_from_dict(mhla or {})
         resolved = resolve(self.family, self, config, new=True)  # type: ignore[arg-type]
         add_mhla(self.family, self, resolved)  # type: ignore[arg-type]
 
     @property
-    def mhla_config(self) -> MHLAConfig:
+    def mhla_config(self) -> Any:
         """The settings this model was converted with."""
-        return MHLAConfig.from_dict(self.config.mhla)  # type: ignore[attr-defined]
+        return attention_from_dict(self.config.mhla)  # type: ignore[attr-defined]
 
     @classmethod
     def from_base(
         cls,
         base_model_or_path: Any,
-        config: MHLAConfig | None = None,
+        config: AttentionConfig | None = None,
         **kwargs: Any,
     ) -> Any:
         """An MHLA model from a softmax model, which is left as it is.
@@ -155,7 +155,7 @@ class MHLATransformerMixin:
                 f"checkpoint with {cls.__name__}.from_base(path, MHLAConfig(...))"
             )
         if kwargs.get("parallel_config") is not None:
-            settings = MHLAConfig.from_dict(kwargs.get("mhla", saved.get("mhla")))
+            settings = attention_from_dict(kwargs.get("mhla", saved.get("mhla")))
             check_parallelism(cls.family, settings, kwargs["parallel_config"])
         with_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(  # type: ignore[misc]
@@ -203,7 +203,7 @@ class MHLATransformerMixin:
 def _converting_init(cls: type, base_class: type) -> Any:
     @register_to_config
     @accepts_mhla(base_class)
-    def __init__(self: Any, mhla: MHLAConfig | dict[str, Any] | None = None, **base: Any):
+    def __init__(self: Any, mhla: AttentionConfig | dict[str, Any] | None = None, **base: Any):
         super(cls, self).__init__(**base)
         self.convert_new(mhla)
 

@@ -1,8 +1,10 @@
-"""Linformer attention, the other static mixer over the token axis, kept as a baseline."""
+"""Linformer attention, the other static mixer over the token axis."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from mhla_gen.errors import UserError
 
 
 def linformer_attention(
@@ -11,6 +13,9 @@ def linformer_attention(
     value: Tensor,
     key_projection: Tensor,
     value_projection: Tensor | None = None,
+    *,
+    mask: Tensor | None = None,
+    causal: bool = False,
 ) -> Tensor:
     r"""Softmax attention over keys and values projected to a few mixed tokens.
 
@@ -22,29 +27,91 @@ def linformer_attention(
         value: `[batch, kv_len, num_heads, value_dim]`.
         key_projection: E, `[projected_len, kv_len]` or `[num_heads, projected_len, kv_len]`.
         value_projection: F, shaped like E; E itself by default (key-value sharing).
+        mask: Bool `[batch, kv_len]`, True for valid keys, at least one a sample. Others enter no
+            projected token, and a projected token that none enters has no weight.
+        causal: Must be false.
 
     Returns:
         `[batch, seq_len, num_heads, value_dim]` in the dtype of `query`.
 
     Raises:
-        ValueError: If a projection does not fit the number of keys.
+        ValueError: If a projection or the mask does not fit the keys, or `causal` is true.
 
     Source:
         Wang et al. 2020, arXiv:2006.04768, Eq. (7).
     """
+    if causal:
+        raise UserError(
+            "Linformer cannot be causal: each projected key holds tokens of the whole sequence, "
+            "later ones too; use mhla(..., causal=True)"
+        )
     value_projection = key_projection if value_projection is None else value_projection
     for name, projection in (("key", key_projection), ("value", value_projection)):
         if projection.ndim not in (2, 3) or projection.shape[-1] != key.shape[1]:
-            raise ValueError(
+            raise UserError(
                 f"{name}_projection must end in (projected_len, {key.shape[1]}), one column per "
                 f"key, found shape {tuple(projection.shape)}"
             )
-    projected_key = _project(key_projection, key)
-    projected_value = _project(value_projection, value)
-    out = F.scaled_dot_product_attention(query.transpose(1, 2), projected_key, projected_value)
-    return out.transpose(1, 2)
+    entered = None
+    if mask is not None:
+        if mask.shape != key.shape[:2] or mask.dtype != torch.bool:
+            raise UserError(
+                f"mask must be bool of shape {tuple(key.shape[:2])}, found {mask.dtype} of shape "
+                f"{tuple(mask.shape)}"
+            )
+        key, value = (x.masked_fill(~mask[..., None, None], 0) for x in (key, value))
+        entered = entered_by((key_projection, value_projection), mask)
+    projected = project(key_projection, key, 1), project(value_projection, value, 1)
+    return attend_projected(query, *projected, entered)
 
 
-def _project(projection: Tensor, tokens: Tensor) -> Tensor:
-    """`[batch, kv_len, heads, dim]` → `[batch, heads, projected_len, dim]`."""
-    return torch.matmul(projection.to(tokens.dtype), tokens.transpose(1, 2))
+def project(projection: Tensor, tokens: Tensor, axis: int) -> Tensor:
+    """Multiply E along one axis of tokens.
+
+    Args:
+        projection: `[projected_len, length]` or `[num_heads, projected_len, length]`.
+        tokens: `[batch, ..., num_heads, dim]` with `length` tokens along `axis`.
+        axis: From 1 on.
+
+    Returns:
+        Like `tokens`, with `projected_len` along `axis`.
+    """
+    names = "bxyzhd" if tokens.ndim == 6 else "bxyhd" if tokens.ndim == 5 else "bxhd"
+    along = names[axis]
+    heads = "h" if projection.ndim == 3 else ""
+    equation = f"{heads}k{along},{names}->{names.replace(along, 'k')}"
+    return torch.einsum(equation, projection.to(tokens.dtype), tokens)
+
+
+def entered_by(projections: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
+    """Which projected tokens the valid keys enter, in E or in F.
+
+    Args:
+        projections: E and F, as in `linformer_attention`.
+        mask: Bool `[batch, kv_len]`.
+
+    Returns:
+        Bool `[batch, 1 or num_heads, projected_len]`.
+    """
+    heads_first = (e if e.ndim == 3 else e.unsqueeze(0) for e in projections)
+    counts = [torch.einsum("hkn,bn->bhk", (e != 0).float(), mask.float()) for e in heads_first]
+    return counts[0] + counts[1] > 0
+
+
+def attend_projected(
+    query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None = None
+) -> Tensor:
+    """Softmax over projected tokens.
+
+    Args:
+        query: `[batch, seq_len, num_heads, head_dim]`.
+        key: `[batch, projected_len, num_heads, head_dim]`.
+        value: `[batch, projected_len, num_heads, value_dim]`.
+        valid: Bool `[batch or 1, num_heads or 1, projected_len]`, False for tokens without weight.
+
+    Returns:
+        `[batch, seq_len, num_heads, value_dim]`.
+    """
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    mask = None if valid is None else valid.unsqueeze(2)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mhla_gen.models import MHLA
+from mhla_gen.models.additions import AddedAttention
 
 
 def mixing_matrices(model: nn.Module) -> list[nn.Parameter]:
@@ -19,7 +19,7 @@ def mixing_matrices(model: nn.Module) -> list[nn.Parameter]:
 
 def mhla_parameters(model: nn.Module) -> list[nn.Parameter]:
     """All that MHLA layers added to a model, mixing included."""
-    return [p for m in model.modules() if isinstance(m, MHLA) for p in m.parameters()]
+    return [p for m in model.modules() if isinstance(m, AddedAttention) for p in m.parameters()]
 
 
 def parameter_groups(
@@ -103,7 +103,7 @@ def train_only_mhla(model: nn.Module) -> None:
     """Freeze everything but what MHLA added to the layers of a model."""
     model.requires_grad_(False)
     for module in model.modules():
-        if isinstance(module, MHLA):
+        if isinstance(module, AddedAttention):
             module.requires_grad_(True)
             if module.mixing is not None:
                 module.mixing.requires_grad_(module.config.mixing_learnable)

@@ -7,7 +7,7 @@ import torch
 from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 from torch import nn
 
-from mhla_gen.config import MHLAConfig, ModelConfig
+from mhla_gen.config import AttentionConfig, LinformerConfig, ModelConfig
 from mhla_gen.errors import UserError
 from mhla_gen.models import inject
 from mhla_gen.models.saved_transformer import load_transformer
@@ -38,17 +38,25 @@ def load_pretrained(config: ModelConfig, subfolder: str = "transformer") -> Any:
     if not isinstance(model, MHLATransformerMixin):
         return inject(model, asked)
     found = model.mhla_config
-    changes = differences(found, asked, ("implementation", "exact_start"))
-    if asked not in (MHLAConfig(), found) and changes:
+    name = "linformer" if isinstance(found, LinformerConfig) else "mhla"
+    if type(asked) is not type(found):
         raise UserError(
-            f"{config.pretrained} has MHLA layers already, with other settings "
-            f"(model.mhla: {'; '.join(changes)}); leave model.mhla out to keep them"
+            f"{config.pretrained} has layers of {name}; set model.attention={name}, found "
+            f"{config.attention}"
+        )
+    changes = differences(found, asked, ("implementation", "exact_start"))
+    if asked not in (type(found)(), found) and changes:
+        raise UserError(
+            f"{config.pretrained} has {name} layers already, with other settings "
+            f"(model.{name}: {'; '.join(changes)}); leave model.{name} out to keep them"
         )
     return model
 
 
-def attention_settings(config: ModelConfig, rank: int = 2) -> MHLAConfig:
+def attention_settings(config: ModelConfig, rank: int = 2) -> AttentionConfig:
     """Settings of the layers; linear attention has one block along each of `rank` axes."""
+    if config.attention == "linformer":
+        return config.linformer
     if config.attention == "gated_softmax":
         return config.mhla.softmax()
     if config.attention == "linear":

@@ -1,0 +1,140 @@
+"""Settings of Linformer attention, and of any attention that a saved model has."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, Literal, Self
+
+from mhla_gen.config.checks import normalize_integers, normalize_layers
+from mhla_gen.config.fields import Count, Settings
+from mhla_gen.config.mhla import MHLAConfig
+from mhla_gen.errors import UserError
+
+KIND = "linformer"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinformerConfig(Settings):
+    r"""How a transformer's self-attention is replaced by Linformer's.
+
+    Each head is $\mathrm{softmax}(Q (E K)^\top / \sqrt{d}) \, F V$: keys and values are projected
+    along the token axis to a few.
+
+    Raises:
+        ValueError: If a value is out of its range.
+
+    Source:
+        Wang et al. 2020, arXiv:2006.04768.
+    """
+
+    projected_len: Any = 64
+    """k, the keys that are left: a whole number for tokens in raster order, as in the paper, whose
+    sequences are no longer than those of `grid`; or one number per axis of the token grid, such as
+    (8, 8), for an E and an F along each axis, which take every size."""
+    projected_len_by_layer: Any = None
+    """One projected_len for each converted layer, in order, in place of one for all."""
+    layers: Any = "all"
+    """Which layers, as in `MHLAConfig`."""
+    projection: Literal["linear", "mean_pool", "max_pool", "conv"] = "linear"
+    """E and F: learned matrices, or windows of tokens whose mean, maximum or learned sum for each
+    channel is taken."""
+    sharing: Literal["none", "headwise", "key_value", "layerwise"] = "headwise"
+    """Which projections are one: none (each head has its own), those of all heads, E and F too, or
+    all of the model."""
+    grid: Any = "auto"
+    """Token grid that the projections are made for; "auto" is the model's own."""
+    conv: bool = True
+    """Add a depthwise convolution of V on the token grid; it starts at zero."""
+    conv_kernel_size: Count = 3
+    """Odd width of that convolution along every axis, in tokens."""
+    gate: bool = True
+    """Multiply the output by SiLU of a projection of the layer's input; it starts at one."""
+
+    # What MHLA's settings say of its halves: no pair is exact, and nothing is MHLA.
+    exact: ClassVar[float] = 0.0
+    has_tiles: ClassVar[bool] = False
+    has_linear: ClassVar[bool] = False
+    unshared: ClassVar[str] = "Linformer's attention"
+
+    def __post_init__(self):
+        super().__post_init__()
+        length = _normalize_length("projected_len", self.projected_len)
+        object.__setattr__(self, "projected_len", length)
+        object.__setattr__(self, "layers", normalize_layers(self.layers))
+        if self.grid != "auto":
+            object.__setattr__(self, "grid", normalize_integers("grid", self.grid, 1))
+        if self.conv_kernel_size % 2 == 0:
+            raise UserError(
+                f"conv_kernel_size must be odd and positive, found {self.conv_kernel_size}"
+            )
+        if self.projection.endswith("pool") and self.sharing != "headwise":
+            raise UserError(
+                f"projection={self.projection} has no weights to share; leave sharing out"
+            )
+        if self.projected_len_by_layer is not None:
+            self._check_layers()
+
+    def _check_layers(self) -> None:
+        name, lengths = "projected_len_by_layer", self.projected_len_by_layer
+        if not isinstance(lengths, Sequence) or isinstance(lengths, str) or not lengths:
+            raise UserError(
+                f"{name} must be a list, one entry a converted layer, found {lengths!r}"
+            )
+        if self.sharing == "layerwise":
+            raise UserError(f"sharing=layerwise has one projected_len; leave {name} out")
+        lengths = tuple(_normalize_length(name, length) for length in lengths)
+        object.__setattr__(self, name, lengths)
+
+    @property
+    def by_axis(self) -> bool:
+        """Whether each axis of the grid has projections of its own."""
+        return isinstance(self.projected_len, tuple)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens along each axis that is projected: the grid's, or their product."""
+        return self.grid if self.by_axis else (math.prod(self.grid),)
+
+    @property
+    def projected(self) -> tuple[int, ...]:
+        """What is left of `lengths`."""
+        return self.projected_len if self.by_axis else (self.projected_len,)
+
+    def of_layer(self, number: int) -> Self:
+        """The settings of one converted layer, counted from 0."""
+        if self.projected_len_by_layer is None:
+            return self
+        length = self.projected_len_by_layer[number]
+        return replace(self, projected_len=length, projected_len_by_layer=None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for a JSON config; `attention_from_dict` reads them back."""
+        values = {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
+        return {"kind": KIND, **values}
+
+
+AttentionConfig = MHLAConfig | LinformerConfig
+
+
+def attention_from_dict(values: Mapping[str, Any]) -> AttentionConfig:
+    """The settings that `to_dict` of either kind wrote.
+
+    Raises:
+        ValueError: If they use what this version does not have.
+    """
+    if values.get("kind") == KIND:
+        return LinformerConfig(**{k: v for k, v in values.items() if k != "kind"})
+    return MHLAConfig.from_dict(values)
+
+
+def _normalize_length(name: str, length: Any) -> Any:
+    whole = isinstance(length, int) and not isinstance(length, bool)
+    if whole and length >= 1:
+        return length
+    if whole or isinstance(length, str) or not isinstance(length, Sequence):
+        raise UserError(f"{name} must be a whole number from 1 on, or 1 to 3, found {length!r}")
+    return normalize_integers(name, length, 1)
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(each) for each in value] if isinstance(value, tuple) else value

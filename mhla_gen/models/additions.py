@@ -1,0 +1,164 @@
+"""What every attention that `inject` puts into a layer has: a convolution of V, and a gate."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mhla_gen.config import AttentionConfig
+from mhla_gen.errors import UserError
+from mhla_gen.ops import depthwise_conv
+from mhla_gen.ops.halo import begin_halo, sharded_depthwise_conv
+
+# silu(x) = 1 here, to the last bit in float32, bfloat16 and float16.
+_SILU_ONE = 1.2784645427610738
+
+
+class AddedAttention(nn.Module):
+    """The child that an attention layer gains: attention over its queries, keys and values.
+
+    Args:
+        num_heads: Heads.
+        head_dim: Channels of a head.
+        config: Settings.
+    """
+
+    mixing: nn.Parameter | None
+    """MHLA's mixing matrix, where it has one."""
+    conv: "DepthwiseConv | None"
+    gate: nn.Linear | None
+
+    def __init__(self, num_heads: int, head_dim: int, config: AttentionConfig):
+        super().__init__()
+        self.config: Any = config
+        self.num_heads = num_heads
+        self.head_dim = head_dim
+
+    def add_parts(self, hidden_size: int, rank: int) -> None:
+        """Make convolution and gate, where the config wants them, for grids of `rank` axes."""
+        config, inner_dim = self.config, self.num_heads * self.head_dim
+        size = config.conv_kernel_size
+        self.conv = DepthwiseConv(inner_dim, size, rank) if config.conv else None
+        self.gate = nn.Linear(hidden_size, inner_dim) if config.gate else None
+
+    @torch.no_grad()
+    def reset_parts(self) -> None:
+        """Set convolution and gate to the identity."""
+        if self.conv is not None:
+            for parameter in self.conv.parameters():
+                parameter.zero_()
+        if self.gate is not None:
+            self.gate.weight.zero_()
+            self.gate.bias.fill_(_SILU_ONE)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        hidden_states: Tensor,
+        grid: tuple[int, ...],
+        rotary: tuple[Tensor, Tensor] | None = None,
+        group: Any = None,
+        extra: tuple[Tensor, ...] | None = None,
+    ) -> Tensor:
+        """Attend over a token grid, and to keys off it.
+
+        Args:
+            query: `[batch, seq_len, num_heads, head_dim]`, before the feature map, raster order.
+            key: Like `query`.
+            value: Like `query`.
+            hidden_states: Input of the layer, `[batch, seq_len, hidden_size]`.
+            grid: Tokens along each axis.
+            rotary: See `mhla_gen.ops.mhla`, or `mhla_rotated_by_head` for tables of 4 axes.
+            group: Processes that share the sequence, each with its own part of all tensors above
+                (`mhla_gen.ops.sharded`), or None if this process has all of it.
+            extra: Keys and values off the grid that every token reads exactly, and maybe a mask of
+                the valid ones; see `mhla_gen.ops.tile_attention`.
+
+        Returns:
+            `[batch, seq_len, num_heads * head_dim]`.
+
+        Raises:
+            ValueError: If processes share the sequence of a layer that needs all of it.
+        """
+        if group is not None and self.config.unshared:
+            raise UserError(
+                f"layers with {self.config.unshared} cannot share a sequence among processes"
+            )
+        halo = None
+        if self.conv is not None and group is not None:
+            halo = self.conv.begin_halo(value.flatten(2), grid, group)
+        attend = self._begin(query, key, value, hidden_states, grid, rotary, group, extra)
+        # Where processes share the sequence, this hides what they tell each other.
+        convolved = None if self.conv is None else self.conv(value.flatten(2), grid, group, halo)
+        out = attend().flatten(2)
+        if convolved is not None:
+            out = out + convolved
+        if self.gate is not None:
+            out = out * F.silu(self.gate(hidden_states))
+        return out
+
+    def _begin(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        hidden_states: Tensor,
+        grid: tuple[int, ...],
+        rotary: tuple[Tensor, Tensor] | None,
+        group: Any,
+        extra: tuple[Tensor, ...] | None,
+    ) -> Callable[[], Tensor]:
+        """Begin what `forward` does before convolution and gate; the result ends it."""
+        raise NotImplementedError
+
+    @property
+    def kind(self) -> str:
+        """What the layer computes, in a word or two."""
+        raise NotImplementedError
+
+
+class DepthwiseConv(nn.Module):
+    """Depthwise convolution over tokens on their grid; it starts at zero.
+
+    Args:
+        channels: Channels of a token.
+        kernel_size: Odd width along every axis.
+        rank: Axes of the grid.
+
+    Source:
+        The positional convolution (CPE) of arXiv:2601.07832, Sec. 5.2, on values.
+    """
+
+    def __init__(self, channels: int, kernel_size: int, rank: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(channels, 1, *[kernel_size] * rank))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(
+        self,
+        tokens: Tensor,
+        grid: tuple[int, ...],
+        group: Any = None,
+        halo: Callable[[], Tensor] | None = None,
+    ) -> Tensor:
+        """Convolve tokens `[batch, seq_len, channels]`, raster order of `grid`.
+
+        `group`: processes that share them, or None; `halo`: what `begin_halo` returned, if called.
+        """
+        if group is not None:
+            convolve: Any = sharded_depthwise_conv
+            return convolve(tokens, self.weight, self.bias, grid=grid, group=group, halo=halo)
+        return depthwise_conv(tokens, self.weight, self.bias, grid=grid)
+
+    def begin_halo(self, tokens: Tensor, grid: tuple[int, ...], group: Any) -> Callable[[], Tensor]:
+        """Start to borrow what `forward` needs of other processes' tokens."""
+        begin: Any = begin_halo
+        return begin(tokens, tuple(self.weight.shape[2:]), grid=grid, group=group)
+
+    def extra_repr(self) -> str:
+        """Channels and filter size, for `print(model)`."""
+        return f"{len(self.bias)}, kernel_size={tuple(self.weight.shape[2:])}"

@@ -691,7 +691,7 @@ def test_inject_says_why_a_model_does_not_fit():
 
     for name, said in (
         ("StableAudio3DiTModel", "does not fit: differential attention"),
-        ("WanVACETransformer3DModel", "fits, but no adapter is written: as Wan"),
+        ("ChronoEditTransformer3DModel", "fits, but no adapter is written: as Wan"),
         ("Flux3Transformer2DModel", "fits in part only"),
         ("UNet2DConditionModel", "does not fit: a UNet"),
         ("Linear", "expected a pipeline or one of"),

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +21,7 @@ class Server:
     """Runs commands; see crash_server.py."""
 
     def __init__(self):
+        self.counts = Counter()
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_CBWR": "AUTO,STRICT"}
         environment["PYTHONPATH"] = str(SERVER.parents[1])
         self._process = subprocess.Popen(
@@ -48,7 +50,10 @@ class Server:
         job = {"arguments": [*map(str, arguments)], "folder": str(folder), **disturbance}
         self._process.stdin.write(json.dumps(job) + "\n")
         self._process.stdin.flush()
-        return json.loads(self._process.stdout.readline())
+        done = json.loads(self._process.stdout.readline())
+        ends = {0: "ended well", 2: "ended with a sentence", -9: "were killed"}
+        self.counts[ends.get(done["status"], "ended in a traceback")] += 1
+        return done
 
     def close(self):
         self._process.stdin.close()

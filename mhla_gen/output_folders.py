@@ -62,8 +62,12 @@ def made_with(folder: str | Path, config: Any, ignore: Sequence[str] = ("output_
     return True
 
 
-def check_writable(folder: str | Path) -> None:
+def check_writable(folder: str | Path, setting: str = "output_dir") -> None:
     """Raise unless files can be written to an output folder, which need not exist yet.
+
+    Args:
+        folder: The folder.
+        setting: What names it.
 
     Raises:
         PermissionError: Naming what stands in the way.
@@ -76,8 +80,8 @@ def check_writable(folder: str | Path) -> None:
             pass
     except OSError as error:
         raise NotWritableError(
-            f"output_dir {folder} cannot be made: {parent} is not writable "
-            f"({error.strerror or error}); choose another output_dir"
+            f"{setting} {folder} cannot be made: {parent} is not writable "
+            f"({error.strerror or error}); choose another {setting}"
         ) from error
 
 

@@ -17,6 +17,7 @@ from PIL import Image
 
 from mhla_gen.cli import main
 from mhla_gen.config import EvaluateConfig, FeaturesConfig, ReferenceConfig
+from mhla_gen.errors import NotWritableError
 from mhla_gen.evaluation import FeatureStatistics, build_reference, evaluate, features
 from mhla_gen.evaluation.errors import EvaluationError, ProtocolMismatchError
 from mhla_gen.evaluation.extractor import ExtractorIdentity
@@ -533,3 +534,11 @@ def test_equal_sets_have_a_distance_of_zero(settings, capsys):
         "fd": 0.0
     }
     assert " 0.0000 " in capsys.readouterr().out
+
+
+def test_a_place_that_takes_no_files_is_named_before_anything_is_measured(settings, tmp_path):
+    with pytest.raises(NotWritableError, match="out /proc/x cannot be made: /proc is"):
+        evaluate(replace(settings, out="/proc/x/metrics.json"))
+    with pytest.raises(NotWritableError, match="out /proc/x cannot be made"):
+        build_reference(ReferenceConfig(data=settings.samples, out="/proc/x/stats.npz"))
+    assert not (tmp_path / "cache").exists()

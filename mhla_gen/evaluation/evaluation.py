@@ -23,6 +23,7 @@ from mhla_gen.evaluation.results import (
     write_report,
 )
 from mhla_gen.evaluation.sources import MANIFEST_NAME
+from mhla_gen.output_folders import check_writable
 from mhla_gen.saved_files import read_json
 from mhla_gen.version import __version__
 
@@ -45,6 +46,7 @@ def evaluate(config: EvaluateConfig, dry_run: bool = False) -> list[Result]:
     if config.samples is None:
         raise EvaluationError("samples=PATH is required: the images to measure")
     check_metrics(config)
+    check_writable(Path(config.out).parent, "out")
     measurer = Measurer.start(config.features, config.size, config.skip_corrupt)
     source = measurer.open(config.samples)
     scoring = Scoring.prepare(config, measurer, measurer.protocol(source), len(source))

@@ -16,6 +16,7 @@ from mhla_gen.evaluation.protocol import EvaluationProtocol
 from mhla_gen.evaluation.sources import ImageSource, has_statistics
 from mhla_gen.evaluation.statistics_file import STATISTICS_KEYS, StatisticsFile, write_statistics
 from mhla_gen.media.pictures import UnreadableImageError
+from mhla_gen.output_folders import check_writable
 from mhla_gen.runtime.processes import on_main
 
 
@@ -120,6 +121,7 @@ def build_reference(config: ReferenceConfig, dry_run: bool = False) -> Path | No
     out = Path(config.out)
     if out.suffix != ".npz":
         raise EvaluationError(f"out must be an npz file, found {out}")
+    check_writable(out.parent, "out")
     measurer = Measurer.start(config.features, config.size, config.skip_corrupt)
     source = measurer.open(config.data)
     protocol = measurer.protocol(source)

@@ -10,7 +10,7 @@ import torch
 
 from mhla_gen.config import InspectConfig, save_config
 from mhla_gen.errors import UserError
-from mhla_gen.files import written_whole
+from mhla_gen.files import remove_leftovers, written_whole
 from mhla_gen.inspection.examination import Examination, Focus, Layer, examine
 from mhla_gen.inspection.figures import Picture, draw_statistics
 from mhla_gen.inspection.inputs import (
@@ -26,7 +26,7 @@ from mhla_gen.inspection.map_figures import draw_maps
 from mhla_gen.inspection.mixing_figures import draw_mixing, draw_mixing_heads
 from mhla_gen.inspection.page import build_page
 from mhla_gen.inspection.subject import Subject, load_subject
-from mhla_gen.output_folders import CONFIG_NAME, made_with
+from mhla_gen.output_folders import CONFIG_NAME, check_writable, made_with
 from mhla_gen.runtime.devices import resolve_device
 from mhla_gen.version import __version__
 
@@ -56,6 +56,8 @@ def inspect(config: InspectConfig, dry_run: bool = False) -> Path:
         )
     folder = Path(config.output_dir)
     made_with(folder, config)
+    check_writable(folder.parent)
+    remove_leftovers(folder.parent)
     subjects = _load(config)
     grid = token_grid(subjects["model"], config)
     queries = query_tokens(config, grid)

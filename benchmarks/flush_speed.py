@@ -1,0 +1,50 @@
+"""What it costs a checkpoint of 3 GB to be on the disk before it has its name.
+
+    python benchmarks/flush_speed.py FOLDER
+
+Three times: seconds to write three safetensors files of 1 GiB, to flush them, and for the SHA-256
+of all three. FOLDER must not exist, and decides the disk.
+"""
+
+import itertools
+import shutil
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from mhla_gen.digests import file_digest
+from mhla_gen.files import flush
+
+NAMES = ("model", "average", "optimizer")
+
+
+def main(folder: Path) -> None:
+    """Measure in a folder, and remove it."""
+    folder.mkdir(parents=True)
+    tensors = {str(number): torch.randn(16, 2**20) for number in range(16)}
+    files = [folder / f"{name}.safetensors" for name in NAMES]
+    try:
+        for _ in range(3):
+            moments = [time.perf_counter()]
+            for file in files:
+                save_file(tensors, file)
+            moments.append(time.perf_counter())
+            flush(folder)
+            moments.append(time.perf_counter())
+            with ThreadPoolExecutor() as pool:
+                list(pool.map(file_digest, files))
+            moments.append(time.perf_counter())
+            write, wait, digest = (b - a for a, b in itertools.pairwise(moments))
+            print(f"write {write:.2f} s, flush {wait:.2f} s, SHA-256 {digest:.2f} s")
+            for file in files:
+                file.unlink()
+    finally:
+        shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -11,7 +11,7 @@ from mhla_gen.version import __version__
 if TYPE_CHECKING:
     from diffusers.models.modeling_utils import ModelMixin
 
-    from mhla_gen.config import LinformerConfig, MHLAConfig, load_config
+    from mhla_gen.config import CausalMHLAConfig, LinformerConfig, MHLAConfig, load_config
     from mhla_gen.models import (
         MHLA,
         MHLACogVideoXTransformer3DModel,
@@ -44,11 +44,18 @@ if TYPE_CHECKING:
         summary,
         unload_adapter,
     )
+    from mhla_gen.models.language import (
+        MHLALlamaForCausalLM,
+        MHLAMistralForCausalLM,
+        MHLAQwen2ForCausalLM,
+        MHLAQwen3ForCausalLM,
+    )
     from mhla_gen.pipelines.class_conditional import ClassConditionalPipeline
 
 # diffusers looks up ModelMixin in the package of a saved component before it loads the component.
 _HOMES = {
     "ModelMixin": "diffusers.models.modeling_utils",
+    "CausalMHLAConfig": "mhla_gen.config",
     "LinformerConfig": "mhla_gen.config",
     "MHLAConfig": "mhla_gen.config",
     "load_config": "mhla_gen.config",
@@ -76,6 +83,10 @@ _HOMES = {
     "MHLASanaVideoTransformer3DModel": "mhla_gen.models",
     "MHLAWanTransformer3DModel": "mhla_gen.models",
     "OriginalDiTTransformer2DModel": "mhla_gen.models",
+    "MHLALlamaForCausalLM": "mhla_gen.models.language",
+    "MHLAMistralForCausalLM": "mhla_gen.models.language",
+    "MHLAQwen2ForCausalLM": "mhla_gen.models.language",
+    "MHLAQwen3ForCausalLM": "mhla_gen.models.language",
     "inject": "mhla_gen.models",
     "load_adapter": "mhla_gen.models",
     "restore": "mhla_gen.models",
@@ -87,6 +98,7 @@ _HOMES = {
 
 __all__ = [
     "MHLA",
+    "CausalMHLAConfig",
     "ClassConditionalPipeline",
     "LinformerConfig",
     "MHLACogVideoXTransformer3DModel",
@@ -101,8 +113,12 @@ __all__ = [
     "MHLAKandinsky5Transformer3DModel",
     "MHLALTX2VideoTransformer3DModel",
     "MHLALTXVideoTransformer3DModel",
+    "MHLALlamaForCausalLM",
+    "MHLAMistralForCausalLM",
     "MHLAMochiTransformer3DModel",
     "MHLAPixArtTransformer2DModel",
+    "MHLAQwen2ForCausalLM",
+    "MHLAQwen3ForCausalLM",
     "MHLAQwenImageTransformer2DModel",
     "MHLASD3Transformer2DModel",
     "MHLASanaTransformer2DModel",

@@ -4,6 +4,7 @@ A config file is YAML whose first key, `job`, names the command it belongs to. V
 dataclass, then the file, then `key=value` overrides; a key that no dataclass has is an error.
 """
 
+from mhla_gen.config.causal import CausalMHLAConfig
 from mhla_gen.config.data import (
     AutoencoderConfig,
     CacheConfig,
@@ -33,6 +34,7 @@ __all__ = [
     "AutoencoderConfig",
     "BenchConfig",
     "CacheConfig",
+    "CausalMHLAConfig",
     "ClipsConfig",
     "ConfigError",
     "ConvertConfig",

@@ -1,11 +1,12 @@
-"""Put MHLA into a diffusers model or pipeline in place, and take it out."""
+"""Put MHLA into a diffusers model or pipeline, or a language model, in place, and take it out."""
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
-from mhla_gen.config import AttentionConfig, MHLAConfig
+from mhla_gen.config import AttentionConfig, CausalMHLAConfig, MHLAConfig
 from mhla_gen.errors import UserError
 from mhla_gen.models.cogvideox import MHLACogVideoXTransformer3DModel
 from mhla_gen.models.cosmos import MHLACosmosTransformer3DModel
@@ -67,7 +68,9 @@ MHLA_CLASSES: dict[type, type] = {
 }
 
 
-def inject(pipe_or_transformer: Any, config: AttentionConfig | None = None) -> Any:
+def inject(
+    pipe_or_transformer: Any, config: AttentionConfig | CausalMHLAConfig | None = None
+) -> Any:
     """Replace softmax self-attention by MHLA or Linformer, in place.
 
     Projections are kept, so the model's weights still load and train as before; the class becomes
@@ -76,8 +79,10 @@ def inject(pipe_or_transformer: Any, config: AttentionConfig | None = None) -> A
 
     Args:
         pipe_or_transformer: A transformer of a supported family (`docs/models.md`), or any pipeline
-            that holds one or more of them (both experts of Wan 2.2).
-        config: Settings of either; the defaults of MHLA if None.
+            that holds one or more of them (both experts of Wan 2.2), or a language model of
+            transformers (`docs/language.md`).
+        config: Settings of either, for a language model a `CausalMHLAConfig`; the defaults of MHLA
+            if None.
 
     Returns:
         Its argument.
@@ -85,7 +90,18 @@ def inject(pipe_or_transformer: Any, config: AttentionConfig | None = None) -> A
     Raises:
         ValueError: If nothing can be converted, it already was, or `config` does not fit.
     """
-    config = config or MHLAConfig()
+    language = is_language_model(pipe_or_transformer)
+    config = config or (CausalMHLAConfig() if language else MHLAConfig())
+    if isinstance(config, CausalMHLAConfig) != language:
+        expected = "CausalMHLAConfig" if language else "MHLAConfig or LinformerConfig"
+        raise UserError(
+            f"a {type(pipe_or_transformer).__name__} takes a {expected}, found a "
+            f"{type(config).__name__}"
+        )
+    if isinstance(config, CausalMHLAConfig):
+        from mhla_gen.models.language import inject_language
+
+        return inject_language(pipe_or_transformer, config)
     targets = transformers_of(pipe_or_transformer)
     for transformer in targets:
         if isinstance(transformer, MHLATransformerMixin):
@@ -114,6 +130,10 @@ def restore(pipe_or_transformer: Any) -> Any:
         ValueError: If nothing in it is converted, adapters of peft changed MHLA's own layers, or
             it is context-parallel.
     """
+    if is_language_model(pipe_or_transformer):
+        from mhla_gen.models.language import restore_language
+
+        return restore_language(pipe_or_transformer)
     targets = [
         t for t in transformers_of(pipe_or_transformer) if isinstance(t, MHLATransformerMixin)
     ]
@@ -151,6 +171,12 @@ def adapted_mhla(transformer: Any) -> list[str]:
         if ".mhla." in key and (".lora_" in key or ".modules_to_save." in key)
     ]
     return [name for name in names if any(f".{name}." in key for key in held)]
+
+
+def is_language_model(model: Any) -> bool:
+    """Whether it is a model of transformers, which is imported then."""
+    module = sys.modules.get("transformers.modeling_utils")
+    return module is not None and isinstance(model, module.PreTrainedModel)
 
 
 def transformers_of(pipe_or_transformer: Any) -> list[Any]:

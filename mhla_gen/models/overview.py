@@ -10,7 +10,12 @@ from mhla_gen.errors import UserError
 from mhla_gen.models.additions import AddedAttention
 from mhla_gen.models.exact import exact_share, tile_layout
 from mhla_gen.models.family import Family
-from mhla_gen.models.injection import MHLA_CLASSES, transformers_of, unsupported
+from mhla_gen.models.injection import (
+    MHLA_CLASSES,
+    is_language_model,
+    transformers_of,
+    unsupported,
+)
 from mhla_gen.models.transformer import MHLATransformerMixin
 from mhla_gen.ops import resolve_implementation
 from mhla_gen.ops.tile_attention import resolve_tile_implementation
@@ -81,6 +86,12 @@ def summary(pipe_or_transformer: Any) -> Summary:
         ValueError: If there is no supported transformer.
     """
     rows = Summary()
+    if is_language_model(pipe_or_transformer):
+        from mhla_gen.models.language import attentions
+
+        named = attentions(pipe_or_transformer)
+        rows.extend(_summarise_causal(name, attention) for name, attention in named)
+        return rows
     targets = transformers_of(pipe_or_transformer)
     for number, transformer in enumerate(targets):
         mhla_class = MHLA_CLASSES.get(type(transformer), type(transformer))
@@ -124,6 +135,20 @@ def _added(child: Any) -> int:
     """Parameters of MHLA alone: peft may hold a copy of it that it trains, or low-rank updates."""
     own = getattr(child, "original_module", child)
     return sum(p.numel() for name, p in own.named_parameters() if "lora_" not in name)
+
+
+def _summarise_causal(name: str, attention: Any) -> LayerSummary:
+    child = getattr(attention, "mhla", None)
+    softmax = child is None
+    return LayerSummary(
+        name=name,
+        kind="softmax" if softmax else "mhla",
+        exact=float(softmax),
+        layout=None if softmax else (child.config.num_blocks,),
+        implementation=attention.config._attn_implementation if softmax else "blockwise",
+        added_parameters=0 if softmax else _added(child),
+        converted=not softmax,
+    )
 
 
 def _implementation(child: AddedAttention, device: torch.device, grid: tuple[int, ...]) -> str:

@@ -1,0 +1,344 @@
+"""Llama-style language models of transformers with causal MHLA, and their conversion in place."""
+
+# Classes of transformers give forward and attributes more exact types than what is mixed in.
+# pyright: reportIncompatibleMethodOverride=false, reportIncompatibleVariableOverride=false
+
+import inspect
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers.cache_utils import DynamicLayer
+from transformers.models.llama import LlamaConfig, LlamaForCausalLM, LlamaModel
+from transformers.models.llama.modeling_llama import LlamaAttention
+from transformers.models.mistral import MistralConfig, MistralForCausalLM, MistralModel
+from transformers.models.mistral.modeling_mistral import MistralAttention
+from transformers.models.qwen2 import Qwen2Config, Qwen2ForCausalLM, Qwen2Model
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
+from transformers.models.qwen3 import Qwen3Config, Qwen3ForCausalLM, Qwen3Model
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
+
+from mhla_gen.config import CausalMHLAConfig
+from mhla_gen.errors import UserError
+from mhla_gen.models.causal_attention import CausalAttention, CausalCacheLayer, CausalMHLA
+from mhla_gen.models.surgery import change_class, mhla_layers
+from mhla_gen.ops import FEATURE_MAPS
+
+# What a forward calls its cache; transformers renamed it.
+CACHE = (
+    "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
+)
+
+
+class CausalModel(nn.Module):
+    """Gives MHLA layers their padding and their places in the cache; mixed into a decoder."""
+
+    config: Any
+    layers: Any
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As the decoder's, with padding masks `[batch, tokens read and now given]` only."""
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        cache = kwargs.pop(CACHE, None)
+        if use_cache is None:
+            # Training needs none, and attends faster without.
+            use_cache = self.config.use_cache and not self.training
+        if cache is None and use_cache:
+            cache = DynamicCache(config=self.config)
+        if cache is not None:
+            _take_places(self.layers, cache)
+        if attention_mask is None and cache is None and _is_packed(position_ids):
+            raise UserError(
+                "position_ids begin anew inside a row, but causal MHLA reads rows as one sequence; "
+                "give every sequence a row of its own"
+            )
+        mask = None
+        if attention_mask is not None and tokens is not None:
+            if attention_mask.ndim != 2:
+                raise UserError(
+                    "attention_mask must be [batch, seq_len], 0 at padding, for causal MHLA; found "
+                    f"{tuple(attention_mask.shape)}"
+                )
+            mask = attention_mask[:, -tokens.shape[1] :].bool()
+            mask = None if mask.all() else mask
+            if all(hasattr(layer.self_attn, "mhla") for layer in self.layers):
+                # Spares the mask of all pairs: one with four axes is passed on as it is.
+                attention_mask = attention_mask[:, None, None]
+        return super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            token_mask=mask,
+            **{CACHE: cache},
+            **kwargs,
+        )
+
+
+def _is_packed(position_ids: Tensor | None) -> bool:
+    return position_ids is not None and bool((position_ids.diff(dim=-1) < 0).any())
+
+
+def _take_places(layers: Any, cache: Any) -> None:
+    """Put our layers into a cache that has read nothing yet."""
+    places = getattr(cache, "layers", None)
+    if places is None:
+        raise UserError(f"expected a DynamicCache, found {type(cache).__name__}; give that or none")
+    for index, layer in enumerate(layers):
+        if len(places) <= index:
+            places.append(DynamicLayer())
+        if not hasattr(layer.self_attn, "mhla") or isinstance(places[index], CausalCacheLayer):
+            continue
+        if not isinstance(places[index], DynamicLayer) or places[index].get_seq_length() > 0:
+            raise UserError(
+                "causal MHLA needs an empty DynamicCache, found one with "
+                f"{places[index].get_seq_length()} tokens in a {type(places[index]).__name__}; "
+                "leave out cache and cache_implementation"
+            )
+        places[index] = CausalCacheLayer()
+
+
+class MHLALanguageModel(nn.Module):
+    """Base of the converted models: built with MHLA, saved and loaded as any other."""
+
+    config: Any
+    model: Any
+
+    softmax_classes: ClassVar[tuple[type, type, type, type]]
+    """Its model, decoder, attention and config with softmax; `mhla_classes` in the same order."""
+    mhla_classes: ClassVar[tuple[type, type, type, type]]
+    # What was read cannot be taken back, so transformers refuses assisted decoding.
+    _is_stateful = True
+    _keep_in_fp32_modules_strict: ClassVar[set[str]] = {"log_weights"}
+
+    def __init__(self, config: Any):
+        super().__init__(config)
+        settings = CausalMHLAConfig.from_dict(config.mhla or {})
+        _add_layers(self, resolve_language(self, settings))
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, CausalMHLA):
+            module.reset_parameters()
+        else:
+            super()._init_weights(module)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class MHLALlamaConfig(LlamaConfig):
+    """Llama's settings and, in `mhla`, those of `CausalMHLAConfig`."""
+
+    model_type = "mhla_llama"
+    mhla: dict[str, Any] | None = None
+
+
+class MHLALlamaAttention(CausalAttention, LlamaAttention):
+    """Llama's attention with causal MHLA."""
+
+
+class MHLALlamaModel(CausalModel, LlamaModel):
+    """Llama's decoder with causal MHLA."""
+
+
+class MHLALlamaForCausalLM(MHLALanguageModel, LlamaForCausalLM):
+    """Llama with causal MHLA."""
+
+    config_class = MHLALlamaConfig
+    softmax_classes = (LlamaForCausalLM, LlamaModel, LlamaAttention, LlamaConfig)
+
+
+class MHLAMistralConfig(MistralConfig):
+    """Mistral's settings and, in `mhla`, those of `CausalMHLAConfig`."""
+
+    model_type = "mhla_mistral"
+    mhla: dict[str, Any] | None = None
+
+
+class MHLAMistralAttention(CausalAttention, MistralAttention):
+    """Mistral's attention with causal MHLA, which no window limits."""
+
+
+class MHLAMistralModel(CausalModel, MistralModel):
+    """Mistral's decoder with causal MHLA."""
+
+
+class MHLAMistralForCausalLM(MHLALanguageModel, MistralForCausalLM):
+    """Mistral with causal MHLA."""
+
+    config_class = MHLAMistralConfig
+    softmax_classes = (MistralForCausalLM, MistralModel, MistralAttention, MistralConfig)
+
+
+class MHLAQwen2Config(Qwen2Config):
+    """Qwen2's settings and, in `mhla`, those of `CausalMHLAConfig`."""
+
+    model_type = "mhla_qwen2"
+    mhla: dict[str, Any] | None = None
+
+
+class MHLAQwen2Attention(CausalAttention, Qwen2Attention):
+    """Qwen2's attention with causal MHLA."""
+
+
+class MHLAQwen2Model(CausalModel, Qwen2Model):
+    """Qwen2's decoder with causal MHLA."""
+
+
+class MHLAQwen2ForCausalLM(MHLALanguageModel, Qwen2ForCausalLM):
+    """Qwen2 with causal MHLA."""
+
+    config_class = MHLAQwen2Config
+    softmax_classes = (Qwen2ForCausalLM, Qwen2Model, Qwen2Attention, Qwen2Config)
+
+
+class MHLAQwen3Config(Qwen3Config):
+    """Qwen3's settings and, in `mhla`, those of `CausalMHLAConfig`."""
+
+    model_type = "mhla_qwen3"
+    mhla: dict[str, Any] | None = None
+
+
+class MHLAQwen3Attention(CausalAttention, Qwen3Attention):
+    """Qwen3's attention with causal MHLA."""
+
+
+class MHLAQwen3Model(CausalModel, Qwen3Model):
+    """Qwen3's decoder with causal MHLA."""
+
+
+class MHLAQwen3ForCausalLM(MHLALanguageModel, Qwen3ForCausalLM):
+    """Qwen3 with causal MHLA."""
+
+    config_class = MHLAQwen3Config
+    softmax_classes = (Qwen3ForCausalLM, Qwen3Model, Qwen3Attention, Qwen3Config)
+
+
+MHLALlamaForCausalLM.mhla_classes = (
+    MHLALlamaForCausalLM,
+    MHLALlamaModel,
+    MHLALlamaAttention,
+    MHLALlamaConfig,
+)
+MHLAMistralForCausalLM.mhla_classes = (
+    MHLAMistralForCausalLM,
+    MHLAMistralModel,
+    MHLAMistralAttention,
+    MHLAMistralConfig,
+)
+MHLAQwen2ForCausalLM.mhla_classes = (
+    MHLAQwen2ForCausalLM,
+    MHLAQwen2Model,
+    MHLAQwen2Attention,
+    MHLAQwen2Config,
+)
+MHLAQwen3ForCausalLM.mhla_classes = (
+    MHLAQwen3ForCausalLM,
+    MHLAQwen3Model,
+    MHLAQwen3Attention,
+    MHLAQwen3Config,
+)
+
+# Base class → the class it becomes.
+LANGUAGE_CLASSES: dict[type, type] = {
+    mhla_class.softmax_classes[0]: mhla_class
+    for mhla_class in (
+        MHLALlamaForCausalLM,
+        MHLAMistralForCausalLM,
+        MHLAQwen2ForCausalLM,
+        MHLAQwen3ForCausalLM,
+    )
+}
+for _mhla_class in LANGUAGE_CLASSES.values():
+    AutoConfig.register(_mhla_class.config_class.model_type, _mhla_class.config_class)
+    AutoModelForCausalLM.register(_mhla_class.config_class, _mhla_class)
+
+
+def attentions(model: Any) -> list[tuple[str, Any]]:
+    """Name and module of every attention layer.
+
+    Raises:
+        ValueError: If it is no model that can be converted.
+    """
+    if not isinstance(model, MHLALanguageModel):
+        _class_for(model)
+    return [(f"model.layers.{i}.self_attn", x.self_attn) for i, x in enumerate(model.model.layers)]
+
+
+def resolve_language(model: Any, config: CausalMHLAConfig) -> CausalMHLAConfig:
+    """Check a config against a model; indices for `layers`.
+
+    Raises:
+        ValueError: If layers or feature map do not fit, or the model scales its rotation.
+    """
+    if config.feature_map not in FEATURE_MAPS:
+        raise UserError(
+            f"feature_map must be one of {', '.join(FEATURE_MAPS)}, found {config.feature_map!r}"
+        )
+    scaling = getattr(model.model.rotary_emb, "attention_scaling", 1.0)
+    if scaling != 1:
+        raise UserError(
+            f"the model's rotary embedding scales attention by {scaling}, which causal MHLA has "
+            "nothing for; set another rope_type"
+        )
+    settings: Any = config
+    chosen = mhla_layers(settings, [name for name, _ in attentions(model)])
+    return CausalMHLAConfig.from_dict({**config.to_dict(), "layers": chosen})
+
+
+def inject_language(model: Any, config: CausalMHLAConfig) -> Any:
+    """Convert in place; see `mhla_gen.inject`."""
+    if isinstance(model, MHLALanguageModel):
+        raise UserError("the model already has MHLA layers; call mhla_gen.restore on it first")
+    mhla_class: Any = _class_for(model)
+    config = resolve_language(model, config)
+    model.config.__class__ = mhla_class.config_class
+    model.__class__ = mhla_class
+    _add_layers(model, config)
+    return model
+
+
+def restore_language(model: Any) -> Any:
+    """Undo `inject_language`; see `mhla_gen.restore`."""
+    if not isinstance(model, MHLALanguageModel):
+        raise UserError("the model has no MHLA layers to restore")
+    softmax_class, decoder_class, attention_class, config_class = model.softmax_classes
+    for _, attention in attentions(model):
+        if hasattr(attention, "mhla"):
+            del attention.mhla
+            change_class(attention, attention_class)
+    change_class(model.model, decoder_class)
+    change_class(model, softmax_class)
+    del model.config.mhla
+    model.config.__class__ = config_class
+    model.config.architectures = [softmax_class.__name__]
+    return model
+
+
+def _class_for(model: Any) -> type:
+    if type(model) not in LANGUAGE_CLASSES:
+        hint = "; convert before torch.compile" if hasattr(model, "_orig_mod") else ""
+        names = ", ".join(c.__name__ for c in LANGUAGE_CLASSES)
+        raise UserError(f"expected one of {names}, found a {type(model).__name__}{hint}")
+    return LANGUAGE_CLASSES[type(model)]
+
+
+def _add_layers(model: Any, config: CausalMHLAConfig) -> None:
+    """Give the chosen layers their child; `config` comes from `resolve_language`."""
+    mhla_class, decoder_class, attention_class, _ = model.mhla_classes
+    model.config.mhla = config.to_dict()
+    model.config.architectures = [mhla_class.__name__]
+    change_class(model.model, decoder_class)
+    change_class(model, mhla_class)
+    for index, (_, attention) in enumerate(attentions(model)):
+        if index in config.layers:
+            num_key_heads = attention.config.num_key_value_heads
+            child = CausalMHLA(num_key_heads, config).to(attention.o_proj.weight.device)
+            attention.mhla = child.train(attention.training)
+            change_class(attention, attention_class)

@@ -1,0 +1,199 @@
+"""Causal MHLA in tiny random language models of transformers."""
+
+import copy
+
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
+
+import mhla_gen
+from mhla_gen import CausalMHLAConfig, MHLAConfig, inject, restore, summary
+from mhla_gen.models.language import CACHE, LANGUAGE_CLASSES
+
+SIZES = {
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+CONFIG = CausalMHLAConfig(block_size=4, num_blocks=3)
+
+
+def softmax_model(softmax_class=transformers.LlamaForCausalLM, **changes):
+    torch.manual_seed(0)
+    model = softmax_class(softmax_class.config_class(**(SIZES | changes))).eval()
+    for name, parameter in model.named_parameters():
+        if "norm" not in name:
+            parameter.data.normal_(std=0.3)
+    return model
+
+
+def mhla_model(config=CONFIG, softmax_class=transformers.LlamaForCausalLM, **changes):
+    model = inject(softmax_model(softmax_class, **changes), config)
+    for _, parameter in model.named_parameters():
+        if parameter.shape[-1:] == (config.num_blocks,):
+            parameter.data.normal_()
+    return model
+
+
+def prompt(batch=2, seq_len=21, seed=1):
+    return torch.randint(1, 50, (batch, seq_len), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("softmax_class", LANGUAGE_CLASSES)
+@pytest.mark.parametrize("layers", ["all", [1]])
+def test_chunked_cached_and_uncached_logits_agree(softmax_class, layers):
+    config = CausalMHLAConfig(block_size=4, num_blocks=3, layers=layers, mixing_per_head=True)
+    model = mhla_model(config, softmax_class).double()
+    ids = prompt()
+    with torch.no_grad():
+        whole = model(ids, use_cache=False).logits
+        assert not torch.allclose(whole, softmax_model(softmax_class).double()(ids).logits)
+        for cuts in ((21,), (6, 1, 1, 9, 4), (1,) * 21):
+            cache, found = DynamicCache(config=model.config), []
+            for part in ids.split(cuts, dim=1):
+                found.append(model(part, **{CACHE: cache}).logits)
+            torch.testing.assert_close(torch.cat(found, dim=1), whole)
+
+
+@pytest.mark.parametrize("layers", ["all", [0, 2]])
+def test_left_padding_changes_nothing(layers):
+    model = mhla_model(CausalMHLAConfig(block_size=4, num_blocks=3, layers=layers)).double()
+    ids = prompt(batch=1, seq_len=13)
+    padded = torch.cat((prompt(1, 6, seed=5), ids), dim=1)
+    mask = torch.ones_like(padded)
+    mask[:, :6] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        alone = model(ids).logits
+        together = model(
+            torch.cat((padded, prompt(1, 19))),
+            attention_mask=torch.cat((mask, torch.ones_like(mask))),
+            position_ids=torch.cat((positions, torch.arange(19)[None])),
+        ).logits
+    torch.testing.assert_close(together[:1, 6:], alone)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"prefill_chunk_size": 5}])
+@pytest.mark.parametrize("layers", ["all", [1]])
+def test_generate_is_what_whole_sequences_give(options, layers):
+    config = CausalMHLAConfig(block_size=4, num_blocks=3, layers=layers)
+    model = mhla_model(config, initializer_range=0.3).double()
+    ids = prompt(batch=2, seq_len=9)
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    settings = {"max_new_tokens": 12, "do_sample": False, "attention_mask": mask}
+    cached = model.generate(ids, **settings, **options)
+    plain = {k: v for k, v in options.items() if k == "num_beams"}
+    uncached = model.generate(ids, use_cache=False, **settings, **plain)
+    assert cached.shape == (2, 21)
+    assert torch.equal(cached, uncached)
+    alone = model.generate(ids[:1, 5:], **(settings | {"attention_mask": mask[:1, 5:]}), **options)
+    assert torch.equal(cached[:1, 5:], alone)
+
+
+def test_the_cache_does_not_grow_with_finished_blocks():
+    model = mhla_model()
+    ids = prompt(batch=1, seq_len=60)
+    cache = model(ids, use_cache=True)[CACHE]
+    layer = cache.layers[0]
+    assert layer.state.num_summaries == 3
+    assert layer.get_seq_length() == 60
+    assert layer.keys is None
+    cache.batch_repeat_interleave(2)
+    assert layer.state.lengths.tolist() == [60, 60]
+    cache.reset()
+    assert cache.get_seq_length() == 0
+
+
+def test_saves_loads_and_restores(tmp_path):
+    stock = softmax_model()
+    ids = prompt()
+    before = stock(ids).logits
+    names = set(stock.state_dict())
+    model = mhla_model()
+    expected = model(ids).logits
+    model.save_pretrained(tmp_path)
+    for model_class in (mhla_gen.MHLALlamaForCausalLM, AutoModelForCausalLM):
+        loaded = model_class.from_pretrained(tmp_path)
+        assert type(loaded) is mhla_gen.MHLALlamaForCausalLM
+        assert torch.equal(loaded.eval()(ids).logits, expected)
+    half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert half.model.layers[0].self_attn.mhla.log_weights.dtype == torch.float32
+    assert half(ids).logits.dtype == torch.bfloat16
+    restored = restore(loaded)
+    assert type(restored) is transformers.LlamaForCausalLM
+    assert set(restored.state_dict()) == names
+    assert torch.equal(restored(ids).logits, before)
+    restored.save_pretrained(tmp_path / "softmax")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "softmax")
+    assert torch.equal(again.eval()(ids).logits, before)
+
+
+def test_summary_names_layers():
+    model = inject(softmax_model(), CausalMHLAConfig(layers="2/3"))
+    rows = summary(model)
+    assert [row.kind for row in rows] == ["softmax", "mhla", "mhla"]
+    assert [row.added_parameters for row in rows] == [0, 32, 32]
+    assert "2 of 3" in str(rows)
+    assert [row.kind for row in summary(softmax_model())] == ["softmax"] * 3
+
+
+def test_trains_with_checkpointing_as_without():
+    model = mhla_model().train()
+    ids = prompt()
+    grads = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        grads.append({name: p.grad.clone() for name, p in model.named_parameters()})
+    assert all((g != 0).any() for name, g in grads[0].items() if "log_weights" in name)
+    torch.testing.assert_close(*grads)
+
+
+def test_refusals_change_nothing():
+    model = softmax_model()
+    with pytest.raises(ValueError, match="takes a CausalMHLAConfig, found a MHLAConfig"):
+        inject(model, MHLAConfig())
+    with pytest.raises(ValueError, match="feature_map must be one of"):
+        inject(model, CausalMHLAConfig(feature_map="softmax"))
+    with pytest.raises(ValueError, match="layer 7"):
+        inject(model, CausalMHLAConfig(layers=[7]))
+    with pytest.raises(ValueError, match="no MHLA layers"):
+        restore(model)
+    assert type(model) is transformers.LlamaForCausalLM
+    assert type(model.config) is transformers.LlamaConfig
+    gpt2 = transformers.GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=9)
+    with pytest.raises(ValueError, match="expected one of LlamaForCausalLM"):
+        inject(transformers.GPT2LMHeadModel(gpt2))
+    with pytest.raises(ValueError, match="already has MHLA"):
+        inject(mhla_model(), CONFIG)
+
+
+def test_what_a_state_cannot_do_is_refused():
+    model = mhla_model()
+    ids = prompt(batch=1)
+    with pytest.raises(ValueError, match="assisted generation is not supported"):
+        model.generate(ids, assistant_model=copy.deepcopy(model), max_new_tokens=2)
+    with pytest.raises(ValueError, match="needs an empty DynamicCache"):
+        model.generate(ids, cache_implementation="static", max_new_tokens=2)
+    static = StaticCache(config=model.config, max_cache_len=30)
+    with pytest.raises(ValueError, match="needs an empty DynamicCache"):
+        model(ids, **{CACHE: static})
+    with pytest.raises(ValueError, match="cannot go back"):
+        model(ids, use_cache=True)[CACHE].crop(-1)
+    with pytest.raises(ValueError, match=r"attention_mask must be \[batch, seq_len\]"):
+        model(ids, attention_mask=torch.ones(1, 1, 21, 21))
+    packed = torch.cat((torch.arange(10), torch.arange(11)))[None]
+    with pytest.raises(ValueError, match="begin anew"):
+        model(ids, position_ids=packed, use_cache=False)

@@ -1,5 +1,6 @@
 """The exact half of an attention layer: softmax on a chosen part of the pairs, or on all."""
 
+import functools
 import math
 import operator
 from typing import Any
@@ -12,8 +13,14 @@ from mhla_gen.config import AttentionConfig, MHLAConfig
 from mhla_gen.models.head_rotary import rotated
 from mhla_gen.ops import TileLayout, auto_tiles, mhla, tile_attention, tile_share
 
+# All layers ask for the same few grids.
+_remembered_tiles = functools.lru_cache(maxsize=1024)(auto_tiles)
+
+
 # torch.compile calls it, rather than tracing arithmetic of plain integers.
-_auto_tiles = torch.compiler.assume_constant_result(auto_tiles)
+@torch.compiler.assume_constant_result
+def _auto_tiles(grid: tuple[int, ...], share: float) -> TileLayout:
+    return _remembered_tiles(grid, share)
 
 
 def tile_layout(config: MHLAConfig, grid: tuple[int, ...]) -> TileLayout:

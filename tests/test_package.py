@@ -1,6 +1,7 @@
 """What is installed, and what importing it costs."""
 
 import ast
+import importlib
 import re
 import shutil
 import subprocess
@@ -72,6 +73,21 @@ def test_a_package_imports_from_floors_below(module):
     # Imports inside functions count, too.
     for other in packages_imported_by(module) - {package}:
         assert floor[other] < floor[package], f"{module} imports {other}"
+
+
+SCRIPTS = [p for folder in ("benchmarks", "experiments") for p in (ROOT / folder).rglob("*.py")]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_scripts_import_names_that_exist(script):
+    """Most scripts need a GPU or data, so that no other test runs them."""
+    for node in ast.walk(ast.parse(script.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mhla_gen"):
+            if "kernels" in node.module:
+                pytest.importorskip("triton")
+            module = importlib.import_module(node.module)
+            for alias in node.names:
+                assert hasattr(module, alias.name), f"{node.module}.{alias.name}"
 
 
 def packages_imported_by(module):

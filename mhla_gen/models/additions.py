@@ -150,14 +150,14 @@ class DepthwiseConv(nn.Module):
         `group`: processes that share them, or None; `halo`: what `begin_halo` returned, if called.
         """
         if group is not None:
-            convolve: Any = sharded_depthwise_conv
-            return convolve(tokens, self.weight, self.bias, grid=grid, group=group, halo=halo)
+            return sharded_depthwise_conv(
+                tokens, self.weight, self.bias, grid=grid, group=group, halo=halo
+            )
         return depthwise_conv(tokens, self.weight, self.bias, grid=grid)
 
     def begin_halo(self, tokens: Tensor, grid: tuple[int, ...], group: Any) -> Callable[[], Tensor]:
         """Start to borrow what `forward` needs of other processes' tokens."""
-        begin: Any = begin_halo
-        return begin(tokens, tuple(self.weight.shape[2:]), grid=grid, group=group)
+        return begin_halo(tokens, tuple(self.weight.shape[2:]), grid=grid, group=group)
 
     def extra_repr(self) -> str:
         """Channels and filter size, for `print(model)`."""

@@ -217,11 +217,11 @@ def _begin_operator(
     """
     by_head = rotary is not None and rotary[0].ndim == 4
     if group is None:
-        return partial(partial, mhla_rotated_by_head if by_head else mhla)
+        operator = mhla_rotated_by_head if by_head else mhla
+        return lambda *tensors, **options: partial(operator, *tensors, **options)
     if by_head:
         raise UserError("a sequence that ranks share needs one rotary table for all heads")
-    begin: Any = begin_sharded_mhla
-    return partial(begin, group=group)
+    return partial(begin_sharded_mhla, group=group)
 
 
 def initial_mixing(config: MHLAConfig, num_heads: int) -> Tensor:

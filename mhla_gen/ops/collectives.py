@@ -5,7 +5,7 @@ tensor that all ranks read is the sum of theirs.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,6 +13,17 @@ from torch import Tensor
 
 # torch 2.14 renames it.
 _all_gather: Any = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def uncompiled(function: F) -> F:
+    """`torch.compiler.disable`, which forgets the types of what it decorates.
+
+    What ranks tell each other runs as it stands inside compiled models.
+    """
+    typed: Any = torch.compiler.disable(function)
+    return typed
 
 
 def sum_over_ranks(x: Tensor, group: Any) -> Tensor:

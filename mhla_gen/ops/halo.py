@@ -8,12 +8,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mhla_gen.ops.collectives import exchange
+from mhla_gen.ops.collectives import exchange, uncompiled
 from mhla_gen.ops.depthwise import depthwise_conv
 from mhla_gen.ops.shard import Shard
 
 
-@torch.compiler.disable
+@uncompiled
 def sharded_depthwise_conv(
     tokens: Tensor,
     weight: Tensor,
@@ -41,8 +41,7 @@ def sharded_depthwise_conv(
     rank, num_ranks = dist.get_rank(group), dist.get_world_size(group)
     shard = Shard.of_rank(grid, rank, num_ranks)
     sizes = tuple(weight.shape[2:])
-    begin: Any = begin_halo
-    wait = begin(tokens, sizes, grid=grid, group=group) if halo is None else halo
+    wait = begin_halo(tokens, sizes, grid=grid, group=group) if halo is None else halo
     held = _with_halo(shard, sizes)
     before, borrowed = shard.first - held.first, wait()
     first_plane, last_plane = held.planes
@@ -57,7 +56,7 @@ def sharded_depthwise_conv(
     return held.from_whole_planes(out).narrow(1, before, tokens.shape[1])
 
 
-@torch.compiler.disable
+@uncompiled
 def begin_halo(
     tokens: Tensor, sizes: tuple[int, ...], *, grid: tuple[int, ...], group: Any
 ) -> Callable[[], Tensor]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mhla_gen.errors import UserError
 from mhla_gen.ops.blockwise import mix, to_blocks, to_tokens
-from mhla_gen.ops.collectives import sum_over_ranks
+from mhla_gen.ops.collectives import sum_over_ranks, uncompiled
 from mhla_gen.ops.dispatch import (
     check_blocks,
     check_options,
@@ -37,11 +37,10 @@ def sharded_mhla(
     query: Tensor, key: Tensor, value: Tensor, mixing: Tensor, **options: Any
 ) -> Tensor:
     """`begin_sharded_mhla` and its end, with nothing between them."""
-    begin: Any = begin_sharded_mhla
-    return begin(query, key, value, mixing, **options)()
+    return begin_sharded_mhla(query, key, value, mixing, **options)()
 
 
-@torch.compiler.disable
+@uncompiled
 def begin_sharded_mhla(
     query: Tensor,
     key: Tensor,
@@ -114,12 +113,12 @@ def begin_sharded_mhla(
             eps=eps,
         )
 
+    @uncompiled
     def finish_without_autocast() -> Tensor:
         with torch.autocast(query.device.type, enabled=False):
             return finish()
 
-    hidden: Any = torch.compiler.disable(finish_without_autocast)
-    return hidden
+    return finish_without_autocast
 
 
 def _implementation(

@@ -242,6 +242,7 @@ def with_links(text: str, path: str) -> str:
 def _site_path(path: str) -> str:
     if path in OUTSIDE:
         return OUTSIDE[path]
+    path = path.replace(TUTORIAL, "tutorial.md")
     return path.removeprefix("docs/") if path.startswith("docs/") else f"source/{path}.md"
 
 

@@ -11,9 +11,9 @@ from test_training import tiny_run
 
 from mhla_gen.config import DataConfig
 from mhla_gen.data import load_data
-from mhla_gen.data.patience import ReadFailedError
 from mhla_gen.errors import UserError
 from mhla_gen.evaluation.sources import load_images
+from mhla_gen.media.patience import ReadFailedError
 from mhla_gen.training import train
 from mhla_gen.training.run_folder import checkpoints
 
@@ -33,7 +33,7 @@ def images(tmp_path):
 @pytest.fixture
 def failing(monkeypatch):
     """How often reading each file fails from now on, by its name with the class; no waiting."""
-    monkeypatch.setattr("mhla_gen.data.patience.WAITS", (0, 0, 0))
+    monkeypatch.setattr("mhla_gen.media.patience.WAITS", (0, 0, 0))
     left, lock, read = Counter(), threading.Lock(), Path.read_bytes
 
     def read_bytes(path):

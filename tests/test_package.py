@@ -87,7 +87,8 @@ def test_scripts_import_names_that_exist(script):
                 pytest.importorskip("triton")
             module = importlib.import_module(node.module)
             for alias in node.names:
-                assert hasattr(module, alias.name), f"{node.module}.{alias.name}"
+                if not hasattr(module, alias.name):
+                    importlib.import_module(f"{node.module}.{alias.name}")
 
 
 def packages_imported_by(module):

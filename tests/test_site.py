@@ -87,6 +87,7 @@ def test_links_between_pages_follow_them(site):
     assert text == "[a](data.md#x) [b](source/LICENSE.md) [c](https://a.b/c)"
     text = site.with_links("[a](../README.md) [b](results/x.png)", "docs/data.md")
     assert text == "[a](index.md) [b](results/x.png)"
+    assert site.with_links("[a](docs/tutorial.ipynb)", "README.md") == "[a](tutorial.md)"
 
 
 def run_tutorial(steps):

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from mhla_gen.data.broken import FAILED, BrokenImages
-from mhla_gen.data.patience import ReadFailedError, read_patiently, read_rgb_patiently
 from mhla_gen.data.protocol import Batch
 from mhla_gen.data.stores import ImageStore
 from mhla_gen.errors import MissingError, UserError
+from mhla_gen.media.patience import ReadFailedError, read_patiently, read_rgb_patiently
 from mhla_gen.media.pictures import UnreadableImageError
 
 # Pillow decodes without holding the interpreter lock.

@@ -36,9 +36,12 @@ def check_early(config: Any) -> None:
 
 
 def _train(config: TrainConfig) -> None:
-    from mhla_gen.training.run_folder import check_output_dir
+    from mhla_gen.training.run_folder import check_output_dir, pipeline_steps
 
     check_output_dir(config)
+    if pipeline_steps(Path(config.output_dir)) == config.max_steps:
+        # A finished run needs its data no more, to say so.
+        return
     _data(config.data)
     if config.evaluate_every:
         _exist("evaluation.reference", config.evaluation.reference)

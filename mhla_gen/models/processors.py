@@ -65,7 +65,7 @@ class MHLAProcessor:
             ValueError: If either argument is not None.
         """
         if attention_mask is not None or encoder_hidden_states is not None:
-            raise ValueError("MHLA layers take neither an attention mask nor other keys and values")
+            raise UserError("MHLA layers take neither an attention mask nor other keys and values")
 
     def place(
         self, attn: Any, hidden_states: Tensor, tables: Any

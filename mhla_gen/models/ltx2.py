@@ -11,6 +11,7 @@ from diffusers.models.transformers.transformer_ltx2 import (
 )
 from torch import Tensor
 
+from mhla_gen.errors import UserError
 from mhla_gen.models.cosmos import interleaved
 from mhla_gen.models.family import Family
 from mhla_gen.models.processors import MHLAProcessor, pairs
@@ -156,7 +157,7 @@ class LTX2Family(Family):
         """
         grid = tuple(given.get(name) or 0 for name in ("num_frames", "height", "width"))
         if grid[0] * grid[1] * grid[2] != given["hidden_states"].shape[1]:
-            raise ValueError(
+            raise UserError(
                 f"MHLA layers need num_frames, height and width that multiply to the number of "
                 f"tokens, {given['hidden_states'].shape[1]}, also beside video_coords, found {grid}"
             )

@@ -82,6 +82,12 @@ def test_half_precision(poisoned, dtype, rotary):
     assert_accurate(tensors, options, dtype)
 
 
+def test_keys_off_the_grid_alone(poisoned):
+    layout = {"grid": (5, 6), "tile": (2, 3), "window": (0, 0), "top": 0}
+    tensors, options = make(layout, heads=1, batch=2, head_dim=8, extra=3)
+    assert_accurate(tensors, options, torch.float32)
+
+
 def test_strided_views(poisoned):
     layout = SMALL
     tensors, options = make(layout, head_dim=8, value_dim=8, heads=1, batch=1)

@@ -90,7 +90,7 @@ def trained(root):
     run = root / "run"
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     log = [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]
-    pipeline = bytes_below(run, "pipeline/**/*.safetensors", "pipeline/**/*.json")
+    pipeline = bytes_below(run / "pipeline", "*.safetensors", "*.json")
     return pipeline, bytes_below(run, "checkpoint-6/*.safetensors"), log
 
 

@@ -45,12 +45,15 @@ class MHLAConfig(Settings):
     """Weight of the exact half before training; None is 0.98 where a model is converted and 0.5 in
     a new one. combine=projection starts at 1 whatever it says."""
     feature_map: str = "relu"
-    """φ: relu, squared_relu, elu+1, softplus, softmax (over the channels of a head) or identity."""
+    """φ: relu, squared_relu, elu+1, softplus, softmax or focused (both over the channels of
+    a head), or identity."""
     learned_features: bool = False
     """Give φ a linear map of each head before it, one for queries and one for keys, which start at
     the identity: what MHLA can learn alone, since it shares its projections with the exact half."""
     normalize: bool = True
     """Divide by the denominator."""
+    magnitude: bool = False
+    """Let the length of φ of a query sharpen its weights, as MALA does; needs normalize."""
     conv: bool = True
     """Add a depthwise convolution of V on the token grid; it starts at zero."""
     conv_kernel_size: Count = 3
@@ -95,6 +98,8 @@ class MHLAConfig(Settings):
             raise UserError("linear=false leaves no attention at all with exact=0; set exact")
         if self.output_norm and not self.has_linear:
             raise UserError("output_norm is for MHLA's half, which is left out; set it to false")
+        if self.magnitude and not (self.has_linear and self.normalize):
+            raise UserError("magnitude needs an MHLA half with normalize=true; set it to false")
         if self.learned_features and not self.has_linear:
             raise UserError(
                 "learned_features are for MHLA's half, which is left out; set it to false"
@@ -115,7 +120,9 @@ class MHLAConfig(Settings):
     @property
     def unshared(self) -> str | None:
         """What keeps processes from sharing a sequence, or None."""
-        return f"exact={self.exact:g}" if self.exact > 0 else None
+        if self.exact > 0:
+            return f"exact={self.exact:g}"
+        return "magnitude=true" if self.magnitude else None
 
     @property
     def has_halves(self) -> bool:

@@ -45,6 +45,7 @@ _NORMALIZER = (
 _FIXED = {
     "exact": 0.0,
     "feature_map": "relu",
+    "magnitude": False,
     "normalize": True,
     "conv": True,
     "gate": False,

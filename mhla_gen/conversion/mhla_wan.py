@@ -60,6 +60,7 @@ _OURS = re.compile(r"blocks\.(\d+)\.attn1\.mhla\.mixing")
 _FIXED = {
     "exact": 0.0,
     "feature_map": "relu",
+    "magnitude": False,
     "normalize": False,
     "output_norm": True,
     "mixing_per_head": False,

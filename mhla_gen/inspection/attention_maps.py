@@ -18,7 +18,7 @@ from mhla_gen.inspection.weights import (
     MHLAAttention,
     SoftmaxAttention,
 )
-from mhla_gen.models import MHLA
+from mhla_gen.models import MHLA, Linformer
 from mhla_gen.models.exact import exact_attention, tile_layout
 from mhla_gen.models.family import Family
 from mhla_gen.models.head_rotary import rotated
@@ -53,6 +53,8 @@ def watch(family: Family, model: Any, inputs: dict[str, Any], observe: Observer)
         try:
             for index, layer in enumerate(layers):
                 child = getattr(layer, "mhla", None)
+                if isinstance(child, Linformer):
+                    continue
                 if child is not None:
                     hook = _MHLAHook(index, note)
                     handles.append(child.register_forward_pre_hook(hook, with_kwargs=True))
@@ -89,6 +91,8 @@ def _of_layer(
 ) -> LayerAttention:
     """From the arguments of `MHLA.forward`."""
     config, grid = module.config, tuple(given["grid"])
+    if config.magnitude:
+        raise UserError("inspect does not draw layers with magnitude=true")
     if config.exact == 0:
         return _linear_half(module, given, grid, rotary)
     query, key = (rotated(given[name], rotary)[0] for name in ("query", "key"))

@@ -13,9 +13,9 @@ from mhla_gen.config import MHLAConfig
 from mhla_gen.errors import UserError
 from mhla_gen.models.additions import AddedAttention
 from mhla_gen.models.exact import exact_attention, log_denominator, make_combination
-from mhla_gen.models.features import Features
+from mhla_gen.models.features import Features, with_magnitude
 from mhla_gen.models.head_rotary import mhla_rotated_by_head
-from mhla_gen.ops import MIXING_INITS, mhla
+from mhla_gen.ops import FEATURE_MAPS, MIXING_INITS, mhla
 from mhla_gen.ops.sharded import begin_sharded_mhla
 
 NEW_START = 0.5
@@ -161,8 +161,15 @@ class MHLA(AddedAttention):
             eps=self.config.eps,
             implementation=self.config.implementation,
         )
-        norm = self.norm
-        return attend if norm is None else lambda: norm(attend())
+        norm, phi = self.norm, FEATURE_MAPS[self.features.operator_map]
+
+        def finish() -> Tensor:
+            out = attend()
+            if self.config.magnitude:
+                out = with_magnitude(out, phi(query), phi(key), value)
+            return out if norm is None else norm(out)
+
+        return finish
 
     def occupied_blocks(self, grid: tuple[int, ...]) -> tuple[tuple[int, ...], Tensor]:
         """The blocks that hold tokens of this grid: their layout and their part of mixing.

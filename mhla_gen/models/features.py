@@ -4,9 +4,12 @@ import torch
 from torch import Tensor, nn
 
 from mhla_gen.config import MHLAConfig
+from mhla_gen.ops.feature_maps import relu
 
-SOFTMAX = "softmax"
-"""A feature map over all channels of a head, which the operator, going by elements, has not."""
+SOFTMAX, FOCUSED = "softmax", "focused"
+WHOLE_HEAD_MAPS = (SOFTMAX, FOCUSED)
+"""Feature maps over all channels of a head, which the operator, going by elements, has not."""
+_FOCUS = 3
 
 
 class Features(nn.Module):
@@ -24,8 +27,9 @@ class Features(nn.Module):
 
     def __init__(self, num_heads: int, head_dim: int, config: MHLAConfig):
         super().__init__()
-        self.softmax = config.feature_map == SOFTMAX
-        self.operator_map = "identity" if self.softmax else config.feature_map
+        self.feature_map = config.feature_map
+        whole_head = config.feature_map in WHOLE_HEAD_MAPS
+        self.operator_map = "identity" if whole_head else config.feature_map
         shape = (num_heads, head_dim, head_dim)
         learned = config.learned_features
         # What a map adds to the identity, which weight decay then keeps.
@@ -45,4 +49,53 @@ class Features(nn.Module):
     def _mapped(self, x: Tensor, weight: Tensor | None) -> Tensor:
         if weight is not None:
             x = x + torch.einsum("bnhd,hde->bnhe", x, weight).type_as(x)
-        return x.softmax(dim=-1) if self.softmax else x
+        if self.feature_map == SOFTMAX:
+            return x.softmax(dim=-1)
+        return focused(x) if self.feature_map == FOCUSED else x
+
+
+def focused(x: Tensor) -> Tensor:
+    r"""$\lVert r \rVert \, r^3 / \lVert r^3 \rVert$ of $r = \mathrm{relu}(x) + 10^{-6}$.
+
+    The cube turns a vector towards its large channels and the factor keeps its length.
+
+    Args:
+        x: `[..., head_dim]`; norms are over a head, in float32 or wider.
+
+    Returns:
+        Like `x`.
+
+    Source:
+        Han et al. 2023, arXiv:2308.00442, with p = 3; its learned scale of channels is part of
+        what `learned_features` gives.
+    """
+    r = relu(x.to(torch.promote_types(x.dtype, torch.float32)))
+    # Cubes of small features would leave float32.
+    sharp = (r / r.amax(dim=-1, keepdim=True)).pow(_FOCUS)
+    scale = r.norm(dim=-1, keepdim=True) / sharp.norm(dim=-1, keepdim=True)
+    return (sharp * scale).to(x.dtype)
+
+
+def with_magnitude(out: Tensor, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    r"""Let weights of linear attention depend on the length of a query.
+
+    MALA's $\beta_i\,\varphi(q_i)^\top\varphi(k_j) - \gamma_i$ with rows of sum 1 is
+    $o_i + z_i (o_i - \bar v)$, where $o$ is attention with a denominator, $\bar v$ the mean of all
+    values and $z_i = \varphi(q_i)^\top \overline{\varphi(k)} / \sqrt{d}$.
+
+    Args:
+        out: Attention with a denominator, `[batch, seq_len, num_heads, head_dim]`.
+        query: φ of queries, like `out`, without rotation.
+        key: φ of keys, like `out`, without rotation.
+        value: Like `out`.
+
+    Returns:
+        Like `out`.
+
+    Source:
+        Fan et al. 2025, arXiv:2507.00698, and its code, which scales by $1 / (n \sqrt d)$.
+    """
+    wide = torch.promote_types(out.dtype, torch.float32)
+    mean_key, mean_value = (x.to(wide).mean(dim=1, keepdim=True) for x in (key, value))
+    z = (query.to(wide) * mean_key).sum(-1, keepdim=True) * query.shape[-1] ** -0.5
+    return (out + z * (out - mean_value)).to(out.dtype)

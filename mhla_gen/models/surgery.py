@@ -17,7 +17,7 @@ from mhla_gen.models.additions import AddedAttention
 from mhla_gen.models.attention import CONVERTED_START, MHLA, NEW_START
 from mhla_gen.models.exact import exact_share
 from mhla_gen.models.family import Family
-from mhla_gen.models.features import SOFTMAX
+from mhla_gen.models.features import WHOLE_HEAD_MAPS
 from mhla_gen.models.linformer import Linformer
 from mhla_gen.ops import FEATURE_MAPS, auto_layout, resolve_implementation
 
@@ -128,7 +128,7 @@ def _check_rank(family: Family, name: str, value: tuple[int, ...]) -> None:
 def _resolve_mhla(family: Family, model: Any, config: MHLAConfig, new: bool) -> MHLAConfig:
     config = _settle_start(family, model, config, new)
     resolve_implementation(config.implementation)
-    names = (*FEATURE_MAPS, SOFTMAX)
+    names = (*FEATURE_MAPS, *WHOLE_HEAD_MAPS)
     if config.feature_map not in names:
         raise UserError(
             f"feature_map must be one of {', '.join(names)}, found {config.feature_map!r}"

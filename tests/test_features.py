@@ -1,0 +1,103 @@
+"""Focused linear attention and MALA as kinds of MHLA, against their float64 definitions."""
+
+import pytest
+import torch
+from families import FAMILIES, run
+from tiny import disturb
+
+import mhla_gen
+from mhla_gen import MHLAConfig
+from mhla_gen.models.features import focused
+
+GRID, HEADS, DIM = (5, 7), 2, 8
+
+
+def layer(**options):
+    settings = {"layout": (1, 1), "conv": False, "gate": False, "eps": 0.0}
+    return mhla_gen.MHLA(HEADS, DIM, HEADS * DIM, MHLAConfig(**settings | options)).double()
+
+
+def tokens():
+    return [x.requires_grad_() for x in torch.randn(3, 2, 35, HEADS, DIM, dtype=torch.float64)]
+
+
+def compared(model, defined):
+    inputs = tokens()
+    learned = [*inputs, *model.parameters()]
+    hidden = torch.zeros(2, 35, HEADS * DIM, dtype=torch.float64)
+    out = model(*inputs, hidden, GRID)
+    expected = defined(*(x.transpose(1, 2) for x in inputs)).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(out, expected)
+    seed = torch.randn_like(out)
+    options = {"allow_unused": True, "materialize_grads": True}
+    got = torch.autograd.grad(out, learned, seed, retain_graph=True)
+    wanted = torch.autograd.grad(expected, learned, seed, **options)
+    # With one block the mixing matrix is a factor that the denominator takes out again.
+    torch.testing.assert_close(got[:3], wanted[:3])
+
+
+def test_focused_linear_attention_equals_its_definition():
+    def phi(x):
+        r = x.clamp_min(0) + 1e-6
+        return r**3 * r.norm(dim=-1, keepdim=True) / (r**3).norm(dim=-1, keepdim=True)
+
+    def defined(q, k, v):
+        weights = phi(q) @ phi(k).mT
+        return weights / weights.sum(-1, keepdim=True) @ v
+
+    compared(layer(feature_map="focused"), defined)
+
+
+def test_mala_equals_its_definition():
+    def phi(x):
+        return torch.where(x > 0, x + 1, x.exp())
+
+    def defined(q, k, v):
+        scale = DIM**-0.5 / q.shape[2]
+        products = scale * phi(q) @ phi(k).mT
+        total = products.sum(-1, keepdim=True)
+        weights = (1 + 1 / total) * products - total / q.shape[2]
+        torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))
+        return weights @ v
+
+    compared(layer(feature_map="elu+1", magnitude=True), defined)
+
+
+def test_focused_keeps_the_length_and_stands_any_scale():
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        x = torch.tensor([[-3.0, -1, -2, -5], [1e-3, 2e-3, 0, -1], [50, 20, -10, 1]], dtype=dtype)
+        out = focused(x)
+        assert out.isfinite().all() and out.dtype == dtype
+        length = (x.double().clamp_min(0) + 1e-6).norm(dim=-1)
+        torch.testing.assert_close(out.double().norm(dim=-1), length, rtol=2e-2, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options", [{"feature_map": "focused"}, {"feature_map": "elu+1", "magnitude": True}], ids=str
+)
+@pytest.mark.parametrize("name", ["dit", "wan"])
+def test_models_save_load_and_restore(name, options, tmp_path):
+    make, make_inputs, mhla_class, layout = FAMILIES[name]
+    model, inputs = make(), make_inputs()
+    before = run(model, inputs)
+    mhla_gen.inject(model, MHLAConfig(layout=layout, **options))
+    for parameter_name, parameter in model.named_parameters():
+        if ".mhla." in parameter_name:
+            parameter.data.add_(0.1 * torch.rand_like(parameter))
+    assert not torch.equal(run(model, inputs), before)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(run(mhla_class.from_pretrained(tmp_path), inputs), run(model, inputs))
+    mhla_gen.restore(model)
+    assert torch.equal(run(model, inputs), before)
+
+
+def test_magnitude_is_refused_where_it_means_nothing():
+    for options in ({"normalize": False}, {"exact": 1.0}, {"exact": 0.2, "linear": False}):
+        with pytest.raises(ValueError, match="magnitude needs an MHLA half"):
+            MHLAConfig(magnitude=True, **options)
+    model = mhla_gen.inject(FAMILIES["dit"][0](), MHLAConfig(layout=(2, 2), magnitude=True))
+    disturb(model)
+    child = next(module for module in model.modules() if isinstance(module, mhla_gen.MHLA))
+    q, k, v = torch.randn(3, 1, 16, 2, 8)
+    with pytest.raises(ValueError, match=r"magnitude=true cannot share"):
+        child(q, k, v, q.flatten(2), (4, 4), group=object())

@@ -12,7 +12,8 @@ from tiny import disturb, dit_inputs, tiny_dit, tiny_wan
 
 import mhla_gen
 from mhla_gen import LinformerConfig, MHLAConfig
-from mhla_gen.config import ConfigError, ModelConfig, TrainConfig, load_config
+from mhla_gen.bench.ops import bench_ops
+from mhla_gen.config import BenchConfig, ConfigError, ModelConfig, TrainConfig, load_config
 from mhla_gen.models.linformer import coverage
 from mhla_gen.ops import linformer_attention
 from mhla_gen.training import parameter_groups
@@ -354,6 +355,16 @@ def test_sequences_are_not_shared_among_processes():
     q, k, v = (torch.randn(1, 6, 2, 12) for _ in range(3))
     with pytest.raises(ValueError, match="cannot share a sequence"):
         child(q, k, v, q.flatten(2), (1, 2, 3), group=object())
+
+
+def test_it_stands_in_the_bench():
+    methods = ["linformer projected_len=4", "linformer projected_len=[2,2]", "linformer"]
+    config = BenchConfig(methods=methods, grids=[[4, 4]], num_heads=2, head_dim=8, dtype="float32")
+    *fits, longer = bench_ops(config, torch.device("cpu"))
+    assert all(row["train_ms"] > 0 and row["exact"] == 0 for row in fits)
+    assert "more than the tokens" in longer["error"]
+    with pytest.raises(ValueError, match="for subject=ops"):
+        BenchConfig(subject="model", methods=["linformer"])
 
 
 def test_training_configs_have_it(tmp_path):

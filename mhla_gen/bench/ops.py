@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,8 +12,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mhla_gen.bench.measure import copy_bandwidth, graph_latency_ms, latency_ms, peak_memory_gib
-from mhla_gen.config import BenchConfig, MHLAConfig, load_config
+from mhla_gen.config import BenchConfig, LinformerConfig, MHLAConfig, load_config
+from mhla_gen.errors import UserError
 from mhla_gen.models.exact import exact_attention, exact_share
+from mhla_gen.models.linformer import Linformer
 from mhla_gen.ops import IMPLEMENTATIONS, auto_layout, linear_attention, locality_mixing, mhla
 
 _BACKENDS = {
@@ -127,6 +130,8 @@ def _attention(method: str, case: Case, device: torch.device) -> Callable[..., T
     if method == "linear":
         return partial(linear_attention, rotary=rotary)
     config = halves_of(method)
+    if isinstance(config, LinformerConfig):
+        return _linformer(config, case, device, rotary)
     mixing = locality_mixing(case.layout).to(device).requires_grad_()
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -143,13 +148,31 @@ def _attention(method: str, case: Case, device: torch.device) -> Callable[..., T
     return attend
 
 
-def halves_of(method: str) -> MHLAConfig:
-    """Settings of the halves that a row of `BenchConfig.methods` names.
+def _linformer(
+    config: LinformerConfig, case: Case, device: torch.device, rotary: Any
+) -> Callable[..., Tensor]:
+    config = replace(config, grid=case.grid, conv=False, gate=False)
+    fits = all(k <= n for k, n in zip(config.projected, config.lengths, strict=True))
+    if not fits:
+        raise UserError(f"projected_len={config.projected_len} is more than the tokens")
+    layer = Linformer(case.heads, case.head_dim, case.heads * case.head_dim, config).to(device)
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        layer.to(query.dtype)
+        return layer(query, key, value, query, case.grid, rotary).unflatten(2, (case.heads, -1))
+
+    return attend
+
+
+def halves_of(method: str) -> Any:
+    """Settings that a row of `BenchConfig.methods` names: of MHLA's halves, or of Linformer.
 
     Raises:
         ConfigError: If a setting is wrong.
     """
     name, *settings = method.split()
+    if name == "linformer":
+        return load_config(None, settings, LinformerConfig)
     implementation = name if name in IMPLEMENTATIONS else "auto"
     return load_config(None, [f"implementation={implementation}", *settings], MHLAConfig)
 

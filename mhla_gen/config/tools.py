@@ -62,11 +62,12 @@ class BenchConfig(Settings):
     output_dir: FilePath = "runs/bench"
     """Folder for bench.json and bench.png."""
     methods: Any = "auto"
-    """Rows for every size: softmax (torch's choice), softmax_cudnn, softmax_flash, linear, and MHLA
-    as naive, blockwise, fused or auto. Settings of MHLA may follow: for ops of its two halves, as
-    in "fused exact=0.05" or "fused exact=0.05 linear=false", for models any, as in "fused
-    conv=false gate=false" or "fused layers=2/3". "auto" takes softmax_cudnn, softmax_flash, linear,
-    fused and shares of 5 and 12.5 % on a GPU, softmax, linear, blockwise and 12.5 % elsewhere."""
+    """Rows for every size: softmax (torch's choice), softmax_cudnn, softmax_flash, linear,
+    linformer (for ops; its settings may follow, as in "linformer projected_len=256"), and MHLA as
+    naive, blockwise, fused or auto. Settings of MHLA may follow: for ops of its halves, "fused
+    exact=0.05" or "fused exact=0.05 linear=false", for models any, as in "fused conv=false
+    gate=false" or "fused layers=2/3". "auto" takes softmax_cudnn, softmax_flash, linear, fused and
+    shares of 5 and 12.5 % on a GPU, softmax, linear, blockwise and 12.5 % elsewhere."""
     grids: Any = "squares"
     """Token grids, one size each: a list such as [[16, 16], [32, 32]], "squares" (8×8 to 64×64),
     or "models", those of DiT, Flux and Wan models with their heads."""
@@ -98,7 +99,7 @@ class BenchConfig(Settings):
     def __post_init__(self):
         super().__post_init__()
         known = (
-            *("softmax", "softmax_cudnn", "softmax_flash", "linear"),
+            *("softmax", "softmax_cudnn", "softmax_flash", "linear", "linformer"),
             *("naive", "blockwise", "fused", "auto"),
         )
         if self.methods != "auto":
@@ -111,6 +112,10 @@ class BenchConfig(Settings):
             for method in self.methods:
                 name, *settings = method.split()
                 check_choice("methods", name, known)
+                if name == "linformer":
+                    if self.subject != "ops":
+                        raise UserError("linformer in methods is for subject=ops")
+                    continue
                 of_halves = all(s.startswith(("exact", "linear=")) for s in settings)
                 if settings and name.startswith("softmax"):
                     raise UserError(f"settings in methods are for MHLA, found {method!r}")

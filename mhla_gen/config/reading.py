@@ -14,7 +14,7 @@ from typing import Any, get_origin
 import yaml
 
 from mhla_gen.config.fields import Kind, kind_of, kinds_of
-from mhla_gen.errors import UserError
+from mhla_gen.errors import UserError, one_line
 
 _NULLS = ("null", "Null", "NULL")
 _BOOLS = {
@@ -135,7 +135,7 @@ def _typed(text: str, kind: Kind, key: str) -> Any:
         try:
             return _Reader().value(_compose(text), kind, key)
         except ConfigError as error:
-            raise ConfigError(f"{key}={text} {error}") from error
+            raise ConfigError(f"{key}={one_line(text)} {error}") from error
     return _scalar(text, kind, key)
 
 

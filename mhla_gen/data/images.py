@@ -1,7 +1,6 @@
 """Images to train on: arrays in memory, or encoded images that are read when they are needed."""
 
 import hashlib
-import zipfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -15,9 +14,10 @@ import torch
 from torch import Tensor
 
 from mhla_gen.data.broken import FAILED, BrokenImages
+from mhla_gen.data.lists import MOST_CLASSES
 from mhla_gen.data.protocol import Batch
 from mhla_gen.data.stores import ImageStore
-from mhla_gen.errors import MissingError, UserError
+from mhla_gen.errors import MissingError, UserError, one_line
 from mhla_gen.media.patience import ReadFailedError, read_patiently, read_rgb_patiently
 from mhla_gen.media.pictures import UnreadableImageError
 
@@ -283,11 +283,15 @@ def load_npz(path: Path, num_classes: int | None = None) -> ArrayImages:
             images, labels = arrays["arr_0"], arrays["labels"]
     except KeyError as error:
         raise UserError(f"{path} must hold arr_0 and labels: {error.args[0]}") from error
-    except (OSError, ValueError, AttributeError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is not an npz file of plain arrays: {error}") from error
+    except Exception as error:
+        # zipfile and numpy raise many things at bytes that are none.
+        reason = one_line(f"{type(error).__name__}: {error}", 200)
+        raise UserError(f"{path} is not an npz file of plain arrays: {reason}") from error
     if num_classes is None:
         whole = np.issubdtype(labels.dtype, np.integer)
         num_classes = int(labels.max(initial=0)) + 1 if whole else 1
+        if num_classes > MOST_CLASSES:
+            raise UserError(f"{path} has label {num_classes - 1}, expected 0…{MOST_CLASSES - 1}")
     return ArrayImages(images, labels, tuple(map(str, range(num_classes))))
 
 

@@ -1,14 +1,13 @@
 """npz files: arrays that are read slice by slice, and statistics under ADM's names."""
 
 import zipfile
-import zlib
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 from numpy.lib import format as npy
 
-from mhla_gen.errors import UserError
+from mhla_gen.errors import UserError, one_line
 from mhla_gen.evaluation.errors import EvaluationError
 from mhla_gen.files import written_whole
 
@@ -24,7 +23,8 @@ def npz_keys(path: Path) -> frozenset[str]:
             return frozenset(name.removesuffix(".npy") for name in archive.namelist())
     except FileNotFoundError:
         raise EvaluationError(f"{path} does not exist") from None
-    except (zipfile.BadZipFile, OSError) as error:
+    except Exception as error:
+        # zipfile raises many things at bytes that are no archive.
         raise EvaluationError(
             f"{path} is truncated or no npz file ({error}); write or copy it again"
         ) from error
@@ -41,8 +41,11 @@ def open_array(path: Path, key: str) -> np.ndarray:
         raise EvaluationError(f"{path} has no array {key!r}; it has {', '.join(sorted(keys))}")
     try:
         return _mapped(path, key) if _is_stored(path, key) else _loaded(path, key)
-    except (zipfile.BadZipFile, zlib.error, ValueError, OSError, EOFError) as error:
-        raise EvaluationError(f"{path}: array {key!r} cannot be read ({error})") from error
+    except Exception as error:
+        # numpy parses a header as Python, and raises what that does.
+        raise EvaluationError(
+            f"{path}: array {key!r} cannot be read ({one_line(str(error), 200)})"
+        ) from error
 
 
 def write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:

@@ -60,7 +60,8 @@ class Linformer(AddedAttention):
         self.mixing = None
         # In a tuple, so that it is no child of this module.
         self._owner = (owner,) if owner is not None and config.sharing == "layerwise" else ()
-        self.key_projection = self.value_projection = None
+        self.key_projection: Any = None
+        self.value_projection: Any = None
         if not self._owner:
             heads = num_heads if config.sharing == "none" else 1
             self.key_projection = make_projection(config, heads, head_dim)

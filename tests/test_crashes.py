@@ -79,7 +79,7 @@ def require_right(command, server, what):
 def test_killed_before_any_change(name, commands, server, record_property):
     """Every write, rename and removal once; at some, the restart is killed there, too."""
     command = commands[name]
-    cases = chosen(range(1, command.changes + 1), 4)
+    cases = chosen(range(1, command.changes + 1), 3)
     assert command.changes > 10
     for number in cases:
         command.clear()
@@ -106,7 +106,7 @@ def test_a_disk_that_is_full(name, commands, server):
     """No file may be longer than this: the first one, or only the largest, does not fit."""
     command = commands[name]
     sizes = {path.stat().st_size for path in command.finished.rglob("*") if path.is_file()}
-    for size in chosen(sorted(sizes), 3):
+    for size in chosen(sorted(sizes), 2):
         command.clear()
         done = command.run(server, limit=max(size - 1, 1))
         assert done["status"] in (0, 2), done["output"]
@@ -161,7 +161,7 @@ def test_damaged_outputs(name, how, commands, server):
         make()
         files = sorted(p.relative_to(command.root) for p in command.root.rglob("*") if p.is_file())
         files = [p for p in files if not any(part in str(p) for part in _TELL)]
-        for file in chosen(files, 3):
+        for file in chosen(files, 2):
             make()
             path = command.root / file
             if not path.is_file():

@@ -9,6 +9,7 @@ from typing import Any
 from mhla_gen.files import write_json
 from mhla_gen.hub import EXAMPLES_NAME, SAMPLING_NAME
 from mhla_gen.models.adapters import ADAPTER_FOLDER, save_adapter
+from mhla_gen.saved_files import problem_of_file
 from mhla_gen.training.training_run import Run
 
 
@@ -40,7 +41,7 @@ def write_pipeline(run: Run, folder: Path, before: Path | None) -> None:
             for name, write in parts.items():
                 trained = pipeline.components.get(name) is finished
                 known = None if before is None or trained else before / name
-                if known is not None and known.is_dir():
+                if known is not None and _is_whole(known):
                     shutil.copytree(known, folder / name, copy_function=_link)
                 else:
                     write()
@@ -48,6 +49,14 @@ def write_pipeline(run: Run, folder: Path, before: Path | None) -> None:
             if run.config.model.trainable != "all":
                 save_adapter(run.task.pipeline(model), folder / ADAPTER_FOLDER)
             write_json(folder / SAMPLING_NAME, dict(run.task.sampling))
+
+
+def _is_whole(part: Path) -> bool:
+    """Whether a saved part has weights, which are worth a link, and no file of it is damaged."""
+    files = [path for path in part.rglob("*") if path.is_file()]
+    has_weights = any(path.suffix == ".safetensors" for path in files)
+    has_settings = (part / "config.json").is_file()
+    return has_weights and has_settings and not any(map(problem_of_file, files))
 
 
 def _link(source: str, target: str) -> None:

@@ -382,11 +382,11 @@ def test_dry_run_measures_nothing(settings, tmp_path, capsys):
     "arguments, message",
     [
         ([], "samples=PATH is required"),
-        (["samples=x"], "reference=PATH is required"),
-        (["samples=x", "reference=y", "metrics=[fvd]"], "fvd cannot be measured with"),
-        (["samples=x", "reference=y", "metrics=[fd]"], "fd is the same distance on any other"),
-        (["samples=x", "reference=y", "metrics=[fad]"], "metrics must be one of"),
-        (["samples=x", "reference=y", "features.extractor=i3d", "metrics=[fvd]"], "TorchScript"),
+        (["samples=."], "reference=PATH is required"),
+        (["samples=.", "reference=.", "metrics=[fvd]"], "fvd cannot be measured with"),
+        (["samples=.", "reference=.", "metrics=[fd]"], "fd is the same distance on any other"),
+        (["samples=.", "reference=.", "metrics=[fad]"], "metrics must be one of"),
+        (["samples=.", "reference=.", "features.extractor=i3d", "metrics=[fvd]"], "TorchScript"),
         (["sample=x"], "Did you mean"),
     ],
 )

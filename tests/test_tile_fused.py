@@ -180,13 +180,14 @@ def test_activation_checkpointing():
     assert all(map(torch.equal, torch.autograd.grad(out.sum(), tensors), expected))
 
 
-def test_unsupported_calls_say_why():
-    tensors, options = make(LAYOUTS[0])
-    with pytest.raises(ValueError, match="float32, float16 and bfloat16"):
-        attend(tensors, options, "fused")
-    tensors, options = make(LAYOUTS[0], head_dim=136)
-    with pytest.raises(ValueError, match="up to 128"):
-        attend([x.float() for x in tensors], options, "fused")
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "message"),
+    [(torch.float64, 6, "float32, float16 and bfloat16"), (torch.float32, 136, "up to 128")],
+)
+def test_unsupported_calls_say_why(dtype, head_dim, message):
+    tensors, options = make(SMALL, rotary=False, head_dim=head_dim)
+    with pytest.raises(ValueError, match=message):
+        attend([x.detach().to(DEVICE, dtype) for x in tensors], options, "fused")
 
 
 def test_auto_takes_the_kernels_where_they_run():

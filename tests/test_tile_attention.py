@@ -184,6 +184,7 @@ def test_compiles_into_one_graph():
         ({"window": (3,)}, "one number per axis"),
         ({"window": (0, 0), "top": 0}, "no query has a key"),
         ({"top": -1}, "negative"),
+        ({"scale": -0.5}, "scale must be positive"),
         ({"tile": (0, 2)}, "positive"),
         ({"implementation": "flash"}, "implementation must be one of"),
         ({"extra": (torch.zeros(1, 2, 1, 3), torch.zeros(1, 2, 1, 4))}, "extra keys and values"),

@@ -72,8 +72,9 @@ def tile_attention(
         rotary: `(cos, sin)`, each `[seq_len, head_dim / 2]`; channels 2i and 2i + 1 are a pair.
         extra: Keys `[batch, extra_len, num_heads, head_dim]` and values `[…, value_dim]` without a
             place on the grid, which every query reads as they are (not rotated), and optionally a
-            bool mask `[batch, extra_len]`, True where they are valid.
-        scale: Of the scores, `head_dim ** -0.5` by default.
+            bool mask `[batch, extra_len]`, True where they are valid. Without window and top, every
+            sample needs a valid one: a query without any key gets NaN.
+        scale: Of the scores, positive; `head_dim ** -0.5` by default.
         implementation: `naive` (the definition), `blockwise` (PyTorch, any device), `fused` (CUDA
             kernels; an error where they cannot run), or `auto`: `fused` where it can run.
 
@@ -93,6 +94,8 @@ def tile_attention(
     check_rotary(query, rotary)
     placed = tiling(grid, tuple(tile), tuple(window), top, None if group is None else tuple(group))
     checked = None if extra is None else _check_extra(query, value, extra)
+    if scale is not None and not scale > 0:
+        raise ValueError(f"scale must be positive, found {scale}")
     if placed.list_size == 0 and checked is None:
         raise UserError("no query has a key: give window, top or extra")
     implementation = resolve_tile_implementation(

@@ -49,7 +49,7 @@ def test_the_whole_comparison_runs_and_goes_on(tmp_path):
     assert [row["steps"] for row in rows.values()] == [60, 20, 40, 20, 40, 10]
     assert rows["softmax teacher"]["rms_to_teacher"] == 0 < rows["MHLA, layers"]["rms_to_teacher"]
     assert all(row["frechet_distance"] > 0 < row["minutes"] for row in rows.values())
-    assert rows["softmax, trained on"]["added_parameters"] == 0
+    assert rows["softmax, trained further"]["added_parameters"] == 0
     for arm, title in (("mhla", "MHLA, layers"), ("linear", "linear, layers")):
         before, after = report["first_layer_errors"][arm], rows[title]["last_losses"]
         assert len(before) == 4 and all(after[name] < before[name] for name in before)

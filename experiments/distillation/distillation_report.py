@@ -45,7 +45,7 @@ MODELS: dict[str, tuple[str, ...]] = {
     "MHLA, layers + output": ("mhla/stage-1-layers", "mhla/stage-2-output"),
     "linear, layers": ("linear/stage-1-layers",),
     "linear, layers + output": ("linear/stage-1-layers", "linear/stage-2-output"),
-    "softmax, trained on": ("continued",),
+    "softmax, trained further": ("continued",),
 }
 
 

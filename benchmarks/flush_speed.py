@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from mhla_gen.digests import file_digest
 from mhla_gen.files import flush
+from mhla_gen.files.digests import file_digest
 
 NAMES = ("model", "average", "optimizer")
 

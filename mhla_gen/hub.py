@@ -5,7 +5,7 @@ from typing import Any
 
 from mhla_gen.config.fields import expand_home
 from mhla_gen.errors import MissingError, UserError
-from mhla_gen.saved_files import read_json
+from mhla_gen.files.saved import read_json
 
 INDEX_NAME = "model_index.json"
 PIPELINE_NAME = "pipeline"

@@ -11,8 +11,8 @@ import pytest
 
 from mhla_gen.config import DataConfig, EvaluateConfig, SampleConfig, TrainConfig
 from mhla_gen.files import remove_leftovers, write_text, written_whole
-from mhla_gen.locks import claimed
-from mhla_gen.output_folders import check_writable, differences, is_free
+from mhla_gen.outputs.folders import check_writable, differences, is_free
+from mhla_gen.outputs.locks import claimed
 from mhla_gen.training.log import read_log
 
 
@@ -196,7 +196,9 @@ def test_two_commands_never_have_one_folder(tmp_path):
     with claimed(folder):
         with claimed(folder):
             pass
-        program = f"from mhla_gen.locks import claimed\nwith claimed('{folder}'): print('has it')"
+        program = (
+            f"from mhla_gen.outputs.locks import claimed\nwith claimed('{folder}'): print('has it')"
+        )
         second = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     who = rf"is writing to {folder} \(process {os.getpid()} on {socket.gethostname()} since "
     assert second.returncode == 1 and re.search(who, second.stderr), second.stderr

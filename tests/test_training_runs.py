@@ -48,7 +48,7 @@ from mhla_gen.config.evaluation import FeaturesConfig
 from mhla_gen.data.caching.build import build_cache
 from mhla_gen.data.images import digits
 from mhla_gen.errors import UserError
-from mhla_gen.locks import claimed
+from mhla_gen.outputs.locks import claimed
 from mhla_gen.runtime.compiling import compile_model, repeated_blocks
 from mhla_gen.sampling.saved_pipeline import load_pipeline
 from mhla_gen.training import rehearse, train
@@ -184,7 +184,7 @@ def test_half_a_checkpoint_is_never_taken(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("mhla_gen.files.shutil.rmtree", killed)
+        patch.setattr("mhla_gen.files.temporary.shutil.rmtree", killed)
         save_checkpoint(run, 4)
     assert list(checkpoints(tmp_path / "a")) == [4]
     assert len(list((tmp_path / "a").iterdir())) == 2

@@ -28,7 +28,7 @@ from mhla_gen.data import open_images
 from mhla_gen.evaluation import FeatureStatistics, build_extractor, frechet_distance
 from mhla_gen.evaluation.intervals import jackknife_interval
 from mhla_gen.files import written_whole
-from mhla_gen.output_folders import CONFIG_NAME
+from mhla_gen.outputs.folders import CONFIG_NAME
 from mhla_gen.runtime.devices import resolve_device
 from mhla_gen.sampling.contact_sheet import contact_sheet, rows_by_class
 from mhla_gen.training.log import LOG_NAME, read_log

@@ -18,7 +18,7 @@ from mhla_gen.config import (
 )
 from mhla_gen.errors import MissingError, UserError
 from mhla_gen.hub import INDEX_NAME, find
-from mhla_gen.output_folders import check_writable, made_with
+from mhla_gen.outputs.folders import check_writable, made_with
 
 # The pipelines of classes; all others take prompts.
 _OF_CLASSES = ("ClassConditionalPipeline", "DiTPipeline")

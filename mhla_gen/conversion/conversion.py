@@ -17,14 +17,14 @@ from mhla_gen.conversion.keys import Converted, few
 from mhla_gen.conversion.reading import read_checkpoint
 from mhla_gen.errors import MissingError, UserError
 from mhla_gen.files import written_whole
+from mhla_gen.files.saved import read_json
 from mhla_gen.hub import locate_part
 from mhla_gen.models import (
     MHLADiTTransformer2DModel,
     MHLAWanTransformer3DModel,
     OriginalDiTTransformer2DModel,
 )
-from mhla_gen.output_folders import CONFIG_NAME, made_with
-from mhla_gen.saved_files import read_json
+from mhla_gen.outputs.folders import CONFIG_NAME, made_with
 
 EXPORT_NAME = "model.pt"
 REPORT_NAME = "conversion.json"

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from mhla_gen.config import AutoencoderConfig
-from mhla_gen.digests import settings_digest, weights_digest
 from mhla_gen.errors import UserError
+from mhla_gen.files.digests import settings_digest, weights_digest
+from mhla_gen.files.saved import naming_damage
 from mhla_gen.hub import locate_part
-from mhla_gen.saved_files import naming_damage
 
 IMAGE_AUTOENCODERS = ("AutoencoderKL", "AutoencoderDC", "AutoencoderTiny")
 VIDEO_AUTOENCODERS = ("AutoencoderKLWan", "AutoencoderKLLTXVideo")

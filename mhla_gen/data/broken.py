@@ -8,7 +8,7 @@ from threading import Lock
 from tqdm import tqdm
 
 from mhla_gen.files import append_line
-from mhla_gen.saved_files import read_lines
+from mhla_gen.files.saved import read_lines
 
 FAILED = "could not be read"
 """The reason of an image whose file failed, rather than being damaged."""

@@ -11,11 +11,11 @@ import numpy as np
 from mhla_gen.config import DataConfig
 from mhla_gen.data.lists import listed_paths, read_list
 from mhla_gen.errors import MissingError, UserError
+from mhla_gen.files.text import read_text
 from mhla_gen.media import ClipFacts, Crop, Decoder
 from mhla_gen.media.folders import files_below, passed_over
 from mhla_gen.media.frames import CLIP_SUFFIXES
 from mhla_gen.media.pictures import UnreadableImageError
-from mhla_gen.text_files import read_text
 
 # What stands beside clips on purpose: captions, and lists.
 _BESIDE = frozenset((".txt", ".csv", ".json", ".jsonl", ".ndjson"))
@@ -40,7 +40,7 @@ class ClipFiles:
     def digest(self, index: int) -> str:
         """See `Examples`."""
         # Here, so that captions are checked without torch; as below.
-        from mhla_gen.digests import file_digest
+        from mhla_gen.files.digests import file_digest
 
         try:
             return file_digest(self.paths[index])

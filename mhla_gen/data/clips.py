@@ -19,9 +19,9 @@ from mhla_gen.data.buckets import (
 )
 from mhla_gen.data.clip_files import ClipFiles
 from mhla_gen.files import write_json
+from mhla_gen.files.saved import read_json
 from mhla_gen.media import Decoder
 from mhla_gen.media.pictures import UnreadableImageError
-from mhla_gen.saved_files import read_json
 
 _LISTED = 10
 

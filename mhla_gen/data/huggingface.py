@@ -10,7 +10,7 @@ import numpy as np
 from mhla_gen.config import DataConfig
 from mhla_gen.data.lists import Known, known_of
 from mhla_gen.errors import MissingError, UserError
-from mhla_gen.text_files import Row
+from mhla_gen.files.text import Row
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,10 +8,10 @@ from PIL import Image
 from torch import Tensor
 
 from mhla_gen.config import ImageEncoderConfig
-from mhla_gen.digests import settings_digest, weights_digest
 from mhla_gen.errors import UserError
+from mhla_gen.files.digests import settings_digest, weights_digest
+from mhla_gen.files.saved import naming_damage
 from mhla_gen.hub import locate, pipeline_index
-from mhla_gen.saved_files import naming_damage
 
 IMAGE_ENCODERS = ("CLIPVisionModel", "CLIPVisionModelWithProjection")
 

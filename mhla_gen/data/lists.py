@@ -10,7 +10,7 @@ import numpy as np
 
 from mhla_gen.config.fields import expand_home
 from mhla_gen.errors import MissingError, UserError
-from mhla_gen.text_files import Row, read_csv, read_jsonl
+from mhla_gen.files.text import Row, read_csv, read_jsonl
 
 MOST_CLASSES = 1_000_000
 """More are identifiers, and no classes that a model can have an embedding for."""

@@ -9,10 +9,10 @@ from diffusers.utils import is_ftfy_available
 from torch import Tensor
 
 from mhla_gen.config import TextEncoderConfig
-from mhla_gen.digests import settings_digest, tensors_digest
 from mhla_gen.errors import UserError
+from mhla_gen.files.digests import settings_digest, tensors_digest
+from mhla_gen.files.saved import naming_damage
 from mhla_gen.hub import locate, pipeline_index
-from mhla_gen.saved_files import naming_damage
 
 ENCODERS = {"t5": "T5EncoderModel", "umt5": "UMT5EncoderModel"}
 

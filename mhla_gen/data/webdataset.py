@@ -10,9 +10,9 @@ import numpy as np
 
 from mhla_gen.data.lists import known_of
 from mhla_gen.errors import MissingError, UserError
+from mhla_gen.files.text import Row, decode_text, parse_object
 from mhla_gen.media.folders import is_hidden
 from mhla_gen.media.pictures import IMAGE_SUFFIXES
-from mhla_gen.text_files import Row, decode_text, parse_object
 
 _TEXTS = (".cls", ".txt", ".json")
 _LARGEST_TEXT = 2**24

@@ -21,10 +21,10 @@ from mhla_gen.distillation.teacher import softmax_twin, train_only, trained_name
 from mhla_gen.errors import UserError
 from mhla_gen.files import written_whole
 from mhla_gen.hub import PIPELINE_NAME
-from mhla_gen.locks import claimed
 from mhla_gen.models.saved_transformer import load_transformer, transformer_class
 from mhla_gen.models.transformer import MHLATransformerMixin
-from mhla_gen.output_folders import CONFIG_NAME, differing_values
+from mhla_gen.outputs.folders import CONFIG_NAME, differing_values
+from mhla_gen.outputs.locks import claimed
 from mhla_gen.runtime.compiling import compile_model
 from mhla_gen.runtime.processes import on_main
 from mhla_gen.training.build import build_task

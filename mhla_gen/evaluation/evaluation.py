@@ -23,8 +23,8 @@ from mhla_gen.evaluation.results import (
     write_report,
 )
 from mhla_gen.evaluation.sources import MANIFEST_NAME
-from mhla_gen.output_folders import check_writable
-from mhla_gen.saved_files import read_json
+from mhla_gen.files.saved import read_json
+from mhla_gen.outputs.folders import check_writable
 from mhla_gen.version import __version__
 
 _OF_INCEPTION = ("fid", "sfid", "is")

@@ -8,10 +8,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from mhla_gen.config import FeaturesConfig
-from mhla_gen.digests import file_digest, tensors_digest
 from mhla_gen.evaluation.errors import EvaluationError
 from mhla_gen.evaluation.extractor import Extractor, ExtractorIdentity
 from mhla_gen.evaluation.inception import InceptionExtractor, load_tensors
+from mhla_gen.files.digests import file_digest, tensors_digest
 
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)

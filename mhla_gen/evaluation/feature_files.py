@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mhla_gen.evaluation.frechet import FeatureStatistics, FeatureSums
 from mhla_gen.evaluation.npz import write_npz
-from mhla_gen.saved_files import DamagedFileError
+from mhla_gen.files.saved import DamagedFileError
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from mhla_gen.digests import settings_digest
 from mhla_gen.evaluation.errors import EvaluationError
 from mhla_gen.evaluation.extractor import Extractor
 from mhla_gen.evaluation.feature_cache import SETTINGS_NAME, limit_cache
 from mhla_gen.evaluation.feature_files import FeatureSet, collect, is_complete, write_chunk
 from mhla_gen.evaluation.sources import ImageSource, frame_shape
 from mhla_gen.files import remove_leftovers, write_json
+from mhla_gen.files.digests import settings_digest
 from mhla_gen.media.pictures import UnreadableImageError
 from mhla_gen.runtime.processes import on_main
 

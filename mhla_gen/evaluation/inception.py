@@ -17,9 +17,9 @@ from torch_fidelity.feature_extractor_inceptionv3 import (
     FeatureExtractorInceptionV3,
 )
 
-from mhla_gen.digests import file_digest
 from mhla_gen.evaluation.errors import EvaluationError
 from mhla_gen.evaluation.extractor import Extractor, ExtractorIdentity
+from mhla_gen.files.digests import file_digest
 
 # The released file's SHA-256 starts with the digits in its name, as torch.hub checks them too.
 OFFICIAL_SHA256_PREFIX = "6726825d"

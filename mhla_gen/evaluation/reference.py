@@ -16,7 +16,7 @@ from mhla_gen.evaluation.protocol import EvaluationProtocol
 from mhla_gen.evaluation.sources import ImageSource, has_statistics
 from mhla_gen.evaluation.statistics_file import STATISTICS_KEYS, StatisticsFile, write_statistics
 from mhla_gen.media.pictures import UnreadableImageError
-from mhla_gen.output_folders import check_writable
+from mhla_gen.outputs.folders import check_writable
 from mhla_gen.runtime.processes import on_main
 
 

@@ -9,10 +9,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from mhla_gen.digests import file_digest
 from mhla_gen.evaluation.errors import EvaluationError
 from mhla_gen.evaluation.npz import npz_keys, open_array
 from mhla_gen.evaluation.video import ClipRule, read_clip
+from mhla_gen.files.digests import file_digest
 from mhla_gen.media.folders import files_below, passed_over
 from mhla_gen.media.frames import MOVING_SUFFIXES
 from mhla_gen.media.patience import read_file_patiently

@@ -26,7 +26,7 @@ from mhla_gen.inspection.map_figures import draw_maps
 from mhla_gen.inspection.mixing_figures import draw_mixing, draw_mixing_heads
 from mhla_gen.inspection.page import build_page
 from mhla_gen.inspection.subject import Subject, load_subject
-from mhla_gen.output_folders import CONFIG_NAME, check_writable, made_with
+from mhla_gen.outputs.folders import CONFIG_NAME, check_writable, made_with
 from mhla_gen.runtime.devices import resolve_device
 from mhla_gen.version import __version__
 

@@ -7,8 +7,8 @@ from mhla_gen.errors import UserError
 from mhla_gen.inspection.sensitivity_plan import Plan, plan_by_count, plan_by_error
 from mhla_gen.inspection.sensitivity_report import write_report
 from mhla_gen.inspection.sensitivity_scan import LAYERS_NAME, Scan
-from mhla_gen.locks import claimed
-from mhla_gen.output_folders import made_with
+from mhla_gen.outputs.folders import made_with
+from mhla_gen.outputs.locks import claimed
 
 DISTILLED_NAME = "distilled.safetensors"
 # A finished scan answers for any budget.

@@ -16,11 +16,11 @@ from tqdm import tqdm
 
 from mhla_gen.config import SensitivityConfig, save_config
 from mhla_gen.data import derived_seed, open_images
-from mhla_gen.digests import tensors_digest
 from mhla_gen.distillation.layers import LayerErrors, relative_error
 from mhla_gen.distillation.teacher import mhla_attentions, softmax_twin, train_only, trained_names
 from mhla_gen.errors import OccupiedError, UserError
 from mhla_gen.files import append_line, write_lines, write_tensors
+from mhla_gen.files.digests import tensors_digest
 from mhla_gen.inspection.inputs import Input, make_inputs, token_grid
 from mhla_gen.inspection.sensitivity_plan import plan_by_count
 from mhla_gen.inspection.sensitivity_report import LayerSensitivity
@@ -28,7 +28,7 @@ from mhla_gen.inspection.subject import load_subject
 from mhla_gen.models import inject
 from mhla_gen.models.surgery import swap_processor
 from mhla_gen.models.transformer import MHLATransformerMixin
-from mhla_gen.output_folders import CONFIG_NAME
+from mhla_gen.outputs.folders import CONFIG_NAME
 from mhla_gen.runtime.devices import resolve_device
 from mhla_gen.training.log import read_log
 from mhla_gen.training.optim import keep_mixing_in_range

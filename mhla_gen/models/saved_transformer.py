@@ -7,9 +7,9 @@ import torch
 from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 
 from mhla_gen.errors import MissingError, UserError
+from mhla_gen.files.saved import naming_damage
 from mhla_gen.hub import locate_part
 from mhla_gen.models.injection import MHLA_CLASSES
-from mhla_gen.saved_files import naming_damage
 
 _CLASSES: dict[str, Any] = {c.__name__: c for pair in MHLA_CLASSES.items() for c in pair}
 # The class that diffusers' own DiTs on the hub were saved with, before they had one of their own.

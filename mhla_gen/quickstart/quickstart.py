@@ -11,8 +11,9 @@ from accelerate import PartialState
 from mhla_gen.config import QuickstartConfig, SampleConfig, TrainConfig, save_config
 from mhla_gen.data.images import digits
 from mhla_gen.files import remove, write_json, written_whole
-from mhla_gen.locks import claimed
-from mhla_gen.output_folders import CONFIG_NAME, made_with
+from mhla_gen.files.saved import read_json
+from mhla_gen.outputs.folders import CONFIG_NAME, made_with
+from mhla_gen.outputs.locks import claimed
 from mhla_gen.pipelines.class_conditional import ClassConditionalPipeline
 from mhla_gen.quickstart.figures import draw_losses, draw_mixing
 from mhla_gen.quickstart.report import next_commands, table
@@ -22,7 +23,6 @@ from mhla_gen.sampling.contact_sheet import contact_sheet, rows_by_class
 from mhla_gen.sampling.manifest import manifest, weights_of
 from mhla_gen.sampling.sample_set import save_samples
 from mhla_gen.sampling.samplers import ClassSampler
-from mhla_gen.saved_files import read_json
 from mhla_gen.training.log import LOG_NAME, read_log
 from mhla_gen.training.loop import train
 from mhla_gen.training.rehearsal import rehearse

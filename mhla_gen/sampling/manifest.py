@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from mhla_gen.config import SampleConfig
-from mhla_gen.digests import file_digest, tensors_digest
+from mhla_gen.files.digests import file_digest, tensors_digest
 from mhla_gen.sampling.samplers import Sampler
 from mhla_gen.sampling.units import Units
 

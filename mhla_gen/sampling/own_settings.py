@@ -10,8 +10,8 @@ from safetensors import safe_open
 
 from mhla_gen.config import SampleConfig
 from mhla_gen.errors import UserError
+from mhla_gen.files.saved import naming_damage, read_json
 from mhla_gen.hub import SAMPLING_NAME
-from mhla_gen.saved_files import naming_damage, read_json
 
 _CALLED_WITH = ("num_inference_steps", "guidance_scale")
 _SIZES = ("height", "width", "num_frames")

@@ -8,7 +8,7 @@ from typing import Any
 
 from mhla_gen.config.fields import SEEDS, expand_home
 from mhla_gen.errors import UserError
-from mhla_gen.text_files import Row, read_jsonl, read_text
+from mhla_gen.files.text import Row, read_jsonl, read_text
 
 _READ = (".txt", ".jsonl", ".ndjson")
 _OTHER = (".csv", ".tsv", ".json", ".yaml", ".yml", ".parquet", ".md", ".xlsx")

@@ -14,8 +14,9 @@ from accelerate import PartialState
 from mhla_gen.config import SampleConfig, save_config
 from mhla_gen.errors import OccupiedError, UserError, not_worth_failing
 from mhla_gen.files import write_json, write_lines
-from mhla_gen.locks import claimed
-from mhla_gen.output_folders import CONFIG_NAME, check_writable, differing_values, made_with
+from mhla_gen.files.saved import DamagedFileError, read_json
+from mhla_gen.outputs.folders import CONFIG_NAME, check_writable, differing_values, made_with
+from mhla_gen.outputs.locks import claimed
 from mhla_gen.runtime.devices import resolve_device
 from mhla_gen.runtime.processes import join_processes, on_main
 from mhla_gen.sampling import card, estimate
@@ -42,7 +43,6 @@ from mhla_gen.sampling.own_settings import FREE, free_of
 from mhla_gen.sampling.progress import Progress
 from mhla_gen.sampling.samplers import ClassSampler, Sampler
 from mhla_gen.sampling.units import Units, Work
-from mhla_gen.saved_files import DamagedFileError, read_json
 
 if TYPE_CHECKING:
     from mhla_gen.sampling.scoring import Scorer

@@ -10,10 +10,10 @@ import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from mhla_gen.errors import MissingError, UserError
+from mhla_gen.files.saved import naming_damage, read_json
 from mhla_gen.hub import INDEX_NAME, locate
 from mhla_gen.pipelines.class_conditional import ClassConditionalPipeline
 from mhla_gen.pipelines.schedulers import prediction_of
-from mhla_gen.saved_files import naming_damage, read_json
 
 # Parts of Wan's pipelines.
 _PRECISE = {"vae": torch.float32, "image_encoder": torch.float32}

@@ -11,7 +11,7 @@ import numpy as np
 
 from mhla_gen.errors import UserError
 from mhla_gen.files import write_json, written_whole
-from mhla_gen.saved_files import DamagedFileError, read_array, read_json
+from mhla_gen.files.saved import DamagedFileError, read_array, read_json
 
 WORK_NAME = ".work"
 

@@ -20,10 +20,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from mhla_gen.digests import file_digest
 from mhla_gen.errors import UserError
 from mhla_gen.files import errors_naming, flush, write_json
-from mhla_gen.saved_files import DamagedFileError, read_json
+from mhla_gen.files.digests import file_digest
+from mhla_gen.files.saved import DamagedFileError, read_json
 from mhla_gen.training.training_run import Run
 
 STATE_NAME = "state.json"

@@ -21,10 +21,10 @@ from mhla_gen.files import (
     remove_leftovers,
     write_json,
 )
+from mhla_gen.files.saved import DamagedFileError, problem_of_file, read_json
 from mhla_gen.hub import PIPELINE_NAME
-from mhla_gen.output_folders import CONFIG_NAME
+from mhla_gen.outputs.folders import CONFIG_NAME
 from mhla_gen.runtime.processes import on_main
-from mhla_gen.saved_files import DamagedFileError, problem_of_file, read_json
 from mhla_gen.training.checkpoint_state import (
     SavedTensors,
     damage_of,

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from mhla_gen.errors import UserError
 from mhla_gen.files import append_line, write_lines
-from mhla_gen.saved_files import read_lines
+from mhla_gen.files.saved import read_lines
 from mhla_gen.training.recent import Recorded
 from mhla_gen.training.run_folder import last_checkpoint
 from mhla_gen.training.step import StepResult

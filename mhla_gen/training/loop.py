@@ -12,8 +12,8 @@ from mhla_gen.data.caching.cached import CachedLatents
 from mhla_gen.data.caching.index import QUARANTINE_NAME
 from mhla_gen.files import written_whole
 from mhla_gen.hub import PIPELINE_NAME
-from mhla_gen.locks import claimed
-from mhla_gen.output_folders import CONFIG_NAME
+from mhla_gen.outputs.folders import CONFIG_NAME
+from mhla_gen.outputs.locks import claimed
 from mhla_gen.runtime.processes import on_main, tell
 from mhla_gen.training.checkpoints import (
     last_pipeline,

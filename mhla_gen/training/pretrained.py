@@ -12,7 +12,7 @@ from mhla_gen.errors import UserError
 from mhla_gen.models import inject
 from mhla_gen.models.saved_transformer import load_transformer
 from mhla_gen.models.transformer import MHLATransformerMixin
-from mhla_gen.output_folders import differences
+from mhla_gen.outputs.folders import differences
 
 
 def load_pretrained(config: ModelConfig, subfolder: str = "transformer") -> Any:

@@ -4,9 +4,9 @@ from pathlib import Path
 
 from mhla_gen.config import TrainConfig, load_config
 from mhla_gen.errors import OccupiedError
+from mhla_gen.files.saved import read_json
 from mhla_gen.hub import PIPELINE_NAME
-from mhla_gen.output_folders import CONFIG_NAME, check_writable, differences, is_free
-from mhla_gen.saved_files import read_json
+from mhla_gen.outputs.folders import CONFIG_NAME, check_writable, differences, is_free
 
 PREFIX = "checkpoint-"
 FACTS_NAME = "run.json"

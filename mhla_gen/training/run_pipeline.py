@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from mhla_gen.files import write_json
+from mhla_gen.files.saved import problem_of_file
 from mhla_gen.hub import EXAMPLES_NAME, SAMPLING_NAME
 from mhla_gen.models.adapters import ADAPTER_FOLDER, save_adapter
-from mhla_gen.saved_files import problem_of_file
 from mhla_gen.training.training_run import Run
 
 

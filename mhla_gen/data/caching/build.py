@@ -38,8 +38,8 @@ from mhla_gen.data.opening import open_images
 from mhla_gen.data.protocol import Examples
 from mhla_gen.data.text import TextEncoder, load_text_encoder
 from mhla_gen.errors import UserError
-from mhla_gen.locks import claimed
 from mhla_gen.media import Decoder
+from mhla_gen.outputs.locks import claimed
 from mhla_gen.runtime.devices import resolve_device
 from mhla_gen.runtime.processes import join_processes, on_main, shared_map
 

@@ -20,7 +20,7 @@ from mhla_gen.data.caching.index import CAPTIONS_NAME, Index
 from mhla_gen.data.image_encoder import ImageEncoder, load_image_encoder
 from mhla_gen.data.protocol import Batch
 from mhla_gen.errors import UserError
-from mhla_gen.saved_files import read_json
+from mhla_gen.files.saved import read_json
 
 
 @dataclass(frozen=True, eq=False)

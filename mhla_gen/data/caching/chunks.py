@@ -12,8 +12,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from mhla_gen.digests import file_digest
 from mhla_gen.files import write_tensors
+from mhla_gen.files.digests import file_digest
 from mhla_gen.runtime.processes import advance
 
 T = TypeVar("T")

@@ -6,7 +6,7 @@ from typing import Any
 
 from mhla_gen.errors import MissingError, UserError
 from mhla_gen.files import write_json
-from mhla_gen.saved_files import read_json
+from mhla_gen.files.saved import read_json
 
 INDEX_NAME = "index.json"
 CAPTIONS_NAME = "captions.json"

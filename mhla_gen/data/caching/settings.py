@@ -11,12 +11,12 @@ from mhla_gen.data import autoencoder, image_encoder, text
 from mhla_gen.data.caching.index import SETTINGS_NAME
 from mhla_gen.data.clip_files import ClipFiles
 from mhla_gen.data.images import ArrayImages, EncodedImages
-from mhla_gen.digests import settings_digest
 from mhla_gen.errors import OccupiedError
 from mhla_gen.files import write_json
+from mhla_gen.files.digests import settings_digest
+from mhla_gen.files.saved import read_json
 from mhla_gen.media.pictures import READING
-from mhla_gen.output_folders import CONFIG_NAME, check_writable, differing_values, made_with
-from mhla_gen.saved_files import read_json
+from mhla_gen.outputs.folders import CONFIG_NAME, check_writable, differing_values, made_with
 
 # Two runs may differ in these: paths are known by content, and the rest does not change it.
 _FREE = (

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from mhla_gen import files
 from mhla_gen.errors import UserError
-from mhla_gen.output_folders import CONFIG_NAME, LOCK_NAME
+from mhla_gen.outputs.folders import CONFIG_NAME, LOCK_NAME
 from mhla_gen.runtime.processes import on_main
 from mhla_gen.version import __version__
 

@@ -1,0 +1,53 @@
+"""Files: written whole or not at all, read again with their damage named, told by their digest.
+
+Everything that this package keeps is written here: under a temporary name, on the disk (`fsync`)
+before it gets its own, so that neither a kill nor a power loss leaves half of it.
+"""
+
+from mhla_gen.files.claims import (
+    claim,
+    is_claimed,
+    make_folder,
+    release,
+    require_claimed,
+)
+from mhla_gen.files.temporary import (
+    flush,
+    is_temporary,
+    partial_of,
+    put,
+    remove,
+    remove_leftovers,
+)
+from mhla_gen.files.writing import (
+    WriteError,
+    append_line,
+    errors_naming,
+    write_json,
+    write_lines,
+    write_tensors,
+    write_text,
+    written_whole,
+)
+
+__all__ = [
+    "WriteError",
+    "append_line",
+    "claim",
+    "errors_naming",
+    "flush",
+    "is_claimed",
+    "is_temporary",
+    "make_folder",
+    "partial_of",
+    "put",
+    "release",
+    "remove",
+    "remove_leftovers",
+    "require_claimed",
+    "write_json",
+    "write_lines",
+    "write_tensors",
+    "write_text",
+    "written_whole",
+]

@@ -1,0 +1,163 @@
+"""Names that files and folders have until they are whole.
+
+They tell who is writing: what a dead process left is removed, what a living one writes is not.
+"""
+
+import errno
+import functools
+import hashlib
+import os
+import re
+import secrets
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+# Names for a while: .NAME.MACHINE-PROCESS-RANDOM.partial, or .old for what is being replaced. The
+# form without a machine is that of earlier versions.
+_NAME = re.compile(
+    r"\.(?P<name>.+)\.((?P<machine>[0-9a-f]{8})-)?(?P<process>\d+)(-[0-9a-f]{8})?"
+    r"\.(?P<kind>partial|old)"
+)
+# What safetensors leaves beside a file that it was killed in.
+_SAFETENSORS = re.compile(r"\.tmp[A-Za-z0-9]{6}")
+_writing: set[Path] = set()
+
+
+@contextmanager
+def in_use(partial: Path) -> Iterator[None]:
+    """Keep `remove_leftovers` of this process from a name while it is written; remove it then."""
+    _writing.add(partial)
+    try:
+        yield
+    finally:
+        remove(partial)
+        _writing.discard(partial)
+
+
+def partial_of(path: Path) -> Path:
+    """A name for a while beside `path`, which tells that this process gave it."""
+    return _beside(path, "partial")
+
+
+def put(partial: Path, path: Path) -> None:
+    """Give a finished file or folder its name, once it is on the disk.
+
+    A kill leaves what was at `path`, or the new; of a folder it may leave the old one under another
+    name, which `remove_leftovers` gives back.
+    """
+    flush(partial)
+    if partial.is_dir() and path.is_dir():
+        # A folder cannot be renamed onto one that has files.
+        old = _beside(path, "old")
+        os.replace(path, old)
+        try:
+            os.replace(partial, path)
+        except BaseException:
+            os.replace(old, path)
+            raise
+        _sync(path.parent)
+        remove(old)
+    else:
+        os.replace(partial, path)
+        _sync(path.parent)
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or a folder with all that is in it, is on the disk."""
+    if path.is_symlink():
+        return
+    if path.is_dir():
+        for child in path.iterdir():
+            flush(child)
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    if os.name != "posix" and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some file systems know no fsync of folders.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if it is there; half a folder never keeps its name."""
+    if path.is_dir() and not path.is_symlink():
+        hidden = path
+        if not _NAME.fullmatch(path.name) or path.name.endswith(".old"):
+            hidden = partial_of(path)
+            os.replace(path, hidden)
+        shutil.rmtree(hidden, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether a file or a folder has one of our names for a while."""
+    return _NAME.fullmatch(path.name) is not None or _SAFETENSORS.fullmatch(path.name) is not None
+
+
+def remove_leftovers(folder: str | Path, alone: bool = False) -> None:
+    """Remove what killed processes left half-written in a folder; give back what they set aside.
+
+    Args:
+        folder: Need not exist.
+        alone: Whether nobody else writes to it: processes of other machines, too, are taken for
+            dead then.
+    """
+    for path in list(Path(folder).glob(".*")):
+        found = _NAME.fullmatch(path.name)
+        if found is None:
+            if alone and _SAFETENSORS.fullmatch(path.name) and path.is_file():
+                path.unlink(missing_ok=True)
+        elif _is_dead(path, found, alone):
+            target = path.with_name(found["name"])
+            with suppress(FileNotFoundError):
+                if found["kind"] == "old" and not target.exists():
+                    os.replace(path, target)
+                else:
+                    remove(path)
+
+
+def _is_dead(path: Path, found: re.Match[str], alone: bool) -> bool:
+    if path in _writing:
+        return False
+    if found["machine"] != _machine():
+        return alone
+    process = int(found["process"])
+    return process == os.getpid() or not _is_alive(process)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+@functools.cache
+def _machine() -> str:
+    """Where process numbers mean the same: this host since it started, in this container."""
+    facts = [socket.gethostname()]
+    with suppress(OSError):
+        facts.append(Path("/proc/sys/kernel/random/boot_id").read_text())
+        facts.append(os.readlink("/proc/self/ns/pid"))
+    return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:8]
+
+
+def _beside(path: Path, kind: str) -> Path:
+    name = found["name"] if (found := _NAME.fullmatch(path.name)) else path.name
+    who = f"{_machine()}-{os.getpid()}-{secrets.token_hex(4)}"
+    return path.with_name(f".{name}.{who}.{kind}")

@@ -50,6 +50,7 @@ if TYPE_CHECKING:
         MHLAQwen2ForCausalLM,
         MHLAQwen3ForCausalLM,
     )
+    from mhla_gen.models.vision import MHLAVisionTransformer, MHLAVisionTransformerDistilled
     from mhla_gen.pipelines.class_conditional import ClassConditionalPipeline
 
 # diffusers looks up ModelMixin in the package of a saved component before it loads the component.
@@ -87,6 +88,8 @@ _HOMES = {
     "MHLAMistralForCausalLM": "mhla_gen.models.language",
     "MHLAQwen2ForCausalLM": "mhla_gen.models.language",
     "MHLAQwen3ForCausalLM": "mhla_gen.models.language",
+    "MHLAVisionTransformer": "mhla_gen.models.vision",
+    "MHLAVisionTransformerDistilled": "mhla_gen.models.vision",
     "inject": "mhla_gen.models",
     "load_adapter": "mhla_gen.models",
     "restore": "mhla_gen.models",
@@ -124,6 +127,8 @@ __all__ = [
     "MHLASanaTransformer2DModel",
     "MHLASanaVideoTransformer3DModel",
     "MHLASkyReelsV2Transformer3DModel",
+    "MHLAVisionTransformer",
+    "MHLAVisionTransformerDistilled",
     "MHLAWanAnimateTransformer3DModel",
     "MHLAWanTransformer3DModel",
     "MHLAWanVACETransformer3DModel",

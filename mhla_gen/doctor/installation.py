@@ -37,6 +37,7 @@ _OPTIONAL = {
         "mhla_gen[efficientnet]",
     ),
     "ftfy": ("cleaning prompts as Wan does", "ftfy"),
+    "timm": ("vision classifiers", "mhla_gen[vision]"),
     "peft": ("model.trainable=lora", "peft"),
     "wandb": ("report_to=wandb", "wandb"),
 }

@@ -1,4 +1,4 @@
-"""Put MHLA into a diffusers model or pipeline, or a language model, in place, and take it out."""
+"""Put MHLA into a model of diffusers, transformers or timm, in place, and take it out."""
 
 import sys
 from collections.abc import Sequence
@@ -80,7 +80,7 @@ def inject(
     Args:
         pipe_or_transformer: A transformer of a supported family (`docs/models.md`), or any pipeline
             that holds one or more of them (both experts of Wan 2.2), or a language model of
-            transformers (`docs/language.md`).
+            transformers (`docs/language.md`), or a ViT of timm (`docs/classification.md`).
         config: Settings of either, for a language model a `CausalMHLAConfig`; the defaults of MHLA
             if None.
 
@@ -102,6 +102,10 @@ def inject(
         from mhla_gen.models.language import inject_language
 
         return inject_language(pipe_or_transformer, config)
+    if is_vision_model(pipe_or_transformer):
+        from mhla_gen.models.vision import inject_vision
+
+        return inject_vision(pipe_or_transformer, config)
     targets = transformers_of(pipe_or_transformer)
     for transformer in targets:
         if isinstance(transformer, MHLATransformerMixin):
@@ -134,6 +138,10 @@ def restore(pipe_or_transformer: Any) -> Any:
         from mhla_gen.models.language import restore_language
 
         return restore_language(pipe_or_transformer)
+    if is_vision_model(pipe_or_transformer):
+        from mhla_gen.models.vision import restore_vision
+
+        return restore_vision(pipe_or_transformer)
     targets = [
         t for t in transformers_of(pipe_or_transformer) if isinstance(t, MHLATransformerMixin)
     ]
@@ -177,6 +185,11 @@ def is_language_model(model: Any) -> bool:
     """Whether it is a model of transformers, which is imported then."""
     module = sys.modules.get("transformers.modeling_utils")
     return module is not None and isinstance(model, module.PreTrainedModel)
+
+
+def is_vision_model(model: Any) -> bool:
+    """Whether it is a model of timm."""
+    return any(base.__module__.startswith("timm.models.") for base in type(model).__mro__)
 
 
 def transformers_of(pipe_or_transformer: Any) -> list[Any]:

@@ -13,6 +13,7 @@ from mhla_gen.models.family import Family
 from mhla_gen.models.injection import (
     MHLA_CLASSES,
     is_language_model,
+    is_vision_model,
     transformers_of,
     unsupported,
 )
@@ -92,6 +93,14 @@ def summary(pipe_or_transformer: Any) -> Summary:
         named = attentions(pipe_or_transformer)
         rows.extend(_summarise_causal(name, attention) for name, attention in named)
         return rows
+    if is_vision_model(pipe_or_transformer):
+        from mhla_gen.models.vision import family_of
+
+        family = family_of(pipe_or_transformer)
+        grid = family.native_grid(pipe_or_transformer)
+        named = family.attentions(pipe_or_transformer)
+        rows.extend(_summarise(family, name, attention, grid) for name, attention in named)
+        return rows
     targets = transformers_of(pipe_or_transformer)
     for number, transformer in enumerate(targets):
         mhla_class = MHLA_CLASSES.get(type(transformer), type(transformer))
@@ -108,7 +117,8 @@ def _summarise(family: Family, name: str, attention: Any, grid: tuple[int, ...])
     child = getattr(attention, "mhla", None)
     if child is None:
         softmax = family.stock_kind == "softmax"
-        backend = getattr(attention.processor, "_attention_backend", None)
+        processor = getattr(attention, "processor", None)
+        backend = getattr(processor, "_attention_backend", None)
         backend = backend or ("sdpa" if softmax else "diffusers")
         return LayerSummary(
             name=name,

@@ -75,11 +75,7 @@ def resolve(
         ValueError: If layers, rank, layout or processors do not fit the model, or there is no such
             feature map or implementation.
     """
-    attentions = family.attentions(model)
-    layers = mhla_layers(config, [name for name, _ in attentions])
-    if callable(config.layers):
-        config = replace(config, layers=layers)
-    for name, attention in attentions + family.bystanders(model):
+    for name, attention in family.attentions(model) + family.bystanders(model):
         known = family.processors(attention)
         if type(attention.processor) not in known:
             raise UserError(
@@ -88,6 +84,16 @@ def resolve(
             )
         if getattr(attention.processor, "_parallel_config", None) is not None:
             raise UserError(f"{name} is context-parallel; convert before enable_parallelism")
+    return settle(family, model, config, new)
+
+
+def settle(
+    family: Family, model: Any, config: AttentionConfig, new: bool = False
+) -> AttentionConfig:
+    """What `resolve` does but for the processors, which only diffusers' layers have."""
+    layers = mhla_layers(config, [name for name, _ in family.attentions(model)])
+    if callable(config.layers):
+        config = replace(config, layers=layers)
     if isinstance(config, LinformerConfig):
         return _resolve_linformer(family, model, config, len(layers))
     return _resolve_mhla(family, model, config, new)
@@ -213,7 +219,7 @@ def add_mhla(family: Family, model: Any, config: AttentionConfig) -> None:
     for name, attention in family.attentions(model):
         if name in added:
             child = added[name].train(attention.training)
-            attention.mhla = _like(family.output_projection(attention), child)
+            attention.mhla = placed_beside(family.output_projection(attention), child)
             swap_processor(attention, family.processors(attention)[1])
         else:
             swap_processor(attention, family.processors(attention)[2])
@@ -247,7 +253,7 @@ def _argument_names(model_class: Any) -> set[str]:
     return set(inspect.signature(model_class.__init__).parameters)
 
 
-def _like(projection: nn.Module, module: AddedAttention) -> AddedAttention:
+def placed_beside(projection: nn.Module, module: AddedAttention) -> AddedAttention:
     """Move a new module to where its layer's output projection is; mixing stays float32.
 
     The projection's weight may be quantized, then the bias tells the dtype.

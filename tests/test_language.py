@@ -1,7 +1,9 @@
 """Causal MHLA in tiny random language models of transformers."""
 
 import copy
+from dataclasses import replace
 
+import peft
 import pytest
 import torch
 import transformers
@@ -25,6 +27,8 @@ SIZES = {
     "eos_token_id": None,
 }
 CONFIG = CausalMHLAConfig(block_size=4, num_blocks=3)
+WINDOW = replace(CONFIG, window=5)
+ATTENTIONS = pytest.mark.parametrize("config", [CONFIG, WINDOW], ids=["mhla", "window"])
 
 
 def softmax_model(softmax_class=transformers.LlamaForCausalLM, **changes):
@@ -38,8 +42,8 @@ def softmax_model(softmax_class=transformers.LlamaForCausalLM, **changes):
 
 def mhla_model(config=CONFIG, softmax_class=transformers.LlamaForCausalLM, **changes):
     model = inject(softmax_model(softmax_class, **changes), config)
-    for _, parameter in model.named_parameters():
-        if parameter.shape[-1:] == (config.num_blocks,):
+    for name, parameter in model.named_parameters():
+        if ".mhla." in name:
             parameter.data.normal_()
     return model
 
@@ -50,8 +54,9 @@ def prompt(batch=2, seq_len=21, seed=1):
 
 @pytest.mark.parametrize("softmax_class", LANGUAGE_CLASSES)
 @pytest.mark.parametrize("layers", ["all", [1]])
-def test_chunked_cached_and_uncached_logits_agree(softmax_class, layers):
-    config = CausalMHLAConfig(block_size=4, num_blocks=3, layers=layers, mixing_per_head=True)
+@ATTENTIONS
+def test_chunked_cached_and_uncached_logits_agree(softmax_class, layers, config):
+    config = replace(config, layers=layers, mixing_per_head=True)
     model = mhla_model(config, softmax_class).double()
     ids = prompt()
     with torch.no_grad():
@@ -65,8 +70,9 @@ def test_chunked_cached_and_uncached_logits_agree(softmax_class, layers):
 
 
 @pytest.mark.parametrize("layers", ["all", [0, 2]])
-def test_left_padding_changes_nothing(layers):
-    model = mhla_model(CausalMHLAConfig(block_size=4, num_blocks=3, layers=layers)).double()
+@ATTENTIONS
+def test_left_padding_changes_nothing(layers, config):
+    model = mhla_model(replace(config, layers=layers)).double()
     ids = prompt(batch=1, seq_len=13)
     padded = torch.cat((prompt(1, 6, seed=5), ids), dim=1)
     mask = torch.ones_like(padded)
@@ -84,9 +90,9 @@ def test_left_padding_changes_nothing(layers):
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"prefill_chunk_size": 5}])
 @pytest.mark.parametrize("layers", ["all", [1]])
-def test_generate_is_what_whole_sequences_give(options, layers):
-    config = CausalMHLAConfig(block_size=4, num_blocks=3, layers=layers)
-    model = mhla_model(config, initializer_range=0.3).double()
+@ATTENTIONS
+def test_generate_is_what_whole_sequences_give(options, layers, config):
+    model = mhla_model(replace(config, layers=layers), initializer_range=0.3).double()
     ids = prompt(batch=2, seq_len=9)
     mask = torch.ones_like(ids)
     mask[0, :5] = 0
@@ -105,7 +111,7 @@ def test_the_cache_does_not_grow_with_finished_blocks():
     ids = prompt(batch=1, seq_len=60)
     cache = model(ids, use_cache=True)[CACHE]
     layer = cache.layers[0]
-    assert layer.state.num_summaries == 3
+    assert layer.state.linear.num_summaries == 3
     assert layer.get_seq_length() == 60
     assert layer.keys is None
     cache.batch_repeat_interleave(2)
@@ -114,12 +120,13 @@ def test_the_cache_does_not_grow_with_finished_blocks():
     assert cache.get_seq_length() == 0
 
 
-def test_saves_loads_and_restores(tmp_path):
+@ATTENTIONS
+def test_saves_loads_and_restores(tmp_path, config):
     stock = softmax_model()
     ids = prompt()
     before = stock(ids).logits
     names = set(stock.state_dict())
-    model = mhla_model()
+    model = mhla_model(config)
     expected = model(ids).logits
     model.save_pretrained(tmp_path)
     for model_class in (mhla_gen.MHLALlamaForCausalLM, AutoModelForCausalLM):
@@ -144,11 +151,15 @@ def test_summary_names_layers():
     assert [row.kind for row in rows] == ["softmax", "mhla", "mhla"]
     assert [row.added_parameters for row in rows] == [0, 32, 32]
     assert "2 of 3" in str(rows)
+    (row, *_) = summary(inject(softmax_model(), CausalMHLAConfig(window=16)))
+    assert (row.kind, row.implementation) == ("exact + mhla", "sdpa + blockwise")
+    assert row.exact == sum(min(n, 16) for n in range(1, 65)) / sum(range(1, 65))
     assert [row.kind for row in summary(softmax_model())] == ["softmax"] * 3
 
 
-def test_trains_with_checkpointing_as_without():
-    model = mhla_model().train()
+@ATTENTIONS
+def test_trains_with_checkpointing_as_without(config):
+    model = mhla_model(config).train()
     ids = prompt()
     grads = []
     for checkpointing in (False, True):
@@ -157,8 +168,63 @@ def test_trains_with_checkpointing_as_without():
         model.zero_grad()
         model(ids, labels=ids).loss.backward()
         grads.append({name: p.grad.clone() for name, p in model.named_parameters()})
-    assert all((g != 0).any() for name, g in grads[0].items() if "log_weights" in name)
+    assert all((g != 0).any() for name, g in grads[0].items() if ".mhla." in name)
     torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("linear", [True, False])
+def test_a_window_as_long_as_the_sequence_is_softmax(linear):
+    config = replace(CONFIG, window=21, linear=linear)
+    stock, model = softmax_model().double(), mhla_model(config).double()
+    ids = prompt()
+    with torch.no_grad():
+        expected = stock(ids).logits
+        torch.testing.assert_close(model(ids, use_cache=False).logits, expected)
+        cache = DynamicCache(config=model.config)
+        parts = [model(part, **{CACHE: cache}).logits for part in ids.split((9, 1, 4, 7), dim=1)]
+        torch.testing.assert_close(torch.cat(parts, dim=1), expected)
+        longer = prompt(seq_len=30)
+        assert not torch.allclose(model(longer).logits[:, 21:], stock(longer).logits[:, 21:])
+
+
+def test_a_window_alone_is_the_softmax_of_a_sliding_window():
+    model = mhla_model(replace(CONFIG, window=6, linear=False)).double()
+    mistral = softmax_model(transformers.MistralForCausalLM, sliding_window=6).double()
+    missing = mistral.load_state_dict(model.state_dict())
+    assert not missing.missing_keys and not missing.unexpected_keys
+    ids = prompt(seq_len=40)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, mistral(ids).logits)
+
+
+def test_a_converted_model_starts_at_the_window_and_a_new_one_half_way():
+    config = replace(CONFIG, window=8)
+    shares = []
+    for model in (inject(softmax_model(), config), mhla_gen.MHLALlamaForCausalLM(
+        mhla_gen.models.language.MHLALlamaConfig(**SIZES, mhla=config.to_dict())
+    )):  # fmt: skip
+        gate = model.model.layers[0].self_attn.mhla.combine
+        shares.append(gate.shares(hidden_states=torch.randn(1, 1, 32)).mean().item())
+    assert shares == pytest.approx([0.98, 0.5])
+
+
+def test_low_rank_updates_train_beside_what_was_added(tmp_path):
+    settings = peft.LoraConfig(target_modules=["q_proj", "v_proj"], modules_to_save=["mhla"])
+    model = peft.get_peft_model(mhla_model(WINDOW), settings)
+    ids = prompt()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(2):
+        model(ids, labels=ids).loss.backward()
+        optimizer.step()
+    moved = {n for n, p in model.named_parameters() if p.grad is not None and (p.grad != 0).any()}
+    for part in ("lora_B", "log_weights", "to_share.weight"):
+        assert any(part in name for name in moved)
+    model.eval()
+    expected = model(ids, use_cache=False).logits
+    torch.testing.assert_close(model(ids, use_cache=True).logits, expected)
+    model.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(mhla_model(WINDOW), tmp_path).eval()
+    torch.testing.assert_close(loaded(ids).logits, expected)
 
 
 def test_refusals_change_nothing():
@@ -167,6 +233,8 @@ def test_refusals_change_nothing():
         inject(model, MHLAConfig())
     with pytest.raises(ValueError, match="feature_map must be one of"):
         inject(model, CausalMHLAConfig(feature_map="softmax"))
+    with pytest.raises(ValueError, match="leaves no attention"):
+        CausalMHLAConfig(linear=False)
     with pytest.raises(ValueError, match="layer 7"):
         inject(model, CausalMHLAConfig(layers=[7]))
     with pytest.raises(ValueError, match="no MHLA layers"):

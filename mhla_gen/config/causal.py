@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 from mhla_gen.config.checks import normalize_layers
-from mhla_gen.config.fields import Count, NotNegative, Settings
+from mhla_gen.config.fields import Count, NotNegative, Range, Settings, Whole
+from mhla_gen.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +25,15 @@ class CausalMHLAConfig(Settings):
     memory_blocks: Count | None = None
     """Summaries that generation keeps at most; older blocks merge. None keeps num_blocks, which is
     exact."""
+    window: Whole = 0
+    """Tokens that softmax reads exactly: a token's own and the last before it. MHLA then reads what
+    lies before the window. 0 is MHLA for all of them; a window as long as the sequence is softmax.
+    A converted model keeps what it knows with a window."""
+    linear: bool = True
+    """Have MHLA before the window; false is the control without it."""
+    exact_start: Annotated[float, Range(0, 1, open_low=True, open_high=True)] | None = None
+    """Weight of the window before training, learned for each token and head; None is 0.98 where a
+    model is converted and 0.5 in a new one."""
     layers: Any = "all"
     """Which layers: "all", a list of indices, a fraction such as "2/3" (of every three layers the
     first stays softmax), or, in Python, a function `(index, name) -> bool`."""
@@ -41,6 +51,13 @@ class CausalMHLAConfig(Settings):
     def __post_init__(self):
         super().__post_init__()
         object.__setattr__(self, "layers", normalize_layers(self.layers))
+        if not self.linear and not self.window:
+            raise UserError("linear=false leaves no attention at all with window=0; set window")
+
+    @property
+    def has_halves(self) -> bool:
+        """Whether there are two halves to combine."""
+        return self.window > 0 and self.linear
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for a JSON config; `from_dict` reads them back."""

@@ -1,6 +1,7 @@
 """Causal MHLA as an attention layer of a language model, and its place in a cache."""
 
-from typing import Any
+from dataclasses import replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -8,29 +9,89 @@ from transformers.cache_utils import CacheLayerMixin
 
 from mhla_gen.config import CausalMHLAConfig
 from mhla_gen.errors import UserError
-from mhla_gen.ops import CausalState, causal_mhla, locality_weights
+from mhla_gen.models.attention import NEW_START
+from mhla_gen.models.exact import GateCombination
+from mhla_gen.ops import (
+    CausalState,
+    WindowState,
+    causal_mhla,
+    locality_weights,
+    window_attention,
+)
+
+
+class LayerState:
+    """What a layer remembers of a batch of sequences; nothing before it has read a token.
+
+    Attributes:
+        window: Its last tokens; None without an exact half.
+        linear: Summaries of the tokens before them; None without MHLA.
+    """
+
+    def __init__(self):
+        self.window: WindowState | None = None
+        self.linear: CausalState | None = None
+
+    @property
+    def parts(self) -> list[WindowState | CausalState]:
+        """Those that are there."""
+        return [part for part in (self.window, self.linear) if part is not None]
+
+    @property
+    def lengths(self) -> Tensor | None:
+        """Tokens read of each sequence; None before the first."""
+        return self.parts[0].lengths if self.parts else None
+
+    def reorder(self, index: Tensor) -> None:
+        """Let sequence i be what sequence `index[i]` was."""
+        for part in self.parts:
+            part.reorder(index)
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move to a device; returns the state itself."""
+        for part in self.parts:
+            part.to(device)
+        return self
 
 
 class CausalMHLA(nn.Module):
     """Causal MHLA over projected queries, keys and values, with what it learns.
 
+    With a window, softmax attends within it and MHLA before it; tokens that have nothing before
+    their window are softmax alone.
+
     Args:
+        num_heads: Heads of queries.
         num_key_heads: Heads of keys and values.
-        config: Settings.
+        hidden_size: Channels of the layer's input.
+        config: Settings. An open `exact_start` is that of a new layer.
     """
 
-    def __init__(self, num_key_heads: int, config: CausalMHLAConfig):
+    def __init__(
+        self, num_heads: int, num_key_heads: int, hidden_size: int, config: CausalMHLAConfig
+    ):
         super().__init__()
+        if config.has_halves and config.exact_start is None:
+            config = replace(config, exact_start=NEW_START)
         self.config = config
-        shape = (num_key_heads, config.num_blocks) if config.mixing_per_head else config.num_blocks
-        # Of the logarithm, so that any optimizer keeps weights positive.
-        self.log_weights = nn.Parameter(torch.empty(shape), requires_grad=config.mixing_learnable)
+        self.log_weights, self.combine = None, None
+        if config.linear:
+            shape = (num_key_heads,) * config.mixing_per_head + (config.num_blocks,)
+            # Of the logarithm, so that any optimizer keeps weights positive.
+            weights = torch.empty(shape)
+            self.log_weights = nn.Parameter(weights, requires_grad=config.mixing_learnable)
+        if config.has_halves:
+            assert config.exact_start is not None
+            self.combine = GateCombination(num_heads, hidden_size, config.exact_start)
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Set the weights to favour near blocks."""
-        self.log_weights.copy_(locality_weights(self.config.num_blocks).log())
+        """Set the weights to favour near blocks, and the gate to its start."""
+        if self.log_weights is not None:
+            self.log_weights.copy_(locality_weights(self.config.num_blocks).log())
+        if self.combine is not None:
+            self.combine.reset_parameters()
 
     def forward(
         self,
@@ -39,20 +100,65 @@ class CausalMHLA(nn.Module):
         value: Tensor,
         rotary: tuple[Tensor, Tensor],
         mask: Tensor | None,
+        hidden_states: Tensor,
+        state: LayerState | None = None,
     ) -> Tensor:
-        """Attend within whole sequences; see `mhla_gen.ops.causal_mhla`."""
-        return causal_mhla(
-            query, key, value, self.weights(), mask=mask, rotary=rotary, **self._settings()
-        )
+        """Attend within whole sequences, or in those of a state, which then holds these tokens too.
+
+        Args:
+            query: As in `mhla_gen.ops.causal_mhla`, like the next four.
+            key: Keys.
+            value: Values.
+            rotary: Tables.
+            mask: False at padding.
+            hidden_states: The layer's input, `[batch, seq_len, hidden_size]`.
+            state: What the layer has read before; None: nothing, and nothing is remembered.
+        """
+        if state is not None and not state.parts:
+            self._begin(state)
+        if not self.config.window:
+            return self._linear(query, key, value, rotary, mask, state)
+        if state is None:
+            exact, late = window_attention(
+                query, key, value, window=self.config.window, mask=mask, rotary=rotary
+            )
+        else:
+            assert state.window is not None
+            exact, late = state.window.read(query, key, value, mask=mask, rotary=rotary)
+        if self.combine is None or late is None:
+            return exact
+        linear = self._linear(late.query, late.key, late.value, late.rotary, late.mask, state)
+        linear = late.completed(linear, exact)
+        return self.combine(exact, linear, hidden_states=hidden_states)
+
+    def _linear(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        rotary: tuple[Tensor, Tensor] | None,
+        mask: Tensor | None,
+        state: LayerState | None,
+    ) -> Tensor:
+        if state is None:
+            options = {"mask": mask, "rotary": rotary, **self._settings()}
+            return causal_mhla(query, key, value, self.weights(), **options)
+        assert state.linear is not None
+        if query.shape[1] == 1 and mask is None:
+            return state.linear.step(query, key, value, rotary=rotary)
+        return state.linear.prefill(query, key, value, mask=mask, rotary=rotary)
 
     def weights(self) -> Tensor:
         """One per distance, positive, float32."""
+        assert self.log_weights is not None
         return self.log_weights.float().exp()
 
-    def state(self) -> CausalState:
-        """Of sequences that have not begun."""
-        memory_blocks = self.config.memory_blocks
-        return CausalState(self.weights(), memory_blocks=memory_blocks, **self._settings())
+    def _begin(self, state: LayerState) -> None:
+        if self.config.window:
+            state.window = WindowState(self.config.window)
+        if self.config.linear:
+            options = {"memory_blocks": self.config.memory_blocks, **self._settings()}
+            state.linear = CausalState(self.weights(), **options)
 
     def _settings(self) -> dict[str, Any]:
         names = ("block_size", "feature_map", "normalize", "eps")
@@ -90,11 +196,11 @@ class CausalAttention(nn.Module):
         if hasattr(self, "q_norm"):
             query, key = self.q_norm(query), self.k_norm(key)
         query, key, rotary = interleaved(query, key, position_embeddings)
+        tokens = (query, key, value, rotary, token_mask, hidden_states)
         if cache is None:
-            out = self.mhla(query, key, value, rotary, token_mask)
+            out = self.mhla(*tokens)
         else:
-            layer = cache.layers[self.layer_idx]
-            out = layer.read(self.mhla, query, key, value, rotary, token_mask)
+            out = cache.layers[self.layer_idx].read(self.mhla, *tokens)
         return self.o_proj(out.flatten(2)), None
 
 
@@ -113,30 +219,18 @@ def interleaved(
 
 
 class CausalCacheLayer(CacheLayerMixin):
-    """A `CausalState` where transformers keeps keys and values of a layer."""
+    """A `LayerState` where transformers keeps keys and values of a layer."""
 
     def __init__(self):
         super().__init__()
-        self.state: CausalState | None = None
+        self.state = LayerState()
         self.num_tokens = 0
 
-    def read(
-        self,
-        mhla: CausalMHLA,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        rotary: tuple[Tensor, Tensor],
-        mask: Tensor | None,
-    ) -> Tensor:
-        """Read the next tokens; what `CausalMHLA.forward` gives for them."""
-        if self.state is None:
-            self.state = mhla.state()
-            self.is_initialized = True
+    def read(self, mhla: CausalMHLA, query: Tensor, *others: Any) -> Tensor:
+        """Read the next tokens; what `mhla(query, *others)` gives for them."""
+        self.is_initialized = True
         self.num_tokens += query.shape[1]
-        if query.shape[1] == 1 and mask is None:
-            return self.state.step(query, key, value, rotary=rotary)
-        return self.state.prefill(query, key, value, mask=mask, rotary=rotary)
+        return mhla(query, *others, state=self.state)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing: the state begins with the first tokens."""
@@ -159,12 +253,11 @@ class CausalCacheLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything."""
-        self.state, self.num_tokens, self.is_initialized = None, 0, False
+        self.state, self.num_tokens, self.is_initialized = LayerState(), 0, False
 
     def offload(self) -> None:
         """Move to the CPU."""
-        if self.state is not None:
-            self.state.to("cpu")
+        self.state.to("cpu")
 
     def prefetch(self) -> None:
         """Nothing: `offload` of a cache leaves layers of one small state alone."""
@@ -176,8 +269,7 @@ class CausalCacheLayer(CacheLayerMixin):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Let sequence i be what `beam_idx[i]` was."""
-        if self.state is not None:
-            self.state.reorder(beam_idx)
+        self.state.reorder(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these sequences."""
@@ -185,6 +277,6 @@ class CausalCacheLayer(CacheLayerMixin):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence."""
-        if self.state is not None and self.state.lengths is not None:
+        if self.state.lengths is not None:
             batch = torch.arange(len(self.state.lengths))
             self.state.reorder(batch.repeat_interleave(repeats))

@@ -4,6 +4,7 @@
 # pyright: reportIncompatibleMethodOverride=false, reportIncompatibleVariableOverride=false
 
 import inspect
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
 from mhla_gen.config import CausalMHLAConfig
 from mhla_gen.errors import UserError
+from mhla_gen.models.attention import CONVERTED_START, NEW_START
 from mhla_gen.models.causal_attention import CausalAttention, CausalCacheLayer, CausalMHLA
 from mhla_gen.models.surgery import change_class, mhla_layers
 from mhla_gen.ops import FEATURE_MAPS
@@ -123,7 +125,7 @@ class MHLALanguageModel(nn.Module):
     def __init__(self, config: Any):
         super().__init__(config)
         settings = CausalMHLAConfig.from_dict(config.mhla or {})
-        _add_layers(self, resolve_language(self, settings))
+        _add_layers(self, resolve_language(self, settings, new=True))
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, CausalMHLA):
@@ -271,8 +273,13 @@ def attentions(model: Any) -> list[tuple[str, Any]]:
     return [(f"model.layers.{i}.self_attn", x.self_attn) for i, x in enumerate(model.model.layers)]
 
 
-def resolve_language(model: Any, config: CausalMHLAConfig) -> CausalMHLAConfig:
-    """Check a config against a model; indices for `layers`.
+def resolve_language(model: Any, config: CausalMHLAConfig, new: bool = False) -> CausalMHLAConfig:
+    """Check a config against a model; indices for `layers`, and a number for `exact_start`.
+
+    Args:
+        model: Not converted yet.
+        config: Settings.
+        new: Whether the model's weights are new; a pretrained one is disturbed as little as can be.
 
     Raises:
         ValueError: If layers or feature map do not fit, or the model scales its rotation.
@@ -289,7 +296,10 @@ def resolve_language(model: Any, config: CausalMHLAConfig) -> CausalMHLAConfig:
         )
     settings: Any = config
     chosen = mhla_layers(settings, [name for name, _ in attentions(model)])
-    return CausalMHLAConfig.from_dict({**config.to_dict(), "layers": chosen})
+    start = config.exact_start
+    if config.has_halves and start is None:
+        start = NEW_START if new else CONVERTED_START
+    return replace(config, layers=chosen, exact_start=start)
 
 
 def inject_language(model: Any, config: CausalMHLAConfig) -> Any:
@@ -338,7 +348,11 @@ def _add_layers(model: Any, config: CausalMHLAConfig) -> None:
     change_class(model, mhla_class)
     for index, (_, attention) in enumerate(attentions(model)):
         if index in config.layers:
-            num_key_heads = attention.config.num_key_value_heads
-            child = CausalMHLA(num_key_heads, config).to(attention.o_proj.weight.device)
+            sizes = attention.config
+            heads, key_heads = sizes.num_attention_heads, sizes.num_key_value_heads
+            child = CausalMHLA(heads, key_heads, sizes.hidden_size, config)
+            child.to(attention.o_proj.weight.device)
+            if child.combine is not None:
+                child.combine.to(model.dtype)
             attention.mhla = child.train(attention.training)
             change_class(attention, attention_class)

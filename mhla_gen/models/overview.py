@@ -149,16 +149,34 @@ def _added(child: Any) -> int:
 
 def _summarise_causal(name: str, attention: Any) -> LayerSummary:
     child = getattr(attention, "mhla", None)
-    softmax = child is None
+    if child is None:
+        return LayerSummary(
+            name=name,
+            kind="softmax",
+            exact=1.0,
+            layout=None,
+            implementation=attention.config._attn_implementation,
+            added_parameters=0,
+            converted=False,
+        )
+    config = child.config
+    kinds = ["exact"] * (config.window > 0) + ["mhla"] * config.linear
+    codes = ["sdpa"] * (config.window > 0) + ["blockwise"] * config.linear
     return LayerSummary(
         name=name,
-        kind="softmax" if softmax else "mhla",
-        exact=float(softmax),
-        layout=None if softmax else (child.config.num_blocks,),
-        implementation=attention.config._attn_implementation if softmax else "blockwise",
-        added_parameters=0 if softmax else _added(child),
-        converted=not softmax,
+        kind=" + ".join(kinds),
+        exact=_window_share(config.window, attention.config.max_position_embeddings),
+        layout=(config.num_blocks,) if config.linear else None,
+        implementation=" + ".join(codes),
+        added_parameters=_added(child),
+        converted=True,
     )
+
+
+def _window_share(window: int, seq_len: int) -> float:
+    """Share of the causal pairs of a sequence that lie in a window."""
+    window = min(window, seq_len)
+    return (2 * seq_len - window + 1) * window / (seq_len * (seq_len + 1))
 
 
 def _implementation(child: AddedAttention, device: torch.device, grid: tuple[int, ...]) -> str:

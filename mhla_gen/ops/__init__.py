@@ -10,6 +10,8 @@ from mhla_gen.ops.mixing import MIXING_INITS, locality_mixing, uniform_mixing
 from mhla_gen.ops.partition import auto_layout, block_starts
 from mhla_gen.ops.tile_attention import TILE_IMPLEMENTATIONS, tile_attention
 from mhla_gen.ops.tiles import TileLayout, auto_tiles, tile_share
+from mhla_gen.ops.window import window_attention
+from mhla_gen.ops.window_state import WindowState
 
 __all__ = [
     "FEATURE_MAPS",
@@ -18,6 +20,7 @@ __all__ = [
     "TILE_IMPLEMENTATIONS",
     "CausalState",
     "TileLayout",
+    "WindowState",
     "auto_layout",
     "auto_tiles",
     "block_starts",
@@ -33,4 +36,5 @@ __all__ = [
     "tile_attention",
     "tile_share",
     "uniform_mixing",
+    "window_attention",
 ]

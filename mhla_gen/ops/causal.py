@@ -183,18 +183,17 @@ class Features:
         self.phi_q, self.phi_k, self.v = phi(query.to(dtype)), phi(key.to(dtype)), value.to(dtype)
         self.q, self.k = rotate(self.phi_q, rotary), rotate(self.phi_k, rotary)
         batch, seq_len = query.shape[:2]
-        # Place of every token among the tokens of its sequence.
         if mask is None:
             self.ranks = torch.arange(seq_len, device=query.device).expand(batch, seq_len)
         else:
-            self.ranks = mask.long().cumsum(dim=1) - 1
+            self.ranks = ranks_of(mask)
 
     def placed(self, positions: Tensor, length: int) -> "Placed":
-        """Put tokens at `positions` of `length` empty places; those at `length` are dropped."""
-        q, k, v = (_placed(x, positions, length) for x in (self.q, self.k, self.v))
+        """All of them at `positions` of `length` empty places; see `place`."""
+        q, k, v = (place(x, positions, length) for x in (self.q, self.k, self.v))
         if self.q is self.phi_q:
             return Placed(q, k, q, k, v)
-        phi_q, phi_k = (_placed(x, positions, length) for x in (self.phi_q, self.phi_k))
+        phi_q, phi_k = (place(x, positions, length) for x in (self.phi_q, self.phi_k))
         return Placed(q, k, phi_q, phi_k, v)
 
 
@@ -224,12 +223,18 @@ class Placed:
         return torch.einsum("bmshk,bmshv->bmhkv", k, v), phi_k.sum(dim=2)
 
 
+def ranks_of(mask: Tensor) -> Tensor:
+    """Place of every token among the tokens of its sequence; -1 for padding before the first."""
+    return mask.long().cumsum(dim=1) - 1
+
+
 def absent_last(positions: Tensor, mask: Tensor | None, length: int) -> Tensor:
     """Positions with padding moved to `length`, behind all places."""
     return positions if mask is None else positions.masked_fill(~mask, length)
 
 
-def _placed(x: Tensor, positions: Tensor, length: int) -> Tensor:
+def place(x: Tensor, positions: Tensor, length: int) -> Tensor:
+    """`[batch, length, ...]` with `x` at `positions`, 0 elsewhere; what is for `length` is left."""
     index = positions[..., None, None].expand_as(x)
     return x.new_zeros(x.shape[0], length + 1, *x.shape[2:]).scatter(1, index, x)[:, :length]
 

@@ -18,6 +18,18 @@ def check_causal(
     rotary: tuple[Tensor, Tensor] | None,
 ) -> None:
     """Raise `ValueError` unless everything fits together."""
+    check_causal_tokens(query, key, value, mask, rotary)
+    check_weights(weights, key.shape[2], block_size, feature_map)
+
+
+def check_causal_tokens(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    rotary: tuple[Tensor, Tensor] | None,
+) -> None:
+    """Raise `ValueError` unless tokens, their mask and their tables fit together."""
     if query.ndim != 4 or key.ndim != 4 or value.ndim != 4:
         raise ValueError(
             "query, key and value must be [batch, seq_len, heads, dim], found "
@@ -41,7 +53,6 @@ def check_causal(
         )
     if query.shape[1] == 0:
         raise UserError("query has no tokens; give at least one")
-    check_weights(weights, heads, block_size, feature_map)
     if mask is not None and (mask.dtype != torch.bool or mask.shape != query.shape[:2]):
         raise ValueError(
             f"mask must be bool {tuple(query.shape[:2])}, found {mask.dtype} {tuple(mask.shape)}"
@@ -61,6 +72,12 @@ def check_weights(weights: Tensor, heads: int | None, block_size: int, feature_m
         raise UserError(f"block_size must be at least 1, found {block_size}")
     if feature_map not in FEATURE_MAPS:
         raise UserError(f"feature_map must be one of {list(FEATURE_MAPS)}, found {feature_map!r}")
+
+
+def check_window(window: int) -> None:
+    """Raise `ValueError` unless a window holds a token."""
+    if window < 1:
+        raise UserError(f"window must be at least 1, found {window}")
 
 
 def _check_rotary(query: Tensor, rotary: tuple[Tensor, Tensor] | None) -> None:

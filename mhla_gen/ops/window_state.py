@@ -1,0 +1,201 @@
+"""The last tokens of sequences, for softmax within a window when tokens come one after another."""
+
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from mhla_gen.errors import UserError
+from mhla_gen.ops.causal_checks import check_causal_tokens, check_window
+from mhla_gen.ops.feature_maps import rotate
+from mhla_gen.ops.window import Late, Rotary, attend, window_attention
+
+_TENSORS = ("key", "rotated", "value", "cos", "sin")
+
+
+class WindowState:
+    """What `window_attention` remembers of a batch of sequences: `window` keys and values.
+
+    Any cut of sequences into calls of `read` gives what `window_attention` gives at once.
+
+    Args:
+        window: Tokens that a query reads, its own among them.
+
+    Attributes:
+        lengths: Tokens read of each sequence, int64 `[batch]`, always on the CPU; None before the
+            first.
+
+    Raises:
+        ValueError: If the window holds no token.
+    """
+
+    def __init__(self, window: int):
+        check_window(window)
+        self.window = window
+        self.lengths: Tensor | None = None
+        # [batch, up to `window` tokens, ...], oldest first; shorter sequences are filled up behind.
+        self.key: Tensor | None = None
+        self.rotated: Tensor | None = None
+        self.value: Tensor | None = None
+        self.cos: Tensor | None = None
+        self.sin: Tensor | None = None
+
+    def read(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        mask: Tensor | None = None,
+        rotary: Rotary = None,
+    ) -> tuple[Tensor, Late | None]:
+        """Read the next tokens, one or many.
+
+        Args:
+            query: As in `window_attention`, like all others.
+            key: Keys.
+            value: Values.
+            mask: False at padding, which is not read and does not count.
+            rotary: Tables for these tokens, by their positions in the whole sequence.
+
+        Returns:
+            What `window_attention` gives for these tokens.
+
+        Raises:
+            ValueError: If arguments do not fit together, or the sequences read so far.
+        """
+        check_causal_tokens(query, key, value, mask, rotary)
+        self._begin(key, value, rotary)
+        assert self.lengths is not None and self.key is not None
+        kept = self.key.shape[1]
+        filled = self.lengths.clamp(max=self.window)
+        even = mask is None and bool((filled == kept).all())
+        if even and query.shape[1] == 1:
+            return self._step(query, key, value, rotary)
+        if even:
+            present = None
+        else:
+            if mask is None:
+                mask = torch.ones(query.shape[:2], dtype=torch.bool, device=query.device)
+            place = torch.arange(kept, device=query.device)
+            present = torch.cat((place < filled.to(query.device).unsqueeze(1), mask), dim=1)
+        tokens = self._with(key, value, rotary)
+        queries = torch.cat((query.new_zeros(query.shape[0], kept, *query.shape[2:]), query), dim=1)
+        options = {"window": self.window, "mask": present, "rotary": _tables(tokens)}
+        out, late = window_attention(queries, tokens["key"], tokens["value"], **options)
+        self._keep(tokens, present)
+        counts = query.shape[1] if mask is None else mask.sum(dim=1).cpu()
+        self.lengths = self.lengths + counts
+        return out[:, kept:], None if late is None else _without(late, kept)
+
+    def reorder(self, index: Tensor) -> None:
+        """Let sequence i be what sequence `index[i]` was: beam search, repeats, a smaller batch."""
+        if self.lengths is None:
+            return
+        self.lengths = self.lengths[index.cpu()]
+        for name, tensor in self._held():
+            setattr(self, name, tensor.index_select(0, index.to(tensor.device)))
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move everything but `lengths` to a device; returns the state itself."""
+        for name, tensor in self._held():
+            setattr(self, name, tensor.to(device))
+        return self
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything, as tensors and numbers: `torch.save` it, `from_state_dict` it."""
+        return {name: getattr(self, name) for name in ("window", "lengths", *_TENSORS)}
+
+    @classmethod
+    def from_state_dict(cls, saved: dict[str, Any]) -> Self:
+        """The state that `state_dict` described.
+
+        Raises:
+            ValueError: If something is missing or unknown.
+        """
+        expected = {"window", "lengths", *_TENSORS}
+        if set(saved) != expected:
+            raise UserError(
+                f"a saved window holds {sorted(expected)}, found {sorted(saved)}; "
+                "give what state_dict returned"
+            )
+        state = cls(saved["window"])
+        for name in expected - {"window"}:
+            setattr(state, name, saved[name])
+        return state
+
+    def _held(self) -> list[tuple[str, Tensor]]:
+        held = ((name, getattr(self, name)) for name in _TENSORS)
+        return [(name, tensor) for name, tensor in held if tensor is not None]
+
+    def _begin(self, key: Tensor, value: Tensor, rotary: Rotary) -> None:
+        if self.key is None:
+            self.lengths = torch.zeros(key.shape[0], dtype=torch.int64)
+            self.key, self.rotated, self.value = key[:, :0], key[:, :0], value[:, :0]
+            if rotary is not None:
+                self.cos, self.sin = (x.expand(key.shape[0], -1, -1)[:, :0] for x in rotary)
+            return
+        assert self.value is not None
+        held = (*self.key[:, 0].shape, self.value.shape[3], self.cos is not None)
+        found = (*key[:, 0].shape, value.shape[3], rotary is not None)
+        if found != held:
+            raise ValueError(
+                f"the window holds (batch, key_heads, head_dim, value_dim, rotary) {held}, found "
+                f"tokens of {found}"
+            )
+
+    def _with(self, key: Tensor, value: Tensor, rotary: Rotary) -> dict[str, Tensor]:
+        """All that is held, and these tokens behind it."""
+        new = {"key": key, "rotated": rotate(key, rotary), "value": value}
+        if rotary is not None:
+            cos, sin = (x.expand(key.shape[0], -1, -1) for x in rotary)
+            new |= {"cos": cos, "sin": sin}
+        return {name: torch.cat((old, new[name]), dim=1) for name, old in self._held()}
+
+    def _step(
+        self, query: Tensor, key: Tensor, value: Tensor, rotary: Rotary
+    ) -> tuple[Tensor, Late | None]:
+        """One more token of sequences that all fill what is kept."""
+        assert self.lengths is not None
+        tokens = self._with(key, value, rotary)
+        leaves = tokens["key"].shape[1] > self.window
+        late = None
+        if leaves:
+            first = {name: x[:, :1] for name, x in tokens.items()}
+            late = Late(query, first["key"], first["value"], _tables(first), None, 0)
+        self._keep(tokens, None)
+        self.lengths = self.lengths + 1
+        assert self.rotated is not None and self.value is not None
+        return attend(rotate(query, rotary), self.rotated, self.value), late
+
+    def _keep(self, tokens: dict[str, Tensor], present: Tensor | None) -> None:
+        """Keep the last tokens of each sequence."""
+        if present is None:
+            for name, x in tokens.items():
+                last = x[:, -self.window :]
+                # A slice of a long prompt would keep all of it.
+                setattr(self, name, last.clone() if x.shape[1] > 2 * self.window else last)
+            return
+        counts = present.sum(dim=1)
+        width = torch.arange(min(self.window, int(counts.max())), device=counts.device)
+        in_order = present.logical_not().sort(dim=1, stable=True).indices
+        first = (counts - self.window).clamp(min=0).unsqueeze(1)
+        columns = in_order.gather(1, first + width)
+        for name, x in tokens.items():
+            index = columns.view(*columns.shape, *(1,) * (x.ndim - 2))
+            setattr(self, name, x.gather(1, index.expand(-1, -1, *x.shape[2:])))
+
+
+def _tables(tokens: dict[str, Tensor]) -> Rotary:
+    return (tokens["cos"], tokens["sin"]) if "cos" in tokens else None
+
+
+def _without(late: Late, kept: int) -> Late | None:
+    """Without the first `kept` queries."""
+    drop = max(kept - late.skipped, 0)
+    rotary = late.rotary
+    if rotary is not None:
+        rotary = rotary[0][:, drop:], rotary[1][:, drop:]
+    mask = None if late.mask is None else late.mask[:, drop:]
+    query, key, value = (x[:, drop:] for x in late[:3])
+    return Late(query, key, value, rotary, mask, max(late.skipped - kept, 0))

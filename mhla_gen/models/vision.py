@@ -30,10 +30,10 @@ from mhla_gen.config import AttentionConfig, attention_from_dict
 from mhla_gen.config.fields import expand_home
 from mhla_gen.errors import MissingError, UserError
 from mhla_gen.files import write_json, write_tensors
+from mhla_gen.files.saved import naming_damage, read_json
 from mhla_gen.models.additions import AddedAttention
 from mhla_gen.models.family import Family
 from mhla_gen.models.surgery import change_class, new_modules, placed_beside, settle
-from mhla_gen.saved_files import naming_damage, read_json
 
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
 

@@ -1,0 +1,179 @@
+"""Tokens a second of language models, reading a prompt and generating: MHLA beside softmax.
+
+    python benchmarks/language_speed.py OUT.json
+
+A Llama of 1.2 B parameters (16 layers, 32 heads of 64, 8 of keys) with random weights in bfloat16,
+called as `generate` does: one call for the prompt, one for each token. Softmax keeps its keys and
+values in transformers' DynamicCache and attends by `scaled_dot_product_attention`. Sequences of a
+larger batch are copies of one prompt's cache. `gpu_ms` is the time that kernels ran for one token,
+by the profiler: what is left of a step where a program, not this script, launches them.
+"""
+
+import argparse
+import json
+import platform
+import time
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+import mhla_gen
+from mhla_gen import CausalMHLAConfig
+from mhla_gen.models.language import CACHE
+
+ARMS = {
+    "softmax": None,
+    "mhla": CausalMHLAConfig(block_size=64, num_blocks=32),
+    "mhla + window": CausalMHLAConfig(block_size=64, num_blocks=32, window=256),
+}
+TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 100}
+
+
+def build(config: CausalMHLAConfig | None, device: str, longest: int, tiny: bool) -> Any:
+    """Random weights."""
+    sizes: dict[str, Any] = {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 32000,
+        "max_position_embeddings": 2 * longest,
+    }
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = LlamaForCausalLM(LlamaConfig(**sizes | (TINY if tiny else {})))
+    model = model.to(torch.bfloat16).eval()
+    return model if config is None else mhla_gen.inject(model, config)
+
+
+class Meter:
+    """Seconds of what runs on a device."""
+
+    def __init__(self, device: str):
+        self.device = device
+
+    def now(self) -> float:
+        """Seconds, once all that was started is done."""
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def peak_gib(self) -> float:
+        """Most memory since the last time."""
+        if self.device != "cuda":
+            return 0.0
+        peak = torch.cuda.max_memory_allocated() / 2**30
+        torch.cuda.reset_peak_memory_stats()
+        return peak
+
+
+def read_prompt(model: Any, ids: torch.Tensor) -> Any:
+    """The cache after a prompt."""
+    cache = DynamicCache(config=model.config)
+    model(ids, logits_to_keep=1, **{CACHE: cache})
+    return cache
+
+
+def cache_bytes(cache: Any) -> int:
+    """Of all tensors that layers keep."""
+    total = 0
+    for layer in cache.layers:
+        state = getattr(layer, "state", None)
+        tensors = [layer.keys, layer.values] if state is None else []
+        for part in [] if state is None else state.parts:
+            tensors += [x for x in part.state_dict().values() if isinstance(x, torch.Tensor)]
+        total += sum(x.numel() * x.element_size() for x in tensors)
+    return total
+
+
+def generate(model: Any, cache: Any, batch: int, steps: int, meter: Meter) -> dict[str, float]:
+    """Milliseconds and kernel time of one token of every sequence."""
+    device = model.device
+    token = torch.ones(batch, 1, dtype=torch.long, device=device)
+
+    def step(token: torch.Tensor) -> torch.Tensor:
+        return model(token, **{CACHE: cache}).logits[:, -1:].argmax(-1)
+
+    for _ in range(3):
+        token = step(token)
+    start = meter.now()
+    for _ in range(steps):
+        token = step(token)
+    milliseconds = (meter.now() - start) / steps * 1e3
+    report = {"step_ms": milliseconds, "tokens_per_s": batch / milliseconds * 1e3}
+    if device.type == "cuda":
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            step(token)
+            meter.now()
+        report["gpu_ms"] = sum(e.self_device_time_total for e in profiler.key_averages()) / 1e3
+    return report
+
+
+@torch.inference_mode()
+def measure(
+    model: Any, length: int, batches: list[int], steps: int, meter: Meter
+) -> dict[str, Any]:
+    """One arm at one length."""
+    ids = torch.randint(model.config.vocab_size, (1, length), device=model.device)
+    read_prompt(model, ids)
+    meter.peak_gib()
+    start = meter.now()
+    cache = read_prompt(model, ids)
+    seconds = meter.now() - start
+    report: dict[str, Any] = {
+        "prefill_s": seconds,
+        "prefill_tokens_per_s": length / seconds,
+        "prefill_peak_gib": meter.peak_gib(),
+        "cache_mib": cache_bytes(cache) / 2**20,
+    }
+    have = 1
+    for batch in batches:
+        cache.batch_repeat_interleave(batch // have)
+        have = batch
+        report[f"batch_{batch}"] = generate(model, cache, batch, steps, meter)
+    return report
+
+
+def main() -> None:
+    """Measure all arms at all lengths; write after each, and leave out what the time forbids."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 16384, 131072])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
+    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--seconds", type=float, default=90)
+    parser.add_argument("--tiny", action="store_true", help="a model that shows only that it runs")
+    args = parser.parse_args()
+    started = time.perf_counter()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    meter = Meter(device)
+    report: dict[str, Any] = {
+        "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor(),
+        "torch": torch.__version__,
+        "date": date.today().isoformat(),
+        "arguments": {k: str(v) for k, v in vars(args).items()},
+        "rows": [],
+    }
+    models = {name: build(c, device, max(args.lengths), args.tiny) for name, c in ARMS.items()}
+    for length in args.lengths:
+        for name, model in models.items():
+            if time.perf_counter() - started > args.seconds:
+                print(f"{args.seconds:.0f} s are over; {name} at {length} is left out", flush=True)
+                continue
+            row = {"arm": name, "tokens": length}
+            try:
+                row |= measure(model, length, args.batches, args.steps, meter)
+            except torch.cuda.OutOfMemoryError as error:
+                row["error"] = str(error).splitlines()[0]
+            report["rows"].append(row)
+            args.out.write_text(json.dumps(report, indent=1))
+            print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,359 @@
+"""Small language models on Python's own library: what attention costs in loss, by position.
+
+    python experiments/language.py OUT                     train, measure, write OUT/language.json
+    python experiments/language.py OUT --figure FIGURE.png  draw it, and print the tables
+
+Text is the source of the standard library of the Python that runs this, docstrings, comments and
+`pydoc_data.topics` among it; a token is a byte. Every tenth file is held out. Each arm is the same
+Llama of 10 M parameters, trained on the same batches of 1,024 tokens, and measured on held-out
+windows of 8,192: loss by position, and loss of the last bytes of a window by how much of what comes
+before them is given. Arms with a pretrained start convert the softmax model of seed 0 and train on.
+
+A finished arm is a file in OUT/arms and is not trained again; `--seconds` ends between arms.
+"""
+
+import argparse
+import hashlib
+import json
+import platform
+import sysconfig
+import time
+from contextlib import nullcontext
+from datetime import date
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import mhla_gen
+from mhla_gen import CausalMHLAConfig
+from mhla_gen.files import write_json
+
+# Between two files; no other byte of UTF-8 text is this one.
+END_OF_FILE = 0
+EDGES = (0, 64, 256, 512, 1024, 2048, 4096, 8192)
+LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "encodings", "__pycache__"}
+
+
+class Sizes(NamedTuple):
+    """Of models and of training."""
+
+    hidden_size: int = 320
+    layers: int = 8
+    heads: int = 5
+    seq_len: int = 1024
+    batch: int = 32
+    steps: int = 400
+    more_steps: int = 100
+    """Steps of the arms that begin with a trained softmax model."""
+    window: int = 128
+    block_size: int = 64
+    held_out: int = 96
+    """Windows of held-out text."""
+    longest: int = 8192
+    """Tokens of such a window."""
+
+
+TINY = Sizes(32, 2, 2, 64, 4, 3, 2, 16, 8, 2, 256)
+
+
+def attentions(sizes: Sizes, start: float) -> dict[str, CausalMHLAConfig | None]:
+    """The arms. `start` is the weight of the window before training."""
+    block, distances = sizes.block_size, sizes.seq_len // sizes.block_size
+    mhla = {"block_size": block, "num_blocks": distances}
+    window = {"window": sizes.window, "exact_start": start}
+    return {
+        "softmax": None,
+        "linear": CausalMHLAConfig(block_size=block, num_blocks=1, mixing_learnable=False),
+        "mhla": CausalMHLAConfig(**mhla),
+        "mhla + window": CausalMHLAConfig(**mhla, **window),
+        "window": CausalMHLAConfig(**window, linear=False),
+    }
+
+
+def read_text() -> tuple[np.ndarray, list[np.ndarray], dict[str, Any]]:
+    """Bytes to train on, held-out files, and what they are."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = (p for p in root.rglob("*.py") if not LEFT_OUT & set(p.relative_to(root).parts))
+    train, held_out, digest = [], [], hashlib.sha256()
+    for path in sorted(files):
+        name, text = path.relative_to(root).as_posix(), path.read_bytes()
+        digest.update(text)
+        number = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
+        tokens = np.frombuffer(text, np.uint8)
+        if number % 10 == 0:
+            held_out.append(tokens)
+        else:
+            train += [tokens, np.array([END_OF_FILE], np.uint8)]
+    text = np.concatenate(train)
+    facts = {
+        "python": platform.python_version(),
+        "sha256": digest.hexdigest(),
+        "train_bytes": len(text),
+        "held_out_bytes": sum(map(len, held_out)),
+    }
+    return text, held_out, facts
+
+
+def held_out_windows(files: list[np.ndarray], sizes: Sizes, device: str) -> torch.Tensor:
+    """Windows of whole held-out text, long files first in turn, `[windows, longest + 1]`."""
+    length = sizes.longest + 1
+    per_file = [[f[i : i + length] for i in range(0, len(f) - length, length)] for f in files]
+    windows = [
+        w for turn in range(max(map(len, per_file))) for ws in per_file for w in ws[turn : turn + 1]
+    ]
+    return torch.from_numpy(np.stack(windows[: sizes.held_out])).to(device)
+
+
+def build(sizes: Sizes, seed: int) -> LlamaForCausalLM:
+    """A Llama with new weights, the same for all arms of a seed."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=256,
+        hidden_size=sizes.hidden_size,
+        intermediate_size=sizes.hidden_size * 8 // 3 // 32 * 32,
+        num_hidden_layers=sizes.layers,
+        num_attention_heads=sizes.heads,
+        num_key_value_heads=sizes.heads,
+        max_position_embeddings=sizes.longest,
+        bos_token_id=None,
+        eos_token_id=END_OF_FILE,
+    )
+    return LlamaForCausalLM(config)
+
+
+def train(model: Any, text: torch.Tensor, sizes: Sizes, steps: int, rate: float, seed: int) -> None:
+    """AdamW with a warm-up and a cosine; batches depend on the seed alone."""
+    decayed = [p for n, p in model.named_parameters() if p.ndim > 1 and "log_weights" not in n]
+    ids = {id(p) for p in decayed}
+    others = [p for p in model.parameters() if id(p) not in ids]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), fused=True)
+    generator = torch.Generator().manual_seed(seed)
+    warm_up = max(1, steps // 20)
+    model.train()
+    for step in range(steps):
+        place = min(1.0, (step + 1) / warm_up)
+        cosine = 0.55 + 0.45 * np.cos(np.pi * step / steps)
+        for group in optimizer.param_groups:
+            group["lr"] = rate * place * cosine
+        starts = torch.randint(len(text) - sizes.seq_len, (sizes.batch, 1), generator=generator)
+        index = (starts + torch.arange(sizes.seq_len + 1)).to(text.device, non_blocking=True)
+        with autocast(text):
+            loss = losses(model, text[index]).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if step % 100 == 0:
+            print(f"    step {step}: {loss.item() / np.log(2):.3f} bits a byte", flush=True)
+
+
+def losses(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    """Nats of every token after the first, float32 `[batch, seq_len]`."""
+    tokens = tokens.long()
+    logits = model(tokens[:, :-1], use_cache=False).logits.float()
+    return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").view(
+        len(tokens), -1
+    )
+
+
+def autocast(tensor: torch.Tensor) -> Any:
+    """bfloat16 on a GPU."""
+    return torch.autocast("cuda", torch.bfloat16) if tensor.is_cuda else nullcontext()
+
+
+@torch.no_grad()
+def measure(model: Any, windows: torch.Tensor, sizes: Sizes) -> dict[str, Any]:
+    """Bits a byte, window by window: by position, and of the last bytes by what is given.
+
+    The same bytes, the last half of a trained length, are read with a context of one trained
+    length, of two, and so on, so that only what lies further away differs.
+    """
+    model.eval()
+    asked = sizes.seq_len // 2
+    given = [sizes.seq_len]
+    while given[-1] < sizes.longest:
+        given.append(given[-1] * 2)
+    edges = [e for e in EDGES if e <= sizes.longest]
+    by_position, by_given = [], {length: [] for length in given}
+    with autocast(windows):
+        for batch in windows.split(8):
+            for length in given:
+                bits = losses(model, batch[:, -length - 1 :]) / np.log(2)
+                by_given[length].append(bits[:, -asked:].mean(dim=1))
+            by_position.append(bits)
+    bits = torch.cat(by_position)
+    parts = [bits[:, a:b].mean(dim=1) for a, b in pairwise(edges)]
+    return {
+        "edges": edges,
+        "by_position": torch.stack(parts, dim=1).tolist(),
+        "asked": asked,
+        "given": given,
+        "by_given": torch.stack([torch.cat(by_given[n]) for n in given], dim=1).tolist(),
+        "curve": bits.mean(dim=0).unflatten(0, (-1, sizes.seq_len // 16)).mean(dim=1).tolist(),
+    }
+
+
+def run_arm(
+    name: str, seed: int, converted: bool, text: torch.Tensor, windows: torch.Tensor, sizes: Sizes,
+    out: Path,
+) -> dict[str, Any]:  # fmt: skip
+    """Train and measure one arm."""
+    start = time.perf_counter()
+    model = build(sizes, seed).to(text.device)
+    trained = out / "arms" / "softmax-0.safetensors"
+    if converted:
+        model.load_state_dict(load_file(trained, device=str(text.device)))
+    config = attentions(sizes, 0.98 if converted else 0.5)[name]
+    if config is not None:
+        mhla_gen.inject(model, config)
+    report: dict[str, Any] = {"arm": name, "seed": seed, "converted": converted}
+    report["parameters"] = sum(p.numel() for p in model.parameters())
+    if converted:
+        report["at_once"] = measure(model, windows, sizes)
+        train(model, text, sizes, sizes.more_steps, 3e-4, seed=1000)
+    else:
+        train(model, text, sizes, sizes.steps, 1.5e-3, seed=seed)
+        if name == "softmax" and seed == 0:
+            save_file({n: x.contiguous() for n, x in model.state_dict().items()}, trained)
+    report |= measure(model, windows, sizes)
+    if config is not None and config.has_halves:
+        gates = [layer.self_attn.mhla.combine for layer in model.model.layers]
+        report["gate_bias"] = [gate.to_share.bias.tolist() for gate in gates]
+    if config is not None and config.linear:
+        weights = [layer.self_attn.mhla.weights() for layer in model.model.layers]
+        report["weights"] = [x.tolist() for x in weights]
+    report["seconds"] = time.perf_counter() - start
+    return report
+
+
+def run(out: Path, sizes: Sizes, seeds: int, seconds: float) -> None:
+    """Train and measure all arms that are not there yet, and write them as one file."""
+    started = time.perf_counter()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    (out / "arms").mkdir(parents=True, exist_ok=True)
+    text, held_out, facts = read_text()
+    windows = held_out_windows(held_out, sizes, device)
+    tokens = torch.from_numpy(text).to(device)
+    print(f"{facts}, {len(windows)} held-out windows", flush=True)
+    names = list(attentions(sizes, 0.5))
+    arms = [(name, seed, False) for seed in range(seeds) for name in names]
+    arms += [(name, 0, True) for name in names]
+
+    def path_of(arm: tuple[str, int, bool]) -> Path:
+        name, seed, converted = arm
+        return out / "arms" / f"{name.replace(' ', '')}-{seed}{'-converted' * converted}.json"
+
+    settings = {"sizes": sizes._asdict(), "text": facts}
+    for name, seed, converted in arms:
+        path = path_of((name, seed, converted))
+        if path.exists() and json.loads(path.read_text())["settings"] == settings:
+            continue
+        if time.perf_counter() - started > seconds:
+            print(f"{seconds:.0f} s are over; run this again for the other arms")
+            break
+        report = run_arm(name, seed, converted, tokens, windows, sizes, out)
+        write_json(path, report | {"settings": settings})
+        mean = np.mean(report["by_position"], axis=0)
+        print(f"{path.stem}: {np.round(mean, 3)} in {report['seconds']:.1f} s", flush=True)
+    found = [json.loads(path.read_text()) for path in map(path_of, arms) if path.exists()]
+    report = {
+        "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor(),
+        "torch": torch.__version__,
+        "date": date.today().isoformat(),
+        **settings,
+        "arms": [{k: v for k, v in arm.items() if k != "settings"} for arm in found],
+    }
+    write_json(out / "language.json", report)
+
+
+def tables(report: dict[str, Any]) -> str:
+    """Markdown: loss by position, loss by context, conversion."""
+    lines = []
+    for converted in (False, True):
+        arms = [arm for arm in report["arms"] if arm["converted"] == converted]
+        if not arms:
+            continue
+        edges, given = arms[0]["edges"], arms[0]["given"]
+        columns = [f"{a:,}–{b:,}" for a, b in pairwise(edges)]
+        columns += [f"given {n:,}" for n in given]
+        first = ["arm", "seed"] + ["at once"] * converted
+        lines += [" | ".join(["", *first, *columns, ""]).strip()]
+        lines += ["|---" * (len(first) + len(columns)) + "|"]
+        for arm in arms:
+            means = [*np.mean(arm["by_position"], axis=0), *np.mean(arm["by_given"], axis=0)]
+            cells = [arm["arm"], str(arm["seed"])]
+            if converted:
+                cells.append(f"{_within(arm['at_once'], report):.3f}")
+            lines.append(" | ".join(["", *cells, *(f"{x:.3f}" for x in means), ""]).strip())
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _within(arm: dict[str, Any], report: dict[str, Any]) -> float:
+    """Bits a byte at the positions that training had."""
+    edges, trained = np.array(arm["edges"]), report["sizes"]["seq_len"]
+    inside = edges[1:] <= trained
+    return float(
+        np.average(np.mean(arm["by_position"], axis=0)[inside], weights=np.diff(edges)[inside])
+    )
+
+
+def draw(report: dict[str, Any], path: Path) -> None:
+    """Loss by position, and of the same bytes by the context given, as means over seeds."""
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    names = dict.fromkeys(arm["arm"] for arm in report["arms"])
+    for name in names:
+        arms = [a for a in report["arms"] if a["arm"] == name and not a["converted"]]
+        if not arms:
+            continue
+        curve = np.mean([arm["curve"] for arm in arms], axis=0)
+        step = report["sizes"]["longest"] // len(curve)
+        axes[0].plot(np.arange(len(curve)) * step + step / 2, curve, label=name)
+        by_given = np.mean([np.mean(arm["by_given"], axis=0) for arm in arms], axis=0)
+        axes[1].plot(arms[0]["given"], by_given, marker="o", label=name)
+    axes[0].axvline(report["sizes"]["seq_len"], color="grey", linewidth=0.8)
+    axes[0].set(xlabel="position (bytes); trained up to the line", ylabel="bits a byte")
+    axes[1].set(xlabel="bytes given", ylabel="bits a byte of the same last bytes", xscale="log")
+    axes[1].minorticks_off()
+    axes[1].set_xticks(arms[0]["given"], [f"{n:,}" for n in arms[0]["given"]])
+    for axis in axes:
+        # A model that fails beyond its trained length would flatten all others.
+        low = min(min(line.get_ydata()) for line in axis.lines if len(line.get_ydata()) > 2)
+        axis.set_ylim(low - 0.05, low + 1.0)
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    """Train and measure, or draw what was measured."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--figure", type=Path)
+    parser.add_argument("--seconds", type=float, default=200)
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--steps", type=int, help="instead of 400")
+    parser.add_argument("--tiny", action="store_true", help="a model that shows only that it runs")
+    args = parser.parse_args()
+    if args.figure:
+        report = json.loads((args.out / "language.json").read_text())
+        draw(report, args.figure)
+        print(tables(report))
+        return
+    sizes = TINY if args.tiny else Sizes()
+    if args.steps:
+        sizes = sizes._replace(steps=args.steps)
+    run(args.out, sizes, args.seeds, args.seconds)
+
+
+if __name__ == "__main__":
+    main()

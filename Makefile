@@ -4,6 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 OUTPUT ?= runs/quickstart
+# Processes that share the tests, with 2 GiB of memory each.
+WORKERS ?= 2
+TEST := $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 
 .PHONY: help install quickstart test test-all test-gpu test-crash lint format docs wheel clean
 
@@ -29,10 +32,10 @@ quickstart: $(INSTALLED)
 	$(BIN)/mhla-gen quickstart output_dir=$(OUTPUT)
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -q
+	$(TEST)
 
 test-all: $(INSTALLED)
-	$(BIN)/python -m pytest -q -m "slow or not slow"
+	$(TEST) -m "slow or not slow"
 
 test-gpu: $(INSTALLED)
 	REQUIRE_GPU=1 $(BIN)/python -m pytest -q -m gpu

@@ -6,6 +6,9 @@ import sys
 # Without it MKL's products of one row depend, on some processors, on where a weight lies in memory:
 # a loaded model then differs from the saved one by rounding. MKL reads it when torch is loaded.
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+# Processes that share the tests share the cores, too; torch reads this when it is loaded.
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 
 import pytest
 import torch

@@ -3,6 +3,7 @@
 Kept apart from the tests, because every process imports this file.
 """
 
+import multiprocessing
 import tempfile
 
 import torch
@@ -21,9 +22,13 @@ def launch(num_ranks, check, *arguments, nccl=False):
 
     With `nccl` each has a GPU of its own; else gloo carries everything, tensors of one GPU too.
     """
+    # They come from one process that has imported what takes seconds, and has no threads.
+    multiprocessing.set_forkserver_preload(["torch", "diffusers", "mhla_gen.models"])
     with tempfile.TemporaryDirectory() as folder:
         options = num_ranks, f"file://{folder}/store", nccl, check, arguments
-        torch.multiprocessing.spawn(_worker, options, nprocs=num_ranks)  # type: ignore[attr-defined]
+        torch.multiprocessing.start_processes(  # type: ignore[attr-defined]
+            _worker, options, nprocs=num_ranks, start_method="forkserver"
+        )
 
 
 def _worker(rank, num_ranks, store, nccl, check, arguments):

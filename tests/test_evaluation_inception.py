@@ -33,7 +33,7 @@ from mhla_gen.evaluation.inception import find_weights, write_random_weights
 pytestmark = pytest.mark.filterwarnings(
     "ignore::mhla_gen.evaluation.frechet.FewSamplesWarning",
 )
-COUNT = 28
+COUNT = 20
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +158,7 @@ def test_precision_recall_equal_torch_fidelitys(both, fidelity):
 class FirstFeatures(torch.nn.Module):
     """Fewer dimensions than images: the peers' eigenvalues of a singular product are noisy."""
 
-    num_features = 16
+    num_features = 12
 
     def __init__(self, extractor):
         super().__init__()
@@ -183,22 +183,22 @@ def test_distance_equals_torch_fidelitys_and_torchmetrics(both, extractor):
 def test_batches_do_not_matter(both, extractor):
     (samples, reference), features = both
     metric = FrechetDistance(extractor)
-    for x, real in ((samples[:12], False), (reference[:12], True)):
-        for batch in x.split(5):
+    for x, real in ((samples[:7], False), (reference[:7], True)):
+        for batch in x.split(3):
             metric.update(batch, real=real)
-    whole = (FeatureStatistics.from_features(side["pool"][:12]) for side in features)
+    whole = (FeatureStatistics.from_features(side["pool"][:7]) for side in features)
     assert metric.compute().item() == pytest.approx(frechet_distance(*whole), rel=1e-6)
 
 
 def test_metrics_take_images(both, extractor):
     (samples, reference), features = both
-    score, kid = InceptionScore(extractor), KernelDistance(extractor, subsets=3, subset_size=10)
-    score.update(samples[:10])
-    kid.update(samples[:10])
-    kid.update(reference[:10], real=True)
-    expected = kernel_distance(features[0]["pool"][:10], features[1]["pool"][:10], 3, 10)
+    score, kid = InceptionScore(extractor), KernelDistance(extractor, subsets=3, subset_size=6)
+    score.update(samples[:6])
+    kid.update(samples[:6])
+    kid.update(reference[:6], real=True)
+    expected = kernel_distance(features[0]["pool"][:6], features[1]["pool"][:6], 3, 6)
     assert score.compute()[0].item() == pytest.approx(
-        inception_score(features[0]["logits"][:10])[0], rel=1e-5
+        inception_score(features[0]["logits"][:6])[0], rel=1e-5
     )
     assert kid.compute()[0].item() == pytest.approx(expected.mean, rel=1e-4)
 

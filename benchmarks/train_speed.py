@@ -31,7 +31,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from mhla_gen.config import MHLAConfig, ModelConfig, ObjectiveConfig, TrainConfig
 from mhla_gen.data import Batch
 from mhla_gen.files import written_whole
-from mhla_gen.runtime.cuda_graphs import RecordedTraining
+from mhla_gen.runtime.recorded_training import RecordedTraining
 from mhla_gen.training.throughput import peak_flops
 from mhla_gen.training.training_run import Run, build_run
 
@@ -212,7 +212,7 @@ def timed(
         "milliseconds_per_step": round(1000 * seconds, 2),
         "steps": count,
         "warm_up_seconds": round(warm_up, 1),
-        "recorded": isinstance(run.accelerator.unwrap_model(run.model).forward, RecordedTraining),
+        "recorded": isinstance(run.model.forward, RecordedTraining),
         "gflop_per_image": round(run.sample_flops / 1e9, 2),
         "parameters": sum(p.numel() for p in run.model.parameters()),
     }

@@ -77,8 +77,8 @@ class TrainConfig(Settings):
     """torch.compile: regional compiles a transformer block once for all of them; whole the model,
     which takes longer."""
     cuda_graphs: bool = True
-    """With compile=regional on one GPU: record the forward and the backward pass of a DiT once and
-    launch each whole at every step. Not with micro-batches or gradient_checkpointing."""
+    """With compile=regional on GPUs: record the forward and the backward pass of a DiT once and
+    launch each whole at every step. Not with parallelism=fsdp, which moves the weights."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     ema_decay: Fraction = 0.9999

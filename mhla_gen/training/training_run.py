@@ -18,8 +18,8 @@ from mhla_gen.config import TrainConfig
 from mhla_gen.data import Batch, BatchOrder, TrainingData, batches, load_data
 from mhla_gen.errors import UserError
 from mhla_gen.runtime.compiling import compile_model, repeated_blocks
-from mhla_gen.runtime.cuda_graphs import RecordedTraining
 from mhla_gen.runtime.devices import send
+from mhla_gen.runtime.recorded_training import RecordedTraining
 from mhla_gen.training.build import build_task
 from mhla_gen.training.ema import WeightAverage
 from mhla_gen.training.optim import build_optimizer, train_only_mhla
@@ -35,6 +35,7 @@ from mhla_gen.training.parallel import (
 )
 from mhla_gen.training.randomness import step_randomness
 from mhla_gen.training.recent import RecentSteps
+from mhla_gen.training.recomputing import draws, recompute_activations
 from mhla_gen.training.step import StepResult
 from mhla_gen.training.task import BuildTask, Task
 from mhla_gen.training.throughput import step_flops
@@ -193,7 +194,7 @@ def build_run(
     sample_flops = step_flops(model, task.conditioning, example, data.sample_shapes[0])
     outline = without_weights(model) if accelerator.is_fsdp2 else None
     if config.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
+        recompute_activations(model)
     model.train()
     compile_model(model, config.compile)
     optimizer = build_optimizer(
@@ -210,11 +211,17 @@ def build_run(
         num_training_steps=config.max_steps,
     )
     shard_by(accelerator, model, (*repeated_blocks(model), *task.gathered))
-    model, optimizer = accelerator.prepare(model, optimizer)
+    recorded = task.losses is None and can_record(accelerator, model, config)
+    # What is recorded must stay on the stream on which gradients arrive, which is that on which
+    # DistributedDataParallel was made; the default one cannot be recorded.
+    stream = torch.cuda.Stream() if recorded else None
+    with torch.cuda.stream(stream):
+        model, optimizer = accelerator.prepare(model, optimizer)
     keep_gathered(accelerator, model, task.reused)
     autocast_shared(accelerator, model)
-    if task.losses is None:
-        record_passes(accelerator, model, config)
+    if stream is not None:
+        torch.cuda.current_stream().wait_stream(stream)
+        model.forward = RecordedTraining(model, model.forward, stream)
     ema = WeightAverage(model, config.ema_decay)
     recent = RecentSteps(accelerator, config.gradient_accumulation_steps)
     return Run(
@@ -232,24 +239,21 @@ def build_run(
     )
 
 
-def record_passes(accelerator: Accelerator, model: nn.Module, config: TrainConfig) -> None:
-    """Record a DiT's forward and backward pass as CUDA graphs, where `cuda_graphs` can have it.
+def can_record(accelerator: Accelerator, model: nn.Module, config: TrainConfig) -> bool:
+    """Whether a model's passes are recorded as CUDA graphs: those of a DiT, if `cuda_graphs`.
 
-    A Wan has work enough for each launch, and clips of several shapes.
+    A Wan has work enough for each launch, and clips of several shapes. FSDP2 moves the weights.
 
     Args:
         accelerator: Of the run.
-        model: Prepared by it; called once a step, and in a way that does not change.
+        model: Not yet prepared.
         config: Settings.
     """
-    if (
+    return (
         config.cuda_graphs
         and config.compile == "regional"
         and config.wan is None
-        and config.gradient_accumulation_steps == 1
-        and not config.gradient_checkpointing
+        and not (config.gradient_checkpointing and draws(model))
         and accelerator.device.type == "cuda"
-        and accelerator.num_processes == 1
-    ):
-        own = accelerator.unwrap_model(model)
-        own.forward = RecordedTraining(own, own.forward)
+        and not accelerator.is_fsdp2
+    )

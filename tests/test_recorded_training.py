@@ -1,0 +1,211 @@
+"""Recorded training passes leave the gradients of the model, summed and averaged as its own."""
+
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+from accelerate.state import AcceleratorState
+from test_training import TINY, assert_same, tiny_run, trained
+from tiny import tiny_dit
+from torch.nn.parallel import DistributedDataParallel
+
+import mhla_gen
+from mhla_gen.runtime.compiling import compile_blocks
+from mhla_gen.runtime.recorded_training import RecordedTraining
+from mhla_gen.training.log import read_log
+from mhla_gen.training.recomputing import draws, recompute_activations
+from mhla_gen.training.training_run import build_run
+
+
+def inputs_of(model, batch, device, seed=0):
+    side = model.config.sample_size
+    generator = torch.Generator().manual_seed(seed)
+    samples = torch.randn(batch, model.config.in_channels, side, side, generator=generator)
+    return {
+        "hidden_states": samples.to(device),
+        "timestep": (torch.arange(batch) * 7 + seed).to(device),
+        "class_labels": (torch.arange(batch) % 3).to(device),
+        "return_dict": False,
+    }
+
+
+def a_dit(attention="mhla"):
+    torch.manual_seed(0)
+    model = tiny_dit(attention_head_dim=16)
+    if attention == "mhla":
+        mhla_gen.inject(model, mhla_gen.MHLAConfig(layout=(2, 2), conv=True, gate=True))
+    # diffusers' own label dropout would draw.
+    for module in model.modules():
+        if hasattr(module, "dropout_prob"):
+            module.dropout_prob = 0.0
+    return model.train()
+
+
+def test_passes_without_gradients_are_the_models_own():
+    model = tiny_dit()
+    recorded = RecordedTraining(model, model.forward)
+    inputs = inputs_of(model, 2, "cpu")
+    with torch.no_grad():
+        torch.testing.assert_close(recorded(**inputs), model(**inputs), rtol=0, atol=0)
+    # In evaluation mode a gradient is the model's own, too: explaining a model is no training.
+    recorded(**inputs)[0].sum().backward()
+    assert model.proj_out_2.bias.grad is not None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there it records")
+def test_without_a_gpu_a_run_records_nothing(tmp_path):
+    run = build_run(tiny_run(tmp_path, compile="regional"))
+    assert not isinstance(run.model.forward, RecordedTraining)
+
+
+def test_recomputed_activations_lead_to_the_same_gradients():
+    """With dropout too, whose numbers are then kept."""
+    for dropout in (0.0, 0.3):
+        model = tiny_dit(dropout=dropout).train()
+        assert draws(model)
+        for module in model.modules():
+            if hasattr(module, "dropout_prob"):
+                module.dropout_prob = 0.0
+        assert draws(model) == (dropout > 0)
+        found = []
+        for recompute in (False, True):
+            if recompute:
+                recompute_activations(model)
+            model.zero_grad()
+            torch.manual_seed(1)
+            model(**inputs_of(model, 2, "cpu"))[0].square().mean().backward()
+            found.append({n: p.grad.clone() for n, p in model.named_parameters()})
+        for name, gradient in found[0].items():
+            torch.testing.assert_close(found[1][name], gradient, msg=name)
+
+
+def gradients(model, forward, batches, seed, shared=None):
+    """Of the sum of the losses of several micro-batches, and the output of the last."""
+    model.zero_grad()
+    for number, batch in enumerate(batches):
+        if shared is not None:
+            shared.require_backward_grad_sync = number == len(batches) - 1
+        output = forward(**inputs_of(model, batch, "cuda", seed + number))[0]
+        output.square().mean().backward()
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return found | {"output": output.detach().clone()}
+
+
+def assert_equal_gradients(model, launched, recorded, shared=None):
+    """Of single batches and of sums, also of other sizes, while the weights change."""
+    state = torch.cuda.get_rng_state()
+    gradients(model, recorded, (4,), 0, shared)
+    assert torch.equal(torch.cuda.get_rng_state(), state)
+    cases = [(4,), (3,), (3, 4), (4, 4, 4), (4,), (4, 3, 4), (3, 4), (4, 4)]
+    for seed, batches in enumerate(cases):
+        found = gradients(model, recorded, batches, 10 * seed, shared)
+        expected = gradients(model, launched, batches, 10 * seed, shared)
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            message = f"{name} of {batches}"
+            torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5, msg=message)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.01)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("attention", ["softmax", "mhla"])
+def test_recorded_gradients_are_those_of_the_model(attention, compiled, recompute):
+    model = a_dit(attention).cuda()
+    if recompute:
+        recompute_activations(model)
+    if compiled:
+        compile_blocks(model)
+    recorded = RecordedTraining(model, model.forward)
+    assert_equal_gradients(model, model.forward, recorded)
+    assert sum(map(len, recorded._recordings.values())) == 2
+    model.eval()
+    with torch.no_grad():
+        inputs = inputs_of(model, 4, "cuda")
+        torch.testing.assert_close(recorded(**inputs), model(**inputs), rtol=0, atol=0)
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    torch.cuda.set_device(0)
+    dist.init_process_group("nccl", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("recompute", [False, True])
+def test_gradients_are_averaged_inside_a_recording(recompute, one_process):
+    """By NCCL in a group of one: what a recording has to hold is the same for any number."""
+    model = a_dit().cuda()
+    if recompute:
+        recompute_activations(model)
+    compile_blocks(model)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        shared = DistributedDataParallel(
+            model, device_ids=[0], gradient_as_bucket_view=True, broadcast_buffers=False
+        )
+    torch.cuda.current_stream().wait_stream(stream)
+    launched = shared.forward
+    shared.forward = RecordedTraining(shared, launched, stream)
+
+    assert_equal_gradients(model, launched, shared, shared)
+    recordings = shared.forward._recordings
+    assert [len(recordings[averages]) for averages in (False, True)] == [2, 2]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_recorded_run_resumes_exactly_and_equals_one_that_is_not(parts, tmp_path):
+    def run(name, **changes):
+        options = {
+            "max_steps": 8,
+            "compile": "regional",
+            "checkpoint_every": 4,
+            "sample_every": 4,
+            "gradient_accumulation_steps": parts,
+            "gradient_checkpointing": parts > 1,
+            **changes,
+        }
+        config = tiny_run(tmp_path / name, model=TINY, **options)
+        return trained(config), read_log(tmp_path / name / "log.jsonl")
+
+    straight, lines = run("straight")
+    run("stopped", max_steps=4)
+    resumed, _ = run("stopped", resume="latest")
+    assert_same(straight, resumed)
+    _, others = run("launched", cuda_graphs=False)
+    for line, other in zip(lines, others, strict=True):
+        assert line["loss"] == pytest.approx(other["loss"], rel=1e-4)
+
+
+@pytest.mark.gpu
+def test_a_run_that_averages_gradients_is_recorded_and_computes_the_same(tmp_path, monkeypatch):
+    """accelerate's own DistributedDataParallel, as a launcher of one process makes it."""
+    plain = trained(tiny_run(tmp_path / "plain", compile="regional", cuda_graphs=False))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    port = ephemeral_port()
+    launched = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}
+    for name, value in (launched | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}).items():
+        monkeypatch.setenv(name, str(value))
+    try:
+        config = tiny_run(tmp_path / "shared", compile="regional", gradient_accumulation_steps=2)
+        run = build_run(config)
+        assert isinstance(run.model, DistributedDataParallel)
+        assert isinstance(run.model.forward, RecordedTraining)
+        averaged = trained(config)
+    finally:
+        dist.destroy_process_group()
+    for name, value in plain.items():
+        torch.testing.assert_close(averaged[name], value, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def ephemeral_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]

@@ -26,6 +26,10 @@ from mhla_gen.errors import UserError
 # transformers are tables, the same everywhere.
 _REPLICATION = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
 
+# Modules whose parts are gathered before their turn: two hide a transfer of twice the time that a
+# module computes, and take the memory of their whole weights.
+_AHEAD = 2
+
 
 def check_tracker(config: TrainConfig) -> None:
     """Raise unless the package is there that `report_to` names.
@@ -118,6 +122,27 @@ def keep_gathered(accelerator: Accelerator, model: Any, names: Sequence[str]) ->
     if accelerator.is_fsdp2:
         for name in names:
             model.get_submodule(name).set_reshard_after_forward(False, recurse=False)
+
+
+def gather_ahead(accelerator: Accelerator, model: Any) -> None:
+    """Gather the parts of the next modules of a shared model while one computes, in both passes.
+
+    By itself FSDP2 asks for those of a module when the host comes to launch it, and in the backward
+    pass for those of one module ahead. A busy host, or a module with little work, then waits.
+
+    Args:
+        accelerator: Of the run.
+        model: Prepared; its modules are called in the order in which it has them.
+    """
+    if not accelerator.is_fsdp2:
+        return
+    root, *modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    root.set_modules_to_forward_prefetch(modules[:_AHEAD])
+    root.set_modules_to_backward_prefetch(modules[: -_AHEAD - 1 : -1])
+    for number, module in enumerate(modules):
+        after, before = modules[number + 1 :], modules[:number][::-1]
+        module.set_modules_to_forward_prefetch(after[:_AHEAD])
+        module.set_modules_to_backward_prefetch(before[:_AHEAD])
 
 
 def autocast_shared(accelerator: Accelerator, model: Any) -> None:

@@ -27,6 +27,7 @@ from mhla_gen.training.parallel import (
     autocast_shared,
     build_accelerator,
     free_whole,
+    gather_ahead,
     keep_gathered,
     shard_by,
     whole,
@@ -218,6 +219,7 @@ def build_run(
     with torch.cuda.stream(stream):
         model, optimizer = accelerator.prepare(model, optimizer)
     keep_gathered(accelerator, model, task.reused)
+    gather_ahead(accelerator, model)
     autocast_shared(accelerator, model)
     if stream is not None:
         torch.cuda.current_stream().wait_stream(stream)

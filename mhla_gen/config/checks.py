@@ -13,6 +13,15 @@ def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
         raise UserError(f"{name} must be one of {', '.join(map(str, choices))}, found {value!r}")
 
 
+def check_gate(gate: Any) -> None:
+    """Raise unless `gate` is true, false, "head" or a rank."""
+    rank = isinstance(gate, int) and gate >= 1
+    if not (isinstance(gate, bool) or gate == "head" or rank):
+        raise UserError(
+            f"gate must be true, false, head or a whole number from 1 on, its rank, found {gate!r}"
+        )
+
+
 def normalize_integers(name: str, values: Any, least: int) -> tuple[int, ...]:
     """One to three integers, each at least `least`, as a tuple."""
     integers = isinstance(values, Sequence) and not isinstance(values, str) and 0 < len(values) < 4

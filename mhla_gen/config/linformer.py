@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal, Self
 
-from mhla_gen.config.checks import normalize_integers, normalize_layers
+from mhla_gen.config.checks import check_gate, normalize_integers, normalize_layers
 from mhla_gen.config.fields import Count, Settings
 from mhla_gen.config.mhla import MHLAConfig
 from mhla_gen.errors import UserError
@@ -47,8 +47,10 @@ class LinformerConfig(Settings):
     """Add a depthwise convolution of V on the token grid; it starts at zero."""
     conv_kernel_size: Count = 3
     """Odd width of that convolution along every axis, in tokens."""
-    gate: bool = True
-    """Multiply the output by SiLU of a projection of the layer's input; it starts at one."""
+    gate: Any = True
+    """Multiply the output by SiLU of a projection of the layer's input, which starts at one: true,
+    a factor for each channel; head, one for each head; a whole number, for each channel through a
+    projection of this rank; false, no gate."""
 
     # What MHLA's settings say of its halves: no pair is exact, and nothing is MHLA.
     exact: ClassVar[float] = 0.0
@@ -63,6 +65,7 @@ class LinformerConfig(Settings):
         object.__setattr__(self, "layers", normalize_layers(self.layers))
         if self.grid != "auto":
             object.__setattr__(self, "grid", normalize_integers("grid", self.grid, 1))
+        check_gate(self.gate)
         if self.conv_kernel_size % 2 == 0:
             raise UserError(
                 f"conv_kernel_size must be odd and positive, found {self.conv_kernel_size}"

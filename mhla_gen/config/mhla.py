@@ -4,7 +4,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any, Literal, Self
 
-from mhla_gen.config.checks import normalize_integers, normalize_layers, normalize_layout
+from mhla_gen.config.checks import (
+    check_gate,
+    normalize_integers,
+    normalize_layers,
+    normalize_layout,
+)
 from mhla_gen.config.fields import Count, NotNegative, Range, Settings, Whole
 from mhla_gen.config.retired import without_retired
 from mhla_gen.errors import UserError
@@ -58,8 +63,10 @@ class MHLAConfig(Settings):
     """Add a depthwise convolution of V on the token grid; it starts at zero."""
     conv_kernel_size: Count = 3
     """Odd width of that convolution along every axis, in tokens."""
-    gate: bool = True
-    """Multiply the output by SiLU of a projection of the layer's input; it starts at one."""
+    gate: Any = True
+    """Multiply the output by SiLU of a projection of the layer's input, which starts at one: true,
+    a factor for each channel; head, one for each head; a whole number, for each channel through a
+    projection of this rank; false, no gate."""
     output_norm: bool = False
     """RMS-normalise MHLA's output of every head."""
     mixing_per_head: bool = False
@@ -77,6 +84,7 @@ class MHLAConfig(Settings):
         super().__post_init__()
         object.__setattr__(self, "layout", normalize_layout(self.layout))
         object.__setattr__(self, "layers", normalize_layers(self.layers))
+        check_gate(self.gate)
         if self.conv_kernel_size % 2 == 0:
             raise UserError(
                 f"conv_kernel_size must be odd and positive, found {self.conv_kernel_size}"

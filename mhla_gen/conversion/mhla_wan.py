@@ -132,6 +132,11 @@ def write(state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dict[str,
     refuse_other_settings(settings, _FIXED_WAN, "the authors' Wan")
     if mhla["conv"] and mhla["gate"]:
         raise UserError(f"the model has a gate and a convolution: {_BOTH}")
+    if not isinstance(mhla["gate"], bool):
+        raise UserError(
+            f"the authors' Wan has a gate for each channel or none, but the model has "
+            f"gate={mhla['gate']}"
+        )
     names = inverse(_NAMES)
     converted, unknown = {}, []
     for key, tensor in state.items():

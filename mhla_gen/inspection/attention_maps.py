@@ -22,6 +22,7 @@ from mhla_gen.models import MHLA, Linformer
 from mhla_gen.models.exact import exact_attention, tile_layout
 from mhla_gen.models.family import Family
 from mhla_gen.models.head_rotary import rotated
+from mhla_gen.models.projections import products
 
 Observer = Callable[[int, LayerAttention], None]
 
@@ -106,9 +107,8 @@ def _of_layer(
     if config.combine == "denominator":
         values = given["query"], given["key"], given["value"]
         _, log_sum_exp = exact_attention(*values, config, grid, rotary)
-    weighed_by = module.weighed_by(
-        given["query"], given["key"], given["hidden_states"], grid, log_sum_exp
-    )
+    of_input = products(module.input_layers, given["hidden_states"])
+    weighed_by = module.weighed_by(given["query"], given["key"], of_input, grid, log_sum_exp)
     shares = module.combine.shares(**weighed_by)
     share = None if shares is None else shares[0]
     return BothHalves(query, key, exact=exact, linear=linear, share=share)

@@ -1,19 +1,17 @@
 """What every attention that `inject` puts into a layer has: a convolution of V, and a gate."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mhla_gen.config import AttentionConfig
 from mhla_gen.errors import UserError
+from mhla_gen.models.gates import gated, input_layer, make_gate, reset_gate
+from mhla_gen.models.projections import products
 from mhla_gen.ops import depthwise_conv
 from mhla_gen.ops.halo import begin_halo, sharded_depthwise_conv
-
-# silu(x) = 1 here, to the last bit in float32, bfloat16 and float16.
-_SILU_ONE = 1.2784645427610738
 
 
 class AddedAttention(nn.Module):
@@ -28,7 +26,7 @@ class AddedAttention(nn.Module):
     mixing: nn.Parameter | None
     """MHLA's mixing matrix, where it has one."""
     conv: "DepthwiseConv | None"
-    gate: nn.Linear | None
+    gate: nn.Module | None
 
     def __init__(self, num_heads: int, head_dim: int, config: AttentionConfig):
         super().__init__()
@@ -41,7 +39,7 @@ class AddedAttention(nn.Module):
         config, inner_dim = self.config, self.num_heads * self.head_dim
         size = config.conv_kernel_size
         self.conv = DepthwiseConv(inner_dim, size, rank) if config.conv else None
-        self.gate = nn.Linear(hidden_size, inner_dim) if config.gate else None
+        self.gate = make_gate(config.gate, hidden_size, self.num_heads, self.head_dim)
 
     @torch.no_grad()
     def reset_parts(self) -> None:
@@ -50,8 +48,12 @@ class AddedAttention(nn.Module):
             for parameter in self.conv.parameters():
                 parameter.zero_()
         if self.gate is not None:
-            self.gate.weight.zero_()
-            self.gate.bias.fill_(_SILU_ONE)
+            reset_gate(self.gate)
+
+    @property
+    def input_layers(self) -> tuple[Any, ...]:
+        """Linear layers of the attention layer's input, which its projections may be joined by."""
+        return () if self.gate is None else (input_layer(self.gate),)
 
     def forward(
         self,
@@ -63,6 +65,7 @@ class AddedAttention(nn.Module):
         rotary: tuple[Tensor, Tensor] | None = None,
         group: Any = None,
         extra: tuple[Tensor, ...] | None = None,
+        of_input: Sequence[Tensor] | None = None,
     ) -> Tensor:
         """Attend over a token grid, and to keys off it.
 
@@ -77,6 +80,7 @@ class AddedAttention(nn.Module):
                 (`mhla_gen.ops.sharded`), or None if this process has all of it.
             extra: Keys and values off the grid that every token reads exactly, and maybe a mask of
                 the valid ones; see `mhla_gen.ops.tile_attention`.
+            of_input: What `input_layers` make of `hidden_states`, where that is known.
 
         Returns:
             `[batch, seq_len, num_heads * head_dim]`.
@@ -88,17 +92,19 @@ class AddedAttention(nn.Module):
             raise UserError(
                 f"layers with {self.config.unshared} cannot share a sequence among processes"
             )
+        if of_input is None:
+            of_input = products(self.input_layers, hidden_states)
         halo = None
         if self.conv is not None and group is not None:
             halo = self.conv.begin_halo(value.flatten(2), grid, group)
-        attend = self._begin(query, key, value, hidden_states, grid, rotary, group, extra)
+        attend = self._begin(query, key, value, of_input, grid, rotary, group, extra)
         # Where processes share the sequence, this hides what they tell each other.
         convolved = None if self.conv is None else self.conv(value.flatten(2), grid, group, halo)
         out = attend().flatten(2)
         if convolved is not None:
             out = out + convolved
         if self.gate is not None:
-            out = out * F.silu(self.gate(hidden_states))
+            out = gated(out, self.gate, of_input[0], self.num_heads)
         return out
 
     def _begin(
@@ -106,7 +112,7 @@ class AddedAttention(nn.Module):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        hidden_states: Tensor,
+        of_input: Sequence[Tensor],
         grid: tuple[int, ...],
         rotary: tuple[Tensor, Tensor] | None,
         group: Any,

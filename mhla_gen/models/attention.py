@@ -1,7 +1,7 @@
 """The module that an attention layer gains: MHLA, softmax on part of the pairs, or both."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -86,12 +86,18 @@ class MHLA(AddedAttention):
         if self.norm is not None:
             self.norm.reset_parameters()
 
+    @property
+    def input_layers(self) -> tuple[Any, ...]:
+        """Those of the gate and of what combines the halves, in this order."""
+        shares = () if self.combine is None else self.combine.input_layers
+        return (*super().input_layers, *shares)
+
     def _begin(
         self,
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        hidden_states: Tensor,
+        of_input: Sequence[Tensor],
         grid: tuple[int, ...],
         rotary: tuple[Tensor, Tensor] | None,
         group: Any,
@@ -112,7 +118,7 @@ class MHLA(AddedAttention):
             if self.combine is None:
                 return exact
             linear = self._begin_linear(query, key, value, grid, rotary, None)()
-            weighed_by = self.weighed_by(query, key, hidden_states, grid, log_sum_exp)
+            weighed_by = self.weighed_by(query, key, of_input, grid, log_sum_exp)
             return self.combine(exact, linear, **weighed_by)
 
         return attend
@@ -121,13 +127,15 @@ class MHLA(AddedAttention):
         self,
         query: Tensor,
         key: Tensor,
-        hidden_states: Tensor,
+        of_input: Sequence[Tensor],
         grid: tuple[int, ...],
         log_sum_exp: Tensor | None,
     ) -> dict[str, Tensor]:
         """What `combine` weighs the halves by; arguments as in `forward` and `exact_attention`."""
-        if self.config.combine != "denominator":
-            return {"hidden_states": hidden_states}
+        if self.config.combine == "projection":
+            return {}
+        if self.config.combine == "gate":
+            return {"logits": of_input[-1]}
         assert self.features is not None and log_sum_exp is not None
         query, key = self.features(query, key)
         layout, mixing = self.occupied_blocks(grid)

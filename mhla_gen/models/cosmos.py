@@ -33,10 +33,10 @@ class MHLACosmosAttnProcessor(MHLAProcessor):
         half = cos.shape[-1] // 2
         return cos[:, :half], sin[:, :half]
 
-    def project(self, attn: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, attn: Any, hidden_states: Tensor, *others: Any) -> tuple[Tensor, ...]:
         """With the two channels of a pair side by side in queries and keys."""
-        query, key, value = super().project(attn, hidden_states)
-        return interleaved(query), interleaved(key), value
+        query, key, *rest = super().project(attn, hidden_states, *others)
+        return interleaved(query), interleaved(key), *rest
 
 
 def interleaved(x: Tensor) -> Tensor:

@@ -149,6 +149,11 @@ class Combination(nn.Module):
     What it weighs them by are keywords, those of `MHLA.weighed_by`.
     """
 
+    @property
+    def input_layers(self) -> tuple[Any, ...]:
+        """Linear layers of the attention layer's input."""
+        return ()
+
     def reset_parameters(self) -> None:
         """Set what is learned to its start."""
         raise NotImplementedError
@@ -185,13 +190,18 @@ class GateCombination(Combination):
         self.to_share.weight.zero_()
         self.to_share.bias.fill_(_logit(self.start))
 
+    @property
+    def input_layers(self) -> tuple[Any, ...]:
+        """The one that gives the logits of `a`."""
+        return (self.to_share,)
+
     def forward(self, exact: Tensor, linear: Tensor, **weighed_by: Any) -> Tensor:
         """See `Combination`."""
-        return _weighed(exact, linear, self.to_share(weighed_by["hidden_states"]))
+        return _weighed(exact, linear, weighed_by["logits"])
 
     def shares(self, **weighed_by: Any) -> Tensor:
         """`a`, `[batch, seq_len, num_heads]`."""
-        return self.to_share(weighed_by["hidden_states"]).sigmoid()
+        return weighed_by["logits"].sigmoid()
 
 
 class DenominatorCombination(Combination):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mhla_gen.errors import UserError
 from mhla_gen.models.family import Family, patch_grid
 from mhla_gen.models.processors import MHLAProcessor, Rotary
+from mhla_gen.models.projections import products
 from mhla_gen.models.transformer import MHLATransformerMixin
 
 
@@ -59,14 +60,13 @@ class MHLAKandinsky5AttnProcessor(MHLAProcessor):
         matrices = rotations[0, :, 0]
         return grid, (matrices[..., 0, 0], matrices[..., 1, 0])
 
-    def project(self, attn: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, attn: Any, hidden_states: Tensor, *others: Any) -> tuple[Tensor, ...]:
         """Queries and keys are normalised in float32, per head."""
-        query, key, value = (
-            layer(hidden_states).unflatten(-1, (attn.num_heads, -1))
-            for layer in (attn.to_query, attn.to_key, attn.to_value)
-        )
+        layers = (attn.to_query, attn.to_key, attn.to_value, *others)
+        joined = products(layers, hidden_states)
+        query, key, value = (x.unflatten(-1, (attn.num_heads, -1)) for x in joined[:3])
         query = attn.query_norm(query.float()).type_as(value)
-        return query, attn.key_norm(key.float()).type_as(value), value
+        return query, attn.key_norm(key.float()).type_as(value), value, *joined[3:]
 
     def project_back(self, attn: Any, out: Tensor) -> Tensor:
         """By `out_layer`."""

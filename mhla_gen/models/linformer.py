@@ -1,7 +1,7 @@
 """The module that an attention layer gains for Linformer: projections of keys and values."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -83,7 +83,7 @@ class Linformer(AddedAttention):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        hidden_states: Tensor,
+        of_input: Sequence[Tensor],
         grid: tuple[int, ...],
         rotary: tuple[Tensor, Tensor] | None,
         group: Any,

@@ -12,6 +12,7 @@ from torch import Tensor
 from mhla_gen.errors import UserError
 from mhla_gen.models.family import patch_grid
 from mhla_gen.models.parallel import sequence_group
+from mhla_gen.models.projections import products
 
 Rotary = tuple[Tensor, Tensor] | None
 
@@ -52,9 +53,9 @@ class MHLAProcessor:
             grid, rotary = self.place(attn, hidden_states, tables)
         else:
             rotary = None
-        query, key, value = self.project(attn, hidden_states)
+        query, key, value, *of_input = self.project(attn, hidden_states, *attn.mhla.input_layers)
         group = sequence_group(self._parallel_config)
-        out = attn.mhla(query, key, value, hidden_states, grid, rotary, group)
+        out = attn.mhla(query, key, value, hidden_states, grid, rotary, group, of_input=of_input)
         return self.project_back(attn, out)
 
     @staticmethod
@@ -92,14 +93,20 @@ class MHLAProcessor:
         """Tables as `MHLA.forward` takes them, with one angle per pair of channels."""
         raise NotImplementedError
 
-    def project(self, attn: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, normalised, each `[batch, seq_len, num_heads, head_dim]`."""
+    def project(self, attn: Any, hidden_states: Tensor, *others: Any) -> tuple[Tensor, ...]:
+        """Queries, keys and values, normalised, each `[batch, seq_len, num_heads, head_dim]`.
+
+        Behind them comes what other linear layers make of the same input, in the same product.
+        """
         if getattr(attn, "fused_projections", False):
             projected = attn.to_qkv(hidden_states).chunk(3, dim=-1)
+            more = products(others, hidden_states)
         else:
-            projected = [layer(hidden_states) for layer in (attn.to_q, attn.to_k, attn.to_v)]
+            joined = products((attn.to_q, attn.to_k, attn.to_v, *others), hidden_states)
+            projected, more = joined[:3], joined[3:]
         norms = (attn.norm_q, attn.norm_k)
-        return normalized(projected, attn.heads, norms, across_heads=self.norm_across_heads)
+        by_head = normalized(projected, attn.heads, norms, across_heads=self.norm_across_heads)
+        return (*by_head, *more)
 
     def project_back(self, attn: Any, out: Tensor) -> Tensor:
         """The layer's output from `[batch, seq_len, num_heads * head_dim]`."""

@@ -1,85 +1,50 @@
 """Training speed of DiTs with softmax and with MHLA: whole steps of the loop, on random latents.
 
     python benchmarks/train_speed.py speed.json --models DiT-S/2 DiT-XL/2 --pixels 256 512
+    python benchmarks/train_speed.py arms.json --arms --sampling --processes 3 --models DiT-XL/2
     torchrun --nproc-per-node 2 benchmarks/train_speed.py two.json --parallelism fsdp
 
 A step is that of `mhla-gen train`: forward and backward pass in bfloat16, clipping, AdamW, the
 average of the weights. Images of P pixels are latents of P / 8. Softmax is torch's attention with
 cuDNN's kernel forced, where there is a GPU; mhla is MHLA with convolution and gate, mhla-plain
-without.
+without. Settings of MHLA may follow, as in "mhla gate=head"; --arms takes all that are compared.
+--sampling also times a pass of the model as `mhla-gen sample` runs it; --profile lists kernels.
 """
 
 import argparse
-import gc
 import json
-import platform
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from functools import cached_property
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.state import AcceleratorState
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from sharing import Alone, spread, turns
+from steps import RandomSamples, attention_kernel, fresh, machine, sampling, timed
 
-from mhla_gen.config import MHLAConfig, ModelConfig, ObjectiveConfig, TrainConfig
-from mhla_gen.data import Batch
-from mhla_gen.files import written_whole
-from mhla_gen.runtime.recorded_training import RecordedTraining
-from mhla_gen.training.throughput import peak_flops
-from mhla_gen.training.training_run import Run, build_run
+from mhla_gen.config import MHLAConfig, ModelConfig, ObjectiveConfig, TrainConfig, load_config
+from mhla_gen.data import TrainingData
+from mhla_gen.files import write_json
+from mhla_gen.training.build import build_task
+from mhla_gen.training.task import Task
+from mhla_gen.training.training_run import build_run
 
 _NUM_CLASSES = 1000
-_WARM_UP = 3
+ARMS = (
+    "softmax",
+    "mhla-plain",
+    "mhla gate=false",
+    "mhla gate=true",
+    "mhla gate=head",
+    "mhla gate=64",
+    "mhla gate=head exact=0.05",
+    "mhla gate=head exact=0.125",
+)
+"""Softmax; MHLA plain, with convolution, and with each gate; both halves."""
 # Samples of a step on one device: tokens per device are the same at both sizes.
 _BATCH_SIZES = {("S", 256): 256, ("S", 512): 64, ("XL", 256): 64, ("XL", 512): 16}
-
-
-@dataclass(frozen=True)
-class RandomSamples:
-    """Latents or images in memory: what is measured is the step, not reading."""
-
-    shape: tuple[int, ...]
-    num_classes: int
-    count: int = 512
-
-    @cached_property
-    def samples(self) -> torch.Tensor:
-        """All of them."""
-        return torch.randn(self.count, *self.shape)
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """Their numbers."""
-        return tuple(map(str, range(self.num_classes)))
-
-    @property
-    def buckets(self) -> tuple[range]:
-        """One."""
-        return (range(self.count),)
-
-    @property
-    def sample_shapes(self) -> tuple[tuple[int, ...]]:
-        """One."""
-        return (self.shape,)
-
-    def __len__(self) -> int:
-        return self.count
-
-    def read(self, indices: Sequence[int]) -> Batch:
-        """Some of them, with classes in turn."""
-        chosen = torch.tensor(indices)
-        return {"samples": self.samples[chosen], "labels": chosen % self.num_classes}
-
-    def describe(self, index: int) -> str:
-        """Nothing to name."""
-        return f"random sample {index}"
 
 
 @dataclass(frozen=True)
@@ -93,14 +58,16 @@ class Row:
 
     def config(self, options: argparse.Namespace, num_processes: int) -> TrainConfig:
         """The settings of its run."""
-        plain = self.attention.endswith("-plain")
+        name, *settings = self.attention.split()
+        if name.endswith("-plain"):
+            settings = ["conv=false", "gate=false", *settings]
         size = options.batch_size or _BATCH_SIZES.get((self.model[4:-2], self.pixels), 64)
         return TrainConfig(
             output_dir="unused",
             model=ModelConfig(
                 preset=self.model,
-                attention=self.attention.removesuffix("-plain"),
-                mhla=MHLAConfig(conv=not plain, gate=not plain),
+                attention=name.removesuffix("-plain"),  # type: ignore[arg-type]
+                mhla=load_config(None, settings, MHLAConfig),
                 num_layers=options.num_layers,
             ),
             objective=ObjectiveConfig(name="ddpm"),
@@ -130,29 +97,39 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=int, help="samples of a step on one device")
     parser.add_argument("--num-layers", type=int, help="blocks, in place of the model's own")
     parser.add_argument("--seconds", type=float, default=6.0, help="measured time of a row")
+    parser.add_argument("--arms", action="store_true", help="all kinds of attention in ARMS")
+    parser.add_argument("--sampling", action="store_true", help="time a pass without gradients too")
+    parser.add_argument("--profile", action="store_true", help="list the longest kernels")
+    parser.add_argument("--processes", type=int, default=1, help="that compile side by side")
+    parser.add_argument("--part", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    if options.processes > 1:
+        spread(__file__, list(arguments or sys.argv[1:]), options.out, options.processes)
+        return
     rows = [
         Row(model, pixels, attention, compiled)
         for model in options.models
         for pixels in options.pixels
-        for attention in options.attention
+        for attention in (ARMS if options.arms else options.attention)
         for compiled in options.compile
     ]
     # Without a GPU accelerate starts no group of processes unless it is told so.
     PartialState(cpu=not torch.cuda.is_available())
     found: list[dict[str, Any]] = []
-    for row in rows:
-        result = measure(row, options)
+    first, step, out, lock = options.part or (0, 1, options.out, None)
+    alone = turns(lock)
+    for number in range(int(first), len(rows), int(step)):
+        result = {"number": number, **measure(rows[number], options, alone)}
         if PartialState().is_main_process:
             found.append(result)
-            with written_whole(options.out) as partial:
-                partial.write_text(json.dumps({**machine(), "rows": found}, indent=1) + "\n")
-            print(json.dumps(result), flush=True)
+            write_json(out, {**machine(), "rows": found}, indent=1)
+            short = {k: v for k, v in result.items() if not k.endswith("kernels")}
+            print(json.dumps(short), flush=True)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
-def measure(row: Row, options: argparse.Namespace) -> dict[str, Any]:
+def measure(row: Row, options: argparse.Namespace, alone: Alone) -> dict[str, Any]:
     """Build the run, warm it up, and time its steps."""
     state = PartialState()
     config = row.config(options, state.num_processes)
@@ -166,105 +143,32 @@ def measure(row: Row, options: argparse.Namespace) -> dict[str, Any]:
         "batch_size_per_device": config.batch_size // state.num_processes,
         "gradient_checkpointing": config.gradient_checkpointing,
     }
-    with fresh(), attention_kernel(row.attention):
-        data = RandomSamples((4, row.pixels // 8, row.pixels // 8), _NUM_CLASSES)
-        try:
-            return named | timed(build_run(config, data=data), options)
-        except torch.OutOfMemoryError:
-            return named | {"error": "out of memory"}
+    data = RandomSamples((4, row.pixels // 8, row.pixels // 8), _NUM_CLASSES)
+    for time_steps in (train, sampling) if options.sampling else (train,):
+        with fresh(), attention_kernel(row.attention):
+            try:
+                named |= time_steps(config, data, options, alone)
+            except torch.OutOfMemoryError:
+                named["error"] = "out of memory"
+    return named
 
 
-def timed(
-    run: Run,
+def train(
+    config: TrainConfig,
+    data: RandomSamples,
     options: argparse.Namespace,
-    alone: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    alone: Alone,
 ) -> dict[str, Any]:
-    """Speed and memory of a run's steps.
-
-    Args:
-        run: What is timed.
-        options: `seconds`: about how long.
-        alone: Entered while steps are timed, after those that compile: waits for the device.
-    """
-    steps = enumerate(run.batches(0, 100_000))
-    if torch.cuda.is_available():
-        # Before the first step: what a recorded pass takes is allocated once, when it is recorded.
-        torch.cuda.reset_peak_memory_stats()
-
-    def seconds_of(count: int) -> float:
-        synchronize()
-        began = time.perf_counter()
-        for number, parts in islice(steps, count):
-            run.step(number, parts)
-        synchronize()
-        return time.perf_counter() - began
-
-    warm_up = seconds_of(_WARM_UP)
+    """Build a run and time its steps."""
     with alone():
-        pace = seconds_of(_WARM_UP) / _WARM_UP
-        # The main process decides: all must do as many.
-        count = max(3, agreed(run, options.seconds / pace))
-        seconds = seconds_of(count) / count
-    rate = run.config.batch_size / seconds
-    peak = peak_flops(run.accelerator.device, run.config.mixed_precision)
-    found: dict[str, Any] = {
-        "images_per_second": round(rate, 1),
-        "milliseconds_per_step": round(1000 * seconds, 2),
-        "steps": count,
-        "warm_up_seconds": round(warm_up, 1),
-        "recorded": isinstance(run.model.forward, RecordedTraining),
-        "gflop_per_image": round(run.sample_flops / 1e9, 2),
-        "parameters": sum(p.numel() for p in run.model.parameters()),
-    }
-    if torch.cuda.is_available():
-        found["gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
-    if peak is not None:
-        found["mfu"] = round(rate * run.sample_flops / peak / run.accelerator.num_processes, 4)
-    run.accelerator.free_memory()
-    return found
+        run = build_run(config, build_on_device, data)
+    return timed(run, options, alone)
 
 
-def agreed(run: Run, number: float) -> int:
-    """The main process's number, in all."""
-    value = torch.tensor([float(number)], device=run.accelerator.device)
-    if run.accelerator.num_processes > 1:
-        torch.distributed.broadcast(value, 0)
-    return int(value)
-
-
-@contextmanager
-def fresh() -> Iterator[None]:
-    """Leave nothing of a row to the next: no compiled code, no state of accelerate, no memory."""
-    yield
-    AcceleratorState._reset_state()
-    torch.compiler.reset()
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def attention_kernel(attention: str) -> AbstractContextManager[Any]:
-    """Softmax attention of cuDNN on a GPU; MHLA chooses its own kernels."""
-    if attention == "softmax" and torch.cuda.is_available():
-        return sdpa_kernel(SDPBackend.CUDNN_ATTENTION)
-    return nullcontext()
-
-
-def synchronize() -> None:
-    """Wait for the GPU."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def machine() -> dict[str, Any]:
-    """What was measured on, and when."""
-    gpu = torch.cuda.is_available()
-    return {
-        "device": torch.cuda.get_device_name() if gpu else platform.processor() or "CPU",
-        "torch": torch.__version__,
-        "cudnn": torch.backends.cudnn.version(),
-        "date": datetime.now(UTC).date().isoformat(),
-    }
+def build_on_device(config: TrainConfig, data: TrainingData) -> Task:
+    """As in training, but weights are drawn where they are used, which takes less time."""
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        return build_task(config, data)
 
 
 if __name__ == "__main__":

@@ -26,12 +26,12 @@ def scripts(monkeypatch):
     for name in [
         name
         for name in sys.modules
-        if name.startswith(("evidence_", "emoji_", "moving_", "train_speed"))
+        if name.startswith(("evidence_", "emoji_", "moving_", "steps"))
     ]:
         del sys.modules[name]
 
 
-@pytest.mark.parametrize("name", ["arms", "exact", "long"])
+@pytest.mark.parametrize("name", ["arms", "exact", "gates", "long"])
 def test_every_run_of_a_plan_is_a_valid_training(scripts, name):
     plan = scripts("evidence_plan").Plan(EVIDENCE / f"{name}.yaml")
     grid_of = scripts("evidence_run").grid_of

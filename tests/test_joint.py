@@ -252,8 +252,8 @@ def test_two_images_in_one_sequence_are_refused():
 def test_weight_of_text_starts_at_its_share_of_tokens():
     model = mhla_gen.inject(tiny_flux(), MHLAConfig(layout=(2, 2)))
     assert model.mhla_config.exact_start == pytest.approx(512 / (512 + 4096))
-    hidden_states = torch.randn(1, 3, 24)
-    share = model.transformer_blocks[0].attn.mhla.combine.shares(hidden_states=hidden_states)
+    combine = model.transformer_blocks[0].attn.mhla.combine
+    share = combine.shares(logits=combine.to_share(torch.randn(1, 3, 24)))
     assert F.mse_loss(share, torch.full_like(share, 1 / 9)) < 1e-12
     with pytest.raises(ValueError, match="combine=projection"):
         mhla_gen.inject(tiny_flux(), MHLAConfig(layout=(2, 2), combine="projection"))

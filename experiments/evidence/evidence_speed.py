@@ -26,7 +26,7 @@ from evidence_data import claimed
 from evidence_plan import PLAN, Plan, Run
 from evidence_run import machine
 from moving_emoji import COLUMNS, SIDE
-from train_speed import RandomSamples, attention_kernel, fresh, synchronize, timed
+from steps import RandomSamples, attention_kernel, fresh, synchronize, timed
 
 from mhla_gen.config import SampleConfig
 from mhla_gen.files import write_json

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mhla_gen.bench.measure import latency_ms, peak_memory_gib
+from mhla_gen.bench.profiles import as_table, kernel_times
 from mhla_gen.config import BenchConfig, MHLAConfig, load_config
 from mhla_gen.models import inject, summary
 from mhla_gen.models.exact import exact_share
@@ -90,7 +91,7 @@ def _measure(
     def forward() -> Any:
         return model(**inputs, return_dict=False)
 
-    row = _time("forward", forward, model.eval(), device)
+    row = _time("forward", forward, model.eval(), device, config.profile)
     if not config.backward:
         return row
     if config.checkpointing:
@@ -101,15 +102,19 @@ def _measure(
         loss = model(**inputs, return_dict=False)[0].float().square().mean()
         return torch.autograd.grad(loss, parameters, allow_unused=True)
 
-    return row | _time("train", train, model.train(), device)
+    return row | _time("train", train, model.train(), device, config.profile)
 
 
 def _time(
-    step: str, function: Callable[[], Any], model: Any, device: torch.device
+    step: str, function: Callable[[], Any], model: Any, device: torch.device, profiled: bool
 ) -> dict[str, Any]:
     function()
-    latency = latency_ms(function, device)
-    return {f"{step}_ms": latency, f"{step}_peak_gib": peak_memory_gib(function, device)}
+    found: dict[str, Any] = {f"{step}_ms": latency_ms(function, device)}
+    found[f"{step}_peak_gib"] = peak_memory_gib(function, device)
+    if profiled:
+        found[f"{step}_kernels"] = kernel_times(function, device)
+        print(as_table(found[f"{step}_kernels"]), flush=True)
+    return found
 
 
 def _build(config: BenchConfig, grid: tuple[int, ...]) -> Any:

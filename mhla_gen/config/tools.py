@@ -91,6 +91,8 @@ class BenchConfig(Settings):
     """Layers of the model, of Flux those with two streams; None takes all."""
     compile: Any = False
     """torch.compile: false, true (the layer that the model repeats) or "whole" (all in one)."""
+    profile: bool = False
+    """List the kernels that a step of a model spends its time in, too."""
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     """Arithmetic of inputs and models; auto is bfloat16 on a GPU and float32 elsewhere."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -125,6 +127,8 @@ class BenchConfig(Settings):
                         f"linear), found {method!r}"
                     )
             object.__setattr__(self, "methods", tuple(self.methods))
+        if self.profile and self.subject == "ops":
+            raise UserError("profile is for subject=model")
         object.__setattr__(self, "layout", normalize_layout(self.layout))
         if self.grids == "squares":
             object.__setattr__(self, "grids", tuple((side, side) for side in (8, 16, 32, 64)))

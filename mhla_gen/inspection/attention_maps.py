@@ -107,7 +107,7 @@ def _of_layer(
     if config.combine == "denominator":
         values = given["query"], given["key"], given["value"]
         _, log_sum_exp = exact_attention(*values, config, grid, rotary)
-    of_input = products(module.input_layers, given["hidden_states"])
+    of_input = products(module.input_layers(), given["hidden_states"])
     weighed_by = module.weighed_by(given["query"], given["key"], of_input, grid, log_sum_exp)
     shares = module.combine.shares(**weighed_by)
     share = None if shares is None else shares[0]

@@ -50,7 +50,6 @@ class AddedAttention(nn.Module):
         if self.gate is not None:
             reset_gate(self.gate)
 
-    @property
     def input_layers(self) -> tuple[Any, ...]:
         """Linear layers of the attention layer's input, which its projections may be joined by."""
         return () if self.gate is None else (input_layer(self.gate),)
@@ -93,7 +92,7 @@ class AddedAttention(nn.Module):
                 f"layers with {self.config.unshared} cannot share a sequence among processes"
             )
         if of_input is None:
-            of_input = products(self.input_layers, hidden_states)
+            of_input = products(self.input_layers(), hidden_states)
         halo = None
         if self.conv is not None and group is not None:
             halo = self.conv.begin_halo(value.flatten(2), grid, group)

@@ -86,11 +86,10 @@ class MHLA(AddedAttention):
         if self.norm is not None:
             self.norm.reset_parameters()
 
-    @property
     def input_layers(self) -> tuple[Any, ...]:
         """Those of the gate and of what combines the halves, in this order."""
-        shares = () if self.combine is None else self.combine.input_layers
-        return (*super().input_layers, *shares)
+        shares = () if self.combine is None else self.combine.input_layers()
+        return (*super().input_layers(), *shares)
 
     def _begin(
         self,

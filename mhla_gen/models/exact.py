@@ -149,7 +149,6 @@ class Combination(nn.Module):
     What it weighs them by are keywords, those of `MHLA.weighed_by`.
     """
 
-    @property
     def input_layers(self) -> tuple[Any, ...]:
         """Linear layers of the attention layer's input."""
         return ()
@@ -190,7 +189,6 @@ class GateCombination(Combination):
         self.to_share.weight.zero_()
         self.to_share.bias.fill_(_logit(self.start))
 
-    @property
     def input_layers(self) -> tuple[Any, ...]:
         """The one that gives the logits of `a`."""
         return (self.to_share,)

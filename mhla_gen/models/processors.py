@@ -53,7 +53,7 @@ class MHLAProcessor:
             grid, rotary = self.place(attn, hidden_states, tables)
         else:
             rotary = None
-        query, key, value, *of_input = self.project(attn, hidden_states, *attn.mhla.input_layers)
+        query, key, value, *of_input = self.project(attn, hidden_states, *attn.mhla.input_layers())
         group = sequence_group(self._parallel_config)
         out = attn.mhla(query, key, value, hidden_states, grid, rotary, group, of_input=of_input)
         return self.project_back(attn, out)

@@ -1,0 +1,231 @@
+"""Steps of training and of sampling on random latents, and how they are timed."""
+
+import gc
+import platform
+import statistics
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from itertools import pairwise
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState
+from diffusers import DDIMScheduler
+from sharing import Alone
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from mhla_gen.bench.profiles import as_table, kernel_times
+from mhla_gen.config import SampleConfig, TrainConfig
+from mhla_gen.data import Batch
+from mhla_gen.pipelines.class_conditional import ClassConditionalPipeline
+from mhla_gen.runtime.recorded_training import RecordedTraining
+from mhla_gen.sampling.building import place
+from mhla_gen.training.build import build_task
+from mhla_gen.training.throughput import peak_flops
+from mhla_gen.training.training_run import Run
+
+_WARM_UP = 3
+_SAMPLING_STEPS = 20
+
+
+@dataclass(frozen=True)
+class RandomSamples:
+    """Latents or images in memory: what is measured is the step, not reading."""
+
+    shape: tuple[int, ...]
+    num_classes: int
+    count: int = 512
+
+    @cached_property
+    def samples(self) -> torch.Tensor:
+        """All of them."""
+        return torch.randn(self.count, *self.shape)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Their numbers."""
+        return tuple(map(str, range(self.num_classes)))
+
+    @property
+    def buckets(self) -> tuple[range]:
+        """One."""
+        return (range(self.count),)
+
+    @property
+    def sample_shapes(self) -> tuple[tuple[int, ...]]:
+        """One."""
+        return (self.shape,)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def read(self, indices: Sequence[int]) -> Batch:
+        """Some of them, with classes in turn."""
+        chosen = torch.tensor(indices)
+        return {"samples": self.samples[chosen], "labels": chosen % self.num_classes}
+
+    def describe(self, index: int) -> str:
+        """Nothing to name."""
+        return f"random sample {index}"
+
+
+def timed(
+    run: Run,
+    options: Namespace,
+    alone: Alone = nullcontext,
+) -> dict[str, Any]:
+    """Speed and memory of a run's steps.
+
+    Args:
+        run: What is timed.
+        options: `seconds`: about how long; `profile`, if there: whether kernels are listed.
+        alone: Entered while steps are timed, after the one that compiles: waits for the device.
+    """
+    steps = enumerate(run.batches(0, 100_000))
+    if torch.cuda.is_available():
+        # Before the first step: what a recorded pass takes is allocated once, when it is recorded.
+        torch.cuda.reset_peak_memory_stats()
+
+    def step() -> None:
+        run.step(*next(steps))
+
+    began = time.perf_counter()
+    median_seconds(step, 1)
+    warm_up = time.perf_counter() - began
+    with alone():
+        pace = median_seconds(step, _WARM_UP)
+        # The main process decides: all must do as many.
+        count = max(3, agreed(run, options.seconds / pace))
+        seconds = median_seconds(step, count)
+        kernels = None
+        if getattr(options, "profile", False):
+            kernels = kernel_times(step, run.accelerator.device)
+            print(as_table(kernels), flush=True)
+    rate = run.config.batch_size / seconds
+    peak = peak_flops(run.accelerator.device, run.config.mixed_precision)
+    found: dict[str, Any] = {
+        "images_per_second": round(rate, 1),
+        "milliseconds_per_step": round(1000 * seconds, 2),
+        "steps": count,
+        "warm_up_seconds": round(warm_up, 1),
+        "recorded": isinstance(run.model.forward, RecordedTraining),
+        "gflop_per_image": round(run.sample_flops / 1e9, 2),
+        "parameters": sum(p.numel() for p in run.model.parameters()),
+    }
+    if torch.cuda.is_available():
+        found["gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+    if peak is not None:
+        found["mfu"] = round(rate * run.sample_flops / peak / run.accelerator.num_processes, 4)
+    if kernels is not None:
+        found["kernels"] = kernels
+    run.accelerator.free_memory()
+    return found
+
+
+@torch.no_grad()
+def sampling(
+    config: TrainConfig,
+    data: RandomSamples,
+    options: Namespace,
+    alone: Alone,
+) -> dict[str, Any]:
+    """Time of one pass of the model in bfloat16, as `mhla-gen sample` compiles and records it."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    batch = config.batch_size
+    with alone(), device:
+        model: Any = build_task(config, data).model.eval()
+        if device.type == "cuda":
+            model.to(torch.bfloat16)
+        for name, parameter in model.named_parameters():
+            if name.endswith("mixing"):
+                # As from_pretrained leaves it.
+                parameter.data = parameter.data.float()
+        pipeline = ClassConditionalPipeline(model, DDIMScheduler())
+        place(
+            SampleConfig(pipeline="", output_dir="", compile=config.compile != "none"),
+            pipeline,
+            device,
+        )
+        latents = torch.randn(batch, *data.shape, dtype=model.dtype)
+        labels, times = torch.arange(batch) % data.num_classes, torch.full((batch,), 500)
+
+    def step() -> None:
+        model(latents, timestep=times, class_labels=labels, return_dict=False)
+
+    median_seconds(step, 1)
+    with alone():
+        # Recorded at the third call.
+        median_seconds(step, _WARM_UP)
+        seconds = median_seconds(step, _SAMPLING_STEPS)
+        found: dict[str, Any] = {"sampling_milliseconds": round(1000 * seconds, 2)}
+        found["sampling_batch_size"] = batch
+        if options.profile:
+            found["sampling_kernels"] = kernel_times(step, device)
+            print(as_table(found["sampling_kernels"]), flush=True)
+    return found
+
+
+def median_seconds(step: Callable[[], Any], count: int) -> float:
+    """Median time of several steps, launched one behind the other without a wait between them."""
+    if not torch.cuda.is_available():
+        times = [time.perf_counter()]
+        for _ in range(count):
+            step()
+            times.append(time.perf_counter())
+        return statistics.median(after - before for before, after in pairwise(times))
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+    synchronize()
+    events[0].record()
+    for event in events[1:]:
+        step()
+        event.record()
+    synchronize()
+    return statistics.median(a.elapsed_time(b) for a, b in pairwise(events)) / 1e3
+
+
+def agreed(run: Run, number: float) -> int:
+    """The main process's number, in all."""
+    value = torch.tensor([float(number)], device=run.accelerator.device)
+    if run.accelerator.num_processes > 1:
+        torch.distributed.broadcast(value, 0)
+    return int(value)
+
+
+@contextmanager
+def fresh() -> Iterator[None]:
+    """Leave nothing of a row to the next: no compiled code, no state of accelerate, no memory."""
+    yield
+    AcceleratorState._reset_state()
+    torch.compiler.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def attention_kernel(attention: str) -> AbstractContextManager[Any]:
+    """Softmax attention of cuDNN on a GPU; MHLA chooses its own kernels."""
+    if attention == "softmax" and torch.cuda.is_available():
+        return sdpa_kernel(SDPBackend.CUDNN_ATTENTION)
+    return nullcontext()
+
+
+def synchronize() -> None:
+    """Wait for the GPU."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def machine() -> dict[str, Any]:
+    """What was measured on, and when."""
+    gpu = torch.cuda.is_available()
+    return {
+        "device": torch.cuda.get_device_name() if gpu else platform.processor() or "CPU",
+        "torch": torch.__version__,
+        "cudnn": torch.backends.cudnn.version(),
+        "date": datetime.now(UTC).date().isoformat(),
+    }

@@ -55,6 +55,21 @@ def test_a_model_is_measured_with_every_attention(tmp_path):
     assert [row["exact"] for row in rows] == [1.0, 0.0, 0.0, 0.25, 1.0]
 
 
+def test_a_profile_adds_up_to_the_step(tmp_path, capsys):
+    settings = ["grids=[[4,4]]", "num_layers=1", "methods=[blockwise]", "profile=true"]
+    assert main(["bench", "model", f"output_dir={tmp_path}", *settings]) == 0
+    (row,) = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    for step in ("forward", "train"):
+        found = row[f"{step}_kernels"]
+        assert found["ms"] == pytest.approx(sum(found["kinds"].values()), abs=0.01)
+        assert found["kinds"]["products"] > 0
+        times = [kernel["ms"] for kernel in found["kernels"]]
+        assert times == sorted(times, reverse=True)
+    assert "aten::addmm" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="profile is for subject=model"):
+        load_config(None, ["profile=true"], BenchConfig)
+
+
 @pytest.mark.slow
 def test_a_model_of_text_and_image_is_measured(tmp_path):
     methods = ["softmax", "blockwise exact=0.3 exact_tile=[2,2] exact_top=0"]

@@ -34,7 +34,8 @@ ODD_TEXTS = (
     *("<<", "=", "", " x ", "a=b", "%d"),
 )
 # Plans of the comparison's runs are no configs; tests/test_evidence.py reads them.
-PLANS = {ROOT / "experiments" / "evidence" / f"{name}.yaml" for name in ("arms", "exact", "long")}
+EVIDENCE = ROOT / "experiments" / "evidence"
+PLANS = {*EVIDENCE.glob("*.yaml")} - {EVIDENCE / "base.yaml"}
 CONFIGS = sorted({*FOLDER.rglob("*.yaml"), *(ROOT / "experiments").rglob("*.yaml")} - PLANS)
 
 

@@ -24,9 +24,7 @@ def scripts(monkeypatch):
     monkeypatch.syspath_prepend(str(EVIDENCE))
     yield importlib.import_module
     for name in [
-        name
-        for name in sys.modules
-        if name.startswith(("evidence_", "emoji_", "moving_", "steps"))
+        name for name in sys.modules if name.startswith(("evidence_", "emoji_", "moving_", "steps"))
     ]:
         del sys.modules[name]
 

@@ -1,6 +1,7 @@
 """The Inception extractor and its numbers beside torch-fidelity's and torchmetrics' own."""
 
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -263,6 +264,9 @@ def test_the_command_measures_all_six_against_a_built_reference(tmp_path, both, 
         assert found[metric].interval.low < found[metric].value
     assert found["is"].value == pytest.approx(inception_score(features[0]["logits"])[0], rel=1e-6)
     assert found["is"].protocol.endswith("tf1-resize fp32 32x32 splits-of-5000-in-order")
+    # A reference that no metric needs is not measured.
+    alone = replace(config, metrics=("is",), reference=str(tmp_path / "real.npz"))
+    assert [result.value for result in evaluate(alone)] == [found["is"].value]
 
 
 def test_identity_names_the_weights(extractor):

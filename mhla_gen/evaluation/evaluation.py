@@ -12,7 +12,6 @@ from mhla_gen.evaluation.errors import EvaluationError
 from mhla_gen.evaluation.feature_files import FeatureSet
 from mhla_gen.evaluation.measurer import Measurer
 from mhla_gen.evaluation.protocol import EvaluationProtocol
-from mhla_gen.evaluation.reference import Reference
 from mhla_gen.evaluation.results import (
     FRECHET,
     Result,
@@ -22,7 +21,13 @@ from mhla_gen.evaluation.results import (
     need_images,
     write_report,
 )
-from mhla_gen.evaluation.sources import MANIFEST_NAME
+from mhla_gen.evaluation.sources import (
+    MANIFEST_NAME,
+    ImageSource,
+    frame_shape,
+    has_statistics,
+)
+from mhla_gen.evaluation.statistics_file import StatisticsFile
 from mhla_gen.files.saved import read_json
 from mhla_gen.outputs.folders import check_writable
 from mhla_gen.version import __version__
@@ -49,7 +54,7 @@ def evaluate(config: EvaluateConfig, dry_run: bool = False) -> list[Result]:
     check_writable(Path(config.out).parent, "out")
     measurer = Measurer.start(config.features, config.size, config.skip_corrupt)
     source = measurer.open(config.samples)
-    scoring = Scoring.prepare(config, measurer, measurer.protocol(source), len(source))
+    scoring = Scoring.prepare(config, measurer, measurer.protocol(frame_shape(source)), len(source))
     if dry_run:
         print(f"would measure {len(source)} images of {source.name}: {scoring.protocol}")
         return []
@@ -63,7 +68,11 @@ class Scoring:
     config: EvaluateConfig
     measurer: Measurer
     protocol: EvaluationProtocol
-    reference: Reference | None
+    """Of the samples."""
+    file: StatisticsFile | None
+    """The reference, if it is a file of statistics."""
+    images: ImageSource | None
+    """Those of the reference: all, or the ones that its file keeps."""
 
     @classmethod
     def prepare(
@@ -80,18 +89,25 @@ class Scoring:
         Raises:
             EvaluationError: If something is missing, unusable or not comparable.
         """
-        reference = _open_reference(config, measurer)
-        if reference:
-            protocol.require_same(reference.protocol)
+        scoring = cls(config, measurer, protocol, *_open_reference(config, measurer))
+        if reference := scoring.reference_protocol:
+            protocol.require_same(reference)
         _require_enough(config, count, "samples")
-        if reference and reference.source is not None:
-            _require_enough(config, len(reference.source), "reference")
-        return cls(config, measurer, protocol, reference)
+        if scoring.images is not None:
+            _require_enough(config, len(scoring.images), "reference")
+        return scoring
 
     @property
     def feature_names(self) -> list[str]:
         """The features that the metrics need."""
         return sorted(features_of(self.config.metrics))
+
+    @property
+    def reference_protocol(self) -> EvaluationProtocol | None:
+        """How the reference is measured."""
+        if self.file is not None:
+            return self.file.protocol()
+        return None if self.images is None else self.measurer.protocol(frame_shape(self.images))
 
     def score(self, samples: FeatureSet) -> list[Result]:
         """Print a table of the numbers and write `config.out`; all processes call this.
@@ -99,17 +115,45 @@ class Scoring:
         Returns:
             The results, on the main process; nothing on the others.
         """
-        config, reference = self.config, self.reference
-        if reference is not None:
-            needed = _statistics_of(config), need_images(config.metrics)
-            reference = reference.measured(self.measurer, *needed)
+        images = self._measured_images()
         if not PartialState().is_main_process:
             return []
+        statistics = self.file or images
         device = str(PartialState().device)
-        results = compute_metrics(config, self.protocol, samples, reference, device)
-        write_report(Path(config.out), results, _context(config, samples, reference))
+        results = compute_metrics(self.config, self.protocol, samples, statistics, images, device)
+        write_report(Path(self.config.out), results, self._context(samples, images))
         print(format_table(results))
         return results
+
+    def _measured_images(self) -> FeatureSet | None:
+        """The features of the reference's images that the metrics need, if any."""
+        names = _statistics_of(self.config)
+        if self.file is not None:
+            names = {"pool"} if need_images(self.config.metrics) else set()
+        return self.measurer.features(self.images, sorted(names)) if self.images and names else None
+
+    def _context(self, samples: FeatureSet, images: FeatureSet | None) -> dict[str, Any]:
+        described: dict[str, Any] = {
+            "paths": list(self.config.samples),
+            "count": samples.count,
+            "unreadable": list(samples.unreadable),
+            "sha256": samples.digest,
+            "manifests": [
+                read_json(path, "draw the set again, or remove it")
+                for path in _manifests(self.config.samples)
+            ],
+        }
+        context: dict[str, Any] = {"samples": described}
+        if statistics := self.file or images:
+            context["reference"] = {
+                "paths": list(self.config.reference),
+                "count": statistics.count,
+                "image_count": images.count if images else 0,
+                "unreadable": list(images.unreadable) if images else [],
+                "protocol": str(self.reference_protocol),
+            }
+        context["versions"] = {"mhla_gen": __version__, "torch": torch.__version__}
+        return context
 
 
 def check_metrics(config: EvaluateConfig) -> None:
@@ -157,43 +201,35 @@ def _require_enough(config: EvaluateConfig, count: int, side: str) -> None:
             )
 
 
-def _open_reference(config: EvaluateConfig, measurer: Measurer) -> Reference | None:
+def _open_reference(
+    config: EvaluateConfig, measurer: Measurer
+) -> tuple[StatisticsFile | None, ImageSource | None]:
+    """The statistics file, the images, or both, with all that the metrics need."""
     if config.reference is None:
-        return None
-    reference = Reference.open(config.reference, measurer)
-    reference.require(_statistics_of(config), need_images(config.metrics))
-    return reference
+        return None, None
+    files = [path for path in config.reference if has_statistics(path)]
+    if not files:
+        return None, measurer.open(config.reference)
+    if len(config.reference) > 1:
+        raise EvaluationError(
+            f"{files[0]} holds statistics, which cannot be joined with other references; "
+            "give it alone"
+        )
+    file = StatisticsFile(Path(files[0]))
+    # Now, not after hours of extraction.
+    for name in _statistics_of(config):
+        file.statistics(name)
+    if not file.has_images and need_images(config.metrics):
+        raise EvaluationError(
+            f"{file.path} has no arr_0: precision, recall and KID need images; rebuild it "
+            "with `mhla-gen reference` or leave them out of metrics"
+        )
+    return file, measurer.open(files) if file.has_images else None
 
 
 def _statistics_of(config: EvaluateConfig) -> set[str]:
     """Features of the reference that are compared with those of the samples."""
     return features_of(config.metrics) - {"logits"}
-
-
-def _context(
-    config: EvaluateConfig, samples: FeatureSet, reference: Reference | None
-) -> dict[str, Any]:
-    described: dict[str, Any] = {
-        "paths": list(config.samples),
-        "count": samples.count,
-        "unreadable": list(samples.unreadable),
-        "sha256": samples.digest,
-        "manifests": [
-            read_json(path, "draw the set again, or remove it")
-            for path in _manifests(config.samples)
-        ],
-    }
-    context: dict[str, Any] = {"samples": described}
-    if reference:
-        context["reference"] = {
-            "paths": list(config.reference),
-            "count": reference.count,
-            "image_count": reference.image_count,
-            "unreadable": list(reference.images.unreadable) if reference.images else [],
-            "protocol": str(reference.protocol),
-        }
-    context["versions"] = {"mhla_gen": __version__, "torch": torch.__version__}
-    return context
 
 
 def _manifests(paths: tuple[str, ...]) -> list[Path]:

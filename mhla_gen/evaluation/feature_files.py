@@ -27,8 +27,6 @@ class FeatureSet:
     """Images that were read."""
     unreadable: tuple[str, ...]
     """One line for each image that was left out."""
-    frame_shape: tuple[int, ...]
-    """(height, width), or (frames, height, width)."""
     digest: str
     """SHA-256 of the images."""
 
@@ -131,13 +129,11 @@ def is_complete(folder: Path, names: Sequence[str], chunk: int) -> bool:
     return True
 
 
-def collect(
-    folder: Path, chunks: int, name: str, shape: tuple[int, ...], digest: str
-) -> FeatureSet:
+def collect(folder: Path, chunks: int, name: str, digest: str) -> FeatureSet:
     """The set of a folder whose chunks are all there; arguments as its fields."""
     unreadable, count = [], 0
     for chunk in range(chunks):
         features, lines = read_features(folder, name, chunk)
         unreadable += lines
         count += len(features)
-    return FeatureSet(folder, chunks, count, tuple(unreadable), shape, digest)
+    return FeatureSet(folder, chunks, count, tuple(unreadable), digest)

@@ -134,7 +134,7 @@ def extract_features(
             written[-1].result()
     state.wait_for_everyone()
     on_main(lambda: limit_cache(cache_dir, cache_limit_gb))
-    found = collect(folder, len(chunks), names[0], shape, digest)
+    found = collect(folder, len(chunks), names[0], digest)
     _require_readable(found, source, skip_corrupt)
     return found
 

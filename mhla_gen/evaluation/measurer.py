@@ -12,7 +12,7 @@ from mhla_gen.evaluation.extractors import build_extractor
 from mhla_gen.evaluation.feature_files import FeatureSet
 from mhla_gen.evaluation.features import extract_features
 from mhla_gen.evaluation.protocol import EvaluationProtocol
-from mhla_gen.evaluation.sources import ImageSource, frame_shape, load_images
+from mhla_gen.evaluation.sources import ImageSource, load_images
 from mhla_gen.evaluation.video import ClipRule
 from mhla_gen.runtime.processes import join_processes
 
@@ -54,16 +54,19 @@ class Measurer:
         """The images at these paths."""
         return load_images(list(paths), self.size, self.clip)
 
-    def protocol(self, source: ImageSource) -> EvaluationProtocol:
-        """How these images are measured."""
-        height, width = frame_shape(source)[-2:]
+    def protocol(self, shape: Sequence[int]) -> EvaluationProtocol:
+        """How images, or frames, are measured that have this `(…, height, width)` once opened."""
         crop = f"adm-crop-{self.size}" if self.size and not self.clip else ""
         frames = str(self.clip) if self.clip else ""
-        return EvaluationProtocol(self.extractor.identity, (height, width), crop, frames)
+        return EvaluationProtocol(self.extractor.identity, (shape[-2], shape[-1]), crop, frames)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the extractor is."""
+        return next(self.extractor.parameters(), torch.empty(0)).device
 
     def features(self, source: ImageSource, names: Sequence[str]) -> FeatureSet:
         """Extract features, or find them in the cache."""
-        device = next(self.extractor.parameters(), torch.empty(0)).device
         workers = self.config.num_workers
         return extract_features(
             source,
@@ -73,6 +76,6 @@ class Measurer:
             cache_limit_gb=self.config.cache_limit_gb,
             settings={"size": self.size, "frames": str(self.clip)},
             batch_size=self.config.batch_size,
-            num_workers=(8 if device.type == "cuda" else 0) if workers is None else workers,
+            num_workers=(8 if self.device.type == "cuda" else 0) if workers is None else workers,
             skip_corrupt=self.skip_corrupt,
         )

@@ -1,4 +1,8 @@
-"""The same numbers as `torchmetrics.Metric`s: for a training loop, on any number of processes."""
+"""The same numbers as `torchmetrics.Metric`s: for a training loop, on any number of processes.
+
+Not torchmetrics' own, which shuffle images for the Inception score, draw other subsets for KID than
+torch-fidelity, and take the eigenvalues of a product, which lose digits with few samples.
+"""
 
 from typing import Any
 

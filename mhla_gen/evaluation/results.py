@@ -11,8 +11,8 @@ from mhla_gen.evaluation.feature_files import FeatureSet
 from mhla_gen.evaluation.frechet import FewSamplesWarning, frechet_distance
 from mhla_gen.evaluation.intervals import Interval, jackknife_interval, subsampling_interval
 from mhla_gen.evaluation.protocol import EvaluationProtocol, short_count
-from mhla_gen.evaluation.reference import Reference
 from mhla_gen.evaluation.scores import inception_score, kernel_distance, precision_recall
+from mhla_gen.evaluation.statistics_file import StatisticsFile
 from mhla_gen.files import write_json
 
 
@@ -78,7 +78,8 @@ def compute_metrics(
     config: EvaluateConfig,
     protocol: EvaluationProtocol,
     samples: FeatureSet,
-    reference: Reference | None,
+    statistics: StatisticsFile | FeatureSet | None,
+    images: FeatureSet | None,
     device: str = "cpu",
 ) -> list[Result]:
     """The metrics of the settings, in their order, with a note where a number needs one.
@@ -87,23 +88,25 @@ def compute_metrics(
         config: Which metrics, and how intervals are made.
         protocol: How the samples were measured.
         samples: Their features.
-        reference: Measured; None if no metric needs it.
+        statistics: The reference's; None if no metric needs them.
+        images: Features of the reference's images; None if no metric needs them.
         device: Where distances between images are computed.
     """
     found: dict[str, dict[str, Any]] = {}
     if "is" in config.metrics:
         mean, spread = inception_score(samples.load("logits"))
         found["is"] = {"value": mean, "spread": spread, "protocol": "splits-of-5000-in-order"}
-    if reference is not None:
+    if statistics is not None:
         for metric in FRECHET & set(config.metrics):
-            found[metric] = _frechet(METRICS[metric].features, config, samples, reference)
+            found[metric] = _frechet(METRICS[metric].features, config, samples, statistics)
+    if images is not None:
         if "kid" in config.metrics:
-            found["kid"] = _kernel_distance(config, samples, reference)
+            found["kid"] = _kernel_distance(config, samples, images)
         if not {"precision", "recall"}.isdisjoint(config.metrics):
             shares = precision_recall(
-                samples.load("pool"), reference.features("pool"), config.neighbours, device
+                samples.load("pool"), images.load("pool"), config.neighbours, device
             )
-            details = f"k-{config.neighbours} vs-{short_count(reference.image_count)}"
+            details = f"k-{config.neighbours} vs-{short_count(images.count)}"
             for metric, share in zip(("precision", "recall"), shares, strict=True):
                 found[metric] = {"value": share, "protocol": details}
     results = []
@@ -115,7 +118,7 @@ def compute_metrics(
 
 
 def _frechet(
-    name: str, config: EvaluateConfig, samples: FeatureSet, reference: Reference
+    name: str, config: EvaluateConfig, samples: FeatureSet, reference: StatisticsFile | FeatureSet
 ) -> dict[str, Any]:
     statistics = reference.statistics(name)
     with warnings.catch_warnings(record=True) as caught:
@@ -135,23 +138,23 @@ def _frechet(
 
 
 def _kernel_distance(
-    config: EvaluateConfig, samples: FeatureSet, reference: Reference
+    config: EvaluateConfig, samples: FeatureSet, reference: FeatureSet
 ) -> dict[str, Any]:
     distance = kernel_distance(
         samples.load("pool"),
-        reference.features("pool"),
+        reference.load("pool"),
         config.kid_subsets,
         config.kid_subset_size,
         config.seed,
     )
-    interval = subsampling_interval(distance, min(samples.count, reference.image_count))
+    interval = subsampling_interval(distance, min(samples.count, reference.count))
     subsets = f"{config.kid_subsets}x{config.kid_subset_size}-subsets seed-{config.seed}"
     return {
         "value": distance.mean,
         "interval": interval,
         "spread": distance.std,
         "note": "" if interval else "no interval: each subset is the whole set",
-        "protocol": f"{subsets} vs-{short_count(reference.image_count)}",
+        "protocol": f"{subsets} vs-{short_count(reference.count)}",
     }
 
 

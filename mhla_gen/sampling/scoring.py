@@ -12,7 +12,6 @@ from mhla_gen.evaluation.errors import EvaluationError
 from mhla_gen.evaluation.evaluation import Scoring, check_metrics
 from mhla_gen.evaluation.feature_files import FeatureSet, write_features
 from mhla_gen.evaluation.measurer import Measurer
-from mhla_gen.evaluation.protocol import EvaluationProtocol
 from mhla_gen.evaluation.results import Result
 from mhla_gen.media.pictures import crop_array
 from mhla_gen.sampling.units import Units
@@ -43,22 +42,19 @@ class Scorer:
         """
         config = replace(config, samples=(str(folder),), out=str(folder / config.out))
         check_metrics(config)
-        self._features, self._shape = features, shape
-        measurer = Measurer.start(config.features, config.size, skip_corrupt=False)
-        self._size, self._clip, self._extractor = config.size, measurer.clip, measurer.extractor
-        if (self._clip is not None) != (len(shape) == 4):
+        self._folder = features
+        self._measurer = Measurer.start(config.features, config.size, skip_corrupt=False)
+        clip, self._frame = self._measurer.clip, shape[-3:-1]
+        if (clip is not None) != (len(shape) == 4):
             raise EvaluationError(
                 "evaluate.features.extractor=i3d measures videos, the others measure images"
             )
-        self._frame: tuple[int, int] = shape[-3], shape[-2]
-        crop = ""
-        if config.size is not None and self._clip is None:
-            self._frame, crop = (config.size, config.size), f"adm-crop-{config.size}"
-        frames = str(self._clip) if self._clip else ""
-        if self._clip is not None:
-            self._clip.indices(shape[0])
-        protocol = EvaluationProtocol(self._extractor.identity, self._frame, crop, frames)
-        self._scoring = Scoring.prepare(config, measurer, protocol, count)
+        if clip is not None:
+            clip.indices(shape[0])
+        elif config.size is not None:
+            self._frame = config.size, config.size
+        protocol = self._measurer.protocol(self._frame)
+        self._scoring = Scoring.prepare(config, self._measurer, protocol, count)
 
     def measure(self, unit: int, samples: Tensor) -> None:
         """Write the features of a unit.
@@ -67,10 +63,10 @@ class Scorer:
             unit: Its number.
             samples: uint8 `[samples, (frames,) height, width, channels]`, on any device.
         """
-        device = next(self._extractor.parameters(), torch.empty(0)).device
-        features = self._extractor(self._prepared(samples).to(device).movedim(-1, -3))
+        pixels = self._prepared(samples).to(self._measurer.device).movedim(-1, -3)
+        features = self._measurer.extractor(pixels)
         for name in self._scoring.feature_names:
-            write_features(self._features, name, unit, features[name].cpu().numpy())
+            write_features(self._folder, name, unit, features[name].cpu().numpy())
 
     def score(self, units: Units, digest: str) -> list[Result]:
         """The numbers of the set, also written to `evaluate.out`; all processes call this.
@@ -79,19 +75,15 @@ class Scorer:
             units: All of them measured.
             digest: What the report calls the samples by.
         """
-        frames = (self._clip.frames,) if self._clip else ()
-        measured = FeatureSet(
-            self._features, len(units), units.count, (), (*frames, *self._frame), digest
-        )
-        return self._scoring.score(measured)
+        return self._scoring.score(FeatureSet(self._folder, len(units), units.count, (), digest))
 
     def _prepared(self, samples: Tensor) -> Tensor:
         """As a reader of files would give them: colour, and the crop or the frames asked for."""
         if samples.shape[-1] == 1:
             samples = samples.expand(*samples.shape[:-1], 3)
-        if self._clip is not None:
-            return samples[:, self._clip.indices(samples.shape[1])]
+        if clip := self._measurer.clip:
+            return samples[:, clip.indices(samples.shape[1])]
         if tuple(samples.shape[1:3]) == self._frame:
             return samples
-        cropped = [crop_array(pixels, self._size) for pixels in samples.cpu().numpy()]
+        cropped = [crop_array(pixels, self._measurer.size) for pixels in samples.cpu().numpy()]
         return torch.from_numpy(np.stack(cropped))

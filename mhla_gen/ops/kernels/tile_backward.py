@@ -190,14 +190,15 @@ def tile_backward_queries_kernel(
 
 @triton.jit
 def add_key_gradients(
-    k0, k1, v0, v1, q_ptr, grad_ptr, packed_lse_ptr, delta_ptr, rows, scale, dk0, dk1, dv0, dv1,
-    D: tl.constexpr, V: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, V0: tl.constexpr,
+    k0, k1, v0, v1, q_ptr, grad_ptr, packed_lse_ptr, delta_ptr, rows, valid, scale, dk0, dk1, dv0,
+    dv1, D: tl.constexpr, V: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, V0: tl.constexpr,
     V1: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The sums dk and dv with what packed queries `rows` add to them."""
+    """The sums dk and dv with what packed queries `rows` add to them, those that are `valid`."""
     q0, q1 = load_rows(q_ptr, rows, D, D0, D1)
     do0, do1 = load_rows(grad_ptr, rows, V, V0, V1)
-    lse, delta = tl.load(packed_lse_ptr + rows)[None, :], tl.load(delta_ptr + rows)[None, :]
+    lse = tl.where(valid, tl.load(packed_lse_ptr + rows), float("inf"))[None, :]
+    delta = tl.load(delta_ptr + rows)[None, :]
     p, ds = score_gradients(k0, k1, q0, q1, v0, v1, do0, do1, lse, delta, scale, D1, V1, PRECISION)
     dv0, dv1 = add_times(p.to(OPERAND), do0, do1, dv0, dv1, V1, PRECISION)
     dk0, dk1 = add_times(ds.to(OPERAND), q0, q1, dk0, dk1, D1, PRECISION)
@@ -226,7 +227,6 @@ def tile_backward_keys_kernel(
     num_heads,
     num_tiles,
     num_groups,
-    group_blocks,
     blocks,
     scale,
     factor,
@@ -238,13 +238,17 @@ def tile_backward_keys_kernel(
     V1: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
+    PACK: tl.constexpr,
     RANK: tl.constexpr,
     ALIGN: tl.constexpr,
     ROTARY: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Gradients dk, rotated back, and dv of BN slots of one tile and head."""
+    """Gradients dk, rotated back, and dv of BN slots of one tile and head.
+
+    A step takes BM queries: a part of one group of PACK slots, or several small groups.
+    """
     block = tl.program_id(0) % blocks
     tile = tl.program_id(0) // blocks % num_tiles
     head = tl.program_id(0) // blocks // num_tiles % num_heads
@@ -260,20 +264,26 @@ def tile_backward_keys_kernel(
     v_ptr += head_offset(v_strides, batch, head, ALIGN)
     k0, k1 = load_pieces(k_ptr, tokens, valid, k_strides, D, D0, D1, ALIGN)
     v0, v1 = load_pieces(v_ptr, tokens, valid, v_strides, V, V0, V1, ALIGN)
-    packed = row * num_groups * (group_blocks * BM)
+    packed = row * num_groups * PACK
     dk0 = tl.zeros((BN, D0), tl.float32)
     dk1 = tl.zeros((BN, D1 if D1 > 0 else 1), tl.float32)
     dv0 = tl.zeros((BN, V0), tl.float32)
     dv1 = tl.zeros((BN, V1 if V1 > 0 else 1), tl.float32)
     first = tl.load(offsets_ptr + row * num_tiles + tile)
-    last = tl.load(offsets_ptr + row * num_tiles + tile + 1)
-    for step in range(first * group_blocks, last * group_blocks):
-        # A vector of equal numbers, which Triton loads ahead; a scalar it would wait for.
-        owners = tl.load(owners_ptr + step // group_blocks + tl.zeros((BM,), tl.int32))
-        rows = (owners * group_blocks + step % group_blocks) * BM + tl.arange(0, BM)
+    owners_ptr += first
+    num_queries = (tl.load(offsets_ptr + row * num_tiles + tile + 1) - first) * PACK
+    for start in range(0, num_queries, BM):
+        # Vectors, also of equal numbers, Triton loads ahead; for a scalar it would wait.
+        queries = start + tl.arange(0, BM)
+        exists = queries < num_queries
+        if PACK % BM == 0:
+            owners = tl.load(owners_ptr + start // PACK + tl.zeros((BM,), tl.int32))
+        else:
+            owners = tl.load(owners_ptr + queries // PACK, mask=exists, other=0)
+        rows = owners * PACK + queries % PACK
         dk0, dk1, dv0, dv1 = add_key_gradients(
             k0, k1, v0, v1, q_ptr + packed * D, grad_ptr + packed * V, packed_lse_ptr + packed,
-            delta_ptr + packed, rows, scale, dk0, dk1, dv0, dv1,
+            delta_ptr + packed, rows, exists, scale, dk0, dk1, dv0, dv1,
             D, V, D0, D1, V0, V1, OPERAND, PRECISION,
         )  # fmt: skip
     dk0, dk1 = dk0 * factor, dk1 * factor
@@ -341,7 +351,7 @@ def tile_backward_extra_kernel(
         rows = step * BM + tl.arange(0, BM)
         dk0, dk1, dv0, dv1 = add_key_gradients(
             k0, k1, v0, v1, q_ptr + packed * D, grad_ptr + packed * V, packed_lse_ptr + packed,
-            delta_ptr + packed, rows, scale, dk0, dk1, dv0, dv1,
+            delta_ptr + packed, rows, rows >= 0, scale, dk0, dk1, dv0, dv1,
             D, V, D0, D1, V0, V1, OPERAND, PRECISION,
         )  # fmt: skip
     # Masked keys were read as zeros, whose weights may be anything.

@@ -88,7 +88,7 @@ def backward(
         ),
         kernel_constants(call, options["queries"], *strides) | {"WIDE": numbered_wide(keys, value)},
     )
-    dkey, dvalue = _backward_keys(packs, keys, value, lists, blocks, options["keys"], call)
+    dkey, dvalue = _backward_keys(packs, keys, value, lists, options["keys"], call)
     dextra = _backward_extra(packs, extra, blocks, options["extra"], call)
     return dquery, dkey, dvalue, *dextra
 
@@ -98,7 +98,6 @@ def _backward_keys(
     keys: Tensor,
     value: Tensor,
     lists: Tensor,
-    group_blocks: int,
     options: dict,
     call: TileCall,
 ) -> tuple[Tensor, Tensor]:
@@ -108,6 +107,7 @@ def _backward_keys(
     blocks = quotient_up(call.slots, options["BN"])
     strides = keys.stride(), value.stride(), dkey.stride(), dvalue.stride()
     constants = without(kernel_constants(call, options, *strides), "RAGGED", *call.slot_sizes)
+    constants["PACK"] = packs[0].shape[2]
     launch(
         tile_backward_keys_kernel,
         (blocks * placed.num_tiles * call.batch_heads,),
@@ -118,7 +118,6 @@ def _backward_keys(
             call.query.shape[2],
             placed.num_tiles,
             placed.num_groups,
-            group_blocks,
             blocks,
             call.scale * LOG2E,
             call.scale,
@@ -199,19 +198,17 @@ def pack_groups(x: Tensor, call: TileCall, slots: int) -> Tensor:
 def _backward_options(call: TileCall) -> dict[str, dict]:
     """As `_forward_options`, for gradients of queries, of keys, and of keys off the grid."""
     if call.operand["OPERAND"] == tl.float32:
-        rows = call.block(32)
-        common = {"BM": rows, "num_warps": 4, "num_stages": 1}
+        common = {"BM": call.block(32), "num_warps": 4, "num_stages": 1}
         keys = min(padded(call.slots), 32)
         return {
             "queries": common | {"BN": 32},
-            "keys": common | {"BN": keys},
+            "keys": common | {"BM": 32, "BN": keys},
             "extra": common | {"BN": 32},
         }
-    rows = call.block(64)
     keys = min(padded(call.slots), 64)
-    common = {"BM": rows, "num_warps": 4, "num_stages": 2}
+    common = {"BM": call.block(64), "num_warps": 4, "num_stages": 2}
     return {
         "queries": common | {"BN": 64},
-        "keys": common | {"BN": keys},
+        "keys": common | {"BM": 64, "BN": keys},
         "extra": common | {"BN": 64},
     }

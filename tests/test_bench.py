@@ -3,8 +3,10 @@
 import json
 
 import pytest
+import torch
 
 from mhla_gen.bench.benchmark import find_crossover
+from mhla_gen.bench.ops import Case, attention
 from mhla_gen.cli import main
 from mhla_gen.config import BenchConfig, ConfigError, load_config
 
@@ -70,6 +72,44 @@ def test_a_profile_adds_up_to_the_step(tmp_path, capsys):
         load_config(None, ["profile=true"], BenchConfig)
 
 
+KINDS = {
+    "softmax": 1.0,
+    "softmax_causal": 1.0,
+    "linear feature_map=focused": 0.0,
+    "linear feature_map=elu+1 magnitude=true": 0.0,
+    "blockwise feature_map=softmax learned_features=true": 0.0,
+    "linformer projected_len=9": 0.0,
+    "linformer projected_len=[2,3]": 0.0,
+    "causal block_size=4": 0.0,
+    # 8 · 35 - 28 of the 35 · 36 / 2 pairs whose key is not later.
+    "causal block_size=4 window=8": 252 / 630,
+}
+
+
+def test_every_kind_stands_in_one_table_and_one_picture(tmp_path):
+    settings = ["grids=[[5,7]]", "num_heads=2", "head_dim=8", f"methods={list(KINDS)}"]
+    assert main(["bench", "ops", f"output_dir={tmp_path}", *settings]) == 0
+    rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    assert not [row["error"] for row in rows if "error" in row]
+    assert {row["method"]: row["exact"] for row in rows} == pytest.approx(KINDS)
+    assert all(row["train_ms"] > 0 for row in rows)
+    # A method is compared with softmax over the same pairs.
+    for row in rows:
+        causal = row["method"].split()[0] in ("softmax_causal", "causal")
+        other = next(r for r in rows if r["method"] == ("softmax_causal" if causal else "softmax"))
+        assert row["causal"] == causal
+        assert row["forward_ratio"] == pytest.approx(other["forward_ms"] / row["forward_ms"])
+
+
+@pytest.mark.parametrize("method", ["linear feature_map=focused", "linformer projected_len=6"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_row_runs_what_models_run(method, dtype):
+    case = Case(2, 2, (5, 7), 8, (2, 3), True)
+    inputs = torch.randn(3, 2, 35, 2, 8).to(dtype)
+    out = attention(method, case, dtype, torch.device("cpu"))(*inputs)
+    assert out.shape == inputs.shape[1:] and out.dtype == dtype and out.isfinite().all()
+
+
 @pytest.mark.slow
 def test_a_model_of_text_and_image_is_measured(tmp_path):
     methods = ["softmax", "blockwise exact=0.3 exact_tile=[2,2] exact_top=0"]
@@ -95,6 +135,10 @@ def test_crossover_lies_between_the_sizes_where_the_order_changes():
     ]
     assert find_crossover(rows) == pytest.approx(200.0)
     assert find_crossover(rows[:2]) is None
+    others = ("linear feature_map=focused", "linformer", "causal", "softmax_causal")
+    faster = [{"tokens": 100, "method": m, "forward_ms": 0.1} for m in others]
+    faster[-1]["causal"] = True
+    assert find_crossover(rows + faster) == pytest.approx(200.0)
 
 
 @pytest.mark.parametrize(
@@ -106,6 +150,7 @@ def test_crossover_lies_between_the_sizes_where_the_order_changes():
         ("num_heads=0", "num_heads"),
         ('methods=["fused conv=false"]', "subject=ops"),
         ('methods=["linear exact=0.1"]', "subject=ops"),
+        ('methods=["softmax_causal exact=0.1"]', "for MHLA"),
         ('methods=["softmax exact=0.1"]', "for MHLA"),
         ("compile=all", "compile"),
     ],

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 
 from mhla_gen.bench.model import bench_model
-from mhla_gen.bench.ops import bench_ops, halves_of
+from mhla_gen.bench.ops import bench_ops, settings_of
 from mhla_gen.config import BenchConfig
 from mhla_gen.errors import OccupiedError
 from mhla_gen.files import write_json
+from mhla_gen.ops import IMPLEMENTATIONS
 from mhla_gen.runtime.devices import resolve_device
 from mhla_gen.version import __version__
 
@@ -31,6 +32,8 @@ _COLUMNS = {
     "train_ratio": "{:.2f}x",
     "train_peak_gib": "{:.3f}",
 }
+# What two rows must share for a ratio of their times.
+_SIZE = ("batch", "heads", "grid", "head_dim", "model", "causal")
 _ON_GPU = (
     *("softmax_cudnn", "softmax_flash", "linear"),
     *("fused", "fused exact=0.05", "fused exact=0.125"),
@@ -79,7 +82,7 @@ def _resolve(config: BenchConfig, device: torch.device) -> BenchConfig:
         config = replace(config, methods=_ON_GPU if gpu else _ELSEWHERE)
     for method in config.methods:
         # A mistake stops here rather than in the middle of the rows.
-        halves_of(method)
+        settings_of(method)
     if config.dtype == "auto":
         config = replace(config, dtype="bfloat16" if gpu else "float32")
     return config
@@ -103,7 +106,7 @@ def provenance(device: torch.device) -> dict[str, str]:
 
 def _add_ratios(row: dict[str, Any], earlier: list[dict[str, Any]]) -> None:
     """How many times faster than the fastest softmax of the same problem size measured so far."""
-    size = {name: row.get(name) for name in ("batch", "heads", "grid", "head_dim", "model")}
+    size = {name: row.get(name) for name in _SIZE}
     for step in ("forward", "train"):
         softmax = [
             other[f"{step}_ms"]
@@ -126,35 +129,52 @@ def _line(row: dict[str, Any]) -> str:
     return "  ".join(f"{cell:>16}" for cell in cells)
 
 
+_PANELS = {
+    "forward_ms": "forward latency (ms)",
+    "train_ms": "forward and backward (ms)",
+    "forward_peak_gib": "memory beyond inputs (GiB)",
+}
+
+
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Latency and memory against tokens; a dot marks where MHLA overtakes softmax."""
+    """Latency and memory against tokens; a line marks where MHLA overtakes softmax.
+
+    Softmax is dashed, what is causal dotted.
+    """
     import matplotlib
 
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     good = [row for row in rows if "error" not in row]
-    for axis, key, label in (
-        (axes[0], "forward_ms", "forward latency (ms)"),
-        (axes[1], "forward_peak_gib", "memory beyond inputs (GiB)"),
-    ):
-        for method in dict.fromkeys(row["method"] for row in good):
-            points = sorted(
-                (row["tokens"], row[key])
-                for row in good
-                if row["method"] == method and row.get(key)
-            )
+    panels = [key for key in _PANELS if any(row.get(key) for row in good)] or ["forward_ms"]
+    size = (4.5 * len(panels) + 2.5, 4)
+    figure, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained", squeeze=False)
+    tokens = sorted({row["tokens"] for row in good})
+    colors = plt.get_cmap("tab20").colors  # type: ignore[attr-defined]
+    methods = dict.fromkeys(row["method"] for row in good)
+    # Dark ones first.
+    styles = dict(zip(methods, itertools.cycle((*colors[::2], *colors[1::2])), strict=False))
+    for axis, key in zip(axes[0], panels, strict=True):
+        for method, color in styles.items():
+            found = [row for row in good if row["method"] == method and row.get(key)]
+            points = sorted((row["tokens"], row[key]) for row in found)
+            style = "--" if method.startswith("softmax") else "-"
+            style = ":" if any(row.get("causal") for row in found) else style
             if points:
-                axis.plot(*zip(*points, strict=True), marker=".", label=method)
-        axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel=label)
+                x, y = zip(*points, strict=True)
+                axis.plot(x, y, style, marker=".", color=color, label=method)
+        axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel=_PANELS[key])
+        axis.set_xticks(tokens, [f"{count:,}" for count in tokens], rotation=45)
+        axis.set_xticks([], minor=True)
         axis.grid(alpha=0.3)
     crossover = find_crossover(good)
     if crossover is not None:
-        axes[0].axvline(crossover, color="black", linestyle=":", linewidth=1)
-        axes[0].set_title(f"MHLA overtakes softmax at {crossover:.0f} tokens", fontsize=10)
-    if axes[0].get_legend_handles_labels()[0]:
-        axes[0].legend(fontsize=8)
+        axes[0, 0].axvline(crossover, color="black", linestyle=":", linewidth=1)
+        axes[0, 0].set_title(f"MHLA overtakes softmax at {crossover:.0f} tokens", fontsize=10)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, loc="outside right center", fontsize=8)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -166,9 +186,10 @@ def find_crossover(rows: list[dict[str, Any]]) -> float | None:
     """
     best: dict[int, dict[bool, float]] = {}
     for row in rows:
-        if row["method"] != "linear":
+        name = row["method"].split()[0]
+        softmax = name.startswith("softmax") and not row.get("causal")
+        if softmax or name in IMPLEMENTATIONS:
             sizes = best.setdefault(row["tokens"], {})
-            softmax = row["method"].startswith("softmax")
             sizes[softmax] = min(row["forward_ms"], sizes.get(softmax, float("inf")))
     ratios = [(n, both[False] / both[True]) for n, both in sorted(best.items()) if len(both) == 2]
     for (n0, r0), (n1, r1) in itertools.pairwise(ratios):

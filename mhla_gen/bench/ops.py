@@ -1,4 +1,4 @@
-"""Attention operators side by side: softmax, linear attention, and every implementation of MHLA."""
+"""Attention operators side by side: softmax, linear attention, Linformer, every kind of MHLA."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -8,21 +8,33 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mhla_gen.bench.measure import copy_bandwidth, graph_latency_ms, latency_ms, peak_memory_gib
-from mhla_gen.config import BenchConfig, LinformerConfig, MHLAConfig, load_config
+from mhla_gen.config import (
+    BenchConfig,
+    CausalMHLAConfig,
+    LinformerConfig,
+    MHLAConfig,
+    load_config,
+)
 from mhla_gen.errors import UserError
+from mhla_gen.models.attention import MHLA
 from mhla_gen.models.exact import exact_attention, exact_share
 from mhla_gen.models.linformer import Linformer
 from mhla_gen.ops import IMPLEMENTATIONS, auto_layout, linear_attention, locality_mixing, mhla
 
+# torch's choice for None.
 _BACKENDS = {
     "softmax": None,
+    "softmax_causal": None,
     "softmax_cudnn": SDPBackend.CUDNN_ATTENTION,
     "softmax_flash": SDPBackend.FLASH_ATTENTION,
 }
+_CAUSAL = ("softmax_causal", "causal")
+# Settings of MHLA that ask for its layer, rather than its operator.
+_OF_LAYER = ("feature_map", "magnitude", "learned_features")
 
 
 class Case(NamedTuple):
@@ -70,7 +82,8 @@ def bench_ops(config: BenchConfig, device: torch.device) -> Iterator[dict[str, A
     for case in cases(config):
         for method in config.methods:
             row = {"method": method, **case._asdict(), "tokens": math.prod(case.grid)}
-            row["exact"] = 1.0 if method in _BACKENDS else exact_share(halves_of(method), case.grid)
+            row["causal"] = method.split()[0] in _CAUSAL
+            row["exact"] = _share(method, case.grid)
             try:
                 yield row | _measure(method, case, dtype, device, bandwidth, config.backward)
             except (RuntimeError, ValueError) as error:
@@ -91,7 +104,7 @@ def _measure(
     tokens = math.prod(case.grid)
     shape = (case.batch, tokens, case.heads, case.head_dim)
     query, key, value, grad = (torch.randn(shape, dtype=dtype, device=device) for _ in range(4))
-    attend = _attention(method, case, device)
+    attend = attention(method, case, dtype, device)
     floor_ms = 4e3 * query.numel() * query.element_size() / bandwidth
 
     forward = torch.no_grad()(partial(attend, query, key, value))
@@ -120,18 +133,42 @@ def _measure(
     }
 
 
-def _attention(method: str, case: Case, device: torch.device) -> Callable[..., Tensor]:
+def _share(method: str, grid: tuple[int, ...]) -> float:
+    """The share of pairs that softmax computes; causal, of pairs with keys that are not later."""
+    config = settings_of(method)
+    if config is None:
+        return 1.0
+    if isinstance(config, CausalMHLAConfig):
+        tokens = math.prod(grid)
+        window = min(config.window, tokens)
+        pairs = window * tokens - window * (window - 1) // 2
+        return pairs / (tokens * (tokens + 1) // 2)
+    return exact_share(config, grid)
+
+
+def attention(
+    method: str, case: Case, dtype: torch.dtype, device: torch.device
+) -> Callable[..., Tensor]:
+    """What a row of `BenchConfig.methods` measures: a function of queries, keys and values."""
     if method in _BACKENDS:
-        return partial(_softmax, _BACKENDS[method])
+        return partial(_softmax, _BACKENDS[method], method in _CAUSAL)
     rotary = None
     if case.rotary:
         angles = torch.rand(math.prod(case.grid), case.head_dim // 2, device=device) * 2 * math.pi
         rotary = angles.cos(), angles.sin()
     if method == "linear":
         return partial(linear_attention, rotary=rotary)
-    config = halves_of(method)
+    config: Any = settings_of(method)
     if isinstance(config, LinformerConfig):
-        return _linformer(config, case, device, rotary)
+        return _as_in_models(_linformer(config, case), case, dtype, device, rotary)
+    if isinstance(config, CausalMHLAConfig):
+        return _causal(config, case, dtype, device, rotary)
+    linear = method.startswith("linear")
+    if linear or any(setting.startswith(_OF_LAYER) for setting in method.split()[1:]):
+        layout = (1,) * len(case.grid) if linear else case.layout
+        config = replace(config, layout=layout, conv=False, gate=False)
+        layer = MHLA(*_sizes(case), config)
+        return _as_in_models(layer, case, dtype, device, rotary)
     mixing = locality_mixing(case.layout).to(device).requires_grad_()
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -148,39 +185,78 @@ def _attention(method: str, case: Case, device: torch.device) -> Callable[..., T
     return attend
 
 
-def _linformer(
-    config: LinformerConfig, case: Case, device: torch.device, rotary: Any
-) -> Callable[..., Tensor]:
+def _sizes(case: Case) -> tuple[int, int, int]:
+    return case.heads, case.head_dim, case.heads * case.head_dim
+
+
+def _linformer(config: LinformerConfig, case: Case) -> Linformer:
     config = replace(config, grid=case.grid, conv=False, gate=False)
-    fits = all(k <= n for k, n in zip(config.projected, config.lengths, strict=True))
-    if not fits:
-        raise UserError(f"projected_len={config.projected_len} is more than the tokens")
-    layer = Linformer(case.heads, case.head_dim, case.heads * case.head_dim, config).to(device)
+    fits = len(config.projected) == len(config.lengths)
+    if not fits or any(k > n for k, n in zip(config.projected, config.lengths, strict=True)):
+        raise UserError(
+            f"projected_len={config.projected_len} is more than the tokens of {case.grid}, or has "
+            "another number of axes"
+        )
+    return Linformer(*_sizes(case), config)
+
+
+def _as_in_models(
+    layer: Any, case: Case, dtype: torch.dtype, device: torch.device, rotary: Any
+) -> Callable[..., Tensor]:
+    """What `inject` puts into a layer."""
+    _cast(layer, dtype, device)
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        layer.to(query.dtype)
         return layer(query, key, value, query, case.grid, rotary).unflatten(2, (case.heads, -1))
 
     return attend
 
 
-def halves_of(method: str) -> Any:
-    """Settings that a row of `BenchConfig.methods` names: of MHLA's halves, or of Linformer.
+def _causal(
+    config: CausalMHLAConfig, case: Case, dtype: torch.dtype, device: torch.device, rotary: Any
+) -> Callable[..., Tensor]:
+    # transformers, which it is for, takes seconds to import.
+    from mhla_gen.models.causal_attention import CausalMHLA
+
+    heads, _, hidden_size = _sizes(case)
+    layer = _cast(CausalMHLA(heads, heads, hidden_size, config), dtype, device)
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return layer(query, key, value, rotary, None, query.flatten(2))
+
+    return attend
+
+
+def _cast(layer: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """Move a layer; mixing stays float32, as in models."""
+    for name, parameter in layer.to(device).named_parameters():
+        if name not in ("mixing", "log_weights"):
+            parameter.data = parameter.data.to(dtype)
+    return layer
+
+
+def settings_of(method: str) -> MHLAConfig | LinformerConfig | CausalMHLAConfig | None:
+    """Settings that a row of `BenchConfig.methods` names; None for softmax.
 
     Raises:
         ConfigError: If a setting is wrong.
     """
     name, *settings = method.split()
-    if name == "linformer":
-        return load_config(None, settings, LinformerConfig)
+    if name in _BACKENDS:
+        return None
+    if name in ("linformer", "causal"):
+        schema: Any = LinformerConfig if name == "linformer" else CausalMHLAConfig
+        return load_config(None, settings, schema)
     implementation = name if name in IMPLEMENTATIONS else "auto"
     return load_config(None, [f"implementation={implementation}", *settings], MHLAConfig)
 
 
-def _softmax(backend: SDPBackend | None, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def _softmax(
+    backend: SDPBackend | None, causal: bool, query: Tensor, key: Tensor, value: Tensor
+) -> Tensor:
     # Rotary is left out: models rotate queries and keys before they call softmax attention.
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     if backend is None:
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2)
     with sdpa_kernel(backend):
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2)

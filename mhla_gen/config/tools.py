@@ -49,6 +49,12 @@ class ConvertConfig(Settings):
                 raise UserError(f"{name} is for format={used}, found format={self.format}")
 
 
+# Methods of BenchConfig that models are not measured with, and settings for operators.
+_OPS_ALONE = ("softmax_causal", "linformer", "causal")
+_HALVES = ("exact", "linear=")
+_FEATURES = ("feature_map=", "learned_features=", "magnitude=")
+
+
 @dataclass(frozen=True, kw_only=True)
 class BenchConfig(Settings):
     """Latency and memory of attention operators or of whole models, side by side.
@@ -62,12 +68,13 @@ class BenchConfig(Settings):
     output_dir: FilePath = "runs/bench"
     """Folder for bench.json and bench.png."""
     methods: Any = "auto"
-    """Rows for every size: softmax (torch's choice), softmax_cudnn, softmax_flash, linear,
-    linformer (for ops; its settings may follow, as in "linformer projected_len=256"), and MHLA as
-    naive, blockwise, fused or auto. Settings of MHLA may follow: for ops of its halves, "fused
-    exact=0.05" or "fused exact=0.05 linear=false", for models any, as in "fused conv=false
-    gate=false" or "fused layers=2/3". "auto" takes softmax_cudnn, softmax_flash, linear, fused and
-    shares of 5 and 12.5 % on a GPU, softmax, linear, blockwise and 12.5 % elsewhere."""
+    """Rows for every size: softmax (torch's choice), softmax_cudnn, softmax_flash, linear, and MHLA
+    as naive, blockwise, fused or auto. Settings may follow. For ops: those of halves and features,
+    as in "fused exact=0.05 linear=false" or "linear feature_map=elu+1 magnitude=true". For models:
+    any of MHLA, as in "fused conv=false gate=false" or "fused layers=2/3". For ops alone:
+    "linformer projected_len=256", "causal block_size=64 window=256" and softmax_causal. "auto"
+    takes softmax_cudnn, softmax_flash, linear, fused and shares of 5 and 12.5 % on a GPU, softmax,
+    linear, blockwise and 12.5 % elsewhere."""
     grids: Any = "squares"
     """Token grids, one size each: a list such as [[16, 16], [32, 32]], "squares" (8×8 to 64×64),
     or "models", those of DiT, Flux and Wan models with their heads."""
@@ -101,7 +108,7 @@ class BenchConfig(Settings):
     def __post_init__(self):
         super().__post_init__()
         known = (
-            *("softmax", "softmax_cudnn", "softmax_flash", "linear", "linformer"),
+            *("softmax", "softmax_cudnn", "softmax_flash", "linear", *_OPS_ALONE),
             *("naive", "blockwise", "fused", "auto"),
         )
         if self.methods != "auto":
@@ -114,17 +121,19 @@ class BenchConfig(Settings):
             for method in self.methods:
                 name, *settings = method.split()
                 check_choice("methods", name, known)
-                if name == "linformer":
-                    if self.subject != "ops":
-                        raise UserError("linformer in methods is for subject=ops")
+                if name in _OPS_ALONE and self.subject != "ops":
+                    raise UserError(f"{name} in methods is for subject=ops")
+                if name in ("linformer", "causal"):
                     continue
-                of_halves = all(s.startswith(("exact", "linear=")) for s in settings)
+                known_settings = _FEATURES if name == "linear" else (*_HALVES, *_FEATURES)
+                of_ops = all(setting.startswith(known_settings) for setting in settings)
                 if settings and name.startswith("softmax"):
                     raise UserError(f"settings in methods are for MHLA, found {method!r}")
-                if settings and self.subject == "ops" and (name == "linear" or not of_halves):
+                if self.subject == "ops" and not of_ops:
                     raise UserError(
                         "settings in methods of subject=ops are those of the halves (exact…, "
-                        f"linear), found {method!r}"
+                        "linear, not of linear attention) and of features (feature_map, "
+                        f"learned_features, magnitude), found {method!r}"
                     )
             object.__setattr__(self, "methods", tuple(self.methods))
         if self.profile and self.subject == "ops":

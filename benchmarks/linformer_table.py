@@ -1,30 +1,32 @@
 """Linformer's Table 3 on today's hardware: speed-up and memory of inference against softmax.
 
-python benchmarks/linformer_table.py OUT.json        needs CUDA
+python benchmarks/linformer_table.py OUT.json [--tokens 512 1024 …]        needs CUDA
 
 Attention of RoBERTa-base's size (12 heads of 64 channels, bfloat16), one sequence, one layer's
 operator: the paper times whole models with shared projections on a V100. Softmax is cuDNN's, and
 the plain product of three matrices that the paper compares with, while it fits. Medians over
-replays of a CUDA graph; memory is the peak beyond what was there before the call.
+replays of a CUDA graph; memory is the peak beyond what was there before the call. OUT.md is the
+table. Without CUDA the softmax of torch stands in for cuDNN's, for trying out.
 """
 
 import argparse
-import json
 from collections.abc import Callable
-from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from kernel_speed import time_ms
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from mhla_gen.bench.benchmark import provenance
+from mhla_gen.bench.measure import graph_latency_ms, latency_ms, peak_memory_gib
+from mhla_gen.files import write_json, write_text
 from mhla_gen.ops import linformer_attention
 
 HEADS, HEAD_DIM = 12, 64
+_RATIOS = {"faster": "ms", "less_memory": "peak_mib"}
 PROJECTED = (128, 256, 512, 1024, 2048)
 # Wang et al. 2020, arXiv:2006.04768, Table 3: tokens → (times faster, times less memory) by k.
 PRINTED: dict[int, tuple[tuple[float, ...], tuple[float, ...]]] = {
@@ -41,8 +43,8 @@ PRINTED: dict[int, tuple[tuple[float, ...], tuple[float, ...]]] = {
 
 def cudnn(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """CuDNN's softmax attention, on tokens first."""
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION if query.is_cuda else SDPBackend.MATH):
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
@@ -54,59 +56,83 @@ def plain(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def measured(attend: Callable[[], Tensor]) -> dict[str, float] | None:
+def measured(attend: Callable[[], Tensor], device: torch.device) -> dict[str, Any] | None:
     """Milliseconds and peak MiB of a call; None where it does not fit in memory."""
     try:
-        torch.cuda.empty_cache()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        attend()
-        torch.cuda.synchronize()
-        mib = (torch.cuda.max_memory_allocated() - before) / 2**20
-        return {"ms": time_ms(attend), "peak_mib": mib}
+        ms = graph_latency_ms(attend, device) or latency_ms(attend, device)
+        gib = peak_memory_gib(attend, device)
     except torch.OutOfMemoryError:
         return None
+    finally:
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    return {"ms": ms, "peak_mib": None if gib is None else 1024 * gib}
 
 
-def rows(tokens: int) -> list[dict[str, Any]]:
+def rows(tokens: int, device: torch.device) -> list[dict[str, Any]]:
     """Every k that is smaller than a number of tokens, beside what the paper prints."""
-    inputs = torch.randn(3, 1, tokens, HEADS, HEAD_DIM, dtype=torch.bfloat16, device="cuda")
+    shape = (3, 1, tokens, HEADS, HEAD_DIM)
+    inputs = torch.randn(shape, dtype=torch.bfloat16, device=device)
     softmax = {
-        "cudnn": measured(partial(cudnn, *inputs)),
-        "plain": measured(partial(plain, *inputs)),
+        "cudnn": measured(partial(cudnn, *inputs), device),
+        "plain": measured(partial(plain, *inputs), device),
     }
     found = []
     for k, *printed in zip(PROJECTED, *PRINTED[tokens], strict=False):
-        projection = torch.randn(k, tokens, dtype=torch.bfloat16, device="cuda") * k**-0.5
+        projection = torch.randn(k, tokens, dtype=torch.bfloat16, device=device) * k**-0.5
+        linformer = measured(partial(linformer_attention, *inputs, projection), device)
         row: dict[str, Any] = {"tokens": tokens, "k": k, "softmax": softmax}
-        row["linformer"] = linformer = measured(partial(linformer_attention, *inputs, projection))
-        row["printed"] = dict(zip(("faster", "less_memory"), printed, strict=True))
+        row["linformer"] = linformer
+        row["printed"] = dict(zip(_RATIOS, printed, strict=True))
         for name, other in softmax.items():
             if linformer is not None and other is not None:
                 row[f"against_{name}"] = {
-                    "faster": other["ms"] / linformer["ms"],
-                    "less_memory": other["peak_mib"] / linformer["peak_mib"],
+                    ratio: other[quantity] / linformer[quantity]
+                    for ratio, quantity in _RATIOS.items()
+                    if linformer[quantity]
                 }
-        print(json.dumps(row), flush=True)
         found.append(row)
     return found
 
 
+def table(found: list[dict[str, Any]]) -> str:
+    """Markdown: for every k times against cuDNN's softmax, the plain one, and in the paper."""
+    lines = []
+    for ratio, title in (("faster", "times faster"), ("less_memory", "times less memory")):
+        lines += [f"| {title}, n | {' | '.join(f'k = {k}' for k in PROJECTED)} |"]
+        lines += ["|---" * (len(PROJECTED) + 1) + "|"]
+        for tokens in dict.fromkeys(row["tokens"] for row in found):
+            cells = ["-"] * len(PROJECTED)
+            for row in found:
+                if row["tokens"] == tokens:
+                    ratios = [row.get(f"against_{name}", {}) for name in ("cudnn", "plain")]
+                    both = " / ".join(_number(each.get(ratio)) for each in ratios)
+                    cells[PROJECTED.index(row["k"])] = f"{both} ({row['printed'][ratio]:g})"
+            lines.append(f"| {tokens:,} | {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.0f}" if value >= 10 else f"{value:.2g}"
+
+
 def main() -> None:
     """Measure every size and write the rows as they come."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("out", type=Path)
-    out = parser.parse_args().out
-    result: dict[str, Any] = {
-        "command": f"python benchmarks/linformer_table.py {out.name}",
-        "date": date.today().isoformat(),
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "rows": [],
-    }
-    for tokens in PRINTED:
-        result["rows"] += rows(tokens)
-        out.write_text(json.dumps(result, indent=1) + "\n")
+    parser.add_argument("--tokens", type=int, nargs="+", choices=PRINTED, default=list(PRINTED))
+    options = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    command = {"command": f"python benchmarks/linformer_table.py {options.out.name}"}
+    found = []
+    for tokens in options.tokens:
+        found += rows(tokens, device)
+        write_json(options.out, {**provenance(device), **command, "rows": found}, indent=1)
+        write_text(options.out.with_suffix(".md"), table(found))
+        print(f"{tokens} tokens done", flush=True)
 
 
 if __name__ == "__main__":

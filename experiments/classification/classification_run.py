@@ -1,0 +1,276 @@
+"""DeiT-T with every attention on 18 classes of emoji: held-out accuracy and throughput.
+
+    python experiments/classification/classification_run.py DATA RESULT.json [--seconds 240]
+
+DATA is an npz file with `arr_0` uint8 `[images, 64, 64, 3]` and `labels`, as
+experiments/evidence/emoji_dataset.py makes one. The model is timm's DeiT-T with average pooling and
+patches of 4 pixels, so 16 × 16 tokens, in 4 × 4 blocks; every fourth image is held out; all arms
+see the same images in the same order. Speeds come first, alone on the GPU, then trainings, several
+at once. RESULT.json gets each result as soon as it is there, and the same command goes on with what
+is missing; RESULT.md is the table beside the paper's. Needs timm, and a GPU but for trying out.
+"""
+
+import argparse
+import functools
+import json
+import multiprocessing
+import platform
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from datetime import date
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+from classification_table import ARMS, Arm, write_table
+from torch import Tensor, nn
+
+import mhla_gen
+from mhla_gen import LinformerConfig
+from mhla_gen.bench.measure import graph_latency_ms, latency_ms
+from mhla_gen.files import write_json
+from mhla_gen.training.optim import build_optimizer
+
+PATCH, SIDE = 4, 64
+EVERY = 4
+"""One image in so many is held out."""
+SIDES = (SIDE, 96, 128)
+"""Pixels that a trained model is tried at: 256, 576 and 1,024 tokens."""
+SPEEDS = ((256, 256), (64, 1024), (16, 4096))
+"""Images at once and tokens of each."""
+_began = time.time()
+_longest = 0.0
+
+
+class Job(NamedTuple):
+    """One training."""
+
+    arm: str
+    seed: int
+    data: str
+    epochs: int
+    batch: int
+    depth: int
+    limit: int
+    deadline: float
+
+    @property
+    def name(self) -> str:
+        """What the result is called."""
+        return f"{self.arm}-s{self.seed}"
+
+
+@functools.cache
+def load(path: str, limit: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Images uint8 `[images, 3, 64, 64]`, labels, and which images are held out.
+
+    Args:
+        path: The npz file.
+        limit: Take the first so many; 0 takes all.
+        device: Where they are to lie.
+    """
+    with np.load(path, allow_pickle=False) as arrays:
+        images = torch.from_numpy(arrays["arr_0"]).permute(0, 3, 1, 2)
+        labels = torch.from_numpy(arrays["labels"])
+    images, labels = images[: limit or None], labels[: limit or None]
+    held_out = torch.arange(len(images)) % EVERY == EVERY - 1
+    return images.contiguous().to(device), labels.to(device), held_out.to(device)
+
+
+def make_model(seed: int, classes: int, side: int = SIDE, depth: int = 12) -> Any:
+    """DeiT-T with softmax attention, the same for all arms."""
+    torch.manual_seed(seed)
+    return timm.create_model(
+        "deit_tiny_patch16_224",
+        img_size=side,
+        patch_size=PATCH,
+        depth=depth,
+        num_classes=classes,
+        class_token=False,
+        global_pool="avg",
+        dynamic_img_size=True,
+    )
+
+
+def converted(model: Any, arm: Arm) -> Any:
+    """A model with an arm's attention."""
+    return model if arm.config is None else mhla_gen.inject(model, arm.config)
+
+
+def normalized(images: Tensor) -> Tensor:
+    """Pixels from -1 to 1, float32."""
+    return images.float() / 127.5 - 1
+
+
+def augmented(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Each image flipped or not, scaled by 0.8 to 1.2 and shifted by up to 6 pixels, on white."""
+    count = len(images)
+    rand = torch.rand(count, 4, generator=generator, device=images.device)
+    flip = (rand[:, 0] < 0.5).float() * 2 - 1
+    scale = 0.8 + 0.4 * rand[:, 1]
+    shift = (rand[:, 2:] - 0.5) * 24 / SIDE
+    zero = torch.zeros_like(scale)
+    rows = [torch.stack((scale * flip, zero, shift[:, 0]), 1)]
+    rows += [torch.stack((zero, scale, shift[:, 1]), 1)]
+    grid = F.affine_grid(torch.stack(rows, 1), list(images.shape), align_corners=False)
+    # What lies outside is zero, and white has to be.
+    return 1 - F.grid_sample(1 - normalized(images), grid, align_corners=False)
+
+
+def batches(count: int, size: int, epochs: int, device: str, seed: int) -> Iterator[Tensor]:
+    """Indices of the images of every step; the last few of an epoch are left out."""
+    generator = torch.Generator(device).manual_seed(seed)
+    for _ in range(epochs):
+        order = torch.randperm(count, generator=generator, device=device)
+        yield from order.split(size)[: count // size]
+
+
+def train(job: Job) -> dict[str, Any] | None:
+    """One run, from its first weights to its score; None if there is no time left for it."""
+    global _longest
+    began = time.time()
+    if began + _longest > job.deadline:
+        return None
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    images, labels, held_out = load(job.data, job.limit, device)
+    arm, classes = ARMS[job.arm], int(labels.max()) + 1
+    model = converted(make_model(job.seed, classes, depth=job.depth), arm).to(device).train()
+    optimizer = build_optimizer(model, 1e-3, 0.05)
+    known, targets = images[~held_out], labels[~held_out]
+    steps = job.epochs * (len(known) // job.batch)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, 1e-3, total_steps=steps, pct_start=0.1, cycle_momentum=False
+    )
+    generator = torch.Generator(device).manual_seed(job.seed)
+    losses = []
+    for index in batches(len(known), job.batch, job.epochs, device, job.seed):
+        pixels = augmented(known[index], generator)
+        with torch.autocast(device, torch.bfloat16):
+            logits = model(pixels)
+        loss = F.cross_entropy(logits.float(), targets[index], label_smoothing=0.1)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.detach())
+    # Linformer's matrices have columns for the tokens of one size.
+    sides = SIDES[:1] if isinstance(arm.config, LinformerConfig) else SIDES
+    scores = {
+        str(side): score(model.eval(), images[held_out], labels[held_out], side) for side in sides
+    }
+    _longest = max(_longest, time.time() - began)
+    return {
+        "arm": job.arm,
+        "seed": job.seed,
+        "epochs": job.epochs,
+        "batch": job.batch,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "train_loss": float(torch.stack(losses[-len(losses) // job.epochs :]).mean()),
+        "seconds": round(time.time() - began, 1),
+        # A digit for each held-out image: right or wrong.
+        "right": scores,
+    }
+
+
+@torch.no_grad()
+def score(model: nn.Module, images: Tensor, labels: Tensor, side: int) -> str:
+    """A 1 for each image that is classified right at a size, a 0 for each other."""
+    found = []
+    for part, target in zip(images.split(512), labels.split(512), strict=True):
+        pixels = normalized(part)
+        if side != pixels.shape[-1]:
+            pixels = F.interpolate(pixels, (side, side), mode="bilinear", antialias=True)
+        with torch.autocast(images.device.type, torch.bfloat16):
+            found.append(model(pixels).argmax(1) == target)
+    return "".join(str(int(right)) for right in torch.cat(found).tolist())
+
+
+def speed(arm: Arm) -> list[dict[str, Any]]:
+    """Images a second of an arm in bfloat16, forward alone and with backward; random weights."""
+    rows, device = [], torch.device("cuda")
+    for batch, tokens in SPEEDS:
+        side = PATCH * round(tokens**0.5)
+        with torch.device(device):
+            # Converted last: what has to stay float32 does.
+            model = converted(make_model(0, 18, side).bfloat16(), arm)
+        pixels = torch.randn(batch, 3, side, side, device=device, dtype=torch.bfloat16)
+        weights = [p for p in model.parameters() if p.requires_grad]
+
+        def step(model: Any = model, pixels: Tensor = pixels, weights: Any = weights) -> object:
+            return torch.autograd.grad(model(pixels).float().square().sum(), weights)
+
+        forward = torch.no_grad()(functools.partial(model, pixels))
+        row: dict[str, Any] = {"tokens": tokens, "batch": batch}
+        for name, run in (("forward", forward), ("training", step)):
+            ms = graph_latency_ms(run, device) or latency_ms(run, device)
+            row[f"{name}_images_per_second"] = round(batch / ms * 1e3, 1)
+        rows.append(row)
+    return rows
+
+
+def machine() -> dict[str, str]:
+    """What results were found on, with what, and when."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
+    versions = {"torch": torch.__version__, "timm": timm.__version__}
+    return {"device": name or "cpu", "date": date.today().isoformat(), **versions}
+
+
+def main() -> None:
+    """Do what is missing, as far as the time reaches."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("data")
+    parser.add_argument("result", type=Path)
+    parser.add_argument("--seconds", type=float, default=240, help="begin nothing after these")
+    parser.add_argument("--speed-seconds", type=float, default=45)
+    parser.add_argument("--processes", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--depth", type=int, default=12, help="layers; for trying out")
+    parser.add_argument("--limit", type=int, default=0, help="images; for trying out")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    options = parser.parse_args()
+    result: dict[str, Any] = {"speed": {}, "runs": {}}
+    if options.result.exists():
+        result = json.loads(options.result.read_text())
+
+    def keep(kind: str, name: str, found: Any) -> None:
+        result[kind][name] = found
+        result.update(machine())
+        write_json(options.result, result, indent=1)
+        write_table(result, options.result.with_suffix(".md"))
+        print(f"{time.time() - _began:.0f} s: {kind} of {name}", flush=True)
+
+    for arm in options.arms:
+        over = time.time() - _began > options.speed_seconds
+        if arm not in result["speed"] and torch.cuda.is_available() and not over:
+            keep("speed", arm, speed(ARMS[arm]))
+    deadline = _began + options.seconds
+    rest = (options.epochs, options.batch, options.depth, options.limit, deadline)
+    jobs = [Job(arm, seed, options.data, *rest) for seed in (0, 1) for arm in options.arms]
+    jobs = [job for job in jobs if job.name not in result["runs"]]
+    failed = []
+    # CUDA does not survive a fork.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.processes, mp_context=context) as pool:
+        running = {pool.submit(train, job): job for job in jobs}
+        for future in as_completed(running):
+            try:
+                if (found := future.result()) is not None:
+                    keep("runs", running[future].name, found)
+            except Exception as error:
+                # One arm that cannot be trained must not cost the others.
+                failed.append(f"{running[future].name}: {error!r}")
+                print(failed[-1], flush=True)
+    missing = len([job for job in jobs if job.name not in result["runs"]])
+    print(f"{time.time() - _began:.0f} s; {missing} runs are missing", flush=True)
+    if failed:
+        raise SystemExit("; ".join(failed))
+
+
+if __name__ == "__main__":
+    main()

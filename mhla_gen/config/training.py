@@ -1,7 +1,7 @@
 """Settings of training, and of the quickstart."""
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 from mhla_gen.config.data import DataConfig
 from mhla_gen.config.distillation import DistillConfig
@@ -12,6 +12,7 @@ from mhla_gen.config.fields import (
     Guidance,
     NotNegative,
     Positive,
+    ProfileWidth,
     Seed,
     Settings,
     Whole,
@@ -53,8 +54,13 @@ class TrainConfig(Settings):
     """Images or clips per optimizer step, over all processes and accumulated micro-batches."""
     gradient_accumulation_steps: Count = 1
     """Micro-batches per optimizer step."""
+    optimizer: str = "AdamW"
+    """A class of torch.optim, such as Adafactor, or of bitsandbytes, such as
+    bitsandbytes.AdamW8bit, whose state takes a quarter of the memory."""
+    optimizer_options: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of this class, such as {betas: [0.9, 0.95]}."""
     learning_rate: Positive = 3e-4
-    """Peak learning rate of AdamW."""
+    """Peak learning rate."""
     mixing_learning_rate: NotNegative | None = None
     """Peak learning rate of mixing matrices; by default that of the other MHLA weights."""
     mhla_learning_rate: NotNegative | None = None
@@ -83,6 +89,8 @@ class TrainConfig(Settings):
     """Recompute activations in the backward pass: less memory, more time."""
     ema_decay: Fraction = 0.9999
     """Decay of the averaged weights that the pipeline is saved with."""
+    ema_width: ProfileWidth | None = None
+    """In place of ema_decay: EDM2's average, whose width is this share of the training so far."""
     label_dropout: Fraction = 0.1
     """Share of labels replaced by "no class", which classifier-free guidance needs."""
     checkpoint_every: Whole = 1000
@@ -119,6 +127,11 @@ class TrainConfig(Settings):
             raise UserError(
                 "model.linformer.sharing=layerwise reads weights of another layer, which "
                 "parallelism=fsdp keeps apart; take sharing=key_value or parallelism=ddp"
+            )
+        if self.parallelism == "fsdp" and self.optimizer not in ("AdamW", "Adam", "SGD", "Adagrad"):
+            raise UserError(
+                f"optimizer {self.optimizer} cannot work on parts of the weights, as "
+                "parallelism=fsdp has them; take AdamW, Adam, SGD or Adagrad, or parallelism=ddp"
             )
         if self.evaluate_every and self.evaluation.reference is None:
             raise UserError("evaluate_every needs evaluation.reference, images or statistics")

@@ -170,6 +170,8 @@ def stages_of(config: TrainConfig) -> Iterator[Stage]:
             for name in ("learning_rate", "mhla_learning_rate", "warmup_steps", "ema_decay")
             if getattr(settings, name) is not None
         }
+        if settings.ema_decay is not None:
+            given["ema_width"] = None
         if settings.kind == "layers":
             # What compares the layers is not compiled.
             given["compile"] = "none"

@@ -104,6 +104,7 @@ def write_state(run: Run, folder: Path) -> Facts:
             folder / STATE_NAME,
             {
                 "optimizer": _optimizer_groups(run),
+                "optimizer_values": _optimizer_values(run),
                 "learning_rate": run.learning_rate.state_dict(),
                 "average": run.ema.settings(),
                 "random": everyone,
@@ -169,7 +170,8 @@ def read_state(run: Run, folder: Path) -> None:
                 rows.local.copy_(saved.rows(name, rows.start, len_of(rows.local)))
     run.ema.load_settings(state["average"])
     run.learning_rate.load_state_dict(state["learning_rate"])
-    _read_optimizer(run, SavedTensors(folder, "optimizer"), state["optimizer"])
+    values = state.get("optimizer_values", {})
+    _read_optimizer(run, SavedTensors(folder, "optimizer"), state["optimizer"], values)
     recent = folder / _RECENT_NAME
     run.recent.load(SavedTensors(folder, "recent").all() if recent.is_file() else {})
     everyone = state["random"]
@@ -248,12 +250,23 @@ def _rows(run: Run, kind: str) -> dict[str, Rows]:
     if kind == "average":
         pairs = zip(parameters.items(), run.ema.shadow_params, strict=True)
         return {n: Rows.of(average, like=p, main=main) for (n, p), average in pairs}
-    state = run.optimizer.state
+    state = _optimizer_state(run)
+    return {n: Rows.of(v, main=main) for n, v in state.items() if isinstance(v, Tensor)}
+
+
+def _optimizer_state(run: Run) -> dict[str, Any]:
+    """What the optimizer keeps of each parameter, as `KEY.PARAMETER`."""
+    model = run.accelerator.unwrap_model(run.model)
     return {
-        f"{key}.{name}": Rows.of(value, main=main)
-        for name, parameter in parameters.items()
-        for key, value in state.get(parameter, {}).items()
+        f"{key}.{name}": value
+        for name, parameter in model.named_parameters()
+        for key, value in run.optimizer.state.get(parameter, {}).items()
     }
+
+
+def _optimizer_values(run: Run) -> dict[str, Any]:
+    """What of it is no tensor, such as the steps that bitsandbytes counts."""
+    return {n: value for n, value in _optimizer_state(run).items() if not isinstance(value, Tensor)}
 
 
 def _write_rows(path: Path, rows: Mapping[str, Rows]) -> None:
@@ -283,9 +296,11 @@ def _optimizer_groups(run: Run) -> list[dict[str, Any]]:
     return [{**group, "params": names} for group, names in groups]
 
 
-def _read_optimizer(run: Run, saved: SavedTensors, groups: list[dict[str, Any]]) -> None:
-    kinds = sorted({name.split(".", 1)[0] for name in saved.shapes})
-    state: dict[int, dict[str, Tensor]] = {}
+def _read_optimizer(
+    run: Run, saved: SavedTensors, groups: list[dict[str, Any]], values_by_name: dict[str, Any]
+) -> None:
+    kinds = sorted({name.split(".", 1)[0] for name in (*saved.shapes, *values_by_name)})
+    state: dict[int, dict[str, Any]] = {}
     numbers = itertools.count()
     plain = []
     for group, names, known in zip(
@@ -300,6 +315,11 @@ def _read_optimizer(run: Run, saved: SavedTensors, groups: list[dict[str, Any]])
                 kind: _as_shared(saved, f"{kind}.{name}", parameter)
                 for kind in kinds
                 if f"{kind}.{name}" in saved.shapes
+            }
+            found |= {
+                kind: values_by_name[f"{kind}.{name}"]
+                for kind in kinds
+                if f"{kind}.{name}" in values_by_name
             }
             if found:
                 state[index] = found

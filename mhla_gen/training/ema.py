@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
@@ -16,11 +17,20 @@ class WeightAverage(EMAModel):
     Args:
         model: On its device, shared or not.
         decay: Of the average; less in the first steps, (1 + step) / (10 + step).
+        width: In place of `decay`, of EDM2's profile: the average reaches back over a fixed share
+            of the training so far; see `profile_exponent`.
     """
 
-    def __init__(self, model: nn.Module, decay: float):
+    def __init__(self, model: nn.Module, decay: float, width: float | None = None):
         self._weights = list(model.parameters())
+        self._exponent = None if width is None else profile_exponent(width)
         super().__init__(_local(self._weights), decay=decay, foreach=True)
+
+    def get_decay(self, optimization_step: int) -> float:
+        """The decay of a step, the first of which is 1."""
+        if self._exponent is None:
+            return super().get_decay(optimization_step)
+        return (1 - 1 / optimization_step) ** (self._exponent + 1)
 
     @torch.no_grad()
     def step(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -67,6 +77,22 @@ class WeightAverage(EMAModel):
         finally:
             for parameter, old in zip(_local(parameters), kept, strict=True):
                 parameter.data.copy_(old)
+
+
+def profile_exponent(width: float) -> float:
+    r"""The exponent of the profile $t^\gamma$, over the share $t$ of training, of a given width.
+
+    $\sigma = \sqrt{\gamma + 1} / ((\gamma + 2) \sqrt{\gamma + 3})$ solved for $\gamma$; the decay
+    of step $n$ is $(1 - 1/n)^{\gamma + 1}$, so that a longer run is averaged over longer.
+
+    Args:
+        width: Standard deviation of the profile as a share of training, in (0, 0.28].
+
+    Source:
+        Karras et al. 2024, arXiv:2312.02696, Section 3 and Appendix C.
+    """
+    roots = np.roots([1, 7, 16 - width**-2, 12 - width**-2])
+    return float(roots.real.max())
 
 
 def _local(parameters: Iterable[Tensor]) -> list[Any]:

@@ -1,11 +1,20 @@
 """The optimizer, and the rules for mixing matrices that hold wherever it is used."""
 
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from mhla_gen.errors import UserError
 from mhla_gen.models.additions import AddedAttention
+
+# They want sparse gradients, or the loss again and again within a step.
+_UNUSABLE = ("Optimizer", "SparseAdam", "LBFGS")
+# One kernel for all weights, on every device.
+_FUSED = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)
 
 
 def mixing_matrices(model: nn.Module) -> list[nn.Parameter]:
@@ -70,12 +79,60 @@ def build_optimizer(
     weight_decay: float,
     mixing_learning_rate: float | None = None,
     mhla_learning_rate: float | None = None,
-) -> torch.optim.AdamW:
-    """AdamW that keeps the model's mixing matrices in [0, 1] after every step."""
+    name: str = "AdamW",
+    options: Mapping[str, Any] | None = None,
+) -> torch.optim.Optimizer:
+    """An optimizer that keeps the model's mixing matrices in [0, 1] after every step.
+
+    Args:
+        model: Its trainable parameters, grouped by `parameter_groups`.
+        learning_rate: Peak.
+        weight_decay: Of weight matrices and convolutions.
+        mixing_learning_rate: As in `parameter_groups`.
+        mhla_learning_rate: As in `parameter_groups`.
+        name: As in `optimizer_class`.
+        options: Further arguments of the class.
+
+    Raises:
+        UserError: If there is no such optimizer, or it does not take these settings.
+    """
     groups = parameter_groups(model, weight_decay, mixing_learning_rate, mhla_learning_rate)
-    optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.999), fused=True)
+    kind = optimizer_class(name)
+    known = inspect.signature(kind).parameters
+    if weight_decay and "weight_decay" not in known:
+        raise UserError(f"optimizer {name} has no weight decay; set weight_decay=0")
+    options = {"fused": True, **(options or {})} if kind in _FUSED else options or {}
+    try:
+        optimizer = kind(groups, lr=learning_rate, **options)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"optimizer {name} cannot be made: {error}") from error
     keep_mixing_in_range(optimizer, model)
     return optimizer
+
+
+def optimizer_class(name: str) -> Callable[..., torch.optim.Optimizer]:
+    """The optimizer of a name: a class of torch.optim, or bitsandbytes' as bitsandbytes.CLASS.
+
+    Raises:
+        UserError: If there is none, or bitsandbytes is not installed.
+    """
+    library, _, own_name = name.rpartition(".")
+    module: Any = torch.optim
+    if library == "bitsandbytes":
+        try:
+            module = importlib.import_module("bitsandbytes.optim")
+        except ImportError as error:
+            raise UserError(
+                f'optimizer {name} needs one more package: pip install "mhla_gen[bitsandbytes]"'
+            ) from error
+    known = library in ("", "bitsandbytes") and own_name not in _UNUSABLE
+    found = getattr(module, own_name, None) if known else None
+    if isinstance(found, type) and issubclass(found, torch.optim.Optimizer):
+        return found
+    raise UserError(
+        "optimizer must be a class of torch.optim for dense gradients, such as Adafactor, or of "
+        f"bitsandbytes, such as bitsandbytes.AdamW8bit, found {name!r}"
+    )
 
 
 def keep_mixing_in_range(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:

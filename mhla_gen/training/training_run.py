@@ -204,6 +204,8 @@ def build_run(
         config.weight_decay,
         config.mixing_learning_rate,
         config.mhla_learning_rate,
+        config.optimizer,
+        config.optimizer_options,
     )
     learning_rate = get_scheduler(
         config.lr_scheduler,
@@ -224,7 +226,7 @@ def build_run(
     if stream is not None:
         torch.cuda.current_stream().wait_stream(stream)
         model.forward = RecordedTraining(model, model.forward, stream)
-    ema = WeightAverage(model, config.ema_decay)
+    ema = WeightAverage(model, config.ema_decay, config.ema_width)
     recent = RecentSteps(accelerator, config.gradient_accumulation_steps)
     return Run(
         config=config,

@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from ranks import torchrun
 
 from mhla_gen.cli import main
 from mhla_gen.config import EvaluateConfig, FeaturesConfig, ReferenceConfig
@@ -346,8 +345,12 @@ def test_two_processes_give_the_numbers_of_one(settings, tmp_path):
         f"features.cache_dir={tmp_path}/other",
         "features.device=cpu",
     ]
-    on_two_processes("reference", f"data={tmp_path}/real.npz", f"out={tmp_path}/ref.npz", *shared)
-    on_two_processes(
+    command = "-m", "mhla_gen.cli"
+    built = f"data={tmp_path}/real.npz", f"out={tmp_path}/ref.npz"
+    torchrun(2, *command, "reference", *built, *shared)
+    torchrun(
+        2,
+        *command,
         "evaluate",
         f"samples={tmp_path}/samples.npz",
         f"reference={tmp_path}/ref.npz",
@@ -360,14 +363,6 @@ def test_two_processes_give_the_numbers_of_one(settings, tmp_path):
     written = json.loads((tmp_path / "two.json").read_text())["metrics"]
     for metric, value in expected.items():
         assert written[metric]["value"] == pytest.approx(value, rel=1e-6)
-
-
-def on_two_processes(*arguments):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*launch, "-m", "mhla_gen.cli", *arguments], capture_output=True, text=True, timeout=240
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_dry_run_measures_nothing(settings, tmp_path, capsys):

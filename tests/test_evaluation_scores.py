@@ -1,12 +1,12 @@
 """Scores and intervals against definitions written out here, and the torchmetrics classes."""
 
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from ranks import torchrun
 
 from mhla_gen.evaluation import (
     FeatureStatistics,
@@ -199,11 +199,7 @@ def filled(metrics, samples, reference):
 
 
 def test_metrics_on_two_processes_equal_one(tmp_path):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*launch, __file__, str(tmp_path)], capture_output=True, text=True, timeout=240
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    torchrun(2, __file__, tmp_path)
     expected = filled(all_metrics(), features(40, 6, 1), features(40, 6, 2))
     for rank in (0, 1):
         for found, value in zip(torch.load(tmp_path / f"{rank}.pt"), expected, strict=True):

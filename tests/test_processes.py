@@ -1,11 +1,11 @@
 """What one process does for all: its result, or its error, whatever that is."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from ranks import torchrun
 
 from mhla_gen.errors import MissingError, UserError
 from mhla_gen.runtime.processes import join_processes, on_main, part_processes
@@ -44,11 +44,7 @@ def test_one_process_keeps_its_error():
 
 
 def test_every_process_gets_the_result_or_the_error(tmp_path):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*launch, __file__, str(tmp_path)], capture_output=True, text=True, timeout=240
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    torchrun(2, __file__, tmp_path)
     main, other = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert main == {"result": 7} | {name: [name, str(e)] for name, e in ERRORS.items()}
     told = ["RuntimeError", "Stubborn in the main process: one"]

@@ -19,6 +19,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
+from ranks import torchrun
 from test_training import (
     TINY,
     assert_same,
@@ -500,13 +501,13 @@ def test_two_processes_rehearse_as_one(stages, tmp_path, capsys):
     save_config(config, tmp_path / "run.yaml")
     assert main(["train", str(tmp_path / "run.yaml"), "--dry-run"]) == 0
     alone = capsys.readouterr().out
-    together, errors = launch(tmp_path / "run.yaml", "--dry-run", processes=2).communicate()
+    together = torchrun(2, "-m", "mhla_gen.cli", "train", tmp_path / "run.yaml", "--dry-run")
     first, second = (
         [float(loss) for loss in re.findall(r"first loss ([\d.]+)", said)]
         for said in (alone, together)
     )
     # Said once, of the batch of both.
-    assert len(second) == len(stages or "1") == together.count("a step of 4"), errors
+    assert len(second) == len(stages or "1") == together.count("a step of 4")
     assert second == pytest.approx(first, abs=2e-4)
     assert not (tmp_path / "run").exists()
 

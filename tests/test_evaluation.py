@@ -17,7 +17,13 @@ from ranks import torchrun
 from mhla_gen.cli import main
 from mhla_gen.config import EvaluateConfig, FeaturesConfig, ReferenceConfig
 from mhla_gen.errors import NotWritableError
-from mhla_gen.evaluation import FeatureStatistics, build_reference, evaluate, features
+from mhla_gen.evaluation import (
+    FeatureStatistics,
+    build_reference,
+    evaluate,
+    features,
+    load_images,
+)
 from mhla_gen.evaluation.errors import EvaluationError, ProtocolMismatchError
 from mhla_gen.evaluation.extractor import ExtractorIdentity
 from mhla_gen.evaluation.extractors import Dinov2Extractor, build_extractor
@@ -363,6 +369,30 @@ def test_two_processes_give_the_numbers_of_one(settings, tmp_path):
     written = json.loads((tmp_path / "two.json").read_text())["metrics"]
     for metric, value in expected.items():
         assert written[metric]["value"] == pytest.approx(value, rel=1e-6)
+
+
+def test_only_what_is_decoded_is_read_by_processes(settings, tmp_path):
+    images = pictures(3, 0)
+    (tmp_path / "folder").mkdir()
+    for number, image in enumerate(images):
+        imageio.imwrite(tmp_path / "folder" / f"{number}.png", image)
+    array, folder = settings.samples[0], tmp_path / "folder"
+    assert not load_images(array).decodes
+    assert load_images(array, size=8).decodes
+    assert load_images(folder).decodes and load_images([array, folder]).decodes
+    assert not load_images([array, array]).decodes
+
+
+@pytest.mark.gpu
+def test_the_last_batch_has_as_many_rows_as_the_others_on_a_gpu(settings, tmp_path):
+    """And its features are those of its images."""
+    found = {}
+    for device in ("cpu", "cuda"):
+        options = {"device": device, "cache_dir": str(tmp_path / device), "batch_size": 32}
+        found[device] = values(
+            evaluate(replace(settings, features=replace(settings.features, **options)))
+        )
+    assert found["cuda"] == pytest.approx(found["cpu"], rel=1e-4)
 
 
 def test_dry_run_measures_nothing(settings, tmp_path, capsys):

@@ -36,7 +36,7 @@ class FeaturesConfig(Settings, prefix="features."):
     batch_size: Count = 64
     """Images per forward pass."""
     num_workers: Whole | None = None
-    """Processes that decode images; None: 8 beside a GPU, none on a CPU."""
+    """Processes that decode images; None: 8 beside a GPU for files, none for an npz or on a CPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a GPU if there is one."""
     video_frames: Count = 16

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mhla_gen.evaluation.frechet import FeatureStatistics, FeatureSums
-from mhla_gen.evaluation.npz import write_npz
+from mhla_gen.evaluation.npz import open_array, write_npz
 from mhla_gen.files.saved import DamagedFileError
 
 
@@ -133,7 +133,8 @@ def collect(folder: Path, chunks: int, name: str, digest: str) -> FeatureSet:
     """The set of a folder whose chunks are all there; arguments as its fields."""
     unreadable, count = [], 0
     for chunk in range(chunks):
-        features, lines = read_features(folder, name, chunk)
-        unreadable += lines
-        count += len(features)
+        # Features themselves are read, and their checksums compared, where they are used.
+        path = _chunk_file(folder, name, chunk)
+        unreadable += json.loads(open_array(path, "unreadable").tobytes())
+        count += len(open_array(path, "features"))
     return FeatureSet(folder, chunks, count, tuple(unreadable), digest)

@@ -114,6 +114,7 @@ def extract_features(
     ]
     reader = ImageBatchReader(source, [batch for chunk in batches for batch in chunk], shape)
     stream = iter(_loader(reader, num_workers, extractor))
+    rows = max((len(indices) for chunk in batches for indices in chunk), default=0)
     # Chunks are copied from the device and written in the background.
     with _progress(source, missing, len(mine)) as bar, ThreadPoolExecutor(1) as writer:
         written = []
@@ -124,7 +125,7 @@ def extract_features(
                 _require_one_size(batch, source, shape)
                 unreadable += batch.unreadable
                 if len(batch.images):
-                    outputs.append(_forward(extractor, batch.images, names))
+                    outputs.append(_forward(extractor, batch.images, names, rows))
                 bar.update(len(indices) * state.num_processes)
             dims = {name: extractor.dims[name] for name in names}
             written.append(writer.submit(write_chunk, folder, chunk, outputs, dims, unreadable))
@@ -189,10 +190,20 @@ def _loader(
     )
 
 
-def _forward(extractor: Extractor, images: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
-    pixels = images.to(_device(extractor), non_blocking=True).movedim(-1, -3)
+def _forward(
+    extractor: Extractor, images: Tensor, names: Sequence[str], rows: int
+) -> dict[str, Tensor]:
+    """Features by name, `[images, dim]`.
+
+    On a GPU every batch has as many rows: for another number cuDNN would try its algorithms anew,
+    which takes as long as thousands of images.
+    """
+    count, device = len(images), _device(extractor)
+    pixels = images.to(device, non_blocking=True).movedim(-1, -3)
+    if device.type == "cuda" and count < rows:
+        pixels = torch.cat([pixels, pixels[:1].expand(rows - count, *pixels.shape[1:])])
     features = extractor(pixels)
-    return {name: features[name] for name in names}
+    return {name: features[name][:count] for name in names}
 
 
 def _device(extractor: Extractor) -> torch.device:

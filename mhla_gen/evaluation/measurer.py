@@ -68,6 +68,9 @@ class Measurer:
     def features(self, source: ImageSource, names: Sequence[str]) -> FeatureSet:
         """Extract features, or find them in the cache."""
         workers = self.config.num_workers
+        if workers is None:
+            # A mapped array is copied faster than processes could hand it over.
+            workers = 8 if self.device.type == "cuda" and source.decodes else 0
         return extract_features(
             source,
             self.extractor,
@@ -76,6 +79,6 @@ class Measurer:
             cache_limit_gb=self.config.cache_limit_gb,
             settings={"size": self.size, "frames": str(self.clip)},
             batch_size=self.config.batch_size,
-            num_workers=(8 if self.device.type == "cuda" else 0) if workers is None else workers,
+            num_workers=workers,
             skip_corrupt=self.skip_corrupt,
         )

@@ -36,6 +36,8 @@ class ImageSource(Protocol):
 
     name: str
     """What messages call it."""
+    decodes: bool
+    """Whether reading is work for a processor, and not only a copy."""
 
     def __len__(self) -> int: ...
 
@@ -98,6 +100,8 @@ def load_images(
 class FileSource:
     """Image or video files below a folder, or one file."""
 
+    decodes = True
+
     def __init__(self, path: Path, size: int | None, clip: ClipRule | None):
         suffixes, kind = (MOVING_SUFFIXES, "videos") if clip else (IMAGE_SUFFIXES, "images")
         self.name, self._size, self._clip = str(path), size, clip
@@ -138,6 +142,7 @@ class ArraySource:
 
     def __init__(self, path: Path, size: int | None, clip: ClipRule | None):
         self.name, self._path, self._size, self._clip = str(path), path, size, clip
+        self.decodes = size is not None and clip is None
         axes = "[clips, frames, height, width" if clip else "[images, height, width"
         axes += ", 3 or 1]"
         array, ndim = self._array, 5 if clip else 4
@@ -192,6 +197,7 @@ class JoinedSource:
         self._parts = parts
         self._ends = np.cumsum([len(part) for part in parts])
         self.name = " + ".join(part.name for part in parts)
+        self.decodes = any(part.decodes for part in parts)
 
     def __len__(self) -> int:
         return int(self._ends[-1])

@@ -91,7 +91,7 @@ def assert_accurate(inputs, options, **form):
     actual = errors(outputs_and_gradients(fused_mhla, inputs, options | form), expected)
     for found, allowed in zip(actual[:4], blockwise[:4], strict=True):
         assert found <= 2 * max(allowed, ROUNDING[dtype]), (actual, blockwise)
-    assert actual[4] <= max(2 * torch.finfo(dtype).eps, 2 * ROUNDING[dtype])
+    assert actual[4] <= 2 * max(torch.finfo(dtype).eps, ROUNDING[dtype], blockwise[4])
 
 
 @pytest.fixture
@@ -281,7 +281,6 @@ def test_models_run_with_the_kernels(family):
     [
         ({"head_dim": 136}, "up to 128"),
         ({"dtype": torch.float64}, "float32, float16 and bfloat16"),
-        ({"causal": True}, "causal"),
     ],
 )
 def test_unsupported_calls_say_why(changes, message):
@@ -308,7 +307,6 @@ def test_auto_takes_the_kernels_where_they_run():
     assert resolve_implementation("auto") == "blockwise"
     assert resolve_implementation("auto", device="cuda") == "fused"
     assert resolve_implementation("auto", device="cuda", head_dim=256) == "blockwise"
-    assert resolve_implementation("auto", device="cuda", causal=True) == "blockwise"
 
 
 @pytest.mark.gpu

@@ -46,9 +46,12 @@ def distance_mixing(weights: Tensor, num_blocks: int) -> Tensor:
     Returns:
         `[..., num_blocks, num_blocks]` in the dtype of `weights`, 0 above the diagonal.
     """
-    block = torch.arange(num_blocks, device=weights.device)
-    distance = block.unsqueeze(1) - block
-    return by_distance(weights, distance.clamp(min=0)).tril()
+    near = weights[..., :num_blocks]
+    far = weights[..., -1:].expand(*weights.shape[:-1], num_blocks - near.shape[-1])
+    later = weights.new_zeros(*weights.shape[:-1], num_blocks - 1)
+    # Every row is a stretch of one line. Indexing would add up gradients in any order.
+    line = torch.cat((far, near.flip(-1), later), dim=-1)
+    return line.unfold(-1, num_blocks, 1).flip(-2)
 
 
 def by_distance(weights: Tensor, distance: Tensor) -> Tensor:

@@ -98,7 +98,6 @@ def mhla(
         head_dim=query.shape[3],
         value_dim=value.shape[3],
         num_blocks=math.prod(layout),
-        causal=causal,
         trainable_rotary=trainable_rotary,
     )
     return IMPLEMENTATIONS[implementation](
@@ -157,7 +156,6 @@ def resolve_implementation(
     head_dim: int = 64,
     value_dim: int = 64,
     num_blocks: int = 1,
-    causal: bool = False,
     trainable_rotary: bool = False,
 ) -> str:
     """The implementation that `mhla` runs when asked for `implementation`.
@@ -177,7 +175,7 @@ def resolve_implementation(
         return "blockwise"
     from mhla_gen.ops.fused import unsupported
 
-    reason = unsupported(device, dtype, head_dim, value_dim, num_blocks, causal, trainable_rotary)
+    reason = unsupported(device, dtype, head_dim, value_dim, num_blocks, trainable_rotary)
     return "fused" if reason is None else "blockwise"
 
 

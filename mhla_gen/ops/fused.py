@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mhla_gen.errors import UserError
+from mhla_gen.ops.causal_fused import fused_causal_mhla
 from mhla_gen.ops.kernels import attention_form, linear_form
 from mhla_gen.ops.kernels.launch import Call, merge_axes, num_parts, stored_dtype
 from mhla_gen.ops.kernels.linear_form import Summaries
@@ -58,11 +59,15 @@ def fused_mhla(
         query.shape[3],
         value.shape[3],
         mixing.shape[-1],
-        causal,
         trainable_rotary,
     )
     if reason is not None:
         raise UserError(f"implementation='fused' {reason}; use 'blockwise' or 'auto'")
+    if causal:
+        return fused_causal_mhla(
+            query, key, value, mixing, num_blocks=layout[0], most_blocks=MAX_BLOCKS,
+            feature_map=feature_map, rotary=rotary, normalize=normalize, eps=eps, stored=stored,
+        )  # fmt: skip
     cos, sin = rotary if rotary is not None else (None, None)
     if use_attention_form is None:
         use_attention_form = attention_form_is_cheaper(query.shape[1], mixing.shape[-1])
@@ -113,14 +118,11 @@ def unsupported(
     head_dim: int,
     value_dim: int,
     num_blocks: int,
-    causal: bool,
     trainable_rotary: bool,
 ) -> str | None:
     """Why the kernels cannot run a call, or None if they can."""
     if torch.device(device).type != "cuda" and not INTERPRETED:
         return f"needs tensors on a CUDA device, found {device}"
-    if causal:
-        return "has no causal kernel"
     if max(head_dim, value_dim) > MAX_DIM:
         return f"takes head_dim and value_dim up to {MAX_DIM}, found {head_dim} and {value_dim}"
     if num_blocks > MAX_BLOCKS:

@@ -46,7 +46,7 @@ def begin_fused_shard(
     trains = rotary is not None and any(table.requires_grad for table in rotary)
     blocks = HeldBlocks.of_ranks(shard.grid, layout, dist.get_world_size(group))
     sizes = query.shape[3], value.shape[3], blocks.num_parts
-    reason = unsupported(query.device, query.dtype, *sizes, False, trains)
+    reason = unsupported(query.device, query.dtype, *sizes, trains)
     if reason is not None:
         raise UserError(f"implementation='fused' {reason}; use 'blockwise' or 'auto'")
     sharing = _Sharing(shard, layout, group, blocks, feature_map, normalize, eps)

@@ -1,0 +1,181 @@
+"""The causal kernels against the float64 definition, as `test_fused` does for the others."""
+
+import pytest
+import torch
+from test_causal import rotary_of
+from test_fused import (
+    DEVICE,
+    DTYPES,
+    assert_accurate,
+    errors,
+    make,
+    outputs_and_gradients,
+    poisoned,  # noqa: F401
+)
+
+from mhla_gen.ops import causal_mhla, linear_attention, mhla, resolve_implementation
+from mhla_gen.ops.causal_fused import causal_mhla_kernels
+from mhla_gen.ops.fused import fused_mhla
+from mhla_gen.ops.naive import naive_mhla
+
+CAUSAL = {"causal": True}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("seq_len", "num_blocks"), [(1, 1), (7, 7), (53, 3), (90, 2), (100, 1), (19, 8)]
+)
+def test_lengths_and_blocks(poisoned, dtype, seq_len, num_blocks):  # noqa: F811
+    # Few weights cancel where outputs are normalised, and leave no gradient to compare.
+    options = {"normalize": num_blocks > 2, **CAUSAL}
+    assert_accurate(*make((seq_len,), (num_blocks,), dtype, **options))
+
+
+@pytest.mark.parametrize(
+    ("feature_map", "head_dim", "value_dim", "changes"),
+    [
+        ("softplus", 36, 20, {"per_head": True}),
+        ("elu+1", 20, 36, {"rotary": False}),
+        ("squared_relu", 16, 24, {"normalize": False}),
+        ("identity", 24, 16, {"normalize": False, "per_head": True}),
+        ("relu", 72, 128, {"batch": 2, "heads": 1, "per_head": True}),
+    ],
+)
+def test_options(poisoned, feature_map, head_dim, value_dim, changes):  # noqa: F811
+    sizes = {"head_dim": head_dim, "value_dim": value_dim, "feature_map": feature_map}
+    assert_accurate(*make((43,), (3,), **sizes, **CAUSAL, **changes))
+
+
+@pytest.mark.parametrize("num_blocks", [1, 2])
+def test_long_blocks_are_cut(poisoned, num_blocks):  # noqa: F811
+    changes = {"normalize": num_blocks > 1, **CAUSAL}
+    inputs, options = make((300,), (num_blocks,), heads=1, per_head=True, **changes)
+    assert_accurate(inputs, options)
+    q, k, v, _ = (x.contiguous() for x in inputs)
+    expected = linear_attention(q, k, v, causal=True, implementation="naive")
+    actual = linear_attention(q, k, v, causal=True, implementation="fused")
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 300.0])
+def test_float16_summaries_neither_overflow_nor_vanish(scale):
+    inputs, options = make((40,), (6,), torch.float16, normalize=False, **CAUSAL)
+    q, k, v, mixing = inputs
+    inputs = q, (k * 0.1).half(), (v * scale).half(), mixing
+    expected = outputs_and_gradients(naive_mhla, inputs, options, torch.float64)
+    actual = outputs_and_gradients(fused_mhla, inputs, options | {"stored": torch.float16})
+    assert errors(actual[:1], expected[:1])[0] < (0.05 if scale < 1 else 2e-3)
+    assert errors(actual[3:4], expected[3:4])[0] < 2e-3
+
+
+def test_a_token_reads_nothing_after_it():
+    (q, k, v, mixing), options = make((50,), (4,), **CAUSAL)
+    changed = [x.clone() for x in (k, v)]
+    for x in changed:
+        x[:, 31:] = 1e3
+    before = fused_mhla(q, k, v, mixing, **options)
+    after = fused_mhla(q, *changed, mixing, **options)
+    assert torch.equal(before[:, :31], after[:, :31])
+    assert not torch.allclose(before[:, 31:], after[:, 31:])
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_sequences_with_padding_and_grouped_queries(masked, monkeypatch):
+    """`causal_mhla` through the kernels is what it is without them."""
+    seq_len, block = 27, 5
+    q, k, v = (torch.randn(2, seq_len, h, 12, device=DEVICE) for h in (4, 2, 2))
+    weights = torch.rand(2, 3, device=DEVICE)
+    mask = None
+    if masked:
+        mask = torch.ones(2, seq_len, dtype=torch.bool, device=DEVICE)
+        mask[0, :13], mask[1, 20:24] = False, False
+    tables = rotary_of(torch.arange(seq_len), 12)
+    tables = tuple(t.repeat(1, 2).float().to(DEVICE) for t in tables)
+    options = {"block_size": block, "rotary": tables, "mask": mask}
+    found = []
+    for implementation in ("blockwise", "fused"):
+        inputs = [x.detach().clone().requires_grad_() for x in (q, k, v, weights)]
+        monkeypatch.setattr(
+            "mhla_gen.ops.dispatch.resolve_implementation", lambda *_, i=implementation, **__: i
+        )
+        out = causal_mhla(*inputs, **options)
+        grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
+        found.append((out, *torch.autograd.grad(out, inputs, grad)))
+    for actual, expected in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=2e-5)
+
+
+def test_repeated_runs_are_bit_equal():
+    inputs, options = make((71,), (3,), torch.float16, **CAUSAL)
+    first = outputs_and_gradients(fused_mhla, inputs, options)
+    second = outputs_and_gradients(fused_mhla, inputs, options)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_frozen_mixing_has_no_gradient():
+    inputs, options = make((20,), (3,), **CAUSAL)
+    *expected, _ = outputs_and_gradients(fused_mhla, inputs, options)
+    tokens = [x.detach().requires_grad_() for x in inputs[:3]]
+    out = fused_mhla(*tokens, inputs[3], **options)
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    gradients = torch.autograd.grad(out, tokens, grad.to(out).bfloat16().to(out.dtype))
+    assert all(torch.equal(a, e) for a, e in zip((out, *gradients), expected, strict=True))
+
+
+def test_opcheck():
+    (q, k, v, mixing), options = make((6,), (2,), heads=1)
+    inputs = [x.detach().clone().requires_grad_() for x in (q, k, v, mixing)]
+    arguments = (*inputs, *options["rotary"], "relu", True, 1e-6, torch.float32)
+    torch.library.opcheck(causal_mhla_kernels, arguments)
+
+
+def test_compiles_into_one_graph():
+    (q, k, v, mixing), _ = make((20,), (3,))
+
+    def attend(q, k, v, mixing):
+        options = {"grid": (20,), "layout": (3,), "implementation": "fused"}
+        return mhla(q, k, v, mixing, causal=True, **options)
+
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    for run in (attend, compiled):
+        inputs = [x.detach().clone().requires_grad_() for x in (q, k, v, mixing)]
+        out = run(*inputs)
+        gradients = torch.autograd.grad(out.square().sum(), inputs)
+        if run is attend:
+            expected = out, *gradients
+    for actual, reference in zip((out, *gradients), expected, strict=True):
+        torch.testing.assert_close(actual, reference)
+
+
+def test_auto_takes_the_kernels_where_they_run():
+    assert resolve_implementation("auto", device="cuda", num_blocks=2048) == "fused"
+    assert resolve_implementation("auto", device="cuda", num_blocks=2049) == "blockwise"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [32, 60, 64, 72, 80, 96, 128])
+@pytest.mark.parametrize("block", [17, 64, 100, 128, 300])
+def test_head_sizes_on_gpu(poisoned, head_dim, block):  # noqa: F811
+    sizes = {"head_dim": head_dim, "value_dim": 72, **CAUSAL}
+    assert_accurate(*make((5 * block + 3,), (5,), torch.bfloat16, **sizes))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_many_tokens_on_gpu(head_dim):
+    options = {"head_dim": head_dim, "value_dim": head_dim, "heads": 2, **CAUSAL}
+    inputs, options = make((16384,), (256,), torch.bfloat16, **options)
+    found = outputs_and_gradients(fused_mhla, inputs, options)
+    expected = outputs_and_gradients(
+        mhla, inputs, options | {"implementation": "blockwise"}, torch.float32
+    )
+    assert max(errors(found, [x.double() for x in expected])) < 2e-2
+
+
+@pytest.mark.gpu
+def test_inductor_on_gpu():
+    (q, k, v, mixing), options = make((200,), (5,), torch.bfloat16, **CAUSAL)
+    compiled = torch.compile(lambda *x: fused_mhla(*x, **options) * 2, fullgraph=True)
+    torch.testing.assert_close(
+        compiled(q, k, v, mixing), fused_mhla(q, k, v, mixing, **options) * 2
+    )

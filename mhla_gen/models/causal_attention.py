@@ -129,7 +129,7 @@ class CausalMHLA(nn.Module):
             return exact
         linear = self._linear(late.query, late.key, late.value, late.rotary, late.mask, state)
         linear = late.completed(linear, exact)
-        return self.combine(exact, linear, hidden_states=hidden_states)
+        return self.combine(exact, linear, logits=self.combine.to_share(hidden_states))
 
     def _linear(
         self,

@@ -53,8 +53,8 @@ def test_there_are_shipped_configs():
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["layot=[2]"], "Did you mean: 'layout'"),
-        (["zebra=1"], "--print-config shows all keys"),
+        (["layot=[2]"], "there is no setting layot; did you mean layout?"),
+        (["zebra=1"], "no setting zebra; --print-config shows all"),
         (["conv=maybe"], "not a valid bool"),
         (["layout=[0]"], "positive block counts"),
         (["layout=[2,2,2,2]"], "1 to 3 positive block counts"),
@@ -64,7 +64,7 @@ def test_there_are_shipped_configs():
         (["layers=[1,1]"], "empty or with duplicates"),
         (["layers=[-1]"], "list of indices"),
         (["conv_kernel_size=4"], "odd and positive"),
-        (["mixing_init=random"], "expected one of"),
+        (["mixing_init=random"], "mixing_init must be one of locality, uniform, found 'random'"),
         (["conv"], "written key=value"),
     ],
 )

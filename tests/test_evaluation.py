@@ -412,7 +412,7 @@ def test_dry_run_measures_nothing(settings, tmp_path, capsys):
         (["samples=.", "reference=.", "metrics=[fd]"], "fd is the same distance on any other"),
         (["samples=.", "reference=.", "metrics=[fad]"], "metrics must be one of"),
         (["samples=.", "reference=.", "features.extractor=i3d", "metrics=[fvd]"], "TorchScript"),
-        (["sample=x"], "Did you mean"),
+        (["sample=x"], "did you mean samples?"),
     ],
 )
 def test_wrong_arguments_are_one_sentence(arguments, message, capsys):

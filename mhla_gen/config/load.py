@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,10 @@ SCHEMAS: dict[str, type] = {
 }
 
 _UNFIT = (OmegaConfBaseException, ValueError)
+# What OmegaConf says of a key that it does not know, and of a value that is none of the choices.
+_UNKNOWN = re.compile(r"Key '.*' not in '.*?'(\. Did you mean: '(?P<near>.*)'\?)?$")
+_CHOICE = re.compile(r"Invalid value (?P<found>.*), expected one of \[(?P<choices>.*)\]$")
+_ALL_KEYS = "--print-config shows all of them"
 
 
 def load_config(
@@ -75,8 +80,8 @@ def load_config(
     try:
         return _structured(schema, given)
     except _UNFIT as error:
-        where = _at_fault(path, values, schema)
-        raise ConfigError(f"{where}: {_first_line(error)}") from error
+        where = "" if path is None else f"{_at_fault(path, values, schema)}: "
+        raise ConfigError(f"{where}{_in_one_line(error)}") from error
 
 
 def save_config(config: Any, path: str | Path) -> None:
@@ -96,15 +101,13 @@ def _structured(schema: type, values: dict[str, Any]) -> Any:
     return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values))
 
 
-def _at_fault(path: Path | None, values: dict[str, Any], schema: type) -> str:
-    """Where a setting stands that does not fit."""
-    if path is None:
-        return "the settings"
+def _at_fault(path: Path, values: dict[str, Any], schema: type) -> str:
+    """Where the setting is that does not fit."""
     try:
         _structured(schema, values)
     except _UNFIT:
         return str(path)
-    return f"{path} with the settings beside it"
+    return f"{path} with the given overrides"
 
 
 def _read_yaml(path: Path, schema: type | None) -> dict[str, Any]:
@@ -126,13 +129,18 @@ def _read_yaml(path: Path, schema: type | None) -> dict[str, Any]:
         raise ConfigError(f"{path} {error}") from error
 
 
-def _first_line(error: Exception) -> str:
+def _in_one_line(error: Exception) -> str:
     # OmegaConf appends lines such as full_key and object_type; the key helps, the rest does not.
     lines = str(error).splitlines() or [type(error).__name__]
     key = next((line.split(":", 1)[1].strip() for line in lines if "full_key:" in line), "")
-    message = f"{lines[0]} (key {key})" if key and key not in lines[0] else lines[0]
-    unknown = " not in " in message and "Did you mean" not in message
-    return f"{message}; --print-config shows all keys" if unknown else message
+    if unknown := _UNKNOWN.match(lines[0]):
+        parent, dot, _ = key.rpartition(".")
+        meant = f"did you mean {parent}{dot}{near}?" if (near := unknown["near"]) else _ALL_KEYS
+        return f"there is no setting {key}; {meant}"
+    if choice := _CHOICE.match(lines[0]):
+        choices = choice["choices"].replace("'", "")
+        return f"{key} must be one of {choices}, found {choice['found']}"
+    return f"{lines[0]} (key {key})" if key and key not in lines[0] else lines[0]
 
 
 def _job_of(schema: type) -> str:

@@ -1,4 +1,4 @@
-"""What users are told."""
+"""Errors and messages for users."""
 
 import os
 import sys
@@ -10,7 +10,7 @@ _LONGEST = 60
 
 
 class UserError(ValueError):
-    """Something that the user can mend: one sentence, with what to do.
+    """Something that the user can fix: one sentence that says what to do.
 
     The command line prints these as one line; every other exception keeps its traceback.
     """
@@ -21,24 +21,24 @@ class MissingError(UserError, FileNotFoundError):
 
 
 class OccupiedError(UserError, FileExistsError):
-    """A place for output that holds something else."""
+    """An output folder or file with other content."""
 
 
 class NotWritableError(UserError, PermissionError):
-    """A place for output that takes no files."""
+    """An output folder that cannot be written to."""
 
 
 class NotFiniteError(UserError):
-    """A model gave NaN or infinity in place of a sample."""
+    """A model returned NaN or infinity."""
 
 
 @contextmanager
 def not_worth_failing(what: str, kept: str) -> Iterator[None]:
-    """Say that a picture could not be drawn, where work of hours would be lost with it.
+    """Report that a picture could not be drawn, instead of failing and losing hours of work.
 
     Args:
         what: The picture.
-        kept: What goes on, or is there, without it.
+        kept: What continues, or is complete, without it.
     """
     try:
         yield
@@ -50,7 +50,7 @@ def not_worth_failing(what: str, kept: str) -> Iterator[None]:
 
 
 def one_line(text: str, most: int = _LONGEST) -> str:
-    """A text that anyone may have written, so that a line or a picture can hold it."""
+    """Any text, made safe to show in one line or in a picture."""
     words = " ".join(text.split())
     shown = "".join(c if c.isprintable() else "\ufffd" for c in words)
     return shown if len(shown) <= most else f"{shown[: most - 1]}…"

@@ -1,4 +1,4 @@
-"""Where saved models and pipelines lie: in folders, in runs of ours, on Hugging Face's hub."""
+"""Finding saved models and pipelines: in folders, in training runs, on the Hugging Face hub."""
 
 from pathlib import Path
 from typing import Any
@@ -19,16 +19,16 @@ _SAVED = (INDEX_NAME, "config.json")
 
 
 def find(path: str, newest: bool = False) -> str | None:
-    """The place that a path or name means: what `from_pretrained` takes.
+    """What `from_pretrained` takes for a path or name.
 
     Args:
-        path: A folder that `save_pretrained` wrote, of a pipeline or a part of one; a run of ours,
-            or a checkpoint of one; or a name on the hub, which is not asked for here.
-        newest: Take a run that has not finished for its newest checkpoint.
+        path: A folder written by `save_pretrained`, of a pipeline or a part of one; a training run
+            or one of its checkpoints; or a name on the hub, which is not contacted here.
+        newest: For an unfinished run, return its newest checkpoint.
 
     Returns:
-        The folder, that of the run's pipeline, or the name; None for a folder that has none of
-        them, such as a run that has not finished.
+        The folder, that of the run's pipeline, or the name; None for a folder without a model, such
+        as an unfinished run.
 
     Raises:
         FileNotFoundError: If it is neither a folder nor can be a name on the hub.
@@ -38,7 +38,7 @@ def find(path: str, newest: bool = False) -> str | None:
     if folder.is_dir():
         places = [folder, folder / PIPELINE_NAME]
         if newest and not places[1].is_dir():
-            # No older one in place of the newest: it would be another model without a word.
+            # Never an older one instead of the newest: it would silently be another model.
             found = [
                 p for p in folder.glob("checkpoint-*") if _step_of(p) >= 0 and any(p.iterdir())
             ]
@@ -46,8 +46,8 @@ def find(path: str, newest: bool = False) -> str | None:
         return next((str(p) for p in places if any((p / n).is_file() for n in _SAVED)), None)
     if folder.exists() or not _is_name(path):
         raise MissingError(
-            f"{path}: there is no such folder, and it is not taken for a name on the hub, which is "
-            "owner/name where no folder here is called owner"
+            f"{path}: there is no such folder, and it cannot be a name on the hub (owner/name, "
+            "with no folder called owner here)"
         )
     return path
 
@@ -62,8 +62,8 @@ def locate(path: str, newest: bool = False) -> str:
     if place is None:
         run = "with a pipeline or a checkpoint" if newest else "that has finished"
         raise MissingError(
-            f"{path} holds neither a saved pipeline ({INDEX_NAME}), nor a saved model "
-            f"(config.json), nor a run of ours {run}"
+            f"{path} is neither a saved pipeline ({INDEX_NAME}), nor a saved model (config.json), "
+            f"nor a training run {run}"
         )
     return place
 
@@ -74,10 +74,10 @@ def _step_of(checkpoint: Path) -> int:
 
 
 def example_settings(pipeline: str | Path) -> list[str]:
-    """Settings with which `mhla-gen sample` draws an example; none for one of classes.
+    """Settings with which `mhla-gen sample` makes an example; none for class-conditional models.
 
     Args:
-        pipeline: Folder of a pipeline that a run of ours saved.
+        pipeline: Folder of a pipeline that a training run saved.
     """
     folder = Path(pipeline) / EXAMPLES_NAME
     files = {"prompts": folder / PROMPTS_NAME, "prompt_embeds": folder / EMBEDS_NAME}
@@ -85,12 +85,12 @@ def example_settings(pipeline: str | Path) -> list[str]:
 
 
 def pipeline_index(path: str) -> dict[str, Any]:
-    """What a pipeline says of itself: its settings, and library and class of every part.
+    """The content of a pipeline's model_index.json: its settings, and the class of every part.
 
     Without a network, repositories that were downloaded before are found.
 
     Returns:
-        Nothing if the path, or name, means something else, or the hub has no pipeline of this name.
+        Empty if the path or name is something else, or the hub has no pipeline of this name.
 
     Raises:
         FileNotFoundError: As `locate`.
@@ -110,7 +110,7 @@ def pipeline_index(path: str) -> dict[str, Any]:
 
 
 def locate_part(path: str, name: str) -> tuple[str, dict[str, Any]]:
-    """Where a part of a pipeline lies, or a model saved by itself: arguments of `from_pretrained`.
+    """Arguments of `from_pretrained` for a part of a pipeline, or a model saved on its own.
 
     Args:
         path: As in `find`.
@@ -139,7 +139,7 @@ def _is_part(value: Any) -> bool:
 
 
 def _is_name(path: str) -> bool:
-    """Whether to ask the hub: a misspelt path would be looked for there for a long time."""
+    """Whether to ask the hub, where looking for a misspelt path would take a long time."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 

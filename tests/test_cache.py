@@ -422,7 +422,7 @@ def test_a_dry_run_writes_nothing(source, tmp_path, capsys):
     assert main(["cache", str(tmp_path / "cache.yaml"), "data.image_size=12", "--dry-run"]) == 2
     assert "sizes that are multiples of 8, found 12 × 12" in capsys.readouterr().err
     assert main(["cache", str(tmp_path / "cache.yaml"), f"vae.path={tmp_path}"]) == 2
-    assert "holds neither a saved pipeline" in capsys.readouterr().err
+    assert "is neither a saved pipeline" in capsys.readouterr().err
     assert main(["cache", str(tmp_path / "cache.yaml"), "vae.path=/no/such/folder"]) == 2
     assert "/no/such/folder: there is no such folder" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["cache.yaml"]

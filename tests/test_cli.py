@@ -76,7 +76,7 @@ def test_a_full_disk_is_one_line_with_the_remedy(monkeypatch, capsys):
     monkeypatch.setattr("mhla_gen.cli.commands.doctor", fill)
     assert main(["doctor"]) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "No space left" in error and "make room" in error
+    assert error.count("\n") == 1 and "No space left" in error and "free some space" in error
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a device that is not there")
@@ -108,16 +108,16 @@ def test_every_launcher_starts(launcher, tmp_path):
     ("words", "said"),
     [
         (["trian"], "there is no command trian; did you mean train?"),
-        (["dance"], "there is no command dance; there are quickstart, train"),
-        (["train", "--seed", "3"], "written key=value: seed=3 in place of --seed"),
-        (["train", "--seed=3"], "written key=value: seed=3 in place of --seed=3"),
-        (["train", "--max-steps", "3"], "written key=value: max_steps=3 in place of --max-steps"),
-        (["train", "--data.path=d"], "written key=value: data.path=d in place of"),
-        (["train", "--max_stps", "3"], "written key=value: max_steps=3 in place of"),
-        (["train", "--config", "a.yaml"], "by its name alone: mhla-gen train a.yaml"),
-        (["train", "-c", "a.yaml"], "by its name alone: mhla-gen train a.yaml"),
+        (["dance"], "there is no command dance; the commands are quickstart, train"),
+        (["train", "--seed", "3"], "written key=value: seed=3 instead of --seed"),
+        (["train", "--seed=3"], "written key=value: seed=3 instead of --seed=3"),
+        (["train", "--max-steps", "3"], "written key=value: max_steps=3 instead of --max-steps"),
+        (["train", "--data.path=d"], "written key=value: data.path=d instead of"),
+        (["train", "--max_stps", "3"], "written key=value: max_steps=3 instead of"),
+        (["train", "--config", "a.yaml"], "without a flag: mhla-gen train a.yaml"),
+        (["train", "-c", "a.yaml"], "without a flag: mhla-gen train a.yaml"),
         (["train", "--dryrun"], "there is no flag --dryrun"),
-        (["sample", "--guidance_scale"], "written key=value: guidance_scale=… in place of"),
+        (["sample", "--guidance_scale"], "written key=value: guidance_scale=… instead of"),
     ],
 )
 def test_words_of_other_command_lines_are_answered_with_ours(words, said, capsys):

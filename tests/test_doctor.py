@@ -42,7 +42,7 @@ def test_a_check_that_raises_is_a_finding_with_its_remedy(monkeypatch, capsys):
     captured = capsys.readouterr()
     assert "broken" in captured.out and "RuntimeError: no encoder" in captured.out
     assert doctor.REMEDIES["video"] in captured.out and "long story" not in captured.out
-    assert captured.err == "mhla-gen doctor: error: video does not work; the table names remedies\n"
+    assert captured.err == "mhla-gen doctor: error: not working: video; the table says what to do\n"
 
 
 def test_a_cache_that_cannot_be_written_is_named_with_its_setting(monkeypatch, tmp_path):

@@ -179,7 +179,7 @@ def hint_of(arguments, capsys):
     """What `mhla-gen train` says at its end, as a shell takes it apart."""
     assert main(["train", *arguments]) == 0
     said = capsys.readouterr().out.strip().splitlines()[-1]
-    command = shlex.split(said.partition("to draw from it: ")[2])
+    command = shlex.split(said.partition("to sample from it: ")[2])
     assert command[:2] == ["mhla-gen", "sample"]
     return command[1:]
 

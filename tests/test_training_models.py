@@ -124,7 +124,7 @@ def test_what_is_no_dit_is_refused(tmp_path):
     with pytest.raises(ValueError, match="is a AutoencoderKL; known are"):
         load_transformer(str(tmp_path / "vae"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match="holds neither a saved pipeline"):
+    with pytest.raises(FileNotFoundError, match="is neither a saved pipeline"):
         load_transformer(str(tmp_path / "empty"))
 
 

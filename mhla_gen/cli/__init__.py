@@ -28,7 +28,7 @@ class Command(NamedTuple):
 
 
 _FLAGS = ("--dry-run", "--print-config", "--help", "-h", "--version")
-# What a machine refuses, and no program can mend.
+# What a machine refuses, and no program can fix.
 _REFUSALS = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO),
     *(errno.ESTALE, errno.ENAMETOOLONG, errno.ELOOP, errno.EMFILE, errno.ENFILE),
@@ -36,28 +36,28 @@ _REFUSALS = (
 # The keys are those of SCHEMAS. Modules are imported only when their command runs.
 COMMANDS: dict[str, Command] = {
     "quickstart": Command(
-        "train, sample and score on handwritten digits: minutes on a CPU",
+        "train, sample and evaluate on handwritten digits, in minutes on a CPU",
         "mhla_gen.quickstart.quickstart:quickstart",
     ),
     "train": Command(
-        "train a diffusion transformer on images of classes, or a Wan on clips",
+        "train or distill a diffusion transformer on images, or a Wan on clips",
         "mhla_gen.cli.commands:train",
     ),
     "cache": Command(
-        "encode images or clips to latents, once for every training run",
+        "encode images or clips to latents once, for all training runs",
         "mhla_gen.cli.commands:cache",
     ),
     "sample": Command(
-        "sample images of classes, or images and videos of prompts, from a saved pipeline",
+        "sample images or videos from classes or prompts, with a saved pipeline",
         "mhla_gen.sampling.sampling:sample",
         folder_key="pipeline",
     ),
     "evaluate": Command(
-        "measure samples against a reference: FID, sFID, IS, precision, recall, KID, FVD",
+        "compare samples with a reference: FID, sFID, IS, precision, recall, KID, FVD",
         "mhla_gen.evaluation.evaluation:evaluate",
     ),
     "reference": Command(
-        "write reference statistics of your own images",
+        "compute the statistics of your own images, as a reference for evaluate",
         "mhla_gen.evaluation.reference:build_reference",
     ),
     "inspect": Command(
@@ -66,20 +66,20 @@ COMMANDS: dict[str, Command] = {
         folder_key="model",
     ),
     "inspect sensitivity": Command(
-        "measure what replacing each softmax layer does, and plan which ones to keep",
+        "measure what replacing each softmax layer costs, and plan which ones to keep",
         "mhla_gen.inspection.sensitivity:sensitivity",
         folder_key="model",
     ),
     "convert": Command(
-        "read DiT checkpoints of other code, or write them, and compare outputs",
+        "import or export DiT and Wan checkpoints of other code",
         "mhla_gen.conversion.conversion:convert",
     ),
     "bench": Command(
-        "measure latency and memory of attention operators, or of whole models",
+        "measure latency and memory of attention operators or whole models",
         "mhla_gen.cli.commands:bench",
         folder_key="subject",
     ),
-    "doctor": Command("try every part of the installation once", "mhla_gen.cli.commands:doctor"),
+    "doctor": Command("test every part of the installation", "mhla_gen.cli.commands:doctor"),
 }
 
 
@@ -95,8 +95,7 @@ def build_parser() -> argparse.ArgumentParser:
         usage="mhla-gen COMMAND [CONFIG.yaml] [key=value …] [--dry-run] [--print-config]",
         description="Token-level multi-head linear attention for diffusion and video transformers."
         f"\n\ncommands:\n{listing}",
-        epilog="Every setting is a key of the config; --print-config shows them all. Examples are\n"
-        "in configs/.",
+        epilog="`mhla-gen COMMAND --print-config` lists all settings; configs/ has examples.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"mhla-gen {__version__}")
@@ -109,18 +108,24 @@ def build_parser() -> argparse.ArgumentParser:
             "arguments",
             nargs="*",
             metavar=f"{'FOLDER | ' if command.folder_key else ''}CONFIG.yaml | key=value",
-            help="at most one config file, then overrides",
+            help=f"{'a folder, or ' if command.folder_key else ''}a config file, and settings that "
+            "override it; --print-config lists them",
         )
-        sub.add_argument("--dry-run", action="store_true", help="check everything, do nothing")
-        sub.add_argument("--print-config", action="store_true", help="print the settings and stop")
+        sub.add_argument(
+            "--dry-run", action="store_true", help="check everything and write nothing"
+        )
+        sub.add_argument(
+            "--print-config",
+            action="store_true",
+            help="print every setting with its value, and exit",
+        )
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one sub-command; the exit status.
 
-    Errors that a user can mend are printed as one line. `MHLA_GEN_TRACEBACK=1` shows where they
-    come from.
+    Errors that a user can fix are printed as one line; `MHLA_GEN_TRACEBACK=1` adds the traceback.
     """
     given = _joined_command(sys.argv[1:] if argv is None else argv)
     if mistake := _mistake(given):
@@ -156,35 +161,35 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _prepare_processor() -> None:
     """Set what libraries read when torch is loaded, unless the user has.
 
-    MKL's products of one row then do not depend on where a weight lies in memory, so that a resumed
-    run is exact on every processor. And threads of OpenMP sleep while they wait for work: spinning,
-    they take the cores from those that have some.
+    Then MKL's products of one row do not depend on a weight's address in memory, so that a resumed
+    run is exact on every processor; and OpenMP's threads sleep while they wait for work, instead of
+    spinning on cores that others need.
     """
     os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def _said(error: Exception) -> str | None:
-    """What a user can do about an error; None for one that is a fault of the program."""
+    """What a user can do about an error; None for a bug of the program."""
     number = getattr(error, "errno", None)
     if isinstance(error, UserError) or (isinstance(error, OSError) and number in _REFUSALS):
         full = number in (errno.ENOSPC, errno.EDQUOT)
         # What is whole stays, and is not made again.
-        return f"{error}; make room, then give the same command again" if full else str(error)
+        return f"{error}; free some space, then run the same command again" if full else str(error)
     # Told by name so that --help needs no torch.
     if type(error).__name__ == "OutOfMemoryError":
-        return "out of GPU memory; lower batch_size or the size"
+        return "out of GPU memory; lower batch_size or the image size"
     return None
 
 
 def _mistake(given: Sequence[str]) -> str | None:
-    """What is wrong with the words of the command line, and what to write."""
+    """What is wrong with the command line, and what to write instead."""
     name = next((word for word in given if not word.startswith("-")), None)
     if name is None:
         return None
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
-        meant = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
+        meant = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)}"
         return f"there is no command {name}; {meant}"
     words = list(given)
     for word, following in zip(words, [*words[1:], ""], strict=True):
@@ -195,11 +200,11 @@ def _mistake(given: Sequence[str]) -> str | None:
         if not equals and not following.startswith("-"):
             value = following
         if key in ("config", "c", "config_file"):
-            return f"a config file is given by its name alone: mhla-gen {name} {value or 'FILE'}"
+            return f"give the config file without a flag: mhla-gen {name} {value or 'FILE'}"
         known = [*kinds_of(SCHEMAS[name])]
         near = [key] if key.split(".")[0] in known else difflib.get_close_matches(key, known, n=1)
         if near:
-            return f"settings are written key=value: {near[0]}={value or '…'} in place of {word}"
+            return f"settings are written key=value: {near[0]}={value or '…'} instead of {word}"
         return (
             f"there is no flag {word}; settings are written key=value, flags are --dry-run and "
             "--print-config"
@@ -208,7 +213,7 @@ def _mistake(given: Sequence[str]) -> str | None:
 
 
 def _config_of(name: str, arguments: Sequence[str]) -> Any:
-    """The settings that the words behind a command mean."""
+    """The settings that the arguments of a command stand for."""
     schema, folder_key = SCHEMAS[name], COMMANDS[name].folder_key
     first = arguments[0] if arguments else None
     if first is None or _is_override(first, schema):

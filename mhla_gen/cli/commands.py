@@ -19,7 +19,7 @@ def train(config: TrainConfig, dry_run: bool) -> None:
     else:
         pipeline = train(config) if config.distill is None else distill(config)
         command = ["mhla-gen", "sample", str(pipeline), *example_settings(pipeline)]
-        said = f"trained pipeline: {pipeline}; to draw from it: {shlex.join(command)}"
+        said = f"trained pipeline: {pipeline}; to sample from it: {shlex.join(command)}"
     if PartialState().is_main_process:
         print(said)
 
@@ -36,7 +36,7 @@ def cache(config: CacheConfig, dry_run: bool) -> None:
 
 
 def bench(config: BenchConfig, dry_run: bool) -> None:
-    """Measure, or say what would be measured."""
+    """Measure, or print what would be measured."""
     if dry_run:
         print(f"would measure {config.subject}: {', '.join(config.methods)} on {config.grids}")
         return
@@ -60,4 +60,4 @@ def doctor(config: DoctorConfig, dry_run: bool) -> None:
     print(report(findings))
     broken = [finding.name for finding in findings if finding.state == "broken"]
     if broken:
-        raise UserError(f"{', '.join(broken)} does not work; the table names remedies")
+        raise UserError(f"not working: {', '.join(broken)}; the table says what to do")

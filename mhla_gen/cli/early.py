@@ -1,6 +1,6 @@
-"""Mistakes that can be seen without torch, which takes seconds to load: these are looked for first.
+"""Checks that do not need torch, which takes seconds to load, so they run first.
 
-What is found here is found again, and in one process for all, when the command runs.
+The commands repeat them, in one process on behalf of all.
 """
 
 import json
@@ -40,7 +40,7 @@ def _train(config: TrainConfig) -> None:
 
     check_output_dir(config)
     if pipeline_steps(Path(config.output_dir)) == config.max_steps:
-        # A finished run needs its data no more, to say so.
+        # A finished run does not need its data to say that it is finished.
         return
     _data(config.data)
     if config.evaluate_every:

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from mhla_gen.bench import benchmark
 from mhla_gen.bench.benchmark import find_crossover
 from mhla_gen.bench.ops import Case, attention
 from mhla_gen.cli import main
@@ -139,6 +140,26 @@ def test_crossover_lies_between_the_sizes_where_the_order_changes():
     faster = [{"tokens": 100, "method": m, "forward_ms": 0.1} for m in others]
     faster[-1]["causal"] = True
     assert find_crossover(rows + faster) == pytest.approx(200.0)
+
+
+@pytest.mark.parametrize(
+    ("times", "said"),
+    [
+        ((2.0, 0.5), "MHLA is faster than softmax on this device from 200 tokens on"),
+        ((2.0, 1.5), "softmax is faster on this device, 100 to 400 tokens"),
+        ((0.9, 0.5), "MHLA is faster on this device, 100 to 400 tokens"),
+    ],
+)
+def test_bench_says_from_which_size_on_mhla_pays(monkeypatch, tmp_path, capsys, times, said):
+    rows = [
+        {"tokens": tokens, "method": method, "heads": 2, "forward_ms": ms, "train_ms": ms}
+        for tokens, ours in zip((100, 400), times, strict=True)
+        for method, ms in (("softmax", 1.0), ("fused", ours), ("linear", 0.1))
+    ]
+    monkeypatch.setattr(benchmark, "bench_ops", lambda config, device: iter(rows))
+    benchmark.bench(BenchConfig(output_dir=str(tmp_path), device="cpu"))
+    lines = capsys.readouterr().out.splitlines()
+    assert [f"forward: {said}", f"forward and backward: {said}"] == lines[-3:-1]
 
 
 @pytest.mark.parametrize(

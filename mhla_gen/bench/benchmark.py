@@ -70,6 +70,9 @@ def bench(config: BenchConfig) -> dict[str, Any]:
         # Written row by row: a long run that is cut short keeps what it measured.
         result = {"rows": rows, "dtype": config.dtype, **provenance(device)}
         write_json(folder / "bench.json", result, indent=1)
+    for step in ("forward", "train"):
+        if said := _said_crossover(rows, step):
+            print(said)
     plot(rows, folder / "bench.png")
     print(f"wrote {folder / 'bench.json'} and {folder / 'bench.png'}")
     return result
@@ -179,19 +182,40 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
-def find_crossover(rows: list[dict[str, Any]]) -> float | None:
-    """Tokens from which the fastest MHLA beats the fastest softmax, interpolated in logarithms.
+def _said_crossover(rows: list[dict[str, Any]], step: str) -> str | None:
+    """From how many tokens on MHLA is faster here, for rows that differ in tokens alone."""
+    timed = [row for row in rows if f"{step}_ms" in row]
+    kinds = {tuple(row.get(name) for name in ("batch", "heads", "head_dim")) for row in timed}
+    ratios = _ratios(timed, step)
+    if len(kinds) > 1 or len(ratios) < 2:
+        return None
+    name = "forward and backward" if step == "train" else "forward"
+    crossover = find_crossover(timed, step)
+    if crossover is not None:
+        return f"{name}: MHLA is faster than softmax on this device from {crossover:.0f} tokens on"
+    faster = "softmax" if ratios[-1][1] > 1 else "MHLA"
+    sizes = f"{ratios[0][0]} to {ratios[-1][0]} tokens"
+    return f"{name}: {faster} is faster on this device, {sizes}"
 
-    None if one of them is the faster one at every size.
-    """
+
+def _ratios(rows: list[dict[str, Any]], step: str) -> list[tuple[int, float]]:
+    """Time of the fastest MHLA as a multiple of the fastest softmax's, by number of tokens."""
     best: dict[int, dict[bool, float]] = {}
     for row in rows:
         name = row["method"].split()[0]
         softmax = name.startswith("softmax") and not row.get("causal")
-        if softmax or name in IMPLEMENTATIONS:
+        if f"{step}_ms" in row and (softmax or name in IMPLEMENTATIONS):
             sizes = best.setdefault(row["tokens"], {})
-            sizes[softmax] = min(row["forward_ms"], sizes.get(softmax, float("inf")))
-    ratios = [(n, both[False] / both[True]) for n, both in sorted(best.items()) if len(both) == 2]
+            sizes[softmax] = min(row[f"{step}_ms"], sizes.get(softmax, float("inf")))
+    return [(n, both[False] / both[True]) for n, both in sorted(best.items()) if len(both) == 2]
+
+
+def find_crossover(rows: list[dict[str, Any]], step: str = "forward") -> float | None:
+    """Tokens from which the fastest MHLA beats the fastest softmax, interpolated in logarithms.
+
+    None if one of them is the faster one at every size.
+    """
+    ratios = _ratios(rows, step)
     for (n0, r0), (n1, r1) in itertools.pairwise(ratios):
         if r0 > 1 >= r1:
             share = torch.tensor([r0, r1]).log()

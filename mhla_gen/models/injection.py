@@ -1,6 +1,7 @@
 """Put MHLA into a model of diffusers, transformers or timm, in place, and take it out."""
 
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,6 +27,7 @@ from mhla_gen.models.qwen_image import MHLAQwenImageTransformer2DModel
 from mhla_gen.models.sana import MHLASanaTransformer2DModel
 from mhla_gen.models.sana_video import MHLASanaVideoTransformer3DModel
 from mhla_gen.models.sd3 import MHLASD3Transformer2DModel
+from mhla_gen.models.short import ShortSequenceWarning, too_short
 from mhla_gen.models.surgery import become, remove_mhla, resolve
 from mhla_gen.models.transformer import MHLATransformerMixin
 from mhla_gen.models.unsupported import reason_of
@@ -75,7 +77,8 @@ def inject(
 
     Projections are kept, so the model's weights still load and train as before; the class becomes
     the family's `MHLA…` class, whose `save_pretrained` and `from_pretrained` carry everything.
-    All checks are made before anything changes.
+    All checks are made before anything changes. Where softmax is faster at the model's own size, a
+    `ShortSequenceWarning` says so.
 
     Args:
         pipe_or_transformer: A transformer of a supported family (`docs/models.md`), or any pipeline
@@ -116,6 +119,8 @@ def inject(
     for transformer in targets:
         mhla_class = MHLA_CLASSES[type(transformer)]
         become(mhla_class.family, mhla_class, transformer, config)
+        if note := too_short(config, mhla_class.family.native_grid(transformer)):
+            warnings.warn(note, ShortSequenceWarning, stacklevel=2)
     return _update_index(pipe_or_transformer)
 
 

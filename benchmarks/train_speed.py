@@ -74,6 +74,7 @@ class Row:
             batch_size=size * num_processes,
             learning_rate=1e-4,
             mixed_precision=options.precision,
+            float8=options.float8,
             parallelism=options.parallelism,
             compile=self.compile,
             cuda_graphs=not options.no_cuda_graphs,
@@ -93,6 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--parallelism", default="ddp", choices=["ddp", "fsdp"])
     parser.add_argument("--precision", default="bf16", choices=["bf16", "fp32"])
     parser.add_argument("--gradient-checkpointing", action="store_true")
+    parser.add_argument("--float8", action="store_true", help="feed-forward layers in 8 bits")
     parser.add_argument("--no-cuda-graphs", action="store_true", help="launch every kernel")
     parser.add_argument("--batch-size", type=int, help="samples of a step on one device")
     parser.add_argument("--num-layers", type=int, help="blocks, in place of the model's own")
@@ -142,6 +144,7 @@ def measure(row: Row, options: argparse.Namespace, alone: Alone) -> dict[str, An
         "devices": state.num_processes,
         "batch_size_per_device": config.batch_size // state.num_processes,
         "gradient_checkpointing": config.gradient_checkpointing,
+        "float8": config.float8,
     }
     data = RandomSamples((4, row.pixels // 8, row.pixels // 8), _NUM_CLASSES)
     for time_steps in (train, sampling) if options.sampling else (train,):

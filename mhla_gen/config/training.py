@@ -76,6 +76,9 @@ class TrainConfig(Settings):
     """Gradients are scaled down to this norm; null leaves them as they are."""
     mixed_precision: Literal["fp32", "bf16"] = "bf16"
     """Arithmetic of the forward pass; weights stay float32."""
+    float8: bool = False
+    """With bf16, compute the products of feed-forward layers in 8 bits, through torchao; needs a
+    GPU that has them (H100, L4, RTX 4090 and newer)."""
     parallelism: Literal["ddp", "fsdp"] = "ddp"
     """What several processes do: ddp, each has the whole model; fsdp, each has a part of weights,
     gradients, optimizer and average (FSDP2)."""
@@ -120,6 +123,8 @@ class TrainConfig(Settings):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.float8 and self.mixed_precision != "bf16":
+            raise UserError(f"float8 needs mixed_precision=bf16, found {self.mixed_precision}")
         if self.model.trainable == "lora" and self.wan is None:
             raise UserError("model.trainable=lora needs wan: diffusers' DiT takes no adapters")
         shares = self.model.attention == "linformer" and self.model.linformer.sharing == "layerwise"

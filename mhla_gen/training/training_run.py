@@ -22,6 +22,7 @@ from mhla_gen.runtime.devices import send
 from mhla_gen.runtime.recorded_training import RecordedTraining
 from mhla_gen.training.build import build_task
 from mhla_gen.training.ema import WeightAverage
+from mhla_gen.training.float8 import require_float8, use_float8
 from mhla_gen.training.optim import build_optimizer, train_only_mhla
 from mhla_gen.training.parallel import (
     autocast_shared,
@@ -185,6 +186,8 @@ def build_run(
             f"batch_size {config.batch_size} must be a multiple of {parts}, "
             "processes × gradient_accumulation_steps"
         )
+    if config.float8:
+        require_float8()
     data = data or load_data(config.data)
     set_seed(config.seed)
     task = build(config, data)
@@ -194,6 +197,8 @@ def build_run(
     example = data.read([data.buckets[0][0]])
     sample_flops = step_flops(model, task.conditioning, example, data.sample_shapes[0])
     outline = without_weights(model) if accelerator.is_fsdp2 else None
+    if config.float8:
+        use_float8(model)
     if config.gradient_checkpointing:
         recompute_activations(model)
     model.train()

@@ -5,6 +5,12 @@ from mhla_gen.ops.causal_state import CausalState
 from mhla_gen.ops.depthwise import depthwise_conv
 from mhla_gen.ops.dispatch import IMPLEMENTATIONS, linear_attention, mhla, resolve_implementation
 from mhla_gen.ops.feature_maps import FEATURE_MAPS
+from mhla_gen.ops.frame_causal import (
+    FrameState,
+    frame_causal_mhla,
+    frame_locality,
+    frame_mixing,
+)
 from mhla_gen.ops.linformer import linformer_attention
 from mhla_gen.ops.mixing import MIXING_INITS, locality_mixing, uniform_mixing
 from mhla_gen.ops.partition import auto_layout, block_starts
@@ -19,6 +25,7 @@ __all__ = [
     "MIXING_INITS",
     "TILE_IMPLEMENTATIONS",
     "CausalState",
+    "FrameState",
     "TileLayout",
     "WindowState",
     "auto_layout",
@@ -27,6 +34,9 @@ __all__ = [
     "causal_mhla",
     "depthwise_conv",
     "distance_mixing",
+    "frame_causal_mhla",
+    "frame_locality",
+    "frame_mixing",
     "linear_attention",
     "linformer_attention",
     "locality_mixing",

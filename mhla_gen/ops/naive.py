@@ -1,4 +1,4 @@
-"""The definitions of MHLA and of tile attention: loops, one equation a line, never optimised.
+"""The definitions of MHLA, frame by frame too, and of tile attention: loops, never optimised.
 
 Source of MHLA: Zhang et al. 2026, arXiv:2601.07832, Eq. (4), Sec. 4 and App. C. Every other
 implementation is tested against this one in float64.
@@ -69,6 +69,45 @@ def naive_mhla(
             numerator = numerator / (denominator + eps).unsqueeze(-1)
         out = out.index_copy(1, t, numerator)
     return out.to(query.dtype)
+
+
+def naive_frame_causal_mhla(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weights: Tensor,
+    *,
+    grid: tuple[int, ...],
+    chunk_frames: int,
+    layout: tuple[int, ...],
+    feature_map: str,
+    rotary: tuple[Tensor, Tensor] | None,
+    normalize: bool,
+    eps: float,
+) -> Tensor:
+    """Frame-causal MHLA, pair by pair of chunks; see `mhla_gen.ops.frame_causal_mhla`."""
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    phi = FEATURE_MAPS[feature_map]
+    phi_q, phi_k, v = phi(query.to(dtype)), phi(key.to(dtype)), value.to(dtype)
+    q, k = rotate(phi_q, rotary), rotate(phi_k, rotary)
+    # [heads, distances, blocks, blocks]
+    w = weights.to(dtype).expand(query.shape[2], *weights.shape[-3:])
+    frame = torch.arange(query.shape[1], device=query.device) // math.prod(grid[1:])
+    chunk = frame // chunk_frames
+    block = block_of_tokens(grid, (1, *layout), device=query.device)
+    out = []
+    for g in range(int(chunk[-1]) + 1):
+        rows, numerator, denominator = chunk == g, 0, 0
+        for c in range(g + 1):
+            columns = chunk == c
+            # w_{min(g - c, D - 1), i, j} of every pair of tokens
+            pairs = w[:, min(g - c, w.shape[1] - 1)][:, block[rows]][:, :, block[columns]]
+            scores = torch.einsum("bnhk,bshk->bhns", q[:, rows], k[:, columns]) * pairs
+            plain = torch.einsum("bnhk,bshk->bhns", phi_q[:, rows], phi_k[:, columns]) * pairs
+            numerator = numerator + torch.einsum("bhns,bshv->bnhv", scores, v[:, columns])
+            denominator = denominator + plain.sum(dim=-1).transpose(1, 2).unsqueeze(-1)
+        out.append(numerator / (denominator + eps) if normalize else numerator)
+    return torch.cat(out, dim=1).to(query.dtype)
 
 
 def naive_tile_attention(

@@ -1,0 +1,317 @@
+"""MHLA that is causal over chunks of frames and full inside one, which is what streaming needs.
+
+The first axis of the grid is time. It is cut into chunks of a fixed number of frames, each of which
+is cut into blocks along the other axes. As in causal MHLA over tokens, a weight belongs to a
+distance between chunks, so that a clip may have any number of them.
+
+Source: Zhang et al. 2026, arXiv:2601.07832, Sec. 4 and App. C (causal, over blocks of text).
+"""
+
+import itertools
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mhla_gen.errors import UserError
+from mhla_gen.ops.blockwise import mix, to_blocks, to_tokens
+from mhla_gen.ops.dispatch import check_options, check_tokens, mhla
+from mhla_gen.ops.feature_maps import FEATURE_MAPS, rotate
+from mhla_gen.ops.naive import naive_frame_causal_mhla
+from mhla_gen.ops.partition import block_slots
+
+
+def frame_locality(layout: tuple[int, ...]) -> Tensor:
+    r"""Weights that favour near blocks and near chunks.
+
+    $w_{dij} \propto 1 - \mathrm{dist} / \mathrm{furthest}$ with Euclidean distances in chunks and
+    blocks, `furthest` the one of row $i$ with one more chunk: no weight is 0, as the last distance
+    stands for all further ones. The weights that a block reads sum to 1.
+
+    Args:
+        layout: Distances between chunks with weights of their own, then blocks along each other
+            axis.
+
+    Returns:
+        Float32 `[distances, blocks, blocks]`.
+
+    Raises:
+        ValueError: If an axis has no blocks.
+    """
+    if not layout or min(layout) < 1:
+        raise UserError(f"layout needs at least one block along every axis, found {layout}")
+    places = list(itertools.product(*map(range, layout[1:])))
+    blocks = torch.tensor(places, dtype=torch.float64).reshape(len(places), -1)
+    space = (blocks.unsqueeze(1) - blocks).square().sum(-1)
+    time = torch.arange(layout[0] + 1, dtype=torch.float64).square()
+    distance = (time[:, None, None] + space).sqrt()
+    weights = 1 - distance[:-1] / distance.amax(dim=(0, 2), keepdim=True)
+    return (weights / weights.sum(dim=(0, 2), keepdim=True)).float()
+
+
+def frame_mixing(weights: Tensor, num_chunks: int) -> Tensor:
+    """The mixing matrix of a clip: block (g, i) reads (c, j) with weight `[min(g - c, D - 1), i, j]`.
+
+    Args:
+        weights: `[..., D, blocks, blocks]`.
+        num_chunks: Of the clip.
+
+    Returns:
+        `[..., num_chunks * blocks, num_chunks * blocks]`, 0 where chunk c comes after chunk g.
+    """
+    chunk = torch.arange(num_chunks, device=weights.device)
+    distance = chunk.unsqueeze(1) - chunk
+    index = distance.clamp(0, weights.shape[-3] - 1)
+    pairs = weights.index_select(-3, index.flatten()).unflatten(-3, index.shape)
+    pairs = pairs * (distance >= 0)[..., None, None]
+    return pairs.transpose(-3, -2).flatten(-4, -3).flatten(-2)
+
+
+def frame_causal_mhla(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weights: Tensor,
+    *,
+    grid: tuple[int, ...],
+    chunk_frames: int,
+    layout: tuple[int, ...],
+    feature_map: str = "relu",
+    rotary: tuple[Tensor, Tensor] | None = None,
+    normalize: bool = True,
+    eps: float = 1e-6,
+    implementation: str = "auto",
+) -> Tensor:
+    r"""MHLA of a whole clip under the mask that is causal over chunks.
+
+    Token $n$ in block $i$ of chunk $g$ reads all tokens $s$ of chunks $c \le g$, with $j$ the block
+    of $s$:
+    $$o_n = \sum_s w_{\min(g - c, D - 1), i, j} R(\varphi(q_n))^\top R(\varphi(k_s)) v_s \,/\,
+      (\sum_s w_{\min(g - c, D - 1), i, j} \varphi(q_n)^\top \varphi(k_s) + \epsilon).$$
+    `FrameState` is the same function, chunk by chunk.
+
+    Args:
+        query: `[batch, seq_len, num_heads, head_dim]`, before the feature map, raster order.
+        key: Like `query`.
+        value: `[batch, seq_len, num_heads, value_dim]`.
+        weights: $w$, `[D, blocks, blocks]` or `[num_heads, D, blocks, blocks]`, row = query block.
+            Non-negative if `normalize`.
+        grid: Frames, then tokens along each other axis.
+        chunk_frames: Frames of a chunk; the last one may have fewer.
+        layout: Blocks of a chunk along each axis but the first.
+        feature_map: Name of φ in `FEATURE_MAPS`.
+        rotary: `(cos, sin)`, each `[seq_len, head_dim / 2]`, by positions in the whole clip.
+        normalize: Divide by the denominator.
+        eps: Added to the denominator.
+        implementation: As in `mhla`.
+
+    Returns:
+        `[batch, seq_len, num_heads, value_dim]` in the dtype of `query`.
+
+    Raises:
+        ValueError: If shapes, dtypes, devices or names do not fit; the message says what does.
+    """
+    check_frame_causal(query, key, value, weights, grid, chunk_frames, layout)
+    check_options(query, feature_map, rotary, False, len(grid))
+    options: dict[str, Any] = {"rotary": rotary, "normalize": normalize, "eps": eps}
+    if implementation == "naive":
+        sizes = {"grid": grid, "chunk_frames": chunk_frames, "layout": layout}
+        return naive_frame_causal_mhla(
+            query, key, value, weights, feature_map=feature_map, **sizes, **options
+        )
+    padding = -grid[0] % chunk_frames
+    if padding:
+        # Frames of zeros fill the last chunk, after the feature map: nobody reads them.
+        phi = FEATURE_MAPS[feature_map]
+        rows = padding * math.prod(grid[1:])
+        query, key, value = (
+            F.pad(x, (0, 0, 0, 0, 0, rows)) for x in (phi(query), phi(key), value)
+        )
+        feature_map = "identity"
+        if rotary is not None:
+            options["rotary"] = tuple(F.pad(table, (0, 0, 0, rows)) for table in rotary)
+    chunks = (grid[0] + padding) // chunk_frames
+    out = mhla(
+        query,
+        key,
+        value,
+        frame_mixing(weights, chunks),
+        grid=(grid[0] + padding, *grid[1:]),
+        layout=(chunks, *layout),
+        feature_map=feature_map,
+        implementation=implementation,
+        **options,
+    )
+    return out[:, : math.prod(grid)]
+
+
+class FrameState:
+    r"""What frame-causal MHLA remembers of the finished chunks of a clip.
+
+    `read` gives what `frame_causal_mhla` gives for the next chunk, as often as it is denoised, and
+    makes it a finished one when told to. That takes the same time and memory for every chunk: there
+    is a summary for each block and distance, and chunks from the last distance on are one sum,
+    because they are read with one weight.
+
+    Args:
+        weights: As in `frame_causal_mhla`, like all others.
+        chunk_frames: Frames of a chunk.
+        layout: Blocks of a chunk along each axis but the first.
+        feature_map: Name of φ.
+        normalize: Divide by the denominator.
+        eps: Added to the denominator.
+
+    Attributes:
+        frames: Frames of finished chunks.
+
+    Raises:
+        ValueError: If an argument does not fit.
+    """
+
+    def __init__(
+        self,
+        weights: Tensor,
+        *,
+        chunk_frames: int,
+        layout: tuple[int, ...],
+        feature_map: str = "relu",
+        normalize: bool = True,
+        eps: float = 1e-6,
+    ):
+        self.weights, self.chunk_frames, self.layout = weights, chunk_frames, layout
+        self.feature_map, self.normalize, self.eps = feature_map, normalize, eps
+        self.frames = 0
+        # By distance from 1 on, the last for all further ones:
+        # [batch, distances, blocks, heads, head_dim, value_dim] and without the last axis.
+        self.finished: tuple[Tensor, Tensor] | None = None
+        # What blocks of the next chunk read of them, [batch, blocks, heads, head_dim, value_dim].
+        self.past: tuple[Tensor, Tensor] | None = None
+
+    def read(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        grid: tuple[int, ...],
+        rotary: tuple[Tensor, Tensor] | None = None,
+        append: bool = False,
+    ) -> Tensor:
+        """Attend from the next chunk to itself and to the finished ones.
+
+        Args:
+            query: Of the chunk's tokens, as in `frame_causal_mhla`, like all others.
+            key: Keys.
+            value: Values.
+            grid: Of the chunk; the first axis has `chunk_frames`, or fewer in the last chunk.
+            rotary: Tables by positions in the whole clip.
+            append: Make it a finished chunk afterwards.
+
+        Returns:
+            What `frame_causal_mhla` gives for these tokens.
+
+        Raises:
+            ValueError: If arguments do not fit together, or the chunk is not the next one.
+        """
+        check_frame_causal(
+            query, key, value, self.weights, grid, self.chunk_frames, self.layout
+        )
+        check_options(query, self.feature_map, rotary, False, len(grid))
+        check_next(self.frames, grid[0], self.chunk_frames)
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        # Autocast would turn the float32 sums into bfloat16 ones.
+        with torch.autocast(query.device.type, enabled=False):
+            phi = FEATURE_MAPS[self.feature_map]
+            phi_q, phi_k, v = phi(query.to(dtype)), phi(key.to(dtype)), value.to(dtype)
+            slots = block_slots(grid, (1, *self.layout), query.device)
+            k = to_blocks(rotate(phi_k, rotary), slots, empty=True)
+            summaries = torch.einsum("bmshk,bmshv->bmhkv", k, to_blocks(v, slots))
+            key_sums = to_blocks(phi_k, slots, empty=True).sum(dim=2)
+            own = self.weights.to(dtype)[..., 0, :, :]
+            mixed, mixed_keys = mix(own, summaries), mix(own, key_sums.unsqueeze(-1))
+            if self.past is not None:
+                mixed, mixed_keys = mixed + self.past[0], mixed_keys + self.past[1]
+            out = _applied(rotate(phi_q, rotary), mixed, slots)
+            if self.normalize:
+                out = out / (_applied(phi_q, mixed_keys, slots) + self.eps)
+            if append:
+                self._remember(summaries, key_sums, grid[0])
+        return out.to(query.dtype)
+
+    def _remember(self, summaries: Tensor, key_sums: Tensor, frames: int) -> None:
+        """Every finished chunk is one further away, the last ones are one sum."""
+        num_distances = self.weights.shape[-3]
+        places = max(1, num_distances - 1)
+        if self.finished is None:
+            self.finished = (
+                summaries.new_zeros(summaries.shape[0], places, *summaries.shape[1:]),
+                key_sums.new_zeros(key_sums.shape[0], places, *key_sums.shape[1:]),
+            )
+        new = (summaries, key_sums)
+        self.finished = tuple(_shifted(*pair) for pair in zip(self.finished, new, strict=True))
+        weights = self.weights.to(summaries)[..., min(1, num_distances - 1) :, :, :]
+        axes = {3: "dij", 4: "hdij"}[weights.ndim]
+        self.past = (
+            torch.einsum(f"{axes},bdjhkv->bihkv", weights, self.finished[0]),
+            torch.einsum(f"{axes},bdjhk->bihk", weights, self.finished[1]).unsqueeze(-1),
+        )
+        self.frames += frames
+
+
+def _shifted(finished: Tensor, new: Tensor) -> Tensor:
+    new = new.unsqueeze(1)
+    if finished.shape[1] == 1:
+        return finished + new
+    return torch.cat((new, finished[:, :-2], finished[:, -2:].sum(dim=1, keepdim=True)), dim=1)
+
+
+def _applied(q: Tensor, mixed: Tensor, slots: Any) -> Tensor:
+    return to_tokens(torch.einsum("bmshk,bmhkv->bmshv", to_blocks(q, slots), mixed), slots)
+
+
+def check_next(frames: int, new: int, chunk_frames: int) -> None:
+    """Raise `ValueError` unless a chunk of `new` frames can follow `frames` finished ones."""
+    if frames % chunk_frames:
+        raise UserError(
+            f"the chunk before had {frames % chunk_frames} of {chunk_frames} frames, so it was the "
+            "clip's last; begin a new state"
+        )
+    if not 1 <= new <= chunk_frames:
+        raise UserError(f"a chunk has 1 to {chunk_frames} frames, found {new}; give one at a time")
+
+
+def check_frame_causal(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weights: Tensor,
+    grid: tuple[int, ...],
+    chunk_frames: int,
+    layout: tuple[int, ...],
+) -> None:
+    """Raise `ValueError` unless tokens fill the grid, and weights and layout fit them."""
+    check_tokens(query, key, value, grid)
+    if chunk_frames < 1:
+        raise UserError(f"chunk_frames must be at least 1, found {chunk_frames}")
+    space = grid[1:]
+    if len(layout) != len(space) or any(
+        not 1 <= blocks <= n for blocks, n in zip(layout, space, strict=True)
+    ):
+        raise UserError(
+            f"layout needs 1 block or more, and no more than tokens, along each axis of {space}, "
+            f"found {layout}"
+        )
+    num_blocks, heads = math.prod(layout), query.shape[2]
+    fits = weights.ndim in (3, 4) and weights.shape[-3] >= 1 and weights.is_floating_point()
+    if weights.ndim == 4:
+        fits = fits and weights.shape[0] == heads
+    if not fits or tuple(weights.shape[-2:]) != (num_blocks, num_blocks):
+        raise UserError(
+            f"weights for {num_blocks} blocks and {heads} heads must be floating, "
+            f"[distances, {num_blocks}, {num_blocks}] or the same for each head, found "
+            f"{weights.dtype} {tuple(weights.shape)}"
+        )
+    if weights.device != query.device:
+        raise ValueError(f"weights are on {weights.device} but query on {query.device}")

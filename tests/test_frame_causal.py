@@ -1,0 +1,143 @@
+"""MHLA that is causal over frames: all at once and chunk by chunk against the definition."""
+
+import math
+
+import pytest
+import torch
+
+from mhla_gen.errors import UserError
+from mhla_gen.ops import FrameState, frame_causal_mhla, frame_locality, frame_mixing
+
+# Frames of a chunk, grid, blocks of a chunk along each axis but the first.
+SHAPES = [
+    (1, (4, 3, 5), (2, 3)),
+    (2, (7, 5, 4), (2, 2)),
+    (3, (7, 3, 7), (1, 3)),
+    (3, (2, 4, 5), (3, 1)),
+    (2, (5, 9), (4,)),
+    (3, (8,), ()),
+]
+
+
+def tokens_of(grid, heads=2, head_dim=6, value_dim=5, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(2, math.prod(grid), heads, size) for size in (head_dim, head_dim, value_dim)]
+    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+
+
+def weights_of(distances, layout, heads=None):
+    blocks = math.prod(layout)
+    shape = (distances, blocks, blocks) if heads is None else (heads, distances, blocks, blocks)
+    generator = torch.Generator().manual_seed(1)
+    return torch.rand(shape, generator=generator, dtype=torch.float64)
+
+
+def rotary_of(seq_len):
+    rates = torch.tensor([1.0, 0.3, 0.02], dtype=torch.float64)
+    angles = torch.arange(seq_len)[:, None] * rates
+    return angles.cos(), angles.sin()
+
+
+def chunk_by_chunk(query, key, value, weights, *, grid, rotary=None, **options):
+    """Every chunk is read twice, first as something else, before it is appended."""
+    state, out = FrameState(weights, **options), []
+    frame = math.prod(grid[1:])
+    for first in range(0, grid[0], options["chunk_frames"]):
+        frames = min(options["chunk_frames"], grid[0] - first)
+        rows = slice(first * frame, (first + frames) * frame)
+        tables = None if rotary is None else tuple(table[rows] for table in rotary)
+        given = {"grid": (frames, *grid[1:]), "rotary": tables}
+        state.read(query[:, rows] + 1, key[:, rows] - 1, value[:, rows], **given)
+        out.append(state.read(query[:, rows], key[:, rows], value[:, rows], **given, append=True))
+    return torch.cat(out, dim=1)
+
+
+@pytest.mark.parametrize("chunk_frames, grid, layout", SHAPES)
+@pytest.mark.parametrize("distances", [1, 2, 3, 5])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_both_forms_are_the_definition_with_all_gradients(
+    chunk_frames, grid, layout, distances, normalize
+):
+    heads = 2 if distances == 2 else None
+    rotary = rotary_of(math.prod(grid)) if normalize else None
+    inputs = [*tokens_of(grid), weights_of(distances, layout, heads)]
+    options = {"chunk_frames": chunk_frames, "layout": layout, "normalize": normalize}
+    options["feature_map"] = "softplus" if distances == 3 else "relu"
+
+    def run(function, **more):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        out = function(*leaves, grid=grid, rotary=rotary, **options, **more)
+        generator = torch.Generator().manual_seed(2)
+        probe = torch.randn(out.shape, generator=generator, dtype=torch.float64)
+        return [out, *torch.autograd.grad((out * probe).sum(), leaves)]
+
+    expected = run(frame_causal_mhla, implementation="naive")
+    for found in (run(frame_causal_mhla), run(chunk_by_chunk)):
+        for ours, defined in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, defined, rtol=1e-10, atol=1e-10)
+
+
+def test_nothing_is_read_of_later_chunks_and_all_of_the_own_one():
+    grid, options = (6, 3, 4), {"grid": (6, 3, 4), "chunk_frames": 2, "layout": (2, 2)}
+    query, key, value = tokens_of(grid)
+    value.requires_grad_()
+    out = frame_causal_mhla(query, key, value, weights_of(2, (2, 2)), **options)
+    per_frame = out.unflatten(1, (6, 12))
+    for frame in range(6):
+        (gradient,) = torch.autograd.grad(per_frame[:, frame].sum(), value, retain_graph=True)
+        reads = gradient.unflatten(1, (6, 12)).abs().sum((0, 2, 3, 4)) > 0
+        assert reads.tolist() == [number < (frame // 2 + 1) * 2 for number in range(6)]
+
+
+def test_a_longer_clip_continues_a_shorter_one():
+    weights = weights_of(3, (2,))
+    short, long = frame_mixing(weights, 3), frame_mixing(weights, 7)
+    assert long[:6, :6].equal(short)
+    # By the distance in time alone, and with the last weight from there on.
+    assert long[4:6, 2:4].equal(weights[1]) and long[12:14, 0:2].equal(weights[2])
+    assert long[0:2, 2:].eq(0).all()
+
+
+def test_a_state_does_not_grow():
+    weights, sizes = weights_of(3, (2, 2)), set()
+    state = FrameState(weights, chunk_frames=1, layout=(2, 2))
+    for seed in range(8):
+        query, key, value = tokens_of((1, 3, 4), seed=seed)
+        state.read(query, key, value, grid=(1, 3, 4), append=True)
+        sizes.add(sum(x.numel() for x in (*state.finished, *state.past)))
+    assert len(sizes) == 1 and state.frames == 8
+
+
+def test_initial_weights_favour_near_chunks_and_blocks():
+    weights = frame_locality((4, 2, 3))
+    assert weights.shape == (4, 6, 6) and weights.min() > 0
+    torch.testing.assert_close(weights.sum((0, 2)), torch.ones(6))
+    assert (weights.diff(dim=0) < 0).all()
+    assert weights[0].diagonal().eq(weights[0].amax(1)).all()
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"chunk_frames": 0}, "chunk_frames must be at least 1"),
+        ({"layout": (2,)}, "layout needs"),
+        ({"layout": (4, 2)}, "no more than tokens"),
+        ({"weights": weights_of(2, (2, 3))}, "weights for 4 blocks"),
+        ({"weights": weights_of(2, (2, 2), 3)}, "or the same for each head"),
+        ({"grid": (3, 3, 4)}, "multiply to seq_len"),
+    ],
+)
+def test_what_does_not_fit_is_refused(changes, message):
+    options = {"grid": (4, 3, 4), "chunk_frames": 2, "layout": (2, 2)} | changes
+    weights = options.pop("weights", weights_of(2, (2, 2)))
+    with pytest.raises(ValueError, match=message):
+        frame_causal_mhla(*tokens_of((4, 3, 4)), weights, **options)
+
+
+def test_chunks_come_one_at_a_time():
+    state = FrameState(weights_of(2, (2, 2)), chunk_frames=2, layout=(2, 2))
+    with pytest.raises(UserError, match="1 to 2 frames, found 3"):
+        state.read(*tokens_of((3, 3, 4)), grid=(3, 3, 4))
+    state.read(*tokens_of((1, 3, 4)), grid=(1, 3, 4), append=True)
+    with pytest.raises(UserError, match="the clip's last"):
+        state.read(*tokens_of((1, 3, 4)), grid=(1, 3, 4))

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mhla_gen.config import CausalMHLAConfig, LinformerConfig, MHLAConfig, load_config
     from mhla_gen.models import (
         MHLA,
+        ClipState,
         MHLACogVideoXTransformer3DModel,
         MHLACosmosTransformer3DModel,
         MHLADiTTransformer2DModel,
@@ -61,6 +62,7 @@ _HOMES = {
     "MHLAConfig": "mhla_gen.config",
     "load_config": "mhla_gen.config",
     "MHLA": "mhla_gen.models",
+    "ClipState": "mhla_gen.models",
     "MHLACogVideoXTransformer3DModel": "mhla_gen.models",
     "MHLAFluxTransformer2DModel": "mhla_gen.models",
     "MHLAFlux2Transformer2DModel": "mhla_gen.models",
@@ -103,6 +105,7 @@ __all__ = [
     "MHLA",
     "CausalMHLAConfig",
     "ClassConditionalPipeline",
+    "ClipState",
     "LinformerConfig",
     "MHLACogVideoXTransformer3DModel",
     "MHLAConfig",

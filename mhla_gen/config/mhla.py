@@ -25,6 +25,10 @@ class MHLAConfig(Settings):
 
     layout: Any = "auto"
     """Blocks along each axis of the token grid, such as (4, 4), or "auto" (see `auto_layout`)."""
+    causal_frames: Count | None = None
+    """Video that is made chunk by chunk: attend within chunks of this many latent frames and to
+    earlier ones, never to later ones. The first entry of layout is then the number of distances in
+    chunks that have weights of their own, the last for all further ones; the others cut a chunk."""
     layers: Any = "all"
     """Which layers: "all", a list of indices, a fraction such as "2/3" (of every three layers the
     first stays softmax), or, in Python, a function `(index, name) -> bool`."""
@@ -90,6 +94,7 @@ class MHLAConfig(Settings):
                 f"conv_kernel_size must be odd and positive, found {self.conv_kernel_size}"
             )
         self._check_exact()
+        self._check_causal()
 
     def _check_exact(self) -> None:
         for name, least in (("exact_tile", 1), ("exact_group", 1), ("exact_window", 0)):
@@ -115,6 +120,22 @@ class MHLAConfig(Settings):
         if self.has_halves and self.combine == "denominator" and not self.normalize:
             raise UserError("combine=denominator needs normalize=true")
 
+    def _check_causal(self) -> None:
+        if self.causal_frames is None:
+            return
+        if self.layers != "all":
+            raise UserError(
+                f"causal_frames needs layers=all: layers that stay softmax would read later "
+                f"frames; found layers={self.layers!r}"
+            )
+        if self.has_tiles:
+            raise UserError(
+                f"causal_frames takes exact=0 or 1, found {self.exact}: exact tiles are chosen "
+                "among those of all frames, later ones too"
+            )
+        if self.magnitude:
+            raise UserError("causal_frames needs magnitude=false, which reads a mean of all frames")
+
     @property
     def has_tiles(self) -> bool:
         """Whether softmax attends within tiles, rather than to everything or nothing."""
@@ -128,6 +149,8 @@ class MHLAConfig(Settings):
     @property
     def unshared(self) -> str | None:
         """What keeps processes from sharing a sequence, or None."""
+        if self.causal_frames is not None:
+            return f"causal_frames={self.causal_frames}"
         if self.exact > 0:
             return f"exact={self.exact:g}"
         return "magnitude=true" if self.magnitude else None

@@ -92,8 +92,9 @@ def _of_layer(
 ) -> LayerAttention:
     """From the arguments of `MHLA.forward`."""
     config, grid = module.config, tuple(given["grid"])
-    if config.magnitude:
-        raise UserError("inspect does not draw layers with magnitude=true")
+    if config.magnitude or config.causal_frames is not None:
+        found = "magnitude=true" if config.magnitude else f"causal_frames={config.causal_frames}"
+        raise UserError(f"inspect does not draw layers with {found}")
     if config.exact == 0:
         return _linear_half(module, given, grid, rotary)
     query, key = (rotated(given[name], rotary)[0] for name in ("query", "key"))

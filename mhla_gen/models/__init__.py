@@ -6,6 +6,7 @@ from mhla_gen.models.cogvideox import MHLACogVideoXTransformer3DModel
 from mhla_gen.models.cosmos import MHLACosmosTransformer3DModel
 from mhla_gen.models.dit import MHLADiTTransformer2DModel, OriginalDiTTransformer2DModel
 from mhla_gen.models.flux import MHLAFlux2Transformer2DModel, MHLAFluxTransformer2DModel
+from mhla_gen.models.frame_causal import ClipState, FrameCausalMHLA
 from mhla_gen.models.hunyuan_dit import MHLAHunyuanDiT2DModel
 from mhla_gen.models.hunyuan_video import (
     MHLAHunyuanVideo15Transformer3DModel,
@@ -33,6 +34,8 @@ from mhla_gen.models.z_image import MHLAZImageTransformer2DModel
 
 __all__ = [
     "MHLA",
+    "ClipState",
+    "FrameCausalMHLA",
     "LayerSummary",
     "Linformer",
     "MHLACogVideoXTransformer3DModel",

@@ -1,7 +1,7 @@
 """What every attention that `inject` puts into a layer has: a convolution of V, and a gate."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,49 @@ from mhla_gen.models.gates import gated, input_layer, make_gate, reset_gate
 from mhla_gen.models.projections import products
 from mhla_gen.ops import depthwise_conv
 from mhla_gen.ops.halo import begin_halo, sharded_depthwise_conv
+
+
+class DepthwiseConv(nn.Module):
+    """Depthwise convolution over tokens on their grid; it starts at zero.
+
+    Args:
+        channels: Channels of a token.
+        kernel_size: Odd width along every axis.
+        rank: Axes of the grid.
+
+    Source:
+        The positional convolution (CPE) of arXiv:2601.07832, Sec. 5.2, on values.
+    """
+
+    def __init__(self, channels: int, kernel_size: int, rank: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(channels, 1, *[kernel_size] * rank))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(
+        self,
+        tokens: Tensor,
+        grid: tuple[int, ...],
+        group: Any = None,
+        halo: Callable[[], Tensor] | None = None,
+    ) -> Tensor:
+        """Convolve tokens `[batch, seq_len, channels]`, raster order of `grid`.
+
+        `group`: processes that share them, or None; `halo`: what `begin_halo` returned, if called.
+        """
+        if group is not None:
+            return sharded_depthwise_conv(
+                tokens, self.weight, self.bias, grid=grid, group=group, halo=halo
+            )
+        return depthwise_conv(tokens, self.weight, self.bias, grid=grid)
+
+    def begin_halo(self, tokens: Tensor, grid: tuple[int, ...], group: Any) -> Callable[[], Tensor]:
+        """Start to borrow what `forward` needs of other processes' tokens."""
+        return begin_halo(tokens, tuple(self.weight.shape[2:]), grid=grid, group=group)
+
+    def extra_repr(self) -> str:
+        """Channels and filter size, for `print(model)`."""
+        return f"{len(self.bias)}, kernel_size={tuple(self.weight.shape[2:])}"
 
 
 class AddedAttention(nn.Module):
@@ -25,7 +68,8 @@ class AddedAttention(nn.Module):
 
     mixing: nn.Parameter | None
     """MHLA's mixing matrix, where it has one."""
-    conv: "DepthwiseConv | None"
+    conv_class: ClassVar[type[DepthwiseConv]] = DepthwiseConv
+    conv: DepthwiseConv | None
     gate: nn.Module | None
 
     def __init__(self, num_heads: int, head_dim: int, config: AttentionConfig):
@@ -38,7 +82,7 @@ class AddedAttention(nn.Module):
         """Make convolution and gate, where the config wants them, for grids of `rank` axes."""
         config, inner_dim = self.config, self.num_heads * self.head_dim
         size = config.conv_kernel_size
-        self.conv = DepthwiseConv(inner_dim, size, rank) if config.conv else None
+        self.conv = self.conv_class(inner_dim, size, rank) if config.conv else None
         self.gate = make_gate(config.gate, hidden_size, self.num_heads, self.head_dim)
 
     @torch.no_grad()
@@ -124,46 +168,3 @@ class AddedAttention(nn.Module):
     def kind(self) -> str:
         """What the layer computes, in a word or two."""
         raise NotImplementedError
-
-
-class DepthwiseConv(nn.Module):
-    """Depthwise convolution over tokens on their grid; it starts at zero.
-
-    Args:
-        channels: Channels of a token.
-        kernel_size: Odd width along every axis.
-        rank: Axes of the grid.
-
-    Source:
-        The positional convolution (CPE) of arXiv:2601.07832, Sec. 5.2, on values.
-    """
-
-    def __init__(self, channels: int, kernel_size: int, rank: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(channels, 1, *[kernel_size] * rank))
-        self.bias = nn.Parameter(torch.zeros(channels))
-
-    def forward(
-        self,
-        tokens: Tensor,
-        grid: tuple[int, ...],
-        group: Any = None,
-        halo: Callable[[], Tensor] | None = None,
-    ) -> Tensor:
-        """Convolve tokens `[batch, seq_len, channels]`, raster order of `grid`.
-
-        `group`: processes that share them, or None; `halo`: what `begin_halo` returned, if called.
-        """
-        if group is not None:
-            return sharded_depthwise_conv(
-                tokens, self.weight, self.bias, grid=grid, group=group, halo=halo
-            )
-        return depthwise_conv(tokens, self.weight, self.bias, grid=grid)
-
-    def begin_halo(self, tokens: Tensor, grid: tuple[int, ...], group: Any) -> Callable[[], Tensor]:
-        """Start to borrow what `forward` needs of other processes' tokens."""
-        return begin_halo(tokens, tuple(self.weight.shape[2:]), grid=grid, group=group)
-
-    def extra_repr(self) -> str:
-        """Channels and filter size, for `print(model)`."""
-        return f"{len(self.bias)}, kernel_size={tuple(self.weight.shape[2:])}"

@@ -15,7 +15,7 @@ from mhla_gen.models.additions import AddedAttention
 from mhla_gen.models.exact import exact_attention, log_denominator, make_combination
 from mhla_gen.models.features import Features, with_magnitude
 from mhla_gen.models.head_rotary import mhla_rotated_by_head
-from mhla_gen.ops import FEATURE_MAPS, MIXING_INITS, mhla
+from mhla_gen.ops import FEATURE_MAPS, FRAME_MIXING_INITS, MIXING_INITS, mhla
 from mhla_gen.ops.sharded import begin_sharded_mhla
 
 NEW_START = 0.5
@@ -193,12 +193,12 @@ class MHLA(AddedAttention):
         if all(count <= length for count, length in pairs):
             return self.config.layout, self.mixing
         layout = tuple(min(pair) for pair in pairs)
-        blocks = torch.zeros((), dtype=torch.int64, device=self.mixing.device)
-        for count, kept in zip(self.config.layout, layout, strict=True):
-            places = (torch.arange(kept, device=blocks.device) * 2 + 1) * count // (2 * kept)
-            blocks = blocks.unsqueeze(-1) * count + places
-        blocks = blocks.reshape(-1)
+        blocks = evenly_spaced(self.config.layout, layout, self.mixing.device)
         return layout, self.mixing.index_select(-1, blocks).index_select(-2, blocks)
+
+    def matrix(self, mixing: Tensor) -> Tensor:
+        """What `mixing` looks like as a matrix `[(num_heads,) blocks, blocks]`: itself."""
+        return mixing
 
     @property
     def kind(self) -> str:
@@ -238,7 +238,21 @@ def _begin_operator(
     return partial(begin_sharded_mhla, group=group)
 
 
+def evenly_spaced(layout: tuple[int, ...], kept: tuple[int, ...], device: torch.device) -> Tensor:
+    """Numbers of `kept` blocks along each axis, evenly spaced among those of `layout`."""
+    blocks = torch.zeros((), dtype=torch.int64, device=device)
+    for count, num in zip(layout, kept, strict=True):
+        places = (torch.arange(num, device=device) * 2 + 1) * count // (2 * num)
+        blocks = blocks.unsqueeze(-1) * count + places
+    return blocks.reshape(-1)
+
+
 def initial_mixing(config: MHLAConfig, num_heads: int) -> Tensor:
-    """The matrix that training starts from, `[blocks, blocks]`, with heads first if they differ."""
-    mixing = MIXING_INITS[config.mixing_init](config.layout)
-    return mixing.repeat(num_heads, 1, 1) if config.mixing_per_head else mixing
+    """What training starts from, with heads first if they differ.
+
+    `[blocks, blocks]`, or with `causal_frames` the `[distances, blocks, blocks]` of
+    `frame_causal_mhla`.
+    """
+    inits = MIXING_INITS if config.causal_frames is None else FRAME_MIXING_INITS
+    mixing = inits[config.mixing_init](config.layout)
+    return mixing.repeat(num_heads, *[1] * mixing.ndim) if config.mixing_per_head else mixing

@@ -34,6 +34,8 @@ class Family:
     model, which must have the same state; a last `*` stands for every block."""
     variants: ClassVar[tuple[type, ...]] = ()
     """Further softmax classes that are converted like `base_class`, with the same weights."""
+    frame_causal: ClassVar[bool] = False
+    """Whether layers can be causal over frames, the first axis of the grid."""
     shares_sequences: ClassVar[bool] = False
     """Whether MHLA layers take part in diffusers' context parallelism."""
     text_length: ClassVar[int]

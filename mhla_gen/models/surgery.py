@@ -18,6 +18,7 @@ from mhla_gen.models.attention import CONVERTED_START, MHLA, NEW_START
 from mhla_gen.models.exact import exact_share
 from mhla_gen.models.family import Family
 from mhla_gen.models.features import WHOLE_HEAD_MAPS
+from mhla_gen.models.frame_causal import FrameCausalMHLA
 from mhla_gen.models.linformer import Linformer
 from mhla_gen.ops import FEATURE_MAPS, auto_layout, resolve_implementation
 
@@ -149,8 +150,13 @@ def _resolve_mhla(family: Family, model: Any, config: MHLAConfig, new: bool) -> 
             f"exact_window and exact_top leave no exact pair on the model's token grid {grid}; "
             "give one of them more tiles"
         )
+    if config.causal_frames is not None and not family.frame_causal:
+        raise UserError(
+            f"causal_frames is for Wan's text-to-video transformers, found a {type(model).__name__}"
+        )
     if config.layout == "auto":
-        return replace(config, layout=auto_layout(grid))
+        chunks = None if config.causal_frames is None else -(-grid[0] // config.causal_frames)
+        return replace(config, layout=auto_layout(grid, chunks))
     _check_rank(family, "layout", config.layout)
     if any(count > length for count, length in zip(config.layout, grid, strict=True)):
         raise UserError(
@@ -208,7 +214,8 @@ def new_modules(family: Family, model: Any, config: AttentionConfig) -> dict[str
             child = Linformer(*family.sizes(model), config.of_layer(len(added)), owner)
             owner = owner or child
         else:
-            child = MHLA(*family.sizes(model), config, family.reads_text(attention))
+            kind = MHLA if config.causal_frames is None else FrameCausalMHLA
+            child = kind(*family.sizes(model), config, family.reads_text(attention))
         added[name] = child
     return added
 

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import torch
+from diffusers.models.embeddings import get_1d_rotary_pos_embed
 from diffusers.models.transformers.transformer_wan import (
     WanAttnProcessor,
     WanRotaryPosEmbed,
@@ -18,7 +20,35 @@ TEXT_LENGTH_WITH_IMAGE = 512
 that precedes this many for the image's, whatever the caption's length is."""
 
 
-class GridRotaryPosEmbed(PatchGridCarrier, WanRotaryPosEmbed):
+class MovedRotaryPosEmbed(WanRotaryPosEmbed):
+    """Wan's rotary embedding of a part of a clip, whose frames count from `first_frame`."""
+
+    first_frame = 0
+
+    def forward(self, hidden_states: Tensor) -> Any:
+        """`(cos, sin)` for latents `[batch, channels, frames, height, width]`."""
+        tables = super().forward(hidden_states)
+        if self.first_frame == 0:
+            return tables
+        frames, device = hidden_states.shape[2] // self.patch_size[0], hidden_states.device
+        first = self.first_frame // self.patch_size[0]
+        # Computed, not looked up: a clip may be longer than the stored table.
+        precise = torch.float32 if device.type == "mps" else torch.float64
+        positions: Any = torch.arange(first, first + frames, device=device, dtype=precise)
+        times = get_1d_rotary_pos_embed(self.t_dim, positions, use_real=True, freqs_dtype=precise)
+        return tuple(
+            torch.cat((_of_tokens(time, table), table[..., self.t_dim :]), dim=-1)
+            for time, table in zip(times, tables, strict=True)
+        )
+
+
+def _of_tokens(time: Tensor, table: Tensor) -> Tensor:
+    """Rows of frames `[frames, channels]` for all tokens of `table` `[1, tokens, 1, …]`."""
+    rows = time.to(table.dtype).repeat_interleave(table.shape[1] // len(time), dim=0)
+    return rows[None, :, None]
+
+
+class GridRotaryPosEmbed(PatchGridCarrier, MovedRotaryPosEmbed):
     """Wan's rotary embedding, which also tells its grid to the attention layers."""
 
 
@@ -46,6 +76,7 @@ class WanFamily(Family):
     layers = ("blocks.*.attn1",)
     # 81 frames at 480×832 after Wan's VAE (4×8×8) and patches (1×2×2): the size it was trained at.
     native = (21, 30, 52)
+    frame_causal = True
     shares_sequences = True
     stock_processor = WanAttnProcessor
     mhla_processor = MHLAWanAttnProcessor

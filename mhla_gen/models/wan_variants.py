@@ -43,6 +43,7 @@ class WanVACEFamily(WanFamily):
 
     base_class = WanVACETransformer3DModel
     layers = ("vace_blocks.*.attn1", "blocks.*.attn1")
+    frame_causal = False
     shares_sequences = False
 
 
@@ -52,6 +53,7 @@ class WanAnimateFamily(WanFamily):
     base_class = WanAnimateTransformer3DModel
     # 77 frames and one of the character at 720×1280 after the VAE (4×8×8) and patches (1×2×2).
     native = (21, 45, 80)
+    frame_causal = False
     shares_sequences = False
     stock_processor = _AnimateAttnProcessor
     unconverted_processor = SoftmaxWanAnimateAttnProcessor
@@ -66,6 +68,7 @@ class SkyReelsV2Family(WanFamily):
     base_class = SkyReelsV2Transformer3DModel
     # 97 frames at 544×960 after the VAE (4×8×8) and patches (1×2×2), its pipeline's default.
     native = (25, 34, 60)
+    frame_causal = False
     shares_sequences = False
     stock_processor = SkyReelsV2AttnProcessor
     unconverted_processor = SoftmaxSkyReelsV2AttnProcessor

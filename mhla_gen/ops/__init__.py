@@ -6,6 +6,7 @@ from mhla_gen.ops.depthwise import depthwise_conv
 from mhla_gen.ops.dispatch import IMPLEMENTATIONS, linear_attention, mhla, resolve_implementation
 from mhla_gen.ops.feature_maps import FEATURE_MAPS
 from mhla_gen.ops.frame_causal import (
+    FRAME_MIXING_INITS,
     FrameState,
     frame_causal_mhla,
     frame_locality,
@@ -21,6 +22,7 @@ from mhla_gen.ops.window_state import WindowState
 
 __all__ = [
     "FEATURE_MAPS",
+    "FRAME_MIXING_INITS",
     "IMPLEMENTATIONS",
     "MIXING_INITS",
     "TILE_IMPLEMENTATIONS",

@@ -51,8 +51,17 @@ def frame_locality(layout: tuple[int, ...]) -> Tensor:
     return (weights / weights.sum(dim=(0, 2), keepdim=True)).float()
 
 
+def frame_uniform(layout: tuple[int, ...]) -> Tensor:
+    """Weights that are all alike; argument and result as those of `frame_locality`."""
+    blocks = math.prod(layout[1:])
+    return torch.full((layout[0], blocks, blocks), 1 / math.prod(layout))
+
+
+FRAME_MIXING_INITS = {"locality": frame_locality, "uniform": frame_uniform}
+
+
 def frame_mixing(weights: Tensor, num_chunks: int) -> Tensor:
-    """The mixing matrix of a clip: block (g, i) reads (c, j) with weight `[min(g - c, D - 1), i, j]`.
+    """The mixing matrix of a clip, in which `[min(g - c, D - 1)]` is how chunk g reads chunk c.
 
     Args:
         weights: `[..., D, blocks, blocks]`.
@@ -126,9 +135,7 @@ def frame_causal_mhla(
         # Frames of zeros fill the last chunk, after the feature map: nobody reads them.
         phi = FEATURE_MAPS[feature_map]
         rows = padding * math.prod(grid[1:])
-        query, key, value = (
-            F.pad(x, (0, 0, 0, 0, 0, rows)) for x in (phi(query), phi(key), value)
-        )
+        query, key, value = (F.pad(x, (0, 0, 0, 0, 0, rows)) for x in (phi(query), phi(key), value))
         feature_map = "identity"
         if rotary is not None:
             options["rotary"] = tuple(F.pad(table, (0, 0, 0, rows)) for table in rotary)
@@ -215,9 +222,7 @@ class FrameState:
         Raises:
             ValueError: If arguments do not fit together, or the chunk is not the next one.
         """
-        check_frame_causal(
-            query, key, value, self.weights, grid, self.chunk_frames, self.layout
-        )
+        check_frame_causal(query, key, value, self.weights, grid, self.chunk_frames, self.layout)
         check_options(query, self.feature_map, rotary, False, len(grid))
         check_next(self.frames, grid[0], self.chunk_frames)
         dtype = torch.promote_types(query.dtype, torch.float32)
@@ -249,13 +254,13 @@ class FrameState:
                 summaries.new_zeros(summaries.shape[0], places, *summaries.shape[1:]),
                 key_sums.new_zeros(key_sums.shape[0], places, *key_sums.shape[1:]),
             )
-        new = (summaries, key_sums)
-        self.finished = tuple(_shifted(*pair) for pair in zip(self.finished, new, strict=True))
+        sums, keys = self.finished
+        sums, keys = self.finished = _shifted(sums, summaries), _shifted(keys, key_sums)
         weights = self.weights.to(summaries)[..., min(1, num_distances - 1) :, :, :]
         axes = {3: "dij", 4: "hdij"}[weights.ndim]
         self.past = (
-            torch.einsum(f"{axes},bdjhkv->bihkv", weights, self.finished[0]),
-            torch.einsum(f"{axes},bdjhk->bihk", weights, self.finished[1]).unsqueeze(-1),
+            torch.einsum(f"{axes},bdjhkv->bihkv", weights, sums),
+            torch.einsum(f"{axes},bdjhk->bihk", weights, keys).unsqueeze(-1),
         )
         self.frames += frames
 

@@ -104,7 +104,7 @@ def block_slots(
     )
 
 
-def auto_layout(grid: tuple[int, ...]) -> tuple[int, ...]:
+def auto_layout(grid: tuple[int, ...], first: int | None = None) -> tuple[int, ...]:
     """Near-cubic blocks for a grid, as many as the rule `num_blocks² ≤ seq_len` allows.
 
     Along each axis the count is `round(n / side)` for the smallest block side that obeys the rule.
@@ -112,6 +112,7 @@ def auto_layout(grid: tuple[int, ...]) -> tuple[int, ...]:
 
     Args:
         grid: Tokens along each axis, at least one each.
+        first: Blocks along the first axis, if that is settled.
 
     Returns:
         Blocks along each axis.
@@ -130,9 +131,12 @@ def auto_layout(grid: tuple[int, ...]) -> tuple[int, ...]:
     for side in sides:
         # The tiny shift keeps n / side just below its half-integer, so that it rounds down.
         layout = tuple(max(1, round(n / side - 1e-9)) for n in grid)
+        if first is not None:
+            layout = (first, *layout[1:])
         if math.prod(layout) ** 2 <= seq_len:
-            return tuple(_prefer_divisor(n, count) for n, count in zip(grid, layout, strict=True))
-    return (1,) * len(grid)
+            near = tuple(_prefer_divisor(n, count) for n, count in zip(grid, layout, strict=True))
+            return near if first is None else (first, *near[1:])
+    return (1 if first is None else first, *[1] * (len(grid) - 1))
 
 
 def _prefer_divisor(length: int, count: int) -> int:

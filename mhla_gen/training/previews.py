@@ -167,8 +167,11 @@ def _drawn(run: Run, numbers: Sequence[int], config: PreviewConfig) -> np.ndarra
 
 def mean_mixing(model: nn.Module) -> list[np.ndarray]:
     """The mixing matrix of every MHLA layer, the mean over heads where they have their own."""
-    found = [m.mixing for m in model.modules() if isinstance(m, MHLA)]
-    return [mean_over_heads(whole(matrix.detach())) for matrix in found if matrix is not None]
+    return [
+        mean_over_heads(layer.matrix(whole(layer.mixing.detach())))
+        for layer in model.modules()
+        if isinstance(layer, MHLA) and layer.mixing is not None
+    ]
 
 
 def mean_over_heads(mixing: Tensor) -> np.ndarray:

@@ -1,0 +1,298 @@
+"""Attention that is causal over chunks of frames, and what a model remembers of finished chunks."""
+
+import math
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mhla_gen.errors import UserError
+from mhla_gen.models.additions import DepthwiseConv
+from mhla_gen.models.attention import MHLA, evenly_spaced
+from mhla_gen.models.head_rotary import rotated
+from mhla_gen.ops import FrameState, frame_causal_mhla, frame_mixing
+from mhla_gen.ops.frame_causal import check_next
+
+
+class PastConv(DepthwiseConv):
+    """`DepthwiseConv` whose filter ends at a token's own frame, the first axis of the grid."""
+
+    state: "LayerState | None" = None
+
+    def forward(
+        self,
+        tokens: Tensor,
+        grid: tuple[int, ...],
+        group: Any = None,
+        halo: Callable[[], Tensor] | None = None,
+    ) -> Tensor:
+        """See `DepthwiseConv`."""
+        assert group is None and halo is None
+        frame, before = math.prod(grid[1:]), self.weight.shape[2] - 1
+        past = None if self.state is None else self.state.values
+        if past is None:
+            past = tokens.new_zeros(tokens.shape[0], before * frame, tokens.shape[2])
+        joined = torch.cat((past, tokens), dim=1)
+        if self.state is not None and self.state.appends:
+            self.state.values = joined[:, joined.shape[1] - before * frame :]
+        out = super().forward(joined, (grid[0] + before, *grid[1:]))
+        # Of a filter around each frame, results that are half its width earlier.
+        return out[:, before // 2 * frame :][:, : tokens.shape[1]]
+
+
+class FrameCausalMHLA(MHLA):
+    """MHLA, or softmax of all pairs (`exact=1`), that reads no later chunk of frames.
+
+    Without a `state` it takes a clip from its beginning, all at once; with one, its next chunk.
+    """
+
+    state: "LayerState | None" = None
+    conv_class = PastConv
+
+    def hand(self, state: "LayerState | None") -> None:
+        """Give the layer what it remembers of a clip, or take it away."""
+        self.state = state
+        if isinstance(self.conv, PastConv):
+            self.conv.state = state
+
+    def occupied_weights(self, grid: tuple[int, ...]) -> tuple[tuple[int, ...], Tensor]:
+        """The blocks of a chunk that hold tokens, and weights of these; see `occupied_blocks`."""
+        assert self.mixing is not None
+        layout = self.config.layout[1:]
+        kept = tuple(map(min, layout, grid[1:]))
+        if kept == layout:
+            return layout, self.mixing
+        blocks = evenly_spaced(layout, kept, self.mixing.device)
+        return kept, self.mixing.index_select(-1, blocks).index_select(-2, blocks)
+
+    @property
+    def chunk_frames(self) -> int:
+        """Frames of a chunk, in tokens."""
+        assert self.config.causal_frames is not None
+        return self.config.causal_frames
+
+    @property
+    def kind(self) -> str:
+        """As for `MHLA`, with causal in front."""
+        return f"causal {super().kind}"
+
+    def matrix(self, mixing: Tensor) -> Tensor:
+        """See `MHLA.matrix`: that of a clip with a chunk for every distance."""
+        return frame_mixing(mixing, mixing.shape[-3])
+
+    def _begin(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        of_input: Sequence[Tensor],
+        grid: tuple[int, ...],
+        rotary: tuple[Tensor, Tensor] | None,
+        group: Any,
+        extra: tuple[Tensor, ...] | None,
+    ) -> Callable[[], Tensor]:
+        """See `AddedAttention`."""
+        assert group is None and extra is None
+        out = self._attend(query, key, value, grid, rotary)
+        return lambda: out if self.norm is None else self.norm(out)
+
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        grid: tuple[int, ...],
+        rotary: tuple[Tensor, Tensor] | None,
+    ) -> Tensor:
+        config, state = self.config, self.state
+        # A compiled layer keeps to the number of frames that it was compiled for.
+        grid = (operator.index(grid[0]), *grid[1:])
+        if self.features is None:
+            tensors = rotated(query, rotary), rotated(key, rotary), value
+            if state is not None:
+                return state.softmax(*tensors, frames=grid[0])
+            return chunked_softmax(*tensors, chunk=self.chunk_frames * math.prod(grid[1:]))
+        query, key = self.features(query, key)
+        layout, weights = self.occupied_weights(grid)
+        given = {"grid": grid, "rotary": rotary}
+        options = {
+            "chunk_frames": self.chunk_frames,
+            "layout": layout,
+            "feature_map": self.features.operator_map,
+            "normalize": config.normalize,
+            "eps": config.eps,
+        }
+        if state is not None:
+            return state.mhla(weights, options).read(
+                query, key, value, **given, append=state.appends
+            )
+        options["implementation"] = config.implementation
+        return frame_causal_mhla(query, key, value, weights, **given, **options)
+
+
+def chunked_softmax(query: Tensor, key: Tensor, value: Tensor, *, chunk: int) -> Tensor:
+    """Softmax of all pairs but those with later chunks; `[batch, seq_len, num_heads, head_dim]`.
+
+    Args:
+        query: Rotated, like keys.
+        key: Like `query`.
+        value: Like `query`.
+        chunk: Tokens of a chunk.
+    """
+    parts = [
+        _softmax(rows, key[:, : first + chunk], value[:, : first + chunk])
+        for first, rows in zip(
+            range(0, query.shape[1], chunk), query.split(chunk, dim=1), strict=True
+        )
+    ]
+    return torch.cat(parts, dim=1)
+
+
+def _softmax(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
+
+
+class LayerState:
+    """What a frame-causal layer remembers of finished chunks.
+
+    Attributes:
+        appends: Whether the next chunk that is read is a finished one.
+        values: Last frames of values, which the convolution reads, `[batch, tokens, channels]`.
+    """
+
+    def __init__(self, chunk_frames: int):
+        self.chunk_frames = chunk_frames
+        self.appends = False
+        self.values: Tensor | None = None
+        self._mhla: FrameState | None = None
+        self._cache: list[Tensor] = []
+        self._tokens = 0
+
+    def mhla(self, weights: Tensor, options: dict[str, Any]) -> FrameState:
+        """The state of the operator, begun with the first chunk."""
+        if self._mhla is None:
+            self._mhla = FrameState(weights, **options)
+        return self._mhla
+
+    def softmax(self, query: Tensor, key: Tensor, value: Tensor, *, frames: int) -> Tensor:
+        """Attend to the chunk itself and to all keys and values of finished ones."""
+        check_next(self._tokens * frames // query.shape[1], frames, self.chunk_frames)
+        joined = [self._joined(index, new) for index, new in enumerate((key, value))]
+        if self.appends:
+            self._tokens += query.shape[1]
+        return _softmax(query, *joined)
+
+    def _joined(self, index: int, new: Tensor) -> Tensor:
+        """Finished tokens and new ones in one tensor, which has room for more of them."""
+        if len(self._cache) == index:
+            self._cache.append(new[:, :0])
+        kept, end = self._cache[index], self._tokens + new.shape[1]
+        if new.requires_grad or kept.requires_grad:
+            joined = torch.cat((kept[:, : self._tokens], new), dim=1)
+            if self.appends:
+                self._cache[index] = joined
+            return joined
+        if kept.shape[1] < end:
+            room = new.new_empty(new.shape[0], max(end, 2 * kept.shape[1]), *new.shape[2:])
+            room[:, : self._tokens] = kept[:, : self._tokens]
+            self._cache[index] = kept = room
+        kept[:, self._tokens : end] = new
+        return kept[:, :end]
+
+    @property
+    def tensors(self) -> Iterator[Tensor]:
+        """All that is kept."""
+        yield from self._cache
+        if self.values is not None:
+            yield self.values
+        if self._mhla is not None and self._mhla.finished is not None:
+            assert self._mhla.past is not None
+            yield from (*self._mhla.finished, *self._mhla.past)
+
+
+class ClipState:
+    """What a frame-causal transformer remembers of the finished chunks of a clip.
+
+    Calling it is calling the model on the clip's next chunk, which sees the finished ones as if
+    they stood before it: chunk by chunk is what the model gives for the whole clip at once,
+    gradients included. Time and memory of a call are the same for every chunk, but for those of
+    softmax layers (`exact=1`), which keep keys and values.
+
+    Args:
+        model: A transformer that was given `MHLAConfig(causal_frames=…)`.
+
+    Attributes:
+        frames: Latent frames of finished chunks.
+
+    Raises:
+        ValueError: If the model is not frame-causal.
+    """
+
+    def __init__(self, model: Any):
+        self.model = model
+        self.frames = 0
+        self.layers = {
+            layer: LayerState(layer.chunk_frames)
+            for layer in model.modules()
+            if isinstance(layer, FrameCausalMHLA)
+        }
+        if not self.layers:
+            raise UserError(
+                f"this {type(model).__name__} is not causal over frames; convert a model with "
+                "MHLAConfig(causal_frames=…)"
+            )
+
+    def __call__(
+        self, latents: Tensor, timestep: Tensor, *, append: bool = False, **conditions: Any
+    ) -> Tensor:
+        """What the model predicts for the next chunk.
+
+        Args:
+            latents: `[batch, channels, frames, height, width]`, of `causal_frames` frames, or fewer
+                in the clip's last chunk.
+            timestep: `[batch]`, or `[batch, tokens]`.
+            append: Make it a finished chunk, as it is here: later chunks read it so.
+            conditions: Further arguments of the model, such as `encoder_hidden_states`.
+
+        Returns:
+            Like `latents`.
+
+        Raises:
+            ValueError: If this cannot be the clip's next chunk.
+        """
+        model = self.model
+        if getattr(model, "is_gradient_checkpointing", False) and torch.is_grad_enabled():
+            raise UserError(
+                "a clip's state changes while chunks are read, so they cannot be read again; call "
+                "model.disable_gradient_checkpointing() first, or give the whole clip at once"
+            )
+        with self._remembered(append):
+            out = model(latents, timestep=timestep, **conditions, return_dict=False)[0]
+        if append:
+            self.frames += latents.shape[2]
+        return out
+
+    @property
+    def bytes(self) -> int:
+        """Memory of all that is kept."""
+        kept = (tensor for layer in self.layers.values() for tensor in layer.tensors)
+        return sum(tensor.numel() * tensor.element_size() for tensor in kept)
+
+    @contextmanager
+    def _remembered(self, append: bool) -> Iterator[None]:
+        """Hand each layer its state inside, and the rotary embedding its place in the clip."""
+        try:
+            self.model.rope.first_frame = self.frames
+            for layer, state in self.layers.items():
+                state.appends = append
+                layer.hand(state)
+            yield
+        finally:
+            self.model.rope.first_frame = 0
+            for layer in self.layers:
+                layer.hand(None)

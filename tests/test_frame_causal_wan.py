@@ -1,0 +1,213 @@
+"""A Wan that is causal over frames: chunk by chunk against the whole clip at once."""
+
+import pytest
+import torch
+from diffusers import WanPipeline
+from tiny import disturb, tiny_dit, tiny_wan, tiny_wan_pipeline, wan_inputs
+
+import mhla_gen
+from mhla_gen import ClipState, MHLAConfig
+from mhla_gen.errors import UserError
+from mhla_gen.models import FrameCausalMHLA
+from mhla_gen.runtime.compiling import compile_blocks
+
+FRAMES, CHUNK = 7, 2  # Whole chunks, and one frame more.
+
+
+def causal_wan(changes=None, **sizes):
+    torch.manual_seed(0)
+    settings = {"layout": (3, 2, 2), "causal_frames": CHUNK} | (changes or {})
+    return disturb(mhla_gen.inject(tiny_wan(**sizes), MHLAConfig(**settings)))
+
+
+def clip(frames=FRAMES, batch=2, **sizes):
+    """Latents and conditions, and a time for every chunk."""
+    torch.manual_seed(1)
+    inputs = wan_inputs(frames, batch=batch, **sizes)
+    times = 1000 * torch.rand(batch, -(-frames // CHUNK))
+    return inputs["hidden_states"], inputs["encoder_hidden_states"], times
+
+
+def times_of_tokens(times, latents):
+    per_chunk = CHUNK * latents.shape[3] * latents.shape[4] // 4
+    tokens = latents.shape[2] * latents.shape[3] * latents.shape[4] // 4
+    return times.repeat_interleave(per_chunk, dim=1)[:, :tokens]
+
+
+def at_once(model, latents, text, times):
+    timestep = times_of_tokens(times, latents)
+    return model(latents, timestep=timestep, encoder_hidden_states=text, return_dict=False)[0]
+
+
+def chunk_by_chunk(model, latents, text, times):
+    state = ClipState(model)
+    chunks = latents.split(CHUNK, dim=2)
+    return torch.cat(
+        [
+            state(chunk, times[:, number], encoder_hidden_states=text, append=True)
+            for number, chunk in enumerate(chunks)
+        ],
+        dim=2,
+    )
+
+
+@pytest.fixture
+def no_float32(monkeypatch):
+    """Wan computes parts in float32 whatever its dtype is; here in float64, too."""
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"mixing_per_head": True, "conv_kernel_size": 5, "layout": (1, 2, 3)},
+        {"normalize": False, "output_norm": True, "feature_map": "focused", "gate": "head"},
+        {"exact": 1.0, "conv": False},
+    ],
+)
+def test_chunk_by_chunk_is_all_at_once_in_training_and_sampling(changes, no_float32):
+    model = causal_wan(changes).double()
+    latents, text, times = (x.double() for x in clip(height=10, width=14))
+
+    def run(function):
+        given = latents.clone().requires_grad_()
+        out = function(model, given, text, times)
+        probe = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view_as(out)
+        names, weights = zip(*model.named_parameters(), strict=True)
+        gradients = torch.autograd.grad(
+            (out * probe).sum(), (given, *weights), materialize_grads=True
+        )
+        return {"out": out, "latents": gradients[0], **dict(zip(names, gradients[1:], strict=True))}
+
+    expected, found = run(at_once), run(chunk_by_chunk)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-9, msg=name)
+    with torch.no_grad():
+        sampled = chunk_by_chunk(model, latents, text, times)
+    torch.testing.assert_close(sampled, expected["out"], rtol=1e-9, atol=1e-9)
+
+
+def test_a_chunk_is_read_again_and_again_beside_clean_ones(no_float32):
+    model = causal_wan().double()
+    latents, text, _ = (x.double() for x in clip())
+    state, finished = ClipState(model), latents[:, :, : 2 * CHUNK]
+    with torch.no_grad():
+        for chunk in finished.split(CHUNK, dim=2):
+            state(chunk, torch.zeros(2), encoder_hidden_states=text, append=True)
+        for level in (900.0, 300.0):
+            noisy = torch.randn_like(latents[:, :, :CHUNK])
+            found = state(noisy, torch.full((2,), level), encoder_hidden_states=text)
+            times = torch.tensor([[0, 0, level]] * 2)
+            whole = at_once(model, torch.cat((finished, noisy), dim=2), text, times)
+            torch.testing.assert_close(found, whole[:, :, -CHUNK:], rtol=1e-9, atol=1e-9)
+    assert state.frames == 2 * CHUNK
+
+
+@pytest.mark.parametrize("exact", [0.0, 1.0])
+def test_later_frames_change_nothing_and_other_layers_are_untouched(exact):
+    model = causal_wan({"exact": exact})
+    latents, text, times = clip()
+    with torch.no_grad():
+        before = at_once(model, latents, text, times)
+        latents[:, :, 2 * CHUNK :] += 1
+        times[:, 2:] = 0
+        after = at_once(model, latents, text, times)
+    assert after[:, :, : 2 * CHUNK].equal(before[:, :, : 2 * CHUNK])
+    assert not after[:, :, 2 * CHUNK :].equal(before[:, :, 2 * CHUNK :])
+    assert not any(hasattr(block.attn2, "mhla") for block in model.blocks)
+
+
+@torch.no_grad()
+def test_a_clip_longer_than_the_rotary_table_goes_on(no_float32):
+    model = causal_wan(rope_max_seq_len=16).double()
+    longer = causal_wan(rope_max_seq_len=64).double()
+    latents, text, times = (x.double() for x in clip(frames=21, batch=1, height=4, width=4))
+    expected = at_once(longer, latents, text, times)
+    found = chunk_by_chunk(model, latents, text, times)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+@torch.no_grad()
+def test_memory_is_constant_but_for_softmax():
+    def sizes(exact):
+        model, found = causal_wan({"exact": exact}), []
+        latents, text, times = clip(frames=12)
+        state = ClipState(model)
+        for number, chunk in enumerate(latents.split(CHUNK, dim=2)):
+            state(chunk, times[:, number], encoder_hidden_states=text, append=True)
+            found.append(state.bytes)
+        return found
+
+    assert len(set(sizes(0.0))) == 1
+    assert len(set(sizes(1.0))) > 2
+
+
+def test_saved_loaded_restored(tmp_path):
+    plain = tiny_wan()
+    pipeline = tiny_wan_pipeline()
+    pipeline.transformer.load_state_dict(plain.state_dict())
+    mhla_gen.inject(pipeline, MHLAConfig(causal_frames=CHUNK))
+    model = disturb(pipeline.transformer)
+    assert model.mhla_config.layout[0] == 11  # 21 latent frames
+    assert all(row.kind == "causal mhla" for row in mhla_gen.summary(pipeline))
+    latents, text, times = clip(batch=1)
+    pipeline.save_pretrained(tmp_path)
+    loaded = WanPipeline.from_pretrained(
+        tmp_path, tokenizer=None, text_encoder=None, transformer_2=None
+    ).transformer
+    assert isinstance(loaded.blocks[0].attn1.mhla, FrameCausalMHLA)
+    with torch.no_grad():
+        assert at_once(loaded, latents, text, times).equal(at_once(model, latents, text, times))
+        mhla_gen.restore(pipeline)
+        found = at_once(pipeline.transformer, latents, text, times)
+        assert found.equal(at_once(plain, latents, text, times))
+
+
+def trace_blocks(model):
+    """As `compile_blocks`, without making code of what was traced."""
+    for block in model.blocks:
+        block.forward = torch.compile(block.forward, fullgraph=True, backend="eager")
+
+
+@pytest.mark.parametrize(
+    "compiling", [trace_blocks, pytest.param(compile_blocks, marks=pytest.mark.slow)]
+)
+def test_compiled_it_is_the_same(compiling):
+    model, compiled = causal_wan(num_layers=1), causal_wan(num_layers=1)
+    compiling(compiled)
+    latents, text, times = clip(frames=10, batch=1)
+    close = {"rtol": 1e-4, "atol": 1e-5}
+    with torch.no_grad():
+        expected = chunk_by_chunk(model, latents, text, times)
+        torch._dynamo.utils.counters.clear()
+        found = chunk_by_chunk(compiled, latents, text, times)
+        torch.testing.assert_close(found, expected, **close)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] < 6
+    out = at_once(compiled, latents, text, times)
+    torch.testing.assert_close(out, expected, **close)
+    out.square().mean().backward()
+    at_once(model, latents, text, times).square().mean().backward()
+    for ours, theirs in zip(compiled.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-5)
+
+
+def test_what_cannot_be_is_refused():
+    for changes, message in (
+        ({"layers": [0]}, "causal_frames needs layers=all"),
+        ({"exact": 0.2}, "causal_frames takes exact=0 or 1"),
+        ({"magnitude": True}, "causal_frames needs magnitude=false"),
+    ):
+        with pytest.raises(UserError, match=message):
+            MHLAConfig(causal_frames=2, **changes)
+    with pytest.raises(UserError, match="causal_frames is for Wan's"):
+        mhla_gen.inject(tiny_dit(), MHLAConfig(causal_frames=2))
+    with pytest.raises(UserError, match="not causal over frames"):
+        ClipState(mhla_gen.inject(tiny_wan(), MHLAConfig(layout=(2, 2, 2))))
+    model = causal_wan()
+    model.enable_gradient_checkpointing()
+    latents, text, times = clip()
+    with pytest.raises(UserError, match="disable_gradient_checkpointing"):
+        chunk_by_chunk(model, latents, text, times)
+    # A clip at once may be recomputed.
+    at_once(model, latents, text, times).sum().backward()

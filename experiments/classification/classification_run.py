@@ -245,15 +245,20 @@ def main() -> None:
         write_table(result, options.result.with_suffix(".md"))
         print(f"{time.time() - _began:.0f} s: {kind} of {name}", flush=True)
 
+    failed = []
     for arm in options.arms:
         over = time.time() - _began > options.speed_seconds
         if arm not in result["speed"] and torch.cuda.is_available() and not over:
-            keep("speed", arm, speed(ARMS[arm]))
+            try:
+                keep("speed", arm, speed(ARMS[arm]))
+            except Exception as error:
+                # One arm that cannot be run must not cost the others.
+                failed.append(f"speed of {arm}: {error!r}")
+                print(failed[-1], flush=True)
     deadline = _began + options.seconds
     rest = (options.epochs, options.batch, options.depth, options.limit, deadline)
     jobs = [Job(arm, seed, options.data, *rest) for seed in (0, 1) for arm in options.arms]
     jobs = [job for job in jobs if job.name not in result["runs"]]
-    failed = []
     # CUDA does not survive a fork.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.processes, mp_context=context) as pool:
@@ -263,7 +268,6 @@ def main() -> None:
                 if (found := future.result()) is not None:
                     keep("runs", running[future].name, found)
             except Exception as error:
-                # One arm that cannot be trained must not cost the others.
                 failed.append(f"{running[future].name}: {error!r}")
                 print(failed[-1], flush=True)
     missing = len([job for job in jobs if job.name not in result["runs"]])

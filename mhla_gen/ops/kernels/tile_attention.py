@@ -80,7 +80,10 @@ def listed_tokens(
     entries_ptr, start, offsets, bits, num_keys, box, SLOTS: tl.constexpr, SLOT_T: tl.constexpr,
     SLOT_H: tl.constexpr, SLOT_W: tl.constexpr, BN: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    """Tokens of keys [start, start + BN) of a list, and which of them are there."""
+    """Tokens of keys [start, start + BN) of a list, and which of them are there.
+
+    `TAIL`: the last block of the list is not full.
+    """
     keys = start + tl.arange(0, BN)
     if BN % SLOTS == 0:
         place = start // SLOTS + tl.arange(0, BN) // SLOTS
@@ -133,28 +136,25 @@ def attend_to_list(
     D: tl.constexpr, V: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, V0: tl.constexpr,
     V1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SLOTS: tl.constexpr,
     SLOT_T: tl.constexpr, SLOT_H: tl.constexpr, SLOT_W: tl.constexpr, RAGGED: tl.constexpr,
-    WIDE: tl.constexpr, ALIGN: tl.constexpr, BOUNDED: tl.constexpr, OPERAND: tl.constexpr,
-    PRECISION: tl.constexpr,
+    TAIL: tl.constexpr, WIDE: tl.constexpr, ALIGN: tl.constexpr, BOUNDED: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """All keys of one list and head, then those off the grid; see `attend`."""
     total = tl.zeros((BM,), tl.float32)
     out0 = tl.zeros((BM, V0), tl.float32)
     out1 = tl.zeros((BM, V1 if V1 > 0 else 1), tl.float32)
-    whole = num_keys // BN * BN
     offsets, bits = slot_places(tl.arange(0, BN) % SLOTS, box, SLOT_T, SLOT_H, SLOT_W)
-    # Whole blocks of keys need a mask for ragged tiles only, the rest of the list always.
-    for rest in tl.static_range(2):
-        for start in range(rest * whole, num_keys if rest else whole, BN):
-            keys, valid = listed_tokens(
-                entries_ptr, start, offsets, bits, num_keys, box,
-                SLOTS, SLOT_T, SLOT_H, SLOT_W, BN, rest > 0,
-            )  # fmt: skip
-            k0, k1 = load_tokens(k_ptr, keys, k_strides, D, D0, D1, ALIGN, WIDE)
-            v0, v1 = load_tokens(v_ptr, keys, v_strides, V, V0, V1, ALIGN, WIDE)
-            peak, total, out0, out1 = attend(
-                q0, q1, k0, k1, v0, v1, valid, peak, total, out0, out1, scale,
-                D1, V1, RAGGED or rest > 0, BOUNDED, OPERAND, PRECISION,
-            )  # fmt: skip
+    for start in range(0, num_keys, BN):
+        keys, valid = listed_tokens(
+            entries_ptr, start, offsets, bits, num_keys, box,
+            SLOTS, SLOT_T, SLOT_H, SLOT_W, BN, TAIL,
+        )  # fmt: skip
+        k0, k1 = load_tokens(k_ptr, keys, k_strides, D, D0, D1, ALIGN, WIDE)
+        v0, v1 = load_tokens(v_ptr, keys, v_strides, V, V0, V1, ALIGN, WIDE)
+        peak, total, out0, out1 = attend(
+            q0, q1, k0, k1, v0, v1, valid, peak, total, out0, out1, scale,
+            D1, V1, RAGGED or TAIL, BOUNDED, OPERAND, PRECISION,
+        )  # fmt: skip
     if extra_mask_ptr is not None:
         for start in range(0, extra_len, BN):
             k0, k1, v0, v1, valid = load_extra(
@@ -221,6 +221,7 @@ def tile_attend_kernel(
     SLOT_H: tl.constexpr,
     SLOT_W: tl.constexpr,
     RAGGED: tl.constexpr,
+    TAIL: tl.constexpr,
     WIDE: tl.constexpr,
     RANK: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -260,7 +261,7 @@ def tile_attend_kernel(
             q0, q1, k_ptr, v_ptr, entries_ptr, extra_k_ptr, extra_v_ptr, extra_mask_ptr,
             k_strides, v_strides, extra_k_strides, extra_v_strides, box, bound, num_keys,
             extra_len, scale, D, V, D0, D1, V0, V1, BM, BN, SLOTS, SLOT_T, SLOT_H, SLOT_W,
-            RAGGED, WIDE, ALIGN, True, OPERAND, PRECISION,
+            RAGGED, TAIL, WIDE, ALIGN, True, OPERAND, PRECISION,
         )  # fmt: skip
         # Where it is far too large, weights have vanished.
         if tl.min(tl.where(q_valid, total, 1.0)) < _VANISHED:
@@ -268,14 +269,14 @@ def tile_attend_kernel(
                 q0, q1, k_ptr, v_ptr, entries_ptr, extra_k_ptr, extra_v_ptr, extra_mask_ptr,
                 k_strides, v_strides, extra_k_strides, extra_v_strides, box, nothing, num_keys,
                 extra_len, scale, D, V, D0, D1, V0, V1, BM, BN, SLOTS, SLOT_T, SLOT_H, SLOT_W,
-                RAGGED, WIDE, ALIGN, False, OPERAND, PRECISION,
+                RAGGED, TAIL, WIDE, ALIGN, False, OPERAND, PRECISION,
             )  # fmt: skip
     else:
         peak, total, out0, out1 = attend_to_list(
             q0, q1, k_ptr, v_ptr, entries_ptr, extra_k_ptr, extra_v_ptr, extra_mask_ptr,
             k_strides, v_strides, extra_k_strides, extra_v_strides, box, nothing, num_keys,
             extra_len, scale, D, V, D0, D1, V0, V1, BM, BN, SLOTS, SLOT_T, SLOT_H, SLOT_W,
-            RAGGED, WIDE, ALIGN, False, OPERAND, PRECISION,
+            RAGGED, TAIL, WIDE, ALIGN, False, OPERAND, PRECISION,
         )  # fmt: skip
     inverse = 1 / total
     out0, out1 = out0 * inverse[:, None], out1 * inverse[:, None]

@@ -127,6 +127,7 @@ def tile_backward_queries_kernel(
     SLOT_H: tl.constexpr,
     SLOT_W: tl.constexpr,
     RAGGED: tl.constexpr,
+    TAIL: tl.constexpr,
     WIDE: tl.constexpr,
     RANK: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -151,22 +152,20 @@ def tile_backward_queries_kernel(
     dq0 = tl.zeros((BM, D0), tl.float32)
     dq1 = tl.zeros((BM, D1 if D1 > 0 else 1), tl.float32)
     num_keys = list_size * SLOTS
-    whole = num_keys // BN * BN
     offsets, bits = slot_places(tl.arange(0, BN) % SLOTS, box, SLOT_T, SLOT_H, SLOT_W)
-    for rest in tl.static_range(2):
-        for start in range(rest * whole, num_keys if rest else whole, BN):
-            keys, valid = listed_tokens(
-                entries_ptr, start, offsets, bits, num_keys, box,
-                SLOTS, SLOT_T, SLOT_H, SLOT_W, BN, rest > 0,
-            )  # fmt: skip
-            k0, k1 = load_tokens(k_ptr, keys, k_strides, D, D0, D1, ALIGN, WIDE)
-            v0, v1 = load_tokens(v_ptr, keys, v_strides, V, V0, V1, ALIGN, WIDE)
-            _p, ds = score_gradients(
-                q0, q1, k0, k1, do0, do1, v0, v1, lse, delta, scale, D1, V1, PRECISION
-            )
-            if RAGGED or rest > 0:
-                ds = tl.where(valid[None, :], ds, 0.0)
-            dq0, dq1 = add_times(ds.to(OPERAND), k0, k1, dq0, dq1, D1, PRECISION)
+    for start in range(0, num_keys, BN):
+        keys, valid = listed_tokens(
+            entries_ptr, start, offsets, bits, num_keys, box,
+            SLOTS, SLOT_T, SLOT_H, SLOT_W, BN, TAIL,
+        )  # fmt: skip
+        k0, k1 = load_tokens(k_ptr, keys, k_strides, D, D0, D1, ALIGN, WIDE)
+        v0, v1 = load_tokens(v_ptr, keys, v_strides, V, V0, V1, ALIGN, WIDE)
+        _p, ds = score_gradients(
+            q0, q1, k0, k1, do0, do1, v0, v1, lse, delta, scale, D1, V1, PRECISION
+        )
+        if RAGGED or TAIL:
+            ds = tl.where(valid[None, :], ds, 0.0)
+        dq0, dq1 = add_times(ds.to(OPERAND), k0, k1, dq0, dq1, D1, PRECISION)
     if extra_mask_ptr is not None:
         extra_k_ptr += head_offset(extra_k_strides, batch, head, ALIGN)
         extra_v_ptr += head_offset(extra_v_strides, batch, head, ALIGN)

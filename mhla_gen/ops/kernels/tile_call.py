@@ -128,6 +128,7 @@ def kernel_constants(call: TileCall, options: dict, *strides: tuple[int, ...]) -
         "BN": options["BN"],
         **call.slot_sizes,
         "RAGGED": call.ragged,
+        "TAIL": call.placed.list_size * call.slot_sizes["SLOTS"] % options["BN"] != 0,
         "RANK": call.rank,
         "ALIGN": alignment(*strides),
         "ROTARY": call.cos is not None,

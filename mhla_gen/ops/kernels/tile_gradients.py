@@ -106,7 +106,7 @@ def _backward_keys(
     owners, offsets = owners_of_tiles(lists, placed.num_tiles)
     blocks = quotient_up(call.slots, options["BN"])
     strides = keys.stride(), value.stride(), dkey.stride(), dvalue.stride()
-    constants = without(kernel_constants(call, options, *strides), "RAGGED", *call.slot_sizes)
+    constants = without(kernel_constants(call, options, *strides), "RAGGED", "TAIL", *call.slot_sizes)
     constants["PACK"] = packs[0].shape[2]
     launch(
         tile_backward_keys_kernel,
@@ -166,7 +166,7 @@ def _backward_extra(
     )
     constants = without(
         kernel_constants(call, options, *extra_strides(extra)),
-        "RAGGED", "RANK", "ROTARY", *call.slot_sizes,
+        "RAGGED", "TAIL", "RANK", "ROTARY", *call.slot_sizes,
     )  # fmt: skip
     launch(
         tile_backward_extra_kernel,

@@ -168,7 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--shares", type=float, nargs="+", default=[0.05, 0.125])
     options = parser.parse_args(arguments)
     device = resolve_device("auto")
-    pipeline: Any = ClassConditionalPipeline.from_pretrained(options.pipeline).to(device)
+    pipeline: Any = ClassConditionalPipeline.from_pretrained(str(options.pipeline)).to(device)
     model = pipeline.transformer.eval()
     images, labels = load_real(options.data).held_out()
     some = to_samples(images[: options.images], device)

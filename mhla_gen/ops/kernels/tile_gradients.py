@@ -106,7 +106,9 @@ def _backward_keys(
     owners, offsets = owners_of_tiles(lists, placed.num_tiles)
     blocks = quotient_up(call.slots, options["BN"])
     strides = keys.stride(), value.stride(), dkey.stride(), dvalue.stride()
-    constants = without(kernel_constants(call, options, *strides), "RAGGED", "TAIL", *call.slot_sizes)
+    constants = without(
+        kernel_constants(call, options, *strides), "RAGGED", "TAIL", *call.slot_sizes
+    )
     constants["PACK"] = packs[0].shape[2]
     launch(
         tile_backward_keys_kernel,

@@ -1,6 +1,6 @@
 """Softmax within the last tokens: the exact half of causal attention, for whole sequences."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -113,9 +113,8 @@ def banded(query: Tensor, key: Tensor, value: Tensor, window: int) -> Tensor:
     column = torch.arange(-window, chunk, device=query.device)
     band = (column <= row) & (column > row - window)
     # Queries of the first chunk have no key before it.
-    first = (x[:, :chunk] for x in (query, key, value))
     own = band[: min(seq_len, chunk), window : window + seq_len]
-    out = attend(*first, attn_mask=own)
+    out = attend(query[:, :chunk], key[:, :chunk], value[:, :chunk], own)
     if seq_len <= chunk:
         return out
     fill = (0, 0, 0, 0, 0, -seq_len % chunk)
@@ -124,16 +123,24 @@ def banded(query: Tensor, key: Tensor, value: Tensor, window: int) -> Tensor:
         F.pad(x[:, chunk - window :], fill).unfold(1, window + chunk, chunk).movedim(-1, 2)
         for x in (key, value)
     )
-    others = attend(*(x.flatten(0, 1) for x in (query, key, value)), attn_mask=band)
+    query, key, value = (x.flatten(0, 1) for x in (query, key, value))
+    others = attend(query, key, value, band)
     others = others.unflatten(0, (out.shape[0], -1)).flatten(1, 2)
     return torch.cat((out, others[:, : seq_len - chunk]), dim=1)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+) -> Tensor:
     """`scaled_dot_product_attention` of `[batch, seq_len, heads, dim]`, with grouped queries."""
     group = query.shape[2] // key.shape[2]
     if group > 1:
         # Not every kernel that takes a mask takes groups.
         key, value = (x.repeat_interleave(group, dim=2) for x in (key, value))
-    tensors = (x.transpose(1, 2) for x in (query, key, value))
-    return F.scaled_dot_product_attention(*tensors, **options).transpose(1, 2)
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, is_causal=is_causal)
+    return out.transpose(1, 2)

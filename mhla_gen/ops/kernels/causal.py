@@ -108,20 +108,23 @@ def causal_apply_kernel(
 
     own = tl.load(own_ptr + head * own_stride + block)
     matrix = (batch * LW + block) * num_heads + head
-    mixed, _s01, _s10, _s11, mixed_scale = load_summary(
-        mixed_ptr, mixed_scales_ptr, matrix, D, V, BD, 0, BV, 0
-    )
-    if NORMALIZE:
-        key_sum = load_vector(mixed_key_sums_ptr + matrix * D, D, 0, BD)[None, :]
     for start in range(first, last, BT):
         rows = start + tl.arange(0, BT)
         valid = rows < last
         tokens = rows.to(tl.int64)
+        # Loaded for every tile of queries, since registers are what a program has least of.
+        mixed, _s01, _s10, _s11, mixed_scale = load_summary(
+            mixed_ptr, mixed_scales_ptr, matrix, D, V, BD, 0, BV, 0
+        )
         _q, features, rotated = load_features(
             q_ptr, cos_ptr, sin_ptr, tokens, valid, q_strides, D, BD, ALIGN, FEATURE_MAP, ROTARY
         )
-        numerators = tl.zeros((BT, BV), tl.float32)
-        scored = tl.zeros((BT,), tl.float32)
+        out = times_matrix(rotated, mixed, mixed_scale, PRECISION)
+        denominators = tl.full((BT,), eps, tl.float32)
+        if NORMALIZE:
+            key_sum = load_vector(mixed_key_sums_ptr + matrix * D, D, 0, BD)[None, :]
+            denominators += tl.sum(features * key_sum, axis=1)
+        plain, queries = features.to(OPERAND), rotated.to(OPERAND)
         for key_start in range(first, start + 1, BT):
             columns = key_start + tl.arange(0, BT)
             present = columns < last
@@ -132,19 +135,16 @@ def causal_apply_kernel(
             )  # fmt: skip
             values = load_rows(v_ptr, key_tokens, present, v_strides, V, BV, ALIGN)
             read = (columns[None, :] <= rows[:, None]) & present[None, :]
+            weights = tl.where(read, own, 0.0)
             zeros = tl.zeros((BT, BT), tl.float32)
-            keys = tl.trans(key_rotated.to(OPERAND))
-            scores = tl.where(read, dot(rotated.to(OPERAND), keys, zeros, PRECISION), 0.0)
-            numerators = dot(scores.to(OPERAND), values.to(OPERAND), numerators, PRECISION)
+            scores = dot(queries, tl.trans(key_rotated.to(OPERAND)), zeros, PRECISION) * weights
+            out = dot(scores.to(OPERAND), values.to(OPERAND), out, PRECISION)
             if NORMALIZE:
                 if ROTARY:
                     keys = tl.trans(key_features.to(OPERAND))
-                    scores = dot(features.to(OPERAND), keys, zeros, PRECISION)
-                    scores = tl.where(read, scores, 0.0)
-                scored += tl.sum(scores, axis=1)
-        out = own * numerators + times_matrix(rotated, mixed, mixed_scale, PRECISION)
+                    scores = dot(plain, keys, zeros, PRECISION) * weights
+                denominators += tl.sum(scores, axis=1)
         if NORMALIZE:
-            denominators = tl.sum(features * key_sum, axis=1) + own * scored + eps
             # Past the end nothing may become 0 / 0.
             inverse = 1 / tl.where(valid, denominators, 1.0)
             out *= inverse[:, None]

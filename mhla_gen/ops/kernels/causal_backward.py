@@ -74,11 +74,6 @@ def causal_backward_queries_kernel(
 
     own = tl.load(own_ptr + head * own_stride + block)
     matrix = (batch * LW + block) * num_heads + head
-    mixed, _s01, _s10, _s11, mixed_scale = load_summary(
-        mixed_ptr, mixed_scales_ptr, matrix, D, V, BD, 0, BV, 0
-    )
-    if NORMALIZE:
-        key_sum = load_vector(mixed_key_sums_ptr + matrix * D, D, 0, BD)[None, :]
     dmixed = tl.zeros((BD, BV), tl.float32)
     dkey_sum = tl.zeros((BD,), tl.float32)
     down = tl.zeros((BT,), tl.float32)
@@ -86,14 +81,11 @@ def causal_backward_queries_kernel(
         rows = start + tl.arange(0, BT)
         valid = rows < last
         tokens = rows.to(tl.int64)
-        q, features, rotated = load_features(
-            q_ptr, cos_ptr, sin_ptr, tokens, valid, q_strides, D, BD, ALIGN, FEATURE_MAP, ROTARY
-        )
-        grad = load_rows(do_ptr, tokens, valid, do_strides, V, BV, ALIGN).to(tl.float32)
+        inverse = tl.full((BT,), 1.0, tl.float32)
         if NORMALIZE:
             inverse = tl.load(inverse_ptr + rows, mask=valid, other=0.0)
-            grad *= inverse[:, None]
-
+        grad = load_rows(do_ptr, tokens, valid, do_strides, V, BV, ALIGN).to(tl.float32)
+        grads = (grad * inverse[:, None]).to(OPERAND)
         du_own = tl.zeros((BT, BD), tl.float32)
         own_sums = tl.zeros((BT, BD), tl.float32)
         for key_start in range(first, start + 1, BT):
@@ -107,15 +99,24 @@ def causal_backward_queries_kernel(
             values = load_rows(v_ptr, key_tokens, present, v_strides, V, BV, ALIGN)
             read = (columns[None, :] <= rows[:, None]) & present[None, :]
             zeros = tl.zeros((BT, BT), tl.float32)
-            products = dot(grad.to(OPERAND), tl.trans(values.to(OPERAND)), zeros, PRECISION)
+            products = dot(grads, tl.trans(values.to(OPERAND)), zeros, PRECISION)
             products = tl.where(read, products, 0.0).to(OPERAND)
             du_own = dot(products, key_rotated.to(OPERAND), du_own, PRECISION)
             if NORMALIZE:
                 ones = tl.where(read, 1.0, 0.0).to(OPERAND)
                 own_sums = dot(ones, key_features.to(OPERAND), own_sums, PRECISION)
 
+        # Loaded for every tile, and not before: registers are what a program has least of.
+        mixed, _s01, _s10, _s11, mixed_scale = load_summary(
+            mixed_ptr, mixed_scales_ptr, matrix, D, V, BD, 0, BV, 0
+        )
+        grad = load_rows(do_ptr, tokens, valid, do_strides, V, BV, ALIGN).to(tl.float32)
+        grad *= inverse[:, None]
         du = own * du_own + times_matrix(grad, tl.trans(mixed), mixed_scale, PRECISION)
-        dmixed = dot(tl.trans(rotated.to(OPERAND)), grad.to(OPERAND), dmixed, PRECISION)
+        q, features, rotated = load_features(
+            q_ptr, cos_ptr, sin_ptr, tokens, valid, q_strides, D, BD, ALIGN, FEATURE_MAP, ROTARY
+        )
+        dmixed = dot(tl.trans(rotated.to(OPERAND)), grads, dmixed, PRECISION)
         by_own = tl.sum(rotated * du_own, axis=1)
         dfeatures = du
         if ROTARY:
@@ -125,6 +126,7 @@ def causal_backward_queries_kernel(
             # δ = do·o / denominator, and g·numerator = u·du.
             delta = tl.sum(rotated * du, axis=1) * inverse
             tl.store(delta_ptr + rows, delta, mask=valid)
+            key_sum = load_vector(mixed_key_sums_ptr + matrix * D, D, 0, BD)[None, :]
             dfeatures -= delta[:, None] * (key_sum + own * own_sums)
             dkey_sum -= tl.sum(features * delta[:, None], axis=0)
             by_own -= delta * tl.sum(features * own_sums, axis=1)
@@ -192,20 +194,18 @@ def causal_backward_keys_kernel(
 
     own = tl.load(own_ptr + head * own_stride + block)
     matrix = (batch * LW + block) * num_heads + head
-    dsummary, _s01, _s10, _s11, dscale = load_summary(
-        dsummaries_ptr, dscales_ptr, matrix, D, V, BD, 0, BV, 0
-    )
     for start in range(first, last, BT):
         columns = start + tl.arange(0, BT)
         present = columns < last
         tokens = columns.to(tl.int64)
-        k, _features, rotated = load_features(
+        _k, _features, rotated = load_features(
             k_ptr, cos_ptr, sin_ptr, tokens, present, k_strides, D, BD, ALIGN, FEATURE_MAP, ROTARY
         )
-        values = load_rows(v_ptr, tokens, present, v_strides, V, BV, ALIGN).to(tl.float32)
-        dv_own = tl.zeros((BT, BV), tl.float32)
-        dw_own = tl.zeros((BT, BD), tl.float32)
-        dz_own = tl.zeros((BT, BD), tl.float32)
+        keys = rotated.to(OPERAND)
+        values = load_rows(v_ptr, tokens, present, v_strides, V, BV, ALIGN).to(OPERAND)
+        dv = tl.zeros((BT, BV), tl.float32)
+        dw = tl.zeros((BT, BD), tl.float32)
+        dz = tl.zeros((BT, BD), tl.float32)
         for query_start in range(start, last, BT):
             rows = query_start + tl.arange(0, BT)
             valid = rows < last
@@ -220,25 +220,31 @@ def causal_backward_keys_kernel(
                 grad *= inverse[:, None]
             read = (columns[:, None] <= rows[None, :]) & valid[None, :]
             zeros = tl.zeros((BT, BT), tl.float32)
-            queries = query_rotated.to(OPERAND)
-            scores = dot(rotated.to(OPERAND), tl.trans(queries), zeros, PRECISION)
-            scores = tl.where(read, scores, 0.0).to(OPERAND)
-            dv_own = dot(scores, grad.to(OPERAND), dv_own, PRECISION)
-            products = dot(values.to(OPERAND), tl.trans(grad.to(OPERAND)), zeros, PRECISION)
-            products = tl.where(read, products, 0.0).to(OPERAND)
-            dw_own = dot(products, queries, dw_own, PRECISION)
+            queries, grads = query_rotated.to(OPERAND), grad.to(OPERAND)
+            scores = dot(keys, tl.trans(queries), zeros, PRECISION)
+            dv = dot(tl.where(read, scores, 0.0).to(OPERAND), grads, dv, PRECISION)
+            products = dot(values, tl.trans(grads), zeros, PRECISION)
+            dw = dot(tl.where(read, products, 0.0).to(OPERAND), queries, dw, PRECISION)
             if NORMALIZE:
                 delta = tl.load(delta_ptr + rows, mask=valid, other=0.0)
                 deltas = tl.where(read, delta[None, :], 0.0).to(OPERAND)
-                dz_own = dot(deltas, query_features.to(OPERAND), dz_own, PRECISION)
+                dz = dot(deltas, query_features.to(OPERAND), dz, PRECISION)
 
-        dv = own * dv_own + times_matrix(rotated, dsummary, dscale, PRECISION)
+        # Loaded for every tile, and not before: registers are what a program has least of.
+        dsummary, _s01, _s10, _s11, dscale = load_summary(
+            dsummaries_ptr, dscales_ptr, matrix, D, V, BD, 0, BV, 0
+        )
+        k, _features, rotated = load_features(
+            k_ptr, cos_ptr, sin_ptr, tokens, present, k_strides, D, BD, ALIGN, FEATURE_MAP, ROTARY
+        )
+        dv = own * dv + times_matrix(rotated, dsummary, dscale, PRECISION)
         store_pieces(dv_ptr, dv, dv, tokens, present, dv_strides, V, BV, 0, ALIGN)
-        dw = own * dw_own + times_matrix(values, tl.trans(dsummary), dscale, PRECISION)
+        value = load_rows(v_ptr, tokens, present, v_strides, V, BV, ALIGN).to(tl.float32)
+        dw = own * dw + times_matrix(value, tl.trans(dsummary), dscale, PRECISION)
         if ROTARY:
             cos, sin = load_angles(cos_ptr, sin_ptr, tokens, present, D, 0, BD)
             dw = rotate(dw, cos, -sin)
         if NORMALIZE:
-            dw += load_vector(dkey_sums_ptr + matrix * D, D, 0, BD)[None, :] - own * dz_own
+            dw += load_vector(dkey_sums_ptr + matrix * D, D, 0, BD)[None, :] - own * dz
         dk = dw * phi_grad(k, FEATURE_MAP)
         store_pieces(dk_ptr, dk, dk, tokens, present, dk_strides, D, BD, 0, ALIGN)

@@ -17,11 +17,12 @@ from mhla_gen.ops.kernels.compiled import launch
 from mhla_gen.ops.kernels.launch import Call, alignment, shared_axes
 from mhla_gen.ops.kernels.linear_form import Summaries
 
-# Tokens of a tile and warps for 16-bit operands, by the padded channels.
+# Tokens of a tile and warps for 16-bit operands, by the padded channels: the largest tiles that fit
+# the registers (compiled for sm_90, not timed).
 _TILES = {
     "apply": {64: (64, 4), 128: (64, 8)},
-    "backward_queries": {64: (64, 4), 128: (32, 8)},
-    "backward_keys": {64: (64, 4), 128: (32, 8)},
+    "backward_queries": {64: (64, 8), 128: (32, 8)},
+    "backward_keys": {64: (64, 8), 128: (32, 8)},
 }
 # Longer blocks are cut: scores within a block cost its length squared.
 LONGEST_BLOCK = 128
@@ -126,9 +127,7 @@ def _options(kernel: str, call: Call) -> dict:
     columns = max(call.tile.values())
     if options["OPERAND"] == tl.float32:
         tokens = 16 if columns > 64 else 32
-        precision = "ieee" if columns > 64 else "tf32x3"
-        tiles = {"BT": tokens, "PRECISION": precision, "num_warps": 8, "num_stages": 1}
-        return options | tiles
+        return options | {"BT": tokens, "PRECISION": "tf32x3", "num_warps": 8, "num_stages": 1}
     tokens, warps = _TILES[kernel][64 if columns <= 64 else 128]
     # A block of one tile has nothing to load ahead.
     tokens = min(tokens, max(16, 1 << (call.block_size - 1).bit_length()))

@@ -87,10 +87,54 @@ def exact_attention(
                 mask = F.pad(extra[2], (key.shape[1], 0), value=True)
             key, value = (torch.cat(pair, dim=1) for pair in ((key, extra[0]), (value, extra[1])))
         return _softmax(query, key, value, mask), None
-    if extra is not None and config.exact == 0 and config.combine != "denominator":
-        return _softmax(rotated(query, rotary), *extra), None
     if rotary is not None and rotary[0].ndim == 4:
         query, key, rotary = rotated(query, rotary), rotated(key, rotary), None
+    if extra is not None and config.exact == 0:
+        return _extra_alone(query, key, value, config, grid, rotary, extra)
+    return _tiles(query, key, value, config, grid, rotary, extra)
+
+
+def _extra_alone(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    config: MHLAConfig,
+    grid: tuple[int, ...],
+    rotary: tuple[Tensor, Tensor] | None,
+    extra: tuple[Tensor, ...],
+) -> tuple[Tensor, Tensor | None]:
+    """Softmax on keys off the grid and on no others; see `exact_attention`.
+
+    Where a sample has none of them, as with a caption that is masked whole, its output is zero and
+    the logarithm of its denominator -inf: with `combine=denominator` MHLA has all the weight.
+    """
+    empty = None
+    if len(extra) == 3:
+        empty = ~extra[2].any(dim=1)
+        # Softmax over no key would be 0 / 0.
+        extra = (*extra[:2], extra[2] | empty[:, None])
+    if config.combine == "denominator":
+        out, log_sum_exp = _tiles(query, key, value, config, grid, rotary, extra)
+    else:
+        out, log_sum_exp = _softmax(rotated(query, rotary), *extra), None
+    if empty is None:
+        return out, log_sum_exp
+    out = out.masked_fill(empty[:, None, None, None], 0)
+    if log_sum_exp is not None:
+        log_sum_exp = log_sum_exp.masked_fill(empty[:, None, None], -math.inf)
+    return out, log_sum_exp
+
+
+def _tiles(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    config: MHLAConfig,
+    grid: tuple[int, ...],
+    rotary: tuple[Tensor, Tensor] | None,
+    extra: tuple[Tensor, ...] | None,
+) -> tuple[Tensor, Tensor]:
+    """Softmax on the tiles that a config asks for; see `exact_attention`."""
     tile, group, window, top = tile_layout(config, grid)
     return tile_attention(
         query,

@@ -25,6 +25,7 @@ from mhla_gen.config.previews import PreviewConfig, RunEvaluationConfig
 from mhla_gen.config.sampling import SampleConfig
 from mhla_gen.config.tools import BenchConfig, ConvertConfig, DoctorConfig
 from mhla_gen.config.training import QuickstartConfig, TrainConfig
+from mhla_gen.config.transformer import TransformerConfig
 from mhla_gen.config.wan import WAN_PRESETS, WanConfig
 
 __all__ = [
@@ -59,6 +60,7 @@ __all__ = [
     "StageConfig",
     "TextEncoderConfig",
     "TrainConfig",
+    "TransformerConfig",
     "WanConfig",
     "attention_from_dict",
     "load_config",

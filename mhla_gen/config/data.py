@@ -116,10 +116,11 @@ class TextEncoderConfig(Settings, prefix="text."):
     """The encoder of captions."""
 
     path: FilePath | None = None
-    """Folder or hub name of a pipeline with a T5 or UMT5 `text_encoder` and a `tokenizer`. None:
-    captions are not embedded."""
-    max_sequence_length: Count = 512
-    """Tokens of a caption; longer ones are cut. 512 is what Wan was trained with."""
+    """Folder or hub name of a pipeline with the text encoders: of a family that docs/models.md says
+    to train, or with a T5 or UMT5 `text_encoder` and a `tokenizer`. None: captions are not
+    embedded."""
+    max_sequence_length: Count | None = None
+    """Tokens of a caption; longer ones are cut. None takes the pipeline's own, 512 for Wan."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Arithmetic of the encoder, and of its embeddings on disk."""
     batch_size: Count = 16

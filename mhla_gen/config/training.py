@@ -21,6 +21,7 @@ from mhla_gen.config.mhla import MHLAConfig
 from mhla_gen.config.model import ModelConfig
 from mhla_gen.config.objective import ObjectiveConfig
 from mhla_gen.config.previews import PreviewConfig, RunEvaluationConfig
+from mhla_gen.config.transformer import TransformerConfig
 from mhla_gen.config.wan import WanConfig
 from mhla_gen.errors import UserError
 
@@ -44,6 +45,9 @@ class TrainConfig(Settings):
     wan: WanConfig | None = None
     """Train a Wan on clips with captions, in place of a DiT on images with labels: from
     model.pretrained, or new. Of model, the settings of attention and trainable count too."""
+    transformer: TransformerConfig | None = None
+    """Train any other transformer of text to image or text to video on captions, in place of a DiT:
+    from model.pretrained, or new. Of model, the settings of attention and trainable count too."""
     distill: DistillConfig | None = None
     """Turn a pretrained softmax model into this one, in stages, in place of plain training."""
     seed: Seed = 0
@@ -125,8 +129,14 @@ class TrainConfig(Settings):
         super().__post_init__()
         if self.float8 and self.mixed_precision != "bf16":
             raise UserError(f"float8 needs mixed_precision=bf16, found {self.mixed_precision}")
-        if self.model.trainable == "lora" and self.wan is None:
-            raise UserError("model.trainable=lora needs wan: diffusers' DiT takes no adapters")
+        if self.wan is not None and self.transformer is not None:
+            raise UserError(
+                "wan and transformer are given; a Wan needs wan, all others transformer"
+            )
+        if self.model.trainable == "lora" and self.takes_labels:
+            raise UserError(
+                "model.trainable=lora needs wan or transformer: diffusers' DiT takes no adapters"
+            )
         shares = self.model.attention == "linformer" and self.model.linformer.sharing == "layerwise"
         if shares and self.parallelism == "fsdp":
             raise UserError(
@@ -140,6 +150,11 @@ class TrainConfig(Settings):
             )
         if self.evaluate_every and self.evaluation.reference is None:
             raise UserError("evaluate_every needs evaluation.reference, images or statistics")
+
+    @property
+    def takes_labels(self) -> bool:
+        """Whether a DiT learns class labels."""
+        return self.wan is None and self.transformer is None
 
     @property
     def without_stages(self) -> "TrainConfig":

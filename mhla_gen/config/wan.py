@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from mhla_gen.config.checks import check_choice
-from mhla_gen.config.fields import Count, Positive, Range, Settings
+from mhla_gen.config.fields import Count, Range
+from mhla_gen.config.lora import LoraSettings
 from mhla_gen.errors import UserError
 
 WAN_PRESETS: dict[str, dict[str, int]] = {
@@ -28,7 +29,7 @@ _SIZES = ("num_layers", "num_attention_heads", "attention_head_dim", "ffn_dim")
 
 
 @dataclass(frozen=True, kw_only=True)
-class WanConfig(Settings, prefix="wan."):
+class WanConfig(LoraSettings, prefix="wan."):
     """A Wan transformer for clips with captions, and what of it is trained.
 
     Raises:
@@ -59,12 +60,6 @@ class WanConfig(Settings, prefix="wan."):
     boundary: Annotated[float, Range(0, 1, open_low=True, open_high=True)] | None = None
     """Noise level between the experts; None asks the pretrained pipeline, and takes Wan 2.2's where
     there is none: 0.875 for text to video, 0.9 for image to video."""
-    lora_rank: Count = 32
-    """model.trainable=lora: rank of the updates."""
-    lora_alpha: Positive | None = None
-    """model.trainable=lora: the updates are scaled by alpha / rank; None takes the rank."""
-    lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2")
-    """model.trainable=lora: which linear layers are updated, by the ends of their names."""
     save_text_encoder: bool = False
     """Save the text encoder of the cache with the pipeline, 11 GB for Wan's. Without it samples
     are made from embedded prompts."""

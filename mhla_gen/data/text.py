@@ -16,6 +16,9 @@ from mhla_gen.hub import locate, pipeline_index
 
 ENCODERS = {"t5": "T5EncoderModel", "umt5": "UMT5EncoderModel"}
 
+# What Wan was trained with.
+_LENGTH = 512
+
 
 class TextEncoder(NamedTuple):
     """A T5 or UMT5 encoder with its tokenizer."""
@@ -25,8 +28,8 @@ class TextEncoder(NamedTuple):
     max_sequence_length: int
 
     @torch.inference_mode()
-    def embed(self, captions: Sequence[str]) -> list[Tensor]:
-        """Embeddings without padding, `[tokens, text_dim]` each, on the CPU.
+    def embed(self, captions: Sequence[str]) -> list[dict[str, Tensor]]:
+        """`prompt_embeds` without padding, `[tokens, text_dim]`, of each caption, on the CPU.
 
         Source:
             diffusers 0.42, `WanPipeline._get_t5_prompt_embeds`; a model gets them padded with
@@ -42,7 +45,12 @@ class TextEncoder(NamedTuple):
         mask = tokens.attention_mask.to(self.model.device)
         hidden = self.model(tokens.input_ids.to(self.model.device), mask).last_hidden_state
         lengths = tokens.attention_mask.sum(1).tolist()
-        return [states[:n].cpu() for states, n in zip(hidden, lengths, strict=True)]
+        rows = zip(hidden, lengths, strict=True)
+        return [{"prompt_embeds": states[:n].cpu()} for states, n in rows]
+
+    def to(self, device: torch.device | str) -> None:
+        """Move the encoder."""
+        self.model.to(device)
 
 
 def load_text_encoder(config: TextEncoderConfig) -> TextEncoder:
@@ -74,7 +82,8 @@ def load_text_encoder(config: TextEncoderConfig) -> TextEncoder:
     dtype = getattr(torch, config.dtype)
     with naming_damage(path):
         model = kind.from_pretrained(path, subfolder="text_encoder", dtype=dtype)
-    return TextEncoder(model.eval().requires_grad_(False), tokenizer, config.max_sequence_length)
+    length = config.max_sequence_length or _LENGTH
+    return TextEncoder(model.eval().requires_grad_(False), tokenizer, length)
 
 
 def identity(encoder: TextEncoder, config: TextEncoderConfig) -> dict[str, Any]:
@@ -86,6 +95,6 @@ def identity(encoder: TextEncoder, config: TextEncoderConfig) -> dict[str, Any]:
         "tokenizer": settings_digest(vocabulary)[:32],
         # prompt_clean mends broken characters where this package is installed.
         "ftfy": is_ftfy_available(),
-        "max_sequence_length": config.max_sequence_length,
+        "max_sequence_length": encoder.max_sequence_length,
         "dtype": config.dtype,
     }

@@ -1,6 +1,6 @@
 """Layer-wise distillation: every MHLA layer learns the output of the softmax layer it replaces."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -27,11 +27,28 @@ def relative_error(output: Tensor, target: Tensor) -> Tensor:
 
 def relative_token_error(output: Tensor, target: Tensor) -> Tensor:
     """The mean over tokens `[batch, seq_len, channels]` of `relative_error` of each; `[batch]`."""
+    return _token_errors(output, target).mean(1)
+
+
+def _token_errors(output: Tensor, target: Tensor) -> Tensor:
     each = relative_error(output.flatten(0, 1), target.flatten(0, 1))
-    return each.unflatten(0, output.shape[:2]).mean(1)
+    return each.unflatten(0, output.shape[:2])
 
 
-ERRORS = {"sample": relative_error, "token": relative_token_error}
+def _of_samples(output: Sequence[Tensor], target: Sequence[Tensor]) -> Tensor:
+    """`relative_error` of text and image together."""
+    return relative_error(
+        *(torch.cat([x.flatten(1) for x in both], dim=1) for both in (output, target))
+    )
+
+
+def _of_tokens(output: Sequence[Tensor], target: Sequence[Tensor]) -> Tensor:
+    """`relative_token_error` of text and image together."""
+    pairs = zip(output, target, strict=True)
+    return torch.cat([_token_errors(*pair) for pair in pairs], dim=1).mean(1)
+
+
+ERRORS = {"sample": _of_samples, "token": _of_tokens}
 
 
 class LayerErrors:
@@ -91,13 +108,14 @@ class LayerErrors:
             hook.remove()
 
     def _compare(
-        self, name: str, original: Any, layer: Any, args: Any, kwargs: Any, output: Tensor
-    ) -> Tensor | None:
+        self, name: str, original: Any, layer: Any, args: Any, kwargs: Any, output: Any
+    ) -> Any:
         if not layer.training:
             return None
         with torch.no_grad():
             target = original(*args, **kwargs)
-        error = self._error(output, target)
+        # A layer of text and image may return both.
+        error = self._error(*(x if isinstance(x, tuple) else (x,) for x in (output, target)))
         if self._found is not None:
             self._found[name] = error
         return target

@@ -6,10 +6,9 @@ from typing import Any
 import diffusers
 import torch
 
-from mhla_gen.errors import UserError
 from mhla_gen.hub import locate, locate_part, pipeline_index
 from mhla_gen.models.family import Family
-from mhla_gen.models.injection import MHLA_CLASSES
+from mhla_gen.models.injection import family_of
 from mhla_gen.models.saved_transformer import load_transformer
 
 
@@ -43,20 +42,6 @@ def load_subject(path: str, component: str, dtype: torch.dtype) -> Subject:
     model = load_transformer(place, component, dtype)
     source = "/".join([place, *location.values()])
     return Subject(model.eval(), family_of(model), source, _scheduler(place))
-
-
-def family_of(model: Any) -> Family:
-    """The family of a transformer, converted or not.
-
-    Raises:
-        ValueError: If it has none.
-    """
-    for base, mhla_class in MHLA_CLASSES.items():
-        if isinstance(model, base):
-            known: Any = mhla_class
-            return known.family
-    names = ", ".join(base.__name__ for base in MHLA_CLASSES)
-    raise UserError(f"inspect knows {names}, with and without MHLA; found a {type(model).__name__}")
 
 
 def _scheduler(place: str) -> Any | None:

@@ -12,6 +12,7 @@ from mhla_gen.errors import UserError
 from mhla_gen.models.cogvideox import MHLACogVideoXTransformer3DModel
 from mhla_gen.models.cosmos import MHLACosmosTransformer3DModel
 from mhla_gen.models.dit import MHLADiTTransformer2DModel
+from mhla_gen.models.family import Family
 from mhla_gen.models.flux import MHLAFlux2Transformer2DModel, MHLAFluxTransformer2DModel
 from mhla_gen.models.hunyuan_dit import MHLAHunyuanDiT2DModel
 from mhla_gen.models.hunyuan_video import (
@@ -68,6 +69,19 @@ MHLA_CLASSES: dict[type, type] = {
     )
     for softmax_class in (mhla_class.family.base_class, *mhla_class.family.variants)
 }
+
+
+def family_of(model: Any) -> Family:
+    """The family of a transformer, converted or not.
+
+    Raises:
+        ValueError: If it has none.
+    """
+    for base, mhla_class in MHLA_CLASSES.items():
+        if isinstance(model, base):
+            known: Any = mhla_class
+            return known.family
+    raise UserError(unsupported(model))
 
 
 def inject(

@@ -20,6 +20,7 @@ from mhla_gen.training.initialization import disable_label_dropout, initialize_d
 from mhla_gen.training.objectives import FlowMatching, Objective
 from mhla_gen.training.pretrained import attention_settings, pretrained_dit
 from mhla_gen.training.task import Task, preview_pixels
+from mhla_gen.training.transformer import transformer_task
 from mhla_gen.training.wan import wan_task
 
 
@@ -87,6 +88,8 @@ def build_task(config: TrainConfig, data: TrainingData) -> Task:
         require_pipeline(data, config.model.pretrained)
     if config.wan is not None:
         return wan_task(config, config.wan, data)
+    if config.transformer is not None:
+        return transformer_task(config, config.transformer, data)
     if data.class_names is None:
         raise UserError("the data have no class labels, which a class-conditional model needs")
     return _class_conditional(config, data, data.class_names)

@@ -124,7 +124,7 @@ class RunLog:
 
     def _use_of_device(self, samples_per_second: float) -> dict[str, float]:
         used = {}
-        if self.peak_flops is not None:
+        if self.peak_flops is not None and self.run.sample_flops is not None:
             flops = samples_per_second * self.run.sample_flops
             used["mfu"] = round(flops / self.peak_flops / self.run.accelerator.num_processes, 4)
         if self.run.accelerator.device.type == "cuda":

@@ -3,12 +3,12 @@
 import copy
 from typing import Any
 
-from mhla_gen.config import WanConfig
+from mhla_gen.config.lora import LoraSettings
 from mhla_gen.errors import UserError
 from mhla_gen.training.optim import train_only_mhla
 
 
-def add_lora(model: Any, config: WanConfig) -> None:
+def add_lora(model: Any, config: LoraSettings) -> None:
     """Freeze a model but for low-rank updates of its linear layers, and for what MHLA added.
 
     Args:
@@ -22,10 +22,14 @@ def add_lora(model: Any, config: WanConfig) -> None:
         from peft import LoraConfig
     except ImportError as error:
         raise UserError("model.trainable=lora needs the package peft") from error
+    if not hasattr(model, "add_adapter"):
+        raise UserError(
+            f"a {type(model).__name__} takes no adapters; leave model.trainable=lora out"
+        )
     targets = list(config.lora_targets)
     ends = tuple(f".{target}" for target in targets)
     if not any(name.endswith(ends) for name, _ in model.named_modules()):
-        raise UserError(f"wan.lora_targets {targets} name no layer of a {type(model).__name__}")
+        raise UserError(f"lora_targets {targets} name no layer of a {type(model).__name__}")
     alpha = config.lora_rank if config.lora_alpha is None else config.lora_alpha
     rank = config.lora_rank
     settings: dict[str, Any] = {"r": rank, "lora_alpha": alpha, "target_modules": targets}

@@ -10,6 +10,7 @@ from torch import nn
 from mhla_gen.config import AttentionConfig, LinformerConfig, ModelConfig
 from mhla_gen.errors import UserError
 from mhla_gen.models import inject
+from mhla_gen.models.injection import family_of
 from mhla_gen.models.saved_transformer import load_transformer
 from mhla_gen.models.transformer import MHLATransformerMixin
 from mhla_gen.outputs.folders import differences
@@ -34,7 +35,7 @@ def load_pretrained(config: ModelConfig, subfolder: str = "transformer") -> Any:
                 "or save it once after mhla_gen.restore(model)"
             )
         return model
-    asked = attention_settings(config, 2 if isinstance(model, DiTTransformer2DModel) else 3)
+    asked = attention_settings(config, family_of(model).rank)
     if not isinstance(model, MHLATransformerMixin):
         return inject(model, asked)
     found = model.mhla_config

@@ -23,7 +23,7 @@ def open_what_is_needed(run: Run) -> None:
     # The autoencoder, text encoder and other expert, kept until a checkpoint or preview uses them.
     on_main(lambda: (run.task.pipeline(model), None)[1])
     config = run.config
-    if config.evaluate_every and (run.task.sampler is None or config.wan is not None):
+    if config.evaluate_every and (run.task.sampler is None or not config.takes_labels):
         raise UserError("evaluate_every is for class-conditional models of images; leave it out")
     if config.sample_every or config.evaluate_every:
         pipeline = run.task.pipeline(model)

@@ -48,11 +48,14 @@ def rehearse(config: TrainConfig, build: BuildTask = build_task) -> str:
     trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     epochs = config.max_steps * config.batch_size / len(run.data)
     left_out = run.data.index.warning if isinstance(run.data, CachedLatents) else None
+    flops = ""
+    if run.sample_flops is not None:
+        flops = f"; {run.sample_flops / 1e9:.4g} GFLOP per sample and step"
     memory = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if on_gpu else ""
     return (
         f"{run.task.summary}; {config.model.attention} model with "
-        f"{sum(parameters) / 1e6:.2f} M parameters, {trained / 1e6:.2f} M trained; "
-        f"{run.sample_flops / 1e9:.4g} GFLOP per sample and step; first loss {loss:.4f}; "
+        f"{sum(parameters) / 1e6:.2f} M parameters, {trained / 1e6:.2f} M trained{flops}; "
+        f"first loss {loss:.4f}; "
         f"{seconds:.3g} s for a step of {size}{memory}; {config.max_steps} steps of "
         f"{config.batch_size} are {epochs:.1f} epochs and take about {total}"
         f"{f'; {left_out}' if left_out else ''}"

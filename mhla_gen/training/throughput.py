@@ -1,14 +1,19 @@
 """Arithmetic of a training step, and what a device could do."""
 
+import copy
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -16,6 +21,7 @@ from mhla_gen.data import Batch
 from mhla_gen.models import MHLA
 from mhla_gen.training.conditioning import Conditioning
 
+_UNKNOWN_SHAPES = (DataDependentOutputException, DynamicOutputShapeException)
 # Dense bfloat16 TFLOP/s with float32 sums, from the makers' data sheets, by part of the name that
 # PyTorch reports. SXM and PCIe boards of one name differ; PCIe and NVL are listed first.
 _PEAK_TFLOPS = {
@@ -54,7 +60,7 @@ def specified_flops(name: str) -> float | None:
 
 def step_flops(
     model: nn.Module, conditioning: Conditioning, sample: Batch, shape: tuple[int, ...]
-) -> int:
+) -> int | None:
     """Operations of training on one sample: those of the forward pass, three times.
 
     Matrix products, attention and convolutions are counted, a multiplication and an addition as
@@ -66,8 +72,13 @@ def step_flops(
         conditioning: How it is called.
         sample: A batch of one.
         shape: `(channels, (frames,) height, width)` of the sample.
+
+    Returns:
+        Operations; None for a model whose shapes depend on values, such as those of a mask.
     """
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    # Some models remember tables by size, which must not be tables without values.
+    model = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors.values()})
     # Plain products in place of kernels, which are not counted on every device.
     # A condition may have tensors of its own.
     fake = FakeTensorMode(allow_non_fake_inputs=True)
@@ -78,7 +89,8 @@ def step_flops(
         def call(*args: Any, **kwargs: Any) -> Any:
             return torch.func.functional_call(model, weights, args, kwargs)
 
-        with FlopCounterMode(display=False) as counter:
+        counter = FlopCounterMode(display=False)
+        with suppress(*_UNKNOWN_SHAPES), counter:
             conditioning.predict(
                 call,
                 torch.empty(1, *shape),
@@ -86,7 +98,8 @@ def step_flops(
                 batch,
                 torch.empty(1, dtype=torch.bool),
             )
-    return 3 * counter.get_total_flops()
+            return 3 * counter.get_total_flops()
+    return None
 
 
 @contextmanager

@@ -60,7 +60,7 @@ class Run:
     ema: WeightAverage
     recent: RecentSteps
     """Steps that the log has no line of yet."""
-    sample_flops: int
+    sample_flops: int | None
     """Operations of training on one sample; see `step_flops`."""
 
     @cached_property
@@ -261,7 +261,7 @@ def can_record(accelerator: Accelerator, model: nn.Module, config: TrainConfig) 
     return (
         config.cuda_graphs
         and config.compile == "regional"
-        and config.wan is None
+        and config.takes_labels
         and not (config.gradient_checkpointing and draws(model))
         and accelerator.device.type == "cuda"
         and not accelerator.is_fsdp2

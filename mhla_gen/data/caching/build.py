@@ -30,6 +30,7 @@ from mhla_gen.data.caching.settings import (
     content_settings,
     keep_settings,
 )
+from mhla_gen.data.captions import CaptionEncoder, has_call, load_caption_encoder
 from mhla_gen.data.clip_files import ClipFiles, find_clips
 from mhla_gen.data.clips import Clips, Placement, place, read_placements, report, write_placements
 from mhla_gen.data.image_encoder import ImageEncoder, has_image_encoder, load_image_encoder
@@ -93,7 +94,7 @@ def _build(
     config: CacheConfig,
     files: Files,
     vae: Any,
-    encoder: TextEncoder | None,
+    encoder: TextEncoder | CaptionEncoder | None,
     frame_encoder: ImageEncoder | None,
     decoder: Decoder,
 ) -> str:
@@ -117,10 +118,10 @@ def _build(
     again = config.retry_quarantined
     known = on_main(lambda: _known(folder, contents.latents + contents.prompts, again))
     if encoder is not None and captions is not None:
-        encoder.model.to(state.device)
+        encoder.to(state.device)
         prompts = PromptChunks(captions, encoder, config.text.batch_size)
         write_missing(folder, contents.prompts, prompts.compute, "captions", "caption")
-        encoder.model.to("cpu")
+        encoder.to("cpu")
     if frame_encoder is not None:
         frame_encoder.model.to(state.device)
     with ThreadPoolExecutor(config.num_workers) as readers:
@@ -142,7 +143,7 @@ def _build(
     return _summary(folder, finish(config, settings, contents, known))
 
 
-def _text_encoder(config: CacheConfig, files: Files) -> TextEncoder | None:
+def _text_encoder(config: CacheConfig, files: Files) -> TextEncoder | CaptionEncoder | None:
     if config.text.path is None:
         return None
     if files.captions is None:
@@ -150,6 +151,8 @@ def _text_encoder(config: CacheConfig, files: Files) -> TextEncoder | None:
             "text.path is given, but the data have no captions in a column "
             f"{config.data.caption_column}"
         )
+    if has_call(config.text.path):
+        return load_caption_encoder(config.text)
     return load_text_encoder(config.text)
 
 

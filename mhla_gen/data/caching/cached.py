@@ -17,6 +17,7 @@ from mhla_gen.data.autoencoder import identity, load_autoencoder
 from mhla_gen.data.buckets import consecutive
 from mhla_gen.data.caching.chunks import read_record, read_tensors
 from mhla_gen.data.caching.index import CAPTIONS_NAME, Index
+from mhla_gen.data.caching.prompts import caption_of
 from mhla_gen.data.image_encoder import ImageEncoder, load_image_encoder
 from mhla_gen.data.protocol import Batch
 from mhla_gen.errors import UserError
@@ -104,7 +105,8 @@ class CachedLatents:
             `mean` and `std`, both `_flipped` and `condition`, if the cache has them, `[batch,
             channels, …]`; `labels`, int64 `[batch]`, `prompt_embeds`, `[batch, text_len,
             text_dim]`, zeros after the last token, and `image_embeds`, `[batch, tokens,
-            image_dim]`, where it has them.
+            image_dim]`, where it has them; what else the family's pipeline embeds captions to, by
+            its names there.
         """
         places = [self._locate(index) for index in indices]
         batch: Batch = {}
@@ -123,7 +125,8 @@ class CachedLatents:
             batch["labels"] = self._rows("label", places)
         if self.has_prompts:
             captions = self._rows("caption", places).tolist()
-            batch["prompt_embeds"] = torch.stack([self._prompt(caption) for caption in captions])
+            rows = [self._prompt(caption) for caption in captions]
+            batch |= {name: _stacked([row[name] for row in rows]) for name in rows[0]}
         return batch
 
     def describe(self, index: int) -> str:
@@ -140,6 +143,15 @@ class CachedLatents:
     @property
     def empty_prompt_embeds(self) -> Tensor:
         """The embedded empty caption, `[text_len, text_dim]`, as `read` gives embeddings.
+
+        Raises:
+            ValueError: If the cache holds no embeddings.
+        """
+        return self.empty_prompt["prompt_embeds"]
+
+    @property
+    def empty_prompt(self) -> dict[str, Tensor]:
+        """All tensors of the empty caption, without a batch axis.
 
         Raises:
             ValueError: If the cache holds no embeddings.
@@ -252,13 +264,21 @@ class CachedLatents:
     def _rows(self, tensor: str, places: Sequence[tuple[str, int]]) -> Tensor:
         return torch.stack([self._chunk(name)[tensor][row] for name, row in places])
 
-    def _prompt(self, caption: int) -> Tensor:
-        """An embedded caption, padded with zeros, float32 `[text_len, text_dim]`."""
+    def _prompt(self, caption: int) -> dict[str, Tensor]:
+        """An embedded caption, float32 but for masks; Wan's padded with zeros."""
         ends = list(itertools.accumulate(count for _, count in self.index.prompts))
         number = bisect_right(ends, caption)
         chunk = self._chunk(self.index.prompts[number][0])
-        row = caption - (ends[number - 1] if number else 0)
-        start, length = int(chunk["lengths"][:row].sum()), int(chunk["lengths"][row])
-        embeds = chunk["embeds"][start : start + length].float()
-        padding = self.index.settings["text"]["max_sequence_length"] - length
-        return torch.nn.functional.pad(embeds, (0, 0, 0, padding))
+        found = caption_of(chunk, caption - (ends[number - 1] if number else 0))
+        found = {n: x.float() if x.is_floating_point() else x for n, x in found.items()}
+        settings = self.index.settings["text"]
+        if "pipeline" not in settings:
+            embeds = found["prompt_embeds"]
+            padding = settings["max_sequence_length"] - len(embeds)
+            found["prompt_embeds"] = torch.nn.functional.pad(embeds, (0, 0, 0, padding))
+        return found
+
+
+def _stacked(rows: list[Tensor]) -> Tensor:
+    """`[batch, …]`, padded with zeros where lengths differ."""
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)

@@ -65,8 +65,9 @@ def require_prompts(facts: Facts, chunk: Chunk) -> None:
     Raises:
         ValueError: If not.
     """
-    if facts["shapes"]["lengths"] != [len(chunk.items)]:
-        found = facts["shapes"]["lengths"][0]
+    counts = [shape for name, shape in facts["shapes"].items() if name.endswith("lengths")]
+    if any(shape != [len(chunk.items)] for shape in counts):
+        found = counts[0][0]
         raise broken(facts["path"], f"has {found} captions of {len(chunk.items)}")
 
 

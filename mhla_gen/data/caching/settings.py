@@ -6,8 +6,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mhla_gen.config import CacheConfig, save_config
-from mhla_gen.data import autoencoder, image_encoder, text
+from mhla_gen.config import CacheConfig, TextEncoderConfig, save_config
+from mhla_gen.data import autoencoder, captions, image_encoder, text
 from mhla_gen.data.caching.index import SETTINGS_NAME
 from mhla_gen.data.clip_files import ClipFiles
 from mhla_gen.data.images import ArrayImages, EncodedImages
@@ -79,7 +79,7 @@ def content_settings(
         "clips": {key: value for key, value in clips.items() if key != "timeout"},
         "vae": autoencoder.identity(vae, config.vae),
         "normalisation": autoencoder.latent_normalisation(vae)._asdict(),
-        "text": None if encoder is None else text.identity(encoder, config.text),
+        "text": None if encoder is None else _identity(encoder, config.text),
         "image_encoder": None
         if frame_encoder is None
         else image_encoder.identity(frame_encoder, config.image_encoder),
@@ -88,6 +88,11 @@ def content_settings(
         "chunk_size": chunk_size(config),
     }
     return json.loads(json.dumps(settings))
+
+
+def _identity(encoder: Any, config: TextEncoderConfig) -> dict[str, Any]:
+    whose = captions if isinstance(encoder, captions.CaptionEncoder) else text
+    return whose.identity(encoder, config)
 
 
 def check_output_dir(config: CacheConfig) -> None:

@@ -1,0 +1,447 @@
+"""Text to video: how each transformer is called."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from diffusers.configuration_utils import FrozenDict
+from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXTransformer3DModel
+from diffusers.models.transformers.transformer_cosmos import CosmosTransformer3DModel
+from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoTransformer3DModel
+from diffusers.models.transformers.transformer_hunyuan_video15 import (
+    HunyuanVideo15Transformer3DModel,
+)
+from diffusers.models.transformers.transformer_kandinsky import Kandinsky5Transformer3DModel
+from diffusers.models.transformers.transformer_ltx import LTXVideoTransformer3DModel
+from diffusers.models.transformers.transformer_ltx2 import LTX2VideoTransformer3DModel
+from diffusers.models.transformers.transformer_mochi import MochiTransformer3DModel
+from diffusers.models.transformers.transformer_sana_video import SanaVideoTransformer3DModel
+from diffusers.models.transformers.transformer_skyreels_v2 import SkyReelsV2Transformer3DModel
+from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
+from diffusers.models.transformers.transformer_wan_animate import WanAnimateTransformer3DModel
+from diffusers.models.transformers.transformer_wan_vace import WanVACETransformer3DModel
+from diffusers.schedulers.scheduling_ddim_cogvideox import CogVideoXDDIMScheduler
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
+    FlowMatchEulerDiscreteScheduler,
+)
+from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
+from torch import Tensor, nn
+
+from mhla_gen.calls.call import Call, Embedded
+from mhla_gen.errors import UserError
+
+_WAN_SCHEDULER = (
+    UniPCMultistepScheduler,
+    {"prediction_type": "flow_prediction", "use_flow_sigmas": True},
+)
+
+
+class WanCall(Call):
+    """Wan, of text to video."""
+
+    base_class = WanTransformer3DModel
+    pipeline = "WanPipeline"
+    rank = 3
+    text: ClassVar = {
+        "encoder_hidden_states": Embedded("prompt_embeds", "text_dim", 512),
+        "encoder_hidden_states_image": Embedded("image_embeds", "image_dim", 257),
+    }
+    returned = ("prompt_embeds",)
+    scheduler = _WAN_SCHEDULER
+
+
+class SkyReelsV2Call(WanCall):
+    """SkyReels V2, of text to video."""
+
+    base_class = SkyReelsV2Transformer3DModel
+    pipeline = "SkyReelsV2Pipeline"
+
+
+class WanVACECall(WanCall):
+    """Wan VACE without a video or an image to follow: all is to be made."""
+
+    base_class = WanVACETransformer3DModel
+    pipeline = "WanVACEPipeline"
+
+    def __init__(self, pipe: Any, guidance: float | None = None, fps: float | None = None):
+        super().__init__(pipe, guidance, fps)
+        self._control: dict[tuple[int, ...], Tensor] = {}
+
+    def further(self, latents: Tensor) -> dict[str, Any]:
+        """Latents of a grey clip, and a mask that asks for all of it.
+
+        Raises:
+            ValueError: If the pipeline has no autoencoder.
+        """
+        size = tuple(latents.shape[2:])
+        if size not in self._control:
+            self._control[size] = self._nothing_given(latents)
+        control = self._control[size].to(latents.device)
+        return {"control_hidden_states": control.expand(len(latents), *control.shape[1:])}
+
+    @torch.no_grad()
+    def _nothing_given(self, latents: Tensor) -> Tensor:
+        if self.pipe.vae is None:
+            raise UserError(
+                "Wan VACE is told what a clip must follow as latents, so that it needs its "
+                "autoencoder: data.source=cache"
+            )
+        frames, height, width = self.sizes(latents)
+        device = self.pipe.vae.device
+        prepared = self.pipe.preprocess_conditions(
+            None, None, None, 1, height, width, frames, torch.float32, device
+        )
+        video, mask, images = prepared
+        known = self.pipe.prepare_video_latents(video, mask, images, None, device)
+        asked = self.pipe.prepare_masks(mask, images, None)
+        return torch.cat((known, asked), dim=1).float()
+
+
+class WanAnimateCall(WanCall):
+    """Wan Animate: a picture of a person, moved by poses and a face that the data must have."""
+
+    base_class = WanAnimateTransformer3DModel
+    pipeline = "WanAnimatePipeline"
+    draws = False
+    beside = ("reference_latents", "pose_latents", "face_pixels")
+
+    @classmethod
+    def channels(cls, config: Any) -> int:
+        """Those of the clip, without the picture and its mask."""
+        return config.latent_channels
+
+    def arguments(
+        self, latents: Tensor, timesteps: Tensor, text: Mapping[str, Tensor]
+    ) -> dict[str, Any]:
+        """As `Call.arguments`; the picture is in further channels."""
+        return super().arguments(latents, timesteps, text) | {
+            "hidden_states": torch.cat((latents, text["reference_latents"]), dim=1),
+            "pose_hidden_states": text["pose_latents"],
+            "face_pixel_values": text["face_pixels"],
+        }
+
+
+class CosmosCall(Call):
+    """Cosmos Predict 2; the first Cosmos has another noise, which is not flow matching."""
+
+    base_class = CosmosTransformer3DModel
+    pipeline = "Cosmos2TextToImagePipeline"
+    rank = 3
+    text: ClassVar = {"encoder_hidden_states": Embedded("prompt_embeds", "text_embed_dim", 512)}
+    returned = ("prompt_embeds",)
+    # It refuses to without a package that looks at what it draws.
+    draws = False
+
+    @classmethod
+    def assemble(cls, transformer: Any, **parts: Any) -> Any:
+        """As `Call.assemble`; without `safety_checker` the pipeline draws nothing."""
+        # It makes one where there is none, of a package that need not be here.
+        nothing = nn.Identity()
+        pipe = super().assemble(transformer, **{"safety_checker": nothing} | parts)
+        if pipe.safety_checker is nothing:
+            pipe.register_modules(safety_checker=None)
+        return pipe
+
+    def times(self, timesteps: Tensor) -> Tensor:
+        """In [0, 1]."""
+        return timesteps / 1000
+
+    def further(self, latents: Tensor) -> dict[str, Any]:
+        """No padding, and the rate of a clip."""
+        found: dict[str, Any] = {"padding_mask": latents.new_zeros(1, 1, *self.sizes(latents)[1:])}
+        return found if latents.shape[2] == 1 else found | {"fps": self.fps(16)}
+
+
+class CogVideoXCall(Call):
+    """CogVideoX: v-prediction at 1000 noise levels, frames before channels."""
+
+    base_class = CogVideoXTransformer3DModel
+    pipeline = "CogVideoXPipeline"
+    rank = 3
+    text: ClassVar = {"encoder_hidden_states": Embedded("prompt_embeds", "text_embed_dim", 226)}
+    returned = ("prompt_embeds",)
+    scheduler = (
+        CogVideoXDDIMScheduler,
+        {
+            "clip_sample": False,
+            "prediction_type": "v_prediction",
+            "rescale_betas_zero_snr": True,
+            "timestep_spacing": "trailing",
+        },
+    )
+
+    def pack(self, latents: Tensor) -> Tensor:
+        """Frames before channels."""
+        return latents.transpose(1, 2)
+
+    def unpack(self, output: Any, latents: Tensor) -> Tensor:
+        """Undo `pack`."""
+        return output.transpose(1, 2)
+
+    def further(self, latents: Tensor) -> dict[str, Any]:
+        """Rotary tables, where the model has no learned places."""
+        if not self.config.use_rotary_positional_embeddings:
+            return {}
+        size = (*self.sizes(latents)[1:], latents.shape[2], latents.device)
+        return {"image_rotary_emb": self.pipe._prepare_rotary_positional_embeddings(*size)}
+
+
+class HunyuanVideoCall(Call):
+    """HunyuanVideo."""
+
+    base_class = HunyuanVideoTransformer3DModel
+    pipeline = "HunyuanVideoPipeline"
+    rank = 3
+    text: ClassVar = {
+        "encoder_hidden_states": Embedded("prompt_embeds", "text_embed_dim", 256),
+        "encoder_attention_mask": Embedded("prompt_attention_mask", None, 256),
+        "pooled_projections": Embedded("pooled_prompt_embeds", "pooled_projection_dim"),
+    }
+    returned = ("prompt_embeds", "pooled_prompt_embeds", "prompt_attention_mask")
+
+    def further(self, latents: Tensor) -> dict[str, Any]:
+        """Guidance, where the model was distilled for it."""
+        if not self.config.guidance_embeds:
+            return {}
+        return {"guidance": latents.new_full((len(latents),), self.guidance * 1000)}
+
+
+class _Sizes(nn.Module):
+    """What `HunyuanVideo15Pipeline` asks of an autoencoder when it is built."""
+
+    temporal_compression_ratio, spatial_compression_ratio = 4, 16
+    config = FrozenDict(latent_channels=32)
+
+
+class HunyuanVideo15Call(Call):
+    """HunyuanVideo 1.5, of text to video: no picture is given."""
+
+    base_class = HunyuanVideo15Transformer3DModel
+    pipeline = "HunyuanVideo15Pipeline"
+    rank = 3
+    text: ClassVar = {
+        "encoder_hidden_states": Embedded("prompt_embeds", "text_embed_dim", 1000),
+        "encoder_attention_mask": Embedded("prompt_embeds_mask", None, 1000),
+        "encoder_hidden_states_2": Embedded("prompt_embeds_2", "text_embed_2_dim", 256),
+        "encoder_attention_mask_2": Embedded("prompt_embeds_mask_2", None, 256),
+    }
+    returned = ("prompt_embeds", "prompt_embeds_mask", "prompt_embeds_2", "prompt_embeds_mask_2")
+
+    @classmethod
+    def assemble(cls, transformer: Any, **parts: Any) -> Any:
+        """As `Call.assemble`, with classifier-free guidance."""
+        from diffusers.guiders import ClassifierFreeGuidance
+
+        parts = {"guider": ClassifierFreeGuidance()} | parts
+        if parts.get("vae") is not None:
+            return super().assemble(transformer, **parts)
+        # The pipeline asks its autoencoder for sizes, which are those of all released models.
+        pipe = super().assemble(transformer, **parts | {"vae": _Sizes()})
+        pipe.register_modules(vae=None)
+        return pipe
+
+    @classmethod
+    def channels(cls, config: Any) -> int:
+        """Those of the clip, without the picture's and the mask's."""
+        return config.out_channels
+
+    def times(self, timesteps: Tensor) -> Tensor:
+        """Not whole numbers."""
+        return timesteps.float()
+
+    def pack(self, latents: Tensor) -> Tensor:
+        """Noise, no picture, and a mask that says so, in channels."""
+        given = self.pipe.prepare_cond_latents_and_mask(latents, latents.dtype, latents.device)
+        return torch.cat((latents, *given), dim=1)
+
+    def further(self, latents: Tensor) -> dict[str, Any]:
+        """No embedded picture."""
+        size = (self.pipe.vision_num_semantic_tokens, self.pipe.vision_states_dim)
+        return {"image_embeds": latents.new_zeros(len(latents), *size)}
+
+
+class MochiCall(Call):
+    """Mochi, whose time runs from noise to clip."""
+
+    base_class = MochiTransformer3DModel
+    pipeline = "MochiPipeline"
+    rank = 3
+    text: ClassVar = {
+        "encoder_hidden_states": Embedded("prompt_embeds", "text_embed_dim", 256),
+        "encoder_attention_mask": Embedded("prompt_attention_mask", None, 256),
+    }
+    returned = ("prompt_embeds", "prompt_attention_mask")
+    scheduler = (FlowMatchEulerDiscreteScheduler, {"invert_sigmas": True})
+    sign = -1
+
+    def times(self, timesteps: Tensor) -> Tensor:
+        """1000 for a clip without noise."""
+        return 1000 - timesteps
+
+
+class LTXCall(Call):
+    """LTX-Video."""
+
+    base_class = LTXVideoTransformer3DModel
+    pipeline = "LTXPipeline"
+    rank = 3
+    text: ClassVar = {
+        "encoder_hidden_states": Embedded("prompt_embeds", "caption_channels", 128),
+        "encoder_attention_mask": Embedded("prompt_attention_mask", None, 128),
+    }
+    returned = ("prompt_embeds", "prompt_attention_mask")
+
+    def pack(self, latents: Tensor) -> Tensor:
+        """One token after the other."""
+        return self.pipe._pack_latents(latents, self.config.patch_size, self.config.patch_size_t)
+
+    def unpack(self, output: Any, latents: Tensor) -> Tensor:
+        """Undo `pack`."""
+        patches = (self.config.patch_size, self.config.patch_size_t)
+        return self.pipe._unpack_latents(output, *latents.shape[2:], *patches)
+
+    def further(self, latents: Tensor) -> dict[str, Any]:
+        """Sizes, and seconds and pixels of a latent."""
+        spatial = self.pipe.vae_spatial_compression_ratio
+        seconds = self.pipe.vae_temporal_compression_ratio / self.fps(25)
+        frames, height, width = latents.shape[2:]
+        return {
+            "num_frames": frames,
+            "height": height,
+            "width": width,
+            "rope_interpolation_scale": (seconds, spatial, spatial),
+        }
+
+
+class LTX2Call(LTXCall):
+    """LTX-2 without sound: nothing is heard, and the clip does not listen."""
+
+    base_class = LTX2VideoTransformer3DModel
+    pipeline = "LTX2Pipeline"
+    # It takes what the connectors make of captions only from its own connectors.
+    draws = False
+    text: ClassVar = {
+        "encoder_hidden_states": Embedded("prompt_embeds", "caption_channels", 1024),
+        "audio_encoder_hidden_states": Embedded("audio_prompt_embeds", "caption_channels", 1024),
+        "encoder_attention_mask": Embedded("prompt_attention_mask", None, 1024),
+    }
+    returned = ("prompt_embeds", "audio_prompt_embeds", "prompt_attention_mask")
+
+    def embed(self, captions: Any, max_length: int | None) -> dict[str, Tensor]:
+        """By the text encoder and the connectors behind it, as the pipeline does."""
+        embeds, mask, *_ = self.encode(captions, max_length)
+        side = getattr(self.pipe.tokenizer, "padding_side", "left")
+        return self.named(self.pipe.connectors(embeds, mask, padding_side=side))
+
+    def arguments(
+        self, latents: Tensor, timesteps: Tensor, text: Mapping[str, Tensor]
+    ) -> dict[str, Any]:
+        """As `Call.arguments`, with the mask for sound too."""
+        given = super().arguments(latents, timesteps, text)
+        mask = given["encoder_attention_mask"]
+        return given | {"sigma": given["timestep"], "audio_encoder_attention_mask": mask}
+
+    def further(self, latents: Tensor) -> dict[str, Any]:
+        """Sizes, rate, and one frame of silence."""
+        found = super().further(latents)
+        del found["rope_interpolation_scale"]
+        silence = latents.new_zeros(len(latents), 1, self.config.audio_in_channels)
+        return found | {
+            "fps": self.fps(24),
+            "audio_hidden_states": silence,
+            "audio_num_frames": 1,
+            "isolate_modalities": True,
+        }
+
+
+class SanaVideoCall(Call):
+    """SANA-Video."""
+
+    base_class = SanaVideoTransformer3DModel
+    pipeline = "SanaVideoPipeline"
+    rank = 3
+    text: ClassVar = {
+        "encoder_hidden_states": Embedded("prompt_embeds", "caption_channels", 300),
+        "encoder_attention_mask": Embedded("prompt_attention_mask", None, 300),
+    }
+    returned = ("prompt_embeds", "prompt_attention_mask")
+    scheduler = _WAN_SCHEDULER
+
+
+class Kandinsky5Call(Call):
+    """Kandinsky 5, channels last."""
+
+    base_class = Kandinsky5Transformer3DModel
+    pipeline = "Kandinsky5T2VPipeline"
+    rank = 3
+    text: ClassVar = {
+        "encoder_hidden_states": Embedded("prompt_embeds_qwen", "in_text_dim", 512),
+        "pooled_projections": Embedded("prompt_embeds_clip", "in_text_dim2"),
+    }
+    returned = ("prompt_embeds_qwen", "prompt_embeds_clip")
+
+    @classmethod
+    def channels(cls, config: Any) -> int:
+        """Those of the clip, without the picture's and the mask's."""
+        return config.in_visual_dim
+
+    def pack(self, latents: Tensor) -> Tensor:
+        """Channels last, and no picture where the model looks for one."""
+        latents = latents.movedim(1, -1)
+        if not self.pipe.transformer.visual_cond:
+            return latents
+        nothing = torch.zeros_like(latents)
+        return torch.cat((latents, nothing, nothing[..., :1]), dim=-1)
+
+    def unpack(self, output: Any, latents: Tensor) -> Tensor:
+        """Undo `pack`."""
+        return output.movedim(-1, 1)
+
+    def texts(
+        self, captions: Mapping[str, Tensor], negative: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Any]:
+        """With the ends of captions, all of which are as long."""
+        found = super().texts(captions, negative)
+        for kind in ("", "negative_"):
+            embeds = found.get(f"{kind}prompt_embeds_qwen")
+            if embeds is not None:
+                ends = torch.arange(len(embeds) + 1, dtype=torch.int32) * embeds.shape[1]
+                found[f"{kind}prompt_cu_seqlens"] = ends.to(embeds.device)
+        return found
+
+    def arguments(
+        self, latents: Tensor, timesteps: Tensor, text: Mapping[str, Tensor]
+    ) -> dict[str, Any]:
+        """As `Call.arguments`, with the places of text tokens."""
+        tokens = text["prompt_embeds_qwen"].shape[1]
+        places = {"text_rope_pos": torch.arange(tokens, device=latents.device)}
+        return super().arguments(latents, timesteps, text) | places
+
+    def further(self, latents: Tensor) -> dict[str, Any]:
+        """Places of tokens and how far apart they are."""
+        patches = zip(latents.shape[2:], self.config.patch_size, strict=True)
+        places = [torch.arange(n // patch, device=latents.device) for n, patch in patches]
+        # Of their layers only those that stay softmax read a pattern of tiles.
+        sparse = self.pipe.get_sparse_params(self.pack(latents), latents.device)
+        return {
+            "visual_rope_pos": places,
+            "scale_factor": self.pipe._get_scale_factor(*self.sizes(latents)[1:]),
+            "sparse_params": sparse,
+        }
+
+
+CALLS: tuple[type[Call], ...] = (
+    CogVideoXCall,
+    CosmosCall,
+    HunyuanVideo15Call,
+    HunyuanVideoCall,
+    Kandinsky5Call,
+    LTX2Call,
+    LTXCall,
+    MochiCall,
+    SanaVideoCall,
+    SkyReelsV2Call,
+    WanAnimateCall,
+    WanVACECall,
+    WanCall,
+)

@@ -323,7 +323,7 @@ def test_the_student_of_another_run_is_refused(tmp_path, teacher):
     [
         ({"teacher": None}, "distill.teacher"),
         ({"stages": []}, "at least one stage"),
-        ({"stages": [OUTPUT, LAYERS]}, "layers come before output"),
+        ({"stages": [OUTPUT, LAYERS]}, "layers must come before output"),
     ],
 )
 def test_distillations_that_make_no_sense_are_refused(values, match):

@@ -395,8 +395,8 @@ def test_mistakes_are_named_and_nothing_is_written(options, message, folders, tm
         ({"timesteps": (1000,)}, "timesteps must be in"),
         ({"queries": [[1.5, 2]]}, "whole numbers"),
         ({"queries": "all"}, "list of positions"),
-        ({"grid": [0, 2]}, "from 1 on"),
-        ({"data": DataConfig(), "classes": [1]}, "come with their classes"),
+        ({"grid": [0, 2]}, "whole numbers of at least 1"),
+        ({"data": DataConfig(), "classes": [1]}, "have their own classes"),
         ({"max_rows": 1}, "max_rows must be at least 2"),
     ],
 )

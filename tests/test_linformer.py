@@ -300,7 +300,7 @@ def disturb_added(model):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"projected_len": 0}, "from 1 on"),
+        ({"projected_len": 0}, "at least 1"),
         ({"projected_len": "all"}, "must be a whole number"),
         ({"projected_len": True}, "must be a whole number"),
         ({"projection": "mean_pool", "sharing": "none"}, "no weights to share"),

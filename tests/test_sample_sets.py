@@ -431,7 +431,7 @@ def test_problems_are_named_before_anything_is_written(pipeline, tmp_path, chang
         (["guidance_interval=[0,1,2]"], "two noise levels"),
         (["batch_size=many"], 'where it is not "auto", must be'),
         (["formats=[gif]"], "one of npz, png, mp4"),
-        (["keep_samples=false"], "leaves nothing behind"),
+        (["keep_samples=false"], "needs evaluate, or nothing"),
         (["evaluate.samples=x"], "leave it out"),
         (["classes=[-1]"], "class numbers and names"),
         (["classes=-1"], "class numbers and names"),

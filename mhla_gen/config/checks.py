@@ -17,9 +17,7 @@ def check_gate(gate: Any) -> None:
     """Raise unless `gate` is true, false, "head" or a rank."""
     rank = isinstance(gate, int) and gate >= 1
     if not (isinstance(gate, bool) or gate == "head" or rank):
-        raise UserError(
-            f"gate must be true, false, head or a whole number from 1 on, its rank, found {gate!r}"
-        )
+        raise UserError(f"gate must be true, false, head or its rank (at least 1), found {gate!r}")
 
 
 def normalize_integers(name: str, values: Any, least: int) -> tuple[int, ...]:
@@ -28,7 +26,9 @@ def normalize_integers(name: str, values: Any, least: int) -> tuple[int, ...]:
     if not integers or any(
         not isinstance(n, int) or isinstance(n, bool) or n < least for n in values
     ):
-        raise UserError(f"{name} needs 1 to 3 whole numbers from {least} on, found {values!r}")
+        raise UserError(
+            f"{name} must be 1 to 3 whole numbers of at least {least}, found {values!r}"
+        )
     return tuple(values)
 
 

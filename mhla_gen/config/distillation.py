@@ -1,4 +1,4 @@
-"""Settings of turning a pretrained softmax model into an MHLA model."""
+"""Settings of distilling a pretrained softmax model into an MHLA model."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -9,31 +9,31 @@ from mhla_gen.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class StageConfig(Settings, prefix="distill.stages."):
-    """One stage of a distillation. What is None is taken from the training settings.
+    """One stage of a distillation; None takes the value of the training settings.
 
     Raises:
         ValueError: If a value is out of its range.
     """
 
     kind: Literal["layers", "output"] = "output"
-    """layers: each MHLA layer learns the output of the softmax layer it replaces, all at once, on
-    the teacher's activations. output: the whole model learns from data and from what the teacher
-    predicts."""
+    """layers: every MHLA layer learns the output of the softmax layer that it replaces, all at
+    once, on the teacher's activations. output: the whole model learns from the data and from the
+    teacher's predictions."""
     steps: Count = 1000
     """Optimizer steps."""
     train: Literal["mhla", "attention", "all"] | None = None
-    """Which weights learn: what MHLA adds, the whole attention layers that have it, or every
-    weight. None is attention for layers and all for output."""
+    """Trained weights: what MHLA adds, the whole attention of converted layers, or all. None is
+    attention for kind=layers and all for kind=output."""
     teacher_weight: NotNegative = 1.0
-    """output: the loss is that of the objective plus this times the mean squared distance to the
+    """kind=output: the loss is the objective plus this times the mean squared distance to the
     teacher's prediction."""
     layer_error: Literal["sample", "token"] = "sample"
-    """layers: squared errors as a share of the target's squares, of a sample, or of each of its
-    tokens, where those with a small output count as much as the others."""
+    """kind=layers: squared error relative to the target's squared norm, per sample, or per token,
+    so that tokens with a small output count as much as the others."""
     learning_rate: Positive | None = None
     """Peak learning rate."""
     mhla_learning_rate: NotNegative | None = None
-    """That of what MHLA adds."""
+    """Peak learning rate of what MHLA adds."""
     warmup_steps: Whole | None = None
     """Steps until the peak learning rate."""
     ema_decay: Fraction | None = None
@@ -52,21 +52,22 @@ class StageConfig(Settings, prefix="distill.stages."):
 
 @dataclass(frozen=True, kw_only=True)
 class DistillConfig(Settings, prefix="distill."):
-    """A softmax teacher, and the stages in which a student with its weights learns from it.
+    """A softmax teacher, and the stages in which a student learns from it.
 
     Raises:
-        ValueError: If there is no teacher or no stage, or layers are distilled after the output.
+        ValueError: If there is no teacher or no stage, or a stage of layers comes after one of
+            output.
     """
 
     teacher: FilePath | None = None
-    """The softmax model, as `model.pretrained` takes it. The student starts as its copy; `model`
+    """The softmax model, given like `model.pretrained`. The student starts as its copy; `model`
     says which attention replaces softmax, and in which layers."""
     stages: list[StageConfig] = field(
         default_factory=lambda: [StageConfig(kind="layers"), StageConfig(kind="output")]
     )
-    """One after the other; each writes a run of its own into a folder of output_dir."""
+    """Run one after the other, each in a folder of its own in output_dir."""
     start: FilePath | None = None
-    """Folder of a student that earlier stages left; None starts with the teacher's weights."""
+    """Student from earlier stages; None starts from the teacher's weights."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -77,4 +78,6 @@ class DistillConfig(Settings, prefix="distill."):
         kinds = [stage.kind for stage in self.stages]
         if kinds != sorted(kinds):
             # A layer learns on the teacher's activations, which need the teacher's other weights.
-            raise UserError(f"distill.stages: layers come before output, found {', '.join(kinds)}")
+            raise UserError(
+                f"distill.stages: layers must come before output, found {', '.join(kinds)}"
+            )

@@ -19,20 +19,20 @@ from mhla_gen.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class FeaturesConfig(Settings, prefix="features."):
-    """The network whose features are compared, and how it is run."""
+    """The network that computes the features to compare."""
 
     extractor: Literal["inception", "dinov2", "efficientnet-lite0", "torchscript", "i3d"] = (
         "inception"
     )
-    """inception is that of FID. i3d measures videos."""
+    """inception is for FID; i3d measures videos."""
     weights: FilePath | None = None
     """File with the weights, or DINOv2's folder or hub name. None: inception's released weights
     (fetched once), DINOv2 large, EfficientNet's package; the other two need a TorchScript file."""
     trust: bool = False
-    """A TorchScript file is a program that may do whatever you may, such as write files: true says
-    that you know where it comes from."""
+    """Run a TorchScript file, which is a program that can do anything that you can, such as write
+    files: set true if you know where it comes from."""
     dtype: Literal["float32", "float64"] = "float32"
-    """Arithmetic inside inception; float64 makes it independent of batch size and device."""
+    """Dtype inside inception; float64 makes it independent of batch size and device."""
     batch_size: Count = 64
     """Images per forward pass."""
     num_workers: Whole | None = None
@@ -42,11 +42,11 @@ class FeaturesConfig(Settings, prefix="features."):
     video_frames: Count = 16
     """Frames of a clip, from a video's first frame on (i3d)."""
     video_stride: Count = 1
-    """Every how many frames one is taken (i3d)."""
+    """Take every n-th frame (i3d)."""
     cache_dir: FilePath = "~/.cache/mhla_gen/evaluation"
-    """Folder of extracted features; they are found again by content, never by name."""
+    """Cache of extracted features, identified by the content of the images, never by name."""
     cache_limit_gb: NotNegative = 20.0
-    """Largest size of that folder: the sets that nobody has asked for longest leave it, but none
+    """Largest size of that folder. Beyond it the least recently used sets are removed, except those
     of the last day."""
 
 
@@ -55,7 +55,7 @@ class EvaluateConfig(Settings):
     """Distances and scores of samples against a reference.
 
     Raises:
-        ValueError: If something is missing or does not go together.
+        ValueError: If something is missing or does not fit together.
     """
 
     samples: FilePaths = None
@@ -68,7 +68,7 @@ class EvaluateConfig(Settings):
     features: FeaturesConfig = field(default_factory=FeaturesConfig)
     """The network whose features are compared."""
     size: Count | None = None
-    """Side in pixels to which both sets are brought by ADM's centre crop; None compares as is."""
+    """Center-crop and resize both sets to this side in pixels, as ADM does; None compares as is."""
     out: FilePath = "metrics.json"
     """File for the numbers."""
     skip_corrupt: bool = False
@@ -80,9 +80,9 @@ class EvaluateConfig(Settings):
     kid_subset_size: AtLeastTwo = 1000
     """Images per subset."""
     jackknife_groups: AtLeastTwo = 10
-    """Groups of samples left out in turn for the 95 % interval of a distance."""
+    """Groups of samples, each left out once, for the 95 % interval of a distance."""
     seed: Seed = 2020
-    """Fixes the groups and KID's subsets; 2020 draws those of torch-fidelity."""
+    """Fixes the groups and KID's subsets; 2020 gives those of torch-fidelity."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -97,7 +97,7 @@ class EvaluateConfig(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceConfig(Settings):
-    """Statistics of the user's own images, in a file that evaluation takes as its reference.
+    """Statistics of the user's own images, in a file that `mhla-gen evaluate` takes as reference.
 
     Raises:
         ValueError: If something is missing or out of its range.
@@ -108,11 +108,11 @@ class ReferenceConfig(Settings):
     out: FilePath = "reference.npz"
     """File for the statistics."""
     size: Count | None = None
-    """Side in pixels of ADM's centre crop; None keeps the images' own size."""
+    """Center-crop and resize to this side in pixels, as ADM does; None keeps the images' size."""
     keep_images: Whole = 10_000
-    """How many images, chosen at random, go into the file for precision, recall and KID."""
+    """Images to store in the file, chosen at random, for precision, recall and KID."""
     features: FeaturesConfig = field(default_factory=FeaturesConfig)
-    """The network whose statistics are taken."""
+    """The network that computes the features."""
     skip_corrupt: bool = False
     """Leave out images that cannot be read, and say so, instead of stopping."""
     seed: Seed = 0

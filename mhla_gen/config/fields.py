@@ -154,7 +154,7 @@ class Settings:
     """
 
     def __init_subclass__(cls, prefix: str = "", **kwargs: Any) -> None:
-        """Name the key under which these settings stand, for messages."""
+        """Set the key of these settings, for messages."""
         super().__init_subclass__(**kwargs)
         cls._prefix = prefix
 
@@ -199,7 +199,7 @@ def expand_home(name: str, value: Any) -> Any:
     expanded = os.path.expanduser(value)
     if expanded == value:
         raise UserError(
-            f"{name}: there is no home folder {value.split(os.sep)[0]}; a file or folder of that "
-            f"name is written ./{value}"
+            f"{name}: there is no home folder {value.split(os.sep)[0]}; write ./{value} for a "
+            "file or folder of that name"
         )
     return expanded

@@ -1,4 +1,4 @@
-"""Settings of the commands that look into models."""
+"""Settings of the commands that inspect models."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -25,33 +25,32 @@ Timestep = Annotated[int, Range(0, 1000, open_high=True)]
 
 @dataclass(frozen=True, kw_only=True)
 class InputsConfig(Settings):
-    """A model to look into, and what it is run on.
+    """A model to inspect, and its inputs.
 
     Raises:
         ValueError: If a value is out of its range.
     """
 
     model: FilePath | None = None
-    """Folder that `save_pretrained` wrote (model or pipeline), a run of train or quickstart, or a
+    """A folder written by `save_pretrained` (model or pipeline), a run of train or quickstart, or a
     name on the Hugging Face hub."""
     component: str = "transformer"
-    """Which transformer of a pipeline; the second expert of Wan 2.2 is transformer_2."""
+    """Transformer of the pipeline; the second expert of Wan 2.2 is transformer_2."""
     data: DataConfig | None = None
-    """Images to add noise to, as in `train`; None runs the model on noise alone."""
+    """Images to add noise to, as in `train`; None runs the model on pure noise."""
     num_inputs: Count = 4
-    """Inputs, of which every timestep gets all."""
+    """Number of inputs; each is used at every timestep."""
     classes: Any = "all"
-    """Class numbers of the inputs, in turn; "all" starts with 0. Data come with their own."""
+    """Class numbers of the inputs, in turn; "all" counts up from 0. Data have their own."""
     timesteps: tuple[Timestep, ...] = ()
-    """Noise levels in [0, 1000). Empty: 999 for noise alone, where sampling starts; 500 for
-    data."""
+    """Noise levels in [0, 1000). Empty: 999 for pure noise, where sampling starts; 500 for data."""
     grid: Any = None
-    """Tokens along each axis, for Wan latent frames, height and width after patching. None: the
+    """Tokens along each axis; for Wan: latent frames, height and width after patching. None: the
     model's own resolution."""
     seed: Seed = 0
-    """Fixes noise, text embeddings, and which data are taken."""
+    """Fixes noise, text embeddings, and the choice of data."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Arithmetic of the model."""
+    """Dtype of the model."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a GPU if there is one."""
 
@@ -61,12 +60,12 @@ class InputsConfig(Settings):
         if self.grid is not None:
             object.__setattr__(self, "grid", normalize_integers("grid", self.grid, 1))
         if self.data is not None and self.classes != "all":
-            raise UserError("data come with their classes; leave classes out, or data")
+            raise UserError("data have their own classes; leave out classes or data")
 
 
 @dataclass(frozen=True, kw_only=True)
 class InspectConfig(InputsConfig):
-    """Pictures and numbers of what a model's self-attention does.
+    """Pictures and statistics of a model's self-attention.
 
     Raises:
         ValueError: If a value is out of its range.
@@ -75,15 +74,15 @@ class InspectConfig(InputsConfig):
     output_dir: FilePath = "runs/inspect"
     """New folder for index.html, its pictures and statistics.json."""
     teacher: FilePath | None = None
-    """The softmax model to compare with, on the same inputs: as `model`."""
+    """A softmax model to compare with on the same inputs; given like `model`."""
     queries: Any = "auto"
-    """Tokens whose maps are drawn, a list of positions on the grid; "auto" takes four. Maps are
-    those of the first input; rank and entropy are averaged over all."""
+    """Query tokens to draw attention maps for, a list of positions on the grid; "auto" takes four.
+    Maps are of the first input; rank and entropy are averaged over all."""
     head: Whole | None = None
-    """Head whose maps are drawn; None is the mean over heads."""
+    """Head to draw maps of; None draws the mean over heads."""
     max_rows: AtLeastTwo = 512
-    """Queries that rank and entropy are computed from, drawn at random where there are more.
-    Attention weights are computed in float64 from what the model made."""
+    """Queries to compute rank and entropy from, chosen at random if there are more. Attention
+    weights are computed in float64 from the model's queries and keys."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -100,7 +99,7 @@ class InspectConfig(InputsConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class SensitivityConfig(InputsConfig):
-    """What replacing each single layer of a softmax model by MHLA does to the model's output.
+    """How replacing single layers of a softmax model by MHLA changes the model's output.
 
     Raises:
         ValueError: If a value is out of its range.
@@ -111,22 +110,22 @@ class SensitivityConfig(InputsConfig):
     timesteps: tuple[Timestep, ...] = (100, 300, 500, 700, 900)
     """Noise levels in [0, 1000)."""
     mhla: MHLAConfig = field(default_factory=MHLAConfig)
-    """What replaces softmax; `layers` limits which layers are tried."""
+    """What replaces softmax; `layers` selects the layers to try."""
     distill_steps: Whole = 0
     """Steps of layer-wise distillation before the errors are measured, on fresh inputs."""
     distill_batch_size: Count = 4
     """Inputs per step."""
     learning_rate: Positive = 1e-3
-    """Of these steps, with Adam."""
+    """Learning rate of these steps, with Adam."""
     softmax_layers: Whole | None = None
-    """Budget of the plan: how many layers stay softmax, those with the largest errors."""
+    """Budget of the plan: this many layers stay softmax, those with the largest errors."""
     max_error: NotNegative | None = None
-    """Budget of the plan: as few layers stay softmax as keep the sum of the others' errors below
-    this."""
+    """Budget of the plan: the sum of the errors of all replaced layers stays below this, with as
+    few softmax layers as possible."""
 
     def __post_init__(self):
         super().__post_init__()
         if not self.timesteps:
             raise UserError("timesteps must name at least one noise level")
         if self.softmax_layers is not None and self.max_error is not None:
-            raise UserError("softmax_layers and max_error are two budgets; give one of them")
+            raise UserError("softmax_layers and max_error are two budgets; give only one")

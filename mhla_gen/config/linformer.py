@@ -28,19 +28,19 @@ class LinformerConfig(Settings):
     """
 
     projected_len: Any = 64
-    """k, the keys that are left: a whole number for tokens in raster order, as in the paper, whose
-    sequences are no longer than those of `grid`; or one number per axis of the token grid, such as
+    """k, the number of projected keys: a whole number for tokens in raster order, as in the paper,
+    for sequences no longer than those of `grid`; or one number per axis of the token grid, such as
     (8, 8), for an E and an F along each axis, which take every size."""
     projected_len_by_layer: Any = None
-    """One projected_len for each converted layer, in order, in place of one for all."""
+    """One projected_len for each converted layer, in order, instead of one for all."""
     layers: Any = "all"
     """Which layers, as in `MHLAConfig`."""
     projection: Literal["linear", "mean_pool", "max_pool", "conv"] = "linear"
-    """E and F: learned matrices, or windows of tokens whose mean, maximum or learned sum for each
-    channel is taken."""
+    """E and F: learned matrices, or the mean, the maximum or a learned sum per channel over windows
+    of tokens."""
     sharing: Literal["none", "headwise", "key_value", "layerwise"] = "headwise"
-    """Which projections are one: none (each head has its own), those of all heads, E and F too, or
-    all of the model."""
+    """Which projections are shared: none (each head has its own), those of all heads, also E and F,
+    or all of the model."""
     grid: Any = "auto"
     """Token grid that the projections are made for; "auto" is the model's own."""
     conv: bool = True
@@ -81,7 +81,7 @@ class LinformerConfig(Settings):
         name, lengths = "projected_len_by_layer", self.projected_len_by_layer
         if not isinstance(lengths, Sequence) or isinstance(lengths, str) or not lengths:
             raise UserError(
-                f"{name} must be a list, one entry a converted layer, found {lengths!r}"
+                f"{name} must be a list, one entry per converted layer, found {lengths!r}"
             )
         if self.sharing == "layerwise":
             raise UserError(f"sharing=layerwise has one projected_len; leave {name} out")
@@ -135,7 +135,9 @@ def _normalize_length(name: str, length: Any) -> Any:
     if whole and length >= 1:
         return length
     if whole or isinstance(length, str) or not isinstance(length, Sequence):
-        raise UserError(f"{name} must be a whole number from 1 on, or 1 to 3, found {length!r}")
+        raise UserError(
+            f"{name} must be a whole number of at least 1, or 1 to 3 of them, found {length!r}"
+        )
     return normalize_integers(name, length, 1)
 
 

@@ -34,18 +34,17 @@ PRESETS: dict[str, DiTSizes] = {
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(Settings, prefix="model."):
-    """A diffusion transformer and the kind of its self-attention.
+    """A diffusion transformer and its kind of self-attention.
 
     Raises:
         ValueError: If a value is out of its range.
     """
 
     attention: Literal["softmax", "gated_softmax", "linear", "mhla", "linformer"] = "mhla"
-    """linear is MHLA with one block, gated_softmax is softmax: the controls that have the same
-    convolution and gate."""
+    """Kind of attention. linear (MHLA with one block) and gated_softmax are controls with the same
+    convolution and gate as mhla."""
     mhla: MHLAConfig = field(default_factory=MHLAConfig)
-    """Settings of all but softmax and linformer; linear replaces the layout by one block,
-    gated_softmax sets exact to 1."""
+    """Settings of mhla, and of linear and gated_softmax, which override the layout and exact."""
     linformer: LinformerConfig = field(default_factory=LinformerConfig)
     """Settings of linformer."""
     preset: str = "DiT-S/2"
@@ -59,33 +58,38 @@ class ModelConfig(Settings, prefix="model."):
     attention_head_dim: Count | None = None
     """Channels per head."""
     pretrained: FilePath | None = None
-    """Start from this model in place of a new one, whose sizes count: a folder that
-    `save_pretrained` wrote, of a transformer or a pipeline, a finished run, or a name on the
-    Hugging Face hub. A softmax model is given the attention asked for."""
+    """Start from this model, with its sizes, instead of a new one: a folder written by
+    `save_pretrained`, of a transformer or a pipeline, a finished run, or a name on the Hugging Face
+    hub. A softmax model gets the kind of attention chosen here."""
     new_classes: bool = False
-    """Give a pretrained model labels for the classes of the data; each starts as "no class"."""
+    """Give a pretrained model new labels for the classes of the data; each starts as the null
+    class."""
     trainable: Literal["all", "mhla", "lora"] = "all"
-    """mhla trains only what MHLA added to the layers, and keeps the rest of the model; lora trains
-    low-rank updates of its linear layers beside that (Wan; see wan.lora_rank)."""
+    """mhla trains only what MHLA added to the layers; lora trains that and low-rank updates of the
+    linear layers (Wan only; see wan.lora_rank)."""
 
     def __post_init__(self):
         super().__post_init__()
         check_choice("model.preset", self.preset, tuple(PRESETS))
         for name in DiTSizes._fields:
             if getattr(self, name) is not None and self.pretrained is not None:
-                raise UserError(f"model.{name} is given, but model.pretrained brings its own sizes")
+                raise UserError(
+                    f"model.{name} cannot be set with model.pretrained, which has its own sizes"
+                )
         if self.new_classes and self.pretrained is None:
-            raise UserError("model.new_classes is for a pretrained model; a new one has them")
+            raise UserError(
+                "model.new_classes needs model.pretrained; a new model has the classes of the data"
+            )
         if self.trainable == "mhla" and self.attention == "softmax":
             raise UserError("model.trainable=mhla trains nothing with model.attention=softmax")
         if self.trainable != "all" and self.new_classes:
             raise UserError(
-                f"model.new_classes are never learned with model.trainable={self.trainable}"
+                f"model.new_classes would never be trained with model.trainable={self.trainable}"
             )
 
     @property
     def sizes(self) -> DiTSizes:
-        """Those of the preset, where nothing else is given."""
+        """Those of the preset, with overrides."""
         preset = PRESETS[self.preset]
         given = {name: getattr(self, name) for name in DiTSizes._fields}
         return preset._replace(**{k: v for k, v in given.items() if v is not None})

@@ -16,18 +16,18 @@ class ObjectiveConfig(Settings, prefix="objective."):
 
     name: Literal["flow_matching", "ddpm"] = "flow_matching"
     """flow_matching: the velocity on the straight path from sample to noise. ddpm: the noise, as
-    DiT was trained, 1000 timesteps with linear betas."""
+    DiT was trained, with 1000 timesteps and linear betas."""
     logit_mean: Finite = 0.0
     """flow_matching: mean of the logit of the noise level σ; above 0 means more noise."""
     logit_std: Positive = 1.0
     """flow_matching: standard deviation of the logit of σ."""
     shift: Positive = 1.0
     """flow_matching: moves σ to s σ / (1 + (s − 1) σ), as diffusers' schedulers do in sampling:
-    larger pictures need more noise to lose the same detail."""
+    larger images need more noise to lose the same detail."""
     prediction: Literal["epsilon", "v_prediction"] = "epsilon"
     """ddpm: what the model predicts."""
     learned_variance: bool = True
     """ddpm: learn the variance too, by the variational bound; doubles the output channels."""
     min_snr_gamma: Positive | None = None
-    """Weigh losses by min(SNR, γ), measured on the predicted sample; 5 is usual, None weighs all
-    noise levels as the prediction does."""
+    """Weigh losses by min(SNR, γ), measured on the predicted sample; 5 is usual. None applies no
+    weights to the loss of the prediction."""

@@ -1,4 +1,4 @@
-"""Settings of what a run shows of its model while it trains."""
+"""Settings of previews and evaluations during training."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,14 +17,14 @@ class PreviewConfig(Settings, prefix="samples."):
     """
 
     num_images: Count = 16
-    """How many, class after class."""
+    """Number of samples, class after class."""
     num_inference_steps: Count = 40
     """Denoising steps."""
     guidance_scale: Guidance | None = None
-    """Classifier-free guidance; 1 is none. None takes the pipeline's own: 1.5 for classes, 5 for
-    Wan."""
+    """Classifier-free guidance; 1 disables it. None takes the pipeline's own: 1.5 for classes, 5
+    for Wan."""
     seed: Seed = 0
-    """Each sample has a seed of its own, derived from this one."""
+    """Every sample has its own seed, derived from this one."""
     batch_size: Count = 64
     """Images denoised together."""
 
@@ -37,20 +37,20 @@ class PreviewConfig(Settings, prefix="samples."):
 
 @dataclass(frozen=True, kw_only=True)
 class RunEvaluationConfig(Settings, prefix="evaluation."):
-    """Metrics of samples while a run goes on: its course, not a number to publish.
+    """Metrics of samples during training, to follow its progress, not to publish.
 
     Raises:
         ValueError: If a value is out of its range.
     """
 
     reference: FilePaths = None
-    """Images or statistics, as in evaluation."""
+    """Images or statistics, as for `mhla-gen evaluate`."""
     metrics: tuple[str, ...] = ("fid",)
-    """As in evaluation."""
+    """As for `mhla-gen evaluate`."""
     samples: PreviewConfig = field(
         default_factory=lambda: PreviewConfig(num_images=5000, guidance_scale=1.0)
     )
-    """Samples that are evaluated, of all classes alike."""
+    """Samples to evaluate, equally many of each class."""
     features: FeaturesConfig = field(default_factory=FeaturesConfig)
     """The network whose features are compared."""
 

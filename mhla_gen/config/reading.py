@@ -50,7 +50,7 @@ def read_yaml(text: str, schema: type | None) -> dict[str, Any]:
     """
     node = _compose(text)
     if not isinstance(node, yaml.MappingNode):
-        raise ConfigError("must hold a mapping of keys to values")
+        raise ConfigError("must be a mapping of keys to values")
     return _Reader().mapping(node, _ANY if schema is None else kind_of(schema))
 
 
@@ -62,7 +62,7 @@ def put_override(values: dict[str, Any], override: str, schema: type) -> None:
     """
     if not is_setting(override):
         raise ConfigError(
-            f"settings are written key=value, such as max_steps=100, found {override!r}"
+            f"settings are written key=value, for example max_steps=100, found {override!r}"
         )
     key, _, text = override.partition("=")
     *parents, last = re.findall(r"\w+", key)
@@ -95,7 +95,7 @@ def check_shapes(value: Any, annotation: Any, key: str = "") -> None:
     if schema or origin is dict:
         if not isinstance(value, dict):
             example = f", such as {key}.{next(iter(kinds_of(schema)))}" if schema else ""
-            raise ConfigError(f"{key} holds settings of its own{example}; found {value!r}")
+            raise ConfigError(f"{key} is a group of settings{example}; found {value!r}")
         for name, inner in value.items():
             element = kinds_of(schema).get(name, _ANY) if schema else kind_of(kind.element)
             check_shapes(inner, element, f"{key}.{name}" if key else name)
@@ -171,7 +171,7 @@ class _Reader:
         if node is None:
             return None
         if node.tag.startswith("!") or ":python/" in node.tag:
-            raise ConfigError(f"has the tag {node.tag}, in line {_line(node)}, which means nothing")
+            raise ConfigError(f"has the unknown tag {node.tag}, in line {_line(node)}")
         if isinstance(node, yaml.ScalarNode):
             # A quoted word is a text, whatever it looks like.
             if node.style:
@@ -195,7 +195,7 @@ class _Reader:
         merged: dict[str, Any] = {}
         for name, child in node.value:
             if not isinstance(name, yaml.ScalarNode):
-                raise ConfigError(f"has a key that is no word, in line {_line(name)}")
+                raise ConfigError(f"has a key that is not a word, in line {_line(name)}")
             word = name.value
             inner = f"{key}.{word}" if key else word
             if word == "<<" and not name.style:
@@ -203,11 +203,13 @@ class _Reader:
                 for part in reversed(parts):
                     found = self.value(part, kind, key)
                     if not isinstance(found, dict):
-                        raise ConfigError(f"merges what is no mapping, in line {_line(name)}")
+                        raise ConfigError(
+                            f"merges something that is not a mapping, in line {_line(name)}"
+                        )
                     merged |= found
                 continue
             if word in values:
-                raise ConfigError(f"gives the key {inner} twice, the second in line {_line(name)}")
+                raise ConfigError(f"has the key {inner} twice, the second in line {_line(name)}")
             values[word] = self.value(child, _child(kind, word), inner)
         return merged | values
 
@@ -220,7 +222,7 @@ def _scalar(text: str, kind: Kind, key: str) -> Any:
     if kind.base is bool:
         value = _BOOLS.get(text.lower())
         if value is None:
-            raise ConfigError(f"{key} must be true or false, found {text!r}, not a valid bool")
+            raise ConfigError(f"{key} must be true or false, found {text!r}")
         return value
     if kind.base in (int, float):
         try:
@@ -259,7 +261,7 @@ def _get(place: dict[str, Any] | list[Any], name: str, key: str) -> Any:
     if isinstance(place, dict):
         return place.get(name)
     if not name.isdecimal() or int(name) >= len(place):
-        raise ConfigError(f"{key}: the list before {name} has {len(place)} entries, from 0 on")
+        raise ConfigError(f"{key}: the list before {name} has {len(place)} entries, counted from 0")
     return place[int(name)]
 
 

@@ -6,14 +6,14 @@ from typing import Any
 from mhla_gen.errors import UserError
 
 _CONTENT_MIXING = (
-    "content_mixing=true is no longer supported (mixing from content was no better than the plain "
-    "matrix, see docs/mixing.md); leave it out and train again"
+    "content_mixing=true is no longer supported (it was no better than the plain matrix, see "
+    "docs/mixing.md); leave it out and train again"
 )
 _MULTISCALE = (
     "mixing_init must be locality or uniform, found 'multiscale', which is no longer supported; "
-    "write locality: a saved model keeps the matrices that it has"
+    "write locality: a saved model keeps its matrices"
 )
-_CONVERT = "the key convert is called distill now; write distill in its place"
+_CONVERT = "the key convert is now called distill; rename it"
 
 
 def without_retired(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Settings of the commands that look at models and machines, or convert checkpoints."""
+"""Settings of convert, bench and doctor."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,32 +11,34 @@ from mhla_gen.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertConfig(Settings):
-    """Checkpoints of other code into ours, or ours into theirs.
+    """Import checkpoints of other code, or export to them.
 
     Raises:
         ValueError: If a value is out of its range.
     """
 
     source: FilePath | None = None
-    """Import: a .safetensors file, a folder of them, or a file of torch.save. Export: the folder
-    of a transformer or pipeline that `save_pretrained` wrote, or a finished run."""
+    """Import: a .safetensors file, a folder of them, or a file of torch.save. Export: a folder
+    written by `save_pretrained`, of a transformer or a pipeline, or a finished run."""
     output_dir: FilePath = "runs/convert"
-    """New folder. Import: a transformer for `from_pretrained`. Export: model.pt, a state dict."""
+    """New folder, for a transformer (import) or for model.pt, a state dict (export)."""
     format: Literal["dit", "mhla_dit", "mhla_wan"] = "dit"
-    """The other side's: facebookresearch/DiT, or the DiT or the Wan of the MHLA authors."""
+    """Format of the other code: facebookresearch/DiT, or the MHLA authors' DiT or Wan."""
     direction: Literal["import", "export"] = "import"
-    """import reads the format, export writes it."""
+    """import reads that format, export writes it."""
     weights: Literal["auto", "ema", "model", "state_dict"] = "auto"
-    """Entry of a training checkpoint; auto takes the first that is there, in this order."""
+    """Entry of a training checkpoint; auto takes the first that exists, in this order."""
     num_attention_heads: Count | None = None
-    """Heads of a DiT that has not one of the published widths; the weights do not tell."""
+    """Heads of a DiT of an unpublished width, which the weights do not determine."""
     layout: Any = None
-    """mhla_wan: blocks along frames, height and width, such as (3, 5, 10); the weights tell their
-    product only."""
+    """mhla_wan: blocks along frames, height and width, such as (3, 5, 10); the weights only
+    determine their product."""
     normalizer: Literal["released", "paper"] = "released"
-    """mhla_dit: what the other code divides by; the released one departs from the paper's Eq. 4."""
+    """mhla_dit: the denominator of the other code; the released one differs from the paper's Eq.
+    4."""
     allow_differences: bool = False
-    """mhla_dit: convert although the model will compute something else, as a start for training."""
+    """mhla_dit: convert although the model will compute something else, to start training from
+    it."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -64,7 +66,7 @@ class BenchConfig(Settings):
     """
 
     subject: Literal["ops", "model"] = "ops"
-    """What is measured: the operators alone, or one denoising step of a transformer."""
+    """Measure the operators alone, or one denoising step of a transformer."""
     output_dir: FilePath = "runs/bench"
     """Folder for bench.json and bench.png."""
     methods: Any = "auto"
@@ -89,19 +91,19 @@ class BenchConfig(Settings):
     rotary: bool = False
     """Rotate queries and keys inside the linear operators."""
     backward: bool = True
-    """Time forward and backward together too."""
+    """Also time forward and backward together."""
     checkpointing: bool = True
-    """Recompute the layers of a model during backward instead of keeping what they computed."""
+    """Use gradient checkpointing in the backward pass of a model."""
     model: Literal["dit", "flux", "wan"] = "dit"
     """DiT-XL/2, FLUX.1-dev or Wan2.1-1.3B, random weights."""
     num_layers: Count | None = None
-    """Layers of the model, of Flux those with two streams; None takes all."""
+    """Layers of the model (for Flux, those with two streams); None takes all."""
     compile: Any = False
-    """torch.compile: false, true (the layer that the model repeats) or "whole" (all in one)."""
+    """torch.compile: false, true (each repeated block) or "whole" (the model in one graph)."""
     profile: bool = False
     """List the kernels that a step of a model spends its time in, too."""
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
-    """Arithmetic of inputs and models; auto is bfloat16 on a GPU and float32 elsewhere."""
+    """Dtype of inputs and models; auto is bfloat16 on a GPU and float32 elsewhere."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a GPU if there is one."""
 
@@ -158,4 +160,4 @@ class DoctorConfig(Settings):
     """Which parts of the installation to try."""
 
     checks: tuple[str, ...] = ()
-    """Names of checks; none means all. `mhla-gen doctor --dry-run` lists them."""
+    """Names of checks to run; empty means all. `mhla-gen doctor --dry-run` lists them."""

@@ -13,11 +13,14 @@ from PIL import Image
 from mhla_gen import ClassConditionalPipeline
 from mhla_gen.config import MHLAConfig, ModelConfig, QuickstartConfig, load_config
 from mhla_gen.data.images import digits
+from mhla_gen.evaluation import evaluate
+from mhla_gen.evaluation.nearest import closest_pairs
 from mhla_gen.quickstart import quickstart
-from mhla_gen.quickstart.quickstart import training_seconds
+from mhla_gen.quickstart.quickstart import evaluation, training_seconds
+from mhla_gen.quickstart.real import score_real
 from mhla_gen.quickstart.report import next_commands
-from mhla_gen.quickstart.scores import closest_pairs, score, score_real
 from mhla_gen.sampling import generate
+from mhla_gen.sampling.sample_set import save_samples
 
 PROMISED = [
     "config.yaml",
@@ -99,7 +102,7 @@ def test_an_interrupted_one_goes_on_to_the_same_end(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(sys.modules[quickstart.__module__], "save_samples", interrupt)
+        patch.setattr(sys.modules[quickstart.__module__], "evaluate", interrupt)
         with pytest.raises(KeyboardInterrupt):
             quickstart(tiny(tmp_path / "parts"))
     assert not (tmp_path / "parts" / "metrics.json").exists()
@@ -131,17 +134,28 @@ def test_the_next_commands_are_real(tmp_path, monkeypatch):
     assert (tmp_path / "seven.png").is_file()
 
 
-def test_scores_know_copies_noise_and_the_real_thing():
+def test_scores_know_copies_noise_and_the_real_thing(tmp_path):
     real = digits()
     rng = np.random.default_rng(0)
     some = rng.choice(len(real), 200, replace=False)
-    copies = score(real.images[some], real.labels[some], real)
-    assert copies.copy_share == 1.0 and copies.class_accuracy > 0.95
-    noise = rng.integers(0, 256, (200, 8, 8, 1), dtype=np.uint8)
-    made = score(noise, real.labels[some], real)
-    assert made.copy_share == 0 and made.class_accuracy < 0.3
-    assert made.frechet_distance > 10 * copies.frechet_distance
-    assert (closest_pairs(real) > 0).all()
+    save_samples(tmp_path / "real.npz", real.images, real.labels)
+    made = {
+        "copies": real.images[some],
+        "noise": rng.integers(0, 256, (200, 8, 8, 1), dtype=np.uint8),
+    }
+    scores = {}
+    for name, images in made.items():
+        (tmp_path / name).mkdir()
+        save_samples(tmp_path / name / "samples.npz", images, real.labels[some])
+        results = evaluate(evaluation(tiny(tmp_path), tmp_path / name))
+        scores[name] = {result.metric: result.value for result in results}
+    copies, noise = scores["copies"], scores["noise"]
+    assert copies["copies"] == 1.0 and copies["accuracy"] > 0.95
+    assert noise["copies"] == 0 and noise["accuracy"] < 0.3
+    assert noise["fd"] > 10 * copies["fd"]
+    pixels = torch.from_numpy(real.images.reshape(len(real), -1) / 255)
+    distances = closest_pairs(pixels, real.labels)
+    assert len(distances) == 10 and all(distance > 0 for distance in distances.values())
     baseline = score_real(real, 20, seed=0)
     assert baseline["frechet_distance_halves"] < baseline["frechet_distance_same_size"] < 1
     assert baseline["class_accuracy"] > 0.97

@@ -21,13 +21,13 @@ from mhla_gen.errors import UserError
 class FeaturesConfig(Settings, prefix="features."):
     """The network that computes the features to compare."""
 
-    extractor: Literal["inception", "dinov2", "efficientnet-lite0", "torchscript", "i3d"] = (
-        "inception"
-    )
-    """inception is for FID; i3d measures videos."""
+    extractor: Literal[
+        "inception", "dinov2", "efficientnet-lite0", "pixels", "torchscript", "i3d"
+    ] = "inception"
+    """inception is for FID; pixels are the images themselves; i3d measures videos."""
     weights: FilePath | None = None
     """File with the weights, or DINOv2's folder or hub name. None: inception's released weights
-    (fetched once), DINOv2 large, EfficientNet's package; the other two need a TorchScript file."""
+    (fetched once), DINOv2 large, EfficientNet's package; torchscript and i3d need a file."""
     trust: bool = False
     """Run a TorchScript file, which is a program that can do anything that you can, such as write
     files: set true if you know where it comes from."""
@@ -64,7 +64,7 @@ class EvaluateConfig(Settings):
     """The same, or an npz of statistics (`mu`, `sigma`, `mu_s`, `sigma_s`, optional `arr_0`)."""
     metrics: tuple[str, ...] = ("fid", "sfid", "is", "precision", "recall", "kid")
     """Of fid, sfid, is, precision, recall, kid; fd (Fréchet distance) with other extractors than
-    inception, fvd with i3d."""
+    inception, fvd with i3d; accuracy and copies where samples and reference have labels."""
     features: FeaturesConfig = field(default_factory=FeaturesConfig)
     """The network whose features are compared."""
     size: Count | None = None
@@ -88,7 +88,18 @@ class EvaluateConfig(Settings):
         super().__post_init__()
         for name in ("samples", "reference"):
             object.__setattr__(self, name, normalize_paths(name, getattr(self, name)))
-        known = ("fid", "sfid", "is", "precision", "recall", "kid", "fd", "fvd")
+        known = (
+            "fid",
+            "sfid",
+            "is",
+            "precision",
+            "recall",
+            "kid",
+            "fd",
+            "fvd",
+            "accuracy",
+            "copies",
+        )
         for metric in self.metrics:
             check_choice("metrics", metric, known)
         if not self.metrics:

@@ -1,9 +1,10 @@
 """The evaluation command: samples and a reference → numbers with protocols and intervals."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
 
@@ -19,6 +20,7 @@ from mhla_gen.evaluation.results import (
     features_of,
     format_table,
     need_images,
+    need_labels,
     write_report,
 )
 from mhla_gen.evaluation.sources import (
@@ -54,11 +56,14 @@ def evaluate(config: EvaluateConfig, dry_run: bool = False) -> list[Result]:
     check_writable(Path(config.out).parent, "out")
     measurer = Measurer.start(config.features, config.size, config.skip_corrupt)
     source = measurer.open(config.samples)
-    scoring = Scoring.prepare(config, measurer, measurer.protocol(frame_shape(source)), len(source))
+    protocol = measurer.protocol(frame_shape(source))
+    labels = source.labels() if need_labels(config.metrics) else None
+    scoring = Scoring.prepare(config, measurer, protocol, len(source), labels is not None)
     if dry_run:
         print(f"would measure {len(source)} images of {source.name}: {scoring.protocol}")
         return []
-    return scoring.score(measurer.features(source, scoring.feature_names))
+    samples = measurer.features(source, scoring.feature_names)
+    return scoring.score(replace(samples, labels=labels))
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,12 @@ class Scoring:
 
     @classmethod
     def prepare(
-        cls, config: EvaluateConfig, measurer: Measurer, protocol: EvaluationProtocol, count: int
+        cls,
+        config: EvaluateConfig,
+        measurer: Measurer,
+        protocol: EvaluationProtocol,
+        count: int,
+        labelled: bool,
     ) -> "Scoring":
         """Open the reference, and compare what has to be equal.
 
@@ -85,6 +95,7 @@ class Scoring:
             measurer: With the extractor.
             protocol: How the samples are measured.
             count: How many samples there are, or will be.
+            labelled: Whether they have labels.
 
         Raises:
             EvaluationError: If something is missing, unusable or not comparable.
@@ -95,6 +106,9 @@ class Scoring:
         _require_enough(config, count, "samples")
         if scoring.images is not None:
             _require_enough(config, len(scoring.images), "reference")
+        if need_labels(config.metrics):
+            _require_labels(labelled, "samples have")
+            _require_labels(scoring._reference_labels() is not None, "reference has")
         return scoring
 
     @property
@@ -130,7 +144,15 @@ class Scoring:
         names = _statistics_of(self.config)
         if self.file is not None:
             names = {"pool"} if need_images(self.config.metrics) else set()
-        return self.measurer.features(self.images, sorted(names)) if self.images and names else None
+        if self.images is None or not names:
+            return None
+        found = self.measurer.features(self.images, sorted(names))
+        return replace(found, labels=self._reference_labels())
+
+    def _reference_labels(self) -> np.ndarray | None:
+        if self.images is None or not need_labels(self.config.metrics):
+            return None
+        return self.images.labels()
 
     def _context(self, samples: FeatureSet, images: FeatureSet | None) -> dict[str, Any]:
         described: dict[str, Any] = {
@@ -201,6 +223,14 @@ def _require_enough(config: EvaluateConfig, count: int, side: str) -> None:
             )
 
 
+def _require_labels(labelled: bool, side: str) -> None:
+    if not labelled:
+        raise EvaluationError(
+            f"the {side} no labels, which accuracy and copies need: a class number for each image, "
+            "the array `labels` of an npz file beside `arr_0`; leave these metrics out, or add it"
+        )
+
+
 def _open_reference(
     config: EvaluateConfig, measurer: Measurer
 ) -> tuple[StatisticsFile | None, ImageSource | None]:
@@ -221,8 +251,8 @@ def _open_reference(
         file.statistics(name)
     if not file.has_images and need_images(config.metrics):
         raise EvaluationError(
-            f"{file.path} has no arr_0: precision, recall and KID need images; rebuild it "
-            "with `mhla-gen reference` or leave them out of metrics"
+            f"{file.path} has no arr_0: precision, recall and KID need images, as accuracy and "
+            "copies do; rebuild it with `mhla-gen reference` or leave them out of metrics"
         )
     return file, measurer.open(files) if file.has_images else None
 

@@ -30,6 +30,10 @@ def build_extractor(config: FeaturesConfig) -> Extractor:
         raise EvaluationError(
             f"features.dtype={config.dtype} is for inception; {config.extractor} runs in float32"
         )
+    if config.extractor == "pixels":
+        if config.weights is not None:
+            raise EvaluationError("features.extractor=pixels has no weights; leave them out")
+        return PixelExtractor()
     if config.extractor == "efficientnet-lite0":
         return EfficientNetLite0Extractor(config.weights)
     if config.extractor == "dinov2":
@@ -45,6 +49,23 @@ def build_extractor(config: FeaturesConfig) -> Extractor:
         )
     scripted = I3DExtractor if config.extractor == "i3d" else TorchScriptExtractor
     return scripted(config.weights)
+
+
+class PixelExtractor(Extractor):
+    """The pixels themselves: for small images of one size, such as digits; needs no network.
+
+    Values lie in [0, 1] and are divided by the root of the three channels, so that grey images are
+    as far apart as their one channel says. How many there are is known with the first images.
+    """
+
+    def __init__(self):
+        super().__init__(ExtractorIdentity("pixels", "", "no-resize", "fp32"), {"pool": 0})
+
+    def extract(self, images: Tensor) -> dict[str, Tensor]:
+        """See `Extractor`."""
+        pixels = images.flatten(1).double() / (255 * 3**0.5)
+        self.dims["pool"] = pixels.shape[1]
+        return {"pool": pixels}
 
 
 class Dinov2Extractor(Extractor):

@@ -29,11 +29,15 @@ class FeatureSet:
     """One line for each image that was left out."""
     digest: str
     """SHA-256 of the images."""
+    labels: np.ndarray | None = None
+    """Class of each image, int64 [count], where metrics need it."""
 
     def stream(self, name: str) -> Iterator[np.ndarray]:
-        """Features [n, dim] chunk by chunk, in order."""
+        """Features [n, dim] chunk by chunk, in order, without chunks that have none."""
         for chunk in range(self.chunks):
-            yield read_features(self.folder, name, chunk)[0]
+            features = read_features(self.folder, name, chunk)[0]
+            if len(features):
+                yield features
 
     def load(self, name: str) -> Tensor:
         """All features [count, dim], float32, in order."""

@@ -34,7 +34,7 @@ class FrechetDistance(Metric):
     Args:
         extractor: Network for `update`; None if `update` is given features.
         feature: Which of its features.
-        dim: Feature dimensions; needed without an extractor.
+        dim: Feature dimensions; needed without an extractor, and with one of pixels.
         reference: Statistics of the real images, if they are known; then all updates are samples.
         keep_reference: Keep the real images' sums at `reset`.
 
@@ -64,8 +64,8 @@ class FrechetDistance(Metric):
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
-        dim = extractor.dims[feature] if extractor else dim
-        if dim is None:
+        dim = dim or (extractor.dims[feature] if extractor else None)
+        if not dim:
             raise EvaluationError("FrechetDistance needs an extractor, or dim for features")
         if reference is not None and reference.dim != dim:
             raise EvaluationError(

@@ -10,6 +10,7 @@ from mhla_gen.config import EvaluateConfig
 from mhla_gen.evaluation.feature_files import FeatureSet
 from mhla_gen.evaluation.frechet import FewSamplesWarning, frechet_distance
 from mhla_gen.evaluation.intervals import Interval, jackknife_interval, subsampling_interval
+from mhla_gen.evaluation.nearest import class_accuracy, copy_share
 from mhla_gen.evaluation.protocol import EvaluationProtocol, short_count
 from mhla_gen.evaluation.scores import inception_score, kernel_distance, precision_recall
 from mhla_gen.evaluation.statistics_file import StatisticsFile
@@ -23,6 +24,8 @@ class Metric(NamedTuple):
     features: str = "pool"
     of_images: bool = False
     """It needs the features of each image of the reference; statistics do not do."""
+    of_labels: bool = False
+    """It needs labels of samples and reference."""
 
 
 METRICS = {
@@ -34,6 +37,8 @@ METRICS = {
     "precision": Metric("precision", of_images=True),
     "recall": Metric("recall", of_images=True),
     "kid": Metric("KID", of_images=True),
+    "accuracy": Metric("accuracy", of_images=True, of_labels=True),
+    "copies": Metric("copies", of_images=True, of_labels=True),
 }
 
 FRECHET = {"fid", "fd", "fvd", "sfid"}
@@ -74,6 +79,11 @@ def need_images(metrics: Collection[str]) -> bool:
     return any(METRICS[name].of_images for name in metrics)
 
 
+def need_labels(metrics: Collection[str]) -> bool:
+    """Whether some need labels of samples and reference."""
+    return any(METRICS[name].of_labels for name in metrics)
+
+
 def compute_metrics(
     config: EvaluateConfig,
     protocol: EvaluationProtocol,
@@ -109,6 +119,12 @@ def compute_metrics(
             details = f"k-{config.neighbours} vs-{short_count(images.count)}"
             for metric, share in zip(("precision", "recall"), shares, strict=True):
                 found[metric] = {"value": share, "protocol": details}
+        for metric, share in (("accuracy", class_accuracy), ("copies", copy_share)):
+            if metric in config.metrics:
+                assert samples.labels is not None and images.labels is not None
+                sides = (samples.load("pool"), samples.labels, images.load("pool"), images.labels)
+                details = f"vs-{short_count(images.count)}"
+                found[metric] = {"value": share(*sides), "protocol": details}
     results = []
     for metric in config.metrics:
         label = f"{METRICS[metric].label}-{short_count(samples.count)}"

@@ -57,6 +57,10 @@ class ImageSource(Protocol):
         """SHA-256 over the content and its order; file names do not count."""
         ...
 
+    def labels(self) -> np.ndarray | None:
+        """Class of each image, int64; None where that is not known."""
+        ...
+
 
 def load_images(
     path: str | Path | Sequence[str | Path],
@@ -136,6 +140,9 @@ class FileSource:
             digests = pool.map(_digest_or_reason, self._files)
             return _join_digests(f"files by rules {READING}", digests)
 
+    def labels(self) -> None:
+        """See `ImageSource`."""
+
 
 class ArraySource:
     """`arr_0` of an npz file."""
@@ -185,6 +192,18 @@ class ArraySource:
         with ThreadPoolExecutor() as pool:
             return _join_digests(f"array{self._array.shape}", pool.map(self._block_digest, starts))
 
+    def labels(self) -> np.ndarray | None:
+        """See `ImageSource`."""
+        if "labels" not in npz_keys(self._path):
+            return None
+        labels = open_array(self._path, "labels")
+        if labels.shape != (len(self),) or not np.issubdtype(labels.dtype, np.integer):
+            raise EvaluationError(
+                f"{self._path}: labels must be a class number for each of {len(self)} images, "
+                f"found {labels.dtype} {list(labels.shape)}"
+            )
+        return labels.astype(np.int64)
+
     def _block_digest(self, start: int) -> str:
         block = np.ascontiguousarray(self._array[start : start + _HASHED])
         return hashlib.sha256(block.data).hexdigest()
@@ -220,6 +239,12 @@ class JoinedSource:
     def digest(self) -> str:
         """See `ImageSource`."""
         return _join_digests("joined", (part.digest() for part in self._parts))
+
+    def labels(self) -> np.ndarray | None:
+        """See `ImageSource`."""
+        found = [part.labels() for part in self._parts]
+        known = [labels for labels in found if labels is not None]
+        return np.concatenate(known) if len(known) == len(found) else None
 
 
 def frame_shape(source: ImageSource) -> tuple[int, ...]:

@@ -1,45 +1,57 @@
-"""The quickstart, step by step."""
+"""The quickstart, step by step: `train`, `sample` and `evaluate`, once for each of two models."""
 
+import shutil
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from accelerate import PartialState
 
-from mhla_gen.config import QuickstartConfig, SampleConfig, TrainConfig, save_config
+from mhla_gen.config import (
+    EvaluateConfig,
+    FeaturesConfig,
+    QuickstartConfig,
+    SampleConfig,
+    TrainConfig,
+    save_config,
+)
+from mhla_gen.data import ArrayImages
 from mhla_gen.data.images import digits
+from mhla_gen.evaluation import evaluate
 from mhla_gen.files import remove, write_json, written_whole
 from mhla_gen.files.saved import read_json
+from mhla_gen.hub import PIPELINE_NAME
 from mhla_gen.outputs.folders import CONFIG_NAME, made_with
 from mhla_gen.outputs.locks import claimed
 from mhla_gen.pipelines.class_conditional import ClassConditionalPipeline
 from mhla_gen.quickstart.figures import draw_losses, draw_mixing
+from mhla_gen.quickstart.real import score_real
 from mhla_gen.quickstart.report import next_commands, table
-from mhla_gen.quickstart.scores import FEATURE_SPACE, score, score_real
-from mhla_gen.sampling import class_labels, generate
+from mhla_gen.sampling import sample
 from mhla_gen.sampling.contact_sheet import contact_sheet, rows_by_class
-from mhla_gen.sampling.manifest import manifest, weights_of
+from mhla_gen.sampling.manifest import MANIFEST_NAME
+from mhla_gen.sampling.outputs import SAMPLES_NAME
 from mhla_gen.sampling.sample_set import save_samples
-from mhla_gen.sampling.samplers import ClassSampler
 from mhla_gen.training.log import LOG_NAME, read_log
 from mhla_gen.training.loop import train
 from mhla_gen.training.rehearsal import rehearse
 
 METRICS_NAME = "metrics.json"
+REAL_NAME = "real.npz"
 Attention = Literal["mhla", "linear"]
+ATTENTIONS: tuple[Attention, ...] = ("mhla", "linear")
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One of the two models: trained, and sampled from."""
+    """One of the two models: trained, sampled from, and measured."""
 
     title: str
-    pipeline: ClassConditionalPipeline
     images: np.ndarray
+    labels: np.ndarray
     log: list[dict[str, float]]
-    training_seconds: float
+    metrics: dict[str, Any]
 
 
 def quickstart(config: QuickstartConfig, dry_run: bool = False) -> None:
@@ -59,9 +71,9 @@ def quickstart(config: QuickstartConfig, dry_run: bool = False) -> None:
     folder = Path(config.output_dir)
     started = made_with(folder, config)
     if dry_run:
-        for attention in ("mhla", "linear"):
+        for attention in ATTENTIONS:
             # The folder is checked above; the rehearsal must not mind an interrupted run.
-            print(rehearse(replace(training(config, attention), resume="latest")))
+            print(rehearse(training(config, attention)))
         return
     if not (folder / METRICS_NAME).is_file():
         with claimed(folder):
@@ -92,6 +104,31 @@ def training(config: QuickstartConfig, attention: Attention) -> TrainConfig:
         log_every=10,
         report_to="none",
         sample_every=0,
+        resume="latest",
+    )
+
+
+def sampling(config: QuickstartConfig, attention: Attention, pipeline: Path) -> SampleConfig:
+    """The settings that `mhla-gen sample` would be given."""
+    return SampleConfig(
+        pipeline=str(pipeline),
+        output_dir=str(Path(config.output_dir) / "samples" / attention),
+        samples_per_class=config.samples_per_class,
+        num_inference_steps=config.num_inference_steps,
+        guidance_scale=config.guidance_scale,
+        seed=config.seed,
+    )
+
+
+def evaluation(config: QuickstartConfig, samples: Path) -> EvaluateConfig:
+    """The settings that `mhla-gen evaluate` would be given."""
+    folder = Path(config.output_dir)
+    return EvaluateConfig(
+        samples=str(samples),
+        reference=str(folder / REAL_NAME),
+        metrics=("accuracy", "copies", "fd"),
+        features=FeaturesConfig(extractor="pixels", cache_dir=str(folder / "features")),
+        out=str(samples / METRICS_NAME),
     )
 
 
@@ -99,63 +136,50 @@ def _run(config: QuickstartConfig, folder: Path) -> None:
     began = time.perf_counter()
     save_config(config, folder / CONFIG_NAME)
     real = digits()
-    labels = class_labels("all", config.samples_per_class, len(real.class_names))
-    arms = {attention: _arm(config, attention, labels) for attention in ("mhla", "linear")}
-
-    mhla = arms["mhla"]
-    with written_whole(folder / "pipeline") as partial:
-        mhla.pipeline.save_pretrained(partial)
-    save_samples(folder / "samples.npz", mhla.images, labels)
-    save_samples(folder / "samples_linear.npz", arms["linear"].images, labels)
-    made = manifest(
-        ClassSampler(mhla.pipeline, labels, seed=config.seed),
-        _sampling(config),
-        {"weights": weights_of(mhla.pipeline), "num_samples": len(labels)},
-        ["samples.npz", "samples.png"],
-    )
-    write_json(folder / "manifest.json", made)
-    _draw(config, folder, real, labels, arms)
+    save_samples(folder / REAL_NAME, real.images, real.labels)
+    arms: dict[Attention, Arm] = {name: _arm(config, name) for name in ATTENTIONS}
+    # What a reader looks for first lies in the folder itself.
+    for name, home in (
+        (PIPELINE_NAME, "training"),
+        (SAMPLES_NAME, "samples"),
+        (MANIFEST_NAME, "samples"),
+    ):
+        _copy(folder / home / "mhla" / name, folder / name)
+    _draw(config, folder, real, arms)
     metrics = {
-        "feature_space": FEATURE_SPACE,
-        "num_samples": len(labels),
+        "feature_space": "raw pixels in [0, 1]",
+        "num_samples": len(arms["mhla"].labels),
         "num_real": len(real),
-        **{
-            name: {
-                "title": arm.title,
-                **asdict(score(arm.images, labels, real)),
-                "loss": float(np.mean([line["loss"] for line in arm.log[-10:]])),
-                "training_seconds": round(arm.training_seconds, 1),
-            }
-            for name, arm in arms.items()
-        },
+        **{name: arm.metrics for name, arm in arms.items()},
         "real": score_real(real, config.samples_per_class, config.seed),
         "seconds": round(time.perf_counter() - began, 1),
     }
     # The last file: where it is, the quickstart is finished.
     write_json(folder / METRICS_NAME, metrics)
-    for old in (folder / "training").glob("*/checkpoint-*"):
-        remove(old)
+    for left in (*(folder / "training").glob("*/checkpoint-*"), folder / "features"):
+        remove(left)
 
 
-def _arm(config: QuickstartConfig, attention: Attention, labels: np.ndarray) -> Arm:
-    """Train one model, or go on with its training, and sample from it."""
+def _arm(config: QuickstartConfig, attention: Attention) -> Arm:
+    """Train one model, sample from it and measure the samples, from where an earlier start got."""
     layout = config.model.mhla.layout
     blocks = layout if isinstance(layout, str) else " × ".join(map(str, layout))
     title = {"mhla": f"MHLA, {blocks} blocks", "linear": "linear attention, one block"}[attention]
     settings = training(config, attention)
-    saved = train(replace(settings, resume="latest"), title=f"train {title}")
-    pipeline = ClassConditionalPipeline.from_pretrained(saved).to(PartialState().device)
-    images = generate(
-        pipeline,
-        labels,
-        seed=config.seed,
-        batch_size=_sampling(config).batch_size,
-        num_inference_steps=config.num_inference_steps,
-        guidance_scale=config.guidance_scale,
-        title=f"sample {title}",
-    )
+    samples = sample(sampling(config, attention, train(settings, title=f"train {title}")))
+    found = {result.metric: result.value for result in evaluate(evaluation(config, samples))}
+    with np.load(samples / SAMPLES_NAME) as arrays:
+        images, labels = arrays["arr_0"], arrays["labels"]
     log = read_log(Path(settings.output_dir) / LOG_NAME)
-    return Arm(title, pipeline, images, log, training_seconds(log, config.batch_size))
+    metrics = {
+        "title": title,
+        "class_accuracy": found["accuracy"],
+        "copy_share": found["copies"],
+        "frechet_distance": found["fd"],
+        "loss": float(np.mean([line["loss"] for line in log[-10:]])),
+        "training_seconds": round(training_seconds(log, config.batch_size), 1),
+    }
+    return Arm(title, images, labels, log, metrics)
 
 
 def training_seconds(log: list[dict[str, float]], batch_size: int) -> float:
@@ -165,31 +189,20 @@ def training_seconds(log: list[dict[str, float]], batch_size: int) -> float:
     return float((steps * batch_size / rates).sum())
 
 
-def _sampling(config: QuickstartConfig) -> SampleConfig:
-    """The settings that `mhla-gen sample` would need for the same samples."""
-    return SampleConfig(
-        pipeline=str(Path(config.output_dir) / "pipeline"),
-        output_dir=config.output_dir,
-        samples_per_class=config.samples_per_class,
-        num_inference_steps=config.num_inference_steps,
-        guidance_scale=config.guidance_scale,
-        seed=config.seed,
-        batch_size=100,
-    )
+def _copy(source: Path, target: Path) -> None:
+    with written_whole(target) as partial:
+        (shutil.copytree if source.is_dir() else shutil.copyfile)(source, partial)
 
 
 def _draw(
-    config: QuickstartConfig, folder: Path, real: Any, labels: np.ndarray, arms: dict[str, Arm]
+    config: QuickstartConfig, folder: Path, real: ArrayImages, arms: dict[Attention, Arm]
 ) -> None:
     classes = range(len(real.class_names))
     groups = {"real digits": rows_by_class(real.images, real.labels, classes)}
-    groups |= {arm.title: rows_by_class(arm.images, labels, classes) for arm in arms.values()}
+    groups |= {arm.title: rows_by_class(arm.images, arm.labels, classes) for arm in arms.values()}
     contact_sheet(groups, real.class_names).save(folder / "samples.png")
     draw_losses({arm.title: arm.log for arm in arms.values()}, folder / "loss.png")
-    model = arms["mhla"].pipeline.transformer
-    draw_mixing(model, replace(config.model.mhla, layout=_layout(model)), folder / "mixing.png")
-
-
-def _layout(model: Any) -> tuple[int, ...]:
-    """The layout of a built model, which "auto" leaves to the model."""
-    return tuple(model.config.mhla["layout"])
+    model = ClassConditionalPipeline.from_pretrained(folder / PIPELINE_NAME).transformer
+    # "auto" leaves the layout to the model.
+    layout = tuple(model.config.mhla["layout"])
+    draw_mixing(model, replace(config.model.mhla, layout=layout), folder / "mixing.png")

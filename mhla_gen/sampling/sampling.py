@@ -185,7 +185,8 @@ class Job:
         # Sampling alone needs none of the packages that evaluation brings.
         from mhla_gen.sampling.scoring import Scorer
 
-        return Scorer(self.config.evaluate, self.folder, features, shape, len(self.sampler))
+        labels = self.sampler.labels if isinstance(self.sampler, ClassSampler) else None
+        return Scorer(self.config.evaluate, self.folder, features, shape, len(self.sampler), labels)
 
     def _begin(self) -> None:
         save_config(replace(self.config, output_dir=str(self.folder)), self.folder / CONFIG_NAME)

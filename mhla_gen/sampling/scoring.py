@@ -27,6 +27,7 @@ class Scorer:
         features: Path,
         shape: tuple[int, ...],
         count: int,
+        labels: np.ndarray | None = None,
     ):
         """Load the extractor and open the reference, before anything is drawn.
 
@@ -36,13 +37,14 @@ class Scorer:
             features: Folder for features.
             shape: Of a sample, `(frames,) height, width, channels`.
             count: How many samples there will be.
+            labels: The class that each will be asked to show.
 
         Raises:
             EvaluationError: If something is missing, unusable or not comparable.
         """
         config = replace(config, samples=(str(folder),), out=str(folder / config.out))
         check_metrics(config)
-        self._folder = features
+        self._folder, self._labels = features, labels
         self._measurer = Measurer.start(config.features, config.size, skip_corrupt=False)
         clip, self._frame = self._measurer.clip, shape[-3:-1]
         if (clip is not None) != (len(shape) == 4):
@@ -54,7 +56,7 @@ class Scorer:
         elif config.size is not None:
             self._frame = config.size, config.size
         protocol = self._measurer.protocol(self._frame)
-        self._scoring = Scoring.prepare(config, self._measurer, protocol, count)
+        self._scoring = Scoring.prepare(config, self._measurer, protocol, count, labels is not None)
 
     def measure(self, unit: int, samples: Tensor) -> None:
         """Write the features of a unit.
@@ -75,7 +77,9 @@ class Scorer:
             units: All of them measured.
             digest: What the report calls the samples by.
         """
-        return self._scoring.score(FeatureSet(self._folder, len(units), units.count, (), digest))
+        return self._scoring.score(
+            FeatureSet(self._folder, len(units), units.count, (), digest, self._labels)
+        )
 
     def _prepared(self, samples: Tensor) -> Tensor:
         """As a reader of files would give them: colour, and the crop or the frames asked for."""

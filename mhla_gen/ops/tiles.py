@@ -10,6 +10,7 @@ Plain integers only, so that `torch.compile` can trace it.
 
 import itertools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -24,6 +25,8 @@ _LINE_TILE = 16
 _TILE_TOKENS = {2: 16, 3: 64}
 # Queries of a group: as many rows as a matrix product on a GPU wants.
 _GROUP_QUERIES = {1: 128, 2: 64, 3: 128}
+# Tiles along an axis of the window that an image has before anything else, and at most.
+_IMAGE_WINDOW = 5
 
 
 class TileLayout(NamedTuple):
@@ -132,13 +135,15 @@ def tile_share(
 
 
 def auto_tiles(grid: tuple[int, ...], share: float) -> TileLayout:
-    """The layout for a share of pairs: half of it near, half of it chosen by content.
+    """The layout for a share of pairs: near tiles first in an image, half and half elsewhere.
 
     - Tiles are at most 16 tokens on a line or an image (about 4×4) and at most 64 in a clip, 3 to 5
       long along each axis: the lengths that leave the fewest empty slots.
+    - An image has the largest square window of up to 5×5 tiles that the share allows, which is what
+      its quality needs most (docs/evidence.md). On a line and in a clip the window grows by
+      two tiles along its shortest axis while at most half of the share is near.
     - Groups double along an axis that they divide, the shortest first, up to 64 queries in an image
-      and 128 on a line or in a clip, while a group's own tiles are at most half of the share.
-    - The window grows by two tiles along its shortest axis while at most half of the share is near.
+      and 128 elsewhere, as long as the window around them keeps to these bounds.
     - The rest of the share is chosen by content.
 
     Args:
@@ -154,19 +159,27 @@ def auto_tiles(grid: tuple[int, ...], share: float) -> TileLayout:
     tiles = tuple(-(-n // size) for n, size in zip(grid, tile, strict=True))
     num_tiles = math.prod(tiles)
     budget = max(1, round(share * num_tiles))
-    half = max(1, budget // 2)
-    group = _auto_group(tile, tiles, half)
+
+    def near(window: tuple[int, ...], group: tuple[int, ...] | None = None) -> int:
+        return tiling(grid, tile, window, 0, group).window_size
+
+    image = len(grid) == 2
+    most = budget if image else max(1, budget // 2)
+    window = (1,) * len(grid)
+    if image:
+        squares = [(w, w) for w in range(_IMAGE_WINDOW, 0, -2)]
+        window = next(square for square in squares if near(square) <= most)
+    group = _auto_group(tile, tiles, lambda group: near(window, group) <= most)
     if budget == num_tiles:
         return TileLayout(tile, group, tuple(n + 1 - n % 2 for n in tiles), 0)
-    window, near = (1,) * len(grid), math.prod(group)
-    while True:
+    while not image:
         reach = tiling(grid, tile, window, 0, group).reach
         axis = min(range(len(grid)), key=lambda a: reach[a] * tile[a])
         larger = tuple(w + 2 * (a == axis) for a, w in enumerate(window))
-        size = tiling(grid, tile, larger, 0, group).window_size
-        if not near < size <= half:
-            return TileLayout(tile, group, window, max(0, budget - near))
-        window, near = larger, size
+        if not near(window, group) < near(larger, group) <= most:
+            break
+        window = larger
+    return TileLayout(tile, group, window, max(0, budget - near(window, group)))
 
 
 def _auto_tile(grid: tuple[int, ...]) -> tuple[int, ...]:
@@ -186,14 +199,19 @@ def _auto_tile(grid: tuple[int, ...]) -> tuple[int, ...]:
     return min((tile for tile in lengths if math.prod(tile) <= limit), key=cost)
 
 
-def _auto_group(tile: tuple[int, ...], tiles: tuple[int, ...], most: int) -> tuple[int, ...]:
-    group = [1] * len(tile)
+def _auto_group(
+    tile: tuple[int, ...], tiles: tuple[int, ...], fits: Callable[[tuple[int, ...]], bool]
+) -> tuple[int, ...]:
+    group = (1,) * len(tile)
     while True:
         free = [a for a in range(len(tile)) if tiles[a] % (2 * group[a]) == 0]
-        size = 2 * math.prod(group)
-        if not free or size > most or size * math.prod(tile) > _GROUP_QUERIES[len(tile)]:
-            return tuple(group)
-        group[min(reversed(free), key=lambda a: tile[a] * group[a])] *= 2
+        if not free or 2 * math.prod(group) * math.prod(tile) > _GROUP_QUERIES[len(tile)]:
+            return group
+        axis = min(reversed(free), key=lambda a: tile[a] * group[a])
+        larger = tuple(size * (1 + (a == axis)) for a, size in enumerate(group))
+        if not fits(larger):
+            return group
+        group = larger
 
 
 def window_tiles(placed: Tiling, device: torch.device | str | None = None) -> Tensor:

@@ -182,4 +182,6 @@ def _forward_options(call: TileCall) -> dict:
     if call.operand["OPERAND"] == tl.float32:
         return {"BM": call.block(32), "BN": 32, "num_warps": 4, "num_stages": 1}
     rows = call.block(128)
-    return {"BM": rows, "BN": 64, "num_warps": 4, "num_stages": 2 if rows == 128 else 3}
+    # A program of few queries is short of work for one warp, let alone four.
+    warps = 4 if rows > 32 else 1
+    return {"BM": rows, "BN": 64, "num_warps": warps, "num_stages": 2 if rows == 128 else 3}

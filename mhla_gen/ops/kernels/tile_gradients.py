@@ -208,9 +208,10 @@ def _backward_options(call: TileCall) -> dict[str, dict]:
             "extra": common | {"BN": 32},
         }
     keys = min(padded(call.slots), 64)
-    common = {"BM": call.block(64), "num_warps": 4, "num_stages": 2}
+    rows = call.block(64)
+    common = {"BM": rows, "num_warps": 4, "num_stages": 2}
     return {
-        "queries": common | {"BN": 64},
+        "queries": common | {"BN": 64, "num_warps": 4 if rows > 32 else 1},
         "keys": common | {"BM": 64, "BN": keys},
         "extra": common | {"BN": 64},
     }

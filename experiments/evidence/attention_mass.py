@@ -3,7 +3,7 @@
     python experiments/evidence/attention_mass.py DATA PIPELINE OUT.json
 
 PIPELINE is a class-conditional pipeline of the comparison with softmax attention, such as
-OUT/exact/work/teacher-teacher-s0/pipeline. For held-out images at three noise levels, and for every
+OUT/exact/work/teacher-teacher-s0/pipeline. For held-out images at some noise levels, and for every
 layer and head: the share of softmax's weights that lies in the tiles (`mass`), and the squared
 distance of what the tiles alone put out from what softmax does, over the squared length of the
 latter (`error`). `rule` says how further tiles are chosen: by the product of means of group and
@@ -29,7 +29,6 @@ from mhla_gen.ops.tiles import TileLayout, Tiling, auto_tiles, tile_lists, tilin
 from mhla_gen.pipelines.class_conditional import ClassConditionalPipeline
 from mhla_gen.runtime.devices import resolve_device
 
-_LEVELS = (0.25, 0.5, 0.75)
 RULES = ("mean", "largest", "weights")
 
 
@@ -94,8 +93,13 @@ def boxes_of_tokens(placed: Tiling, device: torch.device) -> tuple[Tensor, Tenso
 
 @torch.no_grad()
 def measure(
-    model: Any, images: Tensor, labels: Tensor, grid: tuple[int, int], shares: Sequence[float]
-) -> list[dict]:
+    model: Any,
+    images: Tensor,
+    labels: Tensor,
+    grid: tuple[int, int],
+    shares: Sequence[float],
+    levels: Sequence[float],
+) -> list[dict[str, Any]]:
     """Rows of all layouts and rules: means over images, noise levels, layers and heads."""
     seen: list[tuple[Tensor, Tensor, Tensor]] = []
     for block in model.transformer_blocks:
@@ -108,7 +112,7 @@ def measure(
             )
     kept: dict[str, list[Tensor]] = {"to_q": [], "to_k": [], "to_v": []}
     generator = torch.Generator().manual_seed(0)
-    for sigma in _LEVELS:
+    for sigma in levels:
         noise = torch.randn(images.shape, generator=generator).to(images.device)
         times = torch.full((len(images),), 1000 * sigma, device=images.device)
         model((1 - sigma) * images + sigma * noise, timestep=times, class_labels=labels)
@@ -166,6 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--images", type=int, default=2)
     parser.add_argument("--shares", type=float, nargs="+", default=[0.05, 0.125])
+    parser.add_argument("--levels", type=float, nargs="+", default=[0.25, 0.5, 0.75])
     options = parser.parse_args(arguments)
     device = resolve_device("auto")
     pipeline: Any = ClassConditionalPipeline.from_pretrained(str(options.pipeline)).to(device)
@@ -174,15 +179,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     some = to_samples(images[: options.images], device)
     side = model.config.sample_size // model.config.patch_size
     classes = torch.from_numpy(labels[: options.images]).to(device)
-    rows = measure(model, some, classes, (side, side), options.shares)
+    rows = measure(model, some, classes, (side, side), options.shares, options.levels)
     for row in sorted(rows, key=lambda r: (r["share"], r["error"])):
         print(json.dumps(row))
     facts = {
-        "command": "python experiments/evidence/attention_mass.py emoji64.npz PIPELINE OUT.json",
+        "command": "python experiments/evidence/attention_mass.py emoji64.npz PIPELINE OUT.json "
+        f"--images {options.images} --levels {' '.join(map(str, options.levels))}",
         "date": date.today().isoformat(),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
         "images": options.images,
-        "levels": _LEVELS,
+        "levels": options.levels,
         "rows": rows,
     }
     write_json(options.out, facts)

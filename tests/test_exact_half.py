@@ -217,7 +217,7 @@ def test_layers_can_be_chosen_by_a_function():
     [
         ("exact=1.5", r"exact must be in \[0, 1\]"),
         ("exact=.nan", "exact must be a number"),
-        ("exact_tile=[4,4]", "exact_tile needs an exact between 0 and 1"),
+        ("exact_tile=[4,4]", "exact_tile needs exact between 0 and 1"),
         ("exact=0.1 exact_tile=[4,0]", "exact_tile"),
         ("exact=0.1 exact_window=[2,2]", "odd"),
         ("exact=0.1 exact_window=[3,0]", "odd"),

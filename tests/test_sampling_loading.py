@@ -247,7 +247,7 @@ def test_weights_of_a_variant_only_are_named_with_how_to_load_them(tmp_path, mon
     pipe.save_pretrained(tmp_path / "parts", variant="fp16", max_shard_size="3KB")
     pipe.save_pretrained(tmp_path / "both", variant="fp16")
     pipe.save_pretrained(tmp_path / "both")
-    message = r'variant only, diffusion_pytorch_model\.fp16.*variant="fp16"'
+    message = r'only as a variant, diffusion_pytorch_model\.fp16.*variant="fp16"'
     for name in ("fp16", "parts"):
         for load in (lambda p: load_pipeline(p, torch.float32), load_transformer):
             with pytest.raises(ValueError, match=message) as error:

@@ -28,18 +28,18 @@ class DataConfig(Settings, prefix="data."):
     folder that `datasets` saved. webdataset: tar shards. clips: videos. cache: what `mhla-gen
     cache` wrote, of images or clips."""
     path: FilePath | None = None
-    """The file or the folder. webdataset takes a pattern too: shards/train-*.tar."""
+    """The file or folder. webdataset also takes a pattern: shards/train-*.tar."""
     image_size: Count | None = None
-    """Side of the square images in pixels. Image files are cropped and resized to it; the other
-    sources have a size, and a number given here must equal it."""
+    """Side of the square images in pixels. Image files are cropped and resized to it; other sources
+    have a fixed size, which this must equal if given."""
     failed_reads: Literal["stop", "quarantine"] = "stop"
-    """What becomes of an image whose file cannot be read after several attempts (a damaged one is
-    always left out, and listed). stop ends the command, and the same command goes on exactly when
-    the file can be read. quarantine lists it, and another one of its class takes its place from
-    then on: such a run cannot be repeated."""
+    """What to do if a file cannot be read after several attempts (a damaged image is always left
+    out and listed). stop ends the command; the same command resumes exactly when the file can be
+    read. quarantine lists it and uses another image of its class from then on: such a run cannot be
+    repeated."""
     horizontal_flip: bool = False
-    """Mirror every image with probability one half. A cache must hold both sides for it: say it
-    there, too."""
+    """Mirror every image with probability one half. A cache must contain the mirrored images: set
+    it there, too."""
     image_column: str = "image"
     """Column of images (huggingface)."""
     label_column: str = "label"
@@ -47,9 +47,9 @@ class DataConfig(Settings, prefix="data."):
     caption_column: str = "caption"
     """Column of captions (list, huggingface, clips), if there is one."""
     num_classes: Count | None = None
-    """Number of classes where labels are numbers; None: the largest label plus one."""
+    """Number of classes if labels are numbers; None: the largest label plus one."""
     split: str = "train"
-    """Split of a folder that holds several (huggingface)."""
+    """Split, if the folder has several (huggingface)."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -58,7 +58,7 @@ class DataConfig(Settings, prefix="data."):
         if self.source == "digits" and self.path is not None:
             others = ", ".join(source for source in SOURCES if source != "digits")
             raise UserError(
-                f"data.path={self.path} is given, but data.source=digits reads no files; write "
+                f"data.path={self.path} is given, but data.source=digits reads no files; set "
                 f"data.source=folder for a folder of class folders, or another of {others}"
             )
         if self.source in _ENCODED and self.image_size is None:
@@ -74,24 +74,25 @@ class ClipsConfig(Settings, prefix="clips."):
     """
 
     buckets: Any = ((81, 480, 832), (81, 832, 480))
-    """Frames, height and width in pixels of the clips that a model learns from, a list. A video
-    goes to the bucket of the nearest aspect ratio among those that its length and size allow."""
+    """Sizes of clips, a list of [frames, height, width] in pixels. A video goes to the bucket with
+    the closest aspect ratio among those that its length and size allow."""
     fps: Positive | None = 16.0
     """Frames per second of a clip, each the source frame nearest in time; None keeps the source's
     own frames."""
     max_windows: Count = 1
-    """Up to how many clips are cut out of one video: evenly spread and apart; one is its middle."""
+    """Most clips to cut out of one video, evenly spaced without overlap; 1 takes its middle."""
     upscale: bool = False
-    """Also take videos that are smaller than a bucket, enlarged."""
+    """Also use videos that are smaller than a bucket, enlarged."""
     condition: bool = False
-    """Also encode what image-to-video models with further channels are given: the first frame, and
-    grey after it; and the first frame by image_encoder, for models of Wan 2.1."""
+    """Also encode the conditions of image-to-video models: the first frame followed by grey, for
+    models with additional channels; and the first frame by image_encoder, for Wan 2.1."""
     hdr: Literal["leave_out", "tone_map"] = "leave_out"
-    """What to do with HDR video. tone_map: diffuse white becomes white, brighter light is cut."""
+    """What to do with HDR video. tone_map: diffuse white becomes white, brighter light is
+    clipped."""
     missing_caption: Literal["error", "empty"] = "error"
     """What to do about a video without a caption."""
     timeout: Positive = 60.0
-    """Seconds that decoding one clip may take; a clip that takes longer is left out and listed."""
+    """Time limit in seconds for decoding a clip; one that takes longer is left out and listed."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -100,15 +101,15 @@ class ClipsConfig(Settings, prefix="clips."):
 
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderConfig(Settings, prefix="vae."):
-    """The autoencoder that makes latents."""
+    """The autoencoder that encodes latents."""
 
     path: FilePath | None = None
     """Folder or hub name of an AutoencoderKL, AutoencoderDC, AutoencoderTiny, AutoencoderKLWan or
     AutoencoderKLLTXVideo, or of a pipeline with one."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Arithmetic of encoding."""
+    """Dtype of encoding."""
     tiling: bool = False
-    """Encode large frames tile by tile: less memory, slightly other latents."""
+    """Encode large frames tile by tile: less memory, slightly different latents."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,24 +117,25 @@ class TextEncoderConfig(Settings, prefix="text."):
     """The encoder of captions."""
 
     path: FilePath | None = None
-    """Folder or hub name of a pipeline with the text encoders: of a family that docs/models.md says
-    to train, or with a T5 or UMT5 `text_encoder` and a `tokenizer`. None: captions are not
-    embedded."""
+    """Folder or hub name of a pipeline with the text encoders: of a family that can be trained
+    (docs/models.md), or with a T5 or UMT5 `text_encoder` and a `tokenizer`. None does not embed
+    captions."""
     max_sequence_length: Count | None = None
-    """Tokens of a caption; longer ones are cut. None takes the pipeline's own, 512 for Wan."""
+    """Most tokens of a caption; longer ones are truncated. None takes the pipeline's own, 512 for
+    Wan."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    """Arithmetic of the encoder, and of its embeddings on disk."""
+    """Dtype of the encoder, and of its embeddings on disk."""
     batch_size: Count = 16
     """Captions per forward pass."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageEncoderConfig(Settings, prefix="image_encoder."):
-    """The encoder of first frames, which image-to-video models of Wan 2.1 read."""
+    """The encoder of first frames, for image-to-video models of Wan 2.1."""
 
     path: FilePath | None = None
-    """Folder or hub name of a pipeline with a CLIP `image_encoder` and an `image_processor`. None:
-    those of the pipeline in vae.path, if it has them and clips.condition=true."""
+    """Folder or hub name of a pipeline with a CLIP `image_encoder` and an `image_processor`. None
+    takes those of the pipeline in vae.path, if it has them and clips.condition=true."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Arithmetic of the encoder, and of its embeddings on disk."""
 
@@ -149,27 +151,27 @@ class CacheConfig(Settings):
     output_dir: FilePath = "runs/cache"
     """New folder for the cache; `data.path` of a training run."""
     data: DataConfig = field(default_factory=DataConfig)
-    """What is encoded; data.horizontal_flip adds mirrored images."""
+    """What to encode; data.horizontal_flip adds mirrored images."""
     clips: ClipsConfig = field(default_factory=ClipsConfig)
     """How clips are cut out of videos."""
     vae: AutoencoderConfig = field(default_factory=AutoencoderConfig)
-    """What makes latents."""
+    """What encodes latents."""
     text: TextEncoderConfig = field(default_factory=TextEncoderConfig)
     """What embeds captions."""
     image_encoder: ImageEncoderConfig = field(default_factory=ImageEncoderConfig)
-    """What embeds first frames, where clips.condition=true."""
+    """What embeds first frames, with clips.condition=true."""
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
-    """Latents on disk."""
+    """Dtype of latents on disk."""
     batch_size: Count = 16
     """Images per forward pass of the autoencoder; clips go one by one."""
     chunk_size: Count | None = None
     """Samples per file; an interruption costs each process one file. None: 512 images, 8 clips."""
     num_workers: Count = 8
-    """Images or clips that are decoded at a time, in each process."""
+    """Images or clips to decode at the same time, in each process."""
     retry_quarantined: bool = False
-    """Try again what could not be read in an earlier run."""
+    """Try again what an earlier run could not read."""
     verify: bool = False
-    """Write nothing: read a finished cache and compare every file with its digest."""
+    """Write nothing, but compare every file of a finished cache with its digest."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a GPU if there is one."""
 
@@ -177,12 +179,12 @@ class CacheConfig(Settings):
         super().__post_init__()
         if self.clips.condition and self.data.horizontal_flip:
             raise UserError(
-                "clips.condition is not encoded for mirrored clips; leave data.horizontal_flip out"
+                "clips.condition does not support mirrored clips; leave data.horizontal_flip out"
             )
         if self.image_encoder.path is not None and not self.clips.condition:
-            raise UserError("image_encoder.path is given; it needs clips.condition=true, too")
+            raise UserError("image_encoder.path needs clips.condition=true")
         if self.data.source == "cache":
-            raise UserError("data.source=cache is a cache already; name what it is to be made of")
+            raise UserError("data.source=cache is a cache already; name the source to make it from")
 
 
 def _normalize_buckets(buckets: Any) -> tuple[tuple[int, int, int], ...]:

@@ -33,26 +33,26 @@ class MHLAConfig(Settings):
     """Which layers: "all", a list of indices, a fraction such as "2/3" (of every three layers the
     first stays softmax), or, in Python, a function `(index, name) -> bool`."""
     exact: Annotated[float, Range(0, 1)] = 0.0
-    """The share of query-key pairs that softmax computes exactly, beside MHLA for all of them. 0 is
-    the paper's MHLA, 1 is softmax with MHLA's convolution and gate. Tiles for the share are picked
-    for each token grid by `mhla_gen.ops.auto_tiles`; the next four replace what it picks."""
+    """Share of query-key pairs that softmax computes exactly, beside MHLA for all pairs. 0 is the
+    paper's MHLA, 1 is softmax with MHLA's convolution and gate. `mhla_gen.ops.auto_tiles` picks the
+    tiles for each token grid; the next four settings override it."""
     exact_tile: Any = None
     """Tokens of a tile along each axis, such as (4, 4)."""
     exact_group: Any = None
-    """Tiles along each axis whose queries share one list of tiles; with exact_tile, None is 1."""
+    """Tiles along each axis whose queries share one list of tiles. With exact_tile, None is 1."""
     exact_window: Any = None
-    """Odd number of tiles along each axis, around a query's own, that it reads; zeros: none."""
+    """Window of tiles around the query's own that it reads: an odd number per axis, or zeros."""
     exact_top: Whole | None = None
-    """Further tiles that it reads, those whose mean key fits its tile's mean query best."""
+    """Number of further tiles that it reads: those whose mean key best matches its mean query."""
     linear: bool = True
-    """Have MHLA beside the exact half; false is the control without it."""
+    """Use MHLA beside the exact half; false is the control without it."""
     combine: Literal["gate", "denominator", "projection"] = "gate"
-    """How the halves make one output: weighed by a number per token and head that the layer's input
-    decides, weighed by their denominators, or a projection of MHLA's half, which starts at zero,
-    added to the exact one."""
+    """How to combine the halves. gate: weighted by a function of the layer's input, per token and
+    head. denominator: weighted by their denominators. projection: adds a projection of MHLA's half,
+    which starts at zero, to the exact half."""
     exact_start: Annotated[float, Range(0, 1, open_low=True, open_high=True)] | None = None
-    """Weight of the exact half before training; None is 0.98 where a model is converted and 0.5 in
-    a new one. combine=projection starts at 1 whatever it says."""
+    """Weight of the exact half before training; None is 0.98 in a converted model and 0.5 in a new
+    one. With combine=projection it is always 1."""
     feature_map: str = "relu"
     """φ: relu, squared_relu, elu+1, softplus, softmax or focused (both over the channels of
     a head), or identity."""
@@ -60,9 +60,9 @@ class MHLAConfig(Settings):
     """Give φ a linear map of each head before it, one for queries and one for keys, which start at
     the identity: what MHLA can learn alone, since it shares its projections with the exact half."""
     normalize: bool = True
-    """Divide by the denominator."""
+    """Divide the output by the denominator."""
     magnitude: bool = False
-    """Let the length of φ of a query sharpen its weights, as MALA does; needs normalize."""
+    """Let the norm of φ of a query sharpen its weights, as in MALA; needs normalize."""
     conv: bool = True
     """Add a depthwise convolution of V on the token grid; it starts at zero."""
     conv_kernel_size: Count = 3
@@ -72,13 +72,13 @@ class MHLAConfig(Settings):
     a factor for each channel; head, one for each head; a whole number, for each channel through a
     projection of this rank; false, no gate."""
     output_norm: bool = False
-    """RMS-normalise MHLA's output of every head."""
+    """Apply RMSNorm to MHLA's output of every head."""
     mixing_per_head: bool = False
     """One mixing matrix per head instead of one per layer."""
     mixing_init: Literal["locality", "uniform"] = "locality"
-    """Initial mixing matrix: near blocks weigh more, or all blocks weigh alike."""
+    """Initial mixing matrix. locality: near blocks weigh more; uniform: all weigh the same."""
     mixing_learnable: bool = True
-    """Train the mixing matrix; frozen otherwise."""
+    """Train the mixing matrix; otherwise it is frozen."""
     eps: NotNegative = 1e-6
     """Added to the denominator."""
     implementation: str = "auto"
@@ -103,19 +103,19 @@ class MHLAConfig(Settings):
                 object.__setattr__(self, name, value)
         window = self.exact_window or (1,)
         if any(window) and any(side % 2 == 0 for side in window):
-            raise UserError(f"exact_window must be odd numbers, or all zeros, found {window}")
+            raise UserError(f"exact_window must be odd numbers or all zeros, found {window}")
         given = [name for name in _TILE_SETTINGS if getattr(self, name) is not None]
         if given and not self.has_tiles:
-            raise UserError(f"{given[0]} needs an exact between 0 and 1, found {self.exact}")
+            raise UserError(f"{given[0]} needs exact between 0 and 1, found {self.exact}")
         if self.exact == 0 and not self.linear:
-            raise UserError("linear=false leaves no attention at all with exact=0; set exact")
+            raise UserError("linear=false with exact=0 leaves no attention at all; set exact")
         if self.output_norm and not self.has_linear:
-            raise UserError("output_norm is for MHLA's half, which is left out; set it to false")
+            raise UserError("output_norm needs MHLA's half, which is left out; set it to false")
         if self.magnitude and not (self.has_linear and self.normalize):
             raise UserError("magnitude needs an MHLA half with normalize=true; set it to false")
         if self.learned_features and not self.has_linear:
             raise UserError(
-                "learned_features are for MHLA's half, which is left out; set it to false"
+                "learned_features needs MHLA's half, which is left out; set it to false"
             )
         if self.has_halves and self.combine == "denominator" and not self.normalize:
             raise UserError("combine=denominator needs normalize=true")

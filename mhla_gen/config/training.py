@@ -43,13 +43,13 @@ class TrainConfig(Settings):
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     """What it learns to predict."""
     wan: WanConfig | None = None
-    """Train a Wan on clips with captions, in place of a DiT on images with labels: from
-    model.pretrained, or new. Of model, the settings of attention and trainable count too."""
+    """Train a Wan on clips with captions, instead of a DiT on images with labels: from
+    model.pretrained, or new. The settings of attention and trainable in model apply too."""
     transformer: TransformerConfig | None = None
     """Train any other transformer of text to image or text to video on captions, in place of a DiT:
     from model.pretrained, or new. Of model, the settings of attention and trainable count too."""
     distill: DistillConfig | None = None
-    """Turn a pretrained softmax model into this one, in stages, in place of plain training."""
+    """Distill a pretrained softmax model into this one, in stages, instead of plain training."""
     seed: Seed = 0
     """Fixes the initial weights, the order of the samples and all noise."""
     max_steps: Count = 10_000
@@ -68,62 +68,60 @@ class TrainConfig(Settings):
     mixing_learning_rate: NotNegative | None = None
     """Peak learning rate of mixing matrices; by default that of the other MHLA weights."""
     mhla_learning_rate: NotNegative | None = None
-    """Peak learning rate of all that MHLA adds to the layers; that of the other weights by default.
-    What starts as the identity beside pretrained weights may learn faster than they do."""
+    """Peak learning rate of what MHLA adds to the layers; by default learning_rate. As it starts as
+    the identity, it may learn faster than pretrained weights."""
     lr_scheduler: Literal["constant_with_warmup", "cosine", "linear"] = "constant_with_warmup"
-    """Course of the learning rate, by its diffusers name."""
+    """Learning rate schedule, by its diffusers name."""
     warmup_steps: Whole = 100
-    """Steps until the peak learning rate."""
+    """Steps until the peak learning rate is reached."""
     weight_decay: NotNegative = 0.0
-    """Decay of weight matrices; biases, embeddings, norms and mixing matrices have none."""
+    """Weight decay of matrices; biases, embeddings, norms and mixing matrices have none."""
     max_grad_norm: Positive | None = 1.0
-    """Gradients are scaled down to this norm; null leaves them as they are."""
+    """Clip gradients to this norm; null does not clip."""
     mixed_precision: Literal["fp32", "bf16"] = "bf16"
     """Arithmetic of the forward pass; weights stay float32."""
     float8: bool = False
     """With bf16, compute the products of feed-forward layers in 8 bits, through torchao; needs a
     GPU that has them (H100, L4, RTX 4090 and newer)."""
     parallelism: Literal["ddp", "fsdp"] = "ddp"
-    """What several processes do: ddp, each has the whole model; fsdp, each has a part of weights,
-    gradients, optimizer and average (FSDP2)."""
+    """How several processes train. ddp: each has the whole model. fsdp: each has a shard of
+    weights, gradients, optimizer and EMA (FSDP2)."""
     compile: Literal["none", "regional", "whole"] = "none"
-    """torch.compile: regional compiles a transformer block once for all of them; whole the model,
-    which takes longer."""
+    """torch.compile: regional compiles one transformer block and uses it for all; whole compiles
+    the model, which takes longer."""
     cuda_graphs: bool = True
-    """With compile=regional on GPUs: record the forward and the backward pass of a DiT once and
-    launch each whole at every step. Not with parallelism=fsdp, which moves the weights."""
+    """With compile=regional on GPUs: record a DiT's forward and backward pass once as CUDA graphs
+    and replay them. Not used with parallelism=fsdp, which moves the weights."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     ema_decay: Fraction = 0.9999
-    """Decay of the averaged weights that the pipeline is saved with."""
+    """Decay of the EMA weights, with which the pipeline is saved."""
     ema_width: ProfileWidth | None = None
     """In place of ema_decay: EDM2's average, whose width is this share of the training so far."""
     label_dropout: Fraction = 0.1
-    """Share of labels replaced by "no class", which classifier-free guidance needs."""
+    """Share of labels that are dropped, for classifier-free guidance."""
     checkpoint_every: Whole = 1000
-    """Steps between checkpoints; the last step has one, too. 0 writes none."""
+    """Steps between checkpoints; the last step has one, too. 0 disables them."""
     keep_checkpoints: Count = 2
-    """How many checkpoints stay on disk."""
+    """Number of checkpoints to keep."""
     log_every: Count = 50
     """Steps per line of log.jsonl."""
     report_to: Literal["tensorboard", "wandb", "none"] = "tensorboard"
-    """Where curves and pictures go, besides log.jsonl and previews in output_dir."""
+    """Where to send curves and pictures, besides log.jsonl and previews in output_dir."""
     sample_every: Whole = 1000
-    """Steps between previews: samples of the averaged weights, and mixing matrices; 0 makes none.
-    """
+    """Steps between previews: samples of the EMA weights, and mixing matrices. 0 disables them."""
     samples: PreviewConfig = field(default_factory=PreviewConfig)
-    """Samples of a preview."""
+    """Samples in a preview."""
     evaluate_every: Whole = 0
-    """Steps between evaluations of samples of the averaged weights; 0 makes none."""
+    """Steps between evaluations of samples of the EMA weights. 0 disables them."""
     evaluation: RunEvaluationConfig = field(default_factory=RunEvaluationConfig)
     """How samples are evaluated."""
     resume: Literal["never", "latest", "whole"] = "never"
-    """latest goes on from the newest checkpoint in output_dir, or starts where there is none. whole
-    does too, but where the newest is damaged it goes on from the newest that is whole, and sets the
-    damaged ones aside."""
+    """latest resumes from the newest checkpoint in output_dir, or starts a run if there is none.
+    whole does the same, but skips damaged checkpoints and renames them."""
     unpickle_checkpoint: bool = False
-    """Go on from a checkpoint of an earlier version, which holds pickles: programs that run when
-    they are read. Newer ones hold none."""
+    """Resume from a checkpoint of an earlier version, which contains pickles: these can execute
+    code when they are read. Newer checkpoints have none."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -140,8 +138,8 @@ class TrainConfig(Settings):
         shares = self.model.attention == "linformer" and self.model.linformer.sharing == "layerwise"
         if shares and self.parallelism == "fsdp":
             raise UserError(
-                "model.linformer.sharing=layerwise reads weights of another layer, which "
-                "parallelism=fsdp keeps apart; take sharing=key_value or parallelism=ddp"
+                "model.linformer.sharing=layerwise reads weights of another layer, which is not "
+                "possible with parallelism=fsdp; use sharing=key_value or parallelism=ddp"
             )
         if self.parallelism == "fsdp" and self.optimizer not in ("AdamW", "Adam", "SGD", "Adagrad"):
             raise UserError(
@@ -149,7 +147,7 @@ class TrainConfig(Settings):
                 "parallelism=fsdp has them; take AdamW, Adam, SGD or Adagrad, or parallelism=ddp"
             )
         if self.evaluate_every and self.evaluation.reference is None:
-            raise UserError("evaluate_every needs evaluation.reference, images or statistics")
+            raise UserError("evaluate_every needs evaluation.reference: images or statistics")
 
     @property
     def takes_labels(self) -> bool:
@@ -170,14 +168,14 @@ class TrainConfig(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class QuickstartConfig(Settings):
-    """The whole job in minutes: train on digits, sample, score, beside plain linear attention.
+    """The whole job in minutes: train on digits, sample, evaluate; twice, once with one block.
 
     Raises:
         ValueError: If a value is out of its range.
     """
 
     output_dir: FilePath = "runs/quickstart"
-    """New folder for everything that the quickstart leaves."""
+    """New folder for everything that the quickstart writes."""
     seed: Seed = 0
     """Fixes training and samples."""
     max_steps: Count = 600
@@ -195,7 +193,7 @@ class QuickstartConfig(Settings):
             attention_head_dim=32,
         )
     )
-    """The MHLA model; the control differs in the layout only: one block."""
+    """The MHLA model; the control differs only in its layout of one block."""
     samples_per_class: Count = 20
     """Samples of each digit, for both models."""
     num_inference_steps: Count = 40
@@ -207,10 +205,10 @@ class QuickstartConfig(Settings):
         super().__post_init__()
         if self.model.attention != "mhla":
             raise UserError(
-                f"the quickstart trains model.attention=mhla, found {self.model.attention}; "
-                "`mhla-gen train` has the other kinds"
+                f"the quickstart trains model.attention=mhla, found {self.model.attention}; use "
+                "`mhla-gen train` for the other kinds"
             )
         if not self.model.mhla.has_linear:
             raise UserError(
-                "the quickstart draws mixing matrices; leave MHLA's half in (model.mhla)"
+                "the quickstart draws mixing matrices, so model.mhla must keep MHLA's half"
             )

@@ -30,15 +30,15 @@ _SIZES = ("num_layers", "num_attention_heads", "attention_head_dim", "ffn_dim")
 
 @dataclass(frozen=True, kw_only=True)
 class WanConfig(LoraSettings, prefix="wan."):
-    """A Wan transformer for clips with captions, and what of it is trained.
+    """A Wan transformer for clips with captions, and which part is trained.
 
     Raises:
         ValueError: If values are out of range or do not fit together.
     """
 
     preset: str = "1.3B"
-    """Sizes of a new model, where model.pretrained is not given: 1.3B, 5B or 14B. Channels are
-    those of the data."""
+    """Sizes of a new model, without model.pretrained: 1.3B, 5B or 14B. Channels are those of the
+    data."""
     num_layers: Count | None = None
     """Transformer blocks; None takes the preset's, as for the next three."""
     num_attention_heads: Count | None = None
@@ -68,7 +68,7 @@ class WanConfig(LoraSettings, prefix="wan."):
         super().__post_init__()
         check_choice("wan.preset", self.preset, tuple(WAN_PRESETS))
         if self.boundary is not None and self.expert is None:
-            raise UserError("wan.boundary is given without wan.expert: high_noise or low_noise")
+            raise UserError("wan.boundary needs wan.expert=high_noise or low_noise")
 
     @property
     def sizes(self) -> dict[str, int]:

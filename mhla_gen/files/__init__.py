@@ -1,7 +1,7 @@
-"""Files: written whole or not at all, read again with their damage named, told by their digest.
+"""Files: written whole or not at all, read with clear errors if damaged, identified by digests.
 
-Everything that this package keeps is written here: under a temporary name, on the disk (`fsync`)
-before it gets its own, so that neither a kill nor a power loss leaves half of it.
+Everything is written here: under a temporary name, and flushed to the disk (`fsync`) before it gets
+its final name, so that neither a kill nor a power loss leaves half a file.
 """
 
 from mhla_gen.files.claims import (

@@ -1,4 +1,4 @@
-"""Output folders that this process writes to, which must stay what they were when it began."""
+"""Output folders that this process writes to, which nobody may remove or replace meanwhile."""
 
 from pathlib import Path
 
@@ -32,7 +32,7 @@ def release(folder: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and those above it, but no output folder again that was removed meanwhile.
+    """Make a folder and its parents, but never an output folder that was removed meanwhile.
 
     Raises:
         MissingError: Naming an output folder that was removed, moved or replaced.
@@ -48,7 +48,7 @@ def make_folder(folder: Path) -> None:
 
 
 def require_claimed(path: Path) -> None:
-    """Raise if the output folder that a path lies in is not the one any more that it was.
+    """Raise if the output folder that contains a path was removed or replaced.
 
     Raises:
         MissingError: Naming it.
@@ -62,8 +62,8 @@ def require_claimed(path: Path) -> None:
         same = False
     if not same:
         raise MissingError(
-            f"{root} was removed, moved or replaced while this command wrote to it; nothing more "
-            "is written; give the command again to begin anew"
+            f"{root} was removed, moved or replaced while this command wrote to it, so it stopped; "
+            "run the command again to start over"
         )
 
 

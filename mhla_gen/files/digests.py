@@ -1,4 +1,4 @@
-"""SHA-256 of files, tensors and settings: what a cached result is named by."""
+"""SHA-256 of files, tensors and settings, which identify cached results."""
 
 import hashlib
 import json

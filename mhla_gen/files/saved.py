@@ -1,4 +1,4 @@
-"""Files that this package wrote, read again: what was cut, emptied or changed is named."""
+"""Reading files that this package wrote, with errors that name truncated or changed ones."""
 
 import json
 import re
@@ -19,7 +19,7 @@ _WEIGHTS = re.compile(
 
 
 class DamagedFileError(UserError):
-    """A file of ours that was cut, emptied or changed; the message names it and a remedy."""
+    """A file of ours that was truncated or changed; the message names it and what to do."""
 
     def __init__(self, path: str | Path, reason: str, remedy: str):
         super().__init__(f"{path} is damaged ({reason}); {remedy}")
@@ -38,11 +38,11 @@ def read_json(path: str | Path, remedy: str) -> Any:
     try:
         return json.loads(Path(path).read_bytes())
     except ValueError as error:
-        raise DamagedFileError(path, f"no whole JSON: {error}", remedy) from error
+        raise DamagedFileError(path, f"incomplete JSON: {error}", remedy) from error
 
 
 def read_lines(path: str | Path) -> tuple[list[dict[str, Any]], int]:
-    """The JSON objects of a log, a line each, and how many lines are none."""
+    """The JSON objects of a log, one per line, and the number of damaged lines."""
     found, damaged = [], 0
     for line in Path(path).read_bytes().split(b"\n"):
         try:
@@ -72,15 +72,15 @@ def read_array(path: str | Path, remedy: str, mapped: bool = False) -> np.ndarra
     except FileNotFoundError as error:
         raise DamagedFileError(path, "it is missing", remedy) from error
     except (ValueError, EOFError) as error:
-        raise DamagedFileError(path, f"no whole array: {error}", remedy) from error
+        raise DamagedFileError(path, f"incomplete array: {error}", remedy) from error
 
 
 @contextmanager
 def naming_damage(place: str | Path) -> Iterator[None]:
-    """Name the file where loading a saved model or pipeline fails because of it.
+    """Name the damaged file if it makes loading a model or pipeline fail.
 
     Args:
-        place: What is loaded; a name on the hub is let be.
+        place: What is loaded; names on the hub are ignored.
 
     Raises:
         DamagedFileError: In place of any error, if a safetensors or JSON file there is damaged.
@@ -100,8 +100,8 @@ def naming_damage(place: str | Path) -> Iterator[None]:
         if variant := _only_variant(folder):
             name = variant.name.split(".")[1].split("-")[0]
             raise UserError(
-                f"{variant.parent} holds its weights as a variant only, {variant.name}; save them "
-                f'once without: from_pretrained(…, variant="{name}"), then '
+                f"{variant.parent} has its weights only as a variant, {variant.name}; save them "
+                f'once without it: from_pretrained(…, variant="{name}"), then '
                 "save_pretrained(NEW FOLDER)"
             ) from error
         if isinstance(error, OSError) and folder.is_dir():

@@ -1,6 +1,6 @@
-"""Names that files and folders have until they are whole.
+"""Temporary names of files and folders that are not complete yet.
 
-They tell who is writing: what a dead process left is removed, what a living one writes is not.
+They say who is writing, so that leftovers of dead processes are removed, and only those.
 """
 
 import errno
@@ -28,7 +28,7 @@ _writing: set[Path] = set()
 
 @contextmanager
 def in_use(partial: Path) -> Iterator[None]:
-    """Keep `remove_leftovers` of this process from a name while it is written; remove it then."""
+    """Protect a name from `remove_leftovers` while this process writes it; then remove it."""
     _writing.add(partial)
     try:
         yield
@@ -38,15 +38,15 @@ def in_use(partial: Path) -> Iterator[None]:
 
 
 def partial_of(path: Path) -> Path:
-    """A name for a while beside `path`, which tells that this process gave it."""
+    """A temporary name beside `path` that belongs to this process."""
     return _beside(path, "partial")
 
 
 def put(partial: Path, path: Path) -> None:
-    """Give a finished file or folder its name, once it is on the disk.
+    """Flush a finished file or folder to the disk and give it its final name.
 
-    A kill leaves what was at `path`, or the new; of a folder it may leave the old one under another
-    name, which `remove_leftovers` gives back.
+    A kill leaves either the old or the new content at `path`. An old folder may be left under
+    another name, which `remove_leftovers` restores.
     """
     flush(partial)
     if partial.is_dir() and path.is_dir():
@@ -90,7 +90,7 @@ def _sync(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder, if it is there; half a folder never keeps its name."""
+    """Remove a file or folder, if it exists; half a folder never keeps its name."""
     if path.is_dir() and not path.is_symlink():
         hidden = path
         if not _NAME.fullmatch(path.name) or path.name.endswith(".old"):
@@ -102,17 +102,17 @@ def remove(path: Path) -> None:
 
 
 def is_temporary(path: Path) -> bool:
-    """Whether a file or a folder has one of our names for a while."""
+    """Whether a file or folder has one of our temporary names."""
     return _NAME.fullmatch(path.name) is not None or _SAFETENSORS.fullmatch(path.name) is not None
 
 
 def remove_leftovers(folder: str | Path, alone: bool = False) -> None:
-    """Remove what killed processes left half-written in a folder; give back what they set aside.
+    """Remove unfinished files of killed processes from a folder; restore what they had set aside.
 
     Args:
         folder: Need not exist.
-        alone: Whether nobody else writes to it: processes of other machines, too, are taken for
-            dead then.
+        alone: Whether nobody else writes to it; then processes of other machines count as dead,
+            too.
     """
     for path in list(Path(folder).glob(".*")):
         found = _NAME.fullmatch(path.name)
@@ -149,7 +149,7 @@ def _is_alive(process: int) -> bool:
 
 @functools.cache
 def _machine() -> str:
-    """Where process numbers mean the same: this host since it started, in this container."""
+    """This host since its last boot, and this container: where process ids are unique."""
     facts = [socket.gethostname()]
     with suppress(OSError):
         facts.append(Path("/proc/sys/kernel/random/boot_id").read_text())

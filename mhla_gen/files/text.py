@@ -1,8 +1,8 @@
 """Text files that users write: CSV and JSON, read strictly.
 
-A lenient reader loses data without a word: it cuts a caption at a comma, lets an unclosed quote
-swallow the rows below it, and takes the second of two equal keys. Here each of these is an error
-with the number of its line. Lines end at a line feed, so that other separators may stand in a text.
+A lenient reader loses data silently: it cuts a caption at a comma, lets an unclosed quote swallow
+the rows below it, and takes the second of two equal keys. Here each of these is an error with its
+line number. Lines end at a line feed, so that texts can contain other separators.
 """
 
 import csv
@@ -23,7 +23,7 @@ class Row(NamedTuple):
 
 
 def read_text(path: Path, what: str) -> str:
-    """The text of a file, line ends as they are, without a mark of its encoding.
+    """The text of a file, with its own line endings, without a byte order mark.
 
     Args:
         path: The file.
@@ -43,7 +43,7 @@ def read_text(path: Path, what: str) -> str:
 
 
 def decode_text(content: bytes, what: str) -> str:
-    """UTF-8 text without a mark of its encoding.
+    """UTF-8 text without a byte order mark.
 
     Raises:
         UserError: If it is none.
@@ -51,9 +51,9 @@ def decode_text(content: bytes, what: str) -> str:
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{what} is not UTF-8 ({error.reason}); save it as such") from error
+        raise UserError(f"{what} is not UTF-8 ({error.reason}); save it as UTF-8") from error
     if "\0" in text:
-        raise UserError(f"{what} holds NUL characters; save it as UTF-8 text")
+        raise UserError(f"{what} contains NUL characters; save it as UTF-8 text")
     return text
 
 
@@ -71,7 +71,7 @@ def parse_json(text: str, where: str) -> Any:
     except json.JSONDecodeError as error:
         raise UserError(f"{where} is not JSON: {error.msg} at character {error.pos + 1}") from error
     except UnicodeEncodeError as error:
-        raise UserError(f"{where} holds half of a character ({error.reason})") from error
+        raise UserError(f"{where} contains half a character ({error.reason})") from error
     except RecursionError as error:
         raise UserError(f"{where} is nested too deeply") from error
     except ValueError as error:
@@ -130,8 +130,8 @@ def read_csv(path: Path, what: str) -> list[Row]:
             columns = _columns(fields, place)
         elif len(fields) != len(columns):
             raise UserError(
-                f"{place} has {len(fields)} values for {len(columns)} columns; a text with a comma "
-                'stands in quotes, "a cat, a dog"'
+                f"{place} has {len(fields)} values for {len(columns)} columns; put a text with a "
+                'comma in quotes: "a cat, a dog"'
             )
         else:
             rows.append(Row(place, dict(zip(columns, fields, strict=True))))
@@ -140,20 +140,20 @@ def read_csv(path: Path, what: str) -> list[Row]:
 def _columns(fields: list[str], place: str) -> list[str]:
     columns = [field.strip() for field in fields]
     if len(columns) == 1 and any(mark in columns[0] for mark in ";\t"):
-        raise UserError(f"{place} separates columns by something else than commas: {columns[0]!r}")
+        raise UserError(f"{place} must separate columns by commas, found {columns[0]!r}")
     if "" in columns:
-        raise UserError(f"{place} names column {columns.index('') + 1} nothing")
+        raise UserError(f"{place} has no name for column {columns.index('') + 1}")
     twice = [name for i, name in enumerate(columns) if name in columns[:i]]
     if twice:
-        raise UserError(f"{place} names two columns {twice[0]}")
+        raise UserError(f"{place} has two columns called {twice[0]}")
     return columns
 
 
 def _said(error: csv.Error) -> str:
     known = {
-        "unexpected end of data": "a quote opens here, or below, and never closes",
-        "',' expected after '\"'": "after a closing quote comes a comma, and a quote inside of "
-        'quotes is written twice, ""',
+        "unexpected end of data": "a quote that opens here, or below, is never closed",
+        "',' expected after '\"'": "a closing quote needs a comma after it, and a quote inside "
+        'quotes is doubled, ""',
     }
     return known.get(str(error), str(error))
 
@@ -168,7 +168,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _constant(name: str) -> float:
-    raise UserError(f"{name} is no number in it")
+    raise UserError(f"{name} is not a number in JSON")
 
 
 def _shortened(value: Any) -> str:

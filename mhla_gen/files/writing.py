@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and errors that name them."""
+"""Writing files whole or not at all, and errors that name them."""
 
 import errno
 import json
@@ -32,15 +32,15 @@ class WriteError(OSError, UserError):
 
     @property
     def is_full(self) -> bool:
-        """Whether there was no room for it."""
+        """Whether the disk is full."""
         return self.errno in _FULL
 
 
 @contextmanager
 def written_whole(path: str | Path) -> Iterator[Path]:
-    """Write a file or a folder under a temporary name; give it its name when all is on the disk.
+    """Write a file or folder under a temporary name; rename it when all of it is on the disk.
 
-    What was at `path` stays until then, and stays for good if an error comes in between.
+    What was at `path` stays until then, and also if there is an error.
 
     Yields:
         Where to write: a path beside `path` that does not exist yet.
@@ -94,7 +94,7 @@ def write_tensors(
 
 
 def append_line(path: str | Path, line: str) -> None:
-    """Add a line to a log, with one write, so that what others append meanwhile stays whole."""
+    """Append a line to a log with a single write, so that lines of other processes stay whole."""
     rest = f"{line}\n".encode(errors="backslashreplace")
     require_claimed(Path(path))
     with errors_naming(Path(path)), Path(path).open("ab", buffering=0) as file:
@@ -105,11 +105,11 @@ def append_line(path: str | Path, line: str) -> None:
 
 @contextmanager
 def errors_naming(path: Path, partial: Path | None = None) -> Iterator[None]:
-    """Give errors of writing the name of the file that a user knows.
+    """Make errors of writing name the file that the user knows.
 
     Args:
         path: The file or folder.
-        partial: Its name for a while.
+        partial: Its temporary name.
 
     Raises:
         WriteError: In place of errors of the system that name nothing, or `partial`.

@@ -1,4 +1,4 @@
-"""Output folders: whose they are, and whether this command may write to them."""
+"""Output folders: who wrote them, and whether this command may write to them."""
 
 import os
 import re
@@ -20,7 +20,7 @@ _DIGEST = re.compile(r"[0-9a-f]{32,64}")
 
 
 def is_free(folder: Path) -> bool:
-    """Whether a folder is not there, or has nothing in it but what a killed command left."""
+    """Whether a folder does not exist, or is empty except for leftovers of a killed command."""
     return not folder.exists() or (
         folder.is_dir()
         and all(path.name == LOCK_NAME or is_temporary(path) for path in folder.iterdir())
@@ -31,7 +31,7 @@ def made_with(folder: str | Path, config: Any, ignore: Sequence[str] = ("output_
     """Whether a run with these settings wrote `folder`; False if it is free to use.
 
     Args:
-        folder: Output folder. Those of ours hold the settings that made them.
+        folder: Output folder. Ours contain the settings that made them.
         config: The settings asked for now.
         ignore: Settings that may differ.
 
@@ -46,7 +46,7 @@ def made_with(folder: str | Path, config: Any, ignore: Sequence[str] = ("output_
         return False
     if not (folder / CONFIG_NAME).is_file():
         raise OccupiedError(
-            f"output_dir {folder} has files that this command did not write, and no {CONFIG_NAME}; "
+            f"output_dir {folder} has no {CONFIG_NAME}, but files that this command did not write; "
             f"{remedy}"
         )
     try:

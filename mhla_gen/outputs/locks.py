@@ -1,4 +1,4 @@
-"""Locks of output folders: never two commands in one at a time."""
+"""Locks of output folders: never two commands in one at the same time."""
 
 import errno
 import json
@@ -30,12 +30,12 @@ class FolderInUseError(UserError):
 
 @contextmanager
 def claimed(folder: str | Path) -> Iterator[None]:
-    """Have an output folder alone: no other command, on any machine, writes to it meanwhile.
+    """Lock an output folder: no other command, on any machine, writes to it meanwhile.
 
-    All processes of a launch call this; the lock is theirs together, and ends with the main one,
-    however that ends. What killed commands left half-written there is removed. A folder that is
-    made here and has nothing in it at the end goes again. An error that ends the work is noted in a
-    run's errors.log, with its traceback.
+    All processes of a launch call this and share the lock, which ends with the main one, however
+    that ends. Unfinished files of killed commands are removed, and so is the folder if it was made
+    here and is empty at the end. An error that ends the work is logged in a run's errors.log, with
+    its traceback.
 
     Raises:
         FolderInUseError: If another command has it, naming its host and process.
@@ -125,7 +125,7 @@ class _Lock:
             if error.errno not in _NO_LOCKS:
                 raise
             tqdm.write(
-                f"{self.folder} is on a file system without locks: start no other command there",
+                f"{self.folder} is on a file system without locks; run no other command in it",
                 file=sys.stderr,
             )
 
@@ -137,7 +137,7 @@ class _Lock:
                 f"{owner['command']}"
             )
         except (ValueError, LookupError, TypeError):
-            who = "it does not say which"
+            who = "unknown"
         return (
             f"another command is writing to {self.folder} ({who}); wait for it, stop it, or choose "
             "another output_dir"

@@ -22,33 +22,36 @@ class ConvertConfig(Settings):
     written by `save_pretrained`, of a transformer or a pipeline, or a finished run."""
     output_dir: FilePath = "runs/convert"
     """New folder, for a transformer (import) or for model.pt, a state dict (export)."""
-    format: Literal["dit", "mhla_dit", "mhla_wan"] = "dit"
-    """Format of the other code: facebookresearch/DiT, or the MHLA authors' DiT or Wan."""
+    format: Literal["dit", "mhla_dit", "mhla_deit", "mhla_wan"] = "dit"
+    """Format of the other code: facebookresearch/DiT, or the MHLA authors' DiT, DeiT or Wan."""
     direction: Literal["import", "export"] = "import"
     """import reads that format, export writes it."""
-    weights: Literal["auto", "ema", "model", "state_dict"] = "auto"
+    weights: Literal["auto", "ema", "state_dict_ema", "model", "state_dict"] = "auto"
     """Entry of a training checkpoint; auto takes the first that exists, in this order."""
     num_attention_heads: Count | None = None
-    """Heads of a DiT of an unpublished width, which the weights do not determine."""
+    """Heads of a DiT or DeiT of an unpublished width, which the weights do not determine."""
     layout: Any = None
     """mhla_wan: blocks along frames, height and width, such as (3, 5, 10); the weights only
     determine their product."""
     normalizer: Literal["released", "paper"] = "released"
-    """mhla_dit: the denominator of the other code; the released one differs from the paper's Eq.
-    4."""
+    """mhla_dit and mhla_deit: the denominator of the other code; the released one differs from the
+    paper's Eq. 4."""
     allow_differences: bool = False
-    """mhla_dit: convert although the model will compute something else, to start training from
-    it."""
+    """mhla_dit and mhla_deit: convert although the model will compute something else, to start
+    training from it."""
 
     def __post_init__(self):
         super().__post_init__()
         if self.layout is not None:
             object.__setattr__(self, "layout", normalize_integers("layout", self.layout, 1))
-        only = {"layout": "mhla_wan", "normalizer": "mhla_dit", "allow_differences": "mhla_dit"}
+        deits = ("mhla_dit", "mhla_deit")
+        only = {"layout": ("mhla_wan",), "normalizer": deits, "allow_differences": deits}
         for name, used in only.items():
             given = getattr(self, name) not in (None, False, "released")
-            if given and self.format != used:
-                raise UserError(f"{name} is for format={used}, found format={self.format}")
+            if given and self.format not in used:
+                raise UserError(
+                    f"{name} is for format={' or '.join(used)}, found format={self.format}"
+                )
 
 
 # Methods of BenchConfig that models are not measured with, and settings for operators.

@@ -1,5 +1,6 @@
 """`convert`: read, translate, write, and compare what was written with what was read."""
 
+import importlib
 import inspect
 import json
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ import torch
 from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 from torch import Tensor
 
+import mhla_gen
 from mhla_gen.config import ConvertConfig, save_config
 from mhla_gen.conversion import mhla_dit, mhla_wan, original_dit
 from mhla_gen.conversion.keys import Converted, few
@@ -19,21 +21,18 @@ from mhla_gen.errors import MissingError, UserError
 from mhla_gen.files import written_whole
 from mhla_gen.files.saved import read_json
 from mhla_gen.hub import locate_part
-from mhla_gen.models import (
-    MHLADiTTransformer2DModel,
-    MHLAWanTransformer3DModel,
-    OriginalDiTTransformer2DModel,
-)
+from mhla_gen.models import MHLAWanTransformer3DModel
 from mhla_gen.outputs.folders import CONFIG_NAME, made_with
 
 EXPORT_NAME = "model.pt"
 REPORT_NAME = "conversion.json"
 
-# Format → the classes that can be written in it.
-_WRITABLE: dict[str, tuple[type, ...]] = {
-    "dit": (OriginalDiTTransformer2DModel, DiTTransformer2DModel),
-    "mhla_dit": (MHLADiTTransformer2DModel,),
-    "mhla_wan": (MHLAWanTransformer3DModel,),
+# Format → the classes that can be written in it; their modules may need optional packages.
+_WRITABLE = {
+    "dit": ("OriginalDiTTransformer2DModel", "DiTTransformer2DModel"),
+    "mhla_dit": ("MHLADiTTransformer2DModel",),
+    "mhla_deit": ("MHLAVisionTransformer",),
+    "mhla_wan": ("MHLAWanTransformer3DModel",),
 }
 
 
@@ -66,7 +65,7 @@ def convert(config: ConvertConfig, dry_run: bool = False) -> None:
 def _import(config: ConvertConfig, folder: Path, dry_run: bool) -> None:
     converted = _read(read_checkpoint(Path(str(config.source)), config.weights), config)
     model = build(converted)
-    _same_weights(_write(model.state_dict(), model.config, config), converted.source)
+    _same_weights(_write(model.state_dict(), _settings(model), config), converted.source)
     summary = _summary(config, model, converted.differences)
     if dry_run:
         print(f"{summary}\nnothing was written (--dry-run)")
@@ -89,10 +88,10 @@ def _export(config: ConvertConfig, folder: Path, dry_run: bool) -> None:
     model_class, settings = _saved_model(source, config.format)
     state = read_checkpoint(source)
     written = _write(state, settings, config)
-    hints = replace(config, num_attention_heads=settings["num_attention_heads"])
+    model = model_class.from_pretrained(source, torch_dtype=torch.float32).eval()
+    hints = replace(config, num_attention_heads=_num_heads(model))
     if config.format == "mhla_wan":
         hints = replace(hints, layout=settings["mhla"]["layout"])
-    model = model_class.from_pretrained(source, torch_dtype=torch.float32).eval()
     summary = _summary(config, model, ())
     if dry_run:
         print(f"{summary}\nnothing was written (--dry-run)")
@@ -115,7 +114,8 @@ def build(converted: Converted) -> Any:
     Raises:
         ValueError: If weights are missing or have other shapes than the model.
     """
-    model = converted.model_class(**converted.arguments)
+    make = getattr(converted.model_class, "create", converted.model_class)
+    model = make(**converted.arguments)
     expected = model.state_dict()
     missing = expected.keys() - converted.state.keys()
     extra = converted.state.keys() - expected.keys()
@@ -136,6 +136,9 @@ def build(converted: Converted) -> Any:
 def outputs(model: Any) -> Tensor:
     """What a model makes of fixed noise: two timesteps, its own size for DiT, small for Wan."""
     generator = torch.Generator().manual_seed(0)
+    if _is_classifier(model):
+        size = (2, model.in_chans, *model.patch_embed.img_size)
+        return model(torch.randn(size, generator=generator))
     config, timestep = model.config, torch.tensor([17, 901])
     if isinstance(model, MHLAWanTransformer3DModel):
         # One token a block is enough to run every weight.
@@ -148,12 +151,27 @@ def outputs(model: Any) -> Tensor:
     return model(torch.randn(2, *size, generator=generator), timestep, labels).sample
 
 
+def _is_classifier(model: Any) -> bool:
+    """Whether it is a model of timm: those have no config."""
+    return not hasattr(model, "config")
+
+
+def _settings(model: Any) -> Mapping[str, Any]:
+    return {"mhla": model.mhla_config.to_dict()} if _is_classifier(model) else model.config
+
+
+def _num_heads(model: Any) -> int:
+    if _is_classifier(model):
+        return model.blocks[0].attn.num_heads
+    return model.config.num_attention_heads
+
+
 def _read(state: Mapping[str, Tensor], config: ConvertConfig) -> Converted:
     if config.format == "mhla_wan":
         return mhla_wan.read(state, config.layout)
     if config.format == "dit":
         return original_dit.read(state, config.num_attention_heads)
-    return mhla_dit.read(
+    return _authors(config.format).read(
         state,
         config.num_attention_heads,
         normalizer=config.normalizer,
@@ -170,7 +188,14 @@ def _write(
         return original_dit.write(state, settings)
     # The way back of an import is asked for whatever the other code computes.
     normalizer = "paper" if config.direction == "import" else config.normalizer
-    return mhla_dit.write(state, settings, normalizer=normalizer)
+    return _authors(config.format).write(state, settings, normalizer=normalizer)
+
+
+def _authors(kind: str) -> Any:
+    if kind == "mhla_dit":
+        return mhla_dit
+    # It needs timm.
+    return importlib.import_module("mhla_gen.conversion.mhla_deit")
 
 
 def _saved_folder(source: str) -> Path:
@@ -187,13 +212,12 @@ def _saved_folder(source: str) -> Path:
 def _saved_model(folder: Path, kind: str) -> tuple[Any, dict[str, Any]]:
     """Class and settings of a folder that `save_pretrained` wrote."""
     saved = read_json(folder / "config.json", "save or copy the model again")
-    classes = {c.__name__: c for c in _WRITABLE[kind]}
-    if saved.get("_class_name") not in classes:
+    name = saved.get("_class_name")
+    if name not in _WRITABLE[kind]:
         raise UserError(
-            f"format {kind} is for {' or '.join(classes)}, but {folder} holds a "
-            f"{saved.get('_class_name')}"
+            f"format {kind} is for {' or '.join(_WRITABLE[kind])}, but {folder} holds a {name}"
         )
-    model_class = classes[saved["_class_name"]]
+    model_class: Any = getattr(mhla_gen, name, DiTTransformer2DModel)
     parameters = inspect.signature(model_class.__init__).parameters
     defaults = {name: p.default for name, p in parameters.items() if name != "self"}
     # diffusers' DiT has no such setting and always computes with 1.
@@ -226,7 +250,7 @@ def _dtype(state: Mapping[str, Tensor]) -> torch.dtype:
 def _summary(config: ConvertConfig, model: Any, differences: tuple[str, ...]) -> str:
     lines = [
         f"{config.source} ({config.format}, {config.direction}): {type(model).__name__}, "
-        f"{model.num_parameters():,} parameters"
+        f"{sum(p.numel() for p in model.parameters()):,} parameters"
     ]
     return "\n".join(lines + [f"NOT the same function: {text}" for text in differences])
 

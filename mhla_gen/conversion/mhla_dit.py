@@ -33,16 +33,16 @@ _CONV_BACK = {new: old for old, new in _CONV.items()}
 _MIXING = re.compile(r"blocks\.(\d+)\.attn\.piece_attn\.conv\.weight")
 _OURS = re.compile(r"transformer_blocks\.(\d+)\.attn1\.mhla\.mixing")
 
-_LAYER_NORM = (
+LAYER_NORM = (
     "the released code normalises the input of attention once more (attn.norm); here its scale and "
     "shift are folded into the projections and the normalisation itself is left out"
 )
-_NORMALIZER = (
+NORMALIZER = (
     "the released code divides a token by a sum over other blocks' queries; here by Eq. 4 of the "
     "paper"
 )
 # What the authors' model has no switch for, by the names of MHLAConfig.
-_FIXED = {
+FIXED = {
     "exact": 0.0,
     "feature_map": "relu",
     "magnitude": False,
@@ -85,9 +85,9 @@ def read(
 
     differences = []
     if any(".attn.norm." in key for key in state):
-        differences.append(_LAYER_NORM)
+        differences.append(LAYER_NORM)
     if normalizer == "released" and num_blocks > 1:
-        differences.append(_NORMALIZER)
+        differences.append(NORMALIZER)
     if differences and not allow_differences:
         raise UserError(
             f"this checkpoint would compute another function: {'; '.join(differences)}. As a start "
@@ -106,7 +106,7 @@ def read(
     config = MHLAConfig(
         layout=(side, side),
         conv_kernel_size=shape(state, "blocks.0.attn.lepe.weight", KIND)[-1],
-        **_FIXED,
+        **FIXED,
     )
     return Converted(
         MHLADiTTransformer2DModel,
@@ -136,7 +136,7 @@ def write(
             "LayerNorm that no model of ours has; normalizer=paper writes weights for mended code"
         )
     mhla = MHLAConfig.from_dict(settings["mhla"]).to_dict()
-    refuse_other_settings(mhla, _FIXED, "the authors' DiT")
+    refuse_other_settings(mhla, FIXED, "the authors' DiT")
     if len(set(mhla["layout"])) > 1:
         raise UserError(
             f"the authors' DiT has as many blocks along both axes, not {mhla['layout']}"

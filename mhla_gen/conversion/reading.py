@@ -15,7 +15,7 @@ from torch import Tensor
 from mhla_gen.errors import MissingError, UserError
 
 # What training scripts put around a model's weights, in the order of preference of `auto`.
-_ENTRIES = ("ema", "model", "state_dict")
+_ENTRIES = ("ema", "state_dict_ema", "model", "state_dict")
 # What wrappers put before every name.
 _PREFIXES = ("module.", "_orig_mod.")
 
@@ -25,8 +25,9 @@ def read_checkpoint(path: str | Path, entry: str = "auto") -> dict[str, Tensor]:
 
     Args:
         path: A `.safetensors` file, a folder of them, or a file of `torch.save`.
-        entry: Which weights of a training checkpoint: `ema`, `model` or `state_dict`; `auto` takes
-            the first of these that is there. Ignored where the file is a state dict itself.
+        entry: Which weights of a training checkpoint: `ema`, `state_dict_ema`, `model` or
+            `state_dict`; `auto` takes the first of these that is there. Ignored where the file is a
+            state dict itself.
 
     Returns:
         Names without the prefixes of DDP and `torch.compile`, and their tensors, on the CPU.

@@ -6,12 +6,10 @@ keys off its grid, beside MHLA over the grid, under one weight. So both kinds of
 keys, at a cost that stays linear in patches. Without prefix tokens MHLA is all there is.
 """
 
-import math
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -32,101 +30,14 @@ from mhla_gen.errors import MissingError, UserError
 from mhla_gen.files import write_json, write_tensors
 from mhla_gen.files.saved import naming_damage, read_json
 from mhla_gen.models.additions import AddedAttention
-from mhla_gen.models.family import Family
 from mhla_gen.models.surgery import change_class, new_modules, placed_beside, settle
+from mhla_gen.models.vision_layers import (
+    MHLAVisionAttention,
+    SoftmaxVisionAttention,
+    VisionFamily,
+)
 
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
-
-
-class VisionFamily(Family):
-    """timm's ViTs: grids of patches, maybe behind prefix tokens.
-
-    Args:
-        num_prefix: Prefix tokens of the model.
-    """
-
-    base_class = VisionTransformer
-    rank = 2
-    layers = ("blocks.*.attn",)
-
-    def __init__(self, num_prefix: int):
-        # What `Family` calls text are keys off the grid, whatever they stand for.
-        self.text_length = num_prefix  # type: ignore[misc]
-
-    def reads_text(self, attention: Any) -> bool:
-        """Whether there are prefix tokens."""
-        return self.text_length > 0
-
-    def sizes(self, model: Any) -> tuple[int, int, int]:
-        """Heads, channels of a head, channels of the layer's input."""
-        attention = model.blocks[0].attn
-        return attention.num_heads, attention.head_dim, attention.qkv.in_features
-
-    def native_grid(self, model: Any) -> tuple[int, ...]:
-        """Patches along both sides at the size that the model was built for or set to."""
-        return tuple(model.patch_embed.grid_size)
-
-    def output_projection(self, attention: Any) -> nn.Module:
-        """The layer's last linear map."""
-        return attention.proj
-
-
-class MHLAVisionAttention(Attention):
-    """timm's attention with MHLA over the grid of patches; its weights and dropout stay."""
-
-    mhla: AddedAttention
-
-    def forward(
-        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
-    ) -> Tensor:
-        """Project, attend, project; `[batch, prefix + patches, hidden_size]` in and out.
-
-        Args:
-            x: Tokens, the prefix first, patches in raster order.
-            attn_mask: The grid, as the shape `(height, width, 0)` of an empty tensor.
-            is_causal: False.
-
-        Raises:
-            ValueError: If the grid is missing, or a real mask is given.
-        """
-        grid = _grid_of(attn_mask, is_causal)
-        query, key, value = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).unbind(2)
-        # Autocast may leave float32 behind a norm.
-        query, key = self.q_norm(query).type_as(value), self.k_norm(key).type_as(value)
-        first = x.shape[1] - math.prod(grid)
-        if first == 0:
-            out = self.mhla(query, key, value, x, grid)
-        else:
-            patches = [tokens[:, first:] for tokens in (query, key, value, x)]
-            out = self.mhla(*patches, grid, extra=(key[:, :first], value[:, :first]))
-            by_head = (tokens.transpose(1, 2) for tokens in (query[:, :first], key, value))
-            prefix = F.scaled_dot_product_attention(*by_head).transpose(1, 2).flatten(2)
-            out = torch.cat((prefix, out), dim=1)
-        out = self.norm(out)
-        if self.gate is not None:
-            out = out * self.gate(x).sigmoid()
-        return self.proj_drop(self.proj(out))
-
-
-class SoftmaxVisionAttention(Attention):
-    """timm's attention for layers that stay softmax but are handed the grid, too."""
-
-    def forward(
-        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
-    ) -> Tensor:
-        """As timm's, over all tokens."""
-        _grid_of(attn_mask, is_causal)
-        return super().forward(x)
-
-
-def _grid_of(carrier: Tensor | None, is_causal: bool) -> tuple[int, int]:
-    if carrier is None or carrier.ndim != 3 or carrier.shape[-1] != 0 or is_causal:
-        raise UserError(
-            "MHLA layers take the token grid in place of an attention mask; call the model, its "
-            "forward_features or its forward_intermediates, without mask and is_causal"
-        )
-    height, width, _ = carrier.shape
-    return height, width
 
 
 class MHLAVisionMixin(nn.Module):
@@ -192,6 +103,7 @@ class MHLAVisionMixin(nn.Module):
                 "that it can be saved; or save its state_dict yourself"
             )
         described = {
+            "_class_name": type(self).__name__,
             "architecture": source["architecture"],
             "model_args": get_model_args(self),
             "pretrained_cfg": filter_pretrained_cfg(source, remove_source=True, remove_null=True),
@@ -201,8 +113,37 @@ class MHLAVisionMixin(nn.Module):
         write_json(folder / CONFIG_NAME, described)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> Any:
+    def create(
+        cls,
+        architecture: str,
+        model_args: dict[str, Any],
+        mhla: dict[str, Any],
+        pretrained_cfg: dict[str, Any] | None = None,
+    ) -> Any:
+        """A model with new weights.
+
+        Args:
+            architecture: Its name in timm.
+            model_args: What `timm.create_model` takes besides.
+            mhla: Values of an `MHLAConfig` or `LinformerConfig`.
+            pretrained_cfg: timm's settings for preparing images; the architecture's if None.
+
+        Raises:
+            ValueError: If the architecture is of another class, or settings do not fit.
+        """
+        model = timm.create_model(architecture, pretrained_cfg=pretrained_cfg, **model_args)
+        inject_vision(model, attention_from_dict(mhla))
+        if not isinstance(model, cls):
+            raise UserError(f"{architecture} is a {type(model).__name__}, not a {cls.__name__}")
+        return model
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, torch_dtype: torch.dtype | None = None) -> Any:
         """A model that `save_pretrained` wrote, in evaluation mode.
+
+        Args:
+            folder: Where.
+            torch_dtype: Of weights; float32 if None. Mixing is float32.
 
         Raises:
             FileNotFoundError: If there is none.
@@ -213,21 +154,19 @@ class MHLAVisionMixin(nn.Module):
         if not (folder / CONFIG_NAME).is_file():
             raise MissingError(f"{folder} holds no model: it has no {CONFIG_NAME}")
         described = read_json(folder / CONFIG_NAME, "save the model again")
-        if "mhla" not in described:
+        if "mhla" not in described or "model_args" not in described:
             raise UserError(
                 f"{folder} holds no MHLA settings; load it with timm.create_model("
                 f"'local-dir:{folder}', pretrained=True) and convert it with mhla_gen.inject"
             )
-        model = timm.create_model(
-            described["architecture"],
-            pretrained_cfg=described["pretrained_cfg"],
-            **described["model_args"],
-        )
-        inject_vision(model, attention_from_dict(described["mhla"]))
-        if not isinstance(model, cls):
-            raise UserError(f"{folder} holds a {type(model).__name__}, not a {cls.__name__}")
+        names = ("architecture", "model_args", "mhla", "pretrained_cfg")
+        model = cls.create(**{name: described[name] for name in names})
         with naming_damage(folder):
             model.load_state_dict(load_file(folder / WEIGHTS_NAME))
+        if torch_dtype is not None:
+            for name, parameter in model.named_parameters():
+                if not name.endswith(".mhla.mixing"):
+                    parameter.data = parameter.data.to(torch_dtype)
         return model.eval()
 
 

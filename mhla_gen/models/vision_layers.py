@@ -1,0 +1,105 @@
+"""The attention layers of timm's ViTs, and what the toolkit knows of these models."""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import Attention
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from mhla_gen.errors import UserError
+from mhla_gen.models.additions import AddedAttention
+from mhla_gen.models.family import Family
+
+
+class VisionFamily(Family):
+    """timm's ViTs: grids of patches, maybe behind prefix tokens.
+
+    Args:
+        num_prefix: Prefix tokens of the model.
+    """
+
+    base_class = VisionTransformer
+    rank = 2
+    layers = ("blocks.*.attn",)
+
+    def __init__(self, num_prefix: int):
+        # What `Family` calls text are keys off the grid, whatever they stand for.
+        self.text_length = num_prefix  # type: ignore[misc]
+
+    def reads_text(self, attention: Any) -> bool:
+        """Whether there are prefix tokens."""
+        return self.text_length > 0
+
+    def sizes(self, model: Any) -> tuple[int, int, int]:
+        """Heads, channels of a head, channels of the layer's input."""
+        attention = model.blocks[0].attn
+        return attention.num_heads, attention.head_dim, attention.qkv.in_features
+
+    def native_grid(self, model: Any) -> tuple[int, ...]:
+        """Patches along both sides at the size that the model was built for or set to."""
+        return tuple(model.patch_embed.grid_size)
+
+    def output_projection(self, attention: Any) -> nn.Module:
+        """The layer's last linear map."""
+        return attention.proj
+
+
+class MHLAVisionAttention(Attention):
+    """timm's attention with MHLA over the grid of patches; its weights and dropout stay."""
+
+    mhla: AddedAttention
+
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        """Project, attend, project; `[batch, prefix + patches, hidden_size]` in and out.
+
+        Args:
+            x: Tokens, the prefix first, patches in raster order.
+            attn_mask: The grid, as the shape `(height, width, 0)` of an empty tensor.
+            is_causal: False.
+
+        Raises:
+            ValueError: If the grid is missing, or a real mask is given.
+        """
+        grid = _grid_of(attn_mask, is_causal)
+        query, key, value = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).unbind(2)
+        # Autocast may leave float32 behind a norm.
+        query, key = self.q_norm(query).type_as(value), self.k_norm(key).type_as(value)
+        first = x.shape[1] - math.prod(grid)
+        if first == 0:
+            out = self.mhla(query, key, value, x, grid)
+        else:
+            patches = [tokens[:, first:] for tokens in (query, key, value, x)]
+            out = self.mhla(*patches, grid, extra=(key[:, :first], value[:, :first]))
+            by_head = (tokens.transpose(1, 2) for tokens in (query[:, :first], key, value))
+            prefix = F.scaled_dot_product_attention(*by_head).transpose(1, 2).flatten(2)
+            out = torch.cat((prefix, out), dim=1)
+        out = self.norm(out)
+        if self.gate is not None:
+            out = out * self.gate(x).sigmoid()
+        return self.proj_drop(self.proj(out))
+
+
+class SoftmaxVisionAttention(Attention):
+    """timm's attention for layers that stay softmax but are handed the grid, too."""
+
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        """As timm's, over all tokens."""
+        _grid_of(attn_mask, is_causal)
+        return super().forward(x)
+
+
+def _grid_of(carrier: Tensor | None, is_causal: bool) -> tuple[int, int]:
+    if carrier is None or carrier.ndim != 3 or carrier.shape[-1] != 0 or is_causal:
+        raise UserError(
+            "MHLA layers take the token grid in place of an attention mask; call the model, its "
+            "forward_features or its forward_intermediates, without mask and is_causal"
+        )
+    height, width, _ = carrier.shape
+    return height, width

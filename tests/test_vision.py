@@ -234,6 +234,20 @@ def test_layer_wise_rates_of_timm_reach_what_was_added():
     assert first == second / 2
 
 
+def test_low_rank_updates_of_peft_train_beside_what_was_added():
+    peft = pytest.importorskip("peft")
+    model = mhla_gen.inject(softmax_model("class"), MHLAConfig(layout=(2, 3)))
+    before = model(images())
+    updates = peft.LoraConfig(target_modules=["qkv"], modules_to_save=["mhla"])
+    trained = peft.get_peft_model(model, updates)
+    torch.testing.assert_close(trained(images()), before)
+    trained(images()).square().sum().backward()
+    learned = [name for name, p in trained.named_parameters() if p.grad is not None]
+    assert any(".qkv.lora_B." in name for name in learned)
+    assert any(".mhla.modules_to_save." in name for name in learned)
+    assert not any(".mlp." in name for name in learned)
+
+
 @pytest.mark.parametrize(
     ("change", "config", "message"),
     [
@@ -274,6 +288,8 @@ def test_other_models_and_calls_are_refused(tmp_path):
     mhla_gen.inject(model, MHLAConfig(layout=(2, 3), layers=[0]))
     with pytest.raises(ValueError, match="already has MHLA"):
         mhla_gen.inject(model, MHLAConfig())
+    with pytest.raises(ValueError, match="adapters are for models of diffusers"):
+        mhla_gen.save_adapter(model, tmp_path)
     with pytest.raises(ValueError, match="token grid"):
         model.blocks(torch.randn(2, 36, 24))
     with pytest.raises(ValueError, match="no attention mask"):

@@ -22,7 +22,13 @@ from mhla_gen.errors import MissingError, UserError
 from mhla_gen.files import written_whole
 from mhla_gen.hub import PIPELINE_NAME
 from mhla_gen.models.base_weights import BaseWeights
-from mhla_gen.models.injection import MHLA_CLASSES, inject, take_out
+from mhla_gen.models.injection import (
+    MHLA_CLASSES,
+    inject,
+    is_language_model,
+    is_vision_model,
+    take_out,
+)
 from mhla_gen.models.lora import add_lora_weights, check_lora, lora_of, remove_lora
 from mhla_gen.models.surgery import new_modules
 from mhla_gen.models.transformer import MHLATransformerMixin
@@ -145,7 +151,16 @@ def unload_adapter(pipe_or_transformer: Any) -> Any:
 
 
 def _transformers(pipe_or_transformer: Any) -> dict[str, Any]:
-    """Transformers that take MHLA, by their names in a pipeline."""
+    """Transformers that take MHLA, by their names in a pipeline.
+
+    Raises:
+        ValueError: If it is a model of another library.
+    """
+    if is_language_model(pipe_or_transformer) or is_vision_model(pipe_or_transformer):
+        raise UserError(
+            "adapters are for models of diffusers, found a "
+            f"{type(pipe_or_transformer).__name__}; use its save_pretrained and from_pretrained"
+        )
     if not isinstance(pipe_or_transformer, DiffusionPipeline):
         return {_ALONE: pipe_or_transformer}
     known = (*MHLA_CLASSES, *MHLA_CLASSES.values())

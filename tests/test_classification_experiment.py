@@ -1,0 +1,60 @@
+"""`experiments/classification` in small: a run learns, and the table says what runs found."""
+
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+EXPERIMENT = Path(__file__).parents[1] / "experiments" / "classification"
+
+
+@pytest.fixture
+def scripts(monkeypatch):
+    """Scripts of experiments/ import each other as Python does when one of them is run."""
+    monkeypatch.syspath_prepend(str(EXPERIMENT))
+    import classification_run
+    import classification_table
+
+    yield classification_run, classification_table
+    for name in ("classification_run", "classification_table"):
+        sys.modules.pop(name)
+
+
+@pytest.fixture
+def stripes(tmp_path):
+    """Images of two classes: bars across, or upright."""
+    labels = np.arange(64) // 3 % 2
+    images = np.full((64, 64, 64, 3), 255, dtype=np.uint8)
+    images[:, ::8] = 0
+    images[labels == 1] = images[labels == 1].swapaxes(1, 2)
+    np.savez(tmp_path / "data.npz", arr_0=images, labels=labels)
+    return str(tmp_path / "data.npz")
+
+
+@pytest.mark.parametrize("arm", ["mhla-conv-gate", "linformer"])
+def test_a_run_learns_and_scores_held_out_images_at_its_sizes(arm, scripts, stripes):
+    run, _ = scripts
+    job = run.Job(arm, 0, stripes, 8, 12, 1, 0, time.time() + 1e6)
+    found = run.train(job)
+    assert found["right"].keys() == ({"64"} if arm == "linformer" else {"64", "96", "128"})
+    assert all(len(digits) == 16 for digits in found["right"].values())
+    assert found["train_loss"] < 0.6
+    assert run.train(job._replace(deadline=0.0)) is None
+
+
+def test_the_table_pairs_images_and_leaves_out_what_is_missing(scripts):
+    _, tables = scripts
+    runs = {
+        f"{arm}-s{seed}": {"arm": arm, "parameters": 5_400_000, "right": {"64": digits}}
+        for arm, both in (("softmax", ("1100", "1110")), ("mhla", ("1110", "1111")))
+        for seed, digits in enumerate(both)
+    }
+    speed = {"linear": [{"forward_images_per_second": 1e4, "training_images_per_second": 3e3}]}
+    header, _, softmax, linear, mhla = tables.table({"runs": runs, "speed": speed}).splitlines()
+    assert "held-out top-1" in header
+    assert "| 62.5 ± 46.9 | - | 50.0, 75.0 |" in softmax and softmax.endswith("| 72.2 |")
+    assert "| - | - | - | - | - | - | 10,000 / 3,000 |" in linear
+    # One image in four gains a half twice: 0, 0, ½, ½ more.
+    assert "| 87.5 ± 24.5 | 25.0 ± 28.3 | 75.0, 100.0 |" in mhla

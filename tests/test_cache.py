@@ -112,7 +112,9 @@ def test_an_unreadable_image_is_listed_and_left_out(source, cache, tmp_path):
     (tmp_path / "images" / "a").mkdir(parents=True)
     (tmp_path / "images" / "a" / "0.png").write_bytes(b"junk")
     config = config_for(source, tmp_path / "cache", f"data.path={tmp_path / 'images'}")
-    with pytest.raises(ValueError, match=r"none of 1 could be read, .*0\.png cannot be decoded"):
+    with pytest.raises(
+        ValueError, match=r"none of 1 files could be read; .*0\.png cannot be decoded"
+    ):
         build_cache(config)
 
 
@@ -164,7 +166,7 @@ def test_latents_beyond_the_dtype_are_listed_and_left_out(source, cache, tmp_pat
     named = {line["name"]: line["reason"] for line in listed}
     expected = latents.describe(int(largest.argmax()))
     assert named.keys() == {expected, next(name for name in named if name.endswith("06.png"))}
-    assert named[expected] == "its latents are not finite in float16"
+    assert named[expected] == "has latents that are not finite in float16"
     kept = load_data(DataConfig(source="cache", path=str(tmp_path / "cache")))
     assert len(kept) == len(latents) - 1
     assert expected not in [kept.describe(i) for i in range(len(kept))]
@@ -194,7 +196,7 @@ def test_an_interrupted_run_goes_on_and_ends_as_a_straight_one(source, cache, tm
     process.wait()
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").glob("latents-*")}
     assert 2 <= len(before) < 5
-    with pytest.raises(FileNotFoundError, match="a cache that is not finished"):
+    with pytest.raises(FileNotFoundError, match="an unfinished cache"):
         CachedLatents.open(tmp_path / "cache")
     build_cache(config)
     assert all(p.stat().st_mtime_ns == time_ns for p, time_ns in before.items())
@@ -314,7 +316,7 @@ def test_changed_and_missing_files_are_found_and_mended(source, tmp_path):
         with pytest.raises(ValueError, match=r"latents-000002\.safetensors .*has changed"):
             build_cache(again)
     file.write_bytes(changed[:-8])
-    with pytest.raises(ValueError, match="is missing or not of"):
+    with pytest.raises(ValueError, match="is missing or does not have"):
         CachedLatents.open(tmp_path / "cache")
     with pytest.raises(ValueError, match=r"latents-000002\.safetensors .*cannot be read"):
         build_cache(verify)
@@ -349,10 +351,12 @@ def test_what_is_no_finished_cache_is_told_apart(source, tmp_path):
     assert "none does not exist" in found(tmp_path / "none")
     (tmp_path / "images.npz").write_bytes(b"")
     for path in (tmp_path / "images.npz", source / "images"):
-        assert "is no cache, which" in found(path) and "data.source: npz" in found(path)
+        assert "is not a cache, as" in found(path) and "data.source: npz" in found(path)
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "settings.json").write_text("{}")
-    assert "not finished: index.json is missing; run `mhla-gen cache`" in found(tmp_path / "cache")
+    assert "unfinished cache: index.json is missing; run `mhla-gen cache`" in found(
+        tmp_path / "cache"
+    )
 
 
 def test_a_cache_knows_its_autoencoder(source, cache):
@@ -361,7 +365,7 @@ def test_a_cache_knows_its_autoencoder(source, cache):
     assert vae.config.scaling_factor == 0.18215
     with torch.no_grad():
         next(vae.parameters()).add_(1)
-    with pytest.raises(ValueError, match="made by another autoencoder"):
+    with pytest.raises(ValueError, match="made by a different autoencoder"):
         data.require_autoencoder(vae)
     with pytest.raises(ValueError, match="AutoencoderKLWan"):
         data.require_autoencoder(tiny_wan_autoencoder())
@@ -382,7 +386,7 @@ def test_an_image_is_a_clip_of_one_frame(source, tmp_path):
     build_cache(config_for(source, tmp_path / "image", *stills, "data.horizontal_flip=false"))
     image = CachedLatents.open(tmp_path / "image")
     assert image.sample_shapes == ((4, 2, 2),) and len(image) == COUNT - 1
-    with pytest.raises(ValueError, match=r"clips\.condition needs an autoencoder of videos"):
+    with pytest.raises(ValueError, match=r"clips\.condition needs a video autoencoder"):
         build_cache(
             config_for(
                 source,
@@ -410,7 +414,7 @@ def test_training_refuses_a_pipeline_with_another_autoencoder(source, cache, tmp
         data=DataConfig(source="cache", path=str(cache)),
         model=ModelConfig(pretrained=str(tmp_path / "other")),
     )
-    with pytest.raises(ValueError, match="made by another autoencoder"):
+    with pytest.raises(ValueError, match="made by a different autoencoder"):
         build_task(train, data)
 
 

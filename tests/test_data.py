@@ -145,7 +145,7 @@ def test_bad_files_are_named(tmp_path, image_folder):
     with pytest.raises(ValueError, match=r"junk\.npz is not an npz file"):
         open_images(DataConfig(source="npz", path=str(tmp_path / "junk.npz")))
     np.savez(tmp_path / "b.npz", images=np.zeros(3))
-    with pytest.raises(ValueError, match="must hold arr_0 and labels"):
+    with pytest.raises(ValueError, match="must contain arr_0 and labels"):
         open_images(DataConfig(source="npz", path=str(tmp_path / "b.npz")))
     with pytest.raises(FileNotFoundError, match="is not a file"):
         open_images(DataConfig(source="npz", path=str(tmp_path / "none.npz")))
@@ -232,7 +232,7 @@ def test_a_size_that_the_data_do_not_have_is_refused():
 
 
 def test_a_path_without_a_source_is_no_digits(tmp_path, capsys):
-    with pytest.raises(ValueError, match=r"data\.path=images is given.*write data\.source=folder"):
+    with pytest.raises(ValueError, match=r"data\.path=images is given.*set data\.source=folder"):
         DataConfig(path="images")
     run = [f"output_dir={tmp_path / 'run'}", f"data.path={tmp_path}"]
     assert main(["train", *run]) == 2

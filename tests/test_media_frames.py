@@ -163,7 +163,7 @@ def test_a_list_of_segments_leads_nowhere(tmp_path):
 def test_other_kinds_of_files_are_not_guessed_at(tmp_path):
     for name in ("photo.heic", "clip"):
         (tmp_path / name).write_bytes(make(tmp_path / "a.mp4").read_bytes())
-        with pytest.raises(UnreadableImageError, match="kind that is not read"):
+        with pytest.raises(UnreadableImageError, match="an unsupported kind"):
             clip_facts(tmp_path / name)
 
 

@@ -309,5 +309,5 @@ def test_a_video_file_has_the_frames_it_was_given(tmp_path):
     assert found.shape == frames.shape and reader.get_avg_fps() == 12
     assert np.abs(found.astype(int) - frames).mean() < 6
     assert imageio.get_reader(tmp_path / "a.mp4").get_meta_data()["codec"] == "h264"
-    with pytest.raises(ValueError, match="even sides, found 33 × 50"):
+    with pytest.raises(ValueError, match="even height and width, found 33 × 50"):
         write_video(tmp_path / "b.mp4", frames[:, :33], fps=12)

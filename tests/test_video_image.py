@@ -214,7 +214,7 @@ def test_another_image_encoder_is_refused(cache, tmp_path):
         path = f"image_encoder.path={tmp_path / 'other'}"
         build_cache(load_config(cache / "config.yaml", [path]))
     model = {"pretrained": str(tmp_path / "other")}
-    with pytest.raises(ValueError, match=r"first frames .* made by another image encoder"):
+    with pytest.raises(ValueError, match=r"first frames .* made by a different image encoder"):
         rehearse(wan_run(tmp_path / "run", cache, FIRST_FRAME, model))
 
 

@@ -46,12 +46,12 @@ def load_autoencoder(config: AutoencoderConfig) -> Any:
     except OSError as error:
         line = str(error).splitlines()[0]
         raise UserError(
-            f"vae.path {path} holds no autoencoder of diffusers, or cannot be reached: {line}"
+            f"vae.path {path} is not a diffusers autoencoder, or cannot be reached: {line}"
         ) from error
     name = values.get("_class_name")
     known = IMAGE_AUTOENCODERS + VIDEO_AUTOENCODERS
     if name not in known:
-        raise UserError(f"vae.path {path} is a {name}; known are {', '.join(known)}")
+        raise UserError(f"vae.path {path} is a {name}; supported are {', '.join(known)}")
     dtype = getattr(torch, config.dtype)
     with naming_damage(path):
         vae = getattr(diffusers, name).from_pretrained(path, torch_dtype=dtype, **subfolder)

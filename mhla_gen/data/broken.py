@@ -1,4 +1,4 @@
-"""Images that training cannot read: said once, listed, and not tried again."""
+"""Images that training cannot read: reported once, listed, and not tried again."""
 
 import json
 import sys
@@ -11,7 +11,7 @@ from mhla_gen.files import append_line
 from mhla_gen.files.saved import read_lines
 
 FAILED = "could not be read"
-"""The reason of an image whose file failed, rather than being damaged."""
+"""The reason if reading the file failed, rather than the image being damaged."""
 
 
 class BrokenImages:
@@ -37,12 +37,12 @@ class BrokenImages:
         return {name: reason for name, reason in found.items() if reason.startswith(FAILED)}
 
     def add(self, index: int, name: str, reason: str) -> None:
-        """Note an image, say so on the terminal, and list it."""
+        """Remember an image, report it on the terminal, and list it."""
         with self._lock:
             if index in self._found:
                 return
             self._found[index] = {"name": name, "reason": reason}
-            message = f"{name} {reason}; the next image of its class takes its place"
+            message = f"{name} {reason}; the next image of its class is used instead"
             tqdm.write(message, file=sys.stderr)
             self._list([self._found[index]])
 

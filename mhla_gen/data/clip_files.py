@@ -86,7 +86,7 @@ def find_clips(config: DataConfig, missing_caption: str, tone_map: bool = False)
     if others:
         from mhla_gen.runtime.processes import tell
 
-        tell(f"data.path {config.path}: left out {passed_over(others)}")
+        tell(f"data.path {config.path}: ignored {passed_over(others)}")
     return ClipFiles(tuple(paths), tuple(captions), tone_map)
 
 
@@ -109,7 +109,7 @@ def with_captions(
             )
         others = Counter({s: count for s, count in others.items() if s not in _BESIDE})
         captions = [_text_beside(path) for path in paths]
-        remedy = "write captions into text files of the same names, dog.txt for dog.mp4"
+        remedy = "write captions to text files of the same names, dog.txt for dog.mp4"
     elif root.exists():
         rows = read_list(root)
         paths = list(listed_paths(root, rows))
@@ -121,7 +121,7 @@ def with_captions(
     if missing and missing_caption == "error":
         raise UserError(
             f"{len(missing)} of {len(paths)} clips have no caption, {missing[0]} first; {remedy}, "
-            "or take empty ones with clips.missing_caption=empty"
+            "or use empty ones with clips.missing_caption=empty"
         )
     return paths, captions, others
 

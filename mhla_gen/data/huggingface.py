@@ -56,7 +56,7 @@ def saved_dataset(config: DataConfig) -> HuggingFaceStore:
         table: Any = datasets.load_from_disk(str(config.path))
     except FileNotFoundError as error:
         raise MissingError(
-            f"data.path {config.path} is no folder that datasets saved to disk"
+            f"data.path {config.path} is not a folder that datasets saved to disk"
         ) from error
     if isinstance(table, datasets.DatasetDict):
         if config.split not in table:

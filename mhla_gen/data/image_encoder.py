@@ -59,7 +59,7 @@ def load_image_encoder(config: ImageEncoderConfig) -> ImageEncoder:
     name = parts["image_encoder"][1]
     if name not in IMAGE_ENCODERS:
         raise UserError(
-            f"image_encoder.path {path} has a {name}; known are {', '.join(IMAGE_ENCODERS)}"
+            f"image_encoder.path {path} has a {name}; supported are {', '.join(IMAGE_ENCODERS)}"
         )
     dtype = getattr(torch, config.dtype)
     try:

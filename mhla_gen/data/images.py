@@ -244,7 +244,7 @@ class EncodedImages:
         whose = "" if names is None else f" of class {names[self._label(index)]}"
         raise UserError(
             f"no image{whose} can be read ({len(images)} in all): {self.describe(first)} {reason}; "
-            "mend them, or remove the class from the data"
+            "fix them, or remove the class from the data"
         )
 
 
@@ -275,14 +275,14 @@ def load_npz(path: Path, num_classes: int | None = None) -> ArrayImages:
     """
     if not path.is_file():
         raise MissingError(
-            f"data.path {path} is not a file, which data.source=npz takes; "
+            f"data.path {path} is not a file, as data.source=npz needs; "
             "a folder of class folders is data.source=folder"
         )
     try:
         with np.load(path, allow_pickle=False) as arrays:
             images, labels = arrays["arr_0"], arrays["labels"]
     except KeyError as error:
-        raise UserError(f"{path} must hold arr_0 and labels: {error.args[0]}") from error
+        raise UserError(f"{path} must contain arr_0 and labels: {error.args[0]}") from error
     except Exception as error:
         # zipfile and numpy raise many things at bytes that are none.
         reason = one_line(f"{type(error).__name__}: {error}", 200)

@@ -39,7 +39,7 @@ def read_list(path: Path) -> list[Row]:
         raise UserError(f"data.path {path} must end in .csv or .jsonl")
     rows = readers[path.suffix.lower()](path, "data.path")
     if not rows:
-        raise UserError(f"data.path {path} must hold rows with named columns, at least one")
+        raise UserError(f"data.path {path} must have at least one row, and named columns")
     return rows
 
 
@@ -59,9 +59,9 @@ def _listed_path(folder: Path, row: Row) -> Path:
     if name is None or name == "":
         raise UserError(f"{row.place} has no path")
     if not isinstance(name, str) or "\0" in name:
-        raise UserError(f"{row.place} must name a file in path, found {name!r}")
+        raise UserError(f"{row.place} must have a file in path, found {name!r}")
     if "://" in name:
-        raise UserError(f"{row.place} names the address {name}; fetch the files and name those")
+        raise UserError(f"{row.place} has the address {name}; download the files and list those")
     return folder / expand_home(row.place, name)
 
 
@@ -97,7 +97,7 @@ def known_of(
         captions = tuple(row.values[caption_column] for row in rows)
     if labels is None and captions is None:
         raise UserError(
-            f"{where} has no column {label_column} or {caption_column}, one of which images need; "
+            f"{where} has no column {label_column} or {caption_column}, one of which is required; "
             f"found {', '.join(columns)}"
         )
     return Known(labels, class_names, captions)
@@ -140,14 +140,14 @@ def _label(place: str, value: Any) -> str:
     if text.lower() in ("", "nan"):
         raise UserError(f"{place} has no label" + (f", found {value!r}" if text else ""))
     if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise UserError(f"{place} must have a class number or a name as label, found {value!r}")
+        raise UserError(f"{place} must have a class number or name as label, found {value!r}")
     return text
 
 
 def _class_number(place: str, text: str) -> int:
     number = float(text)
     if not number.is_integer():
-        raise UserError(f"{place} has label {text}; class numbers are whole")
+        raise UserError(f"{place} has label {text}; class numbers must be whole")
     # Digits beyond those of a float are no class number either.
     return int(number)
 

@@ -21,8 +21,8 @@ def load_data(config: DataConfig) -> TrainingData:
     """
     if config.source == "clips":
         raise UserError(
-            "data.source=clips: videos are trained on from a cache; run `mhla-gen cache`, then "
-            "use data.source=cache"
+            "data.source=clips must be cached first: run `mhla-gen cache`, then train with "
+            "data.source=cache"
         )
     if config.source == "cache":
         cache = CachedLatents.open(str(config.path))
@@ -33,7 +33,7 @@ def load_data(config: DataConfig) -> TrainingData:
         assert isinstance(images, EncodedImages) and isinstance(images.store, FileStore)
         missing = [path for path in images.store.paths if not path.is_file()]
         if missing:
-            raise MissingError(f"{config.path} names {missing[0]}, which does not exist")
+            raise MissingError(f"{config.path} lists {missing[0]}, which does not exist")
     return images
 
 
@@ -59,7 +59,7 @@ def open_images(config: DataConfig) -> ArrayImages | EncodedImages:
     elif config.source == "huggingface":
         store = saved_dataset(config)
     else:
-        raise UserError(f"data.source={config.source} does not hold images in pixels")
+        raise UserError(f"data.source={config.source} does not contain images in pixels")
     assert config.image_size is not None
     return EncodedImages(store, config.image_size, config.failed_reads)
 

@@ -89,7 +89,7 @@ def class_folders(root: Path, num_classes: int | None = None) -> FileStore:
     names = by_number(d.name for d in root.iterdir() if d.is_dir() and not is_hidden(d.name))
     if not names:
         raise MissingError(
-            f"data.path {root} has no sub-folders; images go into one sub-folder a class"
+            f"data.path {root} has no sub-folders; put images into one sub-folder per class"
         )
     numbers, class_names = np.arange(len(names)), tuple(names)
     if num_classes is not None:

@@ -76,7 +76,7 @@ def load_text_encoder(config: TextEncoderConfig) -> TextEncoder:
     if settings.model_type not in ENCODERS:
         raise UserError(
             f"text.path {path} has a text encoder of type {settings.model_type}; "
-            f"known are {', '.join(ENCODERS)}"
+            f"supported are {', '.join(ENCODERS)}"
         )
     kind = getattr(transformers, ENCODERS[settings.model_type])
     dtype = getattr(torch, config.dtype)

@@ -50,7 +50,7 @@ class TarStore:
             file.seek(member.start)
             content = file.read(member.size)
         if len(content) < member.size:
-            raise OSError("the shard became shorter")
+            raise OSError("the shard has become shorter")
         return content
 
 
@@ -96,7 +96,7 @@ def _shards(pattern: str) -> list[Path]:
         found = sorted(path.parent.glob(path.name))
     found = [path for path in found if not is_hidden(path.name)]
     if not found:
-        raise MissingError(f"data.path {pattern} names no tar files")
+        raise MissingError(f"data.path {pattern} matches no tar files")
     return found
 
 
@@ -122,11 +122,11 @@ def _check_end(shard: Path, archive: tarfile.TarFile, entries: int) -> None:
         block = file.read(tarfile.BLOCKSIZE)
     if len(block) < tarfile.BLOCKSIZE:
         raise UserError(
-            f"{shard} is cut short: after {entries} members comes no end mark; copy or write it "
-            "again"
+            f"{shard} is truncated: there is no end mark after its {entries} members; copy or "
+            "write it again"
         )
     if block.strip(b"\0"):
-        raise UserError(f"{shard} is damaged behind its {entries} first members; copy it again")
+        raise UserError(f"{shard} is damaged after its first {entries} members; copy it again")
 
 
 def _grouped(
@@ -173,13 +173,13 @@ def _target(
     if found is None:
         raise UserError(f"{shard}: {entry.name} is a link to {entry.linkname}, which is not in it")
     if not found.isfile() or found.issparse():
-        raise UserError(f"{shard}: {entry.name} is no plain file")
+        raise UserError(f"{shard}: {entry.name} is not a plain file")
     return found
 
 
 def _text(shard: Path, archive: tarfile.TarFile, entry: tarfile.TarInfo) -> str:
     if entry.size > _LARGEST_TEXT:
-        raise UserError(f"{shard}: {entry.name} is no text of a sample, {entry.size} bytes")
+        raise UserError(f"{shard}: {entry.name} is not the text of a sample, {entry.size} bytes")
     content: Any = archive.extractfile(entry)
     return decode_text(content.read(), f"{shard}: {entry.name}").strip()
 

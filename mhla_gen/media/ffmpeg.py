@@ -1,9 +1,9 @@
-"""FFmpeg's own program: what a video file holds, and the frames that a player would show.
+"""The ffmpeg program: the content of a video file, and the frames that a player would show.
 
-decord seeks by guesses that some files do not keep to, and shows other frames then without a word:
-of transport and program streams, of AVI with B-frames, of open groups of pictures (x265's default),
-of files whose edit list hides their beginning. FFmpeg's program applies all that, and rotations and
-flips, as players do.
+decord seeks by assumptions that do not hold for some files, and silently returns wrong frames: for
+transport and program streams, AVI with B-frames, open groups of pictures (x265's default), and
+files whose edit list hides their beginning. The ffmpeg program handles all of these, and rotations
+and flips, as players do.
 """
 
 import os

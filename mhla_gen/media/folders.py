@@ -1,4 +1,4 @@
-"""What a folder holds: each real file once, in a fixed order, and what was passed over."""
+"""The files of a folder: each real file once, in a fixed order, and what was ignored."""
 
 import os
 from collections import Counter
@@ -12,7 +12,7 @@ _FOREIGN = frozenset(("__MACOSX", "@eaDir"))
 
 @dataclass(frozen=True)
 class Found:
-    """Files that were looked for, and how many others there were."""
+    """Files of the wanted kinds, and how many others there were."""
 
     paths: tuple[Path, ...]
     others: Counter[str] = field(default_factory=Counter)
@@ -20,7 +20,7 @@ class Found:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether files and folders of this name are passed over without a word."""
+    """Whether files and folders of this name are skipped silently."""
     return name.startswith(".") or name in _FOREIGN
 
 

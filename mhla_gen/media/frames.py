@@ -115,7 +115,7 @@ def read_frames(
 def _is_picture(path: str | Path) -> bool:
     suffix = Path(path).suffix.lower()
     if suffix not in CLIP_SUFFIXES:
-        raise UnreadableImageError(f"is of a kind that is not read ({suffix or 'no suffix'})")
+        raise UnreadableImageError(f"is of an unsupported kind ({suffix or 'no suffix'})")
     return suffix in IMAGE_SUFFIXES
 
 

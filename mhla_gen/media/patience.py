@@ -1,4 +1,4 @@
-"""Reading files of file systems that fail for a moment, as those over a network do."""
+"""Reading from file systems that fail for a moment, such as network file systems."""
 
 import io
 import os
@@ -16,7 +16,7 @@ WAITS = (0.1, 1.0, 5.0)
 
 
 class ReadFailedError(UserError):
-    """A file that could not be read: whether it is damaged cannot be told."""
+    """A file that could not be read, so that nobody knows whether it is damaged."""
 
 
 def read_patiently(read: Callable[[], bytes], name: str) -> bytes:
@@ -39,8 +39,8 @@ def read_patiently(read: Callable[[], bytes], name: str) -> bytes:
                 raise UnreadableImageError(f"cannot be read ({reason})") from error
             if wait is None:
                 raise ReadFailedError(
-                    f"{name} cannot be read ({reason}) after {len(WAITS) + 1} attempts; mend it, "
-                    "and give the same command again (training: with resume=latest), or remove it"
+                    f"{name} cannot be read ({reason}) after {len(WAITS) + 1} attempts; fix it "
+                    "and run the same command again (training: with resume=latest), or remove it"
                 ) from error
             time.sleep(wait)
     raise AssertionError

@@ -22,7 +22,9 @@ def write_video(path: Path, frames: np.ndarray, fps: float) -> None:
 
     height, width = frames.shape[1:3]
     if height % 2 or width % 2:
-        raise UserError(f"mp4 needs even sides, found {height} × {width}; write png or npz")
+        raise UserError(
+            f"mp4 needs an even height and width, found {height} × {width}; write png or npz"
+        )
     options: dict[str, Any] = {
         "fps": fps,
         "quality": 8,

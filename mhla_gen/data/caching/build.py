@@ -148,7 +148,7 @@ def _text_encoder(config: CacheConfig, files: Files) -> TextEncoder | CaptionEnc
         return None
     if files.captions is None:
         raise UserError(
-            "text.path is given, but the data have no captions in a column "
+            "text.path is set, but the data have no column of captions called "
             f"{config.data.caption_column}"
         )
     if has_call(config.text.path):
@@ -170,7 +170,7 @@ def _frame_encoder(config: CacheConfig, files: Files) -> tuple[CacheConfig, Imag
 
 def _check_sizes(config: CacheConfig, files: Files, vae: Any) -> None:
     if config.clips.condition and not is_video(vae):
-        raise UserError(f"clips.condition needs an autoencoder of videos, not {type(vae).__name__}")
+        raise UserError(f"clips.condition needs a video autoencoder, found {type(vae).__name__}")
     if isinstance(files, ClipFiles):
         for bucket in config.clips.buckets:
             latent_shape(vae, *bucket)
@@ -198,7 +198,7 @@ def _examples(
     if PartialState().is_main_process:
         print(report(config.clips, clips.placements))
     if not len(clips):
-        raise UserError("no clip fits any bucket; the table above says why")
+        raise UserError("no clip fits any bucket; see the table above")
     return clips, [{"name": p.name, "reason": p.left_out} for p in clips.placements if p.unreadable]
 
 
@@ -256,7 +256,7 @@ def _summary(folder: Path, index: Index) -> str:
     shapes = ", ".join(f"{bucket.count} of {list(bucket.latents)}" for bucket in index.buckets)
     line = f"{folder}: {count} samples ({shapes}), {len(index.files)} files, {size:.2f} GiB"
     if index.quarantined:
-        line += f"; {index.quarantined} could not be read: quarantine.jsonl lists them"
+        line += f"; {index.quarantined} could not be read, see quarantine.jsonl"
     if index.warning:
         line += f"; {index.warning}"
     return line

@@ -50,8 +50,8 @@ class CachedLatents:
             path = folder / name
             if not path.is_file() or path.stat().st_size != facts["bytes"]:
                 raise UserError(
-                    f"{path} is missing or not of {facts['bytes']} bytes; run `mhla-gen cache` "
-                    "again with its config, or copy it again"
+                    f"{path} is missing or does not have {facts['bytes']} bytes; run `mhla-gen "
+                    "cache` again with its config, or copy it again"
                 )
         return cls(folder, index)
 
@@ -157,7 +157,7 @@ class CachedLatents:
             ValueError: If the cache holds no embeddings.
         """
         if not self.has_prompts:
-            raise UserError(f"{self.folder} holds no embedded captions; build it with text.path")
+            raise UserError(f"{self.folder} has no embedded captions; build it with text.path")
         return self._prompt(0)
 
     def require(self, config: DataConfig) -> None:
@@ -236,7 +236,7 @@ class CachedLatents:
         for key, value in found.items():
             if value != known[key]:
                 raise UserError(
-                    f"the {what} of {self.folder} were made by another {maker} ({key}: "
+                    f"the {what} of {self.folder} were made by a different {maker} ({key}: "
                     f"{known[key]}, found {value})"
                 )
 

@@ -88,7 +88,7 @@ def broken(path: str, problem: str) -> UserError:
     delete = "" if problem == MISSING else "delete this file and "
     return UserError(
         f"{path} {problem}; {delete}run `mhla-gen cache` with its config again, which "
-        "computes it anew"
+        "computes it once more"
     )
 
 
@@ -102,4 +102,4 @@ def verify(folder: Path) -> str:
     index = Index.read(folder)
     require_digests(examine_all(folder, list(index.files)).values(), index.files)
     total = sum(facts["bytes"] for facts in index.files.values())
-    return f"{folder}: {len(index.files)} files, {total / 2**30:.2f} GiB, all as they were written"
+    return f"{folder}: {len(index.files)} files, {total / 2**30:.2f} GiB, all unchanged"

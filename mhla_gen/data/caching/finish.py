@@ -86,7 +86,8 @@ def _write(
     if not buckets:
         first = quarantined[0]
         raise UserError(
-            f"none of {len(quarantined)} could be read, {first['name']} {first['reason']} first"
+            f"none of {len(quarantined)} files could be read; the first: {first['name']} "
+            f"{first['reason']}"
         )
     index = Index(
         settings=settings,

@@ -63,7 +63,7 @@ class Index:
         shown = ", ".join(names[:8]) + (f" and {count - 8} more" if count > 8 else "")
         return (
             f"no image is left of {count} of {len(self.class_names or ())} classes ({shown}): all "
-            f"were left out, and {QUARANTINE_NAME} of the cache says why"
+            f"were left out, see {QUARANTINE_NAME} of the cache"
         )
 
     @classmethod
@@ -77,17 +77,18 @@ class Index:
         path = folder / INDEX_NAME
         if not folder.exists():
             raise MissingError(
-                f"{folder} does not exist; a cache is a folder that `mhla-gen cache` writes"
+                f"{folder} does not exist; data.source=cache needs a folder written by `mhla-gen "
+                "cache`"
             )
         if not path.is_file() and not (folder / SETTINGS_NAME).is_file():
             raise MissingError(
-                f"{folder} is no cache, which `mhla-gen cache` writes; images are another "
+                f"{folder} is not a cache, as written by `mhla-gen cache`; images need another "
                 "data.source: npz for such a file, folder for a folder of class folders"
             )
         if not path.is_file():
             raise MissingError(
-                f"{folder} is a cache that is not finished: {INDEX_NAME} is missing; run "
-                "`mhla-gen cache` with its config, which goes on where it stopped"
+                f"{folder} is an unfinished cache: {INDEX_NAME} is missing; run "
+                "`mhla-gen cache` with its config, which resumes it"
             )
         values = read_json(path, "remove it and run `mhla-gen cache` with its config again")
         if values.pop("format", None) != FORMAT:

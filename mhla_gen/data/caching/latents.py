@@ -77,7 +77,7 @@ class LatentChunks:
             if good:
                 latents = self._latents(np.stack(list(good.values())))
                 finite = finite_rows(latents)
-                reason = f"its latents are not finite in {self.dtype}".replace("torch.", "")
+                reason = f"has latents that are not finite in {self.dtype}".replace("torch.", "")
                 quarantined += [
                     self._left_out(item, reason)
                     for item, kept in zip(good, finite.tolist(), strict=True)

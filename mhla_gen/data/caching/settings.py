@@ -117,7 +117,7 @@ def check_settings(config: CacheConfig, settings: dict[str, Any]) -> None:
     changes = differing_values(read_json(path, _REMEDY), settings) if path.is_file() else []
     if changes:
         raise OccupiedError(
-            f"output_dir {folder} was made of other data or by other models "
+            f"output_dir {folder} was made from other data or by other models "
             f"({'; '.join(changes)}); choose another output_dir or move it away"
         )
 

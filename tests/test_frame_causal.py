@@ -141,3 +141,32 @@ def test_chunks_come_one_at_a_time():
     state.read(*tokens_of((1, 3, 4)), grid=(1, 3, 4), append=True)
     with pytest.raises(UserError, match="the clip's last"):
         state.read(*tokens_of((1, 3, 4)), grid=(1, 3, 4))
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_kernels_give_the_same_chunk_by_chunk(dtype, normalize, monkeypatch):
+    pytest.importorskip("triton")
+    from mhla_gen.ops import fused
+    from mhla_gen.ops.kernels import linear_form
+
+    if not (torch.cuda.is_available() or fused.INTERPRETED):
+        pytest.skip("needs a GPU, or TRITON_INTERPRET=1")
+    calls = []
+    summarise = linear_form.summarise
+    monkeypatch.setattr(linear_form, "summarise", lambda *x: calls.append(1) or summarise(*x))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    grid = (3, 3, 5)
+    inputs = [x.to(device, dtype) for x in tokens_of(grid, head_dim=16, value_dim=16)]
+    rotary = tuple(table.repeat(1, 3)[:, :8].float().to(device) for table in rotary_of(45))
+    weights = weights_of(2, (2, 3), 2).float().to(device)
+    options = {"grid": grid, "chunk_frames": 2, "layout": (2, 3), "normalize": normalize}
+    options["rotary"] = rotary
+    wide = [x.double() for x in (*inputs, weights)]
+    expected = frame_causal_mhla(*wide, **options, implementation="naive")
+    found = chunk_by_chunk(*inputs, weights, **options, implementation="fused")
+    close = {"rtol": 1e-3, "atol": 1e-3} if dtype == torch.float16 else {}
+    torch.testing.assert_close(found.double(), expected, **{"rtol": 1e-5, "atol": 1e-5} | close)
+    assert calls
+    with pytest.raises(UserError, match="without gradients"):
+        chunk_by_chunk(*inputs, weights.requires_grad_(), **options, implementation="fused")

@@ -125,12 +125,12 @@ class FrameCausalMHLA(MHLA):
             "feature_map": self.features.operator_map,
             "normalize": config.normalize,
             "eps": config.eps,
+            "implementation": config.implementation,
         }
         if state is not None:
             return state.mhla(weights, options).read(
                 query, key, value, **given, append=state.appends
             )
-        options["implementation"] = config.implementation
         return frame_causal_mhla(query, key, value, weights, **given, **options)
 
 

@@ -7,11 +7,11 @@ from mhla_gen.ops.dispatch import IMPLEMENTATIONS, linear_attention, mhla, resol
 from mhla_gen.ops.feature_maps import FEATURE_MAPS
 from mhla_gen.ops.frame_causal import (
     FRAME_MIXING_INITS,
-    FrameState,
     frame_causal_mhla,
     frame_locality,
     frame_mixing,
 )
+from mhla_gen.ops.frame_state import FrameState
 from mhla_gen.ops.linformer import linformer_attention
 from mhla_gen.ops.mixing import MIXING_INITS, locality_mixing, uniform_mixing
 from mhla_gen.ops.partition import auto_layout, block_starts

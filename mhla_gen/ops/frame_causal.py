@@ -16,11 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mhla_gen.errors import UserError
-from mhla_gen.ops.blockwise import mix, to_blocks, to_tokens
 from mhla_gen.ops.dispatch import check_options, check_tokens, mhla
-from mhla_gen.ops.feature_maps import FEATURE_MAPS, rotate
+from mhla_gen.ops.feature_maps import FEATURE_MAPS
 from mhla_gen.ops.naive import naive_frame_causal_mhla
-from mhla_gen.ops.partition import block_slots
 
 
 def frame_locality(layout: tuple[int, ...]) -> Tensor:
@@ -152,128 +150,6 @@ def frame_causal_mhla(
         **options,
     )
     return out[:, : math.prod(grid)]
-
-
-class FrameState:
-    r"""What frame-causal MHLA remembers of the finished chunks of a clip.
-
-    `read` gives what `frame_causal_mhla` gives for the next chunk, as often as it is denoised, and
-    makes it a finished one when told to. That takes the same time and memory for every chunk: there
-    is a summary for each block and distance, and chunks from the last distance on are one sum,
-    because they are read with one weight.
-
-    Args:
-        weights: As in `frame_causal_mhla`, like all others.
-        chunk_frames: Frames of a chunk.
-        layout: Blocks of a chunk along each axis but the first.
-        feature_map: Name of φ.
-        normalize: Divide by the denominator.
-        eps: Added to the denominator.
-
-    Attributes:
-        frames: Frames of finished chunks.
-
-    Raises:
-        ValueError: If an argument does not fit.
-    """
-
-    def __init__(
-        self,
-        weights: Tensor,
-        *,
-        chunk_frames: int,
-        layout: tuple[int, ...],
-        feature_map: str = "relu",
-        normalize: bool = True,
-        eps: float = 1e-6,
-    ):
-        self.weights, self.chunk_frames, self.layout = weights, chunk_frames, layout
-        self.feature_map, self.normalize, self.eps = feature_map, normalize, eps
-        self.frames = 0
-        # By distance from 1 on, the last for all further ones:
-        # [batch, distances, blocks, heads, head_dim, value_dim] and without the last axis.
-        self.finished: tuple[Tensor, Tensor] | None = None
-        # What blocks of the next chunk read of them, [batch, blocks, heads, head_dim, value_dim].
-        self.past: tuple[Tensor, Tensor] | None = None
-
-    def read(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        grid: tuple[int, ...],
-        rotary: tuple[Tensor, Tensor] | None = None,
-        append: bool = False,
-    ) -> Tensor:
-        """Attend from the next chunk to itself and to the finished ones.
-
-        Args:
-            query: Of the chunk's tokens, as in `frame_causal_mhla`, like all others.
-            key: Keys.
-            value: Values.
-            grid: Of the chunk; the first axis has `chunk_frames`, or fewer in the last chunk.
-            rotary: Tables by positions in the whole clip.
-            append: Make it a finished chunk afterwards.
-
-        Returns:
-            What `frame_causal_mhla` gives for these tokens.
-
-        Raises:
-            ValueError: If arguments do not fit together, or the chunk is not the next one.
-        """
-        check_frame_causal(query, key, value, self.weights, grid, self.chunk_frames, self.layout)
-        check_options(query, self.feature_map, rotary, False, len(grid))
-        check_next(self.frames, grid[0], self.chunk_frames)
-        dtype = torch.promote_types(query.dtype, torch.float32)
-        # Autocast would turn the float32 sums into bfloat16 ones.
-        with torch.autocast(query.device.type, enabled=False):
-            phi = FEATURE_MAPS[self.feature_map]
-            phi_q, phi_k, v = phi(query.to(dtype)), phi(key.to(dtype)), value.to(dtype)
-            slots = block_slots(grid, (1, *self.layout), query.device)
-            k = to_blocks(rotate(phi_k, rotary), slots, empty=True)
-            summaries = torch.einsum("bmshk,bmshv->bmhkv", k, to_blocks(v, slots))
-            key_sums = to_blocks(phi_k, slots, empty=True).sum(dim=2)
-            own = self.weights.to(dtype)[..., 0, :, :]
-            mixed, mixed_keys = mix(own, summaries), mix(own, key_sums.unsqueeze(-1))
-            if self.past is not None:
-                mixed, mixed_keys = mixed + self.past[0], mixed_keys + self.past[1]
-            out = _applied(rotate(phi_q, rotary), mixed, slots)
-            if self.normalize:
-                out = out / (_applied(phi_q, mixed_keys, slots) + self.eps)
-            if append:
-                self._remember(summaries, key_sums, grid[0])
-        return out.to(query.dtype)
-
-    def _remember(self, summaries: Tensor, key_sums: Tensor, frames: int) -> None:
-        """Every finished chunk is one further away, the last ones are one sum."""
-        num_distances = self.weights.shape[-3]
-        places = max(1, num_distances - 1)
-        if self.finished is None:
-            self.finished = (
-                summaries.new_zeros(summaries.shape[0], places, *summaries.shape[1:]),
-                key_sums.new_zeros(key_sums.shape[0], places, *key_sums.shape[1:]),
-            )
-        sums, keys = self.finished
-        sums, keys = self.finished = _shifted(sums, summaries), _shifted(keys, key_sums)
-        weights = self.weights.to(summaries)[..., min(1, num_distances - 1) :, :, :]
-        axes = {3: "dij", 4: "hdij"}[weights.ndim]
-        self.past = (
-            torch.einsum(f"{axes},bdjhkv->bihkv", weights, sums),
-            torch.einsum(f"{axes},bdjhk->bihk", weights, keys).unsqueeze(-1),
-        )
-        self.frames += frames
-
-
-def _shifted(finished: Tensor, new: Tensor) -> Tensor:
-    new = new.unsqueeze(1)
-    if finished.shape[1] == 1:
-        return finished + new
-    return torch.cat((new, finished[:, :-2], finished[:, -2:].sum(dim=1, keepdim=True)), dim=1)
-
-
-def _applied(q: Tensor, mixed: Tensor, slots: Any) -> Tensor:
-    return to_tokens(torch.einsum("bmshk,bmhkv->bmshv", to_blocks(q, slots), mixed), slots)
 
 
 def check_next(frames: int, new: int, chunk_frames: int) -> None:

@@ -1,0 +1,217 @@
+"""What frame-causal MHLA remembers of a clip: its form chunk by chunk, beside `frame_causal.py`."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from mhla_gen.errors import UserError
+from mhla_gen.ops.blockwise import mix, to_blocks, to_tokens
+from mhla_gen.ops.dispatch import check_options, resolve_implementation
+from mhla_gen.ops.feature_maps import FEATURE_MAPS, rotate
+from mhla_gen.ops.frame_causal import check_frame_causal, check_next
+from mhla_gen.ops.partition import block_slots
+
+
+class FrameState:
+    r"""What frame-causal MHLA remembers of the finished chunks of a clip.
+
+    `read` gives what `frame_causal_mhla` gives for the next chunk, as often as it is denoised, and
+    makes it a finished one when told to. That takes the same time and memory for every chunk: there
+    is a summary for each block and distance, and chunks from the last distance on are one sum,
+    because they are read with one weight.
+
+    Args:
+        weights: As in `frame_causal_mhla`, like all others.
+        chunk_frames: Frames of a chunk.
+        layout: Blocks of a chunk along each axis but the first.
+        feature_map: Name of φ.
+        normalize: Divide by the denominator.
+        eps: Added to the denominator.
+        implementation: `blockwise`, or `auto`: the kernels of `fused` where they can run, in
+            sampling without torch.compile.
+
+    Attributes:
+        frames: Frames of finished chunks.
+
+    Raises:
+        ValueError: If an argument does not fit.
+    """
+
+    def __init__(
+        self,
+        weights: Tensor,
+        *,
+        chunk_frames: int,
+        layout: tuple[int, ...],
+        feature_map: str = "relu",
+        normalize: bool = True,
+        eps: float = 1e-6,
+        implementation: str = "auto",
+    ):
+        self.weights, self.chunk_frames, self.layout = weights, chunk_frames, layout
+        self.feature_map, self.normalize, self.eps = feature_map, normalize, eps
+        self.implementation = implementation
+        self.frames = 0
+        # By distance from 1 on, the last for all further ones:
+        # [batch, distances, blocks, heads, head_dim, value_dim] and without the last axis.
+        self.finished: tuple[Tensor, Tensor] | None = None
+        # What blocks of the next chunk read of them, the same axes without
+        # distances.
+        self.past: tuple[Tensor, Tensor] | None = None
+
+    def read(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        grid: tuple[int, ...],
+        rotary: tuple[Tensor, Tensor] | None = None,
+        append: bool = False,
+    ) -> Tensor:
+        """Attend from the next chunk to itself and to the finished ones.
+
+        Args:
+            query: Of the chunk's tokens, as in `frame_causal_mhla`, like all others.
+            key: Keys.
+            value: Values.
+            grid: Of the chunk; the first axis has `chunk_frames`, or fewer in the last chunk.
+            rotary: Tables by positions in the whole clip.
+            append: Make it a finished chunk afterwards.
+
+        Returns:
+            What `frame_causal_mhla` gives for these tokens.
+
+        Raises:
+            ValueError: If arguments do not fit together, or the chunk is not the next one.
+        """
+        check_frame_causal(query, key, value, self.weights, grid, self.chunk_frames, self.layout)
+        check_options(query, self.feature_map, rotary, False, len(grid))
+        check_next(self.frames, grid[0], self.chunk_frames)
+        layout, options = (1, *self.layout), (self.feature_map, rotary, self.normalize, self.eps)
+        summarised = _fused if self._can_fuse(query, key, value) else _blockwise
+        # Autocast would turn the float32 sums into bfloat16 ones.
+        with torch.autocast(query.device.type, enabled=False):
+            summaries, key_sums, apply = summarised(query, key, value, grid, layout, *options)
+            own = self.weights.to(summaries)[..., 0, :, :]
+            mixed, mixed_keys = mix(own, summaries), mix(own, key_sums.unsqueeze(-1)).squeeze(-1)
+            if self.past is not None:
+                mixed, mixed_keys = mixed + self.past[0], mixed_keys + self.past[1]
+            out = apply(mixed, mixed_keys)
+            if append:
+                self._remember(summaries, key_sums, grid[0])
+        return out.to(query.dtype)
+
+    def _can_fuse(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
+        """Whether the kernels run: for sampling, on a GPU, and where nothing is compiled."""
+        leaves = (query, key, value, self.weights)
+        trains = torch.is_grad_enabled() and any(x.requires_grad for x in leaves)
+        if trains or torch.compiler.is_compiling():
+            if self.implementation == "fused":
+                raise UserError(
+                    "implementation='fused' reads chunks without gradients and torch.compile; use "
+                    "'auto' or 'blockwise'"
+                )
+            return False
+        found = resolve_implementation(
+            self.implementation,
+            device=query.device,
+            dtype=query.dtype,
+            head_dim=query.shape[3],
+            value_dim=value.shape[3],
+            num_blocks=math.prod(self.layout),
+        )
+        return found == "fused"
+
+    def _remember(self, summaries: Tensor, key_sums: Tensor, frames: int) -> None:
+        """Every finished chunk is one further away, the last ones are one sum."""
+        num_distances = self.weights.shape[-3]
+        places = max(1, num_distances - 1)
+        if self.finished is None:
+            self.finished = (
+                summaries.new_zeros(summaries.shape[0], places, *summaries.shape[1:]),
+                key_sums.new_zeros(key_sums.shape[0], places, *key_sums.shape[1:]),
+            )
+        sums, keys = self.finished
+        sums, keys = self.finished = _shifted(sums, summaries), _shifted(keys, key_sums)
+        weights = self.weights.to(summaries)[..., min(1, num_distances - 1) :, :, :]
+        axes = {3: "dij", 4: "hdij"}[weights.ndim]
+        self.past = (
+            torch.einsum(f"{axes},bdjhkv->bihkv", weights, sums),
+            torch.einsum(f"{axes},bdjhk->bihk", weights, keys),
+        )
+        self.frames += frames
+
+
+def _shifted(finished: Tensor, new: Tensor) -> Tensor:
+    new = new.unsqueeze(1)
+    if finished.shape[1] == 1:
+        return finished + new
+    return torch.cat((new, finished[:, :-2], finished[:, -2:].sum(dim=1, keepdim=True)), dim=1)
+
+
+Summarised = tuple[Tensor, Tensor, Callable[[Tensor, Tensor], Tensor]]
+"""Summaries and key sums of a chunk, and what makes its output of mixed ones."""
+
+
+def _blockwise(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grid: tuple[int, ...],
+    layout: tuple[int, ...],
+    feature_map: str,
+    rotary: tuple[Tensor, Tensor] | None,
+    normalize: bool,
+    eps: float,
+) -> Summarised:
+    dtype, phi = torch.promote_types(query.dtype, torch.float32), FEATURE_MAPS[feature_map]
+    phi_q, phi_k, v = phi(query.to(dtype)), phi(key.to(dtype)), value.to(dtype)
+    slots = block_slots(grid, layout, query.device)
+    k = to_blocks(rotate(phi_k, rotary), slots, empty=True)
+    summaries = torch.einsum("bmshk,bmshv->bmhkv", k, to_blocks(v, slots))
+
+    def applied(q: Tensor, mixed: Tensor) -> Tensor:
+        return to_tokens(torch.einsum("bmshk,bmhkv->bmshv", to_blocks(q, slots), mixed), slots)
+
+    def apply(mixed: Tensor, mixed_keys: Tensor) -> Tensor:
+        out = applied(rotate(phi_q, rotary), mixed)
+        return out / (applied(phi_q, mixed_keys.unsqueeze(-1)) + eps) if normalize else out
+
+    return summaries, to_blocks(phi_k, slots, empty=True).sum(dim=2), apply
+
+
+def _fused(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grid: tuple[int, ...],
+    layout: tuple[int, ...],
+    feature_map: str,
+    rotary: tuple[Tensor, Tensor] | None,
+    normalize: bool,
+    eps: float,
+) -> Summarised:
+    # Imported on first use: Triton is neither needed nor installed everywhere.
+    from mhla_gen.ops.kernels import linear_form
+    from mhla_gen.ops.kernels.launch import Call, merge_axes
+
+    cos, sin = (None, None) if rotary is None else (table.contiguous() for table in rotary)
+    # Summaries in float32, as those of many chunks are added.
+    options = (feature_map, normalize, eps, torch.float32)
+    call = Call(query, value, cos, sin, *merge_axes(list(grid), list(layout)), *options)
+    with torch.cuda.device_of(query):
+        parts = linear_form.summarise(key, value, call)
+    summaries, key_sums = (
+        x.unflatten(1, (call.num_blocks, call.num_parts)).sum(dim=2)
+        for x in (parts.matrices, parts.key_sums)
+    )
+
+    def apply(mixed: Tensor, mixed_keys: Tensor) -> Tensor:
+        both = linear_form.Summaries(mixed.contiguous(), parts.scales, mixed_keys.contiguous())
+        with torch.cuda.device_of(query):
+            return linear_form.apply(query, value, both, call)
+
+    return summaries, key_sums, apply

@@ -222,8 +222,27 @@ class Placed:
 
     def summaries(self, block_size: int) -> tuple[Tensor, Tensor]:
         """`[batch, blocks, key_heads, head_dim, value_dim]`; key sums are without the last."""
-        k, phi_k, v = (x.unflatten(1, (-1, block_size)) for x in (self.k, self.phi_k, self.v))
-        return torch.einsum("bmshk,bmshv->bmhkv", k, v), phi_k.sum(dim=2)
+        return _summed(self.k, self.phi_k, self.v, block_size)
+
+
+def block_summaries(
+    key: Tensor,
+    value: Tensor,
+    block_size: int,
+    feature_map: str,
+    rotary: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, Tensor]:
+    """Summaries and key sums of tokens without padding, as `Placed.summaries`."""
+    dtype = torch.promote_types(key.dtype, torch.float32)
+    phi_k = FEATURE_MAPS[feature_map](key.to(dtype))
+    fill = (0, 0, 0, 0, 0, -key.shape[1] % block_size)
+    k, phi_k, v = (F.pad(x, fill) for x in (rotate(phi_k, rotary), phi_k, value.to(dtype)))
+    return _summed(k, phi_k, v, block_size)
+
+
+def _summed(k: Tensor, phi_k: Tensor, v: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    k, phi_k, v = (x.unflatten(1, (-1, block_size)) for x in (k, phi_k, v))
+    return torch.einsum("bmshk,bmshv->bmhkv", k, v), phi_k.sum(dim=2)
 
 
 def ranks_of(mask: Tensor) -> Tensor:

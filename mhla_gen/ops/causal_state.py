@@ -7,7 +7,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mhla_gen.errors import UserError
-from mhla_gen.ops.causal import Features, Placed, absent_last, by_distance, taken
+from mhla_gen.ops.causal import (
+    Features,
+    Placed,
+    absent_last,
+    block_summaries,
+    by_distance,
+    causal_mhla,
+    taken,
+)
 from mhla_gen.ops.causal_checks import check_causal, check_weights
 
 _TENSORS = ("open", "open_keys", "finished", "finished_keys")
@@ -99,6 +107,8 @@ class CausalState:
             ValueError: If arguments do not fit together, or the sequences read so far.
         """
         self._check(query, key, value, mask, rotary)
+        if self.open is None and mask is None and (rotary is None or rotary[0].ndim == 2):
+            return self._read_first(query, key, value, rotary)
         with torch.autocast(query.device.type, enabled=False):
             self._begin(query, key, value)
             assert self.lengths is not None
@@ -116,8 +126,24 @@ class CausalState:
             numerator, denominator = self._with_past(placed, numerator, denominator)
             if denominator is not None:
                 numerator = numerator / (denominator + self.eps)
-            self._remember(*placed.summaries(self.block_size), (offsets + counts), counts)
+            self._remember(*placed.summaries(self.block_size), offsets + counts, counts)
             return taken(numerator, positions, mask).to(query.dtype)
+
+    def _read_first(
+        self, query: Tensor, key: Tensor, value: Tensor, rotary: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        """Read a prompt, which has nothing before it to add to what `causal_mhla` gives."""
+        self._begin(query, key, value)
+        assert self.lengths is not None
+        options = {"feature_map": self.feature_map, "normalize": self.normalize, "eps": self.eps}
+        out = causal_mhla(
+            query, key, value, self.weights, block_size=self.block_size, rotary=rotary, **options
+        )
+        with torch.autocast(query.device.type, enabled=False):
+            sums = block_summaries(key, value, self.block_size, self.feature_map, rotary)
+            counts = torch.full_like(self.lengths, query.shape[1])
+            self._remember(*sums, counts, counts)
+        return out
 
     def step(
         self,

@@ -81,7 +81,9 @@ class WindowState:
             present = torch.cat((place < filled.to(query.device).unsqueeze(1), mask), dim=1)
         tokens = self._with(key, value, rotary)
         queries = torch.cat((query.new_zeros(query.shape[0], kept, *query.shape[2:]), query), dim=1)
-        options = {"window": self.window, "mask": present, "rotary": _tables(tokens)}
+        # Of a prompt, the tables that all its sequences share.
+        tables = rotary if kept == 0 else _tables(tokens)
+        options = {"window": self.window, "mask": present, "rotary": tables}
         out, late = window_attention(queries, tokens["key"], tokens["value"], **options)
         self._keep(tokens, present)
         counts = query.shape[1] if mask is None else mask.sum(dim=1).cpu()

@@ -13,7 +13,7 @@ from test_fused import (
     poisoned,  # noqa: F401
 )
 
-from mhla_gen.ops import causal_mhla, linear_attention, mhla, resolve_implementation
+from mhla_gen.ops import CausalState, causal_mhla, linear_attention, mhla, resolve_implementation
 from mhla_gen.ops.causal_fused import causal_mhla_kernels
 from mhla_gen.ops.fused import fused_mhla
 from mhla_gen.ops.naive import naive_mhla
@@ -105,6 +105,41 @@ def test_sequences_with_padding_and_grouped_queries(masked, monkeypatch):
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.parametrize(
+    ("head_dim", "value_dim", "key_heads", "changes"),
+    [
+        (12, 20, 2, {}),
+        (64, 36, 4, {"normalize": False, "feature_map": "softplus"}),
+        (20, 16, 1, {"memory_blocks": 2}),
+    ],
+)
+@pytest.mark.parametrize("tables", [None, "shared", "own"])
+def test_steps_in_one_launch(head_dim, value_dim, key_heads, changes, tables, monkeypatch):
+    shapes = ((4, head_dim), (key_heads, head_dim), (key_heads, value_dim))
+    q, k, v = (torch.randn(3, 12, *shape, device=DEVICE) for shape in shapes)
+    weights = torch.rand(key_heads, 4, device=DEVICE)
+    rotary = None
+    if tables:
+        angles = 6 * torch.rand(3 if tables == "own" else 1, 12, head_dim // 2, device=DEVICE)
+        rotary = angles.cos(), angles.sin()
+    found = []
+    for fused in (False, True):
+        monkeypatch.setattr(CausalState, "_has_kernel", lambda *_, f=fused: f)
+        state = CausalState(weights, block_size=3, **changes)
+        state.prefill(
+            q[:, :4], k[:, :4], v[:, :4], rotary=rotary and tuple(t[0, :4] for t in rotary)
+        )
+        out = [
+            state.step(
+                *(x[:, [n]] for x in (q, k, v)), rotary=rotary and tuple(t[:, [n]] for t in rotary)
+            )
+            for n in range(4, 12)
+        ]
+        found.append((torch.cat(out, dim=1), state.open, state.open_keys, state.finished))
+    for actual, expected in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_repeated_runs_are_bit_equal():
     inputs, options = make((71,), (3,), torch.float16, **CAUSAL)
     first = outputs_and_gradients(fused_mhla, inputs, options)
@@ -158,6 +193,20 @@ def test_auto_takes_the_kernels_where_they_run():
 def test_head_sizes_on_gpu(poisoned, head_dim, block):  # noqa: F811
     sizes = {"head_dim": head_dim, "value_dim": 72, **CAUSAL}
     assert_accurate(*make((5 * block + 3,), (5,), torch.bfloat16, **sizes))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_steps_are_the_parallel_form_on_gpu(dtype):
+    q, k, v = (torch.randn(2, 150, h, 64, device=DEVICE, dtype=dtype) for h in (8, 2, 2))
+    weights = torch.rand(2, 3, device=DEVICE)
+    whole = causal_mhla(q, k, v, weights, block_size=16)
+    state = CausalState(weights, block_size=16)
+    out = [state.prefill(q[:, :70], k[:, :70], v[:, :70])]
+    out += [state.step(q[:, [n]], k[:, [n]], v[:, [n]]) for n in range(70, 150)]
+    assert errors([torch.cat(out, dim=1)], [whole.double()])[0] < (
+        1e-5 if dtype.itemsize == 4 else 1e-2
+    )
 
 
 @pytest.mark.gpu

@@ -17,6 +17,7 @@ from mhla_gen.ops.causal import (
     taken,
 )
 from mhla_gen.ops.causal_checks import check_causal, check_weights
+from mhla_gen.ops.dispatch import resolve_implementation
 
 _TENSORS = ("open", "open_keys", "finished", "finished_keys")
 
@@ -170,28 +171,80 @@ class CausalState:
         self._check(query, key, value, None, rotary)
         if query.shape[1] != 1:
             raise ValueError(f"step reads one token, found {query.shape[1]}; use prefill for more")
+        self._begin(query, key, value)
+        assert self.lengths is not None
         with torch.autocast(query.device.type, enabled=False):
-            self._begin(query, key, value)
-            assert self.open is not None and self.open_keys is not None
-            assert self.lengths is not None
-            t = Features(query, key, value, None, self.feature_map, rotary)
-            self.open = self.open + t.k[:, 0].unsqueeze(-1) * t.v[:, 0].unsqueeze(-2)
-            self.open_keys = self.open_keys + t.phi_k[:, 0]
-            mixed, mixed_keys = self._mixed_finished()
-            own = self.weights.to(self.open.dtype)[..., 0, None]  # [1] or [heads, 1]
-            heads = key.shape[2]
-            out = torch.einsum(
-                "bhgk,bhkv->bhgv",
-                t.q[:, 0].unflatten(1, (heads, -1)),
-                mixed + own.unsqueeze(-1) * self.open,
-            )
-            if self.normalize:
-                phi_q = t.phi_q[:, 0].unflatten(1, (heads, -1))
-                keys = mixed_keys + own * self.open_keys
-                out = out / (torch.einsum("bhgk,bhk->bhg", phi_q, keys).unsqueeze(-1) + self.eps)
+            step = self._fused_step if self._has_kernel(query, key, value) else self._step
+            out = step(query, key, value, rotary)
             self.lengths = self.lengths + 1
             self._close(self.lengths % self.block_size == 0)
-            return out.flatten(1, 2).unsqueeze(1).to(query.dtype)
+        return out
+
+    def _step(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        rotary: tuple[Tensor, Tensor] | None,
+    ) -> Tensor:
+        assert self.open is not None and self.open_keys is not None
+        t = Features(query, key, value, None, self.feature_map, rotary)
+        self.open = self.open + t.k[:, 0].unsqueeze(-1) * t.v[:, 0].unsqueeze(-2)
+        self.open_keys = self.open_keys + t.phi_k[:, 0]
+        mixed, mixed_keys = self._mixed_finished()
+        own = self.weights.to(self.open.dtype)[..., 0, None]  # [1] or [heads, 1]
+        heads = key.shape[2]
+        out = torch.einsum(
+            "bhgk,bhkv->bhgv",
+            t.q[:, 0].unflatten(1, (heads, -1)),
+            mixed + own.unsqueeze(-1) * self.open,
+        )
+        if self.normalize:
+            phi_q = t.phi_q[:, 0].unflatten(1, (heads, -1))
+            keys = mixed_keys + own * self.open_keys
+            out = out / (torch.einsum("bhgk,bhk->bhg", phi_q, keys).unsqueeze(-1) + self.eps)
+        return out.flatten(1, 2).unsqueeze(1).to(query.dtype)
+
+    def _has_kernel(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
+        """Whether one launch does a step: where kernels run, and nothing has a gradient."""
+        assert self.open is not None
+        tensors = (query, key, value, self.open, self.weights)
+        trains = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+        chosen = resolve_implementation(
+            "auto",
+            device=query.device,
+            dtype=query.dtype,
+            head_dim=query.shape[3],
+            value_dim=value.shape[3],
+        )
+        return chosen == "fused" and not trains and not torch.compiler.is_compiling()
+
+    def _fused_step(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        rotary: tuple[Tensor, Tensor] | None,
+    ) -> Tensor:
+        # Imported on first use: Triton is not installed everywhere.
+        from mhla_gen.ops.kernels.causal_step import causal_step
+
+        assert self.open is not None and self.open_keys is not None
+        if rotary is not None:
+            cos, sin = rotary
+            rotary = cos.flatten(0, -2), sin.flatten(0, -2)
+        out, self.open, self.open_keys = causal_step(
+            query[:, 0],
+            key[:, 0],
+            value[:, 0],
+            self.weights,
+            (self.open, self.open_keys, *self._mixed_finished()),
+            feature_map=self.feature_map,
+            rotary=rotary,
+            normalize=self.normalize,
+            eps=self.eps,
+        )
+        return out.unsqueeze(1)
 
     def reorder(self, index: Tensor) -> None:
         """Let sequence i be what sequence `index[i]` was: beam search, repeats, a smaller batch."""

@@ -1,4 +1,4 @@
-"""What every kernel of tile attention takes, at the shapes of video models.
+"""What every kernel of tile attention takes, at shapes of image and video models.
 
 python benchmarks/tile_kernels.py OUT.json        needs CUDA
 
@@ -23,8 +23,9 @@ from mhla_gen.ops.kernels import tile_form, tile_gradients
 from mhla_gen.ops.kernels.tile_call import TileCall
 from mhla_gen.ops.tiles import tiling
 
-SHARE = 0.05
+SHARES = (0.05, 0.125)
 CASES = (
+    Case(32, 4, (64, 64), 64, (8, 8), False),
     Case(1, 12, (21, 30, 50), 128, (3, 5, 10), True),
     Case(1, 12, (21, 45, 80), 128, (3, 5, 10), True),
 )
@@ -45,18 +46,20 @@ def kernel_ms(function: Callable[[], object]) -> dict[str, float]:
     return {name: round(ms, 4) for name, ms in events.items() if ms > 0}
 
 
-def measure(case: Case) -> dict[str, Any]:
+def measure(case: Case, share: float) -> dict[str, Any]:
     """Softmax, and the kernels of both passes of the exact half."""
     tokens = math.prod(case.grid)
     shape = (case.batch, tokens, case.heads, case.head_dim)
     query, key, value, grad = torch.randn(4, *shape, dtype=torch.bfloat16, device="cuda")
     angles = torch.rand(tokens, case.head_dim // 2, device="cuda") * 2 * math.pi
-    layout = auto_tiles(case.grid, SHARE)
+    cos, sin = (angles.cos(), angles.sin()) if case.rotary else (None, None)
+    layout = auto_tiles(case.grid, share)
     placed = tiling(case.grid, layout.tile, layout.window, layout.top, layout.group)
-    call = TileCall(query, value, angles.cos(), angles.sin(), placed, case.head_dim**-0.5)
+    call = TileCall(query, value, cos, sin, placed, case.head_dim**-0.5)
     out, lse, lists = tile_form.forward(query, key, value, None, call)
     return {
         **case._asdict(),
+        "layout": layout._asdict(),
         "share": placed.list_size / placed.num_tiles,
         "softmax": both(softmax, [query, key, value], grad),
         "forward": kernel_ms(lambda: tile_form.forward(query, key, value, None, call)),
@@ -78,7 +81,7 @@ def main() -> None:
         "date": date.today().isoformat(),
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
-        "rows": [measure(case) for case in CASES],
+        "rows": [measure(case, share) for case in CASES for share in SHARES],
     }
     print(json.dumps(found["rows"]))
     out.write_text(json.dumps(found, indent=1) + "\n")

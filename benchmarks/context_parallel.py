@@ -63,6 +63,10 @@ def measure(grid, method, options, device) -> dict:
         "return_dict": False,
     }
 
+    if options.compile:
+        # Collectives between them stay outside of the graphs.
+        model.compile_repeated_blocks(dynamic=False)
+
     @torch.no_grad()
     def forward():
         return model(**inputs)[0]
@@ -73,6 +77,7 @@ def measure(grid, method, options, device) -> dict:
 
     world = dist.get_world_size()
     row = {"grid": grid, "method": method, "gpus": world, "layers": options.layers}
+    row["compiled"] = options.compile
     alone = forward()
     row["alone_forward_s"] = seconds(forward, device)
     trains = "x".join(map(str, grid)) in options.train
@@ -87,6 +92,8 @@ def measure(grid, method, options, device) -> dict:
     if trains:
         row |= trained("shared", model, training_step, device)
     row["speed_up"] = row["alone_forward_s"] / row["shared_forward_s"]
+    if trains:
+        row["training_speed_up"] = row["alone_training_s"] / row["shared_training_s"]
     return row
 
 
@@ -168,7 +175,8 @@ def size(tensors) -> int:
 
 def received_mib(function) -> dict[str, float]:
     """MiB that this process receives in one call, by collective."""
-    with Received() as counted:
+    # Compiled code is not looked into.
+    with torch.compiler.set_stance("force_eager"), Received() as counted:
         function()
     return {name: count / 2**20 for name, count in counted.bytes.items()}
 
@@ -180,6 +188,7 @@ def main() -> None:
     parser.add_argument("--grids", nargs="+", default=["21x30x52", "21x45x80"])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--layers", type=int, default=30)
+    parser.add_argument("--compile", action="store_true", help="each block by torch.compile")
     parser.add_argument("--train", nargs="*", default=[], help="grids with a training step too")
     options = parser.parse_args()
     logging.set_verbosity_error()

@@ -24,8 +24,8 @@ from mhla_gen.media.pictures import UnreadableImageError
 from mhla_gen.runtime.processes import on_main
 
 # Images per file of features. Fixed, so that another number of processes goes on with the same
-# files; an interruption loses one chunk a process.
-CHUNK = 1024
+# files; an interruption loses one chunk a process, and in the end the others wait for it.
+CHUNK = 256
 # Of the files; those of another are computed again.
 FORMAT = 2
 _LISTED = 10

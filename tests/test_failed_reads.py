@@ -8,12 +8,17 @@ import numpy as np
 import pytest
 from PIL import Image
 from test_training import tiny_run
+from tiny import tiny_video
 
 from mhla_gen.config import DataConfig
 from mhla_gen.data import load_data
 from mhla_gen.errors import UserError
 from mhla_gen.evaluation.sources import load_images
-from mhla_gen.media.patience import ReadFailedError
+from mhla_gen.evaluation.video import ClipRule, read_clip
+from mhla_gen.media import Decoder
+from mhla_gen.media.frames import clip_facts
+from mhla_gen.media.patience import ReadFailedError, decode_patiently
+from mhla_gen.media.pictures import UnreadableImageError
 from mhla_gen.training import train
 from mhla_gen.training.run_folder import checkpoints
 
@@ -138,3 +143,58 @@ def test_an_evaluation_does_not_count_a_failed_read_as_a_corrupt_image(images, f
     failing["a/0.png"] = 1000
     with pytest.raises(ReadFailedError):
         source.read(0)
+
+
+@pytest.fixture
+def video(tmp_path):
+    tiny_video(tmp_path / "a.mp4")
+    return tmp_path / "a.mp4"
+
+
+def decoding(path, before_each):
+    """The facts of a video; each attempt first does one of these."""
+    before_each = iter(before_each)
+
+    def decode():
+        next(before_each)()
+        return clip_facts(path)
+
+    return decode
+
+
+def test_a_video_that_comes_wrong_once_is_read_again(video, monkeypatch):
+    monkeypatch.setattr("mhla_gen.media.patience.WAITS", (0, 0, 0))
+    content, expected = video.read_bytes(), clip_facts(video)
+
+    def damage():
+        video.write_bytes(content[: len(content) // 2])
+
+    def mend():
+        video.write_bytes(content)
+
+    for attempts in ([mend], [damage, mend]):
+        found = decode_patiently(decoding(video, attempts), video)
+        assert np.array_equal(found.times, expected.times) and found[1:] == expected[1:]
+    # Twice the same bytes: it is damaged, and there is no third attempt.
+    damage()
+    with pytest.raises(UnreadableImageError, match="cannot be decoded"):
+        decode_patiently(decoding(video, [damage, damage]), video)
+    # A rule refuses it, whatever the bytes: there is no second attempt.
+    text = video.with_suffix(".txt")
+    with pytest.raises(UnreadableImageError, match="is of an unsupported kind"):
+        decode_patiently(decoding(text, [mend]), text)
+
+
+def test_a_video_that_cannot_be_read_is_not_taken_for_damaged(video, monkeypatch):
+    monkeypatch.setattr("mhla_gen.media.patience.WAITS", (0, 0, 0))
+    with Decoder() as decoder:
+        expected = decoder.frames(video, [0, 3], None)
+        hidden = video.rename(video.with_name("hidden"))
+        video.mkdir()
+        with pytest.raises(ReadFailedError, match=r"a\.mp4 cannot be read .* after 4 attempts"):
+            decoder.frames(video, [0, 3], None)
+        with pytest.raises(ReadFailedError, match="after 4 attempts"):
+            read_clip(video, ClipRule(2))
+        video.rmdir()
+        hidden.rename(video)
+        assert np.array_equal(decoder.frames(video, [0, 3], None), expected)

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from mhla_gen.media.frames import clip_facts, read_frames
+from mhla_gen.media.patience import decode_patiently
 from mhla_gen.media.pictures import UnreadableImageError
 
 
@@ -53,5 +54,8 @@ def read_clip(path: Path, rule: ClipRule) -> np.ndarray:
 
     Raises:
         UnreadableImageError: If it cannot be decoded or is too short.
+        ReadFailedError: If its file cannot be read.
     """
-    return read_frames(path, rule.indices(len(clip_facts(path).times)))
+    facts = decode_patiently(lambda: clip_facts(path), path)
+    indices = rule.indices(len(facts.times))
+    return decode_patiently(lambda: read_frames(path, indices), path)

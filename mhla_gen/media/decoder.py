@@ -17,11 +17,14 @@ import numpy as np
 import mhla_gen
 from mhla_gen.media import ffmpeg
 from mhla_gen.media.frames import ClipFacts, Crop
-from mhla_gen.media.pictures import UnreadableImageError
+from mhla_gen.media.patience import decode_patiently
+from mhla_gen.media.pictures import LastingError, UnreadableImageError
 
 
 class Decoder:
     """Decodes videos, each call in one of some processes, within a time limit.
+
+    A file that seems damaged is read again, see `decode_patiently`.
 
     May be called from several threads; each call takes a free process or waits for one.
 
@@ -42,8 +45,9 @@ class Decoder:
 
         Raises:
             UnreadableImageError: If it cannot be decoded in time.
+            ReadFailedError: If its file cannot be read.
         """
-        return self._call("clip_facts", str(path), tone_map)
+        return self._patiently("clip_facts", str(path), tone_map)
 
     def frames(
         self,
@@ -56,8 +60,9 @@ class Decoder:
 
         Raises:
             UnreadableImageError: If it cannot be decoded in time.
+            ReadFailedError: If its file cannot be read.
         """
-        return self._call("read_frames", str(path), list(indices), crop, tone_map)
+        return self._patiently("read_frames", str(path), list(indices), crop, tone_map)
 
     def close(self) -> None:
         """End the processes."""
@@ -72,6 +77,9 @@ class Decoder:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _patiently(self, name: str, path: str, *arguments: Any) -> Any:
+        return decode_patiently(lambda: self._call(name, path, *arguments), path)
 
     def _call(self, *request: Any) -> Any:
         process = self._free.get()
@@ -92,7 +100,7 @@ class Decoder:
         if good is None:
             raise RuntimeError(f"decoding {request[1]} failed:\n{result}")
         if not good:
-            raise UnreadableImageError(result)
+            raise result
         return result
 
 
@@ -139,8 +147,8 @@ def _ask(process: subprocess.Popen[bytes], request: Any, timeout: float) -> tupl
         status = process.wait()
         if late.is_set():
             reason = f"takes longer than {timeout:g} s; clips.timeout allows more"
-        else:
-            reason = f"makes the decoder end with status {status}"
+            raise LastingError(f"cannot be decoded ({reason})") from error
+        reason = f"makes the decoder end with status {status}"
         raise UnreadableImageError(f"cannot be decoded ({reason})") from error
     finally:
         timer.cancel()

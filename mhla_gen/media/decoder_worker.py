@@ -16,7 +16,7 @@ from mhla_gen.media.pictures import UnreadableImageError
 def main() -> None:
     """Answer pickled `(function name, arguments)` with pickled `(True, result)`.
 
-    What cannot be read is answered with False and the reason, another error with None and where.
+    What cannot be read is answered with False and its error, another error with None and where.
     """
     requests = sys.stdin.buffer
     # FFmpeg and decord print to standard output and error; answers have a descriptor of their own.
@@ -32,7 +32,7 @@ def main() -> None:
         try:
             answer = (True, getattr(frames, name)(*arguments))
         except UnreadableImageError as error:
-            answer = (False, str(error))
+            answer = (False, error)
         except Exception:  # a mistake of ours, which the parent raises
             answer = (None, traceback.format_exc())
         pickle.dump(answer, answers, protocol=pickle.HIGHEST_PROTOCOL)

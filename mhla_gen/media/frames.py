@@ -19,6 +19,7 @@ from mhla_gen.media import ffmpeg
 from mhla_gen.media.hdr import to_sdr
 from mhla_gen.media.pictures import (
     IMAGE_SUFFIXES,
+    LastingError,
     UnreadableImageError,
     frame_times,
     opaque,
@@ -115,7 +116,7 @@ def read_frames(
 def _is_picture(path: str | Path) -> bool:
     suffix = Path(path).suffix.lower()
     if suffix not in CLIP_SUFFIXES:
-        raise UnreadableImageError(f"is of an unsupported kind ({suffix or 'no suffix'})")
+        raise LastingError(f"is of an unsupported kind ({suffix or 'no suffix'})")
     return suffix in IMAGE_SUFFIXES
 
 
@@ -123,6 +124,8 @@ def _video(path: str | Path) -> ffmpeg.Probe:
     """What FFmpeg says of a file, with the times of its frames."""
     try:
         state = os.stat(path)
+    except FileNotFoundError as error:
+        raise LastingError(f"cannot be read ({error.strerror})") from error
     except OSError as error:
         raise UnreadableImageError(f"cannot be read ({error.strerror})") from error
     return _examined(str(path), state.st_mtime_ns, state.st_size)
@@ -140,9 +143,9 @@ def _stored(
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Frames with their numbers, in the pixels that are stored."""
     if video.hdr == "BT.2020":
-        raise UnreadableImageError("has the colours of BT.2020 (HDR?): convert it to BT.709 first")
+        raise LastingError("has the colours of BT.2020 (HDR?): convert it to BT.709 first")
     if video.hdr and not tone_map:
-        raise UnreadableImageError(
+        raise LastingError(
             f"is HDR ({video.hdr}): convert it to SDR, or cache it with clips.hdr=tone_map"
         )
     if video.hdr:

@@ -1,15 +1,19 @@
 """Reading from file systems that fail for a moment, such as network file systems."""
 
+import hashlib
 import io
 import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from mhla_gen.errors import UserError
-from mhla_gen.media.pictures import UnreadableImageError, read_rgb
+from mhla_gen.media.pictures import LastingError, UnreadableImageError, read_rgb
+
+T = TypeVar("T")
 
 # Seconds before each further attempt.
 WAITS = (0.1, 1.0, 5.0)
@@ -71,3 +75,35 @@ def read_rgb_patiently(read: Callable[[], bytes], name: str, size: int | None) -
 def read_file_patiently(path: Path, size: int | None) -> np.ndarray:
     """`read_rgb_patiently` of a file."""
     return read_rgb_patiently(path.read_bytes, str(path), size)
+
+
+def decode_patiently(decode: Callable[[], T], path: str | Path) -> T:
+    """What a video shows; one seems damaged only if it comes twice as the same bytes.
+
+    Decoders read files by themselves, and take bytes that do not come for damaged ones.
+
+    Args:
+        decode: Reads the video.
+        path: Its file.
+
+    Raises:
+        ReadFailedError: If it cannot be read.
+        UnreadableImageError: If it can, and is damaged or not to be used.
+    """
+    try:
+        return decode()
+    except LastingError:
+        raise
+    except UnreadableImageError:
+        before = read_patiently(lambda: _digest(path), str(path))
+    try:
+        return decode()
+    except UnreadableImageError:
+        if read_patiently(lambda: _digest(path), str(path)) == before:
+            raise
+    return decode()
+
+
+def _digest(path: str | Path) -> bytes:
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()

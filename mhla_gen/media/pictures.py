@@ -37,6 +37,10 @@ class UnreadableImageError(UserError):
     """One image or clip that cannot be used; the message says why."""
 
 
+class LastingError(UnreadableImageError):
+    """One that cannot be used however often it is read."""
+
+
 def read_rgb(file: Path | BinaryIO, size: int | None = None) -> np.ndarray:
     """Decode an image file as a viewer shows it.
 

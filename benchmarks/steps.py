@@ -14,7 +14,8 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
 from diffusers import DDIMScheduler
 from sharing import Alone
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -201,6 +202,9 @@ def fresh() -> Iterator[None]:
     """Leave nothing of a row to the next: no compiled code, no state of accelerate, no memory."""
     yield
     AcceleratorState._reset_state()
+    if not torch.cuda.is_available() and PartialState().num_processes > 1:
+        # A model shared on CPUs says so in both states, see build_accelerator.
+        PartialState().distributed_type = DistributedType.MULTI_CPU
     torch.compiler.reset()
     gc.collect()
     if torch.cuda.is_available():

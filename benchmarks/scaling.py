@@ -194,7 +194,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows: list[dict[str, Any]] = []
         for part in options.parts:
             # What is shared is also measured by one process alone, in the same run.
-            least = 2 if part in ("sequence", "dit-fsdp") else 1
+            covered = part == "dit-fsdp" and "dit-ddp" in options.parts
+            least = 2 if part == "sequence" or covered else 1
             for gpus in counts:
                 if gpus >= least:
                     rows += run(part, gpus, options)

@@ -161,7 +161,11 @@ def _summarise_causal(name: str, attention: Any) -> LayerSummary:
         )
     config = child.config
     kinds = ["exact"] * (config.window > 0) + ["mhla"] * config.linear
-    codes = ["sdpa"] * (config.window > 0) + ["blockwise"] * config.linear
+    codes = ["sdpa"] * (config.window > 0)
+    if config.linear:
+        device, head_dim = attention.o_proj.weight.device, attention.head_dim
+        sizes = {"head_dim": head_dim, "value_dim": head_dim, "num_blocks": config.num_blocks}
+        codes.append(resolve_implementation("auto", device=device, **sizes))
     return LayerSummary(
         name=name,
         kind=" + ".join(kinds),

@@ -137,16 +137,19 @@ def _whole_blocks(
 ) -> Tensor:
     """The form without padding: tokens that fill the last block are read by no other."""
     seq_len, group = query.shape[1], query.shape[2] // key.shape[2]
-    padding = (0, 0, 0, 0, 0, -seq_len % block_size)
-    query, key, value = (F.pad(x, padding) for x in (query, key, value))
-    if rotary is not None:
-        cos, sin = rotary
-        rotary = (F.pad(cos, padding[2:]), F.pad(sin, padding[2:]))
+    if missing := -seq_len % block_size:
+        padding = (0, 0, 0, 0, 0, missing)
+        query, key, value = (F.pad(x, padding) for x in (query, key, value))
+        if rotary is not None:
+            cos, sin = rotary
+            rotary = (F.pad(cos, padding[2:]), F.pad(sin, padding[2:]))
+    if group > 1:
+        key, value = (x.repeat_interleave(group, dim=2) for x in (key, value))
     num_blocks = query.shape[1] // block_size
     out = mhla(
         query,
-        key.repeat_interleave(group, dim=2),
-        value.repeat_interleave(group, dim=2),
+        key,
+        value,
         distance_mixing(_by_query_head(weights, group), num_blocks),
         grid=(query.shape[1],),
         layout=(num_blocks,),

@@ -226,6 +226,40 @@ def test_timms_optimizer_leaves_mixing_alone_but_for_its_steps():
     assert all(p.min() >= 0 and p.max() <= 1 for p in matrices)
 
 
+def test_timms_script_goes_on_from_its_checkpoint_with_the_average_too(tmp_path):
+    """The order of timm's train.py: convert, optimize, average, save; convert, optimize, resume."""
+
+    def begin():
+        model = mhla_gen.inject(softmax_model("average"), MHLAConfig(layout=(2, 3)))
+        optimizer = create_optimizer_v2(model, opt="adamw", lr=1e-3, weight_decay=0.1)
+        keep_mixing_in_range(optimizer, model)
+        return model, optimizer
+
+    def step(model, optimizer):
+        loss = torch.nn.functional.cross_entropy(model.train()(images()), torch.tensor([0, 1]))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    model, optimizer = begin()
+    average = timm.utils.ModelEmaV3(model, decay=0.5)
+    step(model, optimizer)
+    average.update(model)
+    saver = timm.utils.CheckpointSaver(
+        model, optimizer, model_ema=average, checkpoint_dir=tmp_path, recovery_dir=tmp_path
+    )
+    saver.save_checkpoint(0, metric=1.0)
+    resumed, its_optimizer = begin()
+    last = str(tmp_path / "last.pth.tar")
+    timm.models.resume_checkpoint(resumed, last, optimizer=its_optimizer, log_info=False)
+    step(model, optimizer)
+    step(resumed, its_optimizer)
+    for name, tensor in resumed.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name]), name
+    timm.models.load_checkpoint(resumed, last, use_ema=True)
+    assert torch.equal(resumed.eval()(images()), average.module.eval()(images()))
+
+
 def test_layer_wise_rates_of_timm_reach_what_was_added():
     model = mhla_gen.inject(softmax_model("class"), MHLAConfig(layout=(2, 3)))
     optimizer = create_optimizer_v2(model, opt="adamw", lr=1.0, layer_decay=0.5)

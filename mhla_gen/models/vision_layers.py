@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mhla_gen.errors import UserError
 from mhla_gen.models.additions import AddedAttention
 from mhla_gen.models.family import Family
+from mhla_gen.models.projections import products
 
 
 class VisionFamily(Family):
@@ -66,18 +67,21 @@ class MHLAVisionAttention(Attention):
             ValueError: If the grid is missing, or a real mask is given.
         """
         grid = _grid_of(attn_mask, is_causal)
-        query, key, value = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).unbind(2)
+        qkv, *of_input = products((self.qkv, *self.mhla.input_layers()), x)
+        query, key, value = qkv.unflatten(2, (3, self.num_heads, -1)).unbind(2)
         # Autocast may leave float32 behind a norm.
         query, key = self.q_norm(query).type_as(value), self.k_norm(key).type_as(value)
         first = x.shape[1] - math.prod(grid)
         if first == 0:
-            out = self.mhla(query, key, value, x, grid)
+            out = self.mhla(query, key, value, x, grid, of_input=of_input)
         else:
             patches = [tokens[:, first:] for tokens in (query, key, value, x)]
-            out = self.mhla(*patches, grid, extra=(key[:, :first], value[:, :first]))
-            by_head = (tokens.transpose(1, 2) for tokens in (query[:, :first], key, value))
-            prefix = F.scaled_dot_product_attention(*by_head).transpose(1, 2).flatten(2)
-            out = torch.cat((prefix, out), dim=1)
+            of_input = [product[:, first:] for product in of_input]
+            prefix = key[:, :first], value[:, :first]
+            out = self.mhla(*patches, grid, extra=prefix, of_input=of_input)
+            q, k, v = (tokens.transpose(1, 2) for tokens in (query[:, :first], key, value))
+            of_prefix = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+            out = torch.cat((of_prefix, out), dim=1)
         out = self.norm(out)
         if self.gate is not None:
             out = out * self.gate(x).sigmoid()

@@ -479,9 +479,21 @@ def trained_folder(folder, how):
 
 def test_a_rehearsal_says_what_to_expect(tmp_path):
     summary = rehearse(tiny_run(tmp_path / "a", report_to="tensorboard"))
-    for part in ("M trained", "GFLOP per sample", "s for a step of 4", "take about"):
+    for part in ("M trained", "GFLOP per sample", "s for a step of 8", "take about"):
         assert part in summary
     assert not (tmp_path / "a").exists()
+
+
+def test_a_rehearsal_on_a_cpu_times_the_batch_of_the_run_if_that_takes_seconds(
+    tmp_path, monkeypatch
+):
+    config = tiny_run(tmp_path / "a", batch_size=256, gradient_accumulation_steps=2)
+    summary = rehearse(config)
+    seconds = float(re.search(r"([\d.]+) s for a step of 256", summary)[1])
+    hours, minutes, rest = map(int, re.search(r"about (\d+):(\d+):(\d+)", summary).groups())
+    assert hours == minutes == 0 and rest == pytest.approx(seconds * config.max_steps, abs=0.6)
+    monkeypatch.setattr("mhla_gen.training.rehearsal._AFFORDED", 0.0)
+    assert "s for a step of 8;" in rehearse(config)
 
 
 @pytest.mark.parametrize("stages", [(), pytest.param(("layers", "output"), marks=pytest.mark.slow)])

@@ -17,12 +17,16 @@ from mhla_gen.training.task import BuildTask
 from mhla_gen.training.training_run import Run, build_run
 from mhla_gen.training.undisturbed import undisturbed
 
+# Seconds of a step on a CPU that a rehearsal takes the time for.
+_AFFORDED = 5.0
+
 
 def rehearse(config: TrainConfig, build: BuildTask = build_task) -> str:
     """Build everything and do two steps in memory; what was found, in a few lines.
 
-    On a GPU the steps have the batch of the run, to show its memory. On a CPU, where time goes with
-    the batch, they have at most 4 samples per micro-batch.
+    On a GPU the steps have the batch of the run, to show its memory. On a CPU they have at most 4
+    samples per micro-batch, and time is taken to go with the batch; where a step of the run takes
+    seconds, such steps follow, as a step is more than its samples.
 
     Args:
         config: Settings.
@@ -43,6 +47,10 @@ def rehearse(config: TrainConfig, build: BuildTask = build_task) -> str:
     open_what_is_needed(run)
     with undisturbed():
         loss, seconds = _two_steps(run)
+        if seconds * config.batch_size / size < _AFFORDED and size < config.batch_size:
+            size = config.batch_size
+            run = replace(run, config=replace(config, batch_size=size))
+            _, seconds = _two_steps(run)
     total = timedelta(seconds=round(seconds * config.batch_size / size * config.max_steps))
     parameters = [p.numel() for p in run.model.parameters()]
     trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
@@ -63,11 +71,16 @@ def rehearse(config: TrainConfig, build: BuildTask = build_task) -> str:
 
 
 def _two_steps(run: Run) -> tuple[float, float]:
-    """The loss of the first step, and the seconds of the second: the first one warms up."""
+    """The loss of the first step, and the seconds of the second: the first one warms up.
+
+    The same in all processes: the seconds are those of the slowest.
+    """
     results, began = [], 0.0
     for number, parts in enumerate(run.batches(0, 2)):
         began = time.perf_counter()
         # Every process has as many samples.
         losses: Any = run.accelerator.gather(run.step(number, parts).losses["loss"])
         results.append(float(losses.mean()))
-    return results[0], time.perf_counter() - began
+    spent = torch.tensor([time.perf_counter() - began], device=run.accelerator.device)
+    slowest: Any = run.accelerator.gather(spent)
+    return results[0], float(slowest.max())

@@ -1,67 +1,135 @@
-"""Time the depthwise convolution over tokens against torch's, forward and forward + backward.
+"""Time the depthwise convolution over tokens against torch's, and the pass that ends a layer.
 
-python benchmarks/depthwise_speed.py OUT.json        needs CUDA
+python benchmarks/depthwise_speed.py OUT.json [--sweep]        needs CUDA
+
+`gated` is one pass of convolution, sum and gate (`gated_conv`), `apart` the same compiled by torch
+with the convolution alone as a kernel. --sweep times the kernels down the lines with other tiles,
+warps and lines loaded ahead, which is where `_TOKENS`, `_CHANNELS` and `_LINES` come from.
 """
 
+import argparse
 import json
 import math
 import platform
 import sys
+import time
 from datetime import date
+from itertools import product
 from pathlib import Path
 
 import torch
 import triton
 
-from mhla_gen.ops.depthwise import depthwise_conv
+from mhla_gen.ops.depthwise import depthwise_conv, gated_conv, times_silu
+from mhla_gen.ops.kernels import depthwise as kernels
 
 # (batch, grid, channels): Wan-1.3B at 480p, DiT-XL/2 at 512 and 256 px.
 SHAPES = [(1, (21, 30, 50), 1536), (16, (32, 32), 1152), (64, (16, 16), 1152)]
+# Tokens and channels of a tile, warps.
+TILES = [(16, 64, 4), (16, 64, 8), (8, 64, 2), (8, 64, 4), (32, 64, 8), (16, 128, 8), (16, 32, 2)]
 
 
-def time_ms(function) -> float:
+def time_ms(function, brief: bool = False) -> float:
     """Median milliseconds of a call."""
-    return triton.testing.do_bench(function, warmup=50, rep=200, return_mode="median")
+    warmup, rep = (5, 20) if brief else (50, 200)
+    return triton.testing.do_bench(function, warmup=warmup, rep=rep, return_mode="median")
 
 
-def measure(batch, grid, channels, implementation) -> dict:
-    """Forward and forward + backward of one shape."""
+def inputs(batch, grid, channels) -> tuple:
+    """Tokens, weight, bias and a gradient."""
     tokens = torch.randn(
         batch, math.prod(grid), channels, device="cuda", dtype=torch.bfloat16, requires_grad=True
     )
     weight = torch.randn(channels, 1, *[3] * len(grid), device="cuda", dtype=torch.bfloat16)
     bias = torch.zeros(channels, device="cuda", dtype=torch.bfloat16)
     weight.requires_grad_(), bias.requires_grad_()
-    grad = torch.randn_like(tokens)
+    return tokens, weight, bias, torch.randn_like(tokens)
+
+
+def measure(batch, grid, channels, implementation) -> dict:
+    """Forward and forward + backward of one shape."""
+    tokens, weight, bias, grad = inputs(batch, grid, channels)
 
     def forward():
         return depthwise_conv(tokens, weight, bias, grid=grid, implementation=implementation)
 
+    # The floor: every token read and written once.
+    floor_ms = 2 * tokens.numel() * tokens.element_size() / 3.0e12 * 1e3
+    times = times_of(forward, (tokens, weight, bias), grad)
+    return {"implementation": implementation, **times, "floor_forward_ms": round(floor_ms, 4)}
+
+
+def measure_gated(batch, grid, channels, gate, way) -> dict:
+    """The pass that ends a layer with a gate of every channel or head, or without one."""
+    tokens, weight, bias, grad = inputs(batch, grid, channels)
+    heads = channels // (72 if channels % 72 == 0 else 128)
+    size = {"none": 0, "channel": channels, "head": heads}[gate]
+    logits = torch.randn(*tokens.shape[:2], size, device="cuda", dtype=torch.bfloat16)
+    logits = logits.requires_grad_() if size else None
+    added = torch.randn_like(tokens).requires_grad_()
+    options = {"grid": grid, "num_heads": heads}
+
+    def apart():
+        out = added + depthwise_conv(tokens, weight, bias, grid=grid)
+        return out if logits is None else times_silu(out, logits, heads)
+
+    def gated():
+        return gated_conv(added, tokens, weight, bias, logits, **options)
+
+    forward = torch.compile(gated if way == "gated" else apart, fullgraph=True)
+    trained = [x for x in (added, tokens, weight, bias, logits) if x is not None]
+    return {"implementation": way, "gate": gate, **times_of(forward, trained, grad)}
+
+
+def times_of(forward, trained, grad) -> dict:
+    """Milliseconds without gradients, and with a backward pass."""
+
     def training_step():
-        torch.autograd.grad(forward(), (tokens, weight, bias), grad)
+        torch.autograd.grad(forward(), trained, grad)
 
     with torch.no_grad():
         forward_ms = time_ms(forward)
-    # The floor: every token read and written once.
-    floor_ms = 2 * tokens.numel() * tokens.element_size() / 3.0e12 * 1e3
     return {
-        "batch": batch,
-        "grid": grid,
-        "channels": channels,
-        "implementation": implementation,
         "forward_ms": round(forward_ms, 4),
         "forward_backward_ms": round(time_ms(training_step), 4),
-        "floor_forward_ms": round(floor_ms, 4),
     }
 
 
-def main(out: str) -> None:
-    """Measure every shape with every implementation, print and write the rows."""
-    rows = [measure(*shape, name) for shape in SHAPES for name in ("torch", "fused")]
-    for row in rows:
-        print(row)
+def sweep(batch, grid, channels) -> list[dict]:
+    """Both kernels down the lines with other constants: forward alone, backward alone."""
+    tokens, weight, bias, grad = inputs(batch, grid, channels)
+    rows = []
+    kept = kernels._TOKENS, kernels._CHANNELS, dict(kernels._LINES)
+    for (size, width, warps), stages in product(TILES, (1, 2, 3)):
+        kernels._TOKENS, kernels._CHANNELS = size, width
+        kernels._LINES = dict.fromkeys(kept[2], (warps, stages))
+        row = {"tokens": size, "channels": width, "warps": warps, "stages": stages}
+        try:
+            with torch.no_grad():
+                row["forward_ms"] = time_ms(
+                    lambda: kernels.depthwise_tokens(tokens, weight, bias, list(grid)), brief=True
+                )
+                row["backward_ms"] = time_ms(
+                    lambda: kernels.depthwise_tokens_backward(grad, tokens, weight, list(grid)),
+                    brief=True,
+                )
+        except Exception as error:
+            # Constants that do not fit the registers or the shared memory.
+            row["error"] = str(error).splitlines()[0][:100]
+        rows.append(row)
+    kernels._TOKENS, kernels._CHANNELS, kernels._LINES = kept
+    return rows
+
+
+def main() -> None:
+    """Measure, print and write the rows."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--seconds", type=float, default=100, help="no new row begins after these")
+    options = parser.parse_args()
     report = {
-        "command": "python benchmarks/depthwise_speed.py",
+        "command": " ".join(["python", *sys.argv]),
         "date": date.today().isoformat(),
         "device": torch.cuda.get_device_name(),
         "versions": {
@@ -70,10 +138,28 @@ def main(out: str) -> None:
             "python": platform.python_version(),
         },
         "dtype": "bfloat16",
-        "rows": rows,
+        "rows": [],
     }
-    Path(out).write_text(json.dumps(report, indent=1) + "\n")
+    began = time.perf_counter()
+    work = [(measure, shape, (name,)) for shape in SHAPES for name in ("fused", "torch")]
+    work += [
+        (measure_gated, shape, (gate, way))
+        for shape in SHAPES
+        for gate in ("head", "channel", "none")
+        for way in ("gated", "apart")
+    ]
+    if options.sweep:
+        work = [(sweep, shape, ()) for shape in SHAPES[1:]] + work
+    for function, shape, others in work:
+        if time.perf_counter() - began > options.seconds:
+            break
+        found = function(*shape, *others)
+        for row in found if isinstance(found, list) else [found]:
+            row = dict(zip(("batch", "grid", "channels_of_tokens"), shape, strict=True)) | row
+            print(row, flush=True)
+            report["rows"].append(row)
+        options.out.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main()

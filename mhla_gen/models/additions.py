@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from mhla_gen.config import AttentionConfig
 from mhla_gen.errors import UserError
-from mhla_gen.models.gates import gated, input_layer, make_gate, reset_gate
+from mhla_gen.models.gates import gate_logits, input_layer, make_gate, reset_gate
 from mhla_gen.models.projections import products
-from mhla_gen.ops import depthwise_conv
+from mhla_gen.ops.depthwise import depthwise_conv, gated_conv, times_silu
 from mhla_gen.ops.halo import begin_halo, sharded_depthwise_conv
 
 
@@ -37,11 +37,17 @@ class DepthwiseConv(nn.Module):
         grid: tuple[int, ...],
         group: Any = None,
         halo: Callable[[], Tensor] | None = None,
+        after: tuple[Tensor, Tensor | None, int] | None = None,
     ) -> Tensor:
         """Convolve tokens `[batch, seq_len, channels]`, raster order of `grid`.
 
-        `group`: processes that share them, or None; `halo`: what `begin_halo` returned, if called.
+        `group`: processes that share them, or None; `halo`: what `begin_halo` returned, if called;
+        `after`: what `gated_conv` adds, the logits of its gate and heads, without a group.
         """
+        if after is not None:
+            added, logits, heads = after
+            parts = (added, tokens, self.weight, self.bias, logits)
+            return gated_conv(*parts, grid=grid, num_heads=heads)
         if group is not None:
             return sharded_depthwise_conv(
                 tokens, self.weight, self.bias, grid=grid, group=group, halo=halo
@@ -137,18 +143,21 @@ class AddedAttention(nn.Module):
             )
         if of_input is None:
             of_input = products(self.input_layers(), hidden_states)
+        logits = None if self.gate is None else gate_logits(self.gate, of_input[0])
+        given = (query, key, value, of_input, grid, rotary, group, extra)
+        if self.conv is not None and group is None:
+            out = self._begin(*given)().flatten(2)
+            return self.conv(value.flatten(2), grid, after=(out, logits, self.num_heads))
         halo = None
-        if self.conv is not None and group is not None:
+        if self.conv is not None:
             halo = self.conv.begin_halo(value.flatten(2), grid, group)
-        attend = self._begin(query, key, value, of_input, grid, rotary, group, extra)
-        # Where processes share the sequence, this hides what they tell each other.
+        attend = self._begin(*given)
+        # This hides what processes that share the sequence tell each other.
         convolved = None if self.conv is None else self.conv(value.flatten(2), grid, group, halo)
         out = attend().flatten(2)
         if convolved is not None:
             out = out + convolved
-        if self.gate is not None:
-            out = gated(out, self.gate, of_input[0], self.num_heads)
-        return out
+        return out if logits is None else times_silu(out, logits, self.num_heads)
 
     def _begin(
         self,

@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 # silu(x) = 1 here, to the last bit in float32, bfloat16 and float16.
@@ -60,19 +59,11 @@ def input_layer(gate: Any) -> Any:
     return gate.down if isinstance(gate, LowRankGate) else gate
 
 
-def gated(out: Tensor, gate: Any, product: Tensor, num_heads: int) -> Tensor:
-    """An output times the SiLU of a gate.
+def gate_logits(gate: Any, product: Tensor) -> Tensor:
+    """What SiLU makes the gate's factors of, `[..., channels or heads]`.
 
     Args:
-        out: `[batch, seq_len, num_heads * head_dim]`.
         gate: From `make_gate`.
         product: What `input_layer(gate)` made of the layer's input.
-        num_heads: Heads.
-
-    Returns:
-        Like `out`.
     """
-    logits = gate.up(product) if isinstance(gate, LowRankGate) else product
-    if logits.shape[-1] == out.shape[-1]:
-        return out * F.silu(logits)
-    return (out.unflatten(2, (num_heads, -1)) * F.silu(logits).unsqueeze(-1)).flatten(2)
+    return gate.up(product) if isinstance(gate, LowRankGate) else product

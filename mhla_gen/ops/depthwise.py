@@ -1,4 +1,4 @@
-"""Depthwise convolution of tokens on their grid, where they lie.
+"""Depthwise convolution of tokens on their grid, where they lie, and the gate that may follow.
 
 torch's convolutions want channels before positions. For tokens `[batch, seq_len, channels]` that is
 a transposed copy each way, and a compiled model then keeps other tensors of four axes, such as
@@ -41,6 +41,67 @@ def depthwise_conv(
     Raises:
         ValueError: If sizes do not fit, or kernels are asked for on another device than CUDA.
     """
+    if _picked(tokens, weight, grid, implementation) == "torch":
+        return _torch_conv(tokens, weight, bias, grid)
+    from mhla_gen.ops.kernels.depthwise import depthwise_tokens
+
+    return depthwise_tokens(tokens, weight, bias, list(grid))
+
+
+def gated_conv(
+    added: Tensor,
+    tokens: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    logits: Tensor | None,
+    *,
+    grid: tuple[int, ...],
+    num_heads: int,
+    implementation: str = "auto",
+) -> Tensor:
+    """`(added + depthwise_conv(tokens)) · SiLU(logits)`: how an attention layer ends, in one pass.
+
+    Args:
+        added: Attention's output, like `tokens`.
+        tokens: Values, as in `depthwise_conv`, which says what the next two are, too.
+        weight: The filters.
+        bias: Of each channel.
+        logits: `[batch, seq_len, channels]`, or with one number for each head; None for no gate.
+        grid: Tokens along each axis.
+        num_heads: Heads, which share the channels.
+        implementation: As in `depthwise_conv`.
+
+    Returns:
+        Like `tokens`.
+
+    Raises:
+        ValueError: As `depthwise_conv`, or if `logits` are of another size.
+    """
+    if logits is not None and logits.shape[2] not in (tokens.shape[2], num_heads):
+        raise ValueError(
+            f"logits need {tokens.shape[2]} or {num_heads} channels, found {logits.shape[2]}"
+        )
+    implementation = _picked(tokens, weight, grid, implementation)
+    if implementation == "torch":
+        out = added + _torch_conv(tokens, weight, bias, grid)
+        return out if logits is None else times_silu(out, logits, num_heads)
+    from mhla_gen.ops.kernels.gated_conv import gated_conv_tokens
+
+    given = (added, tokens, weight, logits)
+    keeps = logits is not None and torch.is_grad_enabled()
+    keeps = keeps and any(x is not None and x.requires_grad for x in given)
+    return gated_conv_tokens(added, tokens, weight, bias, logits, list(grid), num_heads, keeps)[0]
+
+
+def times_silu(out: Tensor, logits: Tensor, num_heads: int) -> Tensor:
+    """Channels times SiLU of logits `[batch, seq_len, channels or heads]`."""
+    if logits.shape[-1] == out.shape[-1]:
+        return out * F.silu(logits)
+    return (out.unflatten(2, (num_heads, -1)) * F.silu(logits).unsqueeze(-1)).flatten(2)
+
+
+def _picked(tokens: Tensor, weight: Tensor, grid: tuple[int, ...], implementation: str) -> str:
+    """`torch` or `fused`, after all checks."""
     sizes = weight.shape[2:]
     if len(sizes) != len(grid) or any(size % 2 == 0 for size in sizes):
         raise ValueError(
@@ -52,17 +113,16 @@ def depthwise_conv(
         )
     if implementation == "auto":
         implementation = "fused" if _fused_can_run(tokens) else "torch"
-    if implementation == "torch":
-        return _torch_conv(tokens, weight, bias, grid)
-    if implementation != "fused":
+    if implementation not in ("torch", "fused"):
         raise UserError(f"implementation must be auto, torch or fused, found {implementation!r}")
-    from mhla_gen.ops.kernels.depthwise import INTERPRETED, depthwise_tokens
+    if implementation == "fused":
+        from mhla_gen.ops.kernels.depthwise import INTERPRETED
 
-    if not tokens.is_cuda and not INTERPRETED:
-        raise UserError(
-            f"implementation='fused' needs a CUDA device, found {tokens.device}; use 'torch'"
-        )
-    return depthwise_tokens(tokens, weight, bias, list(grid))
+        if not tokens.is_cuda and not INTERPRETED:
+            raise UserError(
+                f"implementation='fused' needs a CUDA device, found {tokens.device}; use 'torch'"
+            )
+    return implementation
 
 
 def _fused_can_run(tokens: Tensor) -> bool:

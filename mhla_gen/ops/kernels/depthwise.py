@@ -9,6 +9,7 @@ they do not depend on the order of programs.
 
 import math
 import os
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ from mhla_gen.ops.kernels.launch import quotient_up
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # Tokens and channels of a tile: whole 128-byte lines of half-precision channels, 8 for a thread.
 _TOKENS, _CHANNELS = 16, 64
+# Warps, and lines that are loaded ahead, down the lines forward and backward.
+_LINES = {"forward": (4, 1), "backward": (4, 1)}
 # A thread's registers hold this many taps of its channels.
 _MOST_HELD_TAPS = 9
 # Programs that keep a large GPU busy: several for each of 132 multiprocessors.
@@ -29,17 +32,26 @@ _ENOUGH_PROGRAMS = 1024
 _FEWEST_LINES = 8
 
 
+class After(NamedTuple):
+    """What follows the convolution in the same pass; see `mhla_gen.ops.depthwise.gated_conv`."""
+
+    added: Tensor
+    """`[batch, seq_len, channels]`."""
+    logits: Tensor | None
+    """`[batch, seq_len, channels or heads]`."""
+    num_heads: int
+    """Heads."""
+    keeps: bool
+    """Whether what the gate multiplies is returned, too."""
+
+
 @torch.library.custom_op("mhla_gen::depthwise_tokens", mutates_args=())
 def depthwise_tokens(
     tokens: Tensor, weight: Tensor, bias: Tensor | None, grid: list[int]
 ) -> Tensor:
     """See `mhla_gen.ops.depthwise.depthwise_conv`."""
-    tokens = _unit_channels(tokens)
-    box, sizes = _box(weight, grid)
     with torch.cuda.device_of(tokens):
-        if _by_lines(sizes):
-            return _conv_by_lines(tokens, weight.contiguous(), bias, box, sizes)
-        return _conv_by_taps(tokens, weight, bias, box, sizes, sign=1)
+        return convolve(unit_channels(tokens), weight, bias, grid, None)[0]
 
 
 @depthwise_tokens.register_fake
@@ -52,14 +64,14 @@ def depthwise_tokens_backward(
     grad: Tensor, tokens: Tensor, weight: Tensor, grid: list[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of tokens, weight and bias, the last in float32."""
-    grad, tokens = _unit_channels(grad), _unit_channels(tokens)
+    grad, tokens = unit_channels(grad), unit_channels(tokens)
     box, sizes = _box(weight, grid)
     with torch.cuda.device_of(tokens):
         if _by_lines(sizes):
             found = _backward_by_lines(grad, tokens, weight.contiguous(), box, sizes)
             tokens_grad, partial, bias_partial = found
         else:
-            tokens_grad = _conv_by_taps(grad, weight, None, box, sizes, sign=-1)
+            tokens_grad, _ = _conv_by_taps(grad, weight, None, box, sizes, sign=-1)
             partial, bias_partial = _sums_by_taps(grad, tokens, box, sizes)
         weight_grad = partial.sum(dim=0).view(weight.shape).to(weight.dtype)
         return tokens_grad, weight_grad, bias_partial.sum(dim=0)
@@ -86,32 +98,75 @@ def _backward(ctx, grad):
 depthwise_tokens.register_autograd(_backward, setup_context=_setup)
 
 
+def convolve(
+    tokens: Tensor, weight: Tensor, bias: Tensor | None, grid: list[int], after: After | None
+) -> tuple[Tensor, Tensor]:
+    """The output, and what its gate multiplies; without elements where that is not kept."""
+    box, sizes = _box(weight, grid)
+    if _by_lines(sizes):
+        return _conv_by_lines(tokens, weight.contiguous(), bias, box, sizes, after)
+    return _conv_by_taps(tokens, weight, bias, box, sizes, sign=1, after=after)
+
+
 def _by_lines(sizes: list[int]) -> bool:
     return sizes[0] == 1 and math.prod(sizes) <= _MOST_HELD_TAPS
 
 
 def _conv_by_lines(
-    tokens: Tensor, weight: Tensor, bias: Tensor | None, box: list[int], sizes: list[int]
-) -> Tensor:
+    tokens: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    box: list[int],
+    sizes: list[int],
+    after: After | None,
+) -> tuple[Tensor, Tensor]:
     batch, _, channels = tokens.shape
-    out = tokens.new_empty(tokens.shape)
     tiles = quotient_up(channels, _CHANNELS)
     frames = batch * box[0]
     parts, extent = _line_parts(box, frames * tiles)
+    tensors, strides, constants = _after(tokens, after)
+    warps, stages = _LINES["forward"]
     launch(
         conv_lines_kernel,
         (frames * parts, tiles),
-        (tokens, weight, bias, out),
-        (channels, *box, *extent, *tokens.stride()[:2]),
+        (tokens, weight, bias, *tensors),
+        (channels, *box, *extent, after.num_heads if after else 1, *tokens.stride()[:2], *strides),
         {
             "KH": sizes[1],
             "KW": sizes[2],
             "HAS_BIAS": bias is not None,
+            **constants,
             "BT": _TOKENS,
             "BC": _CHANNELS,
+            "STAGES": stages,
+            "num_warps": warps,
         },
     )
-    return out
+    return tensors[2], tensors[3]
+
+
+def _after(
+    tokens: Tensor, after: After | None
+) -> tuple[tuple[Tensor | None, Tensor | None, Tensor, Tensor], tuple[int, ...], dict]:
+    """Tensors (added, logits, out, kept), strides and constants of `finish`."""
+    out = tokens.new_empty(tokens.shape)
+    if after is None:
+        constants = {"ADDS": False, "GATE": 0, "HEAD_DIM": 1, "SPAN": 1, "KEEPS": False}
+        return (None, None, out, out.new_empty(0)), (0, 0, 0, 0), constants
+    added, logits, num_heads, keeps = after
+    head_dim = tokens.shape[2] // num_heads
+    gate = 0 if logits is None else 1 if logits.shape[2] == tokens.shape[2] else 2
+    whole = _CHANNELS % head_dim == 0
+    constants = {
+        "ADDS": True,
+        "GATE": gate,
+        "HEAD_DIM": head_dim,
+        "SPAN": _CHANNELS // head_dim if whole else (_CHANNELS - 2) // head_dim + 2,
+        "KEEPS": keeps,
+    }
+    strides = (*added.stride()[:2], *((0, 0) if logits is None else logits.stride()[:2]))
+    kept = tokens.new_empty(tokens.shape if keeps else 0)
+    return (added, logits, out, kept), strides, constants
 
 
 def _backward_by_lines(
@@ -124,12 +179,20 @@ def _backward_by_lines(
     parts, extent = _line_parts(box, frames * tiles)
     partial, bias_partial = _partial_sums(tokens, frames * parts, sizes)
     tokens_grad = tokens.new_empty(tokens.shape)
+    warps, stages = _LINES["backward"]
     launch(
         backward_lines_kernel,
         (frames * parts, tiles),
         (tokens, grad, weight, tokens_grad, partial, bias_partial),
         (channels, *box, *extent, *tokens.stride()[:2], *grad.stride()[:2]),
-        {"KH": sizes[1], "KW": sizes[2], "BT": _TOKENS, "BC": _CHANNELS},
+        {
+            "KH": sizes[1],
+            "KW": sizes[2],
+            "BT": _TOKENS,
+            "BC": _CHANNELS,
+            "STAGES": stages,
+            "num_warps": warps,
+        },
     )
     return tokens_grad, partial, bias_partial
 
@@ -141,25 +204,27 @@ def _conv_by_taps(
     box: list[int],
     sizes: list[int],
     sign: int,
-) -> Tensor:
+    after: After | None = None,
+) -> tuple[Tensor, Tensor]:
     batch, seq_len, channels = tokens.shape
-    out = tokens.new_empty(tokens.shape)
     # Channels last, so that a tap's factors lie together.
     factors = weight.reshape(channels, -1).t().contiguous()
+    tensors, strides, constants = _after(tokens, after)
     launch(
         conv_taps_kernel,
         (quotient_up(seq_len, 2 * _TOKENS), quotient_up(channels, _CHANNELS), batch),
-        (tokens, factors, bias, out),
-        (channels, *box, *tokens.stride()[:2]),
+        (tokens, factors, bias, *tensors),
+        (channels, *box, after.num_heads if after else 1, *tokens.stride()[:2], *strides),
         {
             **dict(zip(("KT", "KH", "KW"), sizes, strict=True)),
             "HAS_BIAS": bias is not None,
+            **constants,
             "SIGN": sign,
             "BT": 2 * _TOKENS,
             "BC": _CHANNELS,
         },
     )
-    return out
+    return tensors[2], tensors[3]
 
 
 def _sums_by_taps(
@@ -210,7 +275,7 @@ def _partial_sums(tokens: Tensor, rows: int, sizes: list[int]) -> tuple[Tensor, 
     return partial, tokens.new_empty((rows, channels), dtype=torch.float32)
 
 
-def _unit_channels(tokens: Tensor) -> Tensor:
+def unit_channels(tokens: Tensor) -> Tensor:
     """Kernels read rows of channels; any stride between rows and batches will do."""
     return tokens if tokens.stride(2) == 1 else tokens.contiguous()
 

@@ -8,6 +8,8 @@ until they are complete, as they do the filter. `T` frames are sequences of thei
 import triton
 import triton.language as tl
 
+from mhla_gen.ops.kernels.depthwise_output import finish
+
 
 @triton.jit
 def _frame_offset(frame, T, H, W, batch_stride, token_stride):
@@ -61,11 +63,14 @@ def _filter(weight_ptr, channels, held, TAPS: tl.constexpr):
 
 @triton.jit
 def conv_lines_kernel(
-    x_ptr, weight_ptr, bias_ptr, out_ptr,
-    C, T, H, W, line_parts, lines, column_parts, columns, x_batch, x_token,
-    KH: tl.constexpr, KW: tl.constexpr, HAS_BIAS: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
+    x_ptr, weight_ptr, bias_ptr, added_ptr, logits_ptr, out_ptr, kept_ptr,
+    C, T, H, W, line_parts, lines, column_parts, columns, HEADS,
+    x_batch, x_token, added_batch, added_token, logits_batch, logits_token,
+    KH: tl.constexpr, KW: tl.constexpr, HAS_BIAS: tl.constexpr, ADDS: tl.constexpr,
+    GATE: tl.constexpr, HEAD_DIM: tl.constexpr, SPAN: tl.constexpr, KEEPS: tl.constexpr,
+    BT: tl.constexpr, BC: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """out[n] = bias + Σ weight[tap] x[n + tap]."""
+    """out[n] = bias + Σ weight[tap] x[n + tap], and what `finish` makes of it."""
     PH: tl.constexpr = KH // 2
     frame, first, last, left, right = _extent(
         tl.program_id(0), line_parts, lines, column_parts, columns, H, W
@@ -74,6 +79,12 @@ def conv_lines_kernel(
     held = channels < C
     x_ptr += _frame_offset(frame, T, H, W, x_batch, x_token)
     out_ptr += frame * H * W * C
+    if KEEPS:
+        kept_ptr += frame * H * W * C
+    if ADDS:
+        added_ptr += _frame_offset(frame, T, H, W, added_batch, added_token)
+    if GATE > 0:
+        logits_ptr += _frame_offset(frame, T, H, W, logits_batch, logits_token)
     factors = _filter(weight_ptr, channels, held, KH * KW)
     bias = tl.zeros((1, BC), tl.float32)
     if HAS_BIAS:
@@ -82,7 +93,7 @@ def conv_lines_kernel(
         here = (start + tl.arange(0, BT))[:, None]
         # Of the lines from PH before to PH after the one that is read.
         totals = _zeros(KH, BT, BC)
-        for line in range(first - PH, last + PH):
+        for line in tl.range(first - PH, last + PH, num_stages=STAGES):
             added = totals
             for kw in tl.static_range(KW):
                 x = _load(x_ptr, x_token, line, here + (kw - KW // 2), channels, held, 0, H, W)
@@ -90,7 +101,13 @@ def conv_lines_kernel(
                 for j in tl.static_range(KH):
                     sums += (added[j] + x * factors[(KH - 1 - j) * KW + kw],)
                 added = sums
-            _store(out_ptr, added[0] + bias, line - PH, here, channels, held, first, last, W, C)
+            done = line - PH
+            valid = (done >= first) & (done < last) & (here < W)
+            finish(
+                added[0] + bias, out_ptr, kept_ptr, added_ptr, logits_ptr,
+                (done * W + here).to(tl.int64), valid, channels, held, added_token, logits_token,
+                C, HEADS, ADDS, GATE, HEAD_DIM, SPAN, KEEPS,
+            )  # fmt: skip
             totals = added[1:] + _zeros(1, BT, BC)
 
 
@@ -98,7 +115,7 @@ def conv_lines_kernel(
 def backward_lines_kernel(
     x_ptr, grad_ptr, weight_ptr, dx_ptr, partial_ptr, bias_partial_ptr,
     C, T, H, W, line_parts, lines, column_parts, columns, x_batch, x_token, grad_batch, grad_token,
-    KH: tl.constexpr, KW: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
+    KH: tl.constexpr, KW: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dx[m] = Σ weight[tap] grad[m - tap]; sums over the part of x[m] grad[m - tap] and grad[m]."""
     TAPS: tl.constexpr = KH * KW
@@ -119,7 +136,7 @@ def backward_lines_kernel(
         # Of the lines from PH before to PH after the one of which the gradient is read.
         totals = _zeros(KH, BT, BC)
         xs = _zeros(KH, BT, BC)
-        for line in range(first - PH, last + PH):
+        for line in tl.range(first - PH, last + PH, num_stages=STAGES):
             next_x = _load(x_ptr, x_token, line + PH, here, channels, held, first, last, W)
             xs = xs[1:]
             xs += (next_x,)

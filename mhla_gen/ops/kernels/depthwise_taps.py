@@ -6,6 +6,8 @@ A program takes some channels of some tokens in raster order.
 import triton
 import triton.language as tl
 
+from mhla_gen.ops.kernels.depthwise_output import finish
+
 
 @triton.jit
 def _neighbours(
@@ -23,18 +25,30 @@ def _neighbours(
 
 @triton.jit
 def conv_taps_kernel(
-    x_ptr, weight_ptr, bias_ptr, out_ptr,
-    C, T, H, W, x_batch, x_token,
+    x_ptr, weight_ptr, bias_ptr, added_ptr, logits_ptr, out_ptr, kept_ptr,
+    C, T, H, W, HEADS, x_batch, x_token, added_batch, added_token, logits_batch, logits_token,
     KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
-    HAS_BIAS: tl.constexpr, SIGN: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ADDS: tl.constexpr, GATE: tl.constexpr, HEAD_DIM: tl.constexpr,
+    SPAN: tl.constexpr, KEEPS: tl.constexpr, SIGN: tl.constexpr, BT: tl.constexpr,
+    BC: tl.constexpr,
 ):  # fmt: skip
-    """out[n] = bias + Σ weight[tap] x[n + SIGN tap]; `weight` is [taps, channels]."""
+    """out[n] = bias + Σ weight[tap] x[n + SIGN tap], and what `finish` makes of it.
+
+    `weight` is [taps, channels].
+    """
     seq_len = T * H * W
     tokens = (tl.program_id(0) * BT + tl.arange(0, BT))[:, None]
     channels = (tl.program_id(1) * BC + tl.arange(0, BC))[None, :]
     batch = tl.program_id(2).to(tl.int64)
     valid, held = tokens < seq_len, channels < C
     x_ptr += batch * x_batch
+    out_ptr += batch * seq_len * C
+    if KEEPS:
+        kept_ptr += batch * seq_len * C
+    if ADDS:
+        added_ptr += batch * added_batch
+    if GATE > 0:
+        logits_ptr += batch * logits_batch
     total = tl.zeros((BT, BC), tl.float32)
     if HAS_BIAS:
         total += tl.load(bias_ptr + channels, mask=held, other=0.0).to(tl.float32)
@@ -44,8 +58,10 @@ def conv_taps_kernel(
         )
         factor = tl.load(weight_ptr + tap * C + channels, mask=held, other=0.0)
         total += x * factor.to(tl.float32)
-    offsets = (batch * seq_len + tokens) * C + channels
-    tl.store(out_ptr + offsets, total.to(out_ptr.dtype.element_ty), mask=valid & held)
+    finish(
+        total, out_ptr, kept_ptr, added_ptr, logits_ptr, tokens.to(tl.int64), valid, channels,
+        held, added_token, logits_token, C, HEADS, ADDS, GATE, HEAD_DIM, SPAN, KEEPS,
+    )  # fmt: skip
 
 
 @triton.jit

@@ -1,0 +1,151 @@
+"""Convolution, sum and gate in one pass: kernels against torch in float64."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import mhla_gen
+from mhla_gen import MHLAConfig
+from mhla_gen.models.gates import _SILU_ONE
+from mhla_gen.ops.depthwise import depthwise_conv, gated_conv
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# By lines and by taps; heads that fill tiles of 64 channels, cross them and are many to one.
+CASES = [
+    ((5, 7), (3, 3), 2, 33),
+    ((9, 5), (3, 3), 3, 4),
+    ((2, 3, 3), (3, 3, 3), 2, 64),
+    ((11,), (3,), 3, 6),
+]
+
+
+def make_inputs(case, gate, dtype):
+    grid, sizes, heads, head_dim = case
+    channels, tokens = heads * head_dim, math.prod(grid)
+    # Views of one product, as in a model.
+    joined = torch.randn(2, tokens, 2 * channels + 16, device=DEVICE, dtype=dtype)
+    value = joined[..., channels : 2 * channels]
+    logits = {
+        "none": None,
+        "channel": torch.randn(2, tokens, channels, device=DEVICE, dtype=dtype),
+        "head": joined[..., 2 * channels : 2 * channels + heads],
+    }[gate]
+    weight = torch.randn(channels, 1, *sizes, device=DEVICE, dtype=dtype)
+    bias = torch.randn(channels, device=DEVICE, dtype=dtype)
+    added = torch.randn(2, tokens, channels, device=DEVICE, dtype=dtype)
+    given = [added, value, weight, bias, *([] if logits is None else [logits])]
+    return [x.detach().requires_grad_() for x in given]
+
+
+def outputs_and_gradients(tensors, case, implementation):
+    logits = tensors[4] if len(tensors) == 5 else None
+    out = gated_conv(
+        *tensors[:4], logits, grid=case[0], num_heads=case[2], implementation=implementation
+    )
+    direction = (torch.arange(out.numel(), device=DEVICE) % 8 + 1) / 8
+    loss = (out.double().flatten() * direction).sum()
+    return out, *torch.autograd.grad(loss, tensors)
+
+
+@pytest.mark.parametrize("gate", ["none", "channel", "head"])
+@pytest.mark.parametrize("case", CASES)
+def test_one_pass_equals_the_definition(case, gate):
+    tensors = make_inputs(case, gate, torch.float32)
+    doubles = [x.detach().double().requires_grad_() for x in tensors]
+    expected = outputs_and_gradients(doubles, case, "torch")
+    actual = outputs_and_gradients(tensors, case, "fused")
+    for a, e in zip(actual, expected, strict=True):
+        assert a.dtype == torch.float32
+        assert (a.double() - e).norm() < 1e-6 * e.norm()
+
+
+@pytest.mark.parametrize("gate", ["channel", "head"])
+def test_half_precision_is_rounded_once(gate):
+    tensors = make_inputs(CASES[0], gate, torch.float16)
+    doubles = [x.detach().double().requires_grad_() for x in tensors]
+    expected = outputs_and_gradients(doubles, CASES[0], "torch")
+    for a, e in zip(outputs_and_gradients(tensors, CASES[0], "fused"), expected, strict=True):
+        assert (a.double() - e).norm() < torch.finfo(torch.float16).eps * e.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("gate", ["channel", "head"])
+def test_a_gate_at_its_start_changes_no_bit(gate, dtype):
+    *given, logits = (x.detach() for x in make_inputs(CASES[0], gate, dtype))
+    options = {"grid": CASES[0][0], "num_heads": CASES[0][2], "implementation": "fused"}
+    logits = torch.full_like(logits, _SILU_ONE)
+    assert torch.equal(gated_conv(*given, logits, **options), gated_conv(*given, None, **options))
+
+
+def test_the_definition_in_words():
+    added, value, weight, bias, logits = make_inputs(CASES[0], "channel", torch.float64)
+    grid = CASES[0][0]
+    out = gated_conv(added, value, weight, bias, logits, grid=grid, num_heads=2)
+    expected = (added + depthwise_conv(value, weight, bias, grid=grid)) * F.silu(logits)
+    torch.testing.assert_close(out, expected)
+
+
+def test_without_gradients_nothing_is_kept():
+    from mhla_gen.ops.kernels import gated_conv as kernels
+
+    tensors = make_inputs(CASES[0], "head", torch.float32)
+    call = (*tensors, [5, 7], 2)
+    with torch.no_grad():
+        out, kept = kernels.gated_conv_tokens(*call, False)
+        again, more = kernels.gated_conv_tokens(*call, True)
+    assert kept.numel() == 0 and more.shape == out.shape and torch.equal(out, again)
+    assert not gated_conv(*tensors, grid=(5, 7), num_heads=2, implementation="torch").isnan().any()
+
+
+@pytest.mark.parametrize("gate", ["none", "channel", "head"])
+def test_registration_is_sound(gate):
+    from mhla_gen.ops.kernels.gated_conv import gated_conv_tokens
+
+    tensors = make_inputs(((3, 4), (3, 3), 2, 4), gate, torch.float32)
+    logits = tensors[4] if len(tensors) == 5 else None
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    call = (*tensors[:4], logits, [3, 4], 2, logits is not None)
+    torch.library.opcheck(gated_conv_tokens, call, test_utils=checks)
+
+
+def test_wrong_logits_are_named():
+    tensors = make_inputs(CASES[0], "head", torch.float32)
+    with pytest.raises(ValueError, match="logits need 66 or 2 channels, found 3"):
+        gated_conv(*tensors[:4], torch.randn(2, 35, 3), grid=(5, 7), num_heads=2)
+
+
+@pytest.mark.parametrize("gate", [False, True, "head", 4])
+def test_a_layer_in_kernels_equals_one_in_torch(gate, monkeypatch):
+    from mhla_gen.ops import depthwise
+
+    torch.manual_seed(0)
+    config = MHLAConfig(layout=(2, 2), gate=gate)
+    layer = mhla_gen.MHLA(2, 8, 12, config).to(DEVICE)
+    with torch.no_grad():
+        for name, parameter in layer.named_parameters():
+            if name != "mixing":
+                parameter.normal_()
+    query, key, value = (torch.randn(2, 20, 2, 8, device=DEVICE) for _ in range(3))
+    hidden = torch.randn(2, 20, 12, device=DEVICE).requires_grad_()
+    value.requires_grad_()
+    trained = [value, *([hidden] if gate else []), *layer.parameters()]
+    found = []
+    for fused in (False, True):
+        monkeypatch.setattr(depthwise, "_fused_can_run", lambda tokens, fused=fused: fused)
+        out = layer(query, key, value, hidden, (5, 4))
+        found.append([out, *torch.autograd.grad(out.square().sum(), trained)])
+    for actual, expected in zip(*found, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("gate", ["none", "channel", "head"])
+@pytest.mark.parametrize("case", [*CASES, ((32, 32), (3, 3), 16, 72)])
+def test_bfloat16_on_a_gpu(case, gate):
+    tensors = make_inputs(case, gate, torch.bfloat16)
+    doubles = [x.detach().double().requires_grad_() for x in tensors]
+    expected = outputs_and_gradients(doubles, case, "torch")
+    for a, e in zip(outputs_and_gradients(tensors, case, "fused"), expected, strict=True):
+        assert (a.double() - e).norm() < 2 * torch.finfo(torch.bfloat16).eps * e.norm()

@@ -113,6 +113,18 @@ def measure(shape: tuple[int, int, int, int]) -> dict[str, Any]:
     return row
 
 
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown for mhla_gen/ops/README.md: milliseconds forward, forward and backward."""
+    names = [name for name in rows[0] if name not in ("shape", "kernels")]
+    header = ["[batch, heads, tokens, head_dim]", *names]
+    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+    for row in rows:
+        times = (row[name] for name in names)
+        cells = [t if isinstance(t, str) else ", ".join(f"{ms:.2f}" for ms in t) for t in times]
+        lines.append(f"| {list(row['shape'])} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Measure every shape, print the rows and write them as they come."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -131,6 +143,7 @@ def main() -> None:
         found["rows"].append(row)
         print(row, flush=True)
         out.write_text(json.dumps(found, indent=1) + "\n")
+    print(table(found["rows"]))
 
 
 if __name__ == "__main__":

@@ -139,6 +139,26 @@ def measure(
     return report
 
 
+def table(report: dict[str, Any]) -> str:
+    """Markdown for docs/language.md."""
+    batches = [key for key in report["rows"][0] if key.startswith("batch_")]
+    header = ["tokens", "attention", "prompt, tokens/s", "peak GiB", "cache MiB"]
+    header += [f"{b.removeprefix('batch_')} at once, tokens/s (kernels, ms)" for b in batches]
+    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+    for row in report["rows"]:
+        cells = [f"{row['tokens']:,}", row["arm"]]
+        if "error" in row:
+            cells += [row["error"]] + [""] * (len(header) - 3)
+        else:
+            cells += [f"{row['prefill_tokens_per_s']:,.0f}", f"{row['prefill_peak_gib']:.1f}"]
+            cells += [f"{row['cache_mib']:,.1f}"]
+            for batch in batches:
+                found = row[batch]
+                cells += [f"{found['tokens_per_s']:,.0f} ({found.get('gpu_ms', 0):.2f})"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Measure all arms at all lengths; write after each, and leave out what the time forbids."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -173,6 +193,7 @@ def main() -> None:
             report["rows"].append(row)
             args.out.write_text(json.dumps(report, indent=1))
             print(json.dumps(row), flush=True)
+    print(table(report))
 
 
 if __name__ == "__main__":

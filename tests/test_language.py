@@ -265,3 +265,48 @@ def test_what_a_state_cannot_do_is_refused():
     packed = torch.cat((torch.arange(10), torch.arange(11)))[None]
     with pytest.raises(ValueError, match="begin anew"):
         model(ids, position_ids=packed, use_cache=False)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@ATTENTIONS
+def test_chunked_cached_and_uncached_logits_agree_on_gpu(dtype, config):
+    sizes = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 256}
+    config = replace(config, block_size=16, window=config.window and 40)
+    softmax = softmax_model(**sizes)
+    for parameter in softmax.parameters():
+        parameter.data.mul_(0.2 if parameter.ndim > 1 else 1.0)
+    model = inject(softmax, config).to("cuda", dtype)
+    ids = prompt(seq_len=300).cuda()
+    mask = torch.ones_like(ids)
+    mask[0, :37] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    bound = 1e-4 if dtype == torch.float32 else 0.05
+    with torch.no_grad():
+        for given in ({}, {"attention_mask": mask, "position_ids": positions}):
+            whole = model(ids, use_cache=False, **given).logits.float()
+            cache, found, start = DynamicCache(config=model.config), [], 0
+            for count in (130, 1, 1, 60, 1, 107):
+                stop = start + count
+                options = {CACHE: cache}
+                if given:
+                    options["attention_mask"] = mask[:, :stop]
+                    options["position_ids"] = positions[:, start:stop]
+                found.append(model(ids[:, start:stop], **options).logits.float())
+                start = stop
+            difference = (torch.cat(found, dim=1) - whole)[mask.bool()]
+            assert difference.norm() < bound * whole.norm()
+
+
+@pytest.mark.gpu
+@ATTENTIONS
+def test_trains_on_gpu_as_on_the_cpu(config):
+    sizes = {"hidden_size": 64, "head_dim": 16}
+    ids = prompt(seq_len=70)
+    grads = []
+    for device in ("cpu", "cuda"):
+        model = mhla_model(config, **sizes).train().to(device)
+        model(ids.to(device), labels=ids.to(device)).loss.backward()
+        grads.append({name: p.grad.cpu() for name, p in model.named_parameters()})
+    for name, grad in grads[0].items():
+        assert (grads[1][name] - grad).norm() < 1e-3 * grad.norm() + 1e-6, name

@@ -93,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--compile", nargs="+", default=["regional"])
     parser.add_argument("--parallelism", default="ddp", choices=["ddp", "fsdp"])
     parser.add_argument("--precision", default="bf16", choices=["bf16", "fp32"])
-    parser.add_argument("--gradient-checkpointing", action="store_true")
+    parser.add_argument("--gradient-checkpointing", type=float, default=0, help="share of blocks")
     parser.add_argument("--float8", action="store_true", help="feed-forward layers in 8 bits")
     parser.add_argument("--no-cuda-graphs", action="store_true", help="launch every kernel")
     parser.add_argument("--batch-size", type=int, help="samples of a step on one device")

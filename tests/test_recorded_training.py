@@ -12,9 +12,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import mhla_gen
 from mhla_gen.runtime.compiling import compile_blocks
+from mhla_gen.runtime.recomputing import draws, recompute_activations
 from mhla_gen.runtime.recorded_training import RecordedTraining
 from mhla_gen.training.log import read_log
-from mhla_gen.training.recomputing import draws, recompute_activations
 from mhla_gen.training.training_run import build_run
 
 

@@ -14,6 +14,7 @@ from mhla_gen.models import inject, summary
 from mhla_gen.models.exact import exact_share
 from mhla_gen.models.transformer import MHLATransformerMixin
 from mhla_gen.runtime.compiling import compile_blocks
+from mhla_gen.runtime.recomputing import recompute_activations
 
 _BACKENDS = {"softmax_cudnn": "_native_cudnn", "softmax_flash": "_native_flash"}
 
@@ -95,7 +96,7 @@ def _measure(
     if not config.backward:
         return row
     if config.checkpointing:
-        model.enable_gradient_checkpointing()
+        recompute_activations(model, float(config.checkpointing))
     parameters = [p for p in model.parameters() if p.requires_grad]
 
     def train() -> tuple[Tensor, ...]:

@@ -13,6 +13,12 @@ def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
         raise UserError(f"{name} must be one of {', '.join(map(str, choices))}, found {value!r}")
 
 
+def check_share(name: str, share: Any) -> None:
+    """Raise unless `share` is true, false or a number from 0 to 1."""
+    if not isinstance(share, int | float) or not 0 <= share <= 1:
+        raise UserError(f"{name} must be true, false or a number from 0 to 1, found {share!r}")
+
+
 def check_gate(gate: Any) -> None:
     """Raise unless `gate` is true, false, "head" or a rank."""
     rank = isinstance(gate, int) and gate >= 1

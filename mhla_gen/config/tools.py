@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from mhla_gen.config.checks import check_choice, normalize_integers, normalize_layout
+from mhla_gen.config.checks import check_choice, check_share, normalize_integers, normalize_layout
 from mhla_gen.config.fields import Count, FilePath, Settings
 from mhla_gen.errors import UserError
 
@@ -95,8 +95,9 @@ class BenchConfig(Settings):
     """Rotate queries and keys inside the linear operators."""
     backward: bool = True
     """Also time forward and backward together."""
-    checkpointing: bool = True
-    """Use gradient checkpointing in the backward pass of a model."""
+    checkpointing: Any = True
+    """Use gradient checkpointing in the backward pass of a model: true, false, or the share of its
+    blocks."""
     model: Literal["dit", "flux", "wan"] = "dit"
     """DiT-XL/2, FLUX.1-dev or Wan2.1-1.3B, random weights."""
     num_layers: Count | None = None
@@ -141,6 +142,7 @@ class BenchConfig(Settings):
                         f"learned_features, magnitude), found {method!r}"
                     )
             object.__setattr__(self, "methods", tuple(self.methods))
+        check_share("checkpointing", self.checkpointing)
         if self.profile and self.subject == "ops":
             raise UserError("profile is for subject=model")
         object.__setattr__(self, "layout", normalize_layout(self.layout))

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from mhla_gen.config.checks import check_share
 from mhla_gen.config.data import DataConfig
 from mhla_gen.config.distillation import DistillConfig
 from mhla_gen.config.fields import (
@@ -92,8 +93,9 @@ class TrainConfig(Settings):
     cuda_graphs: bool = True
     """With compile=regional on GPUs: record a DiT's forward and backward pass once as CUDA graphs
     and replay them. Not used with parallelism=fsdp, which moves the weights."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, more time."""
+    gradient_checkpointing: Any = False
+    """Recompute activations in the backward pass: less memory, more time. true, for all blocks;
+    a number from 0 to 1, for this share of them; false, for none."""
     ema_decay: Fraction = 0.9999
     """Decay of the EMA weights, with which the pipeline is saved."""
     ema_width: ProfileWidth | None = None
@@ -125,6 +127,7 @@ class TrainConfig(Settings):
 
     def __post_init__(self):
         super().__post_init__()
+        check_share("gradient_checkpointing", self.gradient_checkpointing)
         if self.float8 and self.mixed_precision != "bf16":
             raise UserError(f"float8 needs mixed_precision=bf16, found {self.mixed_precision}")
         if self.wan is not None and self.transformer is not None:

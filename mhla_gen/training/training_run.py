@@ -19,6 +19,7 @@ from mhla_gen.data import Batch, BatchOrder, TrainingData, batches, load_data
 from mhla_gen.errors import UserError
 from mhla_gen.runtime.compiling import compile_model, repeated_blocks
 from mhla_gen.runtime.devices import send
+from mhla_gen.runtime.recomputing import draws, recompute_activations
 from mhla_gen.runtime.recorded_training import RecordedTraining
 from mhla_gen.training.build import build_task
 from mhla_gen.training.ema import WeightAverage
@@ -37,7 +38,6 @@ from mhla_gen.training.parallel import (
 )
 from mhla_gen.training.randomness import step_randomness
 from mhla_gen.training.recent import RecentSteps
-from mhla_gen.training.recomputing import draws, recompute_activations
 from mhla_gen.training.step import StepResult
 from mhla_gen.training.task import BuildTask, Task
 from mhla_gen.training.throughput import step_flops
@@ -200,7 +200,7 @@ def build_run(
     if config.float8:
         use_float8(model)
     if config.gradient_checkpointing:
-        recompute_activations(model)
+        recompute_activations(model, float(config.gradient_checkpointing))
     model.train()
     compile_model(model, config.compile)
     optimizer = build_optimizer(

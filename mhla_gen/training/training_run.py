@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, set_seed
 from diffusers.optimization import get_scheduler
 from torch import nn
 
@@ -264,5 +264,5 @@ def can_record(accelerator: Accelerator, model: nn.Module, config: TrainConfig) 
         and config.takes_labels
         and not (config.gradient_checkpointing and draws(model))
         and accelerator.device.type == "cuda"
-        and not accelerator.is_fsdp2
+        and accelerator.distributed_type in (DistributedType.NO, DistributedType.MULTI_GPU)
     )

@@ -12,6 +12,12 @@ from mhla_gen.cli import main
 from mhla_gen.config import BenchConfig, ConfigError, load_config
 
 
+@pytest.fixture(autouse=True)
+def briefly(monkeypatch):
+    """Times are taken as ever, for a shorter while."""
+    monkeypatch.setattr("mhla_gen.bench.measure._CPU_SECONDS", 0.01)
+
+
 def test_operators_are_measured_side_by_side(tmp_path, capsys):
     settings = ["grids=[[3,4],[4,4]]", "num_heads=1", "head_dim=8", "device=cpu"]
     assert main(["bench", "ops", f"output_dir={tmp_path}", *settings]) == 0

@@ -5,12 +5,26 @@ import inspect
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from families import FAMILIES
+from tiny import tiny_wan_autoencoder
+from tiny_autoencoders import (
+    autoencoder,
+    autoencoder_of_cogvideox,
+    autoencoder_of_flux2,
+    autoencoder_of_hunyuan,
+    autoencoder_of_ltx,
+    autoencoder_of_mochi,
+    autoencoder_of_qwen,
+    autoencoder_of_sana,
+    shifted,
+)
 from tiny_calls import CALLED, autoencoder_of, called
 
 import mhla_gen
 from mhla_gen import MHLAConfig
 from mhla_gen.calls import CALLS, call_class
+from mhla_gen.data.autoencoder import encode, latent_normalisation, latent_shape
 from mhla_gen.training.captions import Captions
 
 
@@ -142,6 +156,74 @@ def test_a_caption_that_is_dropped_is_the_empty_one(name):
     alone = captions.predict(model, batch["samples"], times, own, torch.tensor([False, False]))
     torch.testing.assert_close(found[0], alone[0], rtol=1e-4, atol=1e-5)
     assert not torch.allclose(found[1], alone[1], atol=1e-4)
+
+
+DECODED = {
+    "flux": shifted,
+    "flux2": autoencoder_of_flux2,
+    "hunyuan_dit": autoencoder,
+    "pixart": autoencoder,
+    "qwen_image": autoencoder_of_qwen,
+    "sana": autoencoder_of_sana,
+    "sd3": shifted,
+    "z_image": shifted,
+    "cogvideox": autoencoder_of_cogvideox,
+    "hunyuan_video": autoencoder_of_hunyuan,
+    "kandinsky5": autoencoder_of_hunyuan,
+    "ltx": autoencoder_of_ltx,
+    "mochi": autoencoder_of_mochi,
+    "skyreels_v2": tiny_wan_autoencoder,
+    "wan": tiny_wan_autoencoder,
+}
+SMALL = {"sana": (64, 96), "ltx": (9, 64, 96), "mochi": (7, 32, 48)}
+
+
+class Seen(Exception):
+    """An autoencoder has been asked to decode."""
+
+
+@pytest.mark.parametrize("name", DECODED)
+def test_latents_are_those_that_the_pipeline_decodes(name):
+    torch.manual_seed(0)
+    vae = DECODED[name]()
+    model, kind, data = called(name)
+    made, settings = kind.scheduler
+    call = kind(kind.assemble(model, scheduler=made(**settings), vae=vae))
+    sizes = SMALL.get(name, (32, 48) if call.rank == 2 else (9, 32, 48))
+    mean, std = encode(vae, torch.rand(1, 3, *sizes) * 2 - 1)
+    frames = sizes[0] if call.rank == 3 else 1
+    assert mean.shape[1:] == latent_shape(vae, frames, *sizes[-2:])
+    assert call.sizes(mean) == sizes
+    latents, _ = latent_normalisation(vae).apply(mean, std)
+    # It denoises nothing, and decodes what it was given.
+    call.pipe.scheduler.step = lambda _, __, sample, *rest, **more: (sample, sample)
+    nothing = Transformer2DModelOutput(sample=torch.zeros(1, 2, 1, 1, 1))
+    model.forward = lambda *args, **kwargs: nothing
+    seen = []
+
+    def decode(given, *args, **kwargs):
+        seen.append(given)
+        raise Seen
+
+    vae.decode = decode
+    packed = {"flux2": latents, "z_image": latents}.get(name, call.pack(latents))
+    if name == "kandinsky5":
+        packed = latents.movedim(1, -1)
+    text = {key: value[1:2] for key, value in data.batch.items() if key in data.empty_prompt}
+    names = ("height", "width") if call.rank == 2 else ("num_frames", "height", "width")
+    options = {"num_inference_steps": 2, "guidance_scale": float(name != "z_image")}
+    options |= {"use_resolution_binning": False, "output_type": "np"}
+    options |= dict(zip(names, sizes, strict=True))
+    with pytest.raises(Seen):
+        call.pipe(
+            **call.texts(text),
+            latents=packed,
+            **{key: value for key, value in options.items() if call.takes(key)},
+        )
+    expected = mean
+    if name == "flux2":
+        expected = call.pipe._unpatchify_latents(mean)
+    torch.testing.assert_close(seen[0].view_as(expected), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_packing_is_undone():

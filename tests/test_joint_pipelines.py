@@ -3,6 +3,14 @@
 import diffusers
 import pytest
 import torch
+from tiny_autoencoders import (
+    autoencoder,
+    autoencoder_of_cogvideox,
+    autoencoder_of_hunyuan,
+    autoencoder_of_mochi,
+    autoencoder_of_qwen,
+    shifted,
+)
 from tiny_joint import (
     TEXT_MASK,
     tiny_cogvideox,
@@ -20,58 +28,6 @@ from mhla_gen import MHLAConfig
 
 IMAGE = {"height": 64, "width": 96, "num_inference_steps": 2, "output_type": "latent"}
 CLIP = IMAGE | {"height": 80, "num_frames": 9}
-FOUR = (8, 8, 8, 8)
-NO_STATISTICS = {"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}
-
-
-def autoencoder(kind=diffusers.AutoencoderKL, **changes):
-    arguments = {
-        "down_block_types": ("DownEncoderBlock2D",) * 4,
-        "up_block_types": ("UpDecoderBlock2D",) * 4,
-        "block_out_channels": FOUR,
-        "layers_per_block": 1,
-        "norm_num_groups": 4,
-        "latent_channels": 4,
-    } | changes
-    return kind(**{name: value for name, value in arguments.items() if value is not None})
-
-
-def shifted():
-    return autoencoder(shift_factor=0.1)
-
-
-def autoencoder_of_qwen():
-    return diffusers.AutoencoderKLQwenImage(
-        base_dim=8,
-        z_dim=4,
-        dim_mult=[1, 1, 1, 1],
-        num_res_blocks=1,
-        temperal_downsample=[False, True, True],
-        **NO_STATISTICS,
-    )
-
-
-def autoencoder_of_cogvideox():
-    return autoencoder(
-        diffusers.AutoencoderKLCogVideoX,
-        down_block_types=("CogVideoXDownBlock3D",) * 4,
-        up_block_types=("CogVideoXUpBlock3D",) * 4,
-    )
-
-
-def autoencoder_of_hunyuan():
-    kind = diffusers.AutoencoderKLHunyuanVideo
-    return autoencoder(kind, down_block_types=None, up_block_types=None)
-
-
-def autoencoder_of_mochi():
-    return diffusers.AutoencoderKLMochi(
-        latent_channels=4,
-        encoder_block_out_channels=(32,) * 4,
-        decoder_block_out_channels=(32,) * 4,
-        layers_per_block=(1,) * 5,
-        **NO_STATISTICS,
-    )
 
 
 def guided(call, **embeds):

@@ -9,16 +9,19 @@ from families import FAMILIES
 from tiny_calls import CALLED, called
 
 import mhla_gen
+from mhla_gen.calls import call_class
 from mhla_gen.config import (
     DistillConfig,
     MHLAConfig,
     ModelConfig,
     ObjectiveConfig,
+    SensitivityConfig,
     StageConfig,
     TrainConfig,
     TransformerConfig,
 )
 from mhla_gen.distillation.stages import stages_of
+from mhla_gen.inspection.sensitivity_scan import Scan
 from mhla_gen.models.saved_transformer import load_transformer
 from mhla_gen.training.build import build_task
 from mhla_gen.training.log import read_log
@@ -36,6 +39,8 @@ TARGETS = {
     "kandinsky5": ("to_query", "to_key", "to_value"),
     "z_image": ("to_q", "to_k", "to_v"),
 }
+# Of what these read beside text, nothing can be made up; and HunyuanDiT has learned places of text.
+UNSEEN = ("wan_animate", "wan_vace", "hunyuan_dit")
 NOISE_LEVELS = {"pixart": "epsilon", "hunyuan_dit": "v_prediction", "cogvideox": "v_prediction"}
 
 
@@ -168,3 +173,24 @@ def predicted(conditioning, model, data):
     times, dropped = torch.tensor([300.0, 700.0]), torch.tensor([True, False])
     with torch.no_grad():
         return conditioning.predict(model, batch["samples"], times, batch, dropped)
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n.values[0] not in UNSEEN])
+def test_sensitivity_measures_every_layer(name, bases, tmp_path):
+    path, data = bases(name)
+    model = load_transformer(path)
+    patch = call_class(model).patch(model.config)
+    sizes = data.sample_shapes[0][1:]
+    grid = tuple(n // p for n, p in zip(sizes, patch, strict=True))
+    config = SensitivityConfig(
+        model=path,
+        grid=grid,
+        timesteps=(500,),
+        num_inputs=2,
+        mhla=MHLAConfig(layout=FAMILIES[name][3]),
+        device="cpu",
+    )
+    scan = Scan.prepare(config)
+    assert scan.inputs[0].latents.shape[1:] == data.sample_shapes[0]
+    errors = [scan.error_of([layer]) for layer in scan.layers]
+    assert len(errors) == len(scan.layers) > 0 and all(error > 0 for error in errors)

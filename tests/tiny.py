@@ -251,16 +251,21 @@ def tiny_wan22_autoencoder():
     )
 
 
-def tiny_umt5():
-    """A tokenizer of words and a text encoder that fits `tiny_wan`."""
+def tiny_tokenizer():
+    """A tokenizer of words."""
     words = ["<pad>", "</s>", "<unk>", "a", "red", "square", "moves"]
     words += ["left", "right", "up", "down"]
     words = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     words.pre_tokenizer = Whitespace()
     words.post_processor = TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
-    tokenizer = PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
     )
+
+
+def tiny_umt5():
+    """A tokenizer of words and a text encoder that fits `tiny_wan`."""
+    tokenizer = tiny_tokenizer()
     sizes = {"vocab_size": 11, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1}
     return tokenizer, UMT5EncoderModel(UMT5Config(**sizes, num_heads=2)).eval()
 

@@ -15,7 +15,7 @@ CALLED = {
     "qwen_image": ({"in_channels": 16, "out_channels": 4}, (8, 12)),
     "sana": ({}, (4, 6)),
     "sd3": ({}, (8, 12)),
-    "z_image": ({}, (8, 12)),
+    "z_image": ({"axes_lens": [1024, 32, 32]}, (8, 12)),
     "cogvideox": ({}, (3, 10, 12)),
     "cosmos": ({}, (3, 10, 12)),
     "hunyuan_video": ({"guidance_embeds": True}, (3, 10, 12)),

@@ -14,8 +14,17 @@ from torch import Tensor
 from mhla_gen.errors import UserError
 
 # What pipelines call pixels and frames of a latent.
-_SPATIAL = ("vae_scale_factor", "vae_scale_factor_spatial", "vae_spatial_compression_ratio")
-_TEMPORAL = ("vae_scale_factor_temporal", "vae_temporal_compression_ratio")
+_SPATIAL = (
+    "vae_scale_factor",
+    "vae_scale_factor_spatial",
+    "vae_spatial_compression_ratio",
+    "vae_spatial_scale_factor",
+)
+_TEMPORAL = (
+    "vae_scale_factor_temporal",
+    "vae_temporal_compression_ratio",
+    "vae_temporal_scale_factor",
+)
 
 
 class Embedded(NamedTuple):

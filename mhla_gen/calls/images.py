@@ -106,6 +106,10 @@ class Flux2Call(FluxCall):
         """One token after the other."""
         return self.pipe._pack_latents(latents)
 
+    def sizes(self, latents: Tensor) -> tuple[int, ...]:
+        """Pixels of squares of four latents."""
+        return tuple(2 * n for n in super().sizes(latents))
+
     def unpack(self, output: Any, latents: Tensor) -> Tensor:
         """Undo `pack`."""
         return output.transpose(1, 2).unflatten(2, latents.shape[-2:])

@@ -104,8 +104,8 @@ class AutoencoderConfig(Settings, prefix="vae."):
     """The autoencoder that encodes latents."""
 
     path: FilePath | None = None
-    """Folder or hub name of an AutoencoderKL, AutoencoderDC, AutoencoderTiny, AutoencoderKLWan or
-    AutoencoderKLLTXVideo, or of a pipeline with one."""
+    """Folder or hub name of a pipeline of a family that docs/models.md says to train, or of its
+    autoencoder; an AutoencoderTiny, too."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Dtype of encoding."""
     tiling: bool = False

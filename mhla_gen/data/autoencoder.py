@@ -12,8 +12,22 @@ from mhla_gen.files.digests import settings_digest, weights_digest
 from mhla_gen.files.saved import naming_damage
 from mhla_gen.hub import locate_part
 
-IMAGE_AUTOENCODERS = ("AutoencoderKL", "AutoencoderDC", "AutoencoderTiny")
-VIDEO_AUTOENCODERS = ("AutoencoderKLWan", "AutoencoderKLLTXVideo")
+IMAGE_AUTOENCODERS = (
+    "AutoencoderKL",
+    "AutoencoderDC",
+    "AutoencoderTiny",
+    "AutoencoderKLFlux2",
+    "AutoencoderKLQwenImage",
+)
+VIDEO_AUTOENCODERS = (
+    "AutoencoderKLWan",
+    "AutoencoderKLLTXVideo",
+    "AutoencoderKLLTX2Video",
+    "AutoencoderKLCogVideoX",
+    "AutoencoderKLHunyuanVideo",
+    "AutoencoderKLHunyuanVideo15",
+    "AutoencoderKLMochi",
+)
 
 
 class Normalisation(NamedTuple):
@@ -85,7 +99,9 @@ def compression(vae: Any) -> tuple[int, int]:
         temporal = vae.config.get("scale_factor_temporal") if is_video(vae) else 1
         return temporal or vae.temporal_compression_ratio, vae.spatial_compression_ratio
     blocks = vae.config.get("block_out_channels") or vae.config.encoder_block_out_channels
-    return 1, 2 ** (len(blocks) - 1)
+    # Flux 2 takes squares of four latents as one.
+    spatial = 2 ** (len(blocks) - 1 + (type(vae).__name__ == "AutoencoderKLFlux2"))
+    return vae.config.get("temporal_compression_ratio") or 1, spatial
 
 
 def latent_shape(vae: Any, frames: int, height: int, width: int) -> tuple[int, ...]:
@@ -112,6 +128,8 @@ def latent_shape(vae: Any, frames: int, height: int, width: int) -> tuple[int, .
 
 def num_channels(vae: Any) -> int:
     """Channels of the latents."""
+    if type(vae).__name__ == "AutoencoderKLFlux2":
+        return 4 * vae.config.latent_channels
     return vae.config.get("z_dim") or vae.config.latent_channels
 
 
@@ -120,8 +138,9 @@ def latent_normalisation(vae: Any) -> Normalisation:
 
     AutoencoderKL: `(z - shift_factor) * scaling_factor`, or by `latents_mean` and `latents_std`
     where its config has them; AutoencoderDC: `z * scaling_factor`; AutoencoderTiny: not at all;
-    AutoencoderKLWan: `(z - latents_mean) / latents_std`; AutoencoderKLLTXVideo: by the buffers of
-    these names, times `scaling_factor`.
+    AutoencoderKLWan and QwenImage: `(z - latents_mean) / latents_std`; AutoencoderKLLTXVideo and
+    LTX2Video: by the buffers of these names, times `scaling_factor`; AutoencoderKLFlux2: by its
+    batch norm. The others: as AutoencoderKL.
 
     Source:
         diffusers 0.42, `encode` and `decode` sides of the pipelines that use each class.
@@ -129,9 +148,12 @@ def latent_normalisation(vae: Any) -> Normalisation:
     config, channels = vae.config, num_channels(vae)
     if type(vae).__name__ == "AutoencoderTiny":
         return Normalisation((0.0,) * channels, (1.0,) * channels)
-    if type(vae).__name__ == "AutoencoderKLWan":
+    if type(vae).__name__ == "AutoencoderKLFlux2":
+        std = (vae.bn.running_var.float() + config.batch_norm_eps).sqrt()
+        return Normalisation(tuple(vae.bn.running_mean.tolist()), tuple(std.tolist()))
+    if type(vae).__name__ in ("AutoencoderKLWan", "AutoencoderKLQwenImage"):
         return Normalisation(tuple(config.latents_mean), tuple(config.latents_std))
-    if type(vae).__name__ == "AutoencoderKLLTXVideo":
+    if type(vae).__name__ in ("AutoencoderKLLTXVideo", "AutoencoderKLLTX2Video"):
         means, stds = vae.latents_mean.float().tolist(), vae.latents_std.float().tolist()
     else:
         means = config.get("latents_mean") or [config.get("shift_factor") or 0.0] * channels
@@ -150,7 +172,21 @@ def encode(vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
     Returns:
         `[batch, channels, (frames,) height, width]`, twice; no std where encoding is deterministic.
     """
-    found = vae.encode(pixels.to(vae.dtype))
-    if hasattr(found, "latent_dist"):
-        return found.latent_dist.mean.float(), found.latent_dist.std.float()
-    return (found.latents if hasattr(found, "latents") else found.latent).float(), None
+    name = type(vae).__name__
+    # Qwen-Image's is one of videos, and pictures are of one frame.
+    frames = name == "AutoencoderKLQwenImage"
+    found = vae.encode((pixels.unsqueeze(2) if frames else pixels).to(vae.dtype))
+    if not hasattr(found, "latent_dist"):
+        return (found.latents if hasattr(found, "latents") else found.latent).float(), None
+    both = found.latent_dist.mean.float(), found.latent_dist.std.float()
+    if frames:
+        return both[0].squeeze(2), both[1].squeeze(2)
+    if name == "AutoencoderKLFlux2":
+        return _patchified(both[0]), _patchified(both[1])
+    return both
+
+
+def _patchified(latents: Tensor) -> Tensor:
+    from diffusers.pipelines.flux2.pipeline_flux2 import Flux2Pipeline
+
+    return Flux2Pipeline._patchify_latents(latents)

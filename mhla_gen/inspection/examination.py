@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -119,7 +118,7 @@ def examine(title: str, subject: Subject, inputs: Sequence[Input], focus: Focus)
         )
 
     for item in tqdm(inputs, desc=f"inspect {title}", unit="input"):
-        watch(subject.family, subject.model, _on(device, item.arguments), observe)
+        watch(subject.family, subject.model, item.on(device).arguments, observe)
     if not layers:
         raise UserError(f"no layer of {subject.source} is softmax or MHLA; nothing to draw")
     return Examination(title, subject, dict(sorted(layers.items())))
@@ -152,7 +151,3 @@ def _maps(attention: LayerAttention, focus: Focus) -> np.ndarray:
     weights = torch.stack([attention.weights(queries, head) for head in heads]).mean(dim=0)
     times_uniform = weights * attention.seq_len
     return times_uniform.float().cpu().numpy().reshape(len(queries), *focus.grid)
-
-
-def _on(device: torch.device, arguments: dict[str, Any]) -> dict[str, Any]:
-    return {key: value.to(device) for key, value in arguments.items()}

@@ -1,32 +1,95 @@
 """What an inspected model is run on: noise, or images with noise, and a condition."""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
-from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from torch import Tensor
 
+from mhla_gen.calls import Call, call_class
 from mhla_gen.config import InputsConfig, InspectConfig
 from mhla_gen.data import ArrayImages, EncodedImages, derived_seed, open_images
 from mhla_gen.errors import UserError
 from mhla_gen.inspection.subject import Subject
 
-# What diffusers' Wan pipelines pass: text padded to 512 tokens, 257 of CLIP's for an image.
-_TEXT_TOKENS, _IMAGE_TOKENS = 512, 257
 _NUM_TIMESTEPS = 1000
+
+
+class Caller(Protocol):
+    """How a model is called; see `mhla_gen.calls.Call`."""
+
+    def arguments(
+        self, latents: Tensor, timesteps: Tensor, text: Mapping[str, Tensor]
+    ) -> dict[str, Any]:
+        """What the transformer is called with."""
+        ...
+
+    def prediction(self, output: Any, latents: Tensor) -> Tensor:
+        """What it says of the latents."""
+        ...
+
+
+class _ByClass:
+    """diffusers' DiT."""
+
+    def arguments(
+        self, latents: Tensor, timesteps: Tensor, text: Mapping[str, Tensor]
+    ) -> dict[str, Any]:
+        """See `Caller`."""
+        return {**text, "hidden_states": latents, "timestep": timesteps}
+
+    def prediction(self, output: Any, latents: Tensor) -> Tensor:
+        """See `Caller`."""
+        return output[0]
 
 
 @dataclass(frozen=True, eq=False)
 class Input:
-    """One input and how to call it."""
+    """Inputs of one timestep, or of several, and how to call the model with them."""
 
     title: str
-    arguments: dict[str, Any]
+    latents: Tensor
+    timesteps: Tensor
+    condition: dict[str, Tensor]
+    """Labels or embedded captions, by name."""
+    caller: Caller
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What the model is called with."""
+        return self.caller.arguments(self.latents, self.timesteps, self.condition)
+
+    def predicted(self, model: Any) -> Tensor:
+        """What a model predicts, on its device."""
+        device = next(model.parameters()).device
+        here = self.on(device)
+        output = model(**here.arguments, return_dict=False)
+        return here.caller.prediction(output, here.latents)
+
+    def on(self, device: torch.device) -> "Input":
+        """The same on a device."""
+        condition = {name: value.to(device) for name, value in self.condition.items()}
+        moved = {"latents": self.latents.to(device), "timesteps": self.timesteps.to(device)}
+        return replace(self, condition=condition, **moved)
+
+
+def joined(inputs: Sequence[Input]) -> Input:
+    """Inputs of one sample each as one batch."""
+
+    def cat(tensors: Iterable[Tensor]) -> Tensor:
+        return torch.cat(list(tensors))
+
+    names = inputs[0].condition
+    return replace(
+        inputs[0],
+        latents=cat(item.latents for item in inputs),
+        timesteps=cat(item.timesteps for item in inputs),
+        condition={name: cat(item.condition[name] for item in inputs) for name in names},
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +139,7 @@ def make_inputs(
         ValueError: If the family has no recipe, or data or classes do not fit the model.
         OSError: If data are missing.
     """
-    condition = _condition_of(subject.model)
+    caller = _caller_of(subject.model)
     shape = latent_shape(subject.model, grid)
     dtype = getattr(torch, config.dtype)
     timesteps = config.timesteps or ((500,) if config.data else (999,))
@@ -87,21 +150,32 @@ def make_inputs(
             latents = torch.randn(shape, generator=generator)
             if start.latents is not None:
                 latents = add_noise(subject.scheduler, start.latents, latents, timestep)
-            title, arguments = condition(subject.model, start.label, generator)
-            arguments |= {"hidden_states": latents, "timestep": torch.tensor([timestep])}
+            title, condition = _condition(caller, start.label, generator)
             kind = "noise" if start.latents is None else f"{config.data and config.data.source}"
             made.append(
-                Input(f"{kind} {number}, {title}, timestep {timestep}", _cast(arguments, dtype))
+                Input(
+                    title=f"{kind} {number}, {title}, timestep {timestep}",
+                    latents=latents.to(dtype),
+                    timesteps=torch.tensor([timestep]),
+                    condition=_cast(condition, dtype),
+                    caller=caller,
+                )
             )
     return made
 
 
 def latent_shape(model: Any, grid: tuple[int, ...]) -> tuple[int, ...]:
-    """`(1, channels, …)` of the latents whose patches form a grid."""
-    patch = model.config.patch_size
-    patches = (patch,) * len(grid) if isinstance(patch, int) else tuple(patch)
-    sizes = (n * p for n, p in zip(grid, patches, strict=True))
-    return (1, model.config.in_channels, *sizes)
+    """`(1, channels, …)` of the latents whose patches form a grid.
+
+    Raises:
+        ValueError: If nobody has said how the model is called.
+    """
+    if isinstance(model, DiTTransformer2DModel):
+        channels, patch = model.config.in_channels, (model.config.patch_size,) * 2
+    else:
+        call = call_class(model)
+        channels, patch = call.channels(model.config), call.patch(model.config)
+    return (1, channels, *(n * p for n, p in zip(grid, patch, strict=True)))
 
 
 def add_noise(scheduler: Any, latents: Tensor, noise: Tensor, timestep: int) -> Tensor:
@@ -151,39 +225,32 @@ def _images(
     return [_Start(x[None], int(label)) for x, label in pairs]
 
 
-def _class_condition(
-    model: Any, label: int, generator: torch.Generator
-) -> tuple[str, dict[str, Any]]:
-    return f"class {label}", {"class_labels": torch.tensor([label])}
+def _caller_of(model: Any) -> Caller:
+    if isinstance(model, DiTTransformer2DModel):
+        return _ByClass()
+    kind = call_class(model)
+    if kind.beside:
+        raise UserError(
+            f"a {type(model).__name__} reads {', '.join(kind.beside)}, which inspect cannot make up"
+        )
+    return kind(kind.assemble(model))
 
 
-def _text_condition(
-    model: Any, label: int, generator: torch.Generator
-) -> tuple[str, dict[str, Any]]:
-    """Random embeddings: no text encoder is needed, and cross-attention alone reads them."""
-    size = (1, _TEXT_TOKENS, model.config.text_dim)
-    arguments = {"encoder_hidden_states": torch.randn(size, generator=generator)}
-    if model.config.image_dim is not None:
-        size = (1, _IMAGE_TOKENS, model.config.image_dim)
-        arguments["encoder_hidden_states_image"] = torch.randn(size, generator=generator)
-    return "random text embedding", arguments
-
-
-Condition = Callable[[Any, int, torch.Generator], tuple[str, dict[str, Any]]]
-
-# Base class → what its forward pass needs beside latents and timestep.
-CONDITIONS: dict[type, Condition] = {
-    DiTTransformer2DModel: _class_condition,
-    WanTransformer3DModel: _text_condition,
-}
-
-
-def _condition_of(model: Any) -> Condition:
-    for base, condition in CONDITIONS.items():
-        if isinstance(model, base):
-            return condition
-    names = ", ".join(base.__name__ for base in CONDITIONS)
-    raise UserError(f"inspect can make inputs for {names}; found a {type(model).__name__}")
+def _condition(
+    caller: Caller, label: int, generator: torch.Generator
+) -> tuple[str, dict[str, Tensor]]:
+    """A class, or random embeddings: no text encoder is needed."""
+    if not isinstance(caller, Call):
+        return f"class {label}", {"class_labels": torch.tensor([label])}
+    found = {}
+    for row in caller.embedded(caller.config).values():
+        axes = () if row.tokens is None else (row.tokens,)
+        if row.channels is None:
+            found[row.name] = torch.ones(1, *axes, dtype=torch.int64)
+        else:
+            size = (1, *axes, caller.config[row.channels])
+            found[row.name] = torch.randn(size, generator=generator)
+    return "random text embedding", found
 
 
 def _cast(arguments: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:

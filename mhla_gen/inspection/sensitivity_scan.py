@@ -21,7 +21,7 @@ from mhla_gen.distillation.teacher import mhla_attentions, softmax_twin, train_o
 from mhla_gen.errors import OccupiedError, UserError
 from mhla_gen.files import append_line, write_lines, write_tensors
 from mhla_gen.files.digests import tensors_digest
-from mhla_gen.inspection.inputs import Input, make_inputs, token_grid
+from mhla_gen.inspection.inputs import Input, joined, make_inputs, token_grid
 from mhla_gen.inspection.sensitivity_plan import plan_by_count
 from mhla_gen.inspection.sensitivity_report import LayerSensitivity
 from mhla_gen.inspection.subject import load_subject
@@ -140,8 +140,8 @@ class Scan:
         keep_mixing_in_range(optimizer, self.student)
         steps = tqdm(range(self.config.distill_steps), desc="distill layers", unit="step")
         for step in steps:
-            batch = _joined(self.draw(step))
-            errors = layers.during(lambda batch=batch: self._output(batch))
+            batch = joined(self.draw(step))
+            errors = layers.during(lambda batch=batch: batch.predicted(self.student))
             loss = torch.stack(list(errors.values())).mean(1)
             optimizer.zero_grad()
             loss.sum().backward()
@@ -192,7 +192,7 @@ class Scan:
         targets = self._softmax_outputs
         with only(self.student, [self.layers[index] for index in layers]):
             errors = [
-                float(relative_error(self._output(item.arguments), target))
+                float(relative_error(item.predicted(self.student), target))
                 for item, target in zip(self.inputs, targets, strict=True)
             ]
         # Inputs are in order of their timesteps.
@@ -206,7 +206,7 @@ class Scan:
     @torch.no_grad()
     def _softmax_outputs(self) -> list[Tensor]:
         with only(self.student, ()):
-            return [self._output(item.arguments) for item in self.inputs]
+            return [item.predicted(self.student) for item in self.inputs]
 
     @cached_property
     @torch.no_grad()
@@ -214,17 +214,12 @@ class Scan:
         """Of each layer's own output, on the softmax model's activations."""
         with self._compared() as layers:
             found = [
-                layers.during(lambda item=item: self._output(item.arguments))
+                layers.during(lambda item=item: item.predicted(self.student))
                 for item in self.inputs
             ]
         return {
             name: sum(float(errors[name]) for errors in found) / len(found) for name in layers.names
         }
-
-    def _output(self, arguments: dict[str, Tensor]) -> Tensor:
-        device = next(self.student.parameters()).device
-        on_device = {name: value.to(device) for name, value in arguments.items()}
-        return self.student(**on_device, return_dict=False)[0]
 
     def facts(self) -> dict[str, Any]:
         """What was measured, for the report."""
@@ -238,10 +233,3 @@ class Scan:
             "distill_steps": self.config.distill_steps,
             "layout": list(self.student.mhla_config.layout),
         }
-
-
-def _joined(inputs: Sequence[Input]) -> dict[str, Tensor]:
-    """Inputs of one sample each as one batch."""
-    return {
-        name: torch.cat([item.arguments[name] for item in inputs]) for name in inputs[0].arguments
-    }

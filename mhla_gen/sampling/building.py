@@ -17,7 +17,7 @@ from mhla_gen.runtime.compiling import compile_blocks
 from mhla_gen.runtime.cuda_graphs import RecordedForward
 from mhla_gen.sampling.classes import class_labels, ordered_labels
 from mhla_gen.sampling.own_settings import with_defaults, with_own
-from mhla_gen.sampling.prompt_sampler import PromptSampler, read_embeds
+from mhla_gen.sampling.prompt_sampler import PromptSampler, embedded_names, read_embeds
 from mhla_gen.sampling.prompts import Prompt, missing_prompts, read_prompts
 from mhla_gen.sampling.samplers import ClassSampler, Sampler
 from mhla_gen.sampling.saved_pipeline import load_folder, pipeline_folder
@@ -117,7 +117,7 @@ def _of_prompts(config: SampleConfig, pipeline: Any) -> PromptSampler:
     for key, given in unused.items():
         if given:
             raise UserError(f"{key} is given, but the {name} in {config.pipeline} takes prompts")
-    prompts, embeds = _prompts(config)
+    prompts, embeds = _prompts(config, pipeline)
     if prompts is None:
         raise UserError(missing_prompts(name, config.pipeline))
     return PromptSampler(
@@ -132,14 +132,15 @@ def _of_prompts(config: SampleConfig, pipeline: Any) -> PromptSampler:
     )
 
 
-def _prompts(config: SampleConfig) -> tuple[list[Prompt] | None, Any]:
+def _prompts(config: SampleConfig, pipeline: Any) -> tuple[list[Prompt] | None, Any]:
     prompts = None if config.prompts is None else read_prompts(config.prompts)
     if config.prompt_embeds is None:
         return prompts, None
     guided = config.guidance_scale is not None and config.guidance_scale > 1
-    embeds = read_embeds(config.prompt_embeds, None if prompts is None else len(prompts), guided)
+    names = embedded_names(pipeline, guided)
+    embeds = read_embeds(config.prompt_embeds, None if prompts is None else len(prompts), names)
     if prompts is None:
-        prompts = [Prompt(f"prompt {i}") for i in range(len(embeds["prompt_embeds"]))]
+        prompts = [Prompt(f"prompt {i}") for i in range(len(embeds[next(iter(names))]))]
     return prompts, embeds
 
 

@@ -11,6 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
+from mhla_gen.calls import call_class_of_pipeline
 from mhla_gen.data.buckets import Bucket, crop_for
 from mhla_gen.errors import MissingError, UserError
 from mhla_gen.media.frames import cropped
@@ -20,6 +21,7 @@ from mhla_gen.pipelines.noise import generator_of, sample_seed
 from mhla_gen.sampling.prompts import Prompt
 from mhla_gen.sampling.samplers import OnStep, Steps, require_finite, to_pixels
 
+_NEGATIVE = "negative_"
 _TITLE = 60
 _SHEET_ROWS = 20
 
@@ -49,7 +51,8 @@ class PromptSampler:
             prompts: With images if it is an image-to-video pipeline.
             seed: Of the set; prompts may have seeds of their own.
             samples_per_prompt: Samples of each prompt.
-            embeds: `prompt_embeds` and `negative_prompt_embeds`, in place of a text encoder.
+            embeds: `prompt_embeds` and `negative_prompt_embeds`, and what else the pipeline embeds
+                prompts to, in place of a text encoder.
             sizes: height, width and num_frames; None takes the pipeline's own.
             options: Further arguments of the pipeline, such as `guidance_scale`.
 
@@ -134,7 +137,14 @@ class PromptSampler:
         for key, values in self.embeds.items():
             rows = [i // self.samples_per_prompt if len(values) > 1 else 0 for i in numbers]
             found[key] = values[rows].to(device)
-        return found
+        kind = call_class_of_pipeline(type(self.pipeline).__name__)
+        if kind is None:
+            return found
+        negative = {
+            k.removeprefix(_NEGATIVE): v for k, v in found.items() if k.startswith(_NEGATIVE)
+        }
+        captions = {k: v for k, v in found.items() if not k.startswith(_NEGATIVE)}
+        return kind(self.pipeline).texts(captions, negative or None)
 
     def _first_frame(self, path: str) -> Image.Image:
         """An image, scaled and cropped to the size of the video as first frames of a cache are."""
@@ -209,13 +219,30 @@ def _check_readable(number: int, path: str) -> None:
         raise UserError(f"image {path} of prompt {number} {error}") from error
 
 
-def read_embeds(path: str, num_prompts: int | None, guided: bool) -> dict[str, Tensor]:
+def embedded_names(pipeline: Any, guided: bool) -> dict[str, int]:
+    """Tensors that a pipeline takes in place of prompts, and how many axes each has."""
+    kind = call_class_of_pipeline(type(pipeline).__name__)
+    if kind is None:
+        rows = {"prompt_embeds": 3}
+        return rows | ({f"{_NEGATIVE}prompt_embeds": 3} if guided else {})
+    call, config = kind(pipeline), pipeline.transformer.config
+    texts = [row for row in kind.embedded(config).values() if row.name != "image_embeds"]
+    rows = {row.name: 1 + (row.tokens is not None) + (row.channels is not None) for row in texts}
+    # A pipeline with a scale of its own for that does not follow guidance_scale by it.
+    if not guided or call.takes("true_cfg_scale"):
+        return rows
+    negative = {f"{_NEGATIVE}{name}": axes for name, axes in rows.items()}
+    first = next(iter(negative))
+    return rows | (negative if call.takes(first) else {})
+
+
+def read_embeds(path: str, num_prompts: int | None, names: Mapping[str, int]) -> dict[str, Tensor]:
     """Text embeddings from a safetensors file.
 
     Args:
         path: The file.
         num_prompts: How many prompts there are; None takes those of the file.
-        guided: Whether "no prompt" is needed, too.
+        names: As `embedded_names`.
 
     Raises:
         FileNotFoundError: If it is missing.
@@ -224,14 +251,14 @@ def read_embeds(path: str, num_prompts: int | None, guided: bool) -> dict[str, T
     if not Path(path).is_file():
         raise MissingError(f"prompt_embeds={path} does not exist")
     tensors = load_file(path)
-    num_prompts = num_prompts or len(tensors.get("prompt_embeds", ()))
-    needed = ["prompt_embeds"] + (["negative_prompt_embeds"] if guided else [])
-    for key in needed:
+    num_prompts = num_prompts or len(tensors.get(next(iter(names)), ()))
+    for key, axes in names.items():
         found = tensors.get(key, torch.empty(0))
-        allowed = (num_prompts,) if key == "prompt_embeds" else (1, num_prompts)
-        if found.ndim != 3 or len(found) not in allowed:
+        allowed = (1, num_prompts) if key.startswith(_NEGATIVE) else (num_prompts,)
+        if found.ndim != axes or len(found) not in allowed:
+            sizes = {1: "", 2: ", channels", 3: ", tokens, text_dim"}[axes]
             raise UserError(
-                f"{path}: {key} must be [{' or '.join(map(str, allowed))}, tokens, text_dim], "
+                f"{path}: {key} must be [{' or '.join(map(str, allowed))}{sizes}], "
                 f"found {list(found.shape) if found.numel() else 'none'}"
             )
-    return {key: tensors[key] for key in needed}
+    return {key: tensors[key] for key in names}

@@ -89,6 +89,8 @@ class Parts:
         found = self.options(call, self.config.samples, shape)
         if call.rank == 3:
             found["fps"] = self.fps or 16.0
+        if "frames" in found:
+            found["num_frames"] = found.pop("frames")
         if self.config.mixed_precision == "bf16" and torch.cuda.is_available():
             found["dtype"] = "bfloat16"
         return found
@@ -99,6 +101,8 @@ class Parts:
         names = ("height", "width") if call.rank == 2 else ("num_frames", "height", "width")
         sizes = dict(zip(names, call.sizes(torch.empty(1, *shape, device="meta")), strict=True))
         asked = {**sizes, **config.of_pipeline}
+        if call.takes("frames"):
+            asked["frames"] = sizes["num_frames"]
         return {name: value for name, value in asked.items() if call.takes(name)}
 
 

@@ -21,11 +21,12 @@ from mhla_gen.ops.naive import naive_mhla
 CAUSAL = {"causal": True}
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("seq_len", "num_blocks"), [(1, 1), (7, 7), (53, 3), (90, 2), (100, 1), (19, 8)]
+    ("seq_len", "num_blocks", "dtype"),
+    [(1, 1, torch.float32), (5, 5, torch.float32), (90, 2, torch.float32), (11, 4, torch.float32)]
+    + [(53, 3, dtype) for dtype in DTYPES],
 )
-def test_lengths_and_blocks(poisoned, dtype, seq_len, num_blocks):  # noqa: F811
+def test_lengths_and_blocks(poisoned, seq_len, num_blocks, dtype):  # noqa: F811
     # Few weights cancel where outputs are normalised, and leave no gradient to compare.
     options = {"normalize": num_blocks > 2, **CAUSAL}
     assert_accurate(*make((seq_len,), (num_blocks,), dtype, **options))
@@ -43,15 +44,13 @@ def test_lengths_and_blocks(poisoned, dtype, seq_len, num_blocks):  # noqa: F811
 )
 def test_options(poisoned, feature_map, head_dim, value_dim, changes):  # noqa: F811
     sizes = {"head_dim": head_dim, "value_dim": value_dim, "feature_map": feature_map}
-    assert_accurate(*make((43,), (3,), **sizes, **CAUSAL, **changes))
+    assert_accurate(*make((23,), (2,), **sizes, **CAUSAL, **changes))
 
 
-@pytest.mark.parametrize("num_blocks", [1, 2])
-def test_long_blocks_are_cut(poisoned, num_blocks):  # noqa: F811
-    changes = {"normalize": num_blocks > 1, **CAUSAL}
-    inputs, options = make((300,), (num_blocks,), heads=1, per_head=True, **changes)
+def test_long_blocks_are_cut(poisoned):  # noqa: F811
+    inputs, options = make((262,), (2,), heads=1, per_head=True, normalize=False, **CAUSAL)
     assert_accurate(inputs, options)
-    q, k, v, _ = (x.contiguous() for x in inputs)
+    q, k, v, _ = (x[:, :135].contiguous() for x in inputs)
     expected = linear_attention(q, k, v, causal=True, implementation="naive")
     actual = linear_attention(q, k, v, causal=True, implementation="fused")
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
@@ -59,7 +58,7 @@ def test_long_blocks_are_cut(poisoned, num_blocks):  # noqa: F811
 
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 300.0])
 def test_float16_summaries_neither_overflow_nor_vanish(scale):
-    inputs, options = make((40,), (6,), torch.float16, normalize=False, **CAUSAL)
+    inputs, options = make((30,), (3,), torch.float16, heads=1, normalize=False, **CAUSAL)
     q, k, v, mixing = inputs
     inputs = q, (k * 0.1).half(), (v * scale).half(), mixing
     expected = outputs_and_gradients(naive_mhla, inputs, options, torch.float64)
@@ -82,13 +81,13 @@ def test_a_token_reads_nothing_after_it():
 @pytest.mark.parametrize("masked", [False, True])
 def test_sequences_with_padding_and_grouped_queries(masked, monkeypatch):
     """`causal_mhla` through the kernels is what it is without them."""
-    seq_len, block = 27, 5
-    q, k, v = (torch.randn(2, seq_len, h, 12, device=DEVICE) for h in (4, 2, 2))
-    weights = torch.rand(2, 3, device=DEVICE)
+    seq_len, block = 17, 5
+    q, k, v = (torch.randn(2, seq_len, h, 12, device=DEVICE) for h in (2, 1, 1))
+    weights = torch.rand(1, 3, device=DEVICE)
     mask = None
     if masked:
         mask = torch.ones(2, seq_len, dtype=torch.bool, device=DEVICE)
-        mask[0, :13], mask[1, 20:24] = False, False
+        mask[0, :8], mask[1, 10:13] = False, False
     tables = rotary_of(torch.arange(seq_len), 12)
     tables = tuple(t.repeat(1, 2).float().to(DEVICE) for t in tables)
     options = {"block_size": block, "rotary": tables, "mask": mask}
@@ -141,7 +140,7 @@ def test_steps_in_one_launch(head_dim, value_dim, key_heads, changes, tables, mo
 
 
 def test_repeated_runs_are_bit_equal():
-    inputs, options = make((71,), (3,), torch.float16, **CAUSAL)
+    inputs, options = make((41,), (2,), torch.float16, **CAUSAL)
     first = outputs_and_gradients(fused_mhla, inputs, options)
     second = outputs_and_gradients(fused_mhla, inputs, options)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

@@ -187,6 +187,13 @@ def test_a_window_as_long_as_the_sequence_is_softmax(linear):
         assert not torch.allclose(model(longer).logits[:, 21:], stock(longer).logits[:, 21:])
 
 
+def test_compiles_into_one_graph():
+    model = mhla_model(WINDOW, num_hidden_layers=1).train()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    ids = prompt()
+    torch.testing.assert_close(compiled(ids, labels=ids).loss, model(ids, labels=ids).loss)
+
+
 def test_a_window_alone_is_the_softmax_of_a_sliding_window():
     model = mhla_model(replace(CONFIG, window=6, linear=False)).double()
     mistral = softmax_model(transformers.MistralForCausalLM, sliding_window=6).double()

@@ -108,6 +108,16 @@ def test_gradients(seq_len, window, masked):
     assert check(function, (q, k, v), fast_mode=seq_len > 10)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_gradients_of_both_halves(masked):
+    q, k, v = (x.requires_grad_() for x in tokens(11, 1, 2, 1, 6, 3))
+    weights = weights_of(2).requires_grad_()
+    mask = torch.arange(11)[None] % 5 != 2 if masked else None
+    rotary = rotary_of(torch.arange(11))
+    function = lambda *x: both_halves(*x, 4, rotary, mask)  # noqa: E731
+    assert torch.autograd.gradcheck(function, (q, k, v, weights), fast_mode=True)
+
+
 @pytest.mark.parametrize("window", [2, 5, 30])
 def test_padding_anywhere_is_no_part_of_a_sequence(window):
     q, k, v = tokens(24, batch=3)

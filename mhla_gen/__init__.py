@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     )
     from mhla_gen.models.vision import MHLAVisionTransformer, MHLAVisionTransformerDistilled
     from mhla_gen.pipelines.class_conditional import ClassConditionalPipeline
+    from mhla_gen.pipelines.clip_stream import stream_clip
 
 # diffusers looks up ModelMixin in the package of a saved component before it loads the component.
 _HOMES = {
@@ -99,6 +100,7 @@ _HOMES = {
     "summary": "mhla_gen.models",
     "unload_adapter": "mhla_gen.models",
     "ClassConditionalPipeline": "mhla_gen.pipelines.class_conditional",
+    "stream_clip": "mhla_gen.pipelines.clip_stream",
 }
 
 __all__ = [
@@ -144,6 +146,7 @@ __all__ = [
     "load_config",
     "restore",
     "save_adapter",
+    "stream_clip",
     "summary",
     "unload_adapter",
 ]

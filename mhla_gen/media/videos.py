@@ -1,5 +1,7 @@
 """Frames of one video → an mp4 file, and those that stand for it in a picture."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,25 @@ def write_video(path: Path, frames: np.ndarray, fps: float) -> None:
     Raises:
         ValueError: If a side is odd, which H.264's 4:2:0 colour cannot hold.
     """
+    with video_writer(path, frames.shape[1], frames.shape[2], fps) as write:
+        for frame in frames:
+            write(frame)
+
+
+@contextmanager
+def video_writer(
+    path: Path, height: int, width: int, fps: float
+) -> Iterator[Callable[[np.ndarray], None]]:
+    """Write an mp4 file (H.264) frame by frame, whole or not at all.
+
+    Yields:
+        Takes the next frame, uint8 `[height, width, 3]`.
+
+    Raises:
+        ValueError: If a side is odd, which H.264's 4:2:0 colour cannot hold.
+    """
     import imageio
 
-    height, width = frames.shape[1:3]
     if height % 2 or width % 2:
         raise UserError(
             f"mp4 needs an even height and width, found {height} × {width}; write png or npz"
@@ -33,11 +51,19 @@ def write_video(path: Path, frames: np.ndarray, fps: float) -> None:
         # The temporary name does not tell the format.
         "output_params": ["-f", "mp4"],
     }
-    with written_whole(path) as partial:
-        imageio.mimwrite(partial, list(frames), format="mp4", **options)
+    with (
+        written_whole(path) as partial,
+        imageio.get_writer(partial, format="mp4", mode="I", **options) as writer,  # pyright: ignore
+    ):
+        yield writer.append_data
 
 
 def shown_frames(frames: np.ndarray) -> np.ndarray:
     """Some frames of a video `[frames, …]`, evenly spread, the first and the last among them."""
-    count = min(len(frames), _SHOWN_FRAMES)
-    return frames[np.linspace(0, len(frames) - 1, count).round().astype(int)]
+    return frames[shown_numbers(len(frames))]
+
+
+def shown_numbers(num_frames: int) -> np.ndarray:
+    """Numbers of the frames that stand for a video of so many."""
+    count = min(num_frames, _SHOWN_FRAMES)
+    return np.linspace(0, num_frames - 1, count).round().astype(int)

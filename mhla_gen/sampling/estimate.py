@@ -7,6 +7,7 @@ import torch
 
 from mhla_gen.config import SampleConfig
 from mhla_gen.sampling.batched_sampler import BatchedSampler
+from mhla_gen.sampling.prompt_sampler import PromptSampler
 from mhla_gen.sampling.samplers import Sampler
 from mhla_gen.sampling.units import Units
 
@@ -58,6 +59,11 @@ def _seconds_of_a_unit(sampler: Sampler, units: Units, steps: int, reproducible:
         ends.append(time.perf_counter())
 
     began = time.perf_counter()
+    if isinstance(sampler, PromptSampler) and sampler.num_chunks:
+        # All chunks take the same time, and the first is not denoised beside others.
+        next(sampler.stream(0, _TIMED_STEPS, on_step=end_step))[1].cpu()
+        rest = time.perf_counter() - ends[-1]
+        return units.rows * sampler.num_chunks * (steps * (ends[-1] - ends[-2]) + rest)
     with BatchedSampler(sampler, units, _TIMED_STEPS, units.rows, reproducible) as batched:
         for _, samples in batched.draw([0], end_step):
             samples.cpu()

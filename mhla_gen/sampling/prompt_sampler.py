@@ -1,7 +1,7 @@
 """Samples of prompts: any text-to-image, text-to-video or image-to-video pipeline of diffusers."""
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from mhla_gen.errors import MissingError, UserError
 from mhla_gen.media.frames import cropped
 from mhla_gen.media.pictures import UnreadableImageError, read_rgb
 from mhla_gen.models.wan import TEXT_LENGTH_WITH_IMAGE
+from mhla_gen.pipelines.clip_stream import chunk_lengths, stream_clip, streams
 from mhla_gen.pipelines.noise import generator_of, sample_seed
 from mhla_gen.sampling.prompts import Prompt
 from mhla_gen.sampling.samplers import OnStep, Steps, require_finite, to_pixels
@@ -70,15 +71,23 @@ class PromptSampler:
             raise UserError(f"{type(pipeline).__name__} takes no {', '.join(unknown)}")
         self._check_prompts()
         self.shape, self._sizes = self._resolved(dict(sizes))
+        self.num_chunks: int | None = None
+        if streams(pipeline):
+            self.num_chunks = len(chunk_lengths(pipeline, self._sizes["num_frames"]))
+            if "guidance_scale_2" in self.options:
+                raise UserError("guidance_scale_2 is of a second expert, and this pipeline has one")
 
     def __len__(self) -> int:
         return len(self.prompts) * self.samples_per_prompt
 
     def draw(self, numbers: Sequence[int], steps: int, on_step: OnStep | None = None) -> Tensor:
         """See `Sampler`."""
-        if self.takes_image and len(numbers) > 1:
-            # Such a pipeline has one image for all samples of a call.
+        if (self.takes_image or self.num_chunks) and len(numbers) > 1:
+            # Such a pipeline has one image, or one clip, for all samples of a call.
             return torch.cat([self.draw([number], steps, on_step) for number in numbers])
+        if self.num_chunks:
+            chunks = self.stream(numbers[0], steps, on_step=on_step)
+            return torch.cat([pixels for _, pixels in chunks])[None]
         chosen = [self.prompts[i // self.samples_per_prompt] for i in numbers]
         done = Steps(on_step)
         watched = "callback_on_step_end" in self._arguments
@@ -95,6 +104,46 @@ class PromptSampler:
         )[0]
         require_finite(self, numbers, result, done.latents)
         return to_pixels(result.float())
+
+    def stream(
+        self,
+        number: int,
+        steps: int,
+        finished: Sequence[Tensor] = (),
+        on_step: OnStep | None = None,
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Draw a clip chunk by chunk.
+
+        Args:
+            number: Which sample.
+            steps: Denoising steps.
+            finished: Latents of its first chunks, as an earlier call gave them.
+            on_step: Called with the number of steps done, as if all chunks were denoised at once.
+
+        Yields:
+            Latents of a chunk and its frames, uint8 `[frames, height, width, 3]`.
+
+        Raises:
+            NotFiniteError: If a chunk is NaN or infinite somewhere.
+        """
+        assert self.num_chunks is not None
+        texts = self._texts([number], [self.prompts[number // self.samples_per_prompt]])
+        texts = {k: v[0] if isinstance(v, list) else v for k, v in texts.items()}
+        all_steps = steps * self.num_chunks
+        offset = steps * len(finished)
+        done = None if on_step is None else lambda i: on_step((offset + i) * steps // all_steps)
+        for latents, frames in stream_clip(
+            self.pipeline,
+            **texts,
+            **self._sizes,
+            **self.options,
+            num_inference_steps=steps,
+            seed=self.seed_of(number),
+            finished=finished,
+            on_step=done,
+        ):
+            require_finite(self, [number], frames[None], latents)
+            yield latents, to_pixels(frames)
 
     def seed_of(self, number: int) -> int:
         """The seed of a sample, derived from its prompt's own or from that of the set."""

@@ -26,6 +26,8 @@ class Sampler(Protocol):
     one_call: bool
     """Whether one call of the pipeline is repeatable only as a whole."""
     is_video: bool
+    num_chunks: int | None
+    """Chunks that a clip is made in, one after the other; None if it is made at once."""
     shape: tuple[int, ...]
     """Of a sample: (height, width, channels), or (frames, height, width, channels)."""
 
@@ -63,6 +65,7 @@ class ClassSampler:
     model_batch_size = 64
     one_call = False
     is_video = False
+    num_chunks: int | None = None
 
     def __init__(
         self,

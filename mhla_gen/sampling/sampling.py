@@ -40,8 +40,11 @@ from mhla_gen.sampling.outputs import (
     write_sheet,
 )
 from mhla_gen.sampling.own_settings import FREE, free_of
+from mhla_gen.sampling.parts import repeatable_kernels
 from mhla_gen.sampling.progress import Progress
+from mhla_gen.sampling.prompt_sampler import PromptSampler
 from mhla_gen.sampling.samplers import ClassSampler, Sampler
+from mhla_gen.sampling.streaming import keep_clips
 from mhla_gen.sampling.units import Units, Work
 
 if TYPE_CHECKING:
@@ -194,15 +197,24 @@ class Job:
 
     def _draw(self, missing: Sequence[int], scorer: "Scorer | None") -> None:
         config = self.config
-        batch = self._batch_size(sum(len(self.units.numbers(unit)) for unit in missing))
         on_sheet = {number for _, numbers in self.sampler.rows() for number in numbers}
-        measure = None if scorer is None else scorer.measure
         formats = self.formats if config.keep_samples else ()
-        assert config.fps is not None and config.num_inference_steps is not None
-        keeper = Keeper(self.folder, self.work, formats, on_sheet, config.fps, measure)
         progress = Progress(
             len(self.sampler), self.work.count_done, "sampling", self.state.is_main_process
         )
+        assert config.fps is not None and config.num_inference_steps is not None
+        if self.sampler.num_chunks and formats == ("mp4",) and scorer is None:
+            assert isinstance(self.sampler, PromptSampler)
+            options = {"steps": config.num_inference_steps, "fps": config.fps}
+            with progress, repeatable_kernels() if config.reproducible else nullcontext():
+                for unit in missing:
+                    given = {"on_sheet": on_sheet, "on_step": progress.step, **options}
+                    keep_clips(self.folder, self.work, unit, self.sampler, **given)
+                    progress.step(0)
+            return
+        batch = self._batch_size(sum(len(self.units.numbers(unit)) for unit in missing))
+        measure = None if scorer is None else scorer.measure
+        keeper = Keeper(self.folder, self.work, formats, on_sheet, config.fps, measure)
         steps = config.num_inference_steps
         batched = BatchedSampler(self.sampler, self.units, steps, batch, config.reproducible)
         with progress, keeper, batched:

@@ -1,0 +1,200 @@
+"""Clips of any length, chunk by chunk, from a Wan whose transformer is causal over frames."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan, unpatchify
+from diffusers.pipelines.wan.pipeline_wan import WanPipeline
+from diffusers.utils.accelerate_utils import apply_forward_hook
+from torch import Tensor
+
+from mhla_gen.errors import UserError
+from mhla_gen.models import ClipState, FrameCausalMHLA
+from mhla_gen.pipelines.noise import generator_of, sample_seed
+from mhla_gen.runtime.devices import send
+
+
+class Chunk(NamedTuple):
+    """A finished chunk of a clip."""
+
+    latents: Tensor
+    """Clean and normalised, float32 `[1, channels, frames, height, width]`."""
+    frames: Tensor
+    """Pixels in [0, 1], float32 `[frames, 3, height, width]`."""
+
+
+@torch.no_grad()
+def stream_clip(
+    pipeline: Any,
+    *,
+    prompt: str | None = None,
+    negative_prompt: str | None = None,
+    prompt_embeds: Tensor | None = None,
+    negative_prompt_embeds: Tensor | None = None,
+    height: int = 480,
+    width: int = 832,
+    num_frames: int = 81,
+    num_inference_steps: int = 50,
+    guidance_scale: float = 5.0,
+    seed: int = 0,
+    max_sequence_length: int = 512,
+    finished: Sequence[Tensor] = (),
+    on_step: Callable[[int], None] | None = None,
+) -> Iterator[Chunk]:
+    """Make a clip, one chunk of latent frames after the other.
+
+    A chunk is denoised beside the finished ones, which the model reads clean, with a noise level of
+    0, and remembers as summaries. So every chunk takes the same time and memory, whatever the
+    length. Its noise depends on the seed and its number alone.
+
+    Args:
+        pipeline: A `WanPipeline` with a transformer that was given `MHLAConfig(causal_frames=…)`.
+        prompt: What to show.
+        negative_prompt: What not to show, with guidance.
+        prompt_embeds: `[1, tokens, text_dim]`, in place of a text encoder.
+        negative_prompt_embeds: Like `prompt_embeds`.
+        height: Pixels.
+        width: Pixels.
+        num_frames: 1 + a multiple of the autoencoder's 4; as many as you like.
+        num_inference_steps: Denoising steps of every chunk.
+        guidance_scale: Classifier-free guidance; 1 is none.
+        seed: Of all noise.
+        max_sequence_length: Tokens that prompts are padded to.
+        finished: Latents of the first chunks of a clip with this seed, as an earlier call gave
+            them: they are read and decoded, not denoised again.
+        on_step: Called with the number of denoising steps done, over all chunks.
+
+    Yields:
+        The chunks, as they are finished.
+
+    Raises:
+        ValueError: If pipeline and sizes do not fit; on the first chunk.
+    """
+    lengths = chunk_lengths(pipeline, num_frames)
+    model, scheduler, device = pipeline.transformer, pipeline.scheduler, pipeline._execution_device
+    guided = guidance_scale > 1
+    texts = pipeline.encode_prompt(
+        prompt=prompt,
+        negative_prompt=negative_prompt,
+        do_classifier_free_guidance=guided,
+        prompt_embeds=prompt_embeds,
+        negative_prompt_embeds=negative_prompt_embeds,
+        max_sequence_length=max_sequence_length,
+        device=device,
+    )
+    texts = [text.to(device, model.dtype) for text in texts[: 1 + guided]]
+    # Text changes what is remembered, so each branch of guidance remembers for itself.
+    branches = [(ClipState(model), text) for text in texts]
+
+    def predicted(latents: Tensor, timestep: Tensor, append: bool = False) -> Tensor:
+        found = [
+            state(latents.to(model.dtype), timestep, encoder_hidden_states=text, append=append)
+            for state, text in branches
+        ]
+        return found[-1] + guidance_scale * (found[0] - found[-1]) if guided else found[0]
+
+    decode = FrameDecoder(pipeline)
+    sides = (side // pipeline.vae_scale_factor_spatial for side in (height, width))
+    shape = (1, model.config.in_channels, *sides)
+    done = 0
+    for number, frames in enumerate(lengths):
+        if number < len(finished):
+            latents = finished[number].to(device)
+        else:
+            noise = generator_of(sample_seed(seed, number))
+            latents = torch.randn(*shape[:2], frames, *shape[2:], generator=noise)
+            latents = send(latents, device)
+            # Also forgets what a multistep scheduler kept of the chunk before.
+            scheduler.set_timesteps(num_inference_steps, device=device)
+            for timestep in scheduler.timesteps:
+                velocity = predicted(latents, timestep.expand(1))
+                latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
+                done += 1
+                if on_step is not None:
+                    on_step(done)
+        if number + 1 < len(lengths):
+            predicted(latents, torch.zeros(1, device=device), append=True)
+        yield Chunk(latents, decode(latents))
+    pipeline.maybe_free_model_hooks()
+
+
+def streams(pipeline: Any) -> bool:
+    """Whether a pipeline has a transformer that is causal over frames."""
+    models = (getattr(pipeline, name, None) for name in ("transformer", "transformer_2"))
+    return any(isinstance(m, FrameCausalMHLA) for model in models if model for m in model.modules())
+
+
+def chunk_lengths(pipeline: Any, num_frames: int) -> list[int]:
+    """Latent frames of each chunk of a clip.
+
+    Raises:
+        ValueError: If the pipeline cannot make clips chunk by chunk, or not of this many frames.
+    """
+    name = type(pipeline).__name__
+    if not isinstance(pipeline, WanPipeline) or not isinstance(pipeline.vae, AutoencoderKLWan):
+        raise UserError(
+            "chunk by chunk needs a WanPipeline with an AutoencoderKLWan, found "
+            f"{name} with {type(getattr(pipeline, 'vae', None)).__name__}"
+        )
+    if pipeline.transformer is None or pipeline.transformer_2 is not None:
+        raise UserError(
+            f"chunk by chunk needs a {name} with one transformer: finished chunks are read clean, "
+            "which experts for parts of the noise levels have not learned"
+        )
+    if pipeline.vae.use_tiling:
+        raise UserError("tiles of frames are decoded as whole clips; set vae_tiling=false")
+    if not streams(pipeline):
+        raise UserError("the transformer is not causal over frames; see MHLAConfig.causal_frames")
+    temporal = pipeline.vae_scale_factor_temporal
+    if num_frames < 1 or (num_frames - 1) % temporal:
+        raise UserError(f"num_frames must be 1 + a multiple of {temporal}, found {num_frames}")
+    chunk = pipeline.transformer.mhla_config.causal_frames
+    latent_frames = 1 + (num_frames - 1) // temporal
+    return [min(chunk, latent_frames - first) for first in range(0, latent_frames, chunk)]
+
+
+class FrameDecoder:
+    """Wan's autoencoder for latents that come piece by piece.
+
+    It decodes one latent frame at a time and keeps the last frames that its convolutions read,
+    as diffusers does within a call; here they are kept from one call to the next.
+
+    Args:
+        pipeline: With the autoencoder.
+    """
+
+    def __init__(self, pipeline: Any):
+        self.pipeline = pipeline
+        self._cache: list[Any] | None = None
+
+    def __call__(self, latents: Tensor) -> Tensor:
+        """Pixels in [0, 1], `[frames, 3, height, width]`, of the next normalised latents."""
+        vae = self.pipeline.vae
+        mean, std = (
+            torch.tensor(values, device=latents.device).view(1, -1, 1, 1, 1)
+            for values in (vae.config.latents_mean, vae.config.latents_std)
+        )
+        pixels = self._decoded(vae, latents * std + mean)
+        return self.pipeline.video_processor.postprocess_video(pixels, output_type="pt")[0].float()
+
+    def _decoded(self, vae: Any, latents: Tensor) -> Tensor:
+        first = self._cache is None
+        if self._cache is None:
+            vae.clear_cache()
+            self._cache = list(vae._feat_map)
+        pixels = _decode(vae, latents, self._cache, first)
+        if vae.config.patch_size is not None:
+            pixels = unpatchify(pixels, patch_size=vae.config.patch_size)
+        return pixels.clamp(-1, 1)
+
+
+# What an offloaded autoencoder needs around calls of its parts.
+@apply_forward_hook
+def _decode(vae: Any, latents: Tensor, cache: list[Any], first: bool) -> Tensor:
+    hidden = vae.post_quant_conv(latents.to(vae.dtype))
+    parts = []
+    for number, frame in enumerate(hidden.split(1, dim=2)):
+        begins = first and number == 0
+        parts.append(vae.decoder(frame, feat_cache=cache, feat_idx=[0], first_chunk=begins))
+    return torch.cat(parts, dim=2)

@@ -1,0 +1,97 @@
+"""Clips that are written while they are made, chunk by chunk: any length takes the same memory."""
+
+import hashlib
+import shutil
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mhla_gen.files.saved import read_array
+from mhla_gen.media.videos import shown_numbers, video_writer
+from mhla_gen.sampling.manifest import device_name
+from mhla_gen.sampling.outputs import file_of
+from mhla_gen.sampling.prompt_sampler import PromptSampler
+from mhla_gen.sampling.samplers import OnStep
+from mhla_gen.sampling.units import Work, write_array
+
+
+def keep_clips(
+    folder: Path,
+    work: Work,
+    unit: int,
+    sampler: PromptSampler,
+    *,
+    steps: int,
+    fps: float,
+    on_sheet: set[int],
+    on_step: OnStep,
+) -> None:
+    """Make the clips of a unit and write each to its mp4 file as chunks are finished.
+
+    Latents of finished chunks are kept until the unit is done: a start that was interrupted in a
+    clip reads and decodes them, and denoises only what is missing.
+
+    Args:
+        folder: Of the sample set.
+        work: Of the sample set, while it is unfinished.
+        unit: Its number.
+        sampler: Makes clips chunk by chunk.
+        steps: Denoising steps.
+        fps: Frames per second.
+        on_sheet: Samples that the contact sheet shows.
+        on_step: Called with the samples in work, counted by the steps done.
+    """
+    digest, files, numbers = hashlib.sha256(), [], work.units.numbers(unit)
+    num_frames, height, width, _ = sampler.shape
+    shown = set(shown_numbers(num_frames).tolist())
+    for done, number in enumerate(numbers):
+        latents = _Latents(work, number)
+        files.append(file_of(folder, number, "mp4"))
+        pictures, count = [], 0
+        with video_writer(files[-1], height, width, fps) as write:
+            stream = sampler.stream(
+                number, steps, latents.read(), lambda step, done=done: on_step(done + step // steps)
+            )
+            for chunk, (clean, frames) in enumerate(stream):
+                latents.keep(chunk, clean)
+                for frame in frames.cpu().numpy():
+                    write(frame)
+                    digest.update(frame.data)
+                    if count in shown and number in on_sheet:
+                        pictures.append(torch.from_numpy(frame))
+                    count += 1
+        if pictures:
+            files.append(work.sheet_file(number))
+            write_array(files[-1], torch.stack(pictures).numpy())
+    values = {"device": device_name(), "notes": [], "sha256": digest.hexdigest()}
+    work.mark(unit, values, files)
+    for number in numbers:
+        _Latents(work, number).remove()
+
+
+class _Latents:
+    """Latents of the finished chunks of a clip, in files."""
+
+    def __init__(self, work: Work, number: int):
+        self.folder = work.folder / "latents" / f"{number:06d}"
+
+    def read(self) -> list[Tensor]:
+        """Those that an earlier start left."""
+        found: list[Tensor] = []
+        while (path := self._file(len(found))).is_file():
+            array = read_array(path, "remove it and give the same command again")
+            found.append(torch.from_numpy(array))
+        return found
+
+    def keep(self, chunk: int, latents: Tensor) -> None:
+        """Write those of a chunk, unless they are there."""
+        if not self._file(chunk).is_file():
+            write_array(self._file(chunk), latents.cpu().numpy())
+
+    def remove(self) -> None:
+        """Delete all."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _file(self, chunk: int) -> Path:
+        return self.folder / f"{chunk:06d}.npy"

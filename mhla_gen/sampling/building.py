@@ -8,7 +8,6 @@ import torch
 
 from mhla_gen.config import SampleConfig
 from mhla_gen.errors import UserError
-from mhla_gen.models import load_adapter
 from mhla_gen.pipelines.class_conditional import ClassConditionalPipeline
 from mhla_gen.pipelines.classes import class_numbers
 from mhla_gen.pipelines.guidance import Guidance
@@ -16,11 +15,10 @@ from mhla_gen.pipelines.schedulers import makes_variance, other_scheduler
 from mhla_gen.runtime.compiling import compile_blocks
 from mhla_gen.runtime.cuda_graphs import RecordedForward
 from mhla_gen.sampling.classes import class_labels, ordered_labels
-from mhla_gen.sampling.own_settings import with_defaults, with_own
 from mhla_gen.sampling.prompt_sampler import PromptSampler, embedded_names, read_embeds
 from mhla_gen.sampling.prompts import Prompt, missing_prompts, read_prompts
 from mhla_gen.sampling.samplers import ClassSampler, Sampler
-from mhla_gen.sampling.saved_pipeline import load_folder, pipeline_folder
+from mhla_gen.sampling.saved_pipeline import load_with_settings
 
 _SAMPLES_PER_CLASS = 10
 
@@ -35,12 +33,7 @@ def build_sampler(config: SampleConfig) -> tuple[SampleConfig, Sampler]:
         FileNotFoundError: If the pipeline or a file with prompts is missing.
         ValueError: If settings and pipeline do not fit together.
     """
-    folder = pipeline_folder(config.pipeline)
-    config = with_own(config, folder)
-    pipeline = load_folder(folder, getattr(torch, str(config.dtype)))
-    if config.adapter is not None:
-        load_adapter(pipeline, config.adapter)
-    config = with_defaults(config, pipeline)
+    config, pipeline = load_with_settings(config)
     of_classes = isinstance(pipeline, ClassConditionalPipeline)
     if config.scheduler is not None or config.scheduler_options:
         pipeline.scheduler = other_scheduler(

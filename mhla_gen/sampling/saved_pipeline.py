@@ -9,11 +9,14 @@ import diffusers
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
+from mhla_gen.config import SampleConfig
 from mhla_gen.errors import MissingError, UserError
 from mhla_gen.files.saved import naming_damage, read_json
 from mhla_gen.hub import INDEX_NAME, locate
+from mhla_gen.models import load_adapter
 from mhla_gen.pipelines.class_conditional import ClassConditionalPipeline
 from mhla_gen.pipelines.schedulers import prediction_of
+from mhla_gen.sampling.own_settings import with_defaults, with_own
 
 # Parts of Wan's pipelines.
 _PRECISE = {"vae": torch.float32, "image_encoder": torch.float32}
@@ -36,19 +39,32 @@ def load_pipeline(path: str, dtype: torch.dtype) -> Any:
     Raises:
         FileNotFoundError: If there is nothing to load.
         ValueError: If what is there is no pipeline of this version of diffusers.
+        DamagedFileError: Naming a file that is cut or emptied.
     """
-    return load_folder(pipeline_folder(path), dtype)
+    return _load(_folder_of(path), dtype)
 
 
-def pipeline_folder(path: str) -> Path:
-    """The folder of a pipeline; fetched from the hub if it is there and nowhere else.
+def load_with_settings(config: SampleConfig) -> tuple[SampleConfig, Any]:
+    """The pipeline that a config names, with its adapter, and all settings that draw from it.
 
-    Args:
-        path: As in `load_pipeline`.
+    Returns:
+        The config with the settings of the run that saved the pipeline, or the pipeline's own,
+        where it gives none; and the pipeline, on the CPU.
 
     Raises:
-        FileNotFoundError: If there is nothing to load.
+        FileNotFoundError: As `load_pipeline`.
+        ValueError: As `load_pipeline`, or if the adapter belongs to another model.
     """
+    folder = _folder_of(config.pipeline)
+    config = with_own(config, folder)
+    pipeline = _load(folder, getattr(torch, str(config.dtype)))
+    if config.adapter is not None:
+        load_adapter(pipeline, config.adapter)
+    return with_defaults(config, pipeline), pipeline
+
+
+def _folder_of(path: str) -> Path:
+    """The folder of a pipeline; fetched from the hub if it is there and nowhere else."""
     place = locate(path, newest=True)
     folder = Path(place) if Path(place).is_dir() else _downloaded(place)
     if not (folder / INDEX_NAME).is_file():
@@ -56,17 +72,12 @@ def pipeline_folder(path: str) -> Path:
     return folder
 
 
-def load_folder(folder: Path, dtype: torch.dtype) -> Any:
-    """The pipeline in a folder; arguments, result and errors as those of `load_pipeline`.
-
-    Raises:
-        DamagedFileError: Naming a file that is cut or emptied.
-    """
-    with naming_damage(folder):
-        return _load(folder, dtype)
-
-
 def _load(folder: Path, dtype: torch.dtype) -> Any:
+    with naming_damage(folder):
+        return _loaded(folder, dtype)
+
+
+def _loaded(folder: Path, dtype: torch.dtype) -> Any:
     index = read_json(folder / INDEX_NAME, "save or download the pipeline again")
     name = index.get("_class_name", "")
     if name == ClassConditionalPipeline.__name__:

@@ -38,7 +38,8 @@ def test_the_wheel_holds_one_package(tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     packages = {name.split("/")[0] for name in names}
     assert {name for name in packages if not name.endswith(".dist-info")} == {"mhla_gen"}
-    assert "mhla_gen/py.typed" in names and "mhla_gen/ops/naive.py" in names
+    assert {"mhla_gen/py.typed", "mhla_gen/inspection/page.html"} <= set(names)
+    assert "mhla_gen/ops/naive.py" in names
 
 
 def test_the_operator_imports_without_diffusers():

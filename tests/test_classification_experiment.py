@@ -33,15 +33,17 @@ def stripes(tmp_path):
     return str(tmp_path / "data.npz")
 
 
-@pytest.mark.parametrize("arm", ["mhla-conv-gate", "linformer"])
-def test_a_run_learns_and_scores_held_out_images_at_its_sizes(arm, scripts, stripes):
+def test_a_run_learns_and_scores_held_out_images_at_its_sizes(scripts, stripes):
     run, _ = scripts
-    job = run.Job(arm, 0, stripes, 8, 12, 1, 0, time.time() + 1e6)
+    job = run.Job("mhla-conv-gate", 0, stripes, 8, 12, 1, 0, time.time() + 1e6)
     found = run.train(job)
-    assert found["right"].keys() == ({"64"} if arm == "linformer" else {"64", "96", "128"})
-    assert all(len(digits) == 16 for digits in found["right"].values())
     assert found["train_loss"] < 0.6
     assert run.train(job._replace(deadline=0.0)) is None
+    # Linformer has matrices for one size.
+    other = run.train(job._replace(arm="linformer", epochs=1))
+    for right, sides in ((found["right"], {"64", "96", "128"}), (other["right"], {"64"})):
+        assert right.keys() == sides
+        assert all(len(digits) == 16 for digits in right.values())
 
 
 def test_the_table_pairs_images_and_leaves_out_what_is_missing(scripts):

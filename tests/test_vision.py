@@ -194,7 +194,7 @@ def test_intermediate_features_are_those_of_the_forward_pass():
     assert torch.equal(found, features[1])
 
 
-@pytest.mark.parametrize("kind", ["mhla", "exact"])
+@pytest.mark.parametrize("kind", ["mhla", pytest.param("exact", marks=pytest.mark.slow)])
 def test_the_whole_model_compiles_as_one_graph(kind):
     torch._dynamo.reset()
     model = mhla_gen.inject(softmax_model("class", depth=1), KINDS[kind])

@@ -10,7 +10,7 @@ from tiny import tiny_video
 # Command, settings with {0} for a folder, and what is said.
 MISTAKES = [
     ("sample", "pipeline={0}/nowhere", "there is no such folder"),
-    ("sample", "pipeline={0}/wan", "the WanPipeline in {0}/wan takes prompts; give prompts=TEXT"),
+    ("sample", "pipeline={0}/wan", "the WanPipeline in {0}/wan takes prompts; set prompts=TEXT"),
     ("sample", "pipeline={0}/wan prompts={0}/no.txt", "no.txt does not exist"),
     ("sample", "pipeline={0}/wan prompts={0}/images.jsonl", "no.png of prompt 0 does not exist"),
     (
@@ -18,9 +18,9 @@ MISTAKES = [
         "pipeline={0}/wan prompt_embeds={0}/no.st",
         "prompt_embeds {0}/no.st does not exist",
     ),
-    ("sample", "pipeline={0}/wan output_dir={0}/taken", "has files that this command did not"),
-    ("train", "output_dir={0}/taken", "exists and is no training run"),
-    ("train", "output_dir={0}/run max_steps=7", "holds a run; add resume=latest"),
+    ("sample", "pipeline={0}/wan output_dir={0}/taken", "but files that this command did not"),
+    ("train", "output_dir={0}/taken", "exists and is not a training run"),
+    ("train", "output_dir={0}/run max_steps=7", "contains a run; add resume=latest"),
     ("train", "output_dir={0}/run max_steps=7 seed=3 resume=latest", "seed: found 0, asked for 3"),
     ("train", "data.source=cache data.path={0}/no", "data.path {0}/no does not exist"),
     (

@@ -100,7 +100,7 @@ def test_a_preview_that_cannot_be_drawn_costs_no_training(tmp_path, monkeypatch,
 
     monkeypatch.setattr(mhla_gen.ClassConditionalPipeline, "__call__", with_nan)
     train(replace(plain, output_dir=str(tmp_path / "nan"), **shown))
-    assert "sample 1 of the averaged weights is not finite" in capsys.readouterr().err
+    assert "sample 1 of the EMA weights is not finite" in capsys.readouterr().err
     weights = [
         (tmp_path / name / "pipeline/transformer/diffusion_pytorch_model.safetensors").read_bytes()
         for name in ("plain", "run", "nan")

@@ -159,7 +159,7 @@ def test_units_of_who_knows_what_are_not_gone_on_with(damage, pipeline, tmp_path
     path.write_bytes(b"")
     if damage == "missing":
         path.unlink()
-    with pytest.raises(UserError, match=rf"{path} is damaged .*; remove .*\.work to draw"):
+    with pytest.raises(UserError, match=rf"{path} is damaged .*; remove .*\.work to sample"):
         sample(config)
 
 
@@ -317,8 +317,8 @@ def test_a_batch_that_does_not_fit_is_halved_and_nothing_is_lost(
     sizes = out_of_memory(monkeypatch, most=6)
     sample(set_of(tmp_path / "small", pipeline, batch_size=24, **options))
     said = capsys.readouterr().out
-    assert "out of memory with 24 samples at a time; going on with 12" in said
-    assert "going on with 6" in said and max(sizes) == 24 and sizes[-1] == 6
+    assert "out of memory with 24 samples at a time; continuing with 12" in said
+    assert "continuing with 6" in said and max(sizes) == 24 and sizes[-1] == 6
     whole, small = (arrays_of(tmp_path / name)["arr_0"] for name in ("whole", "small"))
     assert np.abs(whole.astype(int) - small).max() <= 1
 
@@ -330,7 +330,7 @@ def test_less_memory_than_a_repeatable_call_needs_is_noted(pipeline, tmp_path, m
     sample(set_of(tmp_path / "small", pipeline, batch_size=16, **options))
     assert "fewer than model_batch_size 8" in capsys.readouterr().out
     made = json.loads((tmp_path / "small" / "manifest.json").read_text())
-    assert any("going on with 2" in note for note in made["notes"])
+    assert any("continuing with 2" in note for note in made["notes"])
     whole, small = (arrays_of(tmp_path / name)["arr_0"] for name in ("whole", "small"))
     assert np.abs(whole.astype(int) - small).max() <= 1
     monkeypatch.undo()
@@ -403,12 +403,12 @@ DPM = {"scheduler": "DPMSolverMultistepScheduler"}
         ({"classes": ["cow"]}, "no class 'cow'; (did you mean|among its classes are) "),
         ({"scheduler": "Euler"}, "no scheduler 'Euler'"),
         ({"scheduler": "DDPMScheduler"}, "DDPMScheduler cannot take flow_pred.*, such as Flow"),
-        ({"prompts": "a cat"}, "makes images of classes"),
+        ({"prompts": "a cat"}, "is class-conditional"),
         ({"height": 8, "width": 12}, "must be equal, found 8 and 12"),
         ({"height": 9, "width": 9}, "^height and width must be multiples of 2 .*, found 9"),
         ({"guidance_channels": 2}, "guidance_channels must be at most 1, .* found 2"),
         (DPM | {"scheduler_options": {"algorithm_type": "x"}}, "does not take .*'x'}: x is not"),
-        (DPM | {"scheduler_options": {"flow_shift": "x"}}, "cannot plan num_inference_steps=40: "),
+        (DPM | {"scheduler_options": {"flow_shift": "x"}}, "cannot make num_inference_steps=40: "),
         ({"scheduler_options": {"shift": "x"}}, "FlowMatch.* does not take {'shift': 'x'}: "),
         ({"formats": "mp4"}, "formats has mp4, but the samples are images"),
         ({"vae_tiling": True}, "has no tiling"),

@@ -304,7 +304,9 @@ def test_a_model_of_noise_takes_no_flow_scheduler_later():
     pipe = latent_pipeline(DDPMScheduler(variance_type="learned_range"))
     saved = pipe.scheduler.config
     pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(saved)
-    with pytest.raises(ValueError, match="works on flow_prediction, but the model makes epsilon"):
+    with pytest.raises(
+        ValueError, match="works on flow_prediction, but the model predicts epsilon"
+    ):
         draw(pipe)
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(saved)
     with pytest.raises(ValueError, match="cannot use it; choose variance_type=None"):
@@ -316,7 +318,7 @@ def test_a_model_of_noise_takes_no_flow_scheduler_later():
 def test_a_learned_variance_needs_model_and_scheduler():
     pipe = tiny_pipeline()
     learned = DDPMScheduler(variance_type="learned_range")
-    with pytest.raises(ValueError, match="the model makes none"):
+    with pytest.raises(ValueError, match="the model has none"):
         ClassConditionalPipeline(pipe.transformer, learned, prediction_type="epsilon")
     with pytest.raises(ValueError, match="DPMSolverMultistepScheduler cannot use it"):
         latent_pipeline(DPMSolverMultistepScheduler(variance_type="learned"))

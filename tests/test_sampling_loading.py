@@ -155,7 +155,9 @@ def test_a_name_on_the_hub_is_found_in_its_cache(tmp_path):
     assert done.returncode == 0, done.stderr
     first, second = done.stdout.strip().splitlines()
     assert first == "ClassConditionalPipeline ['a', 'b', 'c'] MHLADiTTransformer2DModel"
-    assert second.startswith("pipeline=someone/letters is no folder here, and the hub has no such")
+    assert second.startswith(
+        "pipeline=someone/letters is not a folder here, and the hub has no such"
+    )
 
 
 @pytest.mark.parametrize("name", ["README.md", "samples.png"])

@@ -220,7 +220,7 @@ def test_prompts_from_text_lists_and_files(tmp_path):
     file.write_text("a cat\n\n  two dogs \n")
     assert read_prompts(str(file)) == [Prompt("a cat"), Prompt("two dogs")]
     file.write_text("\n \n")
-    with pytest.raises(ValueError, match="has no prompt; write one a line"):
+    with pytest.raises(ValueError, match="has no prompt; write one per line"):
         read_prompts(str(file))
     (tmp_path / "marked.txt").write_bytes("\ufeffa red square\r\ntwo\r\n".encode())
     assert [p.prompt for p in read_prompts(str(tmp_path / "marked.txt"))] == ["a red square", "two"]
@@ -263,7 +263,7 @@ def test_home_is_expanded_in_prompts(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"prompt": "a", "sed": 1}', "has the key 'sed'; known are prompt"),
+        ('{"prompt": "a", "sed": 1}', "has the key 'sed'; known keys are prompt"),
         ('{"prompt": 3}', "prompt must be a text, found 3"),
         ('{"prompt": "a", "seed": true}', "seed must be a whole number, found True"),
         ('{"prompt": "a", "seed": 1.0}', "seed must be a whole number, found 1.0"),
@@ -286,9 +286,9 @@ def test_lines_that_are_no_prompts_are_named(tmp_path, line, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"prompts": None}, "takes prompts; give prompts=TEXT or FILE"),
-        ({"classes": [1]}, "classes is given, but the WanPipeline"),
-        ({"guidance_interval": (0.1, 0.9)}, "guidance_interval is given"),
+        ({"prompts": None}, "takes prompts; set prompts=TEXT or FILE"),
+        ({"classes": [1]}, "classes is set, but the WanPipeline"),
+        ({"guidance_interval": (0.1, 0.9)}, "guidance_interval is set"),
         ({"height": 40}, "height must be a multiple of 16, found 40"),
         ({"num_frames": 6}, "num_frames must be 1 . a multiple of 4, found 6"),
         ({"formats": ["png"]}, "formats has png, but the samples are videos"),

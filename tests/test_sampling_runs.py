@@ -118,8 +118,8 @@ def test_a_run_is_sampled_with_its_own_settings(run, tmp_path, capsys):
     assert {name: made["settings"][name] for name in expected} == expected
     assert made["shape"] == [9, 32, 48, 3] and made["scheduler"]["flow_shift"] == 4.0
     said = capsys.readouterr().out
-    assert "writing 1 videos of prompts" in said and "3 steps each: 9 × 32 × 48 × 3" in said
-    assert "16 frames a second, guidance 2, float32" in said and "about" not in said
+    assert "writing 1 videos from prompts" in said and "3 steps each: 9 × 32 × 48 × 3" in said
+    assert "16 frames per second, guidance 2, float32" in said and "about" not in said
     # A second start finds the set complete; another number of steps is another set.
     sample(videos_of(tmp_path / "own", run, formats=["npz", "mp4"]))
     assert "nothing to do" in capsys.readouterr().out
@@ -171,7 +171,9 @@ def test_what_nobody_gives_is_the_pipelines_own(tmp_path):
 def test_a_file_of_settings_with_other_keys_is_refused(tmp_path):
     tiny_pipeline().save_pretrained(tmp_path / "pipe")
     (tmp_path / "pipe" / "sampling.json").write_text('{"output_dir": "x"}')
-    with pytest.raises(UserError, match="has the keys output_dir; known are num_inference_steps"):
+    with pytest.raises(
+        UserError, match="has the keys output_dir; known keys are num_inference_steps"
+    ):
         sample(set_of(tmp_path / "set", tmp_path / "pipe"))
 
 

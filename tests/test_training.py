@@ -387,7 +387,7 @@ def test_old_checkpoints_are_removed(tmp_path):
 def test_folders_are_refused_with_the_remedy(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
-    with pytest.raises(FileExistsError, match="is no training run"):
+    with pytest.raises(FileExistsError, match="is not a training run"):
         train(tiny_run(tmp_path / "mine", resume="latest"))
 
     config = tiny_run(tmp_path / "a", max_steps=1)

@@ -47,7 +47,7 @@ def test_a_size_that_is_given_replaces_the_presets():
     assert config.sizes == (4, 2, 16, 72)
     with pytest.raises(ValueError, match=r"model\.preset must be one of DiT-S/2"):
         ModelConfig(preset="DiT-XXL/2")
-    with pytest.raises(ValueError, match=r"model\.num_layers is given"):
+    with pytest.raises(ValueError, match=r"model\.num_layers cannot be set"):
         ModelConfig(pretrained="x", num_layers=2)
 
 

@@ -97,13 +97,13 @@ def test_a_signal_is_answered_by_a_checkpoint(number, tmp_path, monkeypatch, cap
     handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
         patch.setattr(mhla_gen.training.loop.Run, "step", signalled)
-        with pytest.raises(Stopped, match=rf"{number.name} after step 3; .*checkpoint-3 is writ"):
+        with pytest.raises(Stopped, match=rf"{number.name} after step 3; wrote .*checkpoint-3"):
             train(config)
         save_config(replace(config, output_dir=str(tmp_path / "again")), tmp_path / "run.yaml")
         assert main(["train", str(tmp_path / "run.yaml")]) == 130
         said = capsys.readouterr().err
         assert f"stopped by {number.name} after step 3" in said
-        assert "the same command with resume=latest goes on from it" in said
+        assert "the same command with resume=latest resumes" in said
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
     assert list(checkpoints(tmp_path / "stopped")) == [3]
     straight = trained(tiny_run(tmp_path / "straight", max_steps=8))
@@ -140,7 +140,8 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
     try:
         with pytest.raises(
-            OSError, match=r"checkpoint-4 cannot be written .* MB are free .* is .*checkpoint-2"
+            OSError,
+            match=r"checkpoint-4 cannot be written .* MB are free .* checkpoint, .*checkpoint-2",
         ):
             save_checkpoint(run, 4)
     finally:
@@ -244,7 +245,7 @@ def test_a_finished_run_is_not_run_again_and_can_be_extended(tmp_path, capsys):
         before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
         assert main(["train", str(folder / "config.yaml")]) == 0
         printed = capsys.readouterr()
-        assert f"all of its {steps} steps are done, and nothing was run" in printed.err
+        assert f"all {steps} steps are done; nothing was run" in printed.err
         assert f"mhla-gen sample {folder / 'pipeline'}" in printed.out
         assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
@@ -260,7 +261,9 @@ def test_a_finished_run_is_not_run_again_and_can_be_extended(tmp_path, capsys):
         weights_file.write_bytes(b"old")
         train(replace(config, max_steps=8))
         assert weights_file.read_bytes() == whole
-        with pytest.raises(FileExistsError, match=r"has done 8 steps, more than max_steps=7"):
+        with pytest.raises(
+            FileExistsError, match=r"has already done 8 steps, more than max_steps=7"
+        ):
             train(replace(config, max_steps=7))
 
 
@@ -479,7 +482,7 @@ def trained_folder(folder, how):
 
 def test_a_rehearsal_says_what_to_expect(tmp_path):
     summary = rehearse(tiny_run(tmp_path / "a", report_to="tensorboard"))
-    for part in ("M trained", "GFLOP per sample", "s for a step of 8", "take about"):
+    for part in ("M trained", "GFLOP per sample", "s per step of 8", "take about"):
         assert part in summary
     assert not (tmp_path / "a").exists()
 
@@ -519,7 +522,7 @@ def test_two_processes_rehearse_as_one(stages, tmp_path, capsys):
         for said in (alone, together)
     )
     # Said once, of the batch of both.
-    assert len(second) == len(stages or "1") == together.count("a step of 4")
+    assert len(second) == len(stages or "1") == together.count("per step of 4")
     assert second == pytest.approx(first, abs=2e-4)
     assert not (tmp_path / "run").exists()
 
@@ -553,13 +556,13 @@ def test_wandb_gets_curves_and_pictures_and_does_not_touch_the_training(tmp_path
 def test_processes_that_do_not_know_each_other_are_refused(tmp_path, monkeypatch):
     # What a launcher sets; on a CPU accelerate ignores it unless it is told to use the CPU.
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="2 processes were started but accelerate joins 1"):
+    with pytest.raises(ValueError, match="2 processes were started but accelerate sees 1"):
         train(tiny_run(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 
 def test_sharing_a_model_needs_processes(tmp_path):
-    with pytest.raises(ValueError, match="shares a model among processes, found one"):
+    with pytest.raises(ValueError, match="splits a model among processes, found only one"):
         train(tiny_run(tmp_path / "a", parallelism="fsdp"))
 
 
@@ -735,7 +738,9 @@ def test_a_damaged_checkpoint_is_named_and_so_is_a_whole_one(
     said = str(caught.value)
     assert f"{folder / name} is " in said or (name == "run.json" and damage == "changed"), said
     assert "damaged" in said or "missing" in said
-    assert f"whole is {root / 'checkpoint-2'}, from which resume=whole goes on" in said
+    assert (
+        f"resume=whole resumes from the newest intact checkpoint, {root / 'checkpoint-2'}" in said
+    )
     run.config = replace(run.config, resume="whole")
     assert load_latest(run) == 2
     assert list(checkpoints(root)) == [2] and (root / "damaged-checkpoint-4").is_dir()
@@ -787,7 +792,7 @@ def test_checkpoints_of_earlier_versions_are_unpickled_on_request_only(two_check
     run.accelerator.save_state(str(old))
     (old / "run.json").write_text(json.dumps({"step": 4, "num_samples": 1797}))
     save_config(config, old / "config.yaml")
-    with pytest.raises(UserError, match=r"holds pickles.*unpickle_checkpoint=true"):
+    with pytest.raises(UserError, match=r"contains pickles.*unpickle_checkpoint=true"):
         train(config)
     train(replace(config, unpickle_checkpoint=True))
     found = load_pipeline(f"{config.output_dir}/pipeline", torch.float32)

@@ -39,8 +39,8 @@ from mhla_gen.training.training_run import build_run
 def distill(config: TrainConfig) -> Path:
     """Run the stages of a distillation, each the training loop in a folder of its own.
 
-    A finished stage is not run again, and an interrupted one goes on exactly with `resume=latest`.
-    Each stage starts from the averaged weights that the one before saved.
+    A finished stage is not run again, and an interrupted one is resumed exactly by `resume=latest`.
+    Each stage starts from the EMA weights that the previous one saved.
 
     Args:
         config: Settings with `distill`; `output_dir` gets config.yaml, a folder for each stage, and

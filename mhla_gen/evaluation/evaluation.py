@@ -161,7 +161,7 @@ class Scoring:
             "unreadable": list(samples.unreadable),
             "sha256": samples.digest,
             "manifests": [
-                read_json(path, "draw the set again, or remove it")
+                read_json(path, "sample the set again, or remove it")
                 for path in _manifests(self.config.samples)
             ],
         }

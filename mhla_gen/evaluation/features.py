@@ -23,8 +23,8 @@ from mhla_gen.files.digests import settings_digest
 from mhla_gen.media.pictures import UnreadableImageError
 from mhla_gen.runtime.processes import on_main
 
-# Images per file of features. Fixed, so that another number of processes goes on with the same
-# files; an interruption loses one chunk a process, and in the end the others wait for it.
+# Images per file of features. Fixed, so that another number of processes can use the same
+# files; an interruption loses one chunk per process, and in the end the others wait for it.
 CHUNK = 256
 # Of the files; those of another are computed again.
 FORMAT = 2
@@ -81,8 +81,8 @@ def extract_features(
     """Features of all images, computed once per content and protocol.
 
     Every process takes each n-th chunk and writes it to `cache_dir`, which all must share; chunks
-    that are there already are not computed again. So an interrupted run goes on where it stopped,
-    and the result does not depend on the number of processes.
+    that exist are not computed again. So an interrupted run is resumed where it stopped, and the
+    result does not depend on the number of processes.
 
     Args:
         source: The images.

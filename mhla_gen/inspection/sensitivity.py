@@ -18,12 +18,12 @@ _FREE = ("output_dir", "softmax_layers", "max_error", "device")
 def sensitivity(config: SensitivityConfig, dry_run: bool = False) -> Path:
     """Measure the output error that each layer would cause alone, and plan for a budget.
 
-    The scan writes down each layer when it is measured: an interrupted one goes on with the same
-    command, and a finished one answers for another budget without measuring again.
+    Every layer is recorded when it is measured: the same command resumes an interrupted scan, and
+    a finished one plans for another budget without measuring again.
 
     Args:
         config: Settings.
-        dry_run: Load and check everything, say what would be measured, and write nothing.
+        dry_run: Load and check everything, print what would be measured, and write nothing.
 
     Returns:
         The folder with sensitivity.json, sensitivity.png and, for a budget, plan.yaml.

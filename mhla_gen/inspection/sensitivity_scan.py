@@ -106,7 +106,7 @@ class Scan:
         return {index: name for index, name in enumerate(names) if name in tried}
 
     def claim(self, folder: Path) -> None:
-        """Make the output folder ours, or go on with it.
+        """Claim the output folder, or resume it.
 
         Raises:
             FileExistsError: If it was measured on other weights.

@@ -54,18 +54,18 @@ def check_scheduler(scheduler: Any, prediction_type: str, learned_variance: bool
             )
         if expected != prediction_type or not scheduler.config.use_flow_sigmas:
             raise UserError(
-                f'{name} needs prediction_type="flow_prediction" and use_flow_sigmas=True for what '
-                "this model makes"
+                f'{name} needs prediction_type="flow_prediction" and use_flow_sigmas=True for '
+                "this model"
             )
     elif expected != prediction_type:
         raise UserError(
-            f"{name} works on {expected}, but the model makes {prediction_type}; "
+            f"{name} works on {expected}, but the model predicts {prediction_type}; "
             "choose a scheduler or its options to match"
         )
     if learns_variance(scheduler) and not (learned_variance and name in _LEARNING):
-        reason = "the model makes none" if not learned_variance else f"{name} cannot use it"
+        reason = "the model has none" if not learned_variance else f"{name} cannot use it"
         raise UserError(
-            f"variance_type={_setting(scheduler, 'variance_type')} takes a learned variance, but "
+            f"variance_type={_setting(scheduler, 'variance_type')} needs a learned variance, but "
             f"{reason}; choose variance_type={_default(type(scheduler), 'variance_type')}"
         )
 

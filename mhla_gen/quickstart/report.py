@@ -50,7 +50,7 @@ def table(metrics: dict[str, Any]) -> str:
 
 
 def next_commands(folder: Path, max_steps: int) -> list[str]:
-    """Three commands that go on from here, as a shell takes them."""
+    """Three commands to continue with, as a shell takes them."""
     command, python = _program("mhla-gen"), shlex.quote(_relative(sys.executable))
     pipeline = shlex.quote(str(folder / "pipeline"))
     trained = shlex.quote(str(folder / "training" / "mhla" / "config.yaml"))

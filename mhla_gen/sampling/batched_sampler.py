@@ -118,7 +118,7 @@ class BatchedSampler:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         before, self.rows = self.rows, max(1, self.rows // 2)
-        text = f"out of memory with {before} samples at a time; going on with {self.rows}"
+        text = f"out of memory with {before} samples at a time; continuing with {self.rows}"
         if self.reproducible and self.rows < self.units.rows:
             for parts in self._parts:
                 parts.rows = min(parts.rows, self.rows)

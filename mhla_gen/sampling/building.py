@@ -55,10 +55,10 @@ def build_sampler(config: SampleConfig) -> tuple[SampleConfig, Sampler]:
 def _of_classes(config: SampleConfig, pipeline: ClassConditionalPipeline) -> ClassSampler:
     for key in ("prompts", "prompt_embeds", "image", "num_frames", "guidance_scale_2"):
         if getattr(config, key) is not None:
-            raise UserError(f"{key} is given, but {config.pipeline} makes images of classes")
+            raise UserError(f"{key} is set, but {config.pipeline} is class-conditional")
     if config.height != config.width:
         raise UserError(
-            "images of classes are square: height and width must be equal, found "
+            "class-conditional images are square: height and width must be equal, found "
             f"{config.height} and {config.width}"
         )
     multiple = pipeline.size_multiple
@@ -88,7 +88,7 @@ def _check_steps(scheduler: Any, steps: int) -> None:
         scheduler.set_timesteps(steps)
     except (TypeError, ValueError, RuntimeError) as error:
         name, reason = type(scheduler).__name__, str(error).splitlines()[0]
-        raise UserError(f"{name} cannot plan num_inference_steps={steps}: {reason}") from error
+        raise UserError(f"{name} cannot make num_inference_steps={steps}: {reason}") from error
 
 
 def _labels(config: SampleConfig, names: list[str]) -> np.ndarray:
@@ -109,7 +109,7 @@ def _of_prompts(config: SampleConfig, pipeline: Any) -> PromptSampler:
     }
     for key, given in unused.items():
         if given:
-            raise UserError(f"{key} is given, but the {name} in {config.pipeline} takes prompts")
+            raise UserError(f"{key} is set, but the {name} in {config.pipeline} takes prompts")
     prompts, embeds = _prompts(config, pipeline)
     if prompts is None:
         raise UserError(missing_prompts(name, config.pipeline))
@@ -154,7 +154,7 @@ def place(config: SampleConfig, pipeline: Any, device: torch.device) -> None:
     if config.offload == "none":
         pipeline.to(device)
     elif device.type == "cpu":
-        raise UserError(f"offload={config.offload} needs a GPU to offload from; found none")
+        raise UserError(f"offload={config.offload} needs a GPU, found none")
     elif config.offload == "model":
         pipeline.enable_model_cpu_offload(device=device)
     else:

@@ -34,7 +34,7 @@ def check(pipeline: str) -> Path:
         # A picture is ours where the card is.
         if path.exists() and not ours:
             what = "a card" if path == card else "a picture"
-            raise OccupiedError(f"{path} is not {what} of ours; move it away or leave card=false")
+            raise OccupiedError(f"{path} is not {what} of ours; move it away or set card=false")
     return folder
 
 
@@ -53,7 +53,7 @@ def write(pipeline: str, samples: Path) -> Path:
         OSError: If there is a README.md that we did not write.
     """
     folder = check(pipeline)
-    made = read_json(samples / MANIFEST_NAME, "draw the set again")
+    made = read_json(samples / MANIFEST_NAME, "sample the set again")
     pictured = (samples / SHEET_NAME).is_file()
     card = ModelCard(f"---\n{_metadata(made).to_yaml()}\n---\n\n{_text(made, pictured)}")
     # First: by it the picture is known as ours.
@@ -92,14 +92,14 @@ def _text(made: dict[str, Any], pictured: bool) -> str:
         )
     else:
         load = (
-            "import mhla_gen  # knows the attention\nfrom diffusers import DiffusionPipeline\n\n"
+            "import mhla_gen  # registers its classes\nfrom diffusers import DiffusionPipeline\n\n"
             "pipe = DiffusionPipeline.from_pretrained(FOLDER)"
         )
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     picture = f"![samples]({PICTURE_NAME})\n\n" if pictured else ""
     return (
         f"{_MARK}\n\n# {made['pipeline']}\n\n{picture}"
-        f"Samples were made with these settings, seed {settings['seed']}:\n\n"
+        f"The samples were made with these settings and seed {settings['seed']}:\n\n"
         f"| | |\n|---|---|\n{table}\n\n```python\n{load}\n```\n\n"
         "FOLDER is this folder, or what `huggingface_hub.snapshot_download` returns for this "
         "repository.\n"

@@ -77,7 +77,7 @@ def _seconds_of_a_unit(sampler: Sampler, units: Units, steps: int, reproducible:
 
 
 def size(sampler: Sampler, formats: tuple[str, ...]) -> str:
-    """How much disk the samples take, in words."""
+    """How much disk space the samples take, in words."""
     pixels = len(sampler) * math.prod(sampler.shape)
     # PNG of photographs saves about a third; mp4 depends on the content too much to say.
     sizes = {"npz": f"npz {megabytes(pixels)}", "png": f"png at most {megabytes(pixels)}"}

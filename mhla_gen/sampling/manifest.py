@@ -1,4 +1,4 @@
-"""What made a sample set: what must be equal to go on with it, what a reader wants to know."""
+"""How a sample set was made: what must be equal to resume it, and what a reader wants to know."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Settings that a user does not give: those of the run that saved a pipeline, or the pipeline's."""
+"""Settings that the user leaves out: from the run that saved a pipeline, or the pipeline itself."""
 
 import inspect
 import math
@@ -16,9 +16,9 @@ from mhla_gen.hub import SAMPLING_NAME
 _CALLED_WITH = ("num_inference_steps", "guidance_scale")
 _SIZES = ("height", "width", "num_frames")
 OWN = (*_CALLED_WITH, *_SIZES, "fps", "dtype")
-"""Settings that may be the pipeline's own."""
+"""Settings with defaults from the pipeline."""
 FREE = ("output_dir", "batch_size", "device", "offload", "card")
-"""A set may be gone on with under other values of these: they do not change a sample."""
+"""A set may be resumed with other values of these: they do not change a sample."""
 _FPS = 16.0
 # safetensors' names of what `dtype` may be; weights of fewer bits are computed with in float32.
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -30,9 +30,9 @@ def free_of(config: SampleConfig) -> tuple[str, ...]:
 
 
 def with_own(config: SampleConfig, folder: Path) -> SampleConfig:
-    """A config with the settings that lie beside a pipeline, where it gives none.
+    """A config completed with the settings saved beside a pipeline.
 
-    Also its dtype, if nothing else says one: that of the weights.
+    The dtype is that of the weights if nothing else sets it.
 
     Args:
         config: As the user gave it.
@@ -42,18 +42,20 @@ def with_own(config: SampleConfig, folder: Path) -> SampleConfig:
         UserError: If the file beside the pipeline holds anything else.
     """
     path = folder / SAMPLING_NAME
-    remedy = f"give the settings, and remove it, or take another pipeline than {folder}"
+    remedy = f"set these settings yourself and remove it, or use another pipeline than {folder}"
     known = read_json(path, remedy) if path.is_file() else {}
     with naming_damage(folder):
         own = {"dtype": _saved_dtype(folder)} | known
     unknown = sorted(own.keys() - set(OWN))
     if unknown:
-        raise UserError(f"{path} has the keys {', '.join(unknown)}; known are {', '.join(OWN)}")
+        raise UserError(
+            f"{path} has the keys {', '.join(unknown)}; known keys are {', '.join(OWN)}"
+        )
     return _filled(config, own)
 
 
 def with_defaults(config: SampleConfig, pipeline: Any) -> SampleConfig:
-    """A config with the defaults of a pipeline where nothing else says a number.
+    """A config completed with the defaults of a pipeline.
 
     Sizes stay out: of these a pipeline knows what it takes for None.
     """

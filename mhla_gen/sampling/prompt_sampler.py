@@ -206,7 +206,9 @@ class PromptSampler:
         name = type(self.pipeline).__name__
         for number, prompt in enumerate(self.prompts):
             if self.takes_image and prompt.image is None:
-                raise UserError(f"{name} needs an image; prompt {number} has none, nor has image=")
+                raise UserError(
+                    f"{name} needs an image; prompt {number} has none, and image= is not set"
+                )
             if prompt.image is not None and not self.takes_image:
                 raise UserError(f"prompt {number} has an image, but {name} takes none")
         for number, prompt in enumerate(self.prompts):

@@ -44,13 +44,13 @@ def read_prompts(prompts: Any) -> list[Prompt]:
     else:
         found = [Prompt(prompts)]
     if not found:
-        raise UserError(f"prompts={prompts} has no prompt; write one a line")
+        raise UserError(f"prompts={prompts} has no prompt; write one per line")
     return found
 
 
 def missing_prompts(name: str, pipeline: str) -> str:
     """What to say where a pipeline of this class gets no prompts."""
-    return f"the {name} in {pipeline} takes prompts; give prompts=TEXT or FILE"
+    return f"the {name} in {pipeline} takes prompts; set prompts=TEXT or FILE"
 
 
 def _file_of(prompts: str) -> Path | None:
@@ -87,7 +87,7 @@ def _prompt_of(row: Row) -> Prompt:
     place, values = row
     for key, value in values.items():
         if key not in _KEYS:
-            raise UserError(f"{place} has the key {key!r}; known are {', '.join(_KEYS)}")
+            raise UserError(f"{place} has the key {key!r}; known keys are {', '.join(_KEYS)}")
         # true and false are whole numbers to Python.
         if value is not None and (not isinstance(value, _KEYS[key]) or isinstance(value, bool)):
             kind = "a text" if _KEYS[key] is str else "a whole number"

@@ -167,5 +167,5 @@ def require_finite(sampler: Sampler, numbers: Sequence[int], *tensors: Tensor | 
     seed = sampler.record(first)["seed"]
     raise NotFiniteError(
         f"sample {first} ({one_line(sampler.title(first))}, seed {seed}) is not finite: the model "
-        "gave NaN or infinity; try dtype=float32 or bfloat16, or another checkpoint"
+        "returned NaN or infinity; try dtype=float32 or bfloat16, or another checkpoint"
     )

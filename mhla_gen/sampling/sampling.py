@@ -121,14 +121,14 @@ class Job:
         """The set in words."""
         if isinstance(self.sampler, ClassSampler):
             return f"{len(self.sampler)} images of {len(np.unique(self.sampler.labels))} classes"
-        return f"{len(self.sampler)} {'videos' if self.sampler.is_video else 'images'} of prompts"
+        return f"{len(self.sampler)} {'videos' if self.sampler.is_video else 'images'} from prompts"
 
     @property
     def described(self) -> str:
         """The set with its settings, in words."""
         config, shape = self.config, " × ".join(map(str, self.sampler.shape))
         guidance = "" if config.guidance_scale is None else f", guidance {config.guidance_scale:g}"
-        rate = f", {config.fps:g} frames a second" if self.sampler.is_video else ""
+        rate = f", {config.fps:g} frames per second" if self.sampler.is_video else ""
         formats = self.formats if config.keep_samples else ()
         count = self.state.num_processes
         return (
@@ -138,7 +138,7 @@ class Job:
         )
 
     def rehearse(self) -> None:
-        """Say what would be made, how large, and how long it would take."""
+        """Print what would be sampled, how large it is, and how long it would take."""
         place(self.config, self.sampler.pipeline, self.device)
         scorer = self._scorer()
         processes = self.state.num_processes
@@ -146,11 +146,11 @@ class Job:
         if self.state.is_main_process:
             print(
                 f"would write {self.described}; {time}{estimate.memory()}"
-                + (", measured on the way" if scorer else "")
+                + (", evaluated on the way" if scorer else "")
             )
 
     def run(self) -> None:
-        """Draw what is missing, and finish the set."""
+        """Sample what is missing, and finish the set."""
         scorer, processes = self._scorer(), self.state.num_processes
         place(self.config, self.sampler.pipeline, self.device)
         on_main(self._begin)
@@ -168,7 +168,7 @@ class Job:
             print(f"wrote {self.summary} to {self.folder}")
 
     def _identity(self) -> dict[str, Any]:
-        """What decides the samples; refuses a folder where it was something else."""
+        """What determines the samples; refuses a folder with samples of something else."""
         weights = weights_of(self.sampler.pipeline)
         exact = self.config.reproducible
         found = identity(self.sampler, self.units, weights, self.device, exact)
@@ -176,7 +176,7 @@ class Job:
         changes = [] if before is None else differing_values(before, found)
         if changes:
             raise OccupiedError(
-                f"output_dir {self.folder} was begun with another model, other samples or another "
+                f"output_dir {self.folder} was made with another model, other samples or another "
                 f"kind of device ({'; '.join(changes)}); choose another output_dir or move it away"
             )
         return found
@@ -256,7 +256,7 @@ class Job:
         for name, size in _manifest_in(self.folder).get("bytes", {}).items():
             found = size_of(self.folder / name)
             if found != size:
-                remedy = f"remove {self.folder / MANIFEST_NAME} to draw the set again"
+                remedy = f"remove {self.folder / MANIFEST_NAME} to sample the set again"
                 raise DamagedFileError(self.folder / name, f"{found} bytes of {size}", remedy)
 
     def _finish_samples(self) -> list[str]:
@@ -290,7 +290,7 @@ def _formats(config: SampleConfig, sampler: Sampler) -> tuple[str, ...]:
 def _manifest_in(folder: Path) -> dict[str, Any]:
     """The manifest of a finished set; nothing before that."""
     path = folder / MANIFEST_NAME
-    return read_json(path, "remove it to draw the set again") if path.is_file() else {}
+    return read_json(path, "remove it to sample the set again") if path.is_file() else {}
 
 
 def size_of(path: Path) -> int:

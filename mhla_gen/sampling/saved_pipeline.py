@@ -68,7 +68,7 @@ def _folder_of(path: str) -> Path:
     place = locate(path, newest=True)
     folder = Path(place) if Path(place).is_dir() else _downloaded(place)
     if not (folder / INDEX_NAME).is_file():
-        raise MissingError(f"pipeline={path} is a part of a pipeline: no {INDEX_NAME} there")
+        raise MissingError(f"pipeline={path} is only a part of a pipeline, without {INDEX_NAME}")
     return folder
 
 
@@ -92,7 +92,7 @@ def _loaded(folder: Path, dtype: torch.dtype) -> Any:
     try:
         pipeline = found.from_pretrained(folder, dtype=precise, **absent)
     except (KeyError, AttributeError, TypeError) as error:
-        raise UserError(f"{folder} is not a whole {name}: {error}") from error
+        raise UserError(f"{folder} is not a complete {name}: {error}") from error
     if name == "DiTPipeline":
         return class_conditional(pipeline, index.get("id2label") or {})
     return pipeline
@@ -138,5 +138,5 @@ def _downloaded(name: str) -> Path:
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise MissingError(
-            f"pipeline={name} is no folder here, and the hub has no such pipeline: {reason}"
+            f"pipeline={name} is not a folder here, and the hub has no such pipeline: {reason}"
         ) from error

@@ -49,7 +49,7 @@ class Scorer:
         clip, self._frame = self._measurer.clip, shape[-3:-1]
         if (clip is not None) != (len(shape) == 4):
             raise EvaluationError(
-                "evaluate.features.extractor=i3d measures videos, the others measure images"
+                "evaluate.features.extractor=i3d measures videos; the others measure images"
             )
         if clip is not None:
             clip.indices(shape[0])

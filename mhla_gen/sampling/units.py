@@ -81,7 +81,7 @@ class Work:
             except (UserError, AttributeError):
                 wrong = [self._mark_file(unit).name]
             if wrong:
-                print(f"{wrong[0]} is damaged or missing: its samples are drawn again")
+                print(f"{wrong[0]} is damaged or missing: its samples are made again")
                 self._mark_file(unit).unlink()
 
     def _mark_file(self, unit: int) -> Path:
@@ -123,7 +123,7 @@ class Work:
     def identity(self) -> dict[str, Any] | None:
         """What decides the samples, as the first start wrote it; None before that."""
         path = self.folder / "identity.json"
-        remedy = f"remove {self.folder} to draw the set from its beginning"
+        remedy = f"remove {self.folder} to sample the set from the start"
         if path.is_file():
             return read_json(path, remedy)
         if self.done():

@@ -1,4 +1,4 @@
-"""Checkpoints: folders `checkpoint-N` with all that a run needs to go on exactly."""
+"""Checkpoints: folders `checkpoint-N` with all that is needed to resume a run exactly."""
 
 import os
 import shutil
@@ -100,8 +100,8 @@ def _end(run: Run, partial: Path, target: Path, step: int, every: list[Any]) -> 
         last = last_checkpoint(target.parent) or "none"
         free = shutil.disk_usage(target.parent).free / 1e6
         reason = (
-            f"{error.strerror}; {free:.3g} MB are free there; the last checkpoint, from which "
-            f"resume=latest goes on, is {last}"
+            f"{error.strerror}; {free:.3g} MB are free there; resume=latest will resume from the "
+            f"last checkpoint, {last}"
         )
         raise WriteError(error.errno, reason, str(target)) from error
     except BaseException:
@@ -132,7 +132,7 @@ def require_whole_pipeline(folder: Path) -> None:
         DamagedFileError: Naming one that is missing, or whose weights have another size.
     """
     pipeline = folder / PIPELINE_NAME
-    remedy = f"remove {pipeline} and go on with resume=latest, which saves it again"
+    remedy = f"remove {pipeline} and run again with resume=latest, which saves it again"
     known = read_json(pipeline / FACTS_NAME, remedy).get("files", {})
     found = sizes_below(pipeline)
     for name, fact in known.items():
@@ -173,8 +173,8 @@ def load_latest(run: Run) -> int:
     if facts["num_samples"] != len(run.data):
         raise UserError(
             f"{folder} was trained on {facts['num_samples']} samples, but the data are "
-            f"{len(run.data)} now: the run cannot go on exactly; restore the data, or start a new "
-            "run in another output_dir"
+            f"{len(run.data)} now: the run cannot be resumed exactly; restore the data, or start "
+            "a new run in another output_dir"
         )
     if not holds_pickles(folder):
         changes = different_weights(folder, run.accelerator.unwrap_model(run.model))
@@ -192,7 +192,7 @@ def load_latest(run: Run) -> int:
 
 
 def _chosen(run: Run) -> Path | None:
-    """The checkpoint to go on from."""
+    """The checkpoint to resume from."""
     root = Path(run.config.output_dir)
     tidy(root)
     damaged: list[Path] = []
@@ -201,9 +201,9 @@ def _chosen(run: Run) -> Path | None:
         if problem is None:
             if holds_pickles(folder) and not run.config.unpickle_checkpoint:
                 raise UserError(
-                    f"{folder} holds pickles, as those of earlier versions did, and they run as "
-                    "programs when they are read; if you trust it, go on once with "
-                    "unpickle_checkpoint=true: the next checkpoint holds none"
+                    f"{folder} was written by an earlier version and contains pickles, which can "
+                    "execute code when they are read; if you trust it, resume once with "
+                    "unpickle_checkpoint=true: the next checkpoint has none"
                 )
             for path in damaged:
                 os.replace(path, path.with_name(f"damaged-{path.name}"))
@@ -220,12 +220,12 @@ def _remedy(root: Path, damaged: Path) -> str:
     others = [path for path in reversed(checkpoints(root).values()) if path != damaged]
     whole = next((path for path in others if problem_of(path) is None), None)
     if whole is None:
-        return "no other checkpoint is whole; restore it, or start anew in another output_dir"
-    return f"the newest checkpoint that is whole is {whole}, from which resume=whole goes on"
+        return "no other checkpoint is intact; restore it, or start again in another output_dir"
+    return f"resume=whole resumes from the newest intact checkpoint, {whole}"
 
 
 def problem_of(folder: Path, kinds: tuple[str, ...] | None = None) -> str | None:
-    """Which file of a checkpoint is damaged, and how; None if it is whole.
+    """Which file of a checkpoint is damaged, and how; None if it is intact.
 
     Args:
         folder: `checkpoint-N`.
@@ -239,17 +239,17 @@ def problem_of(folder: Path, kinds: tuple[str, ...] | None = None) -> str | None
 
 
 def facts_in(folder: Path) -> dict[str, Any]:
-    """What a checkpoint says of itself: `step`, `num_samples`, `files`.
+    """The facts in a checkpoint: `step`, `num_samples`, `files`.
 
     Raises:
-        DamagedFileError: If it does not.
+        DamagedFileError: If they are missing.
     """
     path, remedy = folder / FACTS_NAME, "use another checkpoint"
     if not path.is_file():
         raise DamagedFileError(path, "it is missing", remedy)
     facts = read_json(path, remedy)
     if not isinstance(facts, dict) or not {"step", "num_samples"} <= facts.keys():
-        raise DamagedFileError(path, "it does not say which step this is", remedy)
+        raise DamagedFileError(path, "the step is missing", remedy)
     return {"files": {}, **facts}
 
 

@@ -159,7 +159,7 @@ def mean_by_timestep(losses: Tensor, timesteps: Tensor) -> dict[str, float]:
 
 
 def not_finite(run: Run, number: int, positions: Sequence[int]) -> str:
-    """What to say of step `number`, counted from 0, whose loss or gradient is not finite.
+    """The message about step `number`, counted from 0, whose loss or gradient is not finite.
 
     Args:
         run: What is trained.
@@ -172,7 +172,7 @@ def not_finite(run: Run, number: int, positions: Sequence[int]) -> str:
     if not positions:
         what = f"the gradient of step {number + 1} is not finite"
     last = last_checkpoint(Path(run.config.output_dir))
-    # Going on exactly would come to the same step, and resume=latest refuses other settings.
+    # Resuming exactly would end in the same step, and resume=latest refuses other settings.
     kept = f"the last good checkpoint is {last}" if last else "there is no checkpoint"
     return (
         f"{what}; {kept}; start again in another output_dir with a lower learning_rate or "

@@ -44,10 +44,10 @@ from mhla_gen.training.undisturbed import undisturbed
 
 
 def train(config: TrainConfig, title: str = "training") -> Path:
-    """Train, writing a log, checkpoints, and at the end the pipeline with the averaged weights.
+    """Train, writing a log, checkpoints, and at the end the pipeline with the EMA weights.
 
-    Step k is a function of the config and of the weights before it, so a run that was interrupted
-    goes on exactly with `resume=latest`. SIGTERM, and a first SIGINT, are answered by a checkpoint.
+    Step k is a function of the config and of the weights before it, so `resume=latest` resumes an
+    interrupted run exactly. SIGTERM and a first SIGINT stop it with a checkpoint.
 
     Args:
         config: Settings; `output_dir` gets config.yaml, log.jsonl, checkpoint-N, previews and
@@ -72,8 +72,8 @@ def train(config: TrainConfig, title: str = "training") -> Path:
         if pipeline_steps(folder) == config.max_steps:
             on_main(lambda: require_whole_pipeline(folder))
             if build_accelerator(config).is_main_process:
-                done = f"{folder} is already finished: all of its {config.max_steps} steps are done"
-                tqdm.write(f"{done}, and nothing was run", file=sys.stderr)
+                done = f"{folder} is already finished: all {config.max_steps} steps are done"
+                tqdm.write(f"{done}; nothing was run", file=sys.stderr)
             return folder / PIPELINE_NAME
         return run_to_end(build_run(config), title)
 
@@ -112,8 +112,8 @@ def run_to_end(run: Run, title: str) -> Path:
                 if stopping:
                     again = "" if config.resume == "latest" else " with resume=latest"
                     raise Stopped(
-                        f"{stop.name} after step {done}; {last_checkpoint(folder)} is written, "
-                        f"and the same command{again} goes on from it"
+                        f"{stop.name} after step {done}; wrote {last_checkpoint(folder)}, from "
+                        f"which the same command{again} resumes"
                     )
                 if _due(done, config.sample_every):
                     write_previews(run, done)
@@ -159,7 +159,7 @@ def _catch_up(run: Run, start: int) -> None:
 
 
 def _checkpoint_due(step: int, config: TrainConfig) -> bool:
-    # The last step, too: a run may go on with more of them.
+    # The last step, too: a run may be continued with more steps.
     last = config.checkpoint_every > 0 and step == config.max_steps
     return last or _due(step, config.checkpoint_every)
 

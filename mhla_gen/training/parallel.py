@@ -68,12 +68,12 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
     if started != accelerator.num_processes:
         # Each would train alone, and all of them write into one folder.
         raise UserError(
-            f"{started} processes were started but accelerate joins {accelerator.num_processes}; "
+            f"{started} processes were started but accelerate sees {accelerator.num_processes}; "
             "without GPUs, set ACCELERATE_USE_CPU=1 and start them with torchrun"
         )
     if sharded and accelerator.num_processes == 1:
         raise UserError(
-            "parallelism=fsdp shares a model among processes, found one; start them with "
+            "parallelism=fsdp splits a model among processes, found only one; start several with "
             "`accelerate launch train/train.py CONFIG.yaml`, or use parallelism=ddp"
         )
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:

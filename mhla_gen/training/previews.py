@@ -40,7 +40,7 @@ def write_previews(run: Run, step: int) -> None:
     """
     # Where processes share a model, one that gave up would leave the others waiting.
     shared = run.accelerator.is_fsdp2 and run.accelerator.num_processes > 1
-    kept = not_worth_failing(f"the preview of step {step}", "training goes on")
+    kept = not_worth_failing(f"the preview of step {step}", "training continues")
     with nullcontext() if shared else kept:
         samples = make_samples(run, run.config.samples)
         matrices = mean_mixing(run.accelerator.unwrap_model(run.model))

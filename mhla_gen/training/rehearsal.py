@@ -64,7 +64,7 @@ def rehearse(config: TrainConfig, build: BuildTask = build_task) -> str:
         f"{run.task.summary}; {config.model.attention} model with "
         f"{sum(parameters) / 1e6:.2f} M parameters, {trained / 1e6:.2f} M trained{flops}; "
         f"first loss {loss:.4f}; "
-        f"{seconds:.3g} s for a step of {size}{memory}; {config.max_steps} steps of "
+        f"{seconds:.3g} s per step of {size}{memory}; {config.max_steps} steps of "
         f"{config.batch_size} are {epochs:.1f} epochs and take about {total}"
         f"{f'; {left_out}' if left_out else ''}"
     )

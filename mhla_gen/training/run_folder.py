@@ -1,4 +1,4 @@
-"""The folder of a run: what is in it, and whether these settings may go on with it."""
+"""The folder of a run: what is in it, and whether it can be resumed with these settings."""
 
 from pathlib import Path
 
@@ -51,11 +51,11 @@ def pipeline_steps(folder: Path) -> int:
     path = folder / PIPELINE_NAME / FACTS_NAME
     if not path.is_file():
         return 0
-    return read_json(path, f"remove {path.parent} and go on with resume=latest")["step"]
+    return read_json(path, f"remove {path.parent} and run again with resume=latest")["step"]
 
 
 def check_output_dir(config: TrainConfig) -> None:
-    """Raise unless the output folder is free, or holds a run that this config may go on with.
+    """Raise unless the output folder is free, or has a run that this config can resume.
 
     Raises:
         FileExistsError: If it holds anything else.
@@ -67,11 +67,11 @@ def check_output_dir(config: TrainConfig) -> None:
         return
     if not (folder / CONFIG_NAME).is_file():
         raise OccupiedError(
-            f"output_dir {folder} exists and is no training run; choose another one"
+            f"output_dir {folder} exists and is not a training run; choose another one"
         )
     if config.resume == "never":
         raise OccupiedError(
-            f"output_dir {folder} holds a run; add resume=latest to go on with it, "
+            f"output_dir {folder} contains a run; add resume=latest to resume it, "
             "or choose another one"
         )
     changes = [
@@ -81,15 +81,15 @@ def check_output_dir(config: TrainConfig) -> None:
     ]
     if changes:
         raise OccupiedError(
-            f"the run in {folder} had other settings and cannot go on exactly "
-            f"({'; '.join(changes)}); choose another output_dir, or give it the settings it had"
+            f"the run in {folder} had other settings and cannot be resumed exactly "
+            f"({'; '.join(changes)}); choose another output_dir, or use its settings"
         )
     done = max([pipeline_steps(folder), *checkpoints(folder)])
     # The steps of a distillation are those of its stages, which have folders of their own.
     if config.distill is None and done > config.max_steps:
         raise OccupiedError(
-            f"the run in {folder} has done {done} steps, more than max_steps={config.max_steps}; "
-            f"choose another output_dir, or max_steps of at least {done}"
+            f"the run in {folder} has already done {done} steps, more than max_steps="
+            f"{config.max_steps}; choose another output_dir, or max_steps of at least {done}"
         )
 
 

@@ -72,7 +72,7 @@ def preview_pixels(numbers: Sequence[int], images: np.ndarray) -> np.ndarray:
     """
     for number, image in zip(numbers, images, strict=True):
         if not np.isfinite(image).all():
-            raise NotFiniteError(f"sample {number} of the averaged weights is not finite")
+            raise NotFiniteError(f"sample {number} of the EMA weights is not finite")
     return np.round(images * 255).astype(np.uint8)
 
 

@@ -143,7 +143,7 @@ class Run:
                 try:
                     yield model
                 finally:
-                    # Training may go on after a preview that failed.
+                    # Training continues after a preview that failed.
                     model.train()
                     free_whole(model)
 

@@ -49,7 +49,7 @@ _CAPTIONS_PER_CHUNK = 256
 
 
 def build_cache(config: CacheConfig, dry_run: bool = False) -> str:
-    """Encode a data set; goes on where an interrupted run stopped.
+    """Encode a data set, or resume where an interrupted run stopped.
 
     Any number of processes share the work, and the files do not depend on how many.
 

@@ -25,8 +25,8 @@ _LINE_TILE = 16
 _TILE_TOKENS = {2: 16, 3: 64}
 # Queries of a group: as many rows as a matrix product on a GPU wants.
 _GROUP_QUERIES = {1: 128, 2: 64, 3: 128}
-# Tiles along an axis of the window that an image has before anything else, and at most.
-_IMAGE_WINDOW = 5
+# Tiles along an axis of an image's window, where the share allows it.
+_IMAGE_WINDOW = 3
 
 
 class TileLayout(NamedTuple):
@@ -135,13 +135,13 @@ def tile_share(
 
 
 def auto_tiles(grid: tuple[int, ...], share: float) -> TileLayout:
-    """The layout for a share of pairs: near tiles first in an image, half and half elsewhere.
+    """The layout for a share of pairs: which are near, and which are chosen by content.
 
     - Tiles are at most 16 tokens on a line or an image (about 4×4) and at most 64 in a clip, 3 to 5
       long along each axis: the lengths that leave the fewest empty slots.
-    - An image has the largest square window of up to 5×5 tiles that the share allows, which is what
-      its quality needs most (docs/evidence.md). On a line and in a clip the window grows by
-      two tiles along its shortest axis while at most half of the share is near.
+    - An image has a window of 3×3 tiles if the share allows it, before anything else: without
+      one, it loses most (docs/evidence.md). On a line and in a clip the window grows by two tiles
+      along its shortest axis while at most half of the share is near.
     - Groups double along an axis that they divide, the shortest first, up to 64 queries in an image
       and 128 elsewhere, as long as the window around them keeps to these bounds.
     - The rest of the share is chosen by content.

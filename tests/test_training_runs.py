@@ -492,11 +492,11 @@ def test_a_rehearsal_on_a_cpu_times_the_batch_of_the_run_if_that_takes_seconds(
 ):
     config = tiny_run(tmp_path / "a", batch_size=256, gradient_accumulation_steps=2)
     summary = rehearse(config)
-    seconds = float(re.search(r"([\d.]+) s for a step of 256", summary)[1])
+    seconds = float(re.search(r"([\d.]+) s per step of 256", summary)[1])
     hours, minutes, rest = map(int, re.search(r"about (\d+):(\d+):(\d+)", summary).groups())
     assert hours == minutes == 0 and rest == pytest.approx(seconds * config.max_steps, abs=0.6)
     monkeypatch.setattr("mhla_gen.training.rehearsal._AFFORDED", 0.0)
-    assert "s for a step of 8;" in rehearse(config)
+    assert "s per step of 8;" in rehearse(config)
 
 
 @pytest.mark.parametrize("stages", [(), pytest.param(("layers", "output"), marks=pytest.mark.slow)])

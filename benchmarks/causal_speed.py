@@ -69,8 +69,8 @@ def kernels(tokens: tuple[torch.Tensor, ...], rotary: Any) -> dict[str, Callable
     lower = mixing.tril(-1)
     return {
         "summarise": lambda: linear_form.summarise(key, value, call),
-        "mix": lambda: linear_form.mix(lower, summaries, call),
-        "correlate": lambda: linear_form.correlate(mixed, summaries, mixing, call),
+        "mix": lambda: linear_form.mix(lower, summaries, call, "lower"),
+        "correlate": lambda: linear_form.correlate(mixed, summaries, mixing, call, lower=True),
         "forward": lambda: causal_form.forward(query, key, value, mixing, call),
         "backward": lambda: causal_form.backward(
             grad, query, key, value, mixing, inverse, summaries, mixed, call

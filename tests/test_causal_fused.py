@@ -16,6 +16,9 @@ from test_fused import (
 from mhla_gen.ops import CausalState, causal_mhla, linear_attention, mhla, resolve_implementation
 from mhla_gen.ops.causal_fused import causal_mhla_kernels
 from mhla_gen.ops.fused import fused_mhla
+from mhla_gen.ops.kernels import linear_form
+from mhla_gen.ops.kernels.launch import Call
+from mhla_gen.ops.kernels.linear_form import Summaries
 from mhla_gen.ops.naive import naive_mhla
 
 CAUSAL = {"causal": True}
@@ -137,6 +140,23 @@ def test_steps_in_one_launch(head_dim, value_dim, key_heads, changes, tables, mo
         found.append((torch.cat(out, dim=1), state.open, state.open_keys, state.finished))
     for actual, expected in zip(found[1], found[0], strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16])
+def test_what_a_triangle_leaves_out_changes_nothing(stored):
+    blocks, dim = 70, 4
+    token = torch.randn(1, blocks, 1, dim, device=DEVICE, dtype=torch.float16)
+    call = Call(token, token, None, None, [blocks], [blocks], "relu", True, 1e-6, stored)
+    made = [torch.rand(x.shape, device=DEVICE).to(x.dtype) for x in
+            Summaries.empty(token, token, blocks, stored, True)]  # fmt: skip
+    lower = torch.rand(blocks, blocks, device=DEVICE).tril(-1)
+    for mixing, triangle in ((lower, "lower"), (lower.mT, "upper")):
+        expected = linear_form.mix(mixing, Summaries(*made), call)
+        actual = linear_form.mix(mixing, Summaries(*made), call, triangle)
+        assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+    expected = linear_form.correlate(Summaries(*made), Summaries(*made), lower, call)
+    actual = linear_form.correlate(Summaries(*made), Summaries(*made), lower, call, lower=True)
+    assert torch.equal(actual.tril(), expected.tril()) and not torch.equal(actual, expected)
 
 
 def test_repeated_runs_are_bit_equal():

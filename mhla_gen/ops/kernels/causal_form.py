@@ -33,7 +33,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Summaries, Summaries]:
     """Output, inverse denominators, summaries and mixed summaries of earlier blocks."""
     summaries = linear_form.summarise(key, value, call)
-    mixed = linear_form.mix(mixing.tril(-1), summaries, call)
+    mixed = linear_form.mix(mixing.tril(-1), summaries, call, "lower")
     out = value.new_empty(value.shape)
     inverse = empty_vector(query, call.normalize)
     own = _own(mixing)
@@ -72,10 +72,10 @@ def backward(
     )
     dmixing = mixing.new_empty(0)
     if mixing_trains:
-        dmixing = linear_form.correlate(dmixed, summaries, mixing, call).tril(-1)
+        dmixing = linear_form.correlate(dmixed, summaries, mixing, call, lower=True).tril(-1)
         down = down.transpose(1, 2).sum(dim=shared_axes(mixing)).to(mixing.dtype)
         dmixing.diagonal(dim1=-2, dim2=-1).copy_(down)
-    dsummaries = linear_form.mix(mixing.tril(-1).mT, dmixed, call)
+    dsummaries = linear_form.mix(mixing.tril(-1).mT, dmixed, call, "upper")
     dkey, dvalue = key.new_empty(key.shape), value.new_empty(value.shape)
     _over_blocks(
         causal_backward_keys_kernel,

@@ -100,8 +100,11 @@ def summarise(key: Tensor, value: Tensor, call: Call) -> Summaries:
     return summaries
 
 
-def mix(mixing: Tensor, summaries: Summaries, call: Call) -> Summaries:
-    """Σ_b m_ib S_b, over all parts of block b; of b there may be more than of i."""
+def mix(mixing: Tensor, summaries: Summaries, call: Call, triangle: str | None = None) -> Summaries:
+    """Σ_b m_ib S_b, over all parts of block b; of b there may be more than of i.
+
+    `triangle` is "lower" or "upper" where m is 0 on its other side and blocks have one part.
+    """
     batch, rows, heads, head_dim, value_dim = summaries.matrices.shape
     mixed = _empty(call, call.num_blocks)
     tiles = mix_tiles(call.num_blocks, rows, call.stored)
@@ -131,7 +134,7 @@ def mix(mixing: Tensor, summaries: Summaries, call: Call) -> Summaries:
         (padded_blocks // tiles["BI"] * columns * batch * heads,),
         (coefficients, summaries.matrices, mixed.matrices),
         (*sizes, *padded_sizes),
-        {"D": head_dim, "V": value_dim, **tiles},
+        {"D": head_dim, "V": value_dim, "TRIANGLE": triangle, **tiles},
     )
     return mixed
 
@@ -156,8 +159,13 @@ def backward_queries(
     return dquery, dmixed
 
 
-def correlate(dmixed: Summaries, summaries: Summaries, mixing: Tensor, call: Call) -> Tensor:
-    """Gradient of mixing, <dS̃_i, S_b> + <dz̃_i, z_b>, in a fixed order of summation."""
+def correlate(
+    dmixed: Summaries, summaries: Summaries, mixing: Tensor, call: Call, lower: bool = False
+) -> Tensor:
+    """Gradient of mixing, <dS̃_i, S_b> + <dz̃_i, z_b>, in a fixed order of summation.
+
+    If `lower`, entries above the diagonal are not to be used.
+    """
     batch, rows, heads, head_dim, value_dim = dmixed.matrices.shape
     others = summaries.matrices.shape[1]
     tiles = correlate_tiles(rows, call.stored)
@@ -170,7 +178,7 @@ def correlate(dmixed: Summaries, summaries: Summaries, mixing: Tensor, call: Cal
         (pairs * splits * batch * heads,),
         (*dmixed, *summaries, partial),
         (heads, rows, others, splits),
-        {"D": head_dim, "V": value_dim, "NORMALIZE": call.normalize, **tiles},
+        {"D": head_dim, "V": value_dim, "NORMALIZE": call.normalize, "LOWER": lower, **tiles},
     )
     parts = call.num_parts
     sizes = (call.num_blocks, parts, others // parts, parts)

@@ -99,11 +99,15 @@ def mix_kernel(
     padded_rows,
     D: tl.constexpr,
     V: tl.constexpr,
+    TRIANGLE: tl.constexpr,
     BI: tl.constexpr,
     BR: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """S̃_i = Σ_b m_ib S_b: a matrix product of BI rows i and BC entries of one head."""
+    """S̃_i = Σ_b m_ib S_b: a matrix product of BI rows i and BC entries of one head.
+
+    With a `TRIANGLE`, "lower" or "upper", m is 0 on its other side, which is passed over.
+    """
     COLUMN_TILES: tl.constexpr = (D * V + BC - 1) // BC
     row_tiles = tl.cdiv(num_blocks, BI)
     program = tl.program_id(0)
@@ -116,7 +120,12 @@ def mix_kernel(
     coefficients_ptr += (batch_head * padded_blocks + rows_i[:, None]) * padded_rows
     summaries_ptr += (batch * num_rows * num_heads + head) * (D * V) + columns[None, :]
     acc = tl.zeros((BI, BC), tl.float32)
-    for start in range(0, padded_rows, BR):
+    first, last = 0, padded_rows
+    if TRIANGLE == "lower":
+        last = tl.minimum(padded_rows, program % row_tiles * BI + BI)
+    if TRIANGLE == "upper":
+        first = program % row_tiles * BI // BR * BR
+    for start in range(first, last, BR):
         rows = start + tl.arange(0, BR)
         coefficients = tl.load(coefficients_ptr + rows[None, :])
         summaries = tl.load(
@@ -151,10 +160,12 @@ def correlate_kernel(
     BI: tl.constexpr,
     BC: tl.constexpr,
     NORMALIZE: tl.constexpr,
+    LOWER: tl.constexpr,
 ):
     """<dS̃_i, S_b> + <dz̃_i, z_b> for BI × BI pairs (i, b) over one split of the columns.
 
-    Partial sums go to `partial` [batch, num_heads, num_splits, num_rows, num_columns], float32.
+    Partial sums go to `partial` [batch, num_heads, num_splits, num_rows, num_columns], float32. If
+    `LOWER`, those of b > i are not asked for.
     """
     HALF: tl.constexpr = left_ptr.dtype.element_ty == tl.float16
     tiles_i, tiles_b = tl.cdiv(num_rows, BI), tl.cdiv(num_columns, BI)
@@ -170,6 +181,9 @@ def correlate_kernel(
 
     span = tl.cdiv(tl.cdiv(D * V, num_splits), BC) * BC
     last = tl.minimum((split + 1) * span, D * V)
+    if LOWER:
+        wanted = tl.program_id(0) % tiles_b <= tl.program_id(0) // tiles_b % tiles_i
+        last = tl.where(wanted, last, 0)
     acc = tl.zeros((BI, BI), tl.float32)
     for start in range(split * span, last, BC):
         columns = start + tl.arange(0, BC)

@@ -47,13 +47,14 @@ def autoencoder_of_hunyuan():
     return autoencoder(kind, down_block_types=None, up_block_types=None)
 
 
-def autoencoder_of_mochi():
+def autoencoder_of_mochi(channels=4):
     return diffusers.AutoencoderKLMochi(
-        latent_channels=4,
+        latent_channels=channels,
         encoder_block_out_channels=(32,) * 4,
         decoder_block_out_channels=(32,) * 4,
         layers_per_block=(1,) * 5,
-        **NO_STATISTICS,
+        latents_mean=[0.1] * channels,
+        latents_std=[0.8] * channels,
     )
 
 

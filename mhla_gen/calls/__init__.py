@@ -1,18 +1,23 @@
 """How diffusers' pipelines call their transformers: what training, caches and inspection need.
 
-A family is a table of what differs; a new one is a class of a few lines in `images.py` or
-`videos.py`, found by the transformer that it names.
+A family is a table of what differs; a new one is a class of a few lines in `images.py`
+or `videos.py`, found by the transformer that it names.
 """
 
 from typing import Any
 
-from mhla_gen.calls import images, videos
+from mhla_gen.calls import images, ltx, videos, wan
 from mhla_gen.calls.call import Call, Embedded
 from mhla_gen.errors import UserError
 
 __all__ = ["CALLS", "Call", "Embedded", "call_class", "call_class_of_pipeline"]
 
-CALLS: tuple[type[Call], ...] = (*images.CALLS, *videos.CALLS)
+CALLS: tuple[type[Call], ...] = (
+    *images.CALLS,
+    *ltx.CALLS,
+    *videos.CALLS,
+    *wan.CALLS,
+)
 
 
 def call_class(model: Any) -> type[Call]:

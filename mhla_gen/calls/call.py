@@ -195,17 +195,20 @@ class Call:
         """What `encode_prompt` returns."""
         function = self.pipe.encode_prompt
         known = inspect.signature(function).parameters
-        asked = {
+        if max_length is not None and "max_sequence_length" not in known:
+            raise UserError(f"a {self.pipeline} cuts captions itself; set no max_sequence_length")
+        given: dict[str, Any] = {
+            # Prompts of further encoders: the same.
             "prompt_2": None,
             "prompt_3": None,
             "do_classifier_free_guidance": False,
-            "max_sequence_length": max_length,
+            "batch_size": len(captions),
+            # The pipeline would ask its first part, which need not be a text encoder.
+            "device": self.pipe.text_encoder.device,
         }
-        given = {k: v for k, v in asked.items() if k in known and (v is not None or "_" in k)}
-        if max_length is None:
-            given.pop("max_sequence_length", None)
-        elif "max_sequence_length" not in known:
-            raise UserError(f"a {self.pipeline} cuts captions itself; set no max_sequence_length")
+        if max_length is not None:
+            given["max_sequence_length"] = max_length
+        given = {name: value for name, value in given.items() if name in known}
         return function(prompt=list(captions), **given, **options)
 
     def cut(self, row: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -218,19 +221,16 @@ class Call:
 
     def named(self, found: Sequence[Any]) -> dict[str, Tensor]:
         """What `encode_prompt` returned, by name; a mask that it left out is all ones."""
-        named = dict(zip(self.returned, found, strict=False))
-        named.pop(None, None)
-        for name, value in named.items():
-            if isinstance(value, list):
-                named[name] = torch.nn.utils.rnn.pad_sequence(value, batch_first=True)
-                lengths = torch.tensor([len(row) for row in value], device=value[0].device)
-                columns = torch.arange(named[name].shape[1], device=lengths.device)
-                named = named | {f"{name}_mask": (columns < lengths[:, None]).long()}
-        sequence = named["prompt_embeds"]
-        return {
-            name: sequence.new_ones(sequence.shape[:2], dtype=torch.int64) if v is None else v
-            for name, v in named.items()
-        }
+        pairs = zip(self.returned, found, strict=False)
+        named: dict[str, Any] = {name: value for name, value in pairs if name is not None}
+        for name in [name for name, value in named.items() if isinstance(value, list)]:
+            lengths = torch.tensor([len(row) for row in named[name]])
+            named[f"{name}_mask"] = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
+            named[name] = torch.nn.utils.rnn.pad_sequence(named[name], batch_first=True)
+        for name in [name for name, value in named.items() if value is None]:
+            embeds = named["prompt_embeds"]
+            named[name] = embeds.new_ones(embeds.shape[:2], dtype=torch.int64)
+        return named
 
     def texts(
         self, captions: Mapping[str, Tensor], negative: Mapping[str, Tensor] | None = None

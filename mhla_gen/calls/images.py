@@ -206,7 +206,7 @@ class PixArtCall(Call):
 
     def further(self, latents: Tensor) -> dict[str, Any]:
         """The size of the picture, which models of 1024 pixels are told."""
-        found = {"resolution": None, "aspect_ratio": None}
+        found: dict[str, Any] = {"resolution": None, "aspect_ratio": None}
         if self.config.sample_size == 128:
             size, batch = self.sizes(latents), len(latents)
             found["resolution"] = latents.new_tensor(size).repeat(batch, 1)

@@ -171,7 +171,8 @@ def latent_shape(model: Any, grid: tuple[int, ...]) -> tuple[int, ...]:
         ValueError: If nobody has said how the model is called.
     """
     if isinstance(model, DiTTransformer2DModel):
-        channels, patch = model.config.in_channels, (model.config.patch_size,) * 2
+        config: Any = model.config
+        channels, patch = config.in_channels, (config.patch_size,) * 2
     else:
         call = call_class(model)
         channels, patch = call.channels(model.config), call.patch(model.config)

@@ -55,7 +55,7 @@ def transformer_task(config: TrainConfig, given: TransformerConfig, data: Traini
         finished=merged if config.model.trainable == "lora" else None,
         sampler=CaptionSamples(data, empty, parts) if drawn else None,
         sampling=parts.sampling(call),
-        examples=CaptionExamples(data, empty, parts).write if drawn else None,
+        examples=CaptionExamples(parts.data, empty, parts).write if drawn else None,
         samples=kind,
         fps=parts.fps or 16.0,
         summary=f"{len(data)} captioned {kind}, latents {shapes}",

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from mhla_gen.calls import Call
 from mhla_gen.config import PreviewConfig, TrainConfig, TransformerConfig
-from mhla_gen.data import TrainingData
 from mhla_gen.data.caching.cached import CachedLatents
 from mhla_gen.data.captions import load_text_parts
 from mhla_gen.files import write_lines, write_tensors
@@ -31,7 +30,8 @@ class Parts:
 
     config: TrainConfig
     given: TransformerConfig
-    data: TrainingData
+    data: Any
+    """What it learns from; a cache knows its autoencoder."""
     kind: type[Call]
     """How the transformer is called."""
 
@@ -145,7 +145,7 @@ class CaptionSamples:
 class CaptionExamples:
     """A caption of the data; see `Task.examples`."""
 
-    data: CachedLatents
+    data: Any
     empty: Mapping[str, Tensor]
     parts: Parts
 

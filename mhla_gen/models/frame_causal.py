@@ -15,6 +15,7 @@ from mhla_gen.models.additions import DepthwiseConv
 from mhla_gen.models.attention import MHLA, evenly_spaced
 from mhla_gen.models.head_rotary import rotated
 from mhla_gen.ops import FrameState, frame_causal_mhla, frame_mixing
+from mhla_gen.ops.depthwise import times_silu
 from mhla_gen.ops.frame_causal import check_next
 
 
@@ -29,6 +30,7 @@ class PastConv(DepthwiseConv):
         grid: tuple[int, ...],
         group: Any = None,
         halo: Callable[[], Tensor] | None = None,
+        after: tuple[Tensor, Tensor | None, int] | None = None,
     ) -> Tensor:
         """See `DepthwiseConv`."""
         assert group is None and halo is None
@@ -41,7 +43,11 @@ class PastConv(DepthwiseConv):
             self.state.values = joined[:, joined.shape[1] - before * frame :]
         out = super().forward(joined, (grid[0] + before, *grid[1:]))
         # Of a filter around each frame, results that are half its width earlier.
-        return out[:, before // 2 * frame :][:, : tokens.shape[1]]
+        out = out[:, before // 2 * frame :][:, : tokens.shape[1]]
+        if after is None:
+            return out
+        added, logits, heads = after
+        return added + out if logits is None else times_silu(added + out, logits, heads)
 
 
 class FrameCausalMHLA(MHLA):

@@ -28,6 +28,9 @@ class Prompts:
     first_frame: bool = False
     """Give the model the first latent frame: in its place, with a time of 0, if tokens have times;
     else in further channels, with a mask in front."""
+    chunk_frames: int | None = None
+    """Latent frames of chunks that have times of their own: `timesteps` are then `[batch, chunks]`,
+    and tokens have times."""
     image_embeds: bool = False
     """Give the model the first frame as CLIP sees it, too. It stays where the caption is dropped:
     the pipeline has it in both branches of guidance."""
@@ -51,7 +54,11 @@ class Prompts:
             noisy = torch.cat((batch["mean"][:, :, :1].to(noisy), noisy[:, :, 1:]), dim=2)
         elif self.first_frame and not self.times_of_tokens:
             noisy = torch.cat((noisy, first_frame_mask(noisy), batch["condition"]), dim=1)
-        if self.times_of_tokens:
+        if self.chunk_frames is not None:
+            tokens = noisy.shape[3] // self.patch_size[1] * (noisy.shape[4] // self.patch_size[2])
+            timesteps = frame_times(timesteps, noisy.shape[2], self.chunk_frames)
+            timesteps = timesteps[:, :: self.patch_size[0]].repeat_interleave(tokens, dim=1)
+        elif self.times_of_tokens:
             timesteps = token_times(timesteps, noisy.shape[2:], self.patch_size, inserted)
         # Only tuples can be joined where processes share a sequence.
         given = {"encoder_hidden_states": embeds}
@@ -117,6 +124,17 @@ def token_times(
     if first_is_known:
         noisy[0] = 0
     return timesteps[:, None] * noisy.flatten()
+
+
+def frame_times(times: Tensor, frames: int, chunk_frames: int) -> Tensor:
+    """`[batch, frames]` from times of chunks `[batch, chunks]`, of which the last ones count.
+
+    Times `[batch]` are those of all frames.
+    """
+    if times.ndim == 1:
+        return times[:, None].expand(-1, frames)
+    chunks = -(-frames // chunk_frames)
+    return times[:, -chunks:].repeat_interleave(chunk_frames, dim=1)[:, :frames]
 
 
 def first_frame_mask(latents: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ class Randomness:
     """
 
     times: Tensor
-    """What the objective drew, `[batch]`."""
+    """What the objective drew, `[batch, …]`."""
     dropped: Tensor
     """Whose condition is left out, bool `[batch]`."""
     flipped: Tensor

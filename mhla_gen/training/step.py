@@ -59,7 +59,7 @@ class StepResult:
     losses: dict[str, Tensor]
     """`loss` and others by name, each `[samples]`, of this process's share, part after part."""
     timesteps: Tensor
-    """Of the whole batch, `[batch]`, on the CPU."""
+    """Of the whole batch, `[batch]`, on the CPU; of clips whose chunks differ, the last chunk's."""
     grad_norm: Tensor
     """Norm of the gradient before it was clipped, a scalar."""
 

@@ -120,9 +120,10 @@ class Run:
         self.learning_rate.step()
         self.optimizer.zero_grad()
         self.ema.step(parameters)
+        timesteps = self.task.objective.timesteps(randomness.times)
         return StepResult(
             {name: torch.cat([part[name] for part in losses]) for name in losses[0]},
-            self.task.objective.timesteps(randomness.times),
+            timesteps.reshape(len(timesteps), -1)[:, -1],
             whole(norm),
         )
 

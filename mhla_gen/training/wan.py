@@ -11,6 +11,7 @@ from mhla_gen.data.caching.cached import CachedLatents
 from mhla_gen.errors import UserError
 from mhla_gen.models import MHLAWanTransformer3DModel
 from mhla_gen.models.wan import TEXT_LENGTH_WITH_IMAGE
+from mhla_gen.training.chunks import ChunkMatching, causal_frames
 from mhla_gen.training.lora import add_lora, merged
 from mhla_gen.training.pretrained import attention_settings, load_pretrained
 from mhla_gen.training.prompts import ClipMatching, Prompts
@@ -48,10 +49,15 @@ def wan_task(config: TrainConfig, wan: WanConfig, data: TrainingData) -> Task:
             f"{TEXT_LENGTH_WITH_IMAGE} tokens, found {len(empty)}; build the cache again with "
             f"text.max_sequence_length={TEXT_LENGTH_WITH_IMAGE}"
         )
+    chunk_frames = causal_frames(model)
+    if chunk_frames is not None:
+        _check_causal(wan)
     if config.model.trainable == "lora":
         add_lora(model, wan)
     patch_size: Any = tuple(model.config.patch_size)
-    conditioning = Prompts(empty, patch_size, by_token, wan.first_frame, sees_image)
+    conditioning = Prompts(
+        empty, patch_size, by_token, wan.first_frame, chunk_frames, image_embeds=sees_image
+    )
     # Where clips keep the rates of their files, that of Wan.
     fps = getattr(data, "fps", None) or _WAN_FPS
     examples = None
@@ -59,7 +65,11 @@ def wan_task(config: TrainConfig, wan: WanConfig, data: TrainingData) -> Task:
         examples = ClipExamples(data, empty, wan).write
     return Task(
         model=model,
-        objective=_objective(config.objective, wan, parts.boundary, by_token),
+        objective=(
+            _objective(config.objective, wan, parts.boundary, by_token)
+            if chunk_frames is None
+            else _by_chunk(config.objective, chunk_frames, data)
+        ),
         conditioning=conditioning,
         pipeline=parts.pipeline,
         finished=merged if config.model.trainable == "lora" else None,
@@ -113,6 +123,26 @@ def _objective(
         lowest=lowest,
         highest=highest,
         skips_first_frame=wan.first_frame and by_token,
+    )
+
+
+def _check_causal(wan: WanConfig) -> None:
+    if wan.first_frame or wan.expert is not None or wan.times_of_tokens is False:
+        raise UserError(
+            "a model that is causal over frames (causal_frames) learns text to video with times of "
+            "its own for every chunk: set wan.first_frame=false, wan.expert=null and "
+            "wan.times_of_tokens=null"
+        )
+
+
+def _by_chunk(config: ObjectiveConfig, chunk_frames: int, data: TrainingData) -> ChunkMatching:
+    return ChunkMatching(
+        config.logit_mean,
+        config.logit_std,
+        config.shift,
+        config.min_snr_gamma,
+        chunk_frames=chunk_frames,
+        num_chunks=max(-(-shape[1] // chunk_frames) for shape in data.sample_shapes),
     )
 
 

@@ -22,7 +22,9 @@ from mhla_gen.data.text import load_text_encoder
 from mhla_gen.files import write_lines, write_tensors
 from mhla_gen.hub import EMBEDS_NAME, PROMPTS_NAME, pipeline_index
 from mhla_gen.models.saved_transformer import load_transformer
+from mhla_gen.pipelines.clip_stream import stream_clip, streams
 from mhla_gen.pipelines.noise import generator_of, sample_seed
+from mhla_gen.training.chunks import causal_frames
 from mhla_gen.training.task import preview_pixels
 
 _FRAME_NAME = "first_frame.png"
@@ -68,7 +70,7 @@ class WanParts:
             vae=self._vae,
             scheduler=self._scheduler,
             boundary_ratio=None if self._other_expert is None else self.boundary,
-            expand_timesteps=self.times_of_tokens,
+            expand_timesteps=self.times_of_tokens or causal_frames(model) is not None,
             **parts,
         )
         found.set_progress_bar_config(disable=True)
@@ -173,20 +175,24 @@ class ClipSamples:
             "width": width * pipeline.vae_scale_factor_spatial,
             "num_frames": (frames - 1) * pipeline.vae_scale_factor_temporal + 1,
         }
+        options |= {
+            "prompt_embeds": item["prompt_embeds"].to(device).float(),
+            "negative_prompt_embeds": self.empty[None].to(device).float(),
+            **config.of_pipeline,
+        }
+        seed = sample_seed(config.seed, number)
         if self.wan.first_frame:
             options["image"] = decoded_frame(pipeline.vae, item["mean"][:, :, :1].to(device))
         # The other expert is in bfloat16.
         mixed = device.type == "cuda" or self.wan.expert is not None
         with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
-            found = pipeline(
-                prompt_embeds=item["prompt_embeds"].to(device).float(),
-                negative_prompt_embeds=self.empty[None].to(device).float(),
-                **config.of_pipeline,
-                generator=generator_of(sample_seed(config.seed, number)),
-                output_type="np",
-                return_dict=False,
-                **options,
-            )[0]
+            if streams(pipeline):
+                chunks = [chunk.frames for chunk in stream_clip(pipeline, seed=seed, **options)]
+                found = torch.cat(chunks).movedim(1, -1)[None].cpu().numpy()
+            else:
+                noise = generator_of(seed)
+                given = {"generator": noise, "output_type": "np", "return_dict": False}
+                found = pipeline(**options, **given)[0]
         return preview_pixels([number], found)[0]
 
 

@@ -1,4 +1,8 @@
-"""Which samples training step k reads: a pure function, so that a resumed run reads on exactly."""
+"""Which samples training step k reads: a pure function, so that a resumed run reads on exactly.
+
+Read ahead by a thread, not by processes of a DataLoader: images decode without Python's lock, and
+what cannot be read is known to all readers, and said once.
+"""
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor

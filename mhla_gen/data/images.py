@@ -219,8 +219,11 @@ class EncodedImages:
     def _each_readable(
         self, indices: Sequence[int], classes: Sequence[np.ndarray]
     ) -> Iterator[np.ndarray]:
-        with ThreadPoolExecutor(_READERS) as readers:
-            yield from readers.map(self._readable, indices, classes)
+        return self._readers.map(self._readable, indices, classes)
+
+    @cached_property
+    def _readers(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(_READERS)
 
     def _readable(self, index: int, images: np.ndarray) -> np.ndarray:
         """An image of a class, or the first one after it, in a circle, that can be read."""

@@ -1,4 +1,8 @@
-"""Encoded images with what is known of them: files in class folders, or files that a list names."""
+"""Encoded images with what is known of them: files in class folders, or files that a list names.
+
+Not `datasets`' imagefolder, which puts class 10 before 9, and silently drops all labels where one
+image lies deeper than the others.
+"""
 
 from collections import Counter
 from dataclasses import dataclass

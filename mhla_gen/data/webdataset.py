@@ -1,4 +1,8 @@
-"""Images in WebDataset shards: tar files, read at random by an index over their members."""
+"""Images in WebDataset shards: tar files, read at random by an index over their members.
+
+Not `datasets`' reader, which copies all shards before it has a sample by its number, and silently
+takes a shard that is cut or damaged in the middle for a shorter one.
+"""
 
 import posixpath
 import tarfile

@@ -1,4 +1,8 @@
-"""Decoding in processes of its own, so that a file that hangs or crashes costs only itself."""
+"""Decoding in processes of its own, so that a file that hangs or crashes costs only itself.
+
+Not a pool of the standard library, which cannot end one call, nor pebble's, which would leave the
+FFmpeg that a killed worker had started running.
+"""
 
 import contextlib
 import os

@@ -197,7 +197,10 @@ class Call:
         known = inspect.signature(function).parameters
         if max_length is not None and "max_sequence_length" not in known:
             raise UserError(f"a {self.pipeline} cuts captions itself; set no max_sequence_length")
-        given: dict[str, Any] = {
+        called = inspect.signature(self.pipe.__call__).parameters
+        # The pipeline has defaults of its own for some, such as what a caption begins with.
+        given: dict[str, Any] = {n: called[n].default for n in known if n in called}
+        given |= {
             # Prompts of further encoders: the same.
             "prompt_2": None,
             "prompt_3": None,
@@ -205,11 +208,12 @@ class Call:
             "batch_size": len(captions),
             # The pipeline would ask its first part, which need not be a text encoder.
             "device": self.pipe.text_encoder.device,
+            "prompt": list(captions),
         }
         if max_length is not None:
             given["max_sequence_length"] = max_length
         given = {name: value for name, value in given.items() if name in known}
-        return function(prompt=list(captions), **given, **options)
+        return function(**given | options)
 
     def cut(self, row: dict[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of one caption without padding to the longest of a batch."""

@@ -35,7 +35,7 @@ def test_operators_are_measured_side_by_side(tmp_path, capsys):
     assert "blockwise" in capsys.readouterr().out
     before = (tmp_path / "bench.json").read_text()
     assert main(["bench", "ops", f"output_dir={tmp_path}", *settings]) == 2
-    assert "holds an earlier measurement" in capsys.readouterr().err
+    assert "contains an earlier measurement" in capsys.readouterr().err
     assert (tmp_path / "bench.json").read_text() == before
 
 

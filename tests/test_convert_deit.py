@@ -153,7 +153,7 @@ def test_what_is_not_the_same_function_is_refused(change, message, tmp_path, cap
 def test_the_released_normalizer_is_refused_and_heads_are_asked_for():
     with pytest.raises(ValueError, match="sum over other blocks' queries"):
         mhla_deit.read(deit_state(), HEADS)
-    with pytest.raises(ValueError, match="give num_attention_heads"):
+    with pytest.raises(ValueError, match="set num_attention_heads"):
         mhla_deit.read(deit_state(), normalizer="paper")
 
 

@@ -71,4 +71,4 @@ def test_without_memory_for_a_recording_steps_are_launched(capsys):
         for number in range(6):
             x = torch.full((3,), float(number), device="cuda")
             torch.testing.assert_close(recorded(x), x + 1, rtol=0, atol=0)
-    assert capsys.readouterr().out.count("no memory to record") == 1
+    assert capsys.readouterr().out.count("no memory left for CUDA graphs") == 1

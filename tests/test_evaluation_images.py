@@ -174,7 +174,7 @@ def test_sets_that_cannot_be_used_say_why(tmp_path, make, message):
 def test_truncated_npz_says_so(tmp_path):
     whole = npz(tmp_path / "whole.npz", arr_0=PIXELS).read_bytes()
     (tmp_path / "cut.npz").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(EvaluationError, match="truncated or no npz file"):
+    with pytest.raises(EvaluationError, match="truncated or not an npz file"):
         load_images(tmp_path / "cut.npz")
 
 

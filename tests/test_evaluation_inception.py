@@ -279,7 +279,7 @@ def test_missing_damaged_and_foreign_weights_are_one_sentence(tmp_path):
     with pytest.raises(EvaluationError, match=r"nothing\.pth does not exist"):
         InceptionExtractor(tmp_path / "nothing.pth")
     (tmp_path / "cut.pth").write_bytes(b"PK\x03\x04 cut short")
-    with pytest.raises(EvaluationError, match="damaged or no plain state dict"):
+    with pytest.raises(EvaluationError, match="damaged or not a plain state dict"):
         InceptionExtractor(tmp_path / "cut.pth")
     torch.save({"fc.weight": torch.zeros(2)}, tmp_path / "other.pth")
     with pytest.raises(EvaluationError, match="another network"):
@@ -289,7 +289,7 @@ def test_missing_damaged_and_foreign_weights_are_one_sentence(tmp_path):
 def test_weights_that_run_code_are_refused(tmp_path):
     # A pickled function is not a tensor; reading one could run anything.
     torch.save({"fc.weight": np.savez}, tmp_path / "code.pth")
-    with pytest.raises(EvaluationError, match="no plain state dict"):
+    with pytest.raises(EvaluationError, match="not a plain state dict"):
         InceptionExtractor(tmp_path / "code.pth")
 
 

@@ -73,7 +73,7 @@ def test_an_export_takes_a_run_and_names_what_it_found(run, tmp_path, capsys):
         assert main([*arguments, f"source={place}"]) == 2
         assert "the model embeds timesteps at diffusers' frequencies" in capsys.readouterr().err
     assert main([*arguments, "source=someone/dit"]) == 2
-    assert "is no folder: an export takes that of a model" in capsys.readouterr().err
+    assert "is not a folder: an export takes that of a model" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("path", ["./typo", "../typo", "runs/typo", "typo", "runs/file", "a/b/c"])

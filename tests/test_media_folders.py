@@ -102,7 +102,7 @@ def test_what_a_class_folder_leaves_out_is_counted(tmp_path, capsys):
     (tmp_path / "list.xml").write_bytes(b"x")
     assert len(classes(tmp_path)) == 2
     said = capsys.readouterr().err
-    assert "left out" in said and "1 × .heic" in said and "1 × .xml" in said
+    assert "ignored" in said and "1 × .heic" in said and "1 × .xml" in said
     assert "2 images that are not directly in a class folder" in said
     fill(tmp_path, "train/a/1.png", "train/b/1.png")
     with pytest.raises(FileNotFoundError, match=r"train has no images itself, but 2 in sub-fold"):
@@ -121,7 +121,7 @@ def test_training_and_evaluation_walk_alike(tmp_path, capsys):
     assert found == ["a/1.png", "a/lost.png", "b/2.png"]
     assert [str(tmp_path / name) for name in found] == [*map(images.describe, range(3))]
     assert [str(tmp_path / name) for name in found] == [*map(clips.describe, range(3))]
-    assert "left out 1 × .heic" in capsys.readouterr().err
+    assert "ignored 1 × .heic" in capsys.readouterr().err
     assert source.digest() and images.digest(1) == clips.digest(1) == "unreadable"
     # A link that leads nowhere is a broken image like any other.
     assert np.array_equal(images.read([1])["samples"], images.read([0])["samples"])

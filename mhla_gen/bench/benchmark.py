@@ -53,7 +53,8 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     folder = Path(config.output_dir)
     if (folder / "bench.json").exists():
         raise OccupiedError(
-            f"output_dir {folder} holds an earlier measurement; choose another one or move it away"
+            f"output_dir {folder} contains an earlier measurement; choose another one or move "
+            "it away"
         )
     device = resolve_device(config.device)
     config = _resolve(config, device)

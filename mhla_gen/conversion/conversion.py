@@ -51,10 +51,10 @@ def convert(config: ConvertConfig, dry_run: bool = False) -> None:
         OSError: If a file is missing or the output folder holds something else.
     """
     if config.source is None:
-        raise UserError("source is missing: the checkpoint to convert")
+        raise UserError("set source to the checkpoint to convert")
     folder = Path(config.output_dir)
     if made_with(folder, config):
-        print(f"{folder} holds this conversion already; nothing was done")
+        print(f"{folder} already contains this conversion; nothing was done")
         return
     if config.direction == "import":
         _import(config, folder, dry_run)
@@ -202,8 +202,8 @@ def _saved_folder(source: str) -> Path:
     """The folder of the transformer that a model, pipeline or run has."""
     if not Path(source).is_dir():
         raise MissingError(
-            f"source {source} is no folder: an export takes that of a model, a pipeline or a run; "
-            "what is on the hub is downloaded first (hf download)"
+            f"source {source} is not a folder: an export takes that of a model, a pipeline or a "
+            "run; download from the hub first (hf download)"
         )
     place, location = locate_part(source, "transformer")
     return Path(place, *location.values())

@@ -63,7 +63,7 @@ def shape(state: Mapping[str, Tensor], key: str, kind: str) -> tuple[int, ...]:
         ValueError: If it is not there.
     """
     if key not in state:
-        raise UserError(f"not {kind}: it has no weight {key}")
+        raise UserError(f"not {kind}: the weight {key} is missing")
     return tuple(state[key].shape)
 
 

@@ -78,7 +78,7 @@ def read(
         raise UserError(f"{KIND} has a square number of positions, found {num_patches}")
     num_heads = num_attention_heads or _HEADS.get(width)
     if num_heads is None:
-        raise UserError(f"give num_attention_heads: {width} channels are no published DeiT's")
+        raise UserError(f"set num_attention_heads: no published DeiT has {width} channels")
     differences = _differences(state, normalizer, num_blocks)
     if differences and not allow_differences:
         raise UserError(

@@ -90,8 +90,8 @@ def read(
         differences.append(NORMALIZER)
     if differences and not allow_differences:
         raise UserError(
-            f"this checkpoint would compute another function: {'; '.join(differences)}. As a start "
-            "for training it can be read with allow_differences=true"
+            f"this checkpoint would compute another function: {'; '.join(differences)}. To "
+            "import it as a start for training, set allow_differences=true"
         )
     source = _without_layer_norm(state)
     base, added = {}, {}

@@ -88,8 +88,8 @@ def read(state: Mapping[str, Tensor], num_attention_heads: int | None = None) ->
     heads = num_attention_heads or _HEADS.get(hidden_size)
     if heads is None or hidden_size % heads:
         raise UserError(
-            f"the number of heads is not in the weights: give num_attention_heads, a divisor of "
-            f"the hidden size {hidden_size}"
+            "the weights do not determine the number of heads: set num_attention_heads, a divisor "
+            f"of the hidden size {hidden_size}"
         )
     sample_size = math.isqrt(shape(state, "pos_embed", KIND)[1]) * patch_size
     _check_positions(state["pos_embed"], sample_size, patch_size)

@@ -70,7 +70,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise UserError(f"{path} is not a whole safetensors file: {error}") from error
+        raise UserError(f"{path} is not a complete safetensors file: {error}") from error
 
 
 def _read_torch(path: Path) -> Any:
@@ -85,12 +85,12 @@ def _read_torch(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         except pickle.UnpicklingError as error:
             raise UserError(
-                f"{path} holds more than tensors or is no file of torch.save; it is not unpickled, "
-                "because that would run its code: ask for a safetensors file"
+                f"{path} contains more than tensors or is not a file of torch.save; it is not "
+                "unpickled, because that would run its code: ask for a safetensors file"
             ) from error
         except (RuntimeError, EOFError, KeyError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(f"{path} is not a whole file of torch.save: {reason}") from error
+            raise UserError(f"{path} is not a complete file of torch.save: {reason}") from error
 
 
 def _choose(contents: Any, entry: str, path: Path) -> dict[str, Tensor]:
@@ -99,7 +99,7 @@ def _choose(contents: Any, entry: str, path: Path) -> dict[str, Tensor]:
     found = contents if isinstance(contents, Mapping) else {}
     entries = [name for name in _ENTRIES if _is_state(found.get(name))]
     if not entries:
-        raise UserError(f"{path} holds no state dict, on its own or as {', '.join(_ENTRIES)}")
+        raise UserError(f"{path} contains no state dict, directly or as {', '.join(_ENTRIES)}")
     if entry == "auto":
         return dict(found[entries[0]])
     if entry not in entries:

@@ -138,7 +138,7 @@ def _tell_left_out(root: Path, others: Counter[str], misplaced: int) -> None:
         what = "image that is" if misplaced == 1 else "images that are"
         parts.append(f"{misplaced} {what} not directly in a class folder")
     if parts:
-        tell(f"data.path {root}: left out {' and '.join(parts)}")
+        tell(f"data.path {root}: ignored {' and '.join(parts)}")
 
 
 def listed_images(

@@ -99,7 +99,9 @@ class LayerErrors:
             self._found = None
         missing = [name for name in self.names if name not in found]
         if missing:
-            raise RuntimeError(f"the student must run in training mode; not reached: {missing}")
+            raise RuntimeError(
+                f"the student must run in training mode; layers not reached: {missing}"
+            )
         return {name: found[name] for name in self.names}
 
     def remove(self) -> None:

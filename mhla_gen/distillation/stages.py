@@ -197,11 +197,9 @@ def check_teacher(config: TrainConfig) -> None:
     if config.model.attention == "softmax":
         raise UserError("distill needs a model.attention that replaces softmax, found softmax")
     if config.model.trainable != "all":
-        raise UserError("distill.stages say what is trained (train); leave model.trainable out")
+        raise UserError("distill.stages set what is trained (train); leave model.trainable out")
     if config.model.pretrained is not None:
-        raise UserError(
-            "distill.teacher is what the student starts from; leave model.pretrained out"
-        )
+        raise UserError("the student starts from distill.teacher; leave model.pretrained out")
     teacher = str(distillation_of(config).teacher)
     if issubclass(transformer_class(teacher, subfolder(config)), MHLATransformerMixin):
         raise UserError(f"distill.teacher {teacher} has MHLA layers; it must be the softmax model")

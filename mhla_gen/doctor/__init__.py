@@ -68,9 +68,9 @@ CHECKS: dict[str, Callable[[], Result]] = {
 # What usually helps when a check raises.
 REMEDIES = {
     "GPU": "install a torch build that fits the driver: https://pytorch.org/get-started/locally",
-    "kernels": "use implementation=blockwise; Triton needs a C compiler and a GPU from Volta on",
+    "kernels": "use implementation=blockwise; Triton needs a C compiler and a GPU since Volta",
     "graphs": "leave compile off in sample, and set cuda_graphs=false in train",
-    "compile": "install a C++ compiler (g++ or clang), or leave compile off: nothing needs it",
+    "compile": "install a C++ compiler (g++ or clang), or leave compile off, which nothing needs",
     "video": computing.VIDEO_REMEDY,
     "inception": "reinstall torch-fidelity",
 }

@@ -39,7 +39,7 @@ def check_alignment() -> Result:
         if len(found) > 1:
             return Result(
                 "absent",
-                "products of one row round by where a weight lies in memory: a loaded model may "
+                "products of one row depend on a weight's address in memory: a loaded model may "
                 "differ from the saved one in its last bits",
                 "commands set MKL_CBWR=AUTO,STRICT; set it before Python starts for your programs",
             )

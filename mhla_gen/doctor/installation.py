@@ -36,7 +36,7 @@ _OPTIONAL = {
         "features.extractor=efficientnet-lite0",
         "mhla_gen[efficientnet]",
     ),
-    "ftfy": ("cleaning prompts as Wan does", "ftfy"),
+    "ftfy": ("cleans prompts for Wan", "ftfy"),
     "timm": ("vision classifiers", "mhla_gen[vision]"),
     "peft": ("model.trainable=lora", "peft"),
     "wandb": ("report_to=wandb", "wandb"),
@@ -97,8 +97,8 @@ def check_inception() -> Result:
         return Result("ok", f"Inception weights in {path}")
     return Result(
         "absent",
-        "Inception weights are not here yet",
-        f"`mhla-gen evaluate` fetches them once; offline, put the file at {path} or set "
+        "Inception weights are not downloaded yet",
+        f"`mhla-gen evaluate` downloads them once; offline, put the file at {path} or set "
         "features.weights",
     )
 

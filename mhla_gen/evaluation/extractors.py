@@ -44,8 +44,8 @@ def build_extractor(config: FeaturesConfig) -> Extractor:
         )
     if not config.trust:
         raise EvaluationError(
-            f"{config.weights} is TorchScript, a program that may do whatever you may: if you know "
-            "where it comes from, give features.trust=true"
+            f"{config.weights} is TorchScript, a program that can do anything that you can: if you "
+            "know where it comes from, set features.trust=true"
         )
     scripted = I3DExtractor if config.extractor == "i3d" else TorchScriptExtractor
     return scripted(config.weights)

@@ -42,7 +42,7 @@ class FeatureStatistics:
                 f"{list(self.mean.shape)} and {list(self.covariance.shape)}"
             )
         if not (np.isfinite(self.mean).all() and np.isfinite(self.covariance).all()):
-            raise EvaluationError("statistics hold NaN or infinite values; rebuild them")
+            raise EvaluationError("statistics contain NaN or infinite values; rebuild them")
 
     @property
     def dim(self) -> int:

@@ -114,7 +114,7 @@ def load_tensors(path: str | Path) -> dict[str, Tensor]:
         raise EvaluationError(f"weights file {path} does not exist") from None
     except (pickle.UnpicklingError, RuntimeError, OSError, EOFError) as error:
         raise EvaluationError(
-            f"{path} is damaged or no plain state dict ({str(error).splitlines()[0]}); "
+            f"{path} is damaged or not a plain state dict ({str(error).splitlines()[0]}); "
             "download it again"
         ) from error
     if not isinstance(state, dict) or not all(isinstance(x, Tensor) for x in state.values()):

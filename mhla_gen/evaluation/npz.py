@@ -26,7 +26,7 @@ def npz_keys(path: Path) -> frozenset[str]:
     except Exception as error:
         # zipfile raises many things at bytes that are no archive.
         raise EvaluationError(
-            f"{path} is truncated or no npz file ({error}); write or copy it again"
+            f"{path} is truncated or not an npz file ({error}); write or copy it again"
         ) from error
 
 
@@ -77,7 +77,7 @@ def _mapped(path: Path, key: str) -> np.ndarray:
         shape, fortran, dtype = _npy_header(file)
         start = file.tell()
     if dtype.hasobject:
-        raise UserError("it holds Python objects, which are never loaded")
+        raise UserError("it contains Python objects, which are never loaded")
     if 0 in shape:
         return np.zeros(shape, dtype)
     order = "F" if fortran else "C"

@@ -118,7 +118,7 @@ class FileSource:
                 f"{others or 'no other files'}"
             )
         if others:
-            tell(f"{path}: left out {others}")
+            tell(f"{path}: ignored {others}")
 
     def __len__(self) -> int:
         return len(self._files)

@@ -197,4 +197,4 @@ def _softmax_attention(
 
 def _check_single(query: Tensor) -> None:
     if len(query) != 1:
-        raise UserError(f"inspect looks at one input at a time, found a batch of {len(query)}")
+        raise UserError(f"inspect takes one input at a time, found a batch of {len(query)}")

@@ -52,7 +52,7 @@ def inspect(config: InspectConfig, dry_run: bool = False) -> Path:
     """
     if config.model is None:
         raise UserError(
-            "inspect needs a model: a folder or a hub name, as first argument or model=…"
+            "inspect needs a model: a folder or a name on the hub, as first argument or model=…"
         )
     folder = Path(config.output_dir)
     made_with(folder, config)

@@ -77,7 +77,7 @@ class Scan:
         dtype = getattr(torch, config.dtype)
         subject = load_subject(str(config.model), config.component, dtype)
         if isinstance(subject.model, MHLATransformerMixin):
-            raise UserError(f"{config.model} has MHLA layers already; give the softmax model")
+            raise UserError(f"{config.model} already has MHLA layers; give the softmax model")
         grid = token_grid(subject, config)
         images = None if config.data is None else open_images(config.data)
         inputs = make_inputs(subject, config, grid, images)

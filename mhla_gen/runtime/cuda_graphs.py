@@ -100,4 +100,4 @@ def require_lack_of_memory(error: RuntimeError) -> None:
         reason = reason.__context__
     if reason is None:
         raise error
-    tqdm.write("no memory to record a step: it computes the same, and takes longer")
+    tqdm.write("no memory left for CUDA graphs: steps compute the same but take longer")

@@ -59,6 +59,38 @@ def times_matrix(a, matrix, scale, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def narrow(x, OPERAND: tl.constexpr):
+    """Rows of a float32 tile as operands of scores, and their scales.
+
+    Next to 16-bit inputs they are float16, eight times finer than bfloat16, whose roundings would
+    add up to twice that of the output.
+    """
+    if tl.float32 == OPERAND:
+        return x, tl.full((x.shape[0],), 1.0, tl.float32)
+    else:
+        scaled, _scaled, scales = scale_rows(x, x, 0)
+        return scaled, scales
+
+
+@triton.jit
+def multiply_rows(a, a_scales, b, b_scales, PRECISION: tl.constexpr):
+    """Products of all rows of `a` with all rows of `b`, both from `narrow`, in float32."""
+    zeros = tl.zeros((a.shape[0], b.shape[0]), tl.float32)
+    return dot(a, tl.trans(b), zeros, PRECISION) * (a_scales[:, None] * b_scales[None, :])
+
+
+@triton.jit
+def add_weighed(acc, weights, b, b_scales, PRECISION: tl.constexpr):
+    """`acc + weights @ b` in float32, for rows `b` from `narrow`."""
+    if b.dtype == tl.float16:
+        scaled, _scaled, scales = scale_rows(weights * b_scales[None, :], weights, 0)
+        zeros = tl.zeros(acc.shape, tl.float32)
+        return acc + dot(scaled, b, zeros, PRECISION) * scales[:, None]
+    else:
+        return dot(weights, b, acc, PRECISION)
+
+
+@triton.jit
 def causal_apply_kernel(
     q_ptr,
     k_ptr,
@@ -124,7 +156,8 @@ def causal_apply_kernel(
         if NORMALIZE:
             key_sum = load_vector(mixed_key_sums_ptr + matrix * D, D, 0, BD)[None, :]
             denominators += tl.sum(features * key_sum, axis=1)
-        plain, queries = features.to(OPERAND), rotated.to(OPERAND)
+        queries, query_scales = narrow(rotated, OPERAND)
+        plain, plain_scales = narrow(features, OPERAND)
         for key_start in range(first, start + 1, BT):
             columns = key_start + tl.arange(0, BT)
             present = columns < last
@@ -133,16 +166,18 @@ def causal_apply_kernel(
                 k_ptr, cos_ptr, sin_ptr, key_tokens, present, k_strides, D, BD, ALIGN,
                 FEATURE_MAP, ROTARY,
             )  # fmt: skip
-            values = load_rows(v_ptr, key_tokens, present, v_strides, V, BV, ALIGN)
             read = (columns[None, :] <= rows[:, None]) & present[None, :]
             weights = tl.where(read, own, 0.0)
-            zeros = tl.zeros((BT, BT), tl.float32)
-            scores = dot(queries, tl.trans(key_rotated.to(OPERAND)), zeros, PRECISION) * weights
-            out = dot(scores.to(OPERAND), values.to(OPERAND), out, PRECISION)
+            keys, key_scales = narrow(key_rotated, OPERAND)
+            scores = multiply_rows(queries, query_scales, keys, key_scales, PRECISION) * weights
+            values = load_rows(v_ptr, key_tokens, present, v_strides, V, BV, ALIGN)
+            values, value_scales = narrow(values.to(tl.float32), OPERAND)
+            out = add_weighed(out, scores, values, value_scales, PRECISION)
             if NORMALIZE:
                 if ROTARY:
-                    keys = tl.trans(key_features.to(OPERAND))
-                    scores = dot(plain, keys, zeros, PRECISION) * weights
+                    keys, key_scales = narrow(key_features, OPERAND)
+                    scores = multiply_rows(plain, plain_scales, keys, key_scales, PRECISION)
+                    scores *= weights
                 denominators += tl.sum(scores, axis=1)
         if NORMALIZE:
             # Past the end nothing may become 0 / 0.

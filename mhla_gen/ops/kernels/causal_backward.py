@@ -7,7 +7,14 @@ import triton
 import triton.language as tl
 
 from mhla_gen.ops.kernels.boxes import block_box, locate_part
-from mhla_gen.ops.kernels.causal import load_features, load_rows, times_matrix
+from mhla_gen.ops.kernels.causal import (
+    add_weighed,
+    load_features,
+    load_rows,
+    multiply_rows,
+    narrow,
+    times_matrix,
+)
 from mhla_gen.ops.kernels.features import load_angles, phi_grad, rotate
 from mhla_gen.ops.kernels.pieces import (
     dot,
@@ -85,26 +92,28 @@ def causal_backward_queries_kernel(
         if NORMALIZE:
             inverse = tl.load(inverse_ptr + rows, mask=valid, other=0.0)
         grad = load_rows(do_ptr, tokens, valid, do_strides, V, BV, ALIGN).to(tl.float32)
-        grads = (grad * inverse[:, None]).to(OPERAND)
+        grads, grad_scales = narrow(grad * inverse[:, None], OPERAND)
         du_own = tl.zeros((BT, BD), tl.float32)
         own_sums = tl.zeros((BT, BD), tl.float32)
         for key_start in range(first, start + 1, BT):
             columns = key_start + tl.arange(0, BT)
             present = columns < last
             key_tokens = columns.to(tl.int64)
+            read = (columns[None, :] <= rows[:, None]) & present[None, :]
+            values = load_rows(v_ptr, key_tokens, present, v_strides, V, BV, ALIGN)
+            values, value_scales = narrow(values.to(tl.float32), OPERAND)
+            products = multiply_rows(grads, grad_scales, values, value_scales, PRECISION)
+            products = tl.where(read, products, 0.0)
             _k, key_features, key_rotated = load_features(
                 k_ptr, cos_ptr, sin_ptr, key_tokens, present, k_strides, D, BD, ALIGN,
                 FEATURE_MAP, ROTARY,
             )  # fmt: skip
-            values = load_rows(v_ptr, key_tokens, present, v_strides, V, BV, ALIGN)
-            read = (columns[None, :] <= rows[:, None]) & present[None, :]
-            zeros = tl.zeros((BT, BT), tl.float32)
-            products = dot(grads, tl.trans(values.to(OPERAND)), zeros, PRECISION)
-            products = tl.where(read, products, 0.0).to(OPERAND)
-            du_own = dot(products, key_rotated.to(OPERAND), du_own, PRECISION)
+            keys, key_scales = narrow(key_rotated, OPERAND)
+            du_own = add_weighed(du_own, products, keys, key_scales, PRECISION)
             if NORMALIZE:
-                ones = tl.where(read, 1.0, 0.0).to(OPERAND)
-                own_sums = dot(ones, key_features.to(OPERAND), own_sums, PRECISION)
+                keys, key_scales = narrow(key_features, OPERAND)
+                ones = tl.where(read, 1.0, 0.0)
+                own_sums = add_weighed(own_sums, ones, keys, key_scales, PRECISION)
 
         # Loaded for every tile, and not before: registers are what a program has least of.
         mixed, _s01, _s10, _s11, mixed_scale = load_summary(
@@ -116,7 +125,7 @@ def causal_backward_queries_kernel(
         q, features, rotated = load_features(
             q_ptr, cos_ptr, sin_ptr, tokens, valid, q_strides, D, BD, ALIGN, FEATURE_MAP, ROTARY
         )
-        dmixed = dot(tl.trans(rotated.to(OPERAND)), grads, dmixed, PRECISION)
+        dmixed = dot(tl.trans(rotated.to(OPERAND)), grad.to(OPERAND), dmixed, PRECISION)
         by_own = tl.sum(rotated * du_own, axis=1)
         dfeatures = du
         if ROTARY:
@@ -201,8 +210,9 @@ def causal_backward_keys_kernel(
         _k, _features, rotated = load_features(
             k_ptr, cos_ptr, sin_ptr, tokens, present, k_strides, D, BD, ALIGN, FEATURE_MAP, ROTARY
         )
-        keys = rotated.to(OPERAND)
-        values = load_rows(v_ptr, tokens, present, v_strides, V, BV, ALIGN).to(OPERAND)
+        keys, key_scales = narrow(rotated, OPERAND)
+        values = load_rows(v_ptr, tokens, present, v_strides, V, BV, ALIGN)
+        values, value_scales = narrow(values.to(tl.float32), OPERAND)
         dv = tl.zeros((BT, BV), tl.float32)
         dw = tl.zeros((BT, BD), tl.float32)
         dz = tl.zeros((BT, BD), tl.float32)
@@ -210,25 +220,26 @@ def causal_backward_keys_kernel(
             rows = query_start + tl.arange(0, BT)
             valid = rows < last
             query_tokens = rows.to(tl.int64)
+            read = (columns[:, None] <= rows[None, :]) & valid[None, :]
             _q, query_features, query_rotated = load_features(
                 q_ptr, cos_ptr, sin_ptr, query_tokens, valid, q_strides, D, BD, ALIGN,
                 FEATURE_MAP, ROTARY,
             )  # fmt: skip
             grad = load_rows(do_ptr, query_tokens, valid, do_strides, V, BV, ALIGN).to(tl.float32)
             if NORMALIZE:
+                delta = tl.load(delta_ptr + rows, mask=valid, other=0.0)
+                deltas = tl.where(read, delta[None, :], 0.0)
+                queries, query_scales = narrow(query_features, OPERAND)
+                dz = add_weighed(dz, deltas, queries, query_scales, PRECISION)
                 inverse = tl.load(inverse_ptr + rows, mask=valid, other=0.0)
                 grad *= inverse[:, None]
-            read = (columns[:, None] <= rows[None, :]) & valid[None, :]
-            zeros = tl.zeros((BT, BT), tl.float32)
-            queries, grads = query_rotated.to(OPERAND), grad.to(OPERAND)
-            scores = dot(keys, tl.trans(queries), zeros, PRECISION)
-            dv = dot(tl.where(read, scores, 0.0).to(OPERAND), grads, dv, PRECISION)
-            products = dot(values, tl.trans(grads), zeros, PRECISION)
-            dw = dot(tl.where(read, products, 0.0).to(OPERAND), queries, dw, PRECISION)
-            if NORMALIZE:
-                delta = tl.load(delta_ptr + rows, mask=valid, other=0.0)
-                deltas = tl.where(read, delta[None, :], 0.0).to(OPERAND)
-                dz = dot(deltas, query_features.to(OPERAND), dz, PRECISION)
+            queries, query_scales = narrow(query_rotated, OPERAND)
+            grads, grad_scales = narrow(grad, OPERAND)
+            scores = multiply_rows(keys, key_scales, queries, query_scales, PRECISION)
+            dv = add_weighed(dv, tl.where(read, scores, 0.0), grads, grad_scales, PRECISION)
+            products = multiply_rows(values, value_scales, grads, grad_scales, PRECISION)
+            products = tl.where(read, products, 0.0)
+            dw = add_weighed(dw, products, queries, query_scales, PRECISION)
 
         # Loaded for every tile, and not before: registers are what a program has least of.
         dsummary, _s01, _s10, _s11, dscale = load_summary(

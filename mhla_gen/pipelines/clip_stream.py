@@ -12,7 +12,7 @@ from torch import Tensor
 from mhla_gen.errors import UserError
 from mhla_gen.models import ClipState, FrameCausalMHLA
 from mhla_gen.pipelines.noise import generator_of, sample_seed
-from mhla_gen.runtime.devices import send
+from mhla_gen.runtime.devices import send, without_onednn
 
 
 class Chunk(NamedTuple):
@@ -107,6 +107,7 @@ def stream_clip(
             latents = send(latents, device)
             # Also forgets what a multistep scheduler kept of the chunk before.
             scheduler.set_timesteps(num_inference_steps, device=device)
+            scheduler.set_begin_index(0)
             for timestep in scheduler.timesteps:
                 velocity = predicted(latents, timestep.expand(1))
                 latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
@@ -183,7 +184,8 @@ class FrameDecoder:
         if self._cache is None:
             vae.clear_cache()
             self._cache = list(vae._feat_map)
-        pixels = _decode(vae, latents, self._cache, first)
+        with without_onednn():
+            pixels = _decode(vae, latents, self._cache, first)
         if vae.config.patch_size is not None:
             pixels = unpatchify(pixels, patch_size=vae.config.patch_size)
         return pixels.clamp(-1, 1)

@@ -1,4 +1,7 @@
-"""Which device a command runs on."""
+"""Which device a command runs on, and how."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -29,3 +32,19 @@ def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     if device.type == "cuda":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
+
+
+@contextmanager
+def without_onednn() -> Iterator[None]:
+    """No oneDNN on a CPU inside: its convolutions add as their threads are dealt.
+
+    A VAE decodes more slowly so, but the same with one thread and with many. Transformers have no
+    such convolutions.
+    """
+    backend = torch.backends.mkldnn
+    before = backend.enabled
+    try:
+        backend.enabled = False
+        yield
+    finally:
+        backend.enabled = before

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mhla_gen.runtime.devices import without_onednn
+
 
 class InParts:
     """A function of batches, called with `rows` rows at a time.
@@ -54,7 +56,7 @@ def in_parts(module: Any, method: str, rows: int) -> Iterator[InParts]:
     original = getattr(module, method)
     # A method stands in the class; a hook of accelerate has put its own into the module.
     hooked = method in vars(module)
-    parts = InParts(_without_onednn(original) if method == "decode" else original, rows)
+    parts = InParts(without_onednn()(original) if method == "decode" else original, rows)
     setattr(module, method, parts)
     try:
         yield parts
@@ -78,25 +80,6 @@ def repeatable_kernels() -> Iterator[None]:
             yield
     finally:
         cudnn.benchmark, cudnn.deterministic = before
-
-
-def _without_onednn(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Call a function on a CPU without oneDNN, whose convolutions add as their threads are dealt.
-
-    A VAE decodes more slowly so, but the same with one thread and with many. Transformers have no
-    such convolutions.
-    """
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        backend = torch.backends.mkldnn
-        before = backend.enabled
-        try:
-            backend.enabled = False
-            return function(*args, **kwargs)
-        finally:
-            backend.enabled = before
-
-    return call
 
 
 def _has_rows(x: Any) -> bool:

@@ -4,7 +4,7 @@ python benchmarks/depthwise_speed.py OUT.json [--sweep]        needs CUDA
 
 `gated` is one pass of convolution, sum and gate (`gated_conv`), `apart` the same compiled by torch
 with the convolution alone as a kernel. --sweep times the kernels down the lines with other tiles,
-warps and lines loaded ahead, which is where `_TOKENS`, `_CHANNELS` and `_LINES` come from.
+warps and lines under way, for `_TOKENS`, `_CHANNELS`, `_WARPS` and `_STAGES`.
 """
 
 import argparse
@@ -99,10 +99,10 @@ def sweep(batch, grid, channels) -> list[dict]:
     """Both kernels down the lines with other constants: forward alone, backward alone."""
     tokens, weight, bias, grad = inputs(batch, grid, channels)
     rows = []
-    kept = kernels._TOKENS, kernels._CHANNELS, dict(kernels._LINES)
+    kept = kernels._TOKENS, kernels._CHANNELS, kernels._WARPS, kernels._STAGES
     for (size, width, warps), stages in product(TILES, (1, 2, 3)):
         kernels._TOKENS, kernels._CHANNELS = size, width
-        kernels._LINES = dict.fromkeys(kept[2], (warps, stages))
+        kernels._WARPS, kernels._STAGES = warps, stages
         row = {"tokens": size, "channels": width, "warps": warps, "stages": stages}
         try:
             with torch.no_grad():
@@ -117,7 +117,7 @@ def sweep(batch, grid, channels) -> list[dict]:
             # Constants that do not fit the registers or the shared memory.
             row["error"] = str(error).splitlines()[0][:100]
         rows.append(row)
-    kernels._TOKENS, kernels._CHANNELS, kernels._LINES = kept
+    kernels._TOKENS, kernels._CHANNELS, kernels._WARPS, kernels._STAGES = kept
     return rows
 
 

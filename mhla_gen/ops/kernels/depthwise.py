@@ -22,8 +22,8 @@ from mhla_gen.ops.kernels.launch import quotient_up
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # Tokens and channels of a tile: whole 128-byte lines of half-precision channels, 8 for a thread.
 _TOKENS, _CHANNELS = 16, 64
-# Warps, and lines that are loaded ahead, down the lines forward and backward.
-_LINES = {"forward": (4, 1), "backward": (4, 1)}
+# Down the lines: warps of a program, and lines that are under way in the forward pass.
+_WARPS, _STAGES = 4, 1
 # A thread's registers hold this many taps of its channels.
 _MOST_HELD_TAPS = 9
 # Programs that keep a large GPU busy: several for each of 132 multiprocessors.
@@ -125,7 +125,6 @@ def _conv_by_lines(
     frames = batch * box[0]
     parts, extent = _line_parts(box, frames * tiles)
     tensors, strides, constants = _after(tokens, after)
-    warps, stages = _LINES["forward"]
     launch(
         conv_lines_kernel,
         (frames * parts, tiles),
@@ -138,8 +137,8 @@ def _conv_by_lines(
             **constants,
             "BT": _TOKENS,
             "BC": _CHANNELS,
-            "STAGES": stages,
-            "num_warps": warps,
+            "STAGES": _STAGES,
+            "num_warps": _WARPS,
         },
     )
     return tensors[2], tensors[3]
@@ -179,7 +178,6 @@ def _backward_by_lines(
     parts, extent = _line_parts(box, frames * tiles)
     partial, bias_partial = _partial_sums(tokens, frames * parts, sizes)
     tokens_grad = tokens.new_empty(tokens.shape)
-    warps, stages = _LINES["backward"]
     launch(
         backward_lines_kernel,
         (frames * parts, tiles),
@@ -190,8 +188,7 @@ def _backward_by_lines(
             "KW": sizes[2],
             "BT": _TOKENS,
             "BC": _CHANNELS,
-            "STAGES": stages,
-            "num_warps": warps,
+            "num_warps": _WARPS,
         },
     )
     return tokens_grad, partial, bias_partial

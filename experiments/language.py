@@ -59,7 +59,9 @@ class Sizes(NamedTuple):
     """Tokens of such a window."""
 
 
+SMALL = Sizes(64, 3, 2, 256, 8, 800, 150, 32, 16, 24, 2048)
 TINY = Sizes(32, 2, 2, 64, 4, 3, 2, 16, 8, 2, 256)
+SIZES = {"full": Sizes(), "small": SMALL, "tiny": TINY}
 
 
 def attentions(sizes: Sizes, start: float) -> dict[str, CausalMHLAConfig | None]:
@@ -342,14 +344,16 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=200)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--steps", type=int, help="instead of 400")
-    parser.add_argument("--tiny", action="store_true", help="a model that shows only that it runs")
+    parser.add_argument(
+        "--size", choices=SIZES, default="full", help="small: for a CPU; tiny: shows that it runs"
+    )
     args = parser.parse_args()
     if args.figure:
         report = json.loads((args.out / "language.json").read_text())
         draw(report, args.figure)
         print(tables(report))
         return
-    sizes = TINY if args.tiny else Sizes()
+    sizes = SIZES[args.size]
     if args.steps:
         sizes = sizes._replace(steps=args.steps)
     run(args.out, sizes, args.seeds, args.seconds)

@@ -83,7 +83,8 @@ def multiply_rows(a, a_scales, b, b_scales, PRECISION: tl.constexpr):
 def add_weighed(acc, weights, b, b_scales, PRECISION: tl.constexpr):
     """`acc + weights @ b` in float32, for rows `b` from `narrow`."""
     if b.dtype == tl.float16:
-        scaled, _scaled, scales = scale_rows(weights * b_scales[None, :], weights, 0)
+        weights *= b_scales[None, :]
+        scaled, _scaled, scales = scale_rows(weights, weights, 0)
         zeros = tl.zeros(acc.shape, tl.float32)
         return acc + dot(scaled, b, zeros, PRECISION) * scales[:, None]
     else:

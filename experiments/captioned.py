@@ -11,9 +11,9 @@ control `gated_softmax` has MHLA's convolution and gate around softmax. Three ar
 model differ in what weighs text against image: see `ARMS`.
 
 OUT gets captioned.json after every arm, captioned.md at the end, and samples of each arm; a
-finished arm is not trained again. `--seconds` ends between arms. `--steps`, `--sample-steps`,
-`--layers` and `--limit` make it small enough for a CPU. key=value goes to the training config,
-captioned.yaml.
+finished arm is not trained again. `--seconds` ends between arms. `--pixels`, `--layers`, `--heads`,
+`--steps`, `--sample-steps` and `--limit` make it small enough for a CPU. key=value goes to the
+training config, captioned.yaml.
 """
 
 import argparse
@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 from transformers import T5Config, T5EncoderModel
@@ -73,18 +74,19 @@ ARMS = {
 }
 
 
-def sizes_of(model: str, layers: int) -> tuple[str, dict[str, Any]]:
+def sizes_of(model: str, options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     """Class and sizes of a model for pixels of emoji."""
-    shared = {"in_channels": 3, "out_channels": 3, "num_layers": layers}
-    shared |= {"num_attention_heads": 6, "attention_head_dim": 64}
+    width = 64 * options.heads
+    shared = {"in_channels": 3, "out_channels": 3, "num_layers": options.layers}
+    shared |= {"num_attention_heads": options.heads, "attention_head_dim": 64}
     if model == "wan":
-        own = {"ffn_dim": 1536, "text_dim": WIDTH, "freq_dim": 256}
+        own = {"ffn_dim": 4 * width, "text_dim": WIDTH, "freq_dim": 256}
         return "WanTransformer3DModel", shared | own
     own = {
-        "sample_size": 64,
+        "sample_size": options.pixels,
         "patch_size": 2,
         "joint_attention_dim": WIDTH,
-        "caption_projection_dim": 384,
+        "caption_projection_dim": width,
         "pooled_projection_dim": WIDTH,
         "pos_embed_max_size": 32,
         "qk_norm": "rms_norm",
@@ -98,7 +100,7 @@ class CaptionedEmoji:
     class_names = None
     empty_prompt: dict[str, Tensor]
 
-    def __init__(self, path: Path, limit: int, frames: bool):
+    def __init__(self, path: Path, limit: int, side: int, frames: bool):
         with np.load(path, allow_pickle=False) as arrays:
             images, labels = arrays["arr_0"][: limit or None], arrays["labels"][: limit or None]
             names = [str(name) for name in arrays["classes"]]
@@ -107,6 +109,7 @@ class CaptionedEmoji:
         self.empty_prompt = {name: values[-1] for name, values in rows.items()}
         self._text = {name: values[:-1] for name, values in rows.items()}
         pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+        pixels = F.interpolate(pixels, (side, side), mode="area")
         self._pixels = pixels.unsqueeze(2) if frames else pixels
         self.labels = torch.from_numpy(labels)
         number = torch.arange(len(images))
@@ -157,7 +160,7 @@ class Job:
 
     def __init__(self, arm: Arm, data: CaptionedEmoji, options: argparse.Namespace):
         self.arm, self.data = arm, data
-        name, sizes = sizes_of(arm.model, options.layers)
+        name, sizes = sizes_of(arm.model, options)
         config = Path(__file__).with_name("captioned.yaml")
         given = [f"model.attention={arm.attention}", f"max_steps={options.steps}"]
         given += [f"model.mhla.{setting}" for setting in arm.settings]
@@ -270,6 +273,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=115.0)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--heads", type=int, default=6, help="of 64 channels")
+    parser.add_argument("--pixels", type=int, default=64, help="side of an image")
     parser.add_argument("--sample-steps", type=int, default=25)
     parser.add_argument("--limit", type=int, default=0, help="take the first so many images")
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
@@ -281,7 +286,8 @@ def main() -> None:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     found = json.loads(path.read_text()) if path.is_file() else {"arms": {}}
     found |= {"date": date.today().isoformat(), "device": device, "torch": torch.__version__}
-    found |= {"steps": options.steps, "layers": options.layers}
+    sizes = ("steps", "layers", "heads", "pixels")
+    found |= {name: getattr(options, name) for name in sizes} | {"settings": options.overrides}
     longest = 0.0
     for name in (name for name in options.arms if name not in found["arms"]):
         start = time.perf_counter()
@@ -289,7 +295,8 @@ def main() -> None:
             print(f"{name} and what follows is left for another call")
             break
         arm = ARMS[name]
-        job = Job(arm, CaptionedEmoji(options.images, options.limit, arm.model == "wan"), options)
+        data = CaptionedEmoji(options.images, options.limit, options.pixels, arm.model == "wan")
+        job = Job(arm, data, options)
         row: dict[str, Any] = job.train() | job.measure()
         row["parameters"] = sum(p.numel() for p in job.model.parameters())
         job.draw(options.out / f"{name}.png", options.sample_steps)

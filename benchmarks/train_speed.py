@@ -27,6 +27,7 @@ from steps import RandomSamples, attention_kernel, fresh, machine, sampling, tim
 from mhla_gen.config import MHLAConfig, ModelConfig, ObjectiveConfig, TrainConfig, load_config
 from mhla_gen.data import TrainingData
 from mhla_gen.files import write_json
+from mhla_gen.runtime.processes import part_processes
 from mhla_gen.training.build import build_task
 from mhla_gen.training.task import Task
 from mhla_gen.training.training_run import build_run
@@ -127,8 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             write_json(out, {**machine(), "rows": found}, indent=1)
             short = {k: v for k, v in result.items() if not k.endswith("kernels")}
             print(json.dumps(short), flush=True)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    part_processes()
 
 
 def measure(row: Row, options: argparse.Namespace, alone: Alone) -> dict[str, Any]:

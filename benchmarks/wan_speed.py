@@ -23,6 +23,7 @@ from train_speed import build_on_device
 from mhla_gen.config import MHLAConfig, ModelConfig, TrainConfig, WanConfig, load_config
 from mhla_gen.data import Batch
 from mhla_gen.files import write_json
+from mhla_gen.runtime.processes import part_processes
 from mhla_gen.training.training_run import build_run
 
 _CHANNELS, _TEXT_LENGTH, _TEXT_DIM = 16, 512, 4096
@@ -71,8 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             found.append(result)
             write_json(options.out, {**machine(), "rows": found}, indent=1)
             print(json.dumps({k: v for k, v in result.items() if k != "kernels"}), flush=True)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    part_processes()
 
 
 def measure(attention: str, options: argparse.Namespace) -> dict[str, Any]:

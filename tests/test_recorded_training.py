@@ -6,6 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState
+from ranks import torchrun
+from tape import stand_in
 from test_training import TINY, assert_same, tiny_run, trained
 from tiny import tiny_dit
 from torch.nn.parallel import DistributedDataParallel
@@ -13,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 import mhla_gen
 from mhla_gen.runtime.compiling import compile_blocks
 from mhla_gen.runtime.recomputing import draws, recompute_activations
-from mhla_gen.runtime.recorded_training import RecordedTraining
+from mhla_gen.runtime.recorded_training import RecordedTraining, forget_recordings
 from mhla_gen.training.log import read_log
 from mhla_gen.training.training_run import build_run
 
@@ -86,21 +88,21 @@ def gradients(model, forward, batches, seed, shared=None):
     for number, batch in enumerate(batches):
         if shared is not None:
             shared.require_backward_grad_sync = number == len(batches) - 1
-        output = forward(**inputs_of(model, batch, "cuda", seed + number))[0]
+        output = forward(**inputs_of(model, batch, model.device, seed + number))[0]
         output.square().mean().backward()
     found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     return found | {"output": output.detach().clone()}
 
 
-def assert_equal_gradients(model, launched, recorded, shared=None):
+def assert_equal_gradients(model, launched, recorded, shared=None, seed=0):
     """Of single batches and of sums, also of other sizes, while the weights change."""
     state = torch.cuda.get_rng_state()
     gradients(model, recorded, (4,), 0, shared)
     assert torch.equal(torch.cuda.get_rng_state(), state)
     cases = [(4,), (3,), (3, 4), (4, 4, 4), (4,), (4, 3, 4), (3, 4), (4, 4)]
-    for seed, batches in enumerate(cases):
-        found = gradients(model, recorded, batches, 10 * seed, shared)
-        expected = gradients(model, launched, batches, 10 * seed, shared)
+    for number, batches in enumerate(cases):
+        found = gradients(model, recorded, batches, seed + 10 * number, shared)
+        expected = gradients(model, launched, batches, seed + 10 * number, shared)
         assert found.keys() == expected.keys()
         for name, value in expected.items():
             message = f"{name} of {batches}"
@@ -108,6 +110,43 @@ def assert_equal_gradients(model, launched, recorded, shared=None):
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.mul_(1.01)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there it records")
+@pytest.mark.parametrize("recompute", [False, True])
+def test_tapes_in_place_of_graphs_lead_to_the_gradients_of_the_model(recompute, monkeypatch):
+    stand_in(monkeypatch.setattr)
+    model = a_dit()
+    if recompute:
+        recompute_activations(model)
+    recorded = RecordedTraining(model, model.forward)
+    assert_equal_gradients(model, model.forward, recorded)
+    (tapes,) = [x for x in recorded._recordings.values() if x]
+    assert len(tapes) == 2 and all(tape._forward.calls for tape in tapes)
+    forget_recordings()
+    assert not any(recorded._recordings.values())
+    assert_equal_gradients(model, model.forward, recorded)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there it records")
+def test_two_processes_average_gradients_inside_a_tape():
+    torchrun(2, __file__)
+
+
+def average_inside_a_tape():
+    stand_in(setattr)
+    model = a_dit()
+    shared = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
+    launched = shared.forward
+    shared.forward = RecordedTraining(shared, launched)
+    # Each process has samples of its own.
+    assert_equal_gradients(model, launched, shared, shared, seed=1000 * dist.get_rank())
+    recordings = shared.forward._recordings
+    assert [len(recordings[averages]) for averages in (False, True)] == [2, 2]
+    found = [p.grad.clone() for p in model.parameters()]
+    for mine, gradient in zip(found, model.parameters(), strict=True):
+        dist.broadcast(gradient.grad, 0)
+        assert torch.equal(mine, gradient.grad)
 
 
 @pytest.mark.gpu
@@ -129,12 +168,17 @@ def test_recorded_gradients_are_those_of_the_model(attention, compiled, recomput
         torch.testing.assert_close(recorded(**inputs), model(**inputs), rtol=0, atol=0)
 
 
+def part_processes_of_test():
+    forget_recordings()
+    dist.destroy_process_group()
+
+
 @pytest.fixture
 def one_process(tmp_path):
     torch.cuda.set_device(0)
     dist.init_process_group("nccl", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     yield
-    dist.destroy_process_group()
+    part_processes_of_test()
 
 
 @pytest.mark.gpu
@@ -200,7 +244,7 @@ def test_a_run_that_averages_gradients_is_recorded_and_computes_the_same(tmp_pat
         assert isinstance(run.model.forward, RecordedTraining)
         averaged = trained(config)
     finally:
-        dist.destroy_process_group()
+        part_processes_of_test()
     for name, value in plain.items():
         torch.testing.assert_close(averaged[name], value, rtol=1e-3, atol=1e-4, msg=name)
 
@@ -209,3 +253,9 @@ def ephemeral_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
+
+
+if __name__ == "__main__":
+    dist.init_process_group("gloo")
+    average_inside_a_tape()
+    dist.destroy_process_group()

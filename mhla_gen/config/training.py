@@ -90,9 +90,10 @@ class TrainConfig(Settings):
     compile: Literal["none", "regional", "whole"] = "none"
     """torch.compile: regional compiles one transformer block and uses it for all; whole compiles
     the model, which takes longer."""
-    cuda_graphs: bool = True
-    """With compile=regional on GPUs: record a DiT's forward and backward pass once as CUDA graphs
-    and replay them. Not used with parallelism=fsdp, which moves the weights."""
+    cuda_graphs: bool | None = None
+    """With compile=regional on GPUs: record the forward and the backward pass of a DiT once and
+    launch each whole at every step. None does on one GPU, true under DDP too. Never with
+    parallelism=fsdp, which moves the weights."""
     gradient_checkpointing: Any = False
     """Recompute activations in the backward pass: less memory, more time. true, for all blocks;
     a number from 0 to 1, for this share of them; false, for none."""

@@ -12,6 +12,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from tqdm import tqdm
 
 from mhla_gen.runtime.devices import resolve_device
+from mhla_gen.runtime.recorded_training import forget_recordings
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -46,6 +47,7 @@ def tell(message: str) -> None:
 def part_processes() -> None:
     """Take leave of the others when all is done; torch may abort a process that ends without."""
     if PartialState._shared_state:
+        forget_recordings()
         PartialState().destroy_process_group()
 
 

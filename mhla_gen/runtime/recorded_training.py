@@ -5,9 +5,11 @@ Here gradients add up over calls, and DistributedDataParallel averages them insi
 in its own passes: while the rest of the backward pass is computed.
 """
 
+import atexit
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,8 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from mhla_gen.runtime.cuda_graphs import kind_of, require_lack_of_memory
 
+# All of this process.
+_RECORDED: "WeakSet[RecordedTraining]" = WeakSet()
 # Passes before one is recorded: the first compiles, and all allocate.
 _WARM_UP = 3
 # DistributedDataParallel also orders its buckets in the second pass, and reads its clocks, for
@@ -53,11 +57,12 @@ class RecordedTraining:
         self._call: Any = None
         self._pool: Any = None
         self._recordings: dict[bool, list[_Passes]] = {False: [], True: []}
-        self._has_memory = True
+        self._records = True
+        _RECORDED.add(self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The forward pass's result."""
-        if not (self.model.training and torch.is_grad_enabled() and self._has_memory):
+        if not (self.model.training and torch.is_grad_enabled() and self._records):
             return self.forward(*args, **kwargs)
         leaves, structure = tree_flatten((args, kwargs))
         call = (structure, *map(kind_of, leaves))
@@ -67,6 +72,14 @@ class RecordedTraining:
             return self.forward(*args, **kwargs)
         passes = self._passes(leaves, structure)
         return self.forward(*args, **kwargs) if passes is None else passes(leaves)
+
+    def forget(self) -> None:
+        """Launch passes from now on, and give up what recordings hold."""
+        self._records = False
+        for recordings in self._recordings.values():
+            for passes in recordings:
+                passes.reset()
+            recordings.clear()
 
     def _passes(self, leaves: Sequence[Any], structure: TreeSpec) -> "_Passes | None":
         """What to replay for the gradients as they are now; None if that is not recorded."""
@@ -106,14 +119,22 @@ class RecordedTraining:
                 passes.warm_up(stream, _WARM_UP_SHARED if shared else _WARM_UP)
                 passes.record(stream, pool)
         except RuntimeError as error:
+            error.add_note("cuda_graphs=false trains without recordings")
             if shared:
                 # Others are in the midst of the same pass, and wait.
                 raise
             require_lack_of_memory(error)
-            self._has_memory = False
+            self._records = False
             return None
         self._recordings[averages].append(passes)
         return passes
+
+
+@atexit.register
+def forget_recordings() -> None:
+    """Give up all recordings, before processes part: NCCL waits for those that hold its calls."""
+    for recorded in list(_RECORDED):
+        recorded.forget()
 
 
 class _Passes:
@@ -167,6 +188,11 @@ class _Passes:
         self.after = [p.grad for p in self._parameters]
         self._is_watched = [torch.is_tensor(x) and x.requires_grad for x in leaves]
         self._outputs = [x.detach() if torch.is_tensor(x) else x for x in leaves]
+
+    def reset(self) -> None:
+        """Give up the recordings."""
+        self._forward.reset()
+        self._backward.reset()
 
     def __call__(self, leaves: Sequence[Any]) -> Any:
         """The result for these arguments; its backward pass leaves gradients."""

@@ -259,8 +259,9 @@ def can_record(accelerator: Accelerator, model: nn.Module, config: TrainConfig) 
         model: Not yet prepared.
         config: Settings.
     """
+    wanted = accelerator.num_processes == 1 if config.cuda_graphs is None else config.cuda_graphs
     return (
-        config.cuda_graphs
+        wanted
         and config.compile == "regional"
         and config.takes_labels
         and not (config.gradient_checkpointing and draws(model))

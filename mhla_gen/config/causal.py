@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Self
 
-from mhla_gen.config.checks import normalize_layers
+from mhla_gen.config.checks import normalize_layers, plain
 from mhla_gen.config.fields import Count, NotNegative, Range, Settings, Whole
 from mhla_gen.errors import UserError
 
@@ -62,7 +62,7 @@ class CausalMHLAConfig(Settings):
     def to_dict(self) -> dict[str, Any]:
         """Plain values for a JSON config; `from_dict` reads them back."""
         values = asdict(self)
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+        return {k: plain(v) for k, v in values.items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:

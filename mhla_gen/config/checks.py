@@ -2,9 +2,37 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard, cast
 
 from mhla_gen.errors import UserError
+
+
+def elements(values: Any) -> tuple[Any, ...] | None:
+    """The elements of a list or tuple; None for anything else, text included."""
+    if isinstance(values, str) or not isinstance(values, Sequence):
+        return None
+    return tuple(cast("Sequence[Any]", values))
+
+
+def is_mapping(value: Any) -> TypeGuard[dict[str, Any]]:
+    """Whether this is a mapping, as YAML and JSON have them."""
+    return isinstance(value, dict)
+
+
+def is_list(value: Any) -> TypeGuard[list[Any]]:
+    """Whether this is a list, as YAML and JSON have them."""
+    return isinstance(value, list)
+
+
+def plain(value: Any) -> Any:
+    """A value with lists for tuples, as JSON holds it."""
+    listed = elements(value)
+    return value if listed is None else [plain(each) for each in listed]
+
+
+def is_whole(value: Any, least: int) -> bool:
+    """Whether this is a whole number of at least `least`. True and false are none."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
@@ -28,14 +56,12 @@ def check_gate(gate: Any) -> None:
 
 def normalize_integers(name: str, values: Any, least: int) -> tuple[int, ...]:
     """One to three integers, each at least `least`, as a tuple."""
-    integers = isinstance(values, Sequence) and not isinstance(values, str) and 0 < len(values) < 4
-    if not integers or any(
-        not isinstance(n, int) or isinstance(n, bool) or n < least for n in values
-    ):
+    integers = elements(values)
+    if not integers or len(integers) > 3 or not all(is_whole(n, least) for n in integers):
         raise UserError(
             f"{name} must be 1 to 3 whole numbers of at least {least}, found {values!r}"
         )
-    return tuple(values)
+    return integers
 
 
 def normalize_paths(name: str, paths: Any) -> tuple[str, ...] | None:
@@ -44,21 +70,20 @@ def normalize_paths(name: str, paths: Any) -> tuple[str, ...] | None:
         return None
     if isinstance(paths, str | Path):
         return (str(paths),)
-    if not isinstance(paths, Sequence) or not paths:
+    listed = elements(paths)
+    if not listed:
         raise UserError(f"{name} must be a path or a list of paths, found {paths!r}")
-    return tuple(str(path) for path in paths)
+    return tuple(str(path) for path in listed)
 
 
 def normalize_layout(layout: Any) -> Any:
     """One to three block counts as a tuple, or "auto" as it is."""
     if isinstance(layout, str) and layout == "auto":
         return layout
-    message = f'layout must be "auto" or 1 to 3 positive block counts, found {layout!r}'
-    if not isinstance(layout, Sequence) or isinstance(layout, str) or not 1 <= len(layout) <= 3:
-        raise UserError(message)
-    if any(not isinstance(n, int) or isinstance(n, bool) or n < 1 for n in layout):
-        raise UserError(message)
-    return tuple(layout)
+    counts = elements(layout)
+    if not counts or len(counts) > 3 or not all(is_whole(n, 1) for n in counts):
+        raise UserError(f'layout must be "auto" or 1 to 3 positive block counts, found {layout!r}')
+    return counts
 
 
 def normalize_layers(layers: Any) -> Any:
@@ -73,13 +98,12 @@ def normalize_layers(layers: Any) -> Any:
         if not (slash and part.isdecimal() and whole.isdecimal() and 0 < int(part) <= int(whole)):
             raise UserError(message)
         return layers
-    if not isinstance(layers, Sequence):
+    indices = elements(layers)
+    if indices is None or not all(is_whole(i, 0) for i in indices):
         raise UserError(message)
-    if any(not isinstance(i, int) or isinstance(i, bool) or i < 0 for i in layers):
-        raise UserError(message)
-    if not layers or len(set(layers)) != len(layers):
+    if not indices or len(set(indices)) != len(indices):
         raise UserError(message + " (empty or with duplicates)")
-    return tuple(sorted(layers))
+    return tuple(sorted(indices))
 
 
 def normalize_classes(classes: Any, names: bool = False) -> Any:
@@ -87,12 +111,8 @@ def normalize_classes(classes: Any, names: bool = False) -> Any:
     if isinstance(classes, str) and classes == "all":
         return classes
     kinds = (int, str) if names else (int,)
-    listed = [classes] if isinstance(classes, kinds) else classes
+    listed = (classes,) if isinstance(classes, kinds) else elements(classes)
     allowed = "class numbers and names" if names else "class numbers"
-    message = f'classes must be "all" or a list of {allowed}, found {classes!r}'
-    if not isinstance(listed, Sequence) or isinstance(listed, str) or not listed:
-        raise UserError(message)
-    for c in listed:
-        if not isinstance(c, kinds) or isinstance(c, bool) or (isinstance(c, int) and c < 0):
-            raise UserError(message)
-    return tuple(listed)
+    if not listed or not all(is_whole(c, 0) or (names and isinstance(c, str)) for c in listed):
+        raise UserError(f'classes must be "all" or a list of {allowed}, found {classes!r}')
+    return listed

@@ -1,9 +1,9 @@
 """Settings of data sets and of caches of latents."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from mhla_gen.config.checks import elements, is_whole
 from mhla_gen.config.fields import Count, FilePath, Positive, Settings
 from mhla_gen.errors import UserError
 
@@ -189,14 +189,14 @@ class CacheConfig(Settings):
 
 def _normalize_buckets(buckets: Any) -> tuple[tuple[int, int, int], ...]:
     message = f"clips.buckets must be a list of [frames, height, width], found {buckets!r}"
-    if not isinstance(buckets, Sequence) or isinstance(buckets, str) or not buckets:
+    found: list[tuple[int, int, int]] = []
+    for bucket in elements(buckets) or ():
+        sizes = elements(bucket)
+        if sizes is None or len(sizes) != 3 or not all(is_whole(n, 1) for n in sizes):
+            raise UserError(message)
+        found.append((sizes[0], sizes[1], sizes[2]))
+    if not found:
         raise UserError(message)
-    for bucket in buckets:
-        if not isinstance(bucket, Sequence) or isinstance(bucket, str) or len(bucket) != 3:
-            raise UserError(message)
-        if any(not isinstance(n, int) or isinstance(n, bool) or n < 1 for n in bucket):
-            raise UserError(message)
-    found = tuple((frames, height, width) for frames, height, width in buckets)
     if len(set(found)) < len(found):
         raise UserError(f"clips.buckets names a bucket twice: {buckets!r}")
-    return found
+    return tuple(found)

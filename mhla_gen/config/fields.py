@@ -10,9 +10,19 @@ import math
 import os
 import types
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    NamedTuple,
+    Union,
+    cast,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
-from mhla_gen.config.checks import check_choice
+from mhla_gen.config.checks import check_choice, elements
 from mhla_gen.errors import UserError
 
 _LARGEST = 2**31 - 1
@@ -170,9 +180,9 @@ class Settings:
 def _checked(name: str, value: Any, kind: Kind) -> Any:
     if value is None and kind.optional:
         return value
-    if get_origin(kind.base) is tuple and isinstance(value, tuple | list):
+    if get_origin(kind.base) is tuple and (listed := elements(value)) is not None:
         element = kind_of(kind.element)
-        return tuple(_checked(name, each, element) for each in value)
+        return tuple(_checked(name, each, element) for each in listed)
     if get_origin(kind.base) is Literal:
         check_choice(name, value, get_args(kind.base))
     elif limits := kind.mark(Range):
@@ -190,10 +200,10 @@ def expand_home(name: str, value: Any) -> Any:
     Raises:
         ValueError: If there is no such home folder.
     """
-    if isinstance(value, list | tuple):
-        return tuple(expand_home(name, each) for each in value)
+    if (listed := elements(value)) is not None:
+        return tuple(expand_home(name, each) for each in listed)
     if isinstance(value, os.PathLike):
-        value = os.fspath(value)
+        value = os.fspath(cast("os.PathLike[str]", value))
     if not isinstance(value, str) or not value.startswith("~"):
         return value
     expanded = os.path.expanduser(value)

@@ -1,10 +1,9 @@
 """Settings of the commands that inspect models."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from mhla_gen.config.checks import normalize_classes, normalize_integers
+from mhla_gen.config.checks import elements, normalize_classes, normalize_integers
 from mhla_gen.config.data import DataConfig
 from mhla_gen.config.fields import (
     AtLeastTwo,
@@ -87,13 +86,13 @@ class InspectConfig(InputsConfig):
     def __post_init__(self):
         super().__post_init__()
         if self.queries != "auto":
-            listed = isinstance(self.queries, Sequence) and not isinstance(self.queries, str)
-            if not listed or not self.queries:
+            listed = elements(self.queries)
+            if not listed:
                 raise UserError(
                     f'queries must be "auto" or a list of positions such as [[0, 3], [2, 2]], '
                     f"found {self.queries!r}"
                 )
-            positions = tuple(normalize_integers("queries", q, 0) for q in self.queries)
+            positions = tuple(normalize_integers("queries", q, 0) for q in listed)
             object.__setattr__(self, "queries", positions)
 
 

@@ -1,11 +1,18 @@
 """Settings of Linformer attention, and of any attention that a saved model has."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal, Self
 
-from mhla_gen.config.checks import check_gate, normalize_integers, normalize_layers
+from mhla_gen.config.checks import (
+    check_gate,
+    elements,
+    is_whole,
+    normalize_integers,
+    normalize_layers,
+    plain,
+)
 from mhla_gen.config.fields import Count, Settings
 from mhla_gen.config.mhla import MHLAConfig
 from mhla_gen.errors import UserError
@@ -78,10 +85,11 @@ class LinformerConfig(Settings):
             self._check_layers()
 
     def _check_layers(self) -> None:
-        name, lengths = "projected_len_by_layer", self.projected_len_by_layer
-        if not isinstance(lengths, Sequence) or isinstance(lengths, str) or not lengths:
+        name, lengths = "projected_len_by_layer", elements(self.projected_len_by_layer)
+        if not lengths:
             raise UserError(
-                f"{name} must be a list, one entry per converted layer, found {lengths!r}"
+                f"{name} must be a list, one entry per converted layer, found "
+                f"{self.projected_len_by_layer!r}"
             )
         if self.sharing == "layerwise":
             raise UserError(f"sharing=layerwise has one projected_len; leave {name} out")
@@ -112,7 +120,7 @@ class LinformerConfig(Settings):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for a JSON config; `attention_from_dict` reads them back."""
-        values = {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
+        values = {field.name: plain(getattr(self, field.name)) for field in fields(self)}
         return {"kind": KIND, **values}
 
 
@@ -131,15 +139,10 @@ def attention_from_dict(values: Mapping[str, Any]) -> AttentionConfig:
 
 
 def _normalize_length(name: str, length: Any) -> Any:
-    whole = isinstance(length, int) and not isinstance(length, bool)
-    if whole and length >= 1:
+    if is_whole(length, 1):
         return length
-    if whole or isinstance(length, str) or not isinstance(length, Sequence):
+    if elements(length) is None:
         raise UserError(
             f"{name} must be a whole number of at least 1, or 1 to 3 of them, found {length!r}"
         )
     return normalize_integers(name, length, 1)
-
-
-def _plain(value: Any) -> Any:
-    return [_plain(each) for each in value] if isinstance(value, tuple) else value

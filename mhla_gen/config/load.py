@@ -12,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mhla_gen.config.data import CacheConfig
 from mhla_gen.config.evaluation import EvaluateConfig, ReferenceConfig
-from mhla_gen.config.fields import expand_home
+from mhla_gen.config.fields import Settings, expand_home
 from mhla_gen.config.inspection import InspectConfig, SensitivityConfig
 from mhla_gen.config.reading import ConfigError, check_shapes, put_override, read_yaml, write_yaml
 from mhla_gen.config.retired import without_retired
@@ -84,12 +84,12 @@ def load_config(
         raise ConfigError(f"{where}{_in_one_line(error)}") from error
 
 
-def save_config(config: Any, path: str | Path) -> None:
+def save_config(config: Settings, path: str | Path) -> None:
     """Write a config as YAML that `load_config` reads back, `job` first."""
     write_text(path, to_yaml(config))
 
 
-def to_yaml(config: Any) -> str:
+def to_yaml(config: Settings) -> str:
     """The resolved config as YAML, `job` first."""
     return f"job: {_job_of(type(config))}\n" + write_yaml(dataclasses.asdict(config))
 

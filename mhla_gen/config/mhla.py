@@ -9,6 +9,7 @@ from mhla_gen.config.checks import (
     normalize_integers,
     normalize_layers,
     normalize_layout,
+    plain,
 )
 from mhla_gen.config.fields import Count, NotNegative, Range, Settings, Whole
 from mhla_gen.config.retired import without_retired
@@ -167,7 +168,7 @@ class MHLAConfig(Settings):
     def to_dict(self) -> dict[str, Any]:
         """Plain values for a JSON config; `MHLAConfig.from_dict` reads them back."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+        return {k: plain(v) for k, v in values.items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:

@@ -9,10 +9,11 @@ by the core schema of YAML 1.2.
 import contextlib
 import dataclasses
 import re
-from typing import Any, get_origin
+from typing import Any, cast, get_origin
 
 import yaml
 
+from mhla_gen.config.checks import is_list, is_mapping
 from mhla_gen.config.fields import Kind, kind_of, kinds_of
 from mhla_gen.errors import UserError, one_line
 
@@ -66,17 +67,18 @@ def put_override(values: dict[str, Any], override: str, schema: type) -> None:
         )
     key, _, text = override.partition("=")
     *parents, last = re.findall(r"\w+", key)
-    kind, place = kind_of(schema), values
+    kind = kind_of(schema)
+    place: dict[str, Any] | list[Any] = values
     for name in parents:
         kind = _child(kind, name)
         inner = _get(place, name, key)
-        if not isinstance(inner, dict | list):
-            inner = {}
+        if not is_mapping(inner) and not is_list(inner):
+            inner = dict[str, Any]()
             _set(place, name, inner, key)
         place = inner
     value = _typed(text, _child(kind, last), key)
     before = _get(place, last, key)
-    if isinstance(before, dict) and isinstance(value, dict):
+    if is_mapping(before) and is_mapping(value):
         value = _merged(before, value)
     _set(place, last, value, key)
 
@@ -93,15 +95,15 @@ def check_shapes(value: Any, annotation: Any, key: str = "") -> None:
     origin = get_origin(kind.base)
     schema = kind.base if dataclasses.is_dataclass(kind.base) else None
     if schema or origin is dict:
-        if not isinstance(value, dict):
+        if not is_mapping(value):
             example = f", such as {key}.{next(iter(kinds_of(schema)))}" if schema else ""
             raise ConfigError(f"{key} is a group of settings{example}; found {value!r}")
         for name, inner in value.items():
             element = kinds_of(schema).get(name, _ANY) if schema else kind_of(kind.element)
             check_shapes(inner, element, f"{key}.{name}" if key else name)
-    elif origin in (tuple, list) and not isinstance(value, list):
+    elif origin in (tuple, list) and not is_list(value):
         raise ConfigError(f"{key} must be a list in brackets, found {value!r}")
-    elif isinstance(value, list) and (origin in (tuple, list) or kind.base is Any):
+    elif is_list(value) and (origin in (tuple, list) or kind.base is Any):
         for i, inner in enumerate(value):
             check_shapes(inner, kind_of(kind.element), f"{key}[{i}]")
     elif isinstance(value, dict | list):
@@ -120,7 +122,9 @@ class _Dumper(yaml.SafeDumper):
         # PyYAML loses line separators that it writes between other quotes.
         plain = text.isprintable() and _scalar(text, _ANY, "") == text
         style = None if plain else '"'
-        return self.represent_scalar("tag:yaml.org,2002:str", str(text), style=style)
+        return self.represent_scalar(  # pyright: ignore[reportUnknownMemberType]
+            "tag:yaml.org,2002:str", str(text), style=style
+        )
 
 
 _Dumper.add_representer(str, _Dumper.represent_text)
@@ -146,7 +150,8 @@ def _compose(text: str) -> yaml.Node | None:
         ConfigError: With the problem and its line.
     """
     try:
-        return yaml.compose(text, Loader=yaml.SafeLoader)
+        tree = yaml.compose(text, Loader=yaml.SafeLoader)  # pyright: ignore
+        return cast("yaml.Node | None", tree)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = "" if mark is None else f", in line {mark.line + 1}"
@@ -277,7 +282,7 @@ def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     merged = dict(below)
     for name, value in above.items():
         inner = merged.get(name)
-        if isinstance(inner, dict) and isinstance(value, dict):
+        if is_mapping(inner) and is_mapping(value):
             value = _merged(inner, value)
         merged[name] = value
     return merged

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from mhla_gen.config.checks import is_mapping
 from mhla_gen.errors import UserError
 
 _CONTENT_MIXING = (
@@ -33,5 +34,5 @@ def without_retired(values: Mapping[str, Any]) -> dict[str, Any]:
             if value is not None:
                 raise UserError(_CONVERT)
         else:
-            kept[key] = without_retired(value) if isinstance(value, Mapping) else value
+            kept[key] = without_retired(value) if is_mapping(value) else value
     return kept

@@ -1,10 +1,9 @@
 """Settings of sample sets."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from mhla_gen.config.checks import check_choice, normalize_classes
+from mhla_gen.config.checks import check_choice, elements, normalize_classes
 from mhla_gen.config.evaluation import EvaluateConfig
 from mhla_gen.config.fields import Count, FilePath, Guidance, Positive, Range, Seed, Settings, Texts
 from mhla_gen.errors import UserError
@@ -65,7 +64,7 @@ class SampleConfig(Settings):
     """Guide this many of the first channels; None guides all, DiT guides 3. Classes only."""
     scheduler: str | None = None
     """Name of a diffusers scheduler to use instead of the saved one."""
-    scheduler_options: dict[str, Any] = field(default_factory=dict)
+    scheduler_options: dict[str, Any] = field(default_factory=dict[str, Any])
     """Its settings, such as {flow_shift: 3.0}; others are kept from the saved scheduler."""
     height: Count | None = None
     """Pixels. Images of classes are square."""
@@ -125,15 +124,15 @@ class SampleConfig(Settings):
             raise UserError("evaluate.samples is always the set that is made; leave it out")
         if not self.keep_samples and self.evaluate is None:
             raise UserError("keep_samples=false needs evaluate, or nothing would be left")
-        if isinstance(self.prompts, Sequence) and not isinstance(self.prompts, str):
-            object.__setattr__(self, "prompts", tuple(self.prompts))
+        if (prompts := elements(self.prompts)) is not None:
+            object.__setattr__(self, "prompts", prompts)
 
 
 def _interval(values: Any) -> tuple[float, float]:
-    listed = isinstance(values, Sequence) and not isinstance(values, str) and len(values) == 2
-    if not listed or not all(type(v) in (int, float) for v in values):
+    levels = elements(values)
+    if levels is None or len(levels) != 2 or not all(type(v) in (int, float) for v in levels):
         raise UserError(f"guidance_interval must be two noise levels in [0, 1], found {values!r}")
-    low, high = map(float, values)
+    low, high = map(float, levels)
     if not 0 <= low <= high <= 1:
         raise UserError(
             "guidance_interval must be two noise levels in [0, 1], the lower one first, found "

@@ -1,10 +1,15 @@
 """Settings of convert, bench and doctor."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from mhla_gen.config.checks import check_choice, check_share, normalize_integers, normalize_layout
+from mhla_gen.config.checks import (
+    check_choice,
+    check_share,
+    elements,
+    normalize_integers,
+    normalize_layout,
+)
 from mhla_gen.config.fields import Count, FilePath, Settings
 from mhla_gen.errors import UserError
 
@@ -118,14 +123,14 @@ class BenchConfig(Settings):
             *("naive", "blockwise", "fused", "auto"),
         )
         if self.methods != "auto":
-            listed = isinstance(self.methods, Sequence) and not isinstance(self.methods, str)
-            if not listed or not self.methods:
+            listed = elements(self.methods)
+            if not listed:
                 raise UserError(
                     f'methods must be "auto" or a list of {", ".join(known)}; '
                     f"found {self.methods!r}"
                 )
-            for method in self.methods:
-                name, *settings = method.split()
+            for method in listed:
+                name, *settings = str(method).split()
                 check_choice("methods", name, known)
                 if name in _OPS_ALONE and self.subject != "ops":
                     raise UserError(f"{name} in methods is for subject=ops")
@@ -141,7 +146,7 @@ class BenchConfig(Settings):
                         "linear, not of linear attention) and of features (feature_map, "
                         f"learned_features, magnitude), found {method!r}"
                     )
-            object.__setattr__(self, "methods", tuple(self.methods))
+            object.__setattr__(self, "methods", listed)
         check_share("checkpointing", self.checkpointing)
         if self.profile and self.subject == "ops":
             raise UserError("profile is for subject=model")
@@ -149,13 +154,13 @@ class BenchConfig(Settings):
         if self.grids == "squares":
             object.__setattr__(self, "grids", tuple((side, side) for side in (8, 16, 32, 64)))
         if self.grids != "models":
-            listed = isinstance(self.grids, Sequence) and not isinstance(self.grids, str)
-            if not listed or not self.grids:
+            listed = elements(self.grids)
+            if not listed:
                 raise UserError(
                     'grids must be "squares", "models" or a list such as [[16, 16]], '
                     f"found {self.grids!r}"
                 )
-            grids = tuple(normalize_integers("grids", grid, 1) for grid in self.grids)
+            grids = tuple(normalize_integers("grids", grid, 1) for grid in listed)
             object.__setattr__(self, "grids", grids)
         check_choice("compile", self.compile, (False, True, "whole"))
 

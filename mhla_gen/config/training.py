@@ -62,7 +62,7 @@ class TrainConfig(Settings):
     optimizer: str = "AdamW"
     """A class of torch.optim, such as Adafactor, or of bitsandbytes, such as
     bitsandbytes.AdamW8bit, whose state takes a quarter of the memory."""
-    optimizer_options: dict[str, Any] = field(default_factory=dict)
+    optimizer_options: dict[str, Any] = field(default_factory=dict[str, Any])
     """Further arguments of this class, such as {betas: [0.9, 0.95]}."""
     learning_rate: Positive = 3e-4
     """Peak learning rate."""

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from mhla_gen.config.checks import is_mapping
 from mhla_gen.config.fields import NotNegative
 from mhla_gen.config.lora import LoraSettings
 from mhla_gen.errors import UserError
@@ -19,7 +20,7 @@ class TransformerConfig(LoraSettings, prefix="transformer."):
     name: str | None = None
     """Class of a new model in diffusers, such as SD3Transformer2DModel; None takes that of
     model.pretrained."""
-    sizes: Any = field(default_factory=dict)
+    sizes: Any = field(default_factory=dict[str, Any])
     """Arguments of a new model: those of its class in diffusers. Channels of the data and of
     embedded captions must be those of the cache."""
     guidance: NotNegative | None = None
@@ -31,7 +32,7 @@ class TransformerConfig(LoraSettings, prefix="transformer."):
 
     def __post_init__(self):
         super().__post_init__()
-        if not isinstance(self.sizes, dict):
+        if not is_mapping(self.sizes):
             raise UserError(f"transformer.sizes must be arguments by name, found {self.sizes!r}")
         if self.sizes and self.name is None:
             raise UserError("transformer.sizes are for a new model; give transformer.name, too")

@@ -77,7 +77,7 @@ def load_autoencoder(config: AutoencoderConfig) -> Any:
 
 
 def identity(vae: Any, config: AutoencoderConfig) -> dict[str, Any]:
-    """What decides the latents of an autoencoder; plain values for a fingerprint."""
+    """What determines the latents of an autoencoder; plain values for a fingerprint."""
     plain = {k: v for k, v in vae.config.items() if not k.startswith("_")}
     return {
         "class": type(vae).__name__,

@@ -1,7 +1,7 @@
-"""Which samples training step k reads: a pure function, so that a resumed run reads on exactly.
+"""Which samples training step k reads: a pure function, the same in a resumed run.
 
 Read ahead by a thread, not by processes of a DataLoader: images decode without Python's lock, and
-what cannot be read is known to all readers, and said once.
+what cannot be read is known to all readers, and reported once.
 """
 
 from collections.abc import Iterator, Sequence

@@ -32,7 +32,7 @@ def consecutive(counts: Sequence[int]) -> tuple[range, ...]:
 
 
 def resampled_frames(times: np.ndarray, fps: float | None) -> np.ndarray:
-    """Numbers of the frames that show a video at another frame rate.
+    """Numbers of the frames that sample a video at another frame rate.
 
     Args:
         times: When each frame is shown first, in seconds, ascending from 0 `[frames]`.
@@ -53,7 +53,7 @@ def resampled_frames(times: np.ndarray, fps: float | None) -> np.ndarray:
 
 
 def window_starts(available: int, needed: int, max_windows: int) -> list[int]:
-    """Where clips of `needed` frames begin in a video of `available`: apart, evenly spread."""
+    """Where clips of `needed` frames start in a video of `available`: spaced evenly, no overlap."""
     number = min(max_windows, available // needed)
     spare = available - number * needed
     return [round(spare * (k + 1) / (number + 1)) + k * needed for k in range(number)]
@@ -62,7 +62,7 @@ def window_starts(available: int, needed: int, max_windows: int) -> list[int]:
 def choose_bucket(
     buckets: Sequence[Bucket], frames: int, height: int, width: int, upscale: bool
 ) -> tuple[int | None, str]:
-    """The bucket of the nearest aspect ratio that a video is long and large enough for.
+    """The bucket with the closest aspect ratio for which a video is long and large enough.
 
     Args:
         buckets: What there is to choose from.
@@ -99,7 +99,7 @@ def choose_bucket(
 
 
 def crop_for(bucket: Bucket, height: int, width: int) -> Crop:
-    """Scale a frame until it just covers a bucket, then cut its middle."""
+    """Scale a frame to cover a bucket, then center-crop it."""
     scale = max(bucket.height / height, bucket.width / width)
     scaled = max(bucket.height, round(height * scale)), max(bucket.width, round(width * scale))
     return Crop(*scaled, bucket.height, bucket.width)

@@ -78,7 +78,7 @@ def text_parts(pipe: Any) -> dict[str, Any]:
 
 
 def identity(encoder: CaptionEncoder, config: TextEncoderConfig) -> dict[str, Any]:
-    """What decides the embeddings of a caption; plain values for a fingerprint."""
+    """What determines the embedding of a caption; plain values for a fingerprint."""
     parts = text_parts(encoder.call.pipe)
     models = {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
     tokenizers = {name: part for name, part in parts.items() if hasattr(part, "get_vocab")}

@@ -1,4 +1,4 @@
-"""Files that clips are cut out of: videos and still images in a folder, or in a list."""
+"""Source files of clips: videos and still images in a folder or a list."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -68,7 +68,7 @@ class ClipFiles:
 
 
 def find_clips(config: DataConfig, missing_caption: str, tone_map: bool = False) -> ClipFiles:
-    """The files of a folder, also below it, or those that a CSV or JSONL file names.
+    """The files of a folder and its sub-folders, or those that a CSV or JSONL file lists.
 
     The caption of `dog.mp4` is the text of `dog.txt` beside it, or what its column in the list
     says.
@@ -93,7 +93,7 @@ def find_clips(config: DataConfig, missing_caption: str, tone_map: bool = False)
 def with_captions(
     config: DataConfig, missing_caption: str
 ) -> tuple[list[Path], list[str], Counter[str]]:
-    """Files, the caption of each, and how many of other kinds there are, by suffix.
+    """Files, their captions, and the number of other files by suffix.
 
     Arguments and errors as those of `find_clips`.
     """

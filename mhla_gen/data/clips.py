@@ -1,4 +1,4 @@
-"""Clips that are cut out of videos: what goes into which bucket, what is left out, and why."""
+"""Clips cut out of videos: which bucket each goes to, what is left out, and why."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ _LISTED = 10
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a file went, or why nowhere."""
+    """Where a file went, or why it was left out."""
 
     name: str
     bucket: int | None = None
@@ -62,7 +62,7 @@ class Clips:
 
     @cached_property
     def _clips(self) -> list[tuple[int, int, int]]:
-        """Bucket, file and window of each clip; those of a bucket stand together."""
+        """Bucket, file and window of each clip, grouped by bucket."""
         return sorted(
             (placement.bucket, file, window)
             for file, placement in enumerate(self.placements)

@@ -78,7 +78,7 @@ def load_image_encoder(config: ImageEncoderConfig) -> ImageEncoder:
 
 
 def identity(encoder: ImageEncoder, config: ImageEncoderConfig) -> dict[str, Any]:
-    """What decides the embedding of a frame; plain values for a fingerprint."""
+    """What determines the embedding of a frame; plain values for a fingerprint."""
     return {
         "class": type(encoder.model).__name__,
         "weights": weights_digest(encoder.model, getattr(torch, config.dtype))[:32],

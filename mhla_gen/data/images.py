@@ -1,4 +1,4 @@
-"""Images to train on: arrays in memory, or encoded images that are read when they are needed."""
+"""Images to train on: arrays in memory, or encoded images that are decoded on demand."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -98,7 +98,7 @@ class ArrayImages:
 
 @dataclass(frozen=True, eq=False)
 class EncodedImages:
-    """Image files, also inside of other files, decoded when they are needed."""
+    """Image files, also inside other files, decoded on demand."""
 
     store: ImageStore
     """Where the files are."""
@@ -189,7 +189,7 @@ class EncodedImages:
         return hashlib.sha256(content).hexdigest()
 
     def leave_out(self, listing: Path) -> None:
-        """List broken images in a file; those whose reading failed in an earlier start stay out.
+        """List broken images in a file; those that an earlier run could not read stay out.
 
         So what sample i is does not change with each start.
         """
@@ -226,7 +226,7 @@ class EncodedImages:
         return ThreadPoolExecutor(_READERS)
 
     def _readable(self, index: int, images: np.ndarray) -> np.ndarray:
-        """An image of a class, or the first one after it, in a circle, that can be read."""
+        """An image, or else the next readable one of its class, cyclically."""
         start, broken = int(np.searchsorted(images, index)), {}
         for other in map(int, chain(images[start:], images[:start])):
             if other in self.broken:

@@ -1,4 +1,4 @@
-"""Lists of images or clips: files that they name, labels, captions."""
+"""Lists of images or clips: files, labels, captions."""
 
 import math
 import re
@@ -106,7 +106,7 @@ def known_of(
 def number_classes(
     where: str, places: Sequence[str], values: Sequence[Any], num_classes: int | None
 ) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Class numbers and names of labels: whole numbers stay, names are numbered in their order.
+    """Class numbers and names of labels: whole numbers stay, names are numbered alphabetically.
 
     Args:
         where: What messages call all labels.

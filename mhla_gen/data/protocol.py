@@ -1,4 +1,4 @@
-"""What training needs of a data set, of images, clips or latents."""
+"""The interface of a data set for training, of images, clips or latents."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -21,7 +21,7 @@ Batch = dict[str, Tensor]
 
 
 class TrainingData(Protocol):
-    """Samples with what they are conditioned on."""
+    """Samples with their conditions."""
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
@@ -45,12 +45,12 @@ class TrainingData(Protocol):
         ...
 
     def describe(self, index: int) -> str:
-        """What error messages call a sample: a file, or a place in one."""
+        """The name of a sample in error messages: a file, or a place in one."""
         ...
 
 
 class Examples(Protocol):
-    """Images or clips that a cache is made of."""
+    """Images or clips to make a cache from."""
 
     @property
     def class_names(self) -> tuple[str, ...] | None:

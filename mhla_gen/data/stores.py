@@ -19,7 +19,7 @@ from mhla_gen.runtime.processes import tell
 
 
 class ImageStore(Protocol):
-    """Images as they are stored, in a fixed order, each to be had by its number."""
+    """Images as they are stored, in a fixed order, accessed by number."""
 
     @property
     def labels(self) -> np.ndarray | None:
@@ -39,7 +39,7 @@ class ImageStore(Protocol):
     def __len__(self) -> int: ...
 
     def describe(self, index: int) -> str:
-        """What messages call an image."""
+        """The name of an image in messages."""
         ...
 
     def content(self, index: int) -> bytes:
@@ -73,7 +73,7 @@ class FileStore:
 
 
 def class_folders(root: Path, num_classes: int | None = None) -> FileStore:
-    """Image files in one sub-folder a class; classes are numbered in the order of their names.
+    """Image files in one sub-folder per class; classes are numbered in the order of their names.
 
     Names that are whole numbers, all of them, are in the order of the numbers. Files that are no
     images, and images that lie deeper or beside the class folders, are counted on the terminal.
@@ -118,7 +118,7 @@ def _is_shown_file(path: Path) -> bool:
 
 
 def _images_in(folder: Path) -> tuple[list[Path], int, Counter[str]]:
-    """Images of a class, how many lie deeper, and its other files by suffix."""
+    """Images of a class, the number of nested ones, and its other files by suffix."""
     found = files_below(folder, IMAGE_SUFFIXES)
     images = [path for path in found.paths if path.parent == folder]
     deeper = len(found.paths) - len(images)
@@ -144,7 +144,7 @@ def _tell_left_out(root: Path, others: Counter[str], misplaced: int) -> None:
 def listed_images(
     path: Path, label_column: str, caption_column: str, num_classes: int | None
 ) -> FileStore:
-    """Image files that a CSV or JSONL file names in its column `path`.
+    """Image files listed in the column `path` of a CSV or JSONL file.
 
     Raises:
         FileNotFoundError: If there is no such file.

@@ -87,7 +87,7 @@ def load_text_encoder(config: TextEncoderConfig) -> TextEncoder:
 
 
 def identity(encoder: TextEncoder, config: TextEncoderConfig) -> dict[str, Any]:
-    """What decides the embeddings of a caption; plain values for a fingerprint."""
+    """What determines the embedding of a caption; plain values for a fingerprint."""
     vocabulary = encoder.tokenizer.get_vocab()
     return {
         "class": type(encoder.model).__name__,

@@ -23,7 +23,7 @@ _LARGEST_TEXT = 2**24
 
 
 class Member(NamedTuple):
-    """Where an image lies in a shard."""
+    """The place of an image in a shard."""
 
     shard: Path
     key: str
@@ -117,7 +117,7 @@ def _samples(shard: Path) -> list[tuple[Member, dict[str, str]]]:
 
 
 def _check_end(shard: Path, archive: tarfile.TarFile, entries: int) -> None:
-    """Raise unless the archive ends where its end is marked.
+    """Raise unless the archive ends with its end mark.
 
     tarfile takes a header that is cut or damaged for the end, and leaves out all that is behind it.
     """
@@ -167,7 +167,7 @@ def _grouped(
 def _target(
     shard: Path, entry: tarfile.TarInfo, known: dict[str, tarfile.TarInfo]
 ) -> tarfile.TarInfo:
-    """The member that holds the content: of links the one that they name."""
+    """The member with the content; for links, their target."""
     found: tarfile.TarInfo | None = entry
     if entry.islnk():
         found = known.get(entry.linkname)

@@ -11,7 +11,7 @@ from mhla_gen.distillation.teacher import mhla_attentions
 
 
 def relative_error(output: Tensor, target: Tensor) -> Tensor:
-    """Squared error of each sample as a share of the target's squares.
+    """Squared error of each sample relative to the target's squared norm.
 
     Args:
         output: `[batch, …]`.
@@ -105,7 +105,7 @@ class LayerErrors:
         return {name: found[name] for name in self.names}
 
     def remove(self) -> None:
-        """Make the student itself again in training mode too."""
+        """Restore the student, so that it runs as usual in training mode too."""
         for hook in self._hooks:
             hook.remove()
 

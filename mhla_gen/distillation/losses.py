@@ -1,4 +1,4 @@
-"""What a step of each kind of stage minimises; the training loop calls these."""
+"""The losses of each kind of stage; the training loop calls these."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -42,7 +42,7 @@ class LayerLosses:
 
 @dataclass(frozen=True, eq=False)
 class OutputLosses:
-    """The objective's loss, and the distance to what the teacher predicts for the same input."""
+    """The objective's loss, and the distance to the teacher's prediction for the same input."""
 
     objective: Objective
     conditioning: Conditioning

@@ -1,4 +1,4 @@
-"""From the settings of a distillation to its stages, each a run of the training loop."""
+"""The stages of a distillation, each a run of the training loop."""
 
 import shutil
 from collections.abc import Iterator
@@ -80,7 +80,7 @@ def distill(config: TrainConfig) -> Path:
 
 
 def rehearse_distillation(config: TrainConfig) -> str:
-    """Do one small step of each stage in memory, each from the teacher; one line a stage.
+    """Do one small step of each stage in memory, each from the teacher; one line per stage.
 
     Raises:
         ValueError: As `distill`.
@@ -107,7 +107,7 @@ def distillation_of(config: TrainConfig) -> DistillConfig:
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage: the run that it is, and what that run starts from and learns."""
+    """One stage: its run, what that starts from, and what it learns."""
 
     title: str
     settings: StageConfig
@@ -160,7 +160,7 @@ class Stage:
 
 
 def stages_of(config: TrainConfig) -> Iterator[Stage]:
-    """The stages that settings ask for, each starting from what the one before it saves."""
+    """The stages of the settings, each starting from what the previous one saves."""
     distillation = distillation_of(config)
     start = distillation.start
     for number, settings in enumerate(distillation.stages, 1):
@@ -189,7 +189,7 @@ def stages_of(config: TrainConfig) -> Iterator[Stage]:
 
 
 def check_teacher(config: TrainConfig) -> None:
-    """Raise unless the settings ask for a student that differs from a softmax teacher.
+    """Raise unless the settings describe a student that differs from a softmax teacher.
 
     Raises:
         ValueError: If the student is softmax, or the teacher has MHLA layers.
@@ -211,7 +211,7 @@ def subfolder(config: TrainConfig) -> str:
 
 
 def trained_weights(folder: str, student: Any, subfolder: str) -> dict[str, Tensor]:
-    """The weights that an earlier stage left, for a student like its own.
+    """The weights saved by an earlier stage, for an equal student.
 
     Raises:
         ValueError: If they belong to another model.

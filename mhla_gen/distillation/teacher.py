@@ -1,4 +1,4 @@
-"""The softmax model that a student came from, and which weights the two share."""
+"""The softmax teacher of a student, and which weights the two share."""
 
 import copy
 from collections.abc import Collection
@@ -52,13 +52,13 @@ def trained_names(student: Any, trained: Trained) -> set[str]:
 
 
 def train_only(student: Any, names: Collection[str]) -> None:
-    """Give gradients to these parameters and to no other."""
+    """Enable gradients for these parameters only."""
     for name, parameter in student.named_parameters():
         parameter.requires_grad_(name in names)
 
 
 def softmax_twin(student: Any, copied: Collection[str] = ()) -> Any:
-    """The softmax model inside a student, as a model of its own that shares its weights.
+    """The softmax model inside a student, as a separate model that shares its weights.
 
     It takes the same inputs as the student, is frozen, and costs the memory of `copied` alone.
 

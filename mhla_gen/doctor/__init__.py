@@ -1,4 +1,4 @@
-"""Does the installation work? Each part is tried once, and what fails comes with its remedy."""
+"""Does the installation work? Every part is tested once, and failures come with a remedy."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple

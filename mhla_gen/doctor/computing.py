@@ -27,7 +27,7 @@ def check_operator() -> Result:
 
 
 def check_alignment() -> Result:
-    """Does a product depend on where in memory a weight lies?"""
+    """Does a product depend on the memory address of a weight?"""
     generator = torch.Generator().manual_seed(0)
     for size in (8, 24, 72, 128):
         weight = torch.randn(size, size, generator=generator)
@@ -75,7 +75,7 @@ def check_kernels() -> Result:
 
 
 def check_softmax() -> Result:
-    """Which of its implementations of softmax attention does torch take?"""
+    """Which implementation of softmax attention does torch choose?"""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     query = torch.randn(2, 16, 256, 64, device=device, dtype=dtype)

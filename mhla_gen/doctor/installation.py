@@ -1,4 +1,4 @@
-"""Checks of what is installed: packages, weights, folders."""
+"""Checks of packages, weights and folders."""
 
 import importlib.metadata
 import platform
@@ -44,7 +44,7 @@ _OPTIONAL = {
 
 
 def check_versions() -> Result:
-    """Are the packages that we need there, in versions that we need?"""
+    """Are the required packages installed, in the required versions?"""
     system = f"mhla_gen {__version__}, Python {platform.python_version()}, {platform.platform()}"
     wrong = []
     for text in importlib.metadata.requires("mhla_gen") or []:
@@ -69,7 +69,7 @@ def check_versions() -> Result:
 
 
 def check_optional() -> Result:
-    """Which packages are there that only some settings need?"""
+    """Which optional packages are installed?"""
     found = {name: _version(name) for name in _OPTIONAL}
     here = ", ".join(f"{name} {version}" for name, version in found.items() if version) or "none"
     missing = [name for name, version in found.items() if version is None]
@@ -104,7 +104,7 @@ def check_inception() -> Result:
 
 
 def check_caches() -> Result:
-    """Can the folders be written where weights and features are kept?"""
+    """Can the folders for weights and features be written to?"""
     from huggingface_hub import constants
 
     folders = {

@@ -1,4 +1,4 @@
-"""Errors of the evaluation that a user can mend; each message is one sentence."""
+"""Errors of the evaluation that a user can fix; each message is one sentence."""
 
 from mhla_gen.errors import UserError
 

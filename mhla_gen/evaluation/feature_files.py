@@ -109,7 +109,7 @@ def read_features(folder: Path, name: str, chunk: int) -> tuple[np.ndarray, list
 
 def _read_checked(path: Path) -> dict[str, np.ndarray]:
     """All arrays of an npz file of ours; reading them whole compares their checksums."""
-    remedy = "give the same command again, which computes it anew"
+    remedy = "run the same command again, which computes it once more"
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             return dict(archive)

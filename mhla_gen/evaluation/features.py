@@ -195,7 +195,7 @@ def _forward(
 ) -> dict[str, Tensor]:
     """Features by name, `[images, dim]`.
 
-    On a GPU every batch has as many rows: for another number cuDNN would try its algorithms anew,
+    On a GPU every batch has as many rows: for another number cuDNN would try its algorithms again,
     which takes as long as thousands of images.
     """
     count, device = len(images), _device(extractor)
@@ -225,7 +225,7 @@ def _require_readable(found: FeatureSet, source: ImageSource, skip_corrupt: bool
         rest = f"\n  and {more} more" if more > 0 else ""
         raise EvaluationError(
             f"{len(found.unreadable)} of {len(source)} images of {source.name} cannot be read; "
-            f"mend them, or leave them out with skip_corrupt=true:{listed}{rest}"
+            f"fix them, or leave them out with skip_corrupt=true:{listed}{rest}"
         )
 
 

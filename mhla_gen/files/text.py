@@ -92,7 +92,7 @@ def parse_object(text: str, where: str) -> dict[str, Any]:
 
 
 def read_jsonl(path: Path, what: str) -> list[Row]:
-    """The objects of a file with one a line; empty lines are none.
+    """The objects of a file with one per line; empty lines are ignored.
 
     Raises:
         MissingError: If there is no such file.
@@ -107,7 +107,7 @@ def read_jsonl(path: Path, what: str) -> list[Row]:
 
 
 def read_csv(path: Path, what: str) -> list[Row]:
-    """The rows of a file whose first line names the columns; empty lines are none.
+    """The rows of a file whose first line names the columns; empty lines are ignored.
 
     Raises:
         MissingError: If there is no such file.

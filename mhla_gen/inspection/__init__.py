@@ -1,4 +1,4 @@
-"""Look into a model: mixing matrices, induced attention maps, rank and entropy."""
+"""Inspect a model: mixing matrices, induced attention maps, rank and entropy."""
 
 from mhla_gen.inspection.attention_maps import watch
 from mhla_gen.inspection.inspection import inspect

@@ -28,7 +28,7 @@ Observer = Callable[[int, LayerAttention], None]
 
 
 def watch(family: Family, model: Any, inputs: dict[str, Any], observe: Observer) -> list[int]:
-    """Run a model and hand every self-attention layer to an observer as soon as it has run.
+    """Run a model and pass every self-attention layer to an observer as soon as it has run.
 
     Args:
         family: The model's family.
@@ -151,7 +151,7 @@ class _SoftmaxSpy(TorchFunctionMode):
         self.index: int | None = None
 
     def listen_to(self, index: int | None) -> Callable[..., None]:
-        """A hook from which on calls belong to this layer; None for no layer."""
+        """A hook after which calls belong to this layer; None for no layer."""
 
         def hook(*_: Any) -> None:
             self.index = index

@@ -1,4 +1,4 @@
-"""Run a model on inputs and keep, layer by layer, what the page shows."""
+"""Run a model on inputs and collect, layer by layer, what the page shows."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -44,7 +44,7 @@ class Layer:
 
     @property
     def said(self) -> str:
-        """Its kind, and how much the exact half weighs."""
+        """Its kind, and the weight of the exact half."""
         if self.exact_weight is None:
             return self.kind
         return f"{self.kind}, exact half {self.exact_weight:.0%}"
@@ -66,7 +66,7 @@ class Layer:
 
 @dataclass(frozen=True, eq=False)
 class Examination:
-    """What was seen of one model."""
+    """The results for one model."""
 
     title: str
     subject: Subject
@@ -75,7 +75,7 @@ class Examination:
 
     @property
     def missing(self) -> list[str]:
-        """Names of layers that could not be looked at."""
+        """Names of layers that could not be examined."""
         names = [name for name, _ in self.subject.family.attentions(self.subject.model)]
         return [name for index, name in enumerate(names) if index not in self.layers]
 

@@ -1,4 +1,4 @@
-"""What an inspected model is run on: noise, or images with noise, and a condition."""
+"""Inputs of an inspected model: noise, or images with noise, and a condition."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,11 +25,11 @@ class Caller(Protocol):
     def arguments(
         self, latents: Tensor, timesteps: Tensor, text: Mapping[str, Tensor]
     ) -> dict[str, Any]:
-        """What the transformer is called with."""
+        """Arguments of the transformer."""
         ...
 
     def prediction(self, output: Any, latents: Tensor) -> Tensor:
-        """What it says of the latents."""
+        """Its prediction for the latents."""
         ...
 
 

@@ -37,7 +37,7 @@ STATISTICS_NAME = "statistics.json"
 def inspect(config: InspectConfig, dry_run: bool = False) -> Path:
     """Draw mixing matrices, attention maps, rank and entropy of a model into one page.
 
-    A folder that the same settings made before is drawn anew, since the model may have changed.
+    A folder made with the same settings is drawn again, since the model may have changed.
 
     Args:
         config: Settings.

@@ -1,4 +1,4 @@
-"""One HTML file with everything in it: no scripts, no other files, light and dark."""
+"""One self-contained HTML file, without scripts, in light and dark."""
 
 import base64
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""What replacing each single layer of a softmax model does to its output."""
+"""How replacing each single layer of a softmax model changes its output."""
 
 from pathlib import Path
 

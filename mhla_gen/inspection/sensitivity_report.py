@@ -20,7 +20,7 @@ RESULTS_NAME, PICTURE_NAME, PLAN_NAME = "sensitivity.json", "sensitivity.png", "
 
 @dataclass(frozen=True)
 class LayerSensitivity:
-    """What replacing one layer alone does: squared errors as shares of the softmax squares."""
+    """The effect of replacing one layer: squared errors relative to the softmax output."""
 
     layer: int
     """Index in the model."""

@@ -1,4 +1,4 @@
-"""One pass over the layers of a softmax model: what each would do to its output as MHLA."""
+"""One pass over the layers of a softmax model: how each, as MHLA, changes the output."""
 
 import json
 import math
@@ -53,7 +53,7 @@ def only(student: Any, layers: Collection[str]) -> Iterator[None]:
 
 @dataclass(frozen=True, eq=False)
 class Scan:
-    """A model with MHLA in every layer that is tried, and what it is run on."""
+    """A model with MHLA in every tried layer, and its inputs."""
 
     config: SensitivityConfig
     source: str
@@ -167,7 +167,7 @@ class Scan:
             self.student.eval().requires_grad_(False)
 
     def measure(self, file: Path) -> list[LayerSensitivity]:
-        """The errors of every layer, from the file where they are there already."""
+        """The errors of every layer, read from the file if already measured."""
         found = {line["layer"]: LayerSensitivity(**line) for line in read_log(file)[1:]}
         missing = {i: name for i, name in self.layers.items() if i not in found}
         for index, name in tqdm(missing.items(), desc="measure layers", unit="layer"):

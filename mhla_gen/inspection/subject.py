@@ -1,4 +1,4 @@
-"""The model to look into: of a saved model or pipeline, or of a run."""
+"""The model to inspect, from a saved model or pipeline, or a run."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +25,7 @@ class Subject:
 
 
 def load_subject(path: str, component: str, dtype: torch.dtype) -> Subject:
-    """Load the transformer that a path or name means, on the CPU, in evaluation mode.
+    """Load the transformer of a path or name, on the CPU, in evaluation mode.
 
     Args:
         path: A model or pipeline that `save_pretrained` wrote, in a folder or on the hub; a run of

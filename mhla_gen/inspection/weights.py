@@ -20,7 +20,7 @@ from mhla_gen.ops.tiles import Tiling, group_slots, tile_lists, tiling, token_pl
 
 @dataclass(frozen=True, eq=False)
 class LayerAttention(ABC):
-    """What one layer did for one input, ready to be asked for rows of its weights."""
+    """One layer on one input, from which rows of its weights can be computed."""
 
     query: Tensor
     """`[seq_len, num_heads, head_dim]`, as the layer's attention function got it."""

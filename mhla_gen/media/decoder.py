@@ -26,7 +26,7 @@ from mhla_gen.media.pictures import LastingError, UnreadableImageError
 
 
 class Decoder:
-    """Decodes videos, each call in one of some processes, within a time limit.
+    """Decodes videos in a few processes, with a time limit for each call.
 
     A file that seems damaged is read again, see `decode_patiently`.
 

@@ -1,4 +1,4 @@
-"""A process that decodes what it is told on its standard input.
+"""A process that decodes what it reads from standard input.
 
 Started as `python -m mhla_gen.media.decoder_worker`. Its parent may end it at any moment, which
 is the only way to stop a decoder that hangs.

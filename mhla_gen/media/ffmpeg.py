@@ -36,7 +36,7 @@ _STRICT = ("-xerror",)
 
 
 class Probe(NamedTuple):
-    """What FFmpeg says of a file without decoding it."""
+    """What FFmpeg finds in a file without decoding it."""
 
     times: np.ndarray
     """When packets that are shown are shown, in seconds, ascending, float64 `[packets]`."""
@@ -146,7 +146,7 @@ def decoded_times(path: str | Path) -> np.ndarray:
 def shown_frames(
     path: str | Path, found: Probe, indices: Sequence[int], pixels: str = "rgb24"
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Decode frames as they are shown, but for the shape of pixels.
+    """Decode frames as they are shown, except for the shape of pixels.
 
     Args:
         path: Video file.

@@ -52,7 +52,7 @@ def by_number(names: Iterable[str]) -> list[str]:
 
 
 def passed_over(others: Counter[str], limit: int = 6) -> str:
-    """Such as `12 × .heic, 3 × .xml`, the most frequent first; empty if there is nothing."""
+    """For example `12 × .heic, 3 × .xml`, the most frequent first; empty if there are none."""
     shown = [f"{count} × {suffix or 'no suffix'}" for suffix, count in others.most_common(limit)]
     if len(others) > limit:
         shown.append(f"{len(others) - limit} other kinds")

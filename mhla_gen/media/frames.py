@@ -1,4 +1,4 @@
-"""What a video or picture file shows: the one place that decides what a frame is.
+"""What a video or image file shows: the only definition of what a frame is.
 
 Training, caching, first frames for sampling and FVD all come here. Nothing heavy is imported:
 workers start quickly.
@@ -35,7 +35,7 @@ CLIP_SUFFIXES = VIDEO_SUFFIXES | IMAGE_SUFFIXES
 
 
 class ClipFacts(NamedTuple):
-    """What a video or picture file holds, as it is shown."""
+    """The content of a video or image file, as it is shown."""
 
     times: np.ndarray
     """When each frame is shown first, in seconds from the first frame on, float64 `[frames]`."""
@@ -141,7 +141,7 @@ def _examined(path: str, _changed: int, _size: int) -> ffmpeg.Probe:
 def _stored(
     path: str | Path, video: ffmpeg.Probe, wanted: Sequence[int], tone_map: bool
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Frames with their numbers, in the pixels that are stored."""
+    """Frames with their numbers, in the stored pixels."""
     if video.hdr == "BT.2020":
         raise LastingError("has the colours of BT.2020 (HDR?): convert it to BT.709 first")
     if video.hdr and not tone_map:

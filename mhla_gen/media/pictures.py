@@ -1,4 +1,4 @@
-"""One image file or array → RGB uint8, with every lossy conversion refused or named."""
+"""Image files and arrays to RGB uint8; every lossy conversion is refused or documented."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -130,7 +130,7 @@ def _reason(error: Exception) -> str:
 
 
 def _is_deep(image: Image.Image, file: Path | BinaryIO) -> bool:
-    """Whether it has more than 8 bits a channel, which Pillow cuts in silence for some formats."""
+    """Whether it has more than 8 bits a channel, which Pillow silently cuts for some formats."""
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         return True
     arguments = [tile[-1] for tile in getattr(image, "tile", ())]

@@ -1,4 +1,4 @@
-"""Frames of one video → an mp4 file, and those that stand for it in a picture."""
+"""Writing frames to an mp4 file, and choosing those that represent it in a picture."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -59,7 +59,7 @@ def video_writer(
 
 
 def shown_frames(frames: np.ndarray) -> np.ndarray:
-    """Some frames of a video `[frames, …]`, evenly spread, the first and the last among them."""
+    """Some frames of a video `[frames, …]`, evenly spaced, including the first and the last."""
     return frames[shown_numbers(len(frames))]
 
 

@@ -24,7 +24,7 @@ class MHLAProcessor:
     tables of angles.
     """
 
-    # diffusers skips, without a word, processors that lack these two.
+    # diffusers silently skips processors that lack these two.
     _attention_backend = None
     _parallel_config = None
 

@@ -1,1 +1,1 @@
-"""Pipelines of our own: what training saves, and sampling draws from."""
+"""Our own pipelines, which training saves and sampling runs."""

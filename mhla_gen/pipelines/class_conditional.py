@@ -96,7 +96,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
 
     @property
     def size_multiple(self) -> int:
-        """Pixels of which the sides of an image are a multiple."""
+        """The sides of an image are multiples of this, in pixels."""
         return self.vae_scale_factor * self.transformer.config.patch_size
 
     def get_label_ids(self, label: str | Sequence[str]) -> list[int]:
@@ -123,7 +123,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         guidance_channels: int | None = None,
         image_size: int | None = None,
     ) -> ImagePipelineOutput | tuple[Any]:
-        """Draw one image per label.
+        """Generate one image per label.
 
         Args:
             class_labels: Class numbers or names `[batch]`, or one of them.

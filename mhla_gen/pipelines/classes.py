@@ -42,7 +42,7 @@ def label_tensor(classes: Classes, class_names: Sequence[str], num_classes: int)
 
 
 def class_numbers(classes: Any, class_names: Sequence[str]) -> Any:
-    """Classes with numbers in place of names; "all" as it is.
+    """Class numbers for names; "all" stays as it is.
 
     A name means the class of that name; case does not count, and of names with commas, as ImageNet
     has them, one part is enough.

@@ -11,7 +11,7 @@ from mhla_gen.errors import UserError
 
 @dataclass(frozen=True)
 class Guidance:
-    """How far a prediction is moved away from that without a class.
+    """How far a prediction is moved away from the unconditional one.
 
     Raises:
         ValueError: If a value is out of its range.

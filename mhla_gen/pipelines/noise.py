@@ -1,4 +1,4 @@
-"""Noise of samples that have a source each, without waiting for the device."""
+"""Noise for samples with a generator each, without waiting for the device."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -34,7 +34,7 @@ def sample_seed(seed: int, number: int) -> int:
 
 
 def generator_of(seed: int) -> torch.Generator:
-    """A sample's source of noise. On the CPU: there every device gets the same numbers."""
+    """The generator of a sample, on the CPU, so that every device gets the same numbers."""
     return torch.Generator().manual_seed(seed)
 
 

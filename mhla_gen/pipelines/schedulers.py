@@ -1,4 +1,4 @@
-"""Schedulers: which fit a model, and others in their place by their diffusers name."""
+"""Schedulers: which match a model, and how to replace them by their diffusers name."""
 
 import difflib
 import inspect
@@ -15,7 +15,7 @@ _LEARNING = ("DDPMScheduler", "DDPMParallelScheduler")
 
 
 def prediction_of(scheduler: Any) -> str:
-    """What a scheduler takes: `flow_prediction`, or a `prediction_type` of diffusers."""
+    """What a scheduler expects: `flow_prediction`, or a `prediction_type` of diffusers."""
     if type(scheduler).__name__.startswith("FlowMatch"):
         return "flow_prediction"
     return scheduler.config.get("prediction_type", "epsilon")

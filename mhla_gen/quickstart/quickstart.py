@@ -57,7 +57,7 @@ class Arm:
 def quickstart(config: QuickstartConfig, dry_run: bool = False) -> None:
     """Train MHLA and plain linear attention on digits, sample both, score both, and say so.
 
-    A folder that an interrupted quickstart with the same settings left is gone on with; a finished
+    An interrupted quickstart with the same settings is resumed; a finished
     one is shown again.
 
     Args:

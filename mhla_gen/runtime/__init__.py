@@ -1,1 +1,1 @@
-"""The machine: devices, processes that share work, compiled and recorded models."""
+"""The machine: devices, processes, compilation, CUDA graphs."""

@@ -1,4 +1,4 @@
-"""torch.compile for a transformer: its blocks, which are alike, or the whole of it."""
+"""torch.compile for a transformer: its repeated blocks, or all of it."""
 
 import inspect
 from types import FunctionType, MethodType

@@ -9,7 +9,7 @@ from mhla_gen.errors import UserError
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device that a config's `device` means.
+    """The device for a config's `device`.
 
     Args:
         name: auto (a GPU if there is one), cpu or cuda.
@@ -24,7 +24,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor of the CPU on a device.
+    """Copy a CPU tensor to a device.
 
     To a GPU it goes through pinned memory: a plain copy would wait until the GPU has done all that
     was asked of it before, which then has nothing to do until the next kernels are launched.
@@ -36,7 +36,7 @@ def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 @contextmanager
 def without_onednn() -> Iterator[None]:
-    """No oneDNN on a CPU inside: its convolutions add as their threads are dealt.
+    """No oneDNN on a CPU inside: the sums of its convolutions depend on the number of threads.
 
     A VAE decodes more slowly so, but the same with one thread and with many. Transformers have no
     such convolutions.

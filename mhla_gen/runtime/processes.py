@@ -1,4 +1,4 @@
-"""Work that several processes share (accelerate launch, torchrun), or that one does for all."""
+"""Work shared by several processes (accelerate launch, torchrun), or done by one for all."""
 
 import pickle
 import sys
@@ -19,7 +19,7 @@ R = TypeVar("R")
 
 
 def join_processes(device: str) -> PartialState:
-    """Meet the other processes of this run, if there are any.
+    """Join the other processes of this run, if there are any.
 
     Args:
         device: auto, cpu or cuda, as a config's `device`.
@@ -39,20 +39,20 @@ def join_processes(device: str) -> PartialState:
 
 
 def tell(message: str) -> None:
-    """A line on standard error, by the main process alone."""
+    """Print a line to standard error, only in the main process."""
     if not PartialState._shared_state or PartialState().is_main_process:
         tqdm.write(message, file=sys.stderr)
 
 
 def part_processes() -> None:
-    """Take leave of the others when all is done; torch may abort a process that ends without."""
+    """Leave the process group at the end; otherwise torch may abort the process."""
     if PartialState._shared_state:
         forget_recordings()
         PartialState().destroy_process_group()
 
 
 def on_main(compute: Callable[[], T]) -> T:
-    """The result of `compute`, called by the main process alone; all get it, or its error.
+    """Call `compute` in the main process only; all processes get its result, or its error.
 
     Whatever the error is: the others would wait for a result for a day. One that does not pickle
     reaches them as a RuntimeError that says it.
@@ -86,7 +86,7 @@ def _portable(error: Exception) -> Exception:
 def shared_map(
     function: Callable[[T], R], items: Sequence[T], title: str, unit: str, threads: int = 8
 ) -> list[R]:
-    """`[function(item) for item in items]`, over all processes and some threads of each.
+    """`[function(item) for item in items]`, computed by all processes with a few threads each.
 
     Args:
         function: Returns what pickles, and handles its own errors.
@@ -113,5 +113,5 @@ def shared_map(
 
 
 def advance(bar: "tqdm[Any]", count: int) -> None:
-    """Move a progress bar as if all processes had done as much as this one."""
+    """Advance a progress bar as if all processes had done as much as this one."""
     bar.update(min(count * PartialState().num_processes, bar.total - bar.n))

@@ -1,4 +1,4 @@
-"""Activations that are computed again in the backward pass, in place of being kept."""
+"""Activations that are recomputed in the backward pass instead of being stored."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from mhla_gen.runtime.compiling import repeated_blocks
 
 
 def recompute_activations(model: Any, share: float = 1.0) -> None:
-    """Switch gradient checkpointing on, for the blocks of a diffusers model.
+    """Enable gradient checkpointing for the blocks of a diffusers model.
 
     Where nothing in a block draws random numbers, their state is not kept either: reading it waits
     for the GPU, and cannot be recorded as part of a CUDA graph.

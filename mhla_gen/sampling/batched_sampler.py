@@ -1,4 +1,4 @@
-"""Draw the units of a set, in batches that do not change them and that memory allows."""
+"""Sample the units of a set in batches that fit into memory, without changing the samples."""
 
 import gc
 from collections import deque
@@ -20,7 +20,7 @@ _CPU_BATCH = 32
 
 
 class BatchedSampler:
-    """Draws units of samples; to be used in a `with` statement.
+    """Makes units of samples; a context manager.
 
     With `reproducible`, every call of a model has the shape of one unit, and each sample its place
     in it: the samples do not depend on the batch size, on the processes, or on restarts. Batches
@@ -90,7 +90,7 @@ class BatchedSampler:
         return self.units.rows if self.reproducible else len(self.units.numbers(unit))
 
     def _attempt(self, group: Sequence[int], on_step: OnStep | None) -> Tensor | None:
-        """The samples of a group of units, or None where they do not fit into memory."""
+        """The samples of a group of units, or None if they do not fit into memory."""
         chosen = self.units.filled if self.reproducible else self.units.numbers
         numbers = [number for unit in group for number in chosen(unit)]
         pieces = [numbers[i : i + self.rows] for i in range(0, len(numbers), self.rows)]

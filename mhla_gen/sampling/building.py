@@ -1,4 +1,4 @@
-"""From settings to a sampler: the pipeline, made ready, and what it is to draw."""
+"""From settings to a sampler: the pipeline, ready to run, and what to sample."""
 
 from dataclasses import replace
 from typing import Any
@@ -24,7 +24,7 @@ _SAMPLES_PER_CLASS = 10
 
 
 def build_sampler(config: SampleConfig) -> tuple[SampleConfig, Sampler]:
-    """The pipeline on the CPU, with the scheduler asked for, and the samples that it is to draw.
+    """The pipeline on the CPU, with the requested scheduler, and the samples to make.
 
     Returns:
         The config with the pipeline's own settings where it gives none, and the samples.
@@ -144,7 +144,7 @@ def _completed(config: SampleConfig, prompt: Prompt) -> Prompt:
 
 
 def place(config: SampleConfig, pipeline: Any, device: torch.device) -> None:
-    """Move a pipeline to its device, or let it come there in turns, and compile its layers.
+    """Move a pipeline to its device, or offload it, and compile its layers.
 
     Compiled images of classes on a GPU are drawn by recorded passes: their models are small.
 

@@ -1,4 +1,4 @@
-"""Which class each sample of a set shows."""
+"""The class of each sample of a set."""
 
 from typing import Any
 

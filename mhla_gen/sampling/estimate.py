@@ -1,4 +1,4 @@
-"""What a set would be, how large, and how long it would take: one small batch is timed."""
+"""How large a set will be and how long it will take, by timing one small batch."""
 
 import math
 import time
@@ -20,7 +20,7 @@ _WORTH_TIMING = 20
 def remaining(
     sampler: Sampler, units: Units, missing: int, config: SampleConfig, processes: int
 ) -> str:
-    """How long `missing` units take, as the end of a sentence; nothing where that is short."""
+    """How long `missing` units take, as the end of a sentence; empty if that is short."""
     if missing * (config.num_inference_steps or 1) < _WORTH_TIMING:
         return ""
     rest = "" if missing == len(units) else f" for the {missing} of {len(units)} units left"
@@ -30,7 +30,7 @@ def remaining(
 def timed(
     sampler: Sampler, units: Units, config: SampleConfig, processes: int, missing: int | None = None
 ) -> str:
-    """How long a set takes, in words, from a short draw of one unit.
+    """How long a set takes, in words, by timing one unit with few steps.
 
     Args:
         sampler: Of the set, on its device.

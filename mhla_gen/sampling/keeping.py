@@ -1,4 +1,4 @@
-"""What becomes of drawn samples: files, parts of the contact sheet, features, and a mark."""
+"""What is kept of samples: files, parts of the contact sheet, features, and a mark."""
 
 from collections import deque
 from collections.abc import Callable
@@ -20,7 +20,7 @@ _THREADS = 4
 
 
 class Keeper:
-    """Writes units in the background; to be used in a `with` statement.
+    """Writes units in the background; a context manager.
 
     Args:
         folder: Of the sample set.

@@ -36,7 +36,7 @@ def weights_of(pipeline: Any) -> dict[str, str]:
 def identity(
     sampler: Sampler, units: Units, weights: dict[str, str], device: torch.device, exact: bool
 ) -> dict[str, Any]:
-    """All that decides the samples beside the settings.
+    """Everything beside the settings that determines the samples.
 
     Args:
         sampler: Of the set.
@@ -66,7 +66,7 @@ def manifest(
     files: Sequence[str],
     marks: Sequence[dict[str, Any]] = (),
 ) -> dict[str, Any]:
-    """What made a sample set, for a reader who has only the folder.
+    """How a sample set was made, for a reader who has only the folder.
 
     Args:
         sampler: What drew it.

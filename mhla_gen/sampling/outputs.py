@@ -1,4 +1,4 @@
-"""Files of a sample set: one npz, or an image or a video each; and the picture of the set."""
+"""Files of a sample set: one npz, or an image or video each; and the contact sheet."""
 
 import zipfile
 from collections.abc import Iterable, Sequence
@@ -43,7 +43,7 @@ def write_samples(
 
 
 def file_of(folder: Path, number: int, kind: str) -> Path:
-    """Where a sample lies that has a file of its own."""
+    """The path of a sample with a file of its own."""
     return folder / (VIDEOS_NAME if kind == "mp4" else IMAGES_NAME) / f"{number:06d}.{kind}"
 
 
@@ -54,12 +54,12 @@ def write_image(path: Path, pixels: np.ndarray) -> None:
 
 
 def sheet_part(pixels: np.ndarray) -> np.ndarray:
-    """What the contact sheet shows of a sample: the image, or some frames, `[images, …]`."""
+    """What the contact sheet shows of a sample: the image or a few frames, `[images, …]`."""
     return pixels[None] if pixels.ndim == 3 else shown_frames(pixels)
 
 
 def write_sheet(path: Path, rows: Sequence[tuple[str, np.ndarray]], is_video: bool) -> None:
-    """Draw the picture of the set, one titled row of images after the other."""
+    """Draw the contact sheet, one titled row of images after the other."""
     names, images = [name for name, _ in rows], [part for _, part in rows]
     width = images[0].shape[2]
     title = "frames from first to last" if is_video else "samples"

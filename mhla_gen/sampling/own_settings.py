@@ -25,7 +25,7 @@ _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def free_of(config: SampleConfig) -> tuple[str, ...]:
-    """`FREE`, and what is the pipeline's own, which is not known before that is found."""
+    """`FREE`, and settings left to the pipeline, which are not known before it is loaded."""
     return (*FREE, *(name for name in OWN if getattr(config, name) is None))
 
 
@@ -70,7 +70,7 @@ def _filled(config: SampleConfig, values: dict[str, Any]) -> SampleConfig:
 
 
 def _saved_dtype(folder: Path) -> str:
-    """The arithmetic that most of a transformer's saved weights are in."""
+    """The dtype of most of a transformer's saved weights."""
     sizes: dict[str, int] = {}
     files = [*sorted(folder.glob("transformer/*.safetensors")), *folder.glob("unet/*.safetensors")]
     for path in files[:1]:

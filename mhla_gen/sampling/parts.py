@@ -69,7 +69,7 @@ def in_parts(module: Any, method: str, rows: int) -> Iterator[InParts]:
 
 @contextmanager
 def repeatable_kernels() -> Iterator[None]:
-    """No choice of kernels by timing inside: another start would choose others, and round anew."""
+    """Never choose kernels by timing inside: another run might choose others."""
     import torch._inductor.config as inductor
 
     cudnn = torch.backends.cudnn

@@ -1,4 +1,4 @@
-"""The progress bar of a set that several processes draw."""
+"""The progress bar of a set that several processes make."""
 
 import time
 from collections.abc import Callable
@@ -10,7 +10,7 @@ _SECONDS = 0.5
 
 
 class Progress:
-    """Samples done by all processes, and the main process's share of those in work.
+    """Samples done by all processes, and the main process's share of those in progress.
 
     Args:
         total: Samples of the set.

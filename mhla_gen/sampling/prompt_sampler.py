@@ -1,4 +1,4 @@
-"""Samples of prompts: any text-to-image, text-to-video or image-to-video pipeline of diffusers."""
+"""Samples from prompts: any diffusers pipeline for text or images to images or videos."""
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,7 +28,7 @@ _SHEET_ROWS = 20
 
 
 class PromptSampler:
-    """Images or videos of prompts, `samples_per_prompt` of each."""
+    """Images or videos from prompts, `samples_per_prompt` of each."""
 
     model_batch_size = 1
     # Its text encoder and guidance call models with shapes that we do not know.

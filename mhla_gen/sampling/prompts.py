@@ -17,7 +17,7 @@ _KEYS = {"prompt": str, "negative_prompt": str, "seed": int, "image": str}
 
 @dataclass(frozen=True)
 class Prompt:
-    """What one sample shows."""
+    """The prompt of one sample."""
 
     prompt: str = ""
     negative_prompt: str | None = None
@@ -28,7 +28,7 @@ class Prompt:
 
 
 def read_prompts(prompts: Any) -> list[Prompt]:
-    """The prompts that a config's `prompts` means.
+    """The prompts of a config's `prompts`.
 
     Args:
         prompts: One prompt, several, or a .txt or .jsonl file.
@@ -49,12 +49,12 @@ def read_prompts(prompts: Any) -> list[Prompt]:
 
 
 def missing_prompts(name: str, pipeline: str) -> str:
-    """What to say where a pipeline of this class gets no prompts."""
+    """The message if a pipeline of this class gets no prompts."""
     return f"the {name} in {pipeline} takes prompts; set prompts=TEXT or FILE"
 
 
 def _file_of(prompts: str) -> Path | None:
-    """The file that a text names; None if it is a prompt itself."""
+    """The file named by a text; None if it is a prompt itself."""
     if Path(prompts).suffix.lower() in _READ:
         return Path(expand_home("prompts", prompts))
     looks_like_one = Path(prompts).suffix.lower() in _OTHER and not re.search(r"\s", prompts)
@@ -66,7 +66,7 @@ def _file_of(prompts: str) -> Path | None:
     if is_file or looks_like_one:
         raise UserError(
             f"prompts={prompts} names a file of a kind that prompts are not read from; they are "
-            "read from .txt, one a line, and .jsonl"
+            "read from .txt, one per line, and .jsonl"
         )
     return None
 

@@ -1,4 +1,4 @@
-"""Small sample sets: drawn in memory, written at once."""
+"""Small sample sets: made in memory, written at once."""
 
 from pathlib import Path
 

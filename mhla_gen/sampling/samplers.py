@@ -1,4 +1,4 @@
-"""Samplers: the samples of a set by their number, drawn from a pipeline."""
+"""Samplers: the samples of a set by number, made by a pipeline."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -15,7 +15,7 @@ OnStep = Callable[[int], None]
 
 
 class Sampler(Protocol):
-    """A set of samples that are not made yet.
+    """A set of samples to be made.
 
     Sample i is a function of i alone: it has its own source of noise.
     """
@@ -47,11 +47,11 @@ class Sampler(Protocol):
         ...
 
     def title(self, number: int) -> str:
-        """What a picture calls a sample: its class, or its prompt."""
+        """The title of a sample in a picture: its class or its prompt."""
         ...
 
     def record(self, number: int) -> dict[str, Any]:
-        """What made a sample: label or prompt, and seed."""
+        """How a sample was made: label or prompt, and seed."""
         ...
 
     def rows(self) -> list[tuple[str, list[int]]]:

@@ -1,4 +1,4 @@
-"""The sample command: settings → a folder of samples, by any number of processes and starts."""
+"""The sample command: a folder of samples, made by any number of processes and runs."""
 
 import os
 from collections.abc import Sequence
@@ -56,7 +56,7 @@ RECORDS_NAME = "samples.jsonl"
 def sample(config: SampleConfig, dry_run: bool = False) -> Path:
     """Sample as a config says and write the sample set.
 
-    All processes of a launch call this. A set that was interrupted is gone on with.
+    All processes of a launch call this. An interrupted set is resumed.
 
     Args:
         config: Settings.
@@ -103,7 +103,7 @@ def _sample(config: SampleConfig, folder: Path, state: PartialState, dry_run: bo
 
 
 class Job:
-    """One set that is to be made."""
+    """A sample set to be made."""
 
     def __init__(self, config: SampleConfig, folder: Path, sampler: Sampler, state: PartialState):
         self.config, self.folder, self.sampler, self.state = config, folder, sampler, state
@@ -231,7 +231,7 @@ class Job:
         return largest_batch(self.sampler, limit, self.device.type == "cuda")
 
     def _finish(self) -> None:
-        """Join what the units left, and write the manifest, which says that the set is complete."""
+        """Join the units, and write the manifest, which marks the set as complete."""
         files = self._finish_samples() if self.config.keep_samples else []
         sizes = {name: size_of(self.folder / name) for name in files}
         with not_worth_failing("the contact sheet", "the samples are complete"):
@@ -288,7 +288,7 @@ def _formats(config: SampleConfig, sampler: Sampler) -> tuple[str, ...]:
 
 
 def _manifest_in(folder: Path) -> dict[str, Any]:
-    """The manifest of a finished set; nothing before that."""
+    """The manifest of a finished set; empty before that."""
     path = folder / MANIFEST_NAME
     return read_json(path, "remove it to sample the set again") if path.is_file() else {}
 

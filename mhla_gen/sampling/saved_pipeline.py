@@ -1,4 +1,4 @@
-"""Find a pipeline: in a run of ours, in a folder of diffusers, or on the Hugging Face hub."""
+"""Loading a pipeline: from a training run, a folder, or the Hugging Face hub."""
 
 import json
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ _SAVED = ("*.json", "*.safetensors", "*.txt", "*.model")
 
 
 def load_pipeline(path: str, dtype: torch.dtype) -> Any:
-    """The pipeline that a path or name means, on the CPU.
+    """The pipeline of a path or name, on the CPU.
 
     diffusers' own `DiTPipeline` becomes our class-conditional pipeline, which does more with the
     same parts.
@@ -45,7 +45,7 @@ def load_pipeline(path: str, dtype: torch.dtype) -> Any:
 
 
 def load_with_settings(config: SampleConfig) -> tuple[SampleConfig, Any]:
-    """The pipeline that a config names, with its adapter, and all settings that draw from it.
+    """The pipeline of a config, with its adapter, and all settings to sample from it.
 
     Returns:
         The config with the settings of the run that saved the pipeline, or the pipeline's own,

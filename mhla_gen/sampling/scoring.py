@@ -1,4 +1,4 @@
-"""Measure samples while they are made, as `mhla-gen evaluate` would afterwards."""
+"""Evaluate samples while they are made, as `mhla-gen evaluate` would afterwards."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +29,7 @@ class Scorer:
         count: int,
         labels: np.ndarray | None = None,
     ):
-        """Load the extractor and open the reference, before anything is drawn.
+        """Load the extractor and open the reference, before sampling starts.
 
         Args:
             config: What to measure; `out` is a path in `folder`.

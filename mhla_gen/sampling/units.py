@@ -18,14 +18,14 @@ WORK_NAME = ".work"
 
 @dataclass(frozen=True)
 class Units:
-    """Samples 0…count - 1 in groups of `rows`; the last group may be shorter."""
+    """Samples 0…count - 1 in groups of `rows`; the last group may be smaller."""
 
     count: int
     rows: int
 
     @classmethod
     def split(cls, count: int, most: int) -> "Units":
-        """As few units of at most `most` samples as there can be, of equal size."""
+        """As few units of at most `most` samples as possible, of equal size."""
         number = -(-count // most)
         return cls(count, -(-count // number))
 
@@ -43,7 +43,7 @@ class Units:
 
 
 class Work:
-    """What an unfinished sample set keeps beside its samples.
+    """The working folder of an unfinished sample set.
 
     A unit is done when its mark is there, which is written last. Any number of processes work in
     the folder at a time, each on units of its own.
@@ -58,22 +58,22 @@ class Work:
         return {int(p.stem) for p in marks.glob("*.json")} if marks.is_dir() else set()
 
     def count_done(self) -> int:
-        """Samples that are done, by all processes."""
+        """Samples done by all processes."""
         return sum(len(self.units.numbers(unit)) for unit in self.done())
 
     def mark(self, unit: int, values: dict[str, Any], files: Iterable[Path]) -> None:
-        """Note that a unit is done, and how large its files are."""
+        """Record that a unit is done, with the sizes of its files."""
         root = self.folder.parent
         sizes = {str(path.relative_to(root)): path.stat().st_size for path in sorted(files)}
         write_json(self._mark_file(unit), {**values, "files": sizes})
 
     def marks(self) -> list[dict[str, Any]]:
-        """What the marks say, unit after unit."""
+        """The content of the marks, unit by unit."""
         remedy = "remove it and give the same command again"
         return [read_json(self._mark_file(unit), remedy) for unit in sorted(self.done())]
 
     def forget_damaged(self) -> None:
-        """Take units for not done whose mark or files are not as they were written."""
+        """Forget units whose mark or files have changed since they were written."""
         for unit in sorted(self.done()):
             try:
                 sizes = read_json(self._mark_file(unit), "").get("files", {})
@@ -104,11 +104,11 @@ class Work:
         return samples
 
     def samples_file(self, unit: int) -> Path:
-        """Where the samples of a unit lie, `[samples, …]`."""
+        """The file with the samples of a unit, `[samples, …]`."""
         return self.folder / "samples" / f"{unit:06d}.npy"
 
     def sheet_file(self, number: int) -> Path:
-        """Where the part of a sample lies that the contact sheet shows."""
+        """The file with the part of a sample that the contact sheet shows."""
         return self.folder / "sheet" / f"{number:06d}.npy"
 
     def sheet_part(self, number: int) -> np.ndarray:
@@ -117,11 +117,11 @@ class Work:
 
     @property
     def features_folder(self) -> Path:
-        """Where features lie, a file for each name and unit."""
+        """The folder for features, with a file for each name and unit."""
         return self.folder / "features"
 
     def identity(self) -> dict[str, Any] | None:
-        """What decides the samples, as the first start wrote it; None before that."""
+        """What determines the samples, as the first run wrote it; None before that."""
         path = self.folder / "identity.json"
         remedy = f"remove {self.folder} to sample the set from the start"
         if path.is_file():
@@ -132,7 +132,7 @@ class Work:
         return None
 
     def write_identity(self, values: dict[str, Any]) -> None:
-        """Keep what decides the samples."""
+        """Write what determines the samples."""
         write_json(self.folder / "identity.json", values)
 
     def remove(self) -> None:

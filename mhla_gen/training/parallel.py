@@ -39,7 +39,7 @@ def check_tracker(config: TrainConfig) -> None:
     """
     available = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available}
     if config.report_to != "none" and not available[config.report_to]():
-        # accelerate would leave it out without a word.
+        # accelerate would silently leave it out.
         raise UserError(
             f"report_to={config.report_to} needs the package {config.report_to}; install it, or "
             "use report_to=none"

@@ -157,7 +157,7 @@ def _text_encoder(config: CacheConfig, files: Files) -> TextEncoder | CaptionEnc
 
 
 def _frame_encoder(config: CacheConfig, files: Files) -> tuple[CacheConfig, ImageEncoder | None]:
-    """What embeds first frames, and the settings with where it is."""
+    """What embeds first frames, and the settings with its path."""
     if not (config.clips.condition and isinstance(files, ClipFiles)):
         return config, None
     if config.image_encoder.path is None:

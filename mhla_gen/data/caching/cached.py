@@ -72,7 +72,7 @@ class CachedLatents:
 
     @property
     def has_flips(self) -> bool:
-        """Whether it holds mirrored images."""
+        """Whether it has mirrored images."""
         return self.index.settings["flips"]
 
     @property
@@ -82,17 +82,17 @@ class CachedLatents:
 
     @property
     def has_condition(self) -> bool:
-        """Whether it holds what image-to-video models are given."""
+        """Whether it has the conditions of image-to-video models."""
         return bool(self.index.settings["clips"].get("condition"))
 
     @property
     def has_image_embeds(self) -> bool:
-        """Whether it holds embedded first frames."""
+        """Whether it has embedded first frames."""
         return self.index.settings.get("image_encoder") is not None
 
     @property
     def has_prompts(self) -> bool:
-        """Whether it holds embedded captions."""
+        """Whether it has embedded captions."""
         return bool(self.index.prompts)
 
     def __len__(self) -> int:
@@ -196,7 +196,7 @@ class CachedLatents:
         self._require_maker("latents", "autoencoder", found, known)
 
     def autoencoder(self) -> Any:
-        """The autoencoder that made the latents, from where it was then.
+        """The autoencoder that made the latents, loaded from its recorded path.
 
         Raises:
             ValueError: If it is not there any more, or is another one now.
@@ -208,7 +208,7 @@ class CachedLatents:
         return vae
 
     def image_encoder(self) -> ImageEncoder:
-        """What embedded first frames, from where it was then.
+        """The encoder of first frames, loaded from its recorded path.
 
         Raises:
             ValueError: If it is not there any more, or is another one now.

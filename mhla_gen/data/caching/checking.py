@@ -1,4 +1,4 @@
-"""Whether the files of a cache are what they should be."""
+"""Checks of the files of a cache."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -31,7 +31,7 @@ def examine_all(folder: Path, names: Sequence[str]) -> dict[str, Facts]:
 def require_latents(
     facts: Facts, chunk: Chunk, shape: tuple[int, ...], dtype: str, extras: set[str]
 ) -> None:
-    """Raise unless a chunk holds the latents that it was to hold.
+    """Raise unless a chunk has the expected latents.
 
     Args:
         facts: What is in it.
@@ -60,7 +60,7 @@ def require_latents(
 
 
 def require_prompts(facts: Facts, chunk: Chunk) -> None:
-    """Raise unless a chunk holds as many captions as it was to hold.
+    """Raise unless a chunk has the expected number of captions.
 
     Raises:
         ValueError: If not.
@@ -72,7 +72,7 @@ def require_prompts(facts: Facts, chunk: Chunk) -> None:
 
 
 def require_digests(found: Iterable[Facts], known: dict[str, Facts]) -> None:
-    """Raise unless files have the digests that an index holds.
+    """Raise unless files have the digests of an index.
 
     Raises:
         ValueError: If one has changed.

@@ -57,7 +57,7 @@ def write_missing(
     unit: str,
     again: bool = False,
 ) -> None:
-    """Compute the chunks that are not there, each process every n-th one.
+    """Compute the missing chunks, each process every n-th one.
 
     A chunk does not depend on how many processes there are, nor on which others exist.
 
@@ -68,7 +68,7 @@ def write_missing(
             the record of one after the other.
         title: What the progress bar says.
         unit: What an item is called.
-        again: Compute chunks from which something was left out anew.
+        again: Recompute chunks from which something was left out.
 
     Raises:
         OSError: If a file cannot be written; the others stay.
@@ -93,13 +93,13 @@ def write_missing(
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """What a chunk says of its items, without reading its tensors."""
+    """The record of a chunk's items, without reading its tensors."""
     with safe_open(path, "pt") as file:
         return json.loads(file.metadata()["record"])
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a chunk, mapped from the file: only rows that are used are read."""
+    """The tensors of a chunk, memory-mapped: only rows that are used are read."""
     with safe_open(path, "pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
@@ -142,7 +142,7 @@ def batched(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
 
 
 def is_complete(path: Path, again: bool) -> bool:
-    """Whether a chunk is there and need not be computed anew; see `write_missing`."""
+    """Whether a chunk exists and need not be computed again; see `write_missing`."""
     return path.is_file() and not (again and read_record(path).get("quarantined"))
 
 

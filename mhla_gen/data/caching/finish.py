@@ -24,7 +24,7 @@ from mhla_gen.runtime.processes import on_main
 
 @dataclass(frozen=True, eq=False)
 class Contents:
-    """What a cache is to hold."""
+    """The intended content of a cache."""
 
     examples: Examples
     latents: list[Chunk]

@@ -1,4 +1,4 @@
-"""What a finished cache holds: index.json, written last."""
+"""The content of a finished cache: index.json, written last."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,7 +34,7 @@ class BucketIndex:
 
 @dataclass(frozen=True)
 class Index:
-    """Everything about a cache but its samples."""
+    """Everything about a cache except its samples."""
 
     settings: dict[str, Any]
     """What decided its content: see `build.content_settings`."""
@@ -56,7 +56,7 @@ class Index:
 
     @property
     def warning(self) -> str | None:
-        """What to say of classes that a model will not learn; None if there are none."""
+        """A warning about classes that a model will not learn; None if there are none."""
         if not self.empty_classes:
             return None
         names, count = self.empty_classes, len(self.empty_classes)

@@ -1,4 +1,4 @@
-"""What decides the content of a cache, kept beside it, and refused when it differs."""
+"""What determines the content of a cache: stored beside it, and refused if it differs."""
 
 import json
 from collections.abc import Sequence
@@ -54,7 +54,7 @@ def content_settings(
     encoder: Any,
     frame_encoder: Any,
 ) -> dict[str, Any]:
-    """Plain values that decide every byte of a cache, but for rounding by device and batch size.
+    """Plain values that determine a cache, except for rounding by device and batch size.
 
     Args:
         config: Settings.
@@ -96,7 +96,7 @@ def _identity(encoder: Any, config: TextEncoderConfig) -> dict[str, Any]:
 
 
 def check_output_dir(config: CacheConfig) -> None:
-    """Raise if `output_dir` holds another cache, or files that are not ours.
+    """Raise if `output_dir` has another cache, or files that are not ours.
 
     Raises:
         FileExistsError: Naming the settings that differ.

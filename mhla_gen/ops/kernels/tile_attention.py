@@ -9,7 +9,6 @@ import triton.language as tl
 
 from mhla_gen.ops.kernels.attention import add_times, outer
 from mhla_gen.ops.kernels.boxes import box_tokens, group_box
-from mhla_gen.ops.kernels.linear import rotate_pieces
 from mhla_gen.ops.kernels.pieces import head_offset, load_pieces, piece_offsets, store_pieces
 
 _LN2 = tl.constexpr(0.6931471805599453)
@@ -184,8 +183,6 @@ def tile_attend_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
-    cos_ptr,
-    sin_ptr,
     lists_ptr,
     longest_ptr,
     extra_k_ptr,
@@ -225,12 +222,15 @@ def tile_attend_kernel(
     WIDE: tl.constexpr,
     RANK: tl.constexpr,
     ALIGN: tl.constexpr,
-    ROTARY: tl.constexpr,
     BOUNDED: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Output and log-sum-exp of up to BM queries of one group and head."""
+    """Output and log-sum-exp of up to BM queries of one group and head.
+
+    Queries and keys come rotated: what a product takes from registers instead of memory, it waits
+    for, and each after the one before.
+    """
     batch, head, group, _slots, tokens, q_valid = locate_group(
         box, groups, num_heads, num_groups, blocks, BM, RANK
     )
@@ -242,11 +242,6 @@ def tile_attend_kernel(
     out_ptr += head_offset(out_strides, batch, head, ALIGN)
 
     q0, q1 = load_pieces(q_ptr, tokens, q_valid, q_strides, D, D0, D1, ALIGN)
-    if ROTARY:
-        r0, r1 = rotate_pieces(
-            q0.to(tl.float32), q1.to(tl.float32), cos_ptr, sin_ptr, tokens, q_valid, D, D0, D1, 1
-        )
-        q0, q1 = r0.to(OPERAND), r1.to(OPERAND)
     if extra_mask_ptr is not None:
         extra_k_ptr += head_offset(extra_k_strides, batch, head, ALIGN)
         extra_v_ptr += head_offset(extra_v_strides, batch, head, ALIGN)

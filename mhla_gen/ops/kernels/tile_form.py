@@ -32,17 +32,18 @@ def forward(
     if bounded and extra is not None:
         beside = extra[0].float().square().sum(-1).amax(dim=1).flatten()
         longest = beside if longest is None else torch.maximum(longest, beside)
-    lists = tile_lists(query, means, call)
+    queries, query_means = read_groups(query, call, mean=means is not None)
+    lists = tile_lists(query_means, means, call)
     out = value.new_empty(value.shape)
     batch, seq_len, heads, _ = query.shape
     lse = query.new_empty((batch, heads, seq_len), dtype=torch.float32)
     options = _forward_options(call)
     blocks = quotient_up(call.queries, options["BM"])
-    strides = query.stride(), keys.stride(), value.stride(), out.stride(), *extra_strides(extra)
+    strides = queries.stride(), keys.stride(), value.stride(), out.stride(), *extra_strides(extra)
     launch(
         tile_attend_kernel,
         (blocks * call.placed.num_groups * call.batch_heads,),
-        (query, keys, value, call.cos, call.sin, lists, longest, *extra_tensors(extra), out, lse),
+        (queries, keys, value, lists, longest, *extra_tensors(extra), out, lse),
         (
             *strides,
             call.box,
@@ -55,7 +56,7 @@ def forward(
             blocks,
             call.scale * LOG2E,
         ),
-        kernel_constants(call, options, *strides)
+        without(kernel_constants(call, options, *strides), "ROTARY")
         | {"WIDE": numbered_wide(keys, value), "BOUNDED": bounded},
     )
     return out, lse, lists
@@ -78,17 +79,34 @@ def read_tiles(
     On demand also float32 means of tiles `[batch · heads, tiles, head_dim]`, and the largest
     squared length of a key, `[batch · heads]`.
     """
-    batch, seq_len, heads, dim = key.shape
-    rotary = call.cos is not None
+    dim, rotary = key.shape[3], call.cos is not None
     if not (rotary or mean or lengths):
         return key, None, None
-    # Heads first, so that neighbours on a line lie together.
-    keys = key.new_empty((batch, heads, seq_len, dim)).transpose(1, 2) if rotary else key
+    keys = _rotated_like(key) if rotary else key
     shape = call.batch_heads, call.placed.num_tiles
     means = key.new_empty((*shape, dim), dtype=torch.float32) if mean else None
     longest = key.new_empty(shape, dtype=torch.float32) if lengths else None
     read_boxes(key, call, keys, means, longest, "raster" if rotary else "nowhere", call.slots)
     return keys, means, None if longest is None else longest.amax(dim=1)
+
+
+def read_groups(query: Tensor, call: TileCall, *, mean: bool) -> tuple[Tensor, Tensor | None]:
+    """Rotated queries, and means of groups, `[batch · heads, groups, head_dim]`; as `read_tiles`."""
+    rotary = call.cos is not None
+    if not (rotary or mean):
+        return query, None
+    queries = _rotated_like(query) if rotary else query
+    shape = (call.batch_heads, call.placed.num_groups, query.shape[3])
+    means = query.new_empty(shape, dtype=torch.float32) if mean else None
+    store, groups = "raster" if rotary else "nowhere", three_axes(call.placed.groups)
+    read_boxes(query, call, queries, means, None, store, call.queries, groups)
+    return queries, means
+
+
+def _rotated_like(x: Tensor) -> Tensor:
+    """Room for rotated tokens: heads first, so that neighbours on a line lie together."""
+    batch, seq_len, heads, dim = x.shape
+    return x.new_empty((batch, heads, seq_len, dim)).transpose(1, 2)
 
 
 def read_boxes(
@@ -126,10 +144,13 @@ def read_boxes(
     )
 
 
-def tile_lists(query: Tensor, mean_keys: Tensor | None, call: TileCall) -> Tensor:
-    """Tiles of every group and head and their entries, int32 `[batch · heads, groups, 2, list]`."""
+def tile_lists(mean_queries: Tensor | None, mean_keys: Tensor | None, call: TileCall) -> Tensor:
+    """Tiles of every group and head and their entries, int32 `[batch · heads, groups, 2, list]`.
+
+    Means are those of `read_groups` and `read_tiles`; None if no tile is chosen by content.
+    """
     placed = call.placed
-    lists = query.new_empty(
+    lists = call.query.new_empty(
         (call.batch_heads, placed.num_groups, 2, placed.list_size), dtype=torch.int32
     )
     if placed.list_size == 0:
@@ -143,16 +164,10 @@ def tile_lists(query: Tensor, mean_keys: Tensor | None, call: TileCall) -> Tenso
         {**without(call.slot_sizes, "SLOTS"), "RANK": call.rank, "BT": 256},
     )
     products = None
-    if mean_keys is not None:
-        means = query.new_empty(
-            (call.batch_heads, placed.num_groups, query.shape[3]), dtype=torch.float32
-        )
-        read_boxes(
-            query, call, None, means, None, "nowhere", call.queries, three_axes(placed.groups)
-        )
+    if mean_queries is not None and mean_keys is not None:
         # Autocast would choose tiles by bfloat16 products.
-        with torch.autocast(query.device.type, enabled=False):
-            products = means @ mean_keys.mT
+        with torch.autocast(mean_queries.device.type, enabled=False):
+            products = mean_queries @ mean_keys.mT
     launch(
         list_kernel,
         (placed.num_groups * call.batch_heads,),
@@ -181,7 +196,10 @@ def _forward_options(call: TileCall) -> dict:
     """Queries and keys of a block, warps and pipeline stages."""
     if call.operand["OPERAND"] == tl.float32:
         return {"BM": call.block(32), "BN": 32, "num_warps": 4, "num_stages": 1}
-    rows = call.block(128)
+    rows, dim = call.block(128), max(call.query.shape[3], call.value.shape[3])
     # A program of few queries is short of work for one warp, let alone four.
     warps = 4 if rows > 32 else 1
+    if rows == 128 and dim > 64:
+        # 64 keys would want more registers than there are.
+        return {"BM": rows, "BN": 32, "num_warps": warps, "num_stages": 3}
     return {"BM": rows, "BN": 64, "num_warps": warps, "num_stages": 2 if rows == 128 else 3}

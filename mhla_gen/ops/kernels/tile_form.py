@@ -91,7 +91,7 @@ def read_tiles(
 
 
 def read_groups(query: Tensor, call: TileCall, *, mean: bool) -> tuple[Tensor, Tensor | None]:
-    """Rotated queries, and means of groups, `[batch · heads, groups, head_dim]`; as `read_tiles`."""
+    """As `read_tiles`: rotated queries, means of groups `[batch · heads, groups, head_dim]`."""
     rotary = call.cos is not None
     if not (rotary or mean):
         return query, None

@@ -143,9 +143,13 @@ def test_chunks_come_one_at_a_time():
         state.read(*tokens_of((1, 3, 4)), grid=(1, 3, 4))
 
 
-@pytest.mark.parametrize("normalize", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_the_kernels_give_the_same_chunk_by_chunk(dtype, normalize, monkeypatch):
+KERNELS = [(torch.float32, True, 1e-5), (torch.float16, False, 1e-3)]
+# Triton's interpreter multiplies bfloat16 wrongly.
+KERNELS += [(torch.bfloat16, True, 2e-2)] * torch.cuda.is_available()
+
+
+@pytest.mark.parametrize("dtype, normalize, close", KERNELS)
+def test_the_kernels_give_the_same_chunk_by_chunk(dtype, normalize, close, monkeypatch):
     pytest.importorskip("triton")
     from mhla_gen.ops import fused
     from mhla_gen.ops.kernels import linear_form
@@ -156,17 +160,16 @@ def test_the_kernels_give_the_same_chunk_by_chunk(dtype, normalize, monkeypatch)
     summarise = linear_form.summarise
     monkeypatch.setattr(linear_form, "summarise", lambda *x: calls.append(1) or summarise(*x))
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    grid = (3, 3, 5)
-    inputs = [x.to(device, dtype) for x in tokens_of(grid, head_dim=16, value_dim=16)]
-    rotary = tuple(table.repeat(1, 3)[:, :8].float().to(device) for table in rotary_of(45))
-    weights = weights_of(2, (2, 3), 2).float().to(device)
-    options = {"grid": grid, "chunk_frames": 2, "layout": (2, 3), "normalize": normalize}
+    grid = (3, 2, 5)
+    inputs = [x[:1].to(device, dtype) for x in tokens_of(grid, head_dim=16, value_dim=16)]
+    rotary = tuple(table.repeat(1, 3)[:, :8].float().to(device) for table in rotary_of(30))
+    weights = weights_of(2, (1, 2), 2).float().to(device)
+    options = {"grid": grid, "chunk_frames": 2, "layout": (1, 2), "normalize": normalize}
     options["rotary"] = rotary
     wide = [x.double() for x in (*inputs, weights)]
     expected = frame_causal_mhla(*wide, **options, implementation="naive")
     found = chunk_by_chunk(*inputs, weights, **options, implementation="fused")
-    close = {"rtol": 1e-3, "atol": 1e-3} if dtype == torch.float16 else {}
-    torch.testing.assert_close(found.double(), expected, **{"rtol": 1e-5, "atol": 1e-5} | close)
+    torch.testing.assert_close(found.double(), expected, rtol=close, atol=close)
     assert calls
     with pytest.raises(UserError, match="without gradients"):
         chunk_by_chunk(*inputs, weights.requires_grad_(), **options, implementation="fused")

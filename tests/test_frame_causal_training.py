@@ -12,8 +12,10 @@ from tiny_sampling import set_of
 
 import mhla_gen
 from mhla_gen import MHLAConfig
+from mhla_gen.config import DistillConfig, StageConfig
 from mhla_gen.config.previews import PreviewConfig
 from mhla_gen.data import load_data
+from mhla_gen.distillation import distill
 from mhla_gen.errors import UserError
 from mhla_gen.sampling import sample
 from mhla_gen.training import train
@@ -105,6 +107,15 @@ def test_a_run_learns_previews_and_samples_longer_clips(cache, tmp_path):
     sample(set_of(tmp_path / "set", tmp_path / "run", **options))
     (clip,) = (tmp_path / "set" / "videos").iterdir()
     assert len(decord.VideoReader(str(clip))) == 29
+
+
+def test_a_distillation_makes_a_causal_model_of_a_softmax_one(cache, tmp_path):
+    tiny_wan().save_pretrained(tmp_path / "teacher")
+    stages = [StageConfig(kind="layers", steps=1), StageConfig(kind="output", steps=1)]
+    distillation = DistillConfig(teacher=str(tmp_path / "teacher"), stages=stages)
+    config = wan_run(tmp_path / "run", cache, model=CAUSAL, distill=distillation)
+    found = mhla_gen.MHLAWanTransformer3DModel.from_pretrained(distill(config) / "transformer")
+    assert {row.kind for row in mhla_gen.summary(found)} == {"causal mhla"}
 
 
 @pytest.mark.parametrize("wan", [{"expert": "low_noise"}, {"times_of_tokens": False}])

@@ -170,20 +170,31 @@ def trace_blocks(model):
         block.forward = torch.compile(block.forward, fullgraph=True, backend="eager")
 
 
-@pytest.mark.parametrize(
-    "compiling", [trace_blocks, pytest.param(compile_blocks, marks=pytest.mark.slow)]
-)
-def test_compiled_it_is_the_same(compiling):
+@torch.no_grad()
+def test_chunks_have_one_compiled_form():
+    model, traced = causal_wan(num_layers=1), causal_wan(num_layers=1)
+    trace_blocks(traced)
+    latents, text, times = clip(frames=10, batch=1)
+    torch._dynamo.utils.counters.clear()
+    found = chunk_by_chunk(traced, latents, text, times)
+    torch.testing.assert_close(
+        found, chunk_by_chunk(model, latents, text, times), rtol=1e-4, atol=1e-5
+    )
+    # The first chunk has nothing before it, the second has, the others differ in numbers only.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3
+
+
+@pytest.mark.slow
+def test_compiled_it_is_the_same():
     model, compiled = causal_wan(num_layers=1), causal_wan(num_layers=1)
-    compiling(compiled)
+    compile_blocks(compiled)
     latents, text, times = clip(frames=10, batch=1)
     close = {"rtol": 1e-4, "atol": 1e-5}
     with torch.no_grad():
         expected = chunk_by_chunk(model, latents, text, times)
-        torch._dynamo.utils.counters.clear()
-        found = chunk_by_chunk(compiled, latents, text, times)
-        torch.testing.assert_close(found, expected, **close)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] < 6
+        torch.testing.assert_close(
+            chunk_by_chunk(compiled, latents, text, times), expected, **close
+        )
     out = at_once(compiled, latents, text, times)
     torch.testing.assert_close(out, expected, **close)
     out.square().mean().backward()

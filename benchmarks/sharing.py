@@ -19,22 +19,31 @@ Alone = Callable[[], AbstractContextManager[Any]]
 """What is entered while the GPU is worked on, so that no other process does."""
 
 
-def turns(lock: str | None) -> Alone:
-    """What processes enter in turns.
+@contextmanager
+def turns(lock: str | Path | None) -> Iterator[Alone]:
+    """Within it, what a process enters to have the GPU alone.
+
+    Processes have the lock together while they compile; one that wants it alone waits until all
+    others wait, too, so that nothing runs beside what it times.
 
     Args:
-        lock: A file that they share; None for a process that is alone.
+        lock: A file that they share; None for a process that is alone anyway.
     """
     if lock is None:
-        return nullcontext
+        yield nullcontext
+        return
+    with open(lock, "a") as file:
 
-    @contextmanager
-    def turn() -> Iterator[None]:
-        with open(lock, "a") as file:
+        @contextmanager
+        def alone() -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX)
-            yield
+            try:
+                yield
+            finally:
+                fcntl.flock(file, fcntl.LOCK_SH)
 
-    return turn
+        fcntl.flock(file, fcntl.LOCK_SH)
+        yield alone
 
 
 def spread(script: str, arguments: Sequence[str], out: Path, processes: int) -> None:

@@ -138,7 +138,7 @@ def sampling(
     """Time of one pass of the model in bfloat16, as `mhla-gen sample` compiles and records it."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     batch = config.batch_size
-    with alone(), device:
+    with device:
         model: Any = build_task(config, data).model.eval()
         if device.type == "cuda":
             model.to(torch.bfloat16)

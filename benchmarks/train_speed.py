@@ -120,9 +120,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     PartialState(cpu=not torch.cuda.is_available())
     found: list[dict[str, Any]] = []
     first, step, out, lock = options.part or (0, 1, options.out, None)
-    alone = turns(lock)
     for number in range(int(first), len(rows), int(step)):
-        result = {"number": number, **measure(rows[number], options, alone)}
+        # Between rows others need not wait.
+        with turns(lock) as alone:
+            result = {"number": number, **measure(rows[number], options, alone)}
         if PartialState().is_main_process:
             found.append(result)
             write_json(out, {**machine(), "rows": found}, indent=1)
@@ -163,9 +164,7 @@ def train(
     alone: Alone,
 ) -> dict[str, Any]:
     """Build a run and time its steps."""
-    with alone():
-        run = build_run(config, build_on_device, data)
-    return timed(run, options, alone)
+    return timed(build_run(config, build_on_device, data), options, alone)
 
 
 def build_on_device(config: TrainConfig, data: TrainingData) -> Task:

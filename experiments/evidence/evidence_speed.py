@@ -9,12 +9,10 @@ of a sampler in bfloat16. Layers are compiled. experiments/evidence.sh runs all 
 """
 
 import argparse
-import fcntl
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +24,7 @@ from evidence_data import claimed
 from evidence_plan import PLAN, Plan, Run
 from evidence_run import machine
 from moving_emoji import COLUMNS, SIDE
+from sharing import Alone, turns
 from steps import RandomSamples, attention_kernel, fresh, synchronize, timed
 
 from mhla_gen.config import SampleConfig
@@ -41,8 +40,6 @@ _SHAPES = {"new": (3, 64, 64), "clips": (3, COLUMNS * SIDE, COLUMNS * SIDE)}
 _CLASSES = 18
 _WARM_UP_STEPS, _STEPS = 4, 20
 
-Alone = Callable[[], AbstractContextManager[Any]]
-
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure what is missing."""
@@ -56,37 +53,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     locks = options.out / "work"
     locks.mkdir(parents=True, exist_ok=True)
     gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "").replace(",", "-")
-    with (locks / f"gpu-{gpu}.lock").open("a") as turns:
-        for run in Plan(options.plan).speed:
-            name = f"speed-{run.arm}-{run.setting.name}"
-            path = options.out / f"{name}.json"
-            with claimed(locks / f"{name}.lock") as ours:
-                if ours and not path.is_file():
-                    write_json(path, measure(run, options, turns))
-                    print(f"{name}: {path.read_text()}", flush=True)
+    for run in Plan(options.plan).speed:
+        name = f"speed-{run.arm}-{run.setting.name}"
+        path = options.out / f"{name}.json"
+        with claimed(locks / f"{name}.lock") as ours:
+            if ours and not path.is_file():
+                with turns(locks / f"gpu-{gpu}.lock") as alone:
+                    write_json(path, measure(run, options, alone))
+                print(f"{name}: {path.read_text()}", flush=True)
 
 
-def measure(run: Run, options: argparse.Namespace, turns: Any) -> dict[str, Any]:
+def measure(run: Run, options: argparse.Namespace, alone: Alone) -> dict[str, Any]:
     """Images (or clips) per second and GiB of one arm, in training and in sampling."""
     device = resolve_device("auto")
-
-    @contextmanager
-    def alone() -> Iterator[None]:
-        # Others have the lock too while they compile; this waits until they wait.
-        fcntl.flock(turns, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            fcntl.flock(turns, fcntl.LOCK_SH)
-
-    fcntl.flock(turns, fcntl.LOCK_SH)
-    try:
-        with fresh(), attention_kernel(run.arm):
-            found = {"train": training(run, options, alone)}
-        with fresh(), attention_kernel(run.arm):
-            found["sample"] = sampling(run, options, device, alone)
-    finally:
-        fcntl.flock(turns, fcntl.LOCK_UN)
+    with fresh(), attention_kernel(run.arm):
+        found = {"train": training(run, options, alone)}
+    with fresh(), attention_kernel(run.arm):
+        found["sample"] = sampling(run, options, device, alone)
     facts = {"arm": run.arm, "setting": run.setting.name, "tokens": run.tokens}
     return {**facts, **found, "machine": machine(device)}
 

@@ -178,6 +178,7 @@ class LayerState:
         self._mhla: FrameState | None = None
         self._cache: list[Tensor] = []
         self._tokens = 0
+        self._ended = False
 
     def mhla(self, weights: Tensor, options: dict[str, Any]) -> FrameState:
         """The state of the operator, begun with the first chunk."""
@@ -187,10 +188,11 @@ class LayerState:
 
     def softmax(self, query: Tensor, key: Tensor, value: Tensor, *, frames: int) -> Tensor:
         """Attend to the chunk itself and to all keys and values of finished ones."""
-        check_next(self._tokens * frames // query.shape[1], frames, self.chunk_frames)
+        check_next(frames, self.chunk_frames, self._ended)
         joined = [self._joined(index, new) for index, new in enumerate((key, value))]
         if self.appends:
             self._tokens += query.shape[1]
+            self._ended = frames < self.chunk_frames
         return _softmax(query, *joined)
 
     def _joined(self, index: int, new: Tensor) -> Tensor:

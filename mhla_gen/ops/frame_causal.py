@@ -152,15 +152,17 @@ def frame_causal_mhla(
     return out[:, : math.prod(grid)]
 
 
-def check_next(frames: int, new: int, chunk_frames: int) -> None:
-    """Raise `ValueError` unless a chunk of `new` frames can follow `frames` finished ones."""
-    if frames % chunk_frames:
+def check_next(frames: int, chunk_frames: int, ended: bool) -> None:
+    """Raise `ValueError` unless a chunk of so many frames can be the next, the last being whole."""
+    if ended:
         raise UserError(
-            f"the chunk before had {frames % chunk_frames} of {chunk_frames} frames, so it was the "
-            "clip's last; begin a new state"
+            f"the chunk before had fewer than {chunk_frames} frames, so it was the clip's last; "
+            "begin a new state"
         )
-    if not 1 <= new <= chunk_frames:
-        raise UserError(f"a chunk has 1 to {chunk_frames} frames, found {new}; give one at a time")
+    if not 1 <= frames <= chunk_frames:
+        raise UserError(
+            f"a chunk has 1 to {chunk_frames} frames, found {frames}; give one at a time"
+        )
 
 
 def check_frame_causal(

@@ -33,7 +33,7 @@ class FrameState:
             sampling without torch.compile.
 
     Attributes:
-        frames: Frames of finished chunks.
+        ended: Whether the last finished chunk was a short one, which no other follows.
 
     Raises:
         ValueError: If an argument does not fit.
@@ -53,7 +53,7 @@ class FrameState:
         self.weights, self.chunk_frames, self.layout = weights, chunk_frames, layout
         self.feature_map, self.normalize, self.eps = feature_map, normalize, eps
         self.implementation = implementation
-        self.frames = 0
+        self.ended = False
         # By distance from 1 on, the last for all further ones:
         # [batch, distances, blocks, heads, head_dim, value_dim] and without the last axis.
         self.finished: tuple[Tensor, Tensor] | None = None
@@ -89,7 +89,7 @@ class FrameState:
         """
         check_frame_causal(query, key, value, self.weights, grid, self.chunk_frames, self.layout)
         check_options(query, self.feature_map, rotary, False, len(grid))
-        check_next(self.frames, grid[0], self.chunk_frames)
+        check_next(grid[0], self.chunk_frames, self.ended)
         layout, options = (1, *self.layout), (self.feature_map, rotary, self.normalize, self.eps)
         summarised = _fused if self._can_fuse(query, key, value) else _blockwise
         # Autocast would turn the float32 sums into bfloat16 ones.
@@ -142,7 +142,7 @@ class FrameState:
             torch.einsum(f"{axes},bdjhkv->bihkv", weights, sums),
             torch.einsum(f"{axes},bdjhk->bihk", weights, keys),
         )
-        self.frames += frames
+        self.ended = frames < self.chunk_frames
 
 
 def _shifted(finished: Tensor, new: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ _ELSEWHERE = ("softmax", "linear", "blockwise", "blockwise exact=0.125")
 
 
 def bench(config: BenchConfig) -> dict[str, Any]:
-    """Measure what `config` asks for and write `bench.json` and `bench.png`.
+    """Run the measurements of `config` and write `bench.json` and `bench.png`.
 
     Returns:
         What the JSON holds: `rows`, and how they were measured.
@@ -80,7 +80,7 @@ def bench(config: BenchConfig) -> dict[str, Any]:
 
 
 def _resolve(config: BenchConfig, device: torch.device) -> BenchConfig:
-    """Replace "auto" by what suits the device."""
+    """Replace "auto" by the choice for the device."""
     gpu = device.type == "cuda"
     if config.methods == "auto":
         config = replace(config, methods=_ON_GPU if gpu else _ELSEWHERE)
@@ -185,7 +185,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def _said_crossover(rows: list[dict[str, Any]], step: str) -> str | None:
-    """From how many tokens on MHLA is faster here, for rows that differ in tokens alone."""
+    """The number of tokens from which MHLA is faster, for rows that differ only in tokens."""
     timed = [row for row in rows if f"{step}_ms" in row]
     kinds = {tuple(row.get(name) for name in ("batch", "heads", "head_dim")) for row in timed}
     ratios = _ratios(timed, step)
@@ -213,7 +213,7 @@ def _ratios(rows: list[dict[str, Any]], step: str) -> list[tuple[int, float]]:
 
 
 def find_crossover(rows: list[dict[str, Any]], step: str = "forward") -> float | None:
-    """Tokens from which the fastest MHLA beats the fastest softmax, interpolated in logarithms.
+    """Tokens from which the fastest MHLA beats the fastest softmax, interpolated on a log scale.
 
     None if one of them is the faster one at every size.
     """

@@ -1,4 +1,4 @@
-"""Time a function and find the memory it needs, on a GPU or a CPU."""
+"""Latency and memory of a function, on a GPU or a CPU."""
 
 import statistics
 import time
@@ -61,7 +61,7 @@ def graph_latency_ms(function: Callable[[], object], device: torch.device) -> fl
 
 
 def peak_memory_gib(function: Callable[[], object], device: torch.device) -> float | None:
-    """Memory that one call takes beyond what is allocated before it, in GiB; on a GPU only."""
+    """Peak memory of one call beyond what is allocated before it, in GiB; on a GPU only."""
     if device.type != "cuda":
         return None
     torch.cuda.synchronize()
@@ -74,7 +74,7 @@ def peak_memory_gib(function: Callable[[], object], device: torch.device) -> flo
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes a second that a large copy reads and writes."""
+    """Bytes per second that a large copy reads and writes."""
     size = 2**30 if device.type == "cuda" else 2**26
     source = torch.empty(size, dtype=torch.uint8, device=device).fill_(1)
     target = torch.empty_like(source)

@@ -59,7 +59,7 @@ MODELS = (
 
 
 def cases(config: BenchConfig) -> tuple[Case, ...]:
-    """The problem sizes that a config asks for."""
+    """The problem sizes of a config."""
     if config.grids == "models":
         return MODELS
     return tuple(
@@ -203,7 +203,7 @@ def _linformer(config: LinformerConfig, case: Case) -> Linformer:
 def _as_in_models(
     layer: Any, case: Case, dtype: torch.dtype, device: torch.device, rotary: Any
 ) -> Callable[..., Tensor]:
-    """What `inject` puts into a layer."""
+    """The attention that `inject` puts into a layer."""
     _cast(layer, dtype, device)
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Which kernels a step spends its time in."""
+"""The kernels in which a step spends its time."""
 
 import re
 from collections.abc import Callable

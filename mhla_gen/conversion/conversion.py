@@ -37,7 +37,7 @@ _WRITABLE = {
 
 
 def convert(config: ConvertConfig, dry_run: bool = False) -> None:
-    """Read a checkpoint of other code into a folder of ours, or the other way round.
+    """Import a checkpoint of other code into a folder of ours, or export the other way.
 
     The folder appears when all checks passed. They compare, bit for bit, the weights translated
     there and back, and the outputs of the model before writing and after loading.
@@ -134,7 +134,7 @@ def build(converted: Converted) -> Any:
 
 @torch.no_grad()
 def outputs(model: Any) -> Tensor:
-    """What a model makes of fixed noise: two timesteps, its own size for DiT, small for Wan."""
+    """Outputs of a model for fixed noise: two timesteps, its own size for DiT, small for Wan."""
     generator = torch.Generator().manual_seed(0)
     if _is_classifier(model):
         size = (2, model.in_chans, *model.patch_embed.img_size)
@@ -199,7 +199,7 @@ def _authors(kind: str) -> Any:
 
 
 def _saved_folder(source: str) -> Path:
-    """The folder of the transformer that a model, pipeline or run has."""
+    """The folder of the transformer of a model, pipeline or run."""
     if not Path(source).is_dir():
         raise MissingError(
             f"source {source} is not a folder: an export takes that of a model, a pipeline or a "

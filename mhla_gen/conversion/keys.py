@@ -1,4 +1,4 @@
-"""What all formats share: translating names of weights, and the result of reading a checkpoint."""
+"""What all formats share: renaming of weights, and the result of reading a checkpoint."""
 
 import re
 from collections.abc import Collection, Mapping
@@ -14,7 +14,7 @@ _BLOCK = re.compile(r"(?<=blocks\.)\d+")
 
 @dataclass(frozen=True)
 class Converted:
-    """A model of ours that stands for a checkpoint."""
+    """A model of ours that is equivalent to a checkpoint."""
 
     model_class: Any
     """A diffusers class or one of ours."""
@@ -57,7 +57,7 @@ def inverse(names: Mapping[str, str]) -> dict[str, str]:
 
 
 def shape(state: Mapping[str, Tensor], key: str, kind: str) -> tuple[int, ...]:
-    """Shape of a weight that every checkpoint of a kind has.
+    """Shape of a weight that every checkpoint of a format has.
 
     Raises:
         ValueError: If it is not there.
@@ -68,7 +68,7 @@ def shape(state: Mapping[str, Tensor], key: str, kind: str) -> tuple[int, ...]:
 
 
 def refuse_unknown(keys: Collection[str], kind: str) -> None:
-    """Stop at weights that a format does not have.
+    """Refuse weights that a format does not have.
 
     Raises:
         ValueError: If there are any; they are named.
@@ -84,7 +84,7 @@ def few(keys: Collection[str]) -> str:
 
 
 def refuse_other_settings(found: Mapping[str, Any], needed: Mapping[str, Any], kind: str) -> None:
-    """Stop at settings that a format cannot express.
+    """Refuse settings that a format cannot express.
 
     Raises:
         ValueError: If one differs; the first is named with both values.

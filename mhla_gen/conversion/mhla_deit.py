@@ -55,7 +55,7 @@ def read(
     normalizer: str = "released",
     allow_differences: bool = False,
 ) -> Converted:
-    """The MHLA ViT that a checkpoint of the authors is, or comes near to.
+    """The MHLA ViT that equals a checkpoint of the authors, or comes close.
 
     Args:
         state: Weights by the authors' names.

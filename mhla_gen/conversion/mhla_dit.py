@@ -62,7 +62,7 @@ def read(
     normalizer: str = "released",
     allow_differences: bool = False,
 ) -> Converted:
-    """The MHLA DiT that a checkpoint of the authors is, or comes near to.
+    """The MHLA DiT that equals a checkpoint of the authors, or comes close.
 
     Args:
         state: Weights by the authors' names.

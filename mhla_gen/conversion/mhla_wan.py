@@ -71,7 +71,7 @@ _BOTH = "the authors' code adds the convolution behind the gate and ours before 
 
 
 def read(state: Mapping[str, Tensor], layout: tuple[int, ...] | None = None) -> Converted:
-    """The MHLA Wan that a checkpoint of the authors is.
+    """The MHLA Wan that equals a checkpoint of the authors.
 
     Args:
         state: Weights by the authors' names.

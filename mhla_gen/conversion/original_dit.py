@@ -60,7 +60,7 @@ _FIXED = {
 
 
 def read(state: Mapping[str, Tensor], num_attention_heads: int | None = None) -> Converted:
-    """The softmax DiT that a checkpoint of the original is.
+    """The softmax DiT that equals a checkpoint of the original.
 
     Args:
         state: Weights by the original's names.

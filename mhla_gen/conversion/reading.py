@@ -1,4 +1,4 @@
-"""Weights from files of other people: tensors only, no code of theirs is run."""
+"""Reading weights from foreign files: tensors only, without running their code."""
 
 import argparse
 import pickle

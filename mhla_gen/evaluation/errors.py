@@ -4,8 +4,8 @@ from mhla_gen.errors import UserError
 
 
 class EvaluationError(UserError):
-    """Images, features or statistics that cannot be evaluated as asked."""
+    """Images, features or statistics that cannot be evaluated as requested."""
 
 
 class ProtocolMismatchError(EvaluationError):
-    """Two sets that were measured differently, so no distance between them means anything."""
+    """Two sets that were measured differently, so their distance is meaningless."""

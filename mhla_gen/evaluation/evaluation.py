@@ -68,7 +68,7 @@ def evaluate(config: EvaluateConfig, dry_run: bool = False) -> list[Result]:
 
 @dataclass(frozen=True)
 class Scoring:
-    """A comparison that is known to be possible before anything is measured."""
+    """A comparison, checked to be possible before anything is measured."""
 
     config: EvaluateConfig
     measurer: Measurer
@@ -88,7 +88,7 @@ class Scoring:
         count: int,
         labelled: bool,
     ) -> "Scoring":
-        """Open the reference, and compare what has to be equal.
+        """Open the reference, and check that everything that must be equal is.
 
         Args:
             config: What to measure.
@@ -118,7 +118,7 @@ class Scoring:
 
     @property
     def reference_protocol(self) -> EvaluationProtocol | None:
-        """How the reference is measured."""
+        """The protocol of the reference."""
         if self.file is not None:
             return self.file.protocol()
         return None if self.images is None else self.measurer.protocol(frame_shape(self.images))
@@ -179,7 +179,7 @@ class Scoring:
 
 
 def check_metrics(config: EvaluateConfig) -> None:
-    """Raise if the metrics do not go with the extractor, or need a reference that is not given.
+    """Raise if the metrics do not fit the extractor, or need a missing reference.
 
     Raises:
         EvaluationError: Naming what to change.

@@ -1,4 +1,4 @@
-"""What every feature extractor has: an identity, and features by name in full float32."""
+"""The base of all feature extractors: an identity, and named features in full float32."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ from mhla_gen.errors import UserError
 
 @dataclass(frozen=True)
 class ExtractorIdentity:
-    """All that decides an extractor's numbers; two sets are comparable only if it is equal."""
+    """All that determines an extractor's numbers; sets are only comparable if it is equal."""
 
     name: str
     """Network and release, such as inception-2015-12-05."""

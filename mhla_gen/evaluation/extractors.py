@@ -1,4 +1,4 @@
-"""Feature extractors besides Inception, and all of them by name."""
+"""Feature extractors other than Inception, and all of them by name."""
 
 import warnings
 from pathlib import Path
@@ -19,7 +19,7 @@ _SIDE = 224
 
 
 def build_extractor(config: FeaturesConfig) -> Extractor:
-    """The extractor that a config names.
+    """The extractor of a config.
 
     Raises:
         EvaluationError: If its weights or its packages are missing.

@@ -1,4 +1,4 @@
-"""The folder of extracted features: how large it is, and what leaves it when it is too large."""
+"""The cache of extracted features: its size, and what is removed if it is too large."""
 
 import re
 import time
@@ -27,7 +27,7 @@ class CachedSet(NamedTuple):
 
 
 def cached_sets(cache_dir: Path) -> list[CachedSet]:
-    """The sets of a folder of features, those first that nobody has asked for longest."""
+    """The sets of a folder of features, the least recently used first."""
     found = []
     for folder in cache_dir.iterdir() if cache_dir.is_dir() else ():
         if not _SET_NAME.fullmatch(folder.name):
@@ -41,7 +41,7 @@ def cached_sets(cache_dir: Path) -> list[CachedSet]:
 
 
 def limit_cache(cache_dir: Path, limit_gb: float) -> None:
-    """Remove sets that nobody has asked for longest, until the others are within the limit.
+    """Remove the least recently used sets until the others are within the limit.
 
     Sets that were asked for within a day stay, whatever their size: a command may be reading them.
 

@@ -73,7 +73,7 @@ def write_chunk(
     dims: dict[str, int],
     unreadable: list[str],
 ) -> None:
-    """Write the features of a chunk, and why images of it are missing.
+    """Write the features of a chunk, and why some of its images are missing.
 
     Args:
         folder: Of the set.
@@ -120,7 +120,7 @@ def _read_checked(path: Path) -> dict[str, np.ndarray]:
 
 
 def is_complete(folder: Path, names: Sequence[str], chunk: int) -> bool:
-    """Whether the features of a chunk are there, as they were written."""
+    """Whether the features of a chunk exist, unchanged."""
     for name in names:
         path = _chunk_file(folder, name, chunk)
         if not path.is_file():
@@ -134,7 +134,7 @@ def is_complete(folder: Path, names: Sequence[str], chunk: int) -> bool:
 
 
 def collect(folder: Path, chunks: int, name: str, digest: str) -> FeatureSet:
-    """The set of a folder whose chunks are all there; arguments as its fields."""
+    """The set of a folder with all chunks; arguments as its fields."""
     unreadable, count = [], 0
     for chunk in range(chunks):
         # Features themselves are read, and their checksums compared, where they are used.

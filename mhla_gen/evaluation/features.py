@@ -32,7 +32,7 @@ _LISTED = 10
 
 
 class ImageBatch(NamedTuple):
-    """What a loader hands on: the readable images of a range, and why others are missing."""
+    """What a loader returns: the readable images of a range, and why others are missing."""
 
     images: Tensor
     """uint8 [n, height, width, 3] or [n, frames, height, width, 3]."""

@@ -1,4 +1,4 @@
-"""npz files: arrays that are read slice by slice, and statistics under ADM's names."""
+"""npz files: arrays read slice by slice, and statistics under ADM's names."""
 
 import zipfile
 from pathlib import Path

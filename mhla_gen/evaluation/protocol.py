@@ -35,7 +35,7 @@ class EvaluationProtocol:
         )
 
     def require_same(self, other: "EvaluationProtocol") -> None:
-        """Refuse to compare samples (this) with a reference (other) that was measured otherwise.
+        """Refuse to compare samples (this) with a reference (other) that was measured differently.
 
         How images were cropped to their size may differ: samples are made at it.
 

@@ -1,4 +1,4 @@
-"""The builder of references: statistics of the user's own images, in a file."""
+"""Building references: statistics of the user's own images, in a file."""
 
 from pathlib import Path
 
@@ -53,7 +53,7 @@ def build_reference(config: ReferenceConfig, dry_run: bool = False) -> Path | No
 
 
 def kept_images(source: ImageSource, count: int, seed: int) -> np.ndarray | None:
-    """A random choice of readable images, in their order; all of them if there are no more.
+    """A random subset of readable images, in order; all of them if there are not more.
 
     Returns:
         uint8 [count, height, width, 3], or None if none are wanted.

@@ -1,4 +1,4 @@
-"""Numbers of measured samples, with protocols and intervals: computed, written, shown."""
+"""Metrics with protocols and intervals: computed, written, shown."""
 
 import warnings
 from collections.abc import Collection
@@ -18,7 +18,7 @@ from mhla_gen.files import write_json
 
 
 class Metric(NamedTuple):
-    """What a metric is called in a protocol, and what it is computed from."""
+    """The name of a metric in a protocol, and what it is computed from."""
 
     label: str
     features: str = "pool"
@@ -92,7 +92,7 @@ def compute_metrics(
     images: FeatureSet | None,
     device: str = "cpu",
 ) -> list[Result]:
-    """The metrics of the settings, in their order, with a note where a number needs one.
+    """The metrics of the settings, in order, with notes where a number needs one.
 
     Args:
         config: Which metrics, and how intervals are made.

@@ -26,7 +26,7 @@ class KernelDistanceEstimate:
 
 
 def inception_score(logits: Tensor, split_size: int = 5000) -> tuple[float, float]:
-    r"""Inception score as ADM takes it: consecutive splits in order, without shuffling.
+    r"""Inception score as in ADM: consecutive splits in order, without shuffling.
 
     $\exp \frac1N \sum_i \mathrm{KL}(p(y|x_i) \,\|\, p(y))$ for each split, then the mean. A last,
     shorter split counts as much as the others.

@@ -1,4 +1,4 @@
-"""Where images and clips come from: folders, npz files, sample sets, or several of these."""
+"""Sources of images and clips: folders, npz files, sample sets, or several of these."""
 
 import hashlib
 from collections.abc import Iterable, Sequence
@@ -50,7 +50,7 @@ class ImageSource(Protocol):
         ...
 
     def label(self, index: int) -> str:
-        """What a list of unreadable images calls this one."""
+        """The name of an image in a list of unreadable ones."""
         ...
 
     def digest(self) -> str:

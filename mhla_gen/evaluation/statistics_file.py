@@ -52,7 +52,7 @@ class StatisticsFile:
 
     @property
     def count(self) -> int | None:
-        """Images behind the statistics; ADM's files do not say."""
+        """Number of images behind the statistics; unknown for ADM's files."""
         if "count" not in npz_keys(self.path):
             return None
         return int(open_array(self.path, "count"))

@@ -12,7 +12,7 @@ from mhla_gen.media.pictures import UnreadableImageError
 
 @dataclass(frozen=True)
 class ClipRule:
-    """Which frames of a video are measured: `frames` of them from the first on, every `stride`th.
+    """The frames of a video to measure: `frames` of them, from the first on, every `stride`th.
 
     Frames count as they are stored: no resampling in time, whatever the frame rate.
     """

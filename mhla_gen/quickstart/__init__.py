@@ -1,4 +1,4 @@
-"""The whole job in minutes: train on real digits, sample, score, beside a fair control."""
+"""The whole job in minutes: train on real digits, sample, evaluate, next to a fair control."""
 
 from mhla_gen.quickstart.quickstart import quickstart
 

@@ -37,7 +37,7 @@ def draw_losses(logs: Mapping[str, Sequence[dict[str, float]]], path: Path) -> N
 
 
 def draw_mixing(model: torch.nn.Module, config: MHLAConfig, path: Path) -> None:
-    """Mixing matrices as training found and left them: rows read, columns are read.
+    """Mixing matrices before and after training: rows read, columns are read.
 
     Args:
         model: The trained model.

@@ -55,7 +55,7 @@ class Arm:
 
 
 def quickstart(config: QuickstartConfig, dry_run: bool = False) -> None:
-    """Train MHLA and plain linear attention on digits, sample both, score both, and say so.
+    """Train MHLA and plain linear attention on digits, sample and evaluate both, and report.
 
     An interrupted quickstart with the same settings is resumed; a finished
     one is shown again.
@@ -161,7 +161,7 @@ def _run(config: QuickstartConfig, folder: Path) -> None:
 
 
 def _arm(config: QuickstartConfig, attention: Attention) -> Arm:
-    """Train one model, sample from it and measure the samples, from where an earlier start got."""
+    """Train one model, sample from it and measure the samples; resumes an earlier run."""
     layout = config.model.mhla.layout
     blocks = layout if isinstance(layout, str) else " × ".join(map(str, layout))
     title = {"mhla": f"MHLA, {blocks} blocks", "linear": "linear attention, one block"}[attention]
@@ -183,7 +183,7 @@ def _arm(config: QuickstartConfig, attention: Attention) -> Arm:
 
 
 def training_seconds(log: list[dict[str, float]], batch_size: int) -> float:
-    """What the logged steps took, those before an interruption included."""
+    """Time of the logged steps, including those before an interruption."""
     steps = np.diff([0] + [line["step"] for line in log])
     rates = [line["images_per_second"] for line in log]
     return float((steps * batch_size / rates).sum())

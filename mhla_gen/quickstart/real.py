@@ -1,4 +1,4 @@
-"""What the quickstart's scores are for real images: what perfect samples would get."""
+"""The quickstart's scores for real images: what perfect samples would get."""
 
 import numpy as np
 from sklearn.model_selection import LeaveOneOut, cross_val_score

@@ -1,4 +1,4 @@
-"""What the quickstart prints at the end."""
+"""The report that the quickstart prints at the end."""
 
 import os
 import re
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def table(metrics: dict[str, Any]) -> str:
-    """The scores side by side, with what perfect samples would get."""
+    """The scores side by side, and those of perfect samples."""
     rows = [("", "class named", "copies", "Fréchet", "loss", "training")]
     for name in ("mhla", "linear"):
         model = metrics[name]

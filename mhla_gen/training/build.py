@@ -1,4 +1,4 @@
-"""From settings and data to a model, and to what it learns."""
+"""From settings and data to a model and its task."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -70,7 +70,7 @@ def build_model(
 
 
 def build_objective(config: ObjectiveConfig) -> Objective:
-    """The objective that a config describes."""
+    """The objective of a config."""
     if config.name == "ddpm":
         return DDPM(config.prediction, config.learned_variance, config.min_snr_gamma)
     return FlowMatching(config.logit_mean, config.logit_std, config.shift, config.min_snr_gamma)

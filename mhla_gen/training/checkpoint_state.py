@@ -1,4 +1,4 @@
-"""The state of a run on disk, as safetensors and JSON: nothing of it is a program.
+"""The state of a run on disk, as safetensors and JSON, which execute nothing when read.
 
 Tensors that processes share (FSDP2) are written by each process with the rows that it holds, and
 read by any number of processes.
@@ -36,7 +36,7 @@ Facts = dict[str, dict[str, Any]]
 
 
 class Rows(NamedTuple):
-    """What this process holds of a tensor: some rows of its first axis, or all of it."""
+    """This process's part of a tensor: some rows of its first axis, or all of it."""
 
     local: Tensor
     start: int
@@ -77,7 +77,7 @@ class Rows(NamedTuple):
 
 
 def write_state(run: Run, folder: Path) -> Facts:
-    """Write what this process holds of a run; every process must call it.
+    """Write this process's part of a run; every process must call it.
 
     Args:
         run: Between two steps.
@@ -133,7 +133,7 @@ def facts_of(folder: Path, names: Iterable[str]) -> Facts:
 
 
 def damage_of(folder: Path, facts: Facts, kinds: Iterable[str] | None = None) -> str | None:
-    """Which file is not as it was written, and how; None if all are.
+    """Which file is damaged, and how; None if all are intact.
 
     Args:
         folder: Of the checkpoint.
@@ -255,7 +255,7 @@ def _rows(run: Run, kind: str) -> dict[str, Rows]:
 
 
 def _optimizer_state(run: Run) -> dict[str, Any]:
-    """What the optimizer keeps of each parameter, as `KEY.PARAMETER`."""
+    """The optimizer's state of each parameter, as `KEY.PARAMETER`."""
     model = run.accelerator.unwrap_model(run.model)
     return {
         f"{key}.{name}": value

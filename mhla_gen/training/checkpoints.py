@@ -85,7 +85,7 @@ def _begun(target: Path) -> Path:
 
 
 def _end(run: Run, partial: Path, target: Path, step: int, every: list[Any]) -> None:
-    """Give a checkpoint its name, and remove old ones; or say why it could not be written."""
+    """Give a checkpoint its name and remove old ones, or report why it could not be written."""
     try:
         for found in every:
             if isinstance(found, Exception):
@@ -114,7 +114,7 @@ def _end(run: Run, partial: Path, target: Path, step: int, every: list[Any]) -> 
 def write_facts(
     run: Run, folder: Path, step: int, files: dict[str, dict[str, Any]] | None = None
 ) -> None:
-    """Say in a checkpoint, or in a trained pipeline, how many steps it has, and of which files."""
+    """Record in a checkpoint or pipeline its number of steps and its files."""
     facts = {"format": _FORMAT, "step": step, "num_samples": len(run.data), "files": files or {}}
     write_json(folder / FACTS_NAME, facts)
 
@@ -147,7 +147,7 @@ def require_whole_pipeline(folder: Path) -> None:
 
 
 def tidy(folder: Path) -> None:
-    """Finish what a killed run left; names of earlier versions tell no process."""
+    """Clean up after a killed run; names of earlier versions contain no process."""
     remove_leftovers(folder)
     for aside in list(folder.glob(f".{PREFIX}*.old")):
         target = folder / aside.name.removeprefix(".").removesuffix(".old")
@@ -259,7 +259,7 @@ def holds_pickles(folder: Path) -> bool:
 
 
 def different_weights(folder: Path, model: nn.Module) -> list[str]:
-    """In which weights a checkpoint differs from a model, by name and shape."""
+    """The weights in which a checkpoint differs from a model, by name and shape."""
     saved = SavedTensors(folder, "model").shapes
     own = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     return [

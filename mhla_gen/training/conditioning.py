@@ -1,4 +1,4 @@
-"""How a model is called with what its samples are conditioned on."""
+"""Calling a model with the conditions of its samples."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

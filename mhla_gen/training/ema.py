@@ -1,4 +1,4 @@
-"""The average of a model's weights over the steps of training."""
+"""The exponential moving average of a model's weights."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -68,7 +68,7 @@ class WeightAverage(EMAModel):
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:
-        """Give a model the averaged weights, and take them back at the end, bit for bit."""
+        """Give a model the averaged weights inside, and its own afterwards, bit for bit."""
         parameters = list(model.parameters())
         kept = [tensor.detach().clone() for tensor in _local(parameters)]
         self.copy_to(parameters)

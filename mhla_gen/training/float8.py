@@ -1,4 +1,4 @@
-"""Products of 8 bits in training, through torchao."""
+"""8-bit products in training, through torchao."""
 
 from importlib.util import find_spec
 from typing import Any
@@ -17,7 +17,7 @@ _CAPABILITY = (8, 9)
 
 
 def require_float8() -> None:
-    """Check that products of 8 bits can be had here.
+    """Check that 8-bit products are available.
 
     Raises:
         UserError: If not.

@@ -1,4 +1,4 @@
-"""The initial weights that DiT was trained from; diffusers' class has PyTorch's defaults."""
+"""DiT's initial weights; diffusers' class has PyTorch's defaults."""
 
 from typing import Any
 
@@ -42,6 +42,6 @@ def initialize_dit(model: Any) -> None:
 
 
 def disable_label_dropout(model: Any) -> None:
-    """Make the model take labels as they are given, in training mode too."""
+    """Make the model keep all labels in training mode, too."""
     for block in model.transformer_blocks:
         block.norm1.emb.class_embedder.dropout_prob = 0.0

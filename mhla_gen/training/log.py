@@ -1,4 +1,4 @@
-"""What a run reports: a progress bar, one JSON object a line in log.jsonl, and trackers."""
+"""What a run reports: a progress bar, JSON lines in log.jsonl, and trackers."""
 
 import json
 import sys
@@ -52,7 +52,7 @@ class RunLog:
             write_lines(path, kept)
 
     def step(self, step: int, result: StepResult, learning_rate: float) -> None:
-        """Note one finished step.
+        """Record a finished step.
 
         Args:
             step: Steps done, this one included.
@@ -98,7 +98,7 @@ class RunLog:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave what is done meanwhile out of the speed."""
+        """Exclude what is done inside from the speed."""
         began = time.perf_counter()
         yield
         self._since += time.perf_counter() - began
@@ -111,7 +111,7 @@ class RunLog:
             tracker.finish()
 
     def _finite(self, step: int) -> Recorded:
-        """The steps since the last line, up to this one, if all is finite in them."""
+        """The steps since the last line, up to this one, if they are all finite."""
         recorded = self.run.recent.recorded()
         assert recorded is not None
         finite = recorded.losses["loss"].isfinite()
@@ -143,7 +143,7 @@ class RunLog:
 
 
 def mean_by_timestep(losses: Tensor, timesteps: Tensor) -> dict[str, float]:
-    """Mean loss of the samples in each range of timesteps that has any.
+    """Mean loss of the samples in each non-empty range of timesteps.
 
     Args:
         losses: `[samples]`.
@@ -181,7 +181,7 @@ def not_finite(run: Run, number: int, positions: Sequence[int]) -> str:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a log, oldest first, each with its step; none if there is no log.
+    """The complete lines of a log, oldest first, each with its step; empty without a log.
 
     Damaged lines are left out, which is said; a run that is killed may leave half of a last one.
     """
@@ -195,7 +195,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 def start_trackers(run: Run, start: int) -> None:
-    """Open TensorBoard or W&B, where `report_to` asks for them.
+    """Open TensorBoard or W&B, if `report_to` says so.
 
     Args:
         run: What is trained.

@@ -79,7 +79,7 @@ def train(config: TrainConfig, title: str = "training") -> Path:
 
 
 def run_to_end(run: Run, title: str) -> Path:
-    """Train a run that is built, from its newest checkpoint on, in a folder that it has alone.
+    """Train a built run, from its newest checkpoint, in a folder locked for it.
 
     Arguments, result and errors as those of `train`.
     """
@@ -123,7 +123,7 @@ def run_to_end(run: Run, title: str) -> Path:
 
 
 def save_pipeline(run: Run, folder: Path) -> Path:
-    """Save the pipeline with the averaged weights; every process must call it."""
+    """Save the pipeline with the EMA weights; every process must call it."""
     main = run.accelerator.is_main_process
     with written_whole(folder) if main else nullcontext(folder) as partial:
         write_pipeline(run, partial, last_pipeline(folder.parent))
@@ -134,7 +134,7 @@ def save_pipeline(run: Run, folder: Path) -> Path:
 
 
 def _list_left_out(run: Run, folder: Path) -> None:
-    """Say, and list, which data the model does not see."""
+    """Report, and list, which data the model does not see."""
     if isinstance(run.data, EncodedImages):
         run.data.leave_out(folder / QUARANTINE_NAME)
     warning = run.data.index.warning if isinstance(run.data, CachedLatents) else None
@@ -143,14 +143,14 @@ def _list_left_out(run: Run, folder: Path) -> None:
 
 
 def _too_short(model: Any) -> str | None:
-    """What to say of a converted model whose sequences are short, if they are."""
+    """The message about a converted model with short sequences, if they are short."""
     if not isinstance(model, MHLATransformerMixin):
         return None
     return too_short(model.mhla_config, model.family.native_grid(model))
 
 
 def _catch_up(run: Run, start: int) -> None:
-    """Make what a run that was stopped after a checkpoint had not come to."""
+    """Make up for what a run, stopped after a checkpoint, had not done yet."""
     config, folder = run.config, Path(run.config.output_dir)
     if _due(start, config.sample_every) and not on_main(lambda: has_previews(folder, start)):
         write_previews(run, start)

@@ -1,4 +1,4 @@
-"""Low-rank updates of a pretrained transformer, beside the parts that MHLA adds to it."""
+"""Low-rank updates of a pretrained transformer, beside what MHLA adds to it."""
 
 import copy
 from typing import Any
@@ -9,7 +9,7 @@ from mhla_gen.training.optim import train_only_mhla
 
 
 def add_lora(model: Any, config: LoraSettings) -> None:
-    """Freeze a model but for low-rank updates of its linear layers, and for what MHLA added.
+    """Freeze a model except for low-rank updates of its linear layers and what MHLA added.
 
     Args:
         model: A transformer of diffusers that takes adapters.

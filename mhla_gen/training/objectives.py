@@ -1,4 +1,4 @@
-"""What a model learns to predict: pure functions of tensors of any rank, and of drawn times."""
+"""What a model learns to predict: pure functions of tensors of any rank and sampled times."""
 
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -14,7 +14,7 @@ NUM_TRAIN_TIMESTEPS = 1000
 
 
 class Objective(Protocol):
-    """Times, noisy samples and losses. A time says how much noise a sample gets."""
+    """Times, noisy samples and losses. A time is the noise level of a sample."""
 
     @property
     def prediction_type(self) -> str:
@@ -30,11 +30,11 @@ class Objective(Protocol):
         ...
 
     def noisy(self, samples: Tensor, noise: Tensor, times: Tensor) -> Tensor:
-        """Samples with as much noise as their times say; `[batch, channels, …]` like both."""
+        """Samples with the noise of their times; `[batch, channels, …]` like both."""
         ...
 
     def timesteps(self, times: Tensor) -> Tensor:
-        """What the model is told of the times: `[batch]` in [0, 1000]."""
+        """The times as the model takes them: `[batch]` in [0, 1000]."""
         ...
 
     def losses(self, prediction: Tensor, samples: Tensor, noise: Tensor, times: Tensor) -> Tensor:
@@ -42,7 +42,7 @@ class Objective(Protocol):
         ...
 
     def scheduler(self) -> Any:
-        """A diffusers scheduler that samples from a model trained so."""
+        """A diffusers scheduler to sample from a model trained this way."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""The optimizer, and the rules for mixing matrices that hold wherever it is used."""
+"""The optimizer, and the rules for mixing matrices, which hold for any optimizer."""
 
 import importlib
 import inspect
@@ -27,7 +27,7 @@ def mixing_matrices(model: nn.Module) -> list[nn.Parameter]:
 
 
 def mhla_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """All that MHLA layers added to a model, mixing included."""
+    """All that MHLA layers added to a model, including mixing."""
     return [p for m in model.modules() if isinstance(m, AddedAttention) for p in m.parameters()]
 
 
@@ -111,7 +111,7 @@ def build_optimizer(
 
 
 def optimizer_class(name: str) -> Callable[..., torch.optim.Optimizer]:
-    """The optimizer of a name: a class of torch.optim, or bitsandbytes' as bitsandbytes.CLASS.
+    """An optimizer by name: a class of torch.optim, or bitsandbytes.CLASS.
 
     Raises:
         UserError: If there is none, or bitsandbytes is not installed.
@@ -136,7 +136,7 @@ def optimizer_class(name: str) -> Callable[..., torch.optim.Optimizer]:
 
 
 def keep_mixing_in_range(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-    """Clip a model's mixing matrices to [0, 1] after each step of an optimizer, whoever calls it.
+    """Clip a model's mixing matrices to [0, 1] after each step of an optimizer.
 
     Args:
         optimizer: Of the model.

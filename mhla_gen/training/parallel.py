@@ -1,4 +1,4 @@
-"""Several processes: replicas of the model (DDP), or its parts (FSDP2), through accelerate."""
+"""Several processes: replicas of the model (DDP) or shards (FSDP2), through accelerate."""
 
 import copy
 import os
@@ -32,7 +32,7 @@ _AHEAD = 2
 
 
 def check_tracker(config: TrainConfig) -> None:
-    """Raise unless the package is there that `report_to` names.
+    """Raise unless the package that `report_to` names is installed.
 
     Raises:
         ValueError: Naming it.
@@ -172,12 +172,12 @@ def free_whole(model: nn.Module) -> None:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor of which processes may hold parts, whole; every process must ask."""
+    """The whole of a tensor that may be sharded; every process must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def whole_state(model: nn.Module, keep: bool) -> dict[str, Tensor]:
-    """The weights of a model on the CPU; every process must ask.
+    """The weights of a model on the CPU; every process must call this.
 
     Args:
         model: Shared among processes, or not.

@@ -1,4 +1,4 @@
-"""Start from a saved model: the right class, the attention asked for, the classes of the data."""
+"""Start from a saved model: the right class, the chosen attention, the classes of the data."""
 
 from dataclasses import replace
 from typing import Any
@@ -17,7 +17,7 @@ from mhla_gen.outputs.folders import differences
 
 
 def load_pretrained(config: ModelConfig, subfolder: str = "transformer") -> Any:
-    """The model that `config.pretrained` names, float32, with the attention asked for.
+    """The model of `config.pretrained`, float32, with the chosen attention.
 
     Args:
         config: What to load.
@@ -68,7 +68,7 @@ def attention_settings(config: ModelConfig, rank: int = 2) -> AttentionConfig:
 def pretrained_dit(
     config: ModelConfig, sample_shape: tuple[int, ...], num_classes: int, out_channels: int
 ) -> DiTTransformer2DModel:
-    """A pretrained DiT for these data.
+    """A pretrained DiT, checked against the data.
 
     Args:
         config: What to load.
@@ -107,7 +107,7 @@ def pretrained_dit(
 
 @torch.no_grad()
 def replace_classes(model: Any, num_classes: int) -> None:
-    """Give a DiT labels for other classes, in place; each starts as the model's "no class"."""
+    """Give a DiT labels for other classes, in place; each starts as the null class."""
     old_null = model.config.num_embeds_ada_norm
     for block in model.transformer_blocks:
         embedder = block.norm1.emb.class_embedder

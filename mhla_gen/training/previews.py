@@ -1,4 +1,4 @@
-"""What a run shows of its model while it trains: samples, mixing matrices, and their scores.
+"""Previews of a model in training: samples, mixing matrices, and metrics.
 
 Nothing here touches the randomness or the weights of training.
 """
@@ -86,7 +86,7 @@ def _scores(folder: Path, step: int) -> Path:
 
 
 def evaluate_samples(run: Run, step: int) -> None:
-    """Score samples of the averaged weights, into `evaluations/<step>` and the trackers.
+    """Evaluate samples of the EMA weights, into `evaluations/<step>` and the trackers.
 
     Every process must call it.
 
@@ -123,7 +123,7 @@ def evaluation_settings(config: TrainConfig) -> EvaluateConfig:
 
 
 def make_samples(run: Run, config: PreviewConfig) -> np.ndarray | None:
-    """Images of the averaged weights; every process makes its share, and gets all.
+    """Images of the EMA weights; every process makes its share, and gets all.
 
     Returns:
         uint8 `[images, height, width, channels]`; None for a model that no samples are made of.
@@ -196,7 +196,7 @@ def mixing_picture(matrices: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def tiled(pictures: Sequence[np.ndarray]) -> np.ndarray:
-    """Pictures of one size in rows, as square as may be; uint8 `[height, width, 3]`."""
+    """Pictures of one size in rows, as square as possible; uint8 `[height, width, 3]`."""
     columns = int(np.ceil(np.sqrt(len(pictures))))
     height, width = pictures[0].shape[:2]
     rows = -(-len(pictures) // columns)

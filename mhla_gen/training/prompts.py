@@ -72,7 +72,7 @@ class Prompts:
 
 @dataclass(frozen=True)
 class ClipMatching(FlowMatching):
-    """Flow matching for clips: the noise levels of one expert, and a first frame that is known."""
+    """Flow matching for clips: the noise levels of one expert, and a known first frame."""
 
     lowest: float = 0.0
     """Least σ."""

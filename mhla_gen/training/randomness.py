@@ -1,4 +1,4 @@
-"""All the randomness of a training step: a function of the seed and the number of the step."""
+"""All the randomness of a training step: a function of the seed and the step number."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from mhla_gen.training.objectives import Objective
 
 @dataclass(frozen=True)
 class Randomness:
-    """The randomness of one step for some samples of its batch, one row a sample.
+    """The randomness of one step for some samples of its batch, one row per sample.
 
     Every sample has its own seeds of noise, so a run can be resumed at any step, does not depend on
     the number of processes or micro-batches, and may mix samples of several shapes.
@@ -29,13 +29,13 @@ class Randomness:
     """Seeds of the noise of diffusion and of the latents' distribution, int64 `[batch, 2]`, CPU."""
 
     def part(self, rows: slice) -> "Randomness":
-        """That of some of these samples."""
+        """The randomness of some of these samples."""
         return Randomness(
             self.times[rows], self.dropped[rows], self.flipped[rows], self.seeds[rows]
         )
 
     def to(self, device: torch.device) -> "Randomness":
-        """The same, with all that a model sees sent from the CPU to a device."""
+        """The same, with everything that a model sees moved from the CPU to a device."""
         times, dropped, flipped = (
             send(x, device) for x in (self.times, self.dropped, self.flipped)
         )
@@ -46,7 +46,7 @@ class Randomness:
         return self._normal(shape, 0)
 
     def latent_noise(self, shape: Sequence[int]) -> Tensor:
-        """Noise for drawing latents from their distribution: standard normal, like `noise`."""
+        """Noise for sampling latents from their posterior: standard normal, like `noise`."""
         return self._normal(shape, 1)
 
     def _normal(self, shape: Sequence[int], use: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a run needs later is opened before its first step: hours later is too late to miss it."""
+"""Opens what a run needs later before its first step, rather than failing hours later."""
 
 from pathlib import Path
 from typing import Any

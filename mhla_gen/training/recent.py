@@ -1,4 +1,4 @@
-"""What the steps since the last line of the log left; a checkpoint keeps it."""
+"""Losses of the steps since the last line of the log, which checkpoints contain."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -39,15 +39,15 @@ class RecentSteps:
         self._results: list[StepResult] = []
 
     def add(self, result: StepResult) -> None:
-        """Take what a step left."""
+        """Add the results of a step."""
         self._results.append(result)
 
     def clear(self) -> None:
-        """Forget all steps, which have their line."""
+        """Forget all steps after their line is written."""
         self._recorded, self._results = None, []
 
     def recorded(self) -> Recorded | None:
-        """All of them, None if there are none; every process must ask."""
+        """All of them, None if there are none; every process must call this."""
         if self._results:
             new = self._gathered()
             self._recorded = _joined(self._recorded, new) if self._recorded else new
@@ -55,7 +55,7 @@ class RecentSteps:
         return self._recorded
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps; every process must ask."""
+        """The state for a checkpoint; every process must call this."""
         recorded = self.recorded()
         if recorded is None:
             return {}
@@ -64,7 +64,7 @@ class RecentSteps:
         return {name: tensor.contiguous() for name, tensor in (losses | others).items()}
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Take what `state` gave."""
+        """Restore what `state` returned."""
         self.clear()
         if state:
             prefix = "losses."
@@ -102,7 +102,7 @@ def _joined(earlier: Recorded, later: Recorded) -> Recorded:
 
 
 def gathered_parts(accelerator: Accelerator, own: Tensor, num_parts: int) -> Tensor:
-    """What all processes have of each sample, in the order of the batch.
+    """The parts of all processes, in the order of the batch.
 
     Args:
         accelerator: Of the run.

@@ -1,4 +1,4 @@
-"""A run in small: everything is built, one step is done, and nothing is written."""
+"""A dry run: everything is built, two steps are done, and nothing is written."""
 
 import time
 from dataclasses import replace
@@ -22,7 +22,7 @@ _AFFORDED = 5.0
 
 
 def rehearse(config: TrainConfig, build: BuildTask = build_task) -> str:
-    """Build everything and do two steps in memory; what was found, in a few lines.
+    """Build everything and do two steps in memory; returns a short report.
 
     On a GPU the steps have the batch of the run, to show its memory. On a CPU they have at most 4
     samples per micro-batch, and time is taken to go with the batch; where a step of the run takes

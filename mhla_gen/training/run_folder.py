@@ -28,7 +28,7 @@ _FREE = (
 
 
 def checkpoints(folder: Path) -> dict[int, Path]:
-    """Checkpoints in a run's folder, by step, oldest first; an empty folder is none."""
+    """Checkpoints in a run's folder, by step, oldest first, without empty ones."""
     found = {
         int(path.name.removeprefix(PREFIX)): path
         for path in folder.glob(f"{PREFIX}*")
@@ -43,7 +43,7 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 
 def pipeline_steps(folder: Path) -> int:
-    """How many steps the pipeline in a run's folder has; 0 if there is none that says it.
+    """The number of steps of the pipeline in a run's folder; 0 if unknown.
 
     Raises:
         DamagedFileError: If it says it no more.

@@ -14,7 +14,7 @@ from mhla_gen.training.training_run import Run
 
 
 def write_pipeline(run: Run, folder: Path, before: Path | None) -> None:
-    """Write the pipeline with the averaged weights; every process must call it, and one writes.
+    """Write the pipeline with the EMA weights; every process must call it, one writes.
 
     Where nothing but MHLA and LoRA is trained, `adapter` in its folder has both of them alone.
 

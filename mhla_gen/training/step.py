@@ -28,7 +28,7 @@ class Noised:
 
 
 def noised(batch: Batch, randomness: Randomness, objective: Objective) -> Noised:
-    """The samples of a batch, mirrored or drawn from their distribution, and noise on them.
+    """The samples of a batch, mirrored or sampled from their posterior, with noise.
 
     Args:
         batch: `samples`, or `mean` and `std` of latents; where there are `mean_flipped` and
@@ -54,7 +54,7 @@ def noised(batch: Batch, randomness: Randomness, objective: Objective) -> Noised
 
 @dataclass(frozen=True, eq=False)
 class StepResult:
-    """What one step leaves for the log. Tensors stay on their device: reading one waits for it."""
+    """The results of one step, as tensors on their device: reading one waits for it."""
 
     losses: dict[str, Tensor]
     """`loss` and others by name, each `[samples]`, of this process's share, part after part."""
@@ -65,7 +65,7 @@ class StepResult:
 
 
 class Losses(Protocol):
-    """What the steps of a run minimise, as a function of a micro-batch."""
+    """The losses of a run, as a function of a micro-batch."""
 
     def __call__(
         self, model: Callable[..., Any], batch: Batch, randomness: Randomness

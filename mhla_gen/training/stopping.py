@@ -1,4 +1,4 @@
-"""Ending a run in between, on a signal, at the same step in every process."""
+"""Stopping a run on a signal, at the same step in every process."""
 
 import signal
 import threading
@@ -12,7 +12,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopRequest:
-    """Catches SIGTERM and the first SIGINT, so that the step under way is finished.
+    """Catches SIGTERM and the first SIGINT, so that the current step is finished.
 
     A second SIGINT interrupts at once. Use as a context manager around the loop.
 
@@ -45,11 +45,11 @@ class StopRequest:
 
     @property
     def name(self) -> str:
-        """What stopped the run."""
+        """The name of what stopped the run."""
         return "" if self.signal is None else f"stopped by {self.signal.name}"
 
     def made(self) -> bool:
-        """Whether any process was asked to stop; every process must ask after every step."""
+        """Whether any process was asked to stop; every process must call this after every step."""
         if not self._several:
             return self.signal is not None
         asked = torch.tensor(0 if self.signal is None else int(self.signal))

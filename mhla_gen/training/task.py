@@ -18,7 +18,7 @@ from mhla_gen.training.step import Losses, ObjectiveLosses
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """What is trained: everything that the loop needs to know of a family of models."""
+    """Everything that the loop needs to know about a family of models."""
 
     model: Any
     """The transformer."""

@@ -1,4 +1,4 @@
-"""Arithmetic of a training step, and what a device could do."""
+"""Operations of a training step, and the peak of a device."""
 
 import copy
 import re
@@ -40,7 +40,7 @@ _PEAK_TFLOPS = {
 
 
 def peak_flops(device: torch.device, mixed_precision: str) -> float | None:
-    """Operations a second that a device is specified for; None where that is not known.
+    """Operations per second on a device's data sheet; None if unknown.
 
     Args:
         device: A GPU, or another device, of which nothing is known.
@@ -52,7 +52,7 @@ def peak_flops(device: torch.device, mixed_precision: str) -> float | None:
 
 
 def specified_flops(name: str) -> float | None:
-    """Dense bfloat16 operations a second of a GPU by its name; None for one not in the table."""
+    """Dense bfloat16 operations per second of a GPU by name; None if not in the table."""
     found = (peak for part, peak in _PEAK_TFLOPS.items() if re.search(rf"\b{part}\b", name))
     peak = next(found, None)
     return None if peak is None else 1e12 * peak

@@ -1,4 +1,4 @@
-"""A run: data, model, optimizer and average, and one step of them."""
+"""A run: data, model, optimizer and EMA, and a step of training."""
 
 import copy
 import math
@@ -65,7 +65,7 @@ class Run:
 
     @cached_property
     def order(self) -> BatchOrder:
-        """Which samples each micro-batch has, over all processes."""
+        """The samples of each micro-batch, over all processes."""
         size = self.config.batch_size // self.config.gradient_accumulation_steps
         return BatchOrder(self.data.buckets, size, self.config.seed)
 
@@ -129,7 +129,7 @@ class Run:
 
     @contextmanager
     def averaged_model(self, gather: bool = True) -> Iterator[Any]:
-        """The transformer with the averaged weights, in evaluation mode.
+        """The transformer with the EMA weights, in evaluation mode.
 
         Args:
             gather: Where processes share the model, give the main one a model of its own, and the
@@ -157,7 +157,7 @@ class Run:
         return own.eval()
 
     def describe(self, number: int, positions: Sequence[int]) -> list[str]:
-        """What the data call the samples at these positions of the batch of a step."""
+        """The names of the samples at these positions of the batch of a step."""
         parts = self.config.gradient_accumulation_steps
         names = []
         for position in positions:

@@ -26,7 +26,7 @@ from mhla_gen.training.wan_pipeline import largest_bucket
 
 @dataclass(frozen=True, eq=False)
 class Parts:
-    """What a pipeline has besides the transformer in training; loaded when it is asked for."""
+    """The other parts of a pipeline than the trained transformer; loaded on demand."""
 
     config: TrainConfig
     given: TransformerConfig
@@ -49,7 +49,7 @@ class Parts:
 
     @property
     def has_autoencoder(self) -> bool:
-        """Whether the data know one."""
+        """Whether the data have one."""
         return hasattr(self.data, "autoencoder")
 
     @property

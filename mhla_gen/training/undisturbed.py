@@ -1,4 +1,4 @@
-"""What other packages print in the middle of a training run, kept from its progress bar."""
+"""Keeps other packages from printing into the progress bar of a run."""
 
 import warnings
 from collections.abc import Iterator

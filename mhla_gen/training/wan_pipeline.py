@@ -1,4 +1,4 @@
-"""Pipelines that sample from a Wan in training, and the clips that previews show."""
+"""Pipelines that sample from a Wan in training, and the clips of previews."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ _FRAME_NAME = "first_frame.png"
 
 @dataclass(frozen=True, eq=False)
 class WanParts:
-    """What a pipeline has besides the transformer in training; loaded when it is asked for."""
+    """The other parts of a pipeline than the trained transformer; loaded on demand."""
 
     config: TrainConfig
     wan: WanConfig
@@ -52,7 +52,7 @@ class WanParts:
 
     @property
     def boundary(self) -> float | None:
-        """Noise level between two experts, if anybody says it."""
+        """Noise level between the two experts, if known."""
         return self.wan.boundary or self.index.get("boundary_ratio")
 
     def pipeline(self, model: Any) -> DiffusionPipeline:
@@ -88,7 +88,7 @@ class WanParts:
 
     @property
     def has_autoencoder(self) -> bool:
-        """Whether the data know one."""
+        """Whether the data have one."""
         return isinstance(self.data, CachedLatents)
 
     @cached_property

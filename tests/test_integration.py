@@ -163,7 +163,8 @@ def test_group_offload(offload_type):
         offload_type=offload_type,
         **options,
     )
-    assert torch.equal(run(model, inputs), expected)
+    # One by one, projections round otherwise than in one product.
+    torch.testing.assert_close(run(model, inputs), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("where", ["cpu", "disk"])
@@ -176,7 +177,8 @@ def test_accelerate_offload(tmp_path, where):
     else:
         disk_offload(model, str(tmp_path), execution_device=device)
     assert model.blocks[1].attn1.mhla.mixing.device.type == "meta"
-    assert torch.equal(run(model, inputs), expected)
+    # One by one, projections round otherwise than in one product.
+    torch.testing.assert_close(run(model, inputs), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_loading_with_a_device_map(tmp_path):

@@ -3,9 +3,11 @@
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from families import FAMILIES
+from test_calls import DECODED
 from tiny_calls import CALLED, called
 
 import mhla_gen
@@ -15,6 +17,7 @@ from mhla_gen.config import (
     MHLAConfig,
     ModelConfig,
     ObjectiveConfig,
+    PreviewConfig,
     SensitivityConfig,
     StageConfig,
     TrainConfig,
@@ -192,3 +195,28 @@ def test_sensitivity_measures_every_layer(name, bases, tmp_path):
     assert scan.inputs[0].latents.shape[1:] == data.sample_shapes[0]
     errors = [scan.error_of([layer]) for layer in scan.layers]
     assert len(errors) == len(scan.layers) > 0 and all(error > 0 for error in errors)
+
+
+# Mochi's pipeline decodes latents of 12 channels; HunyuanVideo 1.5's asks for sizes of its own.
+DRAWN = {"mochi": {"in_channels": 12}, "hunyuan_video15": {}}
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n.values[0] in DECODED])
+def test_previews_are_drawn(name, tmp_path):
+    torch.manual_seed(0)
+    model, kind, data = called(name, **DRAWN.get(name, {}))
+    model.save_pretrained(tmp_path / "base")
+    vae = DECODED[name]()
+    data.autoencoder = lambda: vae
+    sizes = {"sana": (2, 3), "ltx": (2, 2, 3), "mochi": (2, 4, 6)}.get(name)
+    if sizes is not None:
+        channels = data.sample_shapes[0][0]
+        data.sample_shapes = ((channels, *sizes),)
+        data.batch["samples"] = torch.randn(4, channels, *sizes)
+    config = settings(tmp_path / "run", name, model=model_of(str(tmp_path / "base"), name))
+    task = build_task(config, data)
+    assert task.sampler is not None
+    given = PreviewConfig(num_images=2, num_inference_steps=2, guidance_scale=2.0)
+    found = task.sampler(task.pipeline(task.model), [0, 1], given)
+    pixels = kind(task.pipeline(task.model)).sizes(data.batch["samples"])
+    assert found.dtype == np.uint8 and found.shape == (2, *pixels, 3)

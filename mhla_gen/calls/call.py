@@ -249,6 +249,9 @@ class Call:
         if negative is not None:
             negated = {f"negative_{name}": value for name, value in negative.items()}
             found |= {name: value for name, value in negated.items() if self.takes(name)}
+            if self.takes("negative_prompt"):
+                # Some pipelines have an empty one by default, and refuse both.
+                found["negative_prompt"] = None
         return found
 
     def takes(self, name: str) -> bool:

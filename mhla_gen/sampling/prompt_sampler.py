@@ -71,6 +71,9 @@ class PromptSampler:
             raise UserError(f"{type(pipeline).__name__} takes no {', '.join(unknown)}")
         self._check_prompts()
         self.shape, self._sizes = self._resolved(dict(sizes))
+        if "use_resolution_binning" in self._arguments and any(sizes.values()):
+            # Else it would draw at the nearest of a list of sizes, and scale what it drew.
+            self.options["use_resolution_binning"] = False
         self.num_chunks: int | None = None
         if streams(pipeline):
             self.num_chunks = len(chunk_lengths(pipeline, self._sizes["num_frames"]))

@@ -85,12 +85,13 @@ def _build_model(config: TrainConfig, given: TransformerConfig) -> Any:
         )
     base: Any = known[given.name]
     call_class(base)
-    if config.model.attention == "softmax":
-        return base(**given.sizes)
-    made: Any = MHLA_CLASSES[base]
-    settings = attention_settings(config.model, made.family.rank)
+    sizes = dict(given.sizes)
+    made: Any = base
+    if config.model.attention != "softmax":
+        made = MHLA_CLASSES[base]
+        sizes["mhla"] = attention_settings(config.model, made.family.rank)
     try:
-        return made(**given.sizes, mhla=settings)
+        return made(**sizes)
     except TypeError as error:
         raise UserError(f"transformer.sizes do not fit {given.name}: {error}") from error
 

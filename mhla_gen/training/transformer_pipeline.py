@@ -89,6 +89,7 @@ class Parts:
         found = self.options(call, self.config.samples, shape)
         if call.rank == 3:
             found["fps"] = self.fps or 16.0
+        found.pop("use_resolution_binning", None)
         if "frames" in found:
             found["num_frames"] = found.pop("frames")
         if self.config.mixed_precision == "bf16" and torch.cuda.is_available():
@@ -100,7 +101,8 @@ class Parts:
         """What a pipeline is called with besides texts, for latents of this shape."""
         names = ("height", "width") if call.rank == 2 else ("num_frames", "height", "width")
         sizes = dict(zip(names, call.sizes(torch.empty(1, *shape, device="meta")), strict=True))
-        asked = {**sizes, **config.of_pipeline}
+        # Some pipelines draw at the nearest of a list of sizes, and scale what they drew.
+        asked = {**sizes, **config.of_pipeline, "use_resolution_binning": False}
         if call.takes("frames"):
             asked["frames"] = sizes["num_frames"]
         return {name: value for name, value in asked.items() if call.takes(name)}

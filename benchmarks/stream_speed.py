@@ -55,7 +55,23 @@ def main() -> None:
     for method in args.methods:
         report["methods"][method] = measure(method, args, device)
         args.out.write_text(json.dumps(report, indent=1))
-    print(json.dumps(report["methods"], indent=1))
+    print(table(report["methods"]))
+
+
+def table(methods: dict[str, Any]) -> str:
+    """Rows for docs/video.md: seconds, peak memory and what is remembered, of some chunks."""
+    last = max(len(method["chunks"]) for method in methods.values())
+    shown = sorted({1, 2, 5, 10, last} & set(range(1, last + 1)))
+    lines = [
+        "| | " + " | ".join(f"chunk {number}" for number in shown) + " |",
+        "|---|" + "---|" * len(shown),
+    ]
+    for name, method in methods.items():
+        for key, unit in (("seconds", "s"), ("peak_gib", "GiB at most"), ("state_gib", "GiB kept")):
+            rows = [method["chunks"][number - 1].get(key) for number in shown]
+            if None not in rows:
+                lines.append(f"| {name}, {unit} | " + " | ".join(f"{x:.3g}" for x in rows) + " |")
+    return "\n".join(lines)
 
 
 @torch.no_grad()

@@ -206,7 +206,8 @@ class LayerState:
                 self._cache[index] = joined
             return joined
         if kept.shape[1] < end:
-            room = new.new_empty(new.shape[0], max(end, 2 * kept.shape[1]), *new.shape[2:])
+            length = max(end, kept.shape[1] * 5 // 4)
+            room = new.new_empty(new.shape[0], length, *new.shape[2:])
             room[:, : self._tokens] = kept[:, : self._tokens]
             self._cache[index] = kept = room
         kept[:, self._tokens : end] = new

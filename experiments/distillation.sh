@@ -4,9 +4,9 @@
 #
 #     experiments/distillation.sh IMAGES OUT [key=value …]
 #
-# IMAGES is an npz file with arr_0 and labels, a folder with one sub-folder of images a class (64
+# IMAGES is an npz file with arr_0 and labels, a folder with one sub-folder of images per class (64
 # pixels), or the word digits, which is small enough for a CPU. key=value goes to every training.
-# An interrupted run goes on with the same command. CONFIGS names another folder of configs.
+# The same command resumes an interrupted run. CONFIGS names another folder of configs.
 set -euo pipefail
 images=${1:?usage: experiments/distillation.sh IMAGES OUT [key=value …]}
 out=${2:?usage: experiments/distillation.sh IMAGES OUT [key=value …]}

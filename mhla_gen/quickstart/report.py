@@ -37,11 +37,11 @@ def table(metrics: dict[str, Any]) -> str:
     ]
     lines += [
         "",
-        f"class named: the 5 nearest of {metrics['num_real']} real digits vote for the class asked "
-        f"for, of {metrics['num_samples']} samples.",
-        "copies: nearer to a real digit than any two real digits of that class are.",
-        f"Fréchet: distance to the real digits, {metrics['feature_space']}. Real digits: as many "
-        f"as there are samples against the rest; two halves are "
+        f"class named: share of {metrics['num_samples']} samples whose 5 nearest of "
+        f"{metrics['num_real']} real digits vote for the requested class.",
+        "copies: share closer to a real digit than any two real digits of that class are.",
+        f"Fréchet: distance to the real digits, {metrics['feature_space']}. The last row compares "
+        f"as many real digits with the rest; two halves are "
         f"{real['frechet_distance_halves']:.2f} apart.",
         "Both models have the same size, convolution, gate, seed and training; only the number "
         "of blocks differs.",

@@ -115,13 +115,15 @@ def timed(
         "steps": count,
         "warm_up_seconds": round(warm_up, 1),
         "recorded": isinstance(run.model.forward, RecordedTraining),
-        "gflop_per_image": round(run.sample_flops / 1e9, 2),
         "parameters": sum(p.numel() for p in run.model.parameters()),
     }
     if torch.cuda.is_available():
         found["gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
-    if peak is not None:
-        found["mfu"] = round(rate * run.sample_flops / peak / run.accelerator.num_processes, 4)
+    if run.sample_flops is not None:
+        found["gflop_per_image"] = round(run.sample_flops / 1e9, 2)
+        if peak is not None:
+            share = rate * run.sample_flops / peak / run.accelerator.num_processes
+            found["mfu"] = round(share, 4)
     if kernels is not None:
         found["kernels"] = kernels
     run.accelerator.free_memory()

@@ -55,7 +55,7 @@ class Row:
     model: str
     pixels: int
     attention: str
-    compile: str
+    compile: Any
 
     def config(self, options: argparse.Namespace, num_processes: int) -> TrainConfig:
         """The settings of its run."""

@@ -52,7 +52,10 @@ def use_float8(model: nn.Module, **config: Any) -> int:
     Raises:
         UserError: If the model has none that can.
     """
-    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+    from torchao.float8 import (  # pyright: ignore[reportMissingImports]
+        Float8LinearConfig,
+        convert_to_float8_training,
+    )
 
     chosen = []
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tiny import tiny_dit, tiny_wan
+from tiny_joint import tiny_flux
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -204,6 +205,16 @@ def test_queries_keys_values_and_gates_are_one_product(gate, exact):
         attention(hidden)
     # The output projection; the second factor of a gate.
     assert counted.count == 2 + (gate == 3)
+
+
+def test_image_tokens_of_a_joint_layer_are_one_product():
+    model = mhla_gen.inject(tiny_flux(), MHLAConfig(layout=(2, 2), gate="head"))
+    attention = model.transformer_blocks[0].attn
+    image, text = (torch.randn(1, n, attention.to_q.in_features) for n in (24, 5))
+    with CountProducts() as counted:
+        attention(image, text, image_rotary_emb=None, grid=(4, 6))
+    # Of the text three, and an output projection each.
+    assert counted.count == 1 + 3 + 2
 
 
 def test_adapters_of_projections_count():

@@ -6,6 +6,7 @@ short, so the cost stays linear in image tokens.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -25,6 +26,8 @@ class Tokens(NamedTuple):
     query: Tensor
     key: Tensor
     value: Tensor
+    of_input: Sequence[Tensor] | None = None
+    """Of image tokens: what MHLA's own linear layers make of the same input, where it is known."""
 
 
 class JointFamily(Family):
@@ -72,9 +75,10 @@ class JointMHLAProcessor(MHLAProcessor):
             image, text = hidden_states, encoder_hidden_states
         check_grid(grid, image.shape[1])
         mask = attention_mask if encoder_hidden_states_mask is None else encoder_hidden_states_mask
+        query, key, value, *of_input = self.project(attn, image, *attn.mhla.input_layers())
         image_out, text_out = self.attend(
             attn,
-            Tokens(*self.project(attn, image)),
+            Tokens(query, key, value, of_input),
             Tokens(*self.project_text(attn, text)),
             image,
             grid=grid,
@@ -116,7 +120,12 @@ class JointMHLAProcessor(MHLAProcessor):
         )
         valid = () if mask is None else (mask,)
         image_out = attn.mhla(
-            *image, hidden_states, grid, image_rotary, extra=(text.key, text.value, *valid)
+            *image[:3],
+            hidden_states,
+            grid,
+            image_rotary,
+            extra=(text.key, text.value, *valid),
+            of_input=image.of_input,
         )
         out = dispatch_attention_fn(
             text.query,

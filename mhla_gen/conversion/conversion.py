@@ -217,7 +217,7 @@ def _saved_model(folder: Path, kind: str) -> tuple[Any, dict[str, Any]]:
         raise UserError(
             f"format {kind} is for {' or '.join(_WRITABLE[kind])}, but {folder} holds a {name}"
         )
-    model_class: Any = getattr(mhla_gen, name, DiTTransformer2DModel)
+    model_class = getattr(mhla_gen, name, DiTTransformer2DModel)
     parameters = inspect.signature(model_class.__init__).parameters
     defaults = {name: p.default for name, p in parameters.items() if name != "self"}
     # diffusers' DiT has no such setting and always computes with 1.

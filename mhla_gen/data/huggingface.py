@@ -47,13 +47,13 @@ def saved_dataset(config: DataConfig) -> HuggingFaceStore:
         ValueError: If `datasets` is not installed, or a split or a column is missing.
     """
     try:
-        datasets: Any = importlib.import_module("datasets")
+        datasets = importlib.import_module("datasets")
     except ModuleNotFoundError as error:
         raise UserError(
             'data.source=huggingface needs the package datasets: pip install "mhla_gen[datasets]"'
         ) from error
     try:
-        table: Any = datasets.load_from_disk(str(config.path))
+        table = datasets.load_from_disk(str(config.path))
     except FileNotFoundError as error:
         raise MissingError(
             f"data.path {config.path} is not a folder that datasets saved to disk"

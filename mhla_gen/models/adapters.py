@@ -214,7 +214,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
 
 def _check(path: Path, model: Any, described: Any, tensors: Mapping[str, Tensor]) -> None:
     """Check an adapter against a model before anything changes."""
-    found: Any = type(model)
+    found = type(model)
     if issubclass(found, MHLATransformerMixin):
         if not hasattr(model, _LOADED):
             raise UserError(

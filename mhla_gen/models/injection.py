@@ -79,7 +79,7 @@ def family_of(model: Any) -> Family:
     """
     for base, mhla_class in MHLA_CLASSES.items():
         if isinstance(model, base):
-            known: Any = mhla_class
+            known = mhla_class
             return known.family
     raise UserError(unsupported(model))
 

@@ -76,7 +76,7 @@ class MHLATransformerMixin:
             return
         # A saved pipeline names this module; diffusers looks there for the class and ModelMixin.
         cls.__module__ = "mhla_gen"
-        base: Any = cls.family.base_class
+        base = cls.family.base_class
         for attribute, more in (
             ("_keep_in_fp32_modules", "mixing"),
             ("_skip_layerwise_casting_patterns", "mhla"),
@@ -118,7 +118,7 @@ class MHLATransformerMixin:
         Raises:
             ValueError: If the model is of another family, or `config` does not fit it.
         """
-        base_class: Any = cls.family.base_class
+        base_class = cls.family.base_class
         if isinstance(base_model_or_path, nn.Module):
             if kwargs:
                 raise UserError(f"{sorted(kwargs)} only apply when a path is given, not a model")
@@ -211,7 +211,7 @@ def _converting_init(cls: type, base_class: type) -> Any:
 
 
 def _forward(family: Family) -> Any:
-    base_forward: Any = family.base_class.forward  # type: ignore[attr-defined]
+    base_forward = family.base_class.forward  # type: ignore[attr-defined]
     names = list(inspect.signature(base_forward).parameters)[1:]
 
     @functools.wraps(base_forward)

@@ -75,7 +75,7 @@ def manifest(
         files: What the folder holds.
         marks: What the units' marks say.
     """
-    pipeline: Any = sampler.pipeline
+    pipeline = sampler.pipeline
     scheduler = pipeline.scheduler
     models = {
         name: {"class": type(model).__name__, **plain(model.config)}

@@ -248,7 +248,7 @@ class PromptSampler:
         return (*frames, found["height"], found["width"], 3), found
 
     def _own_size(self) -> int:
-        transformer: Any = self.pipeline.transformer
+        transformer = self.pipeline.transformer
         return transformer.config.sample_size * self.pipeline.vae_scale_factor
 
     def _check_multiples(self, sizes: Mapping[str, int]) -> None:

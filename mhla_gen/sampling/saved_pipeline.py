@@ -81,7 +81,7 @@ def _loaded(folder: Path, dtype: torch.dtype) -> Any:
     index = read_json(folder / INDEX_NAME, "save or download the pipeline again")
     name = index.get("_class_name", "")
     if name == ClassConditionalPipeline.__name__:
-        found: Any = ClassConditionalPipeline
+        found = ClassConditionalPipeline
     else:
         found = getattr(diffusers, name, None) if isinstance(name, str) else None
     if not (isinstance(found, type) and issubclass(found, DiffusionPipeline)):

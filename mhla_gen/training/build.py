@@ -130,7 +130,7 @@ def class_samples(pipeline: Any, numbers: Sequence[int], config: PreviewConfig) 
     device = pipeline.transformer.device
     pipeline.to(device)
     generators = [generator_of(sample_seed(config.seed, number)) for number in numbers]
-    images: Any = pipeline(
+    images = pipeline(
         [number % pipeline.num_classes for number in numbers],
         **config.of_pipeline,
         generator=generators,

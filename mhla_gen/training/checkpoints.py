@@ -65,7 +65,7 @@ def save_checkpoint(run: Run, step: int) -> Path:
     target = Path(run.config.output_dir) / f"{PREFIX}{step}"
     partial = on_main(lambda: _begun(target))
     try:
-        own: Any = write_state(run, partial)
+        own = write_state(run, partial)
         with errors_naming(target, partial):
             write_pipeline(run, partial / PIPELINE_NAME, last_pipeline(target.parent))
     except (OSError, RuntimeError, SafetensorError) as error:

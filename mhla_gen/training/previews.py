@@ -149,7 +149,7 @@ def make_samples(run: Run, config: PreviewConfig) -> np.ndarray | None:
         failed: Any = accelerator.gather(torch.tensor([error is not None]).to(accelerator.device))
         if failed.any():
             raise error or UserError("another process could not draw its samples")
-    gathered: Any = accelerator.gather(torch.from_numpy(images).to(accelerator.device))
+    gathered = accelerator.gather(torch.from_numpy(images).to(accelerator.device))
     return gathered[: config.num_images].cpu().numpy()
 
 

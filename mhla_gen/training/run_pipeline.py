@@ -4,7 +4,6 @@ import os
 import shutil
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from mhla_gen.files import write_json
 from mhla_gen.files.saved import problem_of_file
@@ -30,7 +29,7 @@ def write_pipeline(run: Run, folder: Path, before: Path | None) -> None:
     with run.averaged_model() as model:
         if run.accelerator.is_main_process:
             finished = model if run.task.finished is None else run.task.finished(model)
-            pipeline: Any = run.task.pipeline(finished)
+            pipeline = run.task.pipeline(finished)
             parts = {
                 name: partial(part.save_pretrained, folder / name)
                 for name, part in pipeline.components.items()

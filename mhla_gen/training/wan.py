@@ -54,7 +54,7 @@ def wan_task(config: TrainConfig, wan: WanConfig, data: TrainingData) -> Task:
         _check_causal(wan)
     if config.model.trainable == "lora":
         add_lora(model, wan)
-    patch_size: Any = tuple(model.config.patch_size)
+    patch_size = tuple(model.config.patch_size)
     conditioning = Prompts(
         empty, patch_size, by_token, wan.first_frame, chunk_frames, image_embeds=sees_image
     )

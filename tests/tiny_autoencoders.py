@@ -94,3 +94,9 @@ def autoencoder_of_sana():
         decoder_qkv_multiscales=((),) * 5 + ((5,),),
         scaling_factor=0.4,
     ).eval()
+
+
+def autoencoder_of_hunyuan15():
+    return diffusers.AutoencoderKLHunyuanVideo15(
+        latent_channels=4, block_out_channels=(32,) * 5, layers_per_block=1
+    ).eval()

@@ -91,7 +91,10 @@ def build_task(config: TrainConfig, data: TrainingData) -> Task:
     if config.transformer is not None:
         return transformer_task(config, config.transformer, data)
     if data.class_names is None:
-        raise UserError("the data have no class labels, which a class-conditional model needs")
+        raise UserError(
+            "the data have no class labels, which a DiT needs; a model that learns from captions "
+            "has wan or transformer in its config"
+        )
     return _class_conditional(config, data, data.class_names)
 
 

@@ -148,9 +148,9 @@ def test_what_does_not_fit_is_refused_before_anything_changes(tmp_path):
 
 
 def test_files_that_are_no_adapter_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="holds no mhla_adapter"):
+    with pytest.raises(FileNotFoundError, match="has no mhla_adapter"):
         mhla_gen.load_adapter(tiny_wan(), tmp_path)
-    with pytest.raises(FileNotFoundError, match="no folder here, and the hub"):
+    with pytest.raises(FileNotFoundError, match="not a folder here, and the hub"):
         mhla_gen.load_adapter(tiny_wan(), "nobody/nothing")
     save_file({"a": torch.ones(1)}, tmp_path / ADAPTER_NAME)
     with pytest.raises(ValueError, match="no adapter that this version reads"):

@@ -122,4 +122,6 @@ def test_models_on_the_hub_are_looked_into_by_name(run, tmp_path):
     assert "model: someone/digits/transformer, DiTTransformer2DModel" in done.stdout
     assert "would measure 2 layers" in done.stdout
     errors = [line for line in done.stderr.splitlines() if "error:" in line]
-    assert len(errors) == 2 and all("someone/letters is no folder here" in line for line in errors)
+    assert len(errors) == 2 and all(
+        "someone/letters is not a folder here" in line for line in errors
+    )

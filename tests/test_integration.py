@@ -87,7 +87,7 @@ def test_wan_pipeline_round_trip(tmp_path, two_experts):
 def test_a_pipeline_with_nothing_to_convert_is_named():
     pipe = tiny_dit_pipeline()
     pipe.transformer = None
-    with pytest.raises(ValueError, match=r"DiTPipeline holds no model .* none of .*DiTTransformer"):
+    with pytest.raises(ValueError, match=r"DiTPipeline has no model .* none of .*DiTTransformer"):
         mhla_gen.inject(pipe)
 
 

@@ -270,7 +270,7 @@ def test_what_a_state_cannot_do_is_refused():
     with pytest.raises(ValueError, match=r"attention_mask must be \[batch, seq_len\]"):
         model(ids, attention_mask=torch.ones(1, 1, 21, 21))
     packed = torch.cat((torch.arange(10), torch.arange(11)))[None]
-    with pytest.raises(ValueError, match="begin anew"):
+    with pytest.raises(ValueError, match="start again"):
         model(ids, position_ids=packed, use_cache=False)
 
 

@@ -708,7 +708,7 @@ def test_inject_says_why_a_model_does_not_fit():
         up_block_types=("UpBlock2D",),
     )
     pipe = diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler())
-    with pytest.raises(ValueError, match=r"DDPMPipeline holds no model .*UNet2DModel does not fit"):
+    with pytest.raises(ValueError, match=r"DDPMPipeline has no model .*UNet2DModel does not fit"):
         mhla_gen.inject(pipe)
 
 

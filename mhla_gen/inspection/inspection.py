@@ -161,7 +161,7 @@ def _write(
 ) -> None:
     missing = examinations[0].missing
     if missing:
-        facts = [*facts, ("not looked at", f"{', '.join(missing)}: neither softmax nor MHLA")]
+        facts = [*facts, ("not examined", f"{', '.join(missing)}: neither softmax nor MHLA")]
     statistics = draw_statistics(examinations, len(focus.rows), _seq_len(focus))
     mixing = _mixing(examinations[0])
     maps = [

@@ -20,12 +20,12 @@ _DEFINITIONS = (
     ),
     (
         "Effective rank",
-        "exp of the entropy of the singular values' shares (Roy and Vetterli 2007): no threshold.",
+        "exp of the entropy of the normalised singular values (Roy and Vetterli 2007).",
     ),
     (
         "Entropy",
-        "of each query's weights in nats, from 0 (one token is read) to log(tokens) (all alike). "
-        "Weights of rotated or unnormalised layers are taken by their absolute share.",
+        "of each query's weights in nats, from 0 (a single token) to log(tokens) (uniform). "
+        "For rotated or unnormalised layers, normalised absolute weights are used.",
     ),
 )
 

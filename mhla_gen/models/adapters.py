@@ -177,7 +177,7 @@ def _find(folder_or_name: str | Path, location: dict[str, Any]) -> Path:
         for place in (folder, folder / ADAPTER_FOLDER, folder / PIPELINE_NAME / ADAPTER_FOLDER):
             if (place / ADAPTER_NAME).is_file():
                 return place / ADAPTER_NAME
-        raise MissingError(f"{folder_or_name} holds no {ADAPTER_NAME}")
+        raise MissingError(f"{folder_or_name} has no {ADAPTER_NAME}")
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -185,8 +185,8 @@ def _find(folder_or_name: str | Path, location: dict[str, Any]) -> Path:
         return Path(hf_hub_download(str(folder_or_name), ADAPTER_NAME, **location))
     except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise MissingError(
-            f"{folder_or_name} is no folder here, and the hub has no {ADAPTER_NAME} of this name, "
-            f"or cannot be reached: {str(error).splitlines()[0]}"
+            f"{folder_or_name} is not a folder here, and the hub has no {ADAPTER_NAME} of this "
+            f"name, or cannot be reached: {str(error).splitlines()[0]}"
         ) from error
 
 

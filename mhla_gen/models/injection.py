@@ -169,8 +169,8 @@ def restore(pipe_or_transformer: Any) -> Any:
     for transformer in targets:
         if adapters := adapted_mhla(transformer):
             raise UserError(
-                f"adapters of peft ({', '.join(adapters)}) changed MHLA's own layers, which would "
-                "go without a word; take them off first: unload_lora_weights() of the pipeline or "
+                f"adapters of peft ({', '.join(adapters)}) changed MHLA's own layers and would be "
+                "lost silently; remove them first: unload_lora_weights() of the pipeline or "
                 "unload_lora() of the model, or load it again where modules_to_save names mhla"
             )
     take_out(targets)
@@ -219,7 +219,7 @@ def transformers_of(pipe_or_transformer: Any) -> list[Any]:
         if not found:
             reasons = filter(None, map(reason_of, pipe_or_transformer.components.values()))
             raise UserError(
-                f"{type(pipe_or_transformer).__name__} holds no model that can be converted: "
+                f"{type(pipe_or_transformer).__name__} has no model that can be converted: "
                 + (
                     "; ".join(dict.fromkeys(reasons))
                     or f"none of {', '.join(c.__name__ for c in MHLA_CLASSES)}"

@@ -214,7 +214,7 @@ def find_grid(grid: tuple[int, ...] | None, tables: Any) -> tuple[int, ...]:
     if grid is not None:
         return tuple(grid)
     if not isinstance(tables, tuple | list) or len(tables) != 3:
-        raise UserError("MHLA layers need the token grid, and the layer was handed none")
+        raise UserError("MHLA layers need the token grid, but the layer got none")
     return tuple(tables[2].shape[:-1])
 
 

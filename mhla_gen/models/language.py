@@ -59,8 +59,8 @@ class CausalModel(nn.Module):
             _take_places(self.layers, cache)
         if attention_mask is None and cache is None and _is_packed(position_ids):
             raise UserError(
-                "position_ids begin anew inside a row, but causal MHLA reads rows as one sequence; "
-                "give every sequence a row of its own"
+                "position_ids start again inside a row, but causal MHLA reads a row as one "
+                "sequence; give every sequence a row of its own"
             )
         mask = None
         if attention_mask is not None and tokens is not None:

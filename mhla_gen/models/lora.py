@@ -33,14 +33,14 @@ def lora_of(model: Any) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
         return None, {}
     if len(configs) > 1:
         raise UserError(
-            f"an adapter holds one LoRA, found {', '.join(configs)}; "
+            f"an adapter can have one LoRA, found {', '.join(configs)}; "
             "delete_adapters removes the others"
         )
     from peft import get_peft_model_state_dict
 
     ((name, config),) = configs.items()
     if config.bias != "none":
-        raise UserError(f"an adapter holds LoRA without biases, found bias={config.bias!r}")
+        raise UserError(f"an adapter can only have LoRA without biases, found bias={config.bias!r}")
     settings = {key: getattr(config, key) for key in _SETTINGS}
     targets = settings["target_modules"]
     settings["target_modules"] = targets if isinstance(targets, str) else sorted(targets)
@@ -59,9 +59,9 @@ def check_lora(
     if settings is None:
         return
     if find_spec("peft") is None:
-        raise UserError(f"{path} holds a LoRA, which needs the package peft")
+        raise UserError(f"{path} contains a LoRA, which needs the package peft")
     if any(parameter.is_meta for parameter in model.parameters()):
-        raise UserError(f"{path} holds a LoRA; load it before weights are offloaded")
+        raise UserError(f"{path} contains a LoRA; load it before weights are offloaded")
     layers = dict(model.named_modules())
     for name, tensor in tensors.items():
         layer, found, _ = name.partition(".lora_A.")

@@ -39,7 +39,7 @@ class GridLTXRotaryPosEmbed(LTXVideoRotaryPosEmbed):
         if sizes[0] * sizes[1] * sizes[2] != hidden_states.shape[1]:
             raise UserError(
                 f"MHLA layers need num_frames, height and width that multiply to the number of "
-                f"tokens, {hidden_states.shape[1]}, also beside video_coords, found {sizes}"
+                f"tokens, {hidden_states.shape[1]}, even with video_coords, found {sizes}"
             )
         cos, sin = super().forward(
             hidden_states, num_frames, height, width, rope_interpolation_scale, video_coords

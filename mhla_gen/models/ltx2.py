@@ -159,7 +159,7 @@ class LTX2Family(Family):
         if grid[0] * grid[1] * grid[2] != given["hidden_states"].shape[1]:
             raise UserError(
                 f"MHLA layers need num_frames, height and width that multiply to the number of "
-                f"tokens, {given['hidden_states'].shape[1]}, also beside video_coords, found {grid}"
+                f"tokens, {given['hidden_states'].shape[1]}, even with video_coords, found {grid}"
             )
         model.rope.grid = grid
         return given

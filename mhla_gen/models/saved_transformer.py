@@ -51,7 +51,7 @@ def _saved_class(place: str, location: dict[str, Any]) -> Any:
     try:
         config: Any = DiTTransformer2DModel.load_config(place, **location)
     except OSError as error:
-        missing = "is no folder here, and the hub has no such model, or cannot be reached"
+        missing = "is not a folder here, and the hub has no such model, or cannot be reached"
         what = "holds no model" if Path(place).is_dir() else missing
         raise MissingError(f"{place} {what}: {str(error).splitlines()[0]}") from error
     name = config.get("_class_name")

@@ -151,7 +151,7 @@ class MHLATransformerMixin:
         saved = cls.load_config(pretrained_model_name_or_path, **location)  # type: ignore[attr-defined]
         if "mhla" not in saved and "mhla" not in kwargs:
             raise UserError(
-                f"{pretrained_model_name_or_path} holds no MHLA settings; convert a softmax "
+                f"{pretrained_model_name_or_path} has no MHLA settings; convert a softmax "
                 f"checkpoint with {cls.__name__}.from_base(path, MHLAConfig(...))"
             )
         if kwargs.get("parallel_config") is not None:

@@ -152,7 +152,7 @@ class MHLAVisionMixin(nn.Module):
         """
         folder = Path(expand_home("folder", str(folder)))
         if not (folder / CONFIG_NAME).is_file():
-            raise MissingError(f"{folder} holds no model: it has no {CONFIG_NAME}")
+            raise MissingError(f"{folder} has no model, because there is no {CONFIG_NAME}")
         described = read_json(folder / CONFIG_NAME, "save the model again")
         if "mhla" not in described or "model_args" not in described:
             raise UserError(

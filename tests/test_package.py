@@ -42,6 +42,14 @@ def test_the_wheel_holds_one_package(tmp_path):
     assert "mhla_gen/ops/naive.py" in names
 
 
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="no clone")
+def test_git_ignores_no_module():
+    names = "\n".join(map(str, [*MODULES, "mhla_gen/py.typed", "mhla_gen/inspection/page.html"]))
+    command = ["git", "-C", ROOT, "check-ignore", "--stdin"]
+    ignored = subprocess.run(command, input=names, capture_output=True, text=True)
+    assert ignored.stdout == "" and ignored.returncode == 1
+
+
 def test_the_operator_imports_without_diffusers():
     code = "import sys, mhla_gen.ops; sys.exit('diffusers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -2,11 +2,12 @@
 
 from mhla_gen.models.adapters import load_adapter, save_adapter, unload_adapter
 from mhla_gen.models.attention import MHLA
+from mhla_gen.models.clip_state import ClipState
 from mhla_gen.models.cogvideox import MHLACogVideoXTransformer3DModel
 from mhla_gen.models.cosmos import MHLACosmosTransformer3DModel
 from mhla_gen.models.dit import MHLADiTTransformer2DModel, OriginalDiTTransformer2DModel
 from mhla_gen.models.flux import MHLAFlux2Transformer2DModel, MHLAFluxTransformer2DModel
-from mhla_gen.models.frame_causal import ClipState, FrameCausalMHLA
+from mhla_gen.models.frame_causal import FrameCausalMHLA
 from mhla_gen.models.hunyuan_dit import MHLAHunyuanDiT2DModel
 from mhla_gen.models.hunyuan_video import (
     MHLAHunyuanVideo15Transformer3DModel,

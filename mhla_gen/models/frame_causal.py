@@ -1,22 +1,22 @@
-"""Attention that is causal over chunks of frames, and what a model remembers of finished chunks."""
+"""Attention that is causal over chunks of frames; `clip_state.py` has its form chunk by chunk."""
 
 import math
 import operator
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mhla_gen.errors import UserError
 from mhla_gen.models.additions import DepthwiseConv
 from mhla_gen.models.attention import MHLA, evenly_spaced
 from mhla_gen.models.head_rotary import rotated
-from mhla_gen.ops import FrameState, frame_causal_mhla, frame_mixing
+from mhla_gen.ops import frame_causal_mhla, frame_mixing
 from mhla_gen.ops.depthwise import times_silu
-from mhla_gen.ops.frame_causal import check_next
+
+if TYPE_CHECKING:
+    from mhla_gen.models.clip_state import LayerState
 
 
 class PastConv(DepthwiseConv):
@@ -150,7 +150,7 @@ def chunked_softmax(query: Tensor, key: Tensor, value: Tensor, *, chunk: int) ->
         chunk: Tokens of a chunk.
     """
     parts = [
-        _softmax(rows, key[:, : first + chunk], value[:, : first + chunk])
+        softmax(rows, key[:, : first + chunk], value[:, : first + chunk])
         for first, rows in zip(
             range(0, query.shape[1], chunk), query.split(chunk, dim=1), strict=True
         )
@@ -158,150 +158,7 @@ def chunked_softmax(query: Tensor, key: Tensor, value: Tensor, *, chunk: int) ->
     return torch.cat(parts, dim=1)
 
 
-def _softmax(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def softmax(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Of all pairs, `[batch, seq_len, num_heads, head_dim]` in and out."""
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
-
-
-class LayerState:
-    """What a frame-causal layer remembers of finished chunks.
-
-    Attributes:
-        appends: Whether the next chunk that is read is a finished one.
-        values: Last frames of values, which the convolution reads, `[batch, tokens, channels]`.
-    """
-
-    def __init__(self, chunk_frames: int):
-        self.chunk_frames = chunk_frames
-        self.appends = False
-        self.values: Tensor | None = None
-        self._mhla: FrameState | None = None
-        self._cache: list[Tensor] = []
-        self._tokens = 0
-        self._ended = False
-
-    def mhla(self, weights: Tensor, options: dict[str, Any]) -> FrameState:
-        """The state of the operator, begun with the first chunk."""
-        if self._mhla is None:
-            self._mhla = FrameState(weights, **options)
-        return self._mhla
-
-    def softmax(self, query: Tensor, key: Tensor, value: Tensor, *, frames: int) -> Tensor:
-        """Attend to the chunk itself and to all keys and values of finished ones."""
-        check_next(frames, self.chunk_frames, self._ended)
-        joined = [self._joined(index, new) for index, new in enumerate((key, value))]
-        if self.appends:
-            self._tokens += query.shape[1]
-            self._ended = frames < self.chunk_frames
-        return _softmax(query, *joined)
-
-    def _joined(self, index: int, new: Tensor) -> Tensor:
-        """Finished tokens and new ones in one tensor, which has room for more of them."""
-        if len(self._cache) == index:
-            self._cache.append(new[:, :0])
-        kept, end = self._cache[index], self._tokens + new.shape[1]
-        if new.requires_grad or kept.requires_grad:
-            joined = torch.cat((kept[:, : self._tokens], new), dim=1)
-            if self.appends:
-                self._cache[index] = joined
-            return joined
-        if kept.shape[1] < end:
-            length = max(end, kept.shape[1] * 5 // 4)
-            room = new.new_empty(new.shape[0], length, *new.shape[2:])
-            room[:, : self._tokens] = kept[:, : self._tokens]
-            self._cache[index] = kept = room
-        kept[:, self._tokens : end] = new
-        return kept[:, :end]
-
-    @property
-    def tensors(self) -> Iterator[Tensor]:
-        """All that is kept."""
-        yield from self._cache
-        if self.values is not None:
-            yield self.values
-        if self._mhla is not None and self._mhla.finished is not None:
-            assert self._mhla.past is not None
-            yield from (*self._mhla.finished, *self._mhla.past)
-
-
-class ClipState:
-    """What a frame-causal transformer remembers of the finished chunks of a clip.
-
-    Calling it is calling the model on the clip's next chunk, which sees the finished ones as if
-    they stood before it: chunk by chunk is what the model gives for the whole clip at once,
-    gradients included. Time and memory of a call are the same for every chunk, but for those of
-    softmax layers (`exact=1`), which keep keys and values.
-
-    Args:
-        model: A transformer that was given `MHLAConfig(causal_frames=…)`.
-
-    Attributes:
-        frames: Latent frames of finished chunks.
-
-    Raises:
-        ValueError: If the model is not frame-causal.
-    """
-
-    def __init__(self, model: Any):
-        self.model = model
-        self.frames = 0
-        self.layers = {
-            layer: LayerState(layer.chunk_frames)
-            for layer in model.modules()
-            if isinstance(layer, FrameCausalMHLA)
-        }
-        if not self.layers:
-            raise UserError(
-                f"this {type(model).__name__} is not causal over frames; convert a model with "
-                "MHLAConfig(causal_frames=…)"
-            )
-
-    def __call__(
-        self, latents: Tensor, timestep: Tensor, *, append: bool = False, **conditions: Any
-    ) -> Tensor:
-        """What the model predicts for the next chunk.
-
-        Args:
-            latents: `[batch, channels, frames, height, width]`, of `causal_frames` frames, or fewer
-                in the clip's last chunk.
-            timestep: `[batch]`, or `[batch, tokens]`.
-            append: Make it a finished chunk, as it is here: later chunks read it so.
-            conditions: Further arguments of the model, such as `encoder_hidden_states`.
-
-        Returns:
-            Like `latents`.
-
-        Raises:
-            ValueError: If this cannot be the clip's next chunk.
-        """
-        model = self.model
-        if getattr(model, "is_gradient_checkpointing", False) and torch.is_grad_enabled():
-            raise UserError(
-                "a clip's state changes while chunks are read, so they cannot be read again; call "
-                "model.disable_gradient_checkpointing() first, or give the whole clip at once"
-            )
-        with self._remembered(append):
-            out = model(latents, timestep=timestep, **conditions, return_dict=False)[0]
-        if append:
-            self.frames += latents.shape[2]
-        return out
-
-    @property
-    def bytes(self) -> int:
-        """Memory of all that is kept."""
-        kept = (tensor for layer in self.layers.values() for tensor in layer.tensors)
-        return sum(tensor.numel() * tensor.element_size() for tensor in kept)
-
-    @contextmanager
-    def _remembered(self, append: bool) -> Iterator[None]:
-        """Hand each layer its state inside, and the rotary embedding its place in the clip."""
-        try:
-            self.model.rope.first_frame = self.frames
-            for layer, state in self.layers.items():
-                state.appends = append
-                layer.hand(state)
-            yield
-        finally:
-            self.model.rope.first_frame = 0
-            for layer in self.layers:
-                layer.hand(None)

@@ -14,9 +14,9 @@ from mhla_gen.ops.depthwise import depthwise_conv, gated_conv
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # By lines and by taps; heads that fill tiles of 64 channels, cross them and are many to one.
 CASES = [
-    ((5, 7), (3, 3), 2, 33),
-    ((9, 5), (3, 3), 3, 4),
-    ((2, 3, 3), (3, 3, 3), 2, 64),
+    ((3, 5), (3, 3), 2, 33),
+    ((9, 2), (3, 3), 3, 4),
+    ((2, 2, 3), (3, 3, 3), 2, 32),
     ((11,), (3,), 3, 6),
 ]
 
@@ -91,12 +91,12 @@ def test_without_gradients_nothing_is_kept():
     from mhla_gen.ops.kernels import gated_conv as kernels
 
     tensors = make_inputs(CASES[0], "head", torch.float32)
-    call = (*tensors, [5, 7], 2)
+    call = (*tensors, [3, 5], 2)
     with torch.no_grad():
         out, kept = kernels.gated_conv_tokens(*call, False)
         again, more = kernels.gated_conv_tokens(*call, True)
     assert kept.numel() == 0 and more.shape == out.shape and torch.equal(out, again)
-    assert not gated_conv(*tensors, grid=(5, 7), num_heads=2, implementation="torch").isnan().any()
+    assert not gated_conv(*tensors, grid=(3, 5), num_heads=2, implementation="torch").isnan().any()
 
 
 @pytest.mark.parametrize("gate", ["none", "channel", "head"])
@@ -113,7 +113,7 @@ def test_registration_is_sound(gate):
 def test_wrong_logits_are_named():
     tensors = make_inputs(CASES[0], "head", torch.float32)
     with pytest.raises(ValueError, match="logits need 66 or 2 channels, found 3"):
-        gated_conv(*tensors[:4], torch.randn(2, 35, 3), grid=(5, 7), num_heads=2)
+        gated_conv(*tensors[:4], torch.randn(2, 15, 3), grid=(3, 5), num_heads=2)
 
 
 @pytest.mark.parametrize("gate", [False, True, "head", 4])

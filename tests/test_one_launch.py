@@ -8,12 +8,13 @@ import torch
 from mhla_gen.ops import locality_mixing, mhla
 from mhla_gen.ops.fused import fused_mhla
 from mhla_gen.ops.kernels import one_launch_form
+from mhla_gen.ops.kernels.launch import Call
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CASES = [
     # grid, layout, head_dim, value_dim, feature map, rotary, normalize
-    ((10, 7), (3, 2), 24, 24, "relu", False, True),
-    ((3, 3, 4), (1, 2, 2), 72, 72, "softplus", True, True),
+    ((5, 7), (2, 2), 24, 24, "relu", False, True),
+    ((2, 2, 3), (1, 2, 1), 72, 72, "softplus", True, True),
     ((30,), (4,), 16, 40, "identity", False, False),
     ((5, 7), (3, 2), 32, 32, "elu+1", True, True),
 ]
@@ -75,24 +76,24 @@ def test_one_launch_gives_what_several_give(case, allowed, monkeypatch):
     assert (actual[0] - defined).norm() < 2e-3 * defined.norm()
 
 
-def test_what_does_not_fit_is_launched_as_before(allowed, monkeypatch):
-    for case, changes in (
-        (CASES[0], {"fewest_heads": 3}),
-        (CASES[0], {"allowed": False}),
+@pytest.mark.parametrize(
+    ("grid", "layout", "stored", "changes", "expected"),
+    [
+        ([8, 8], [2, 2], torch.float16, {}, True),
+        ([8, 8], [2, 2], torch.float16, {"fewest_heads": 7}, False),
+        ([8, 8], [2, 2], torch.float16, {"allowed": False}, False),
+        ([8, 8], [2, 2], torch.float32, {}, False),
         # Blocks of more than one tile, and more blocks than rows that a program holds.
-        (((20, 20), (2, 2), 16, 16, "relu", False, True), {}),
-        (((66,), (65,), 16, 16, "relu", False, True), {}),
-    ):
-        changed = replace(one_launch_form.SETTINGS, **changes)
-        with monkeypatch.context() as patch:
-            patch.setattr(one_launch_form, "SETTINGS", changed)
-            tensors, options = call(case)
-            with torch.no_grad():
-                outputs = fused_mhla(
-                    *tensors, **options, causal=False, eps=1e-6, use_attention_form=False,
-                    stored=torch.float16,
-                )  # fmt: skip
-        assert outputs.isfinite().all() and allowed == []
+        ([18, 9], [2, 1], torch.float16, {}, False),
+        ([65], [65], torch.float16, {}, False),
+    ],
+)
+def test_what_fits(grid, layout, stored, changes, expected, monkeypatch):
+    settings = replace(one_launch_form.SETTINGS, **{"allowed": True, "fewest_heads": 6} | changes)
+    monkeypatch.setattr(one_launch_form, "SETTINGS", settings)
+    tokens = torch.zeros(2, torch.Size(grid).numel(), 3, 16)
+    asked = Call(tokens, tokens, None, None, grid, layout, "relu", True, 1e-6, stored)
+    assert one_launch_form.fits(asked) == expected
 
 
 @pytest.mark.gpu

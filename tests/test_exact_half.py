@@ -286,3 +286,14 @@ def test_learned_features_start_as_none_and_serve_the_linear_half_alone(feature_
         linear = mhla(q.softmax(-1), k.softmax(-1), v, plain.mixing, **options)
         found = plain._begin_linear(q, k, v, GRID, None, None)()
         torch.testing.assert_close(found, linear)
+
+
+def test_models_of_two_shares_compile_into_one_graph_each():
+    torch._dynamo.reset()
+    hidden = torch.randn(1, 35, 16, dtype=torch.float64)
+    query, key, value = (hidden.unflatten(-1, (2, 8)) * n for n in (1, 2, 3))
+    for share in (0.25, 0.5, 0.3):
+        module = mhla_gen.MHLA(2, 8, 16, MHLAConfig(layout=LAYOUT, exact=share)).double()
+        compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+        found = compiled(query, key, value, hidden, GRID)
+        torch.testing.assert_close(found, module(query, key, value, hidden, GRID))

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from mhla_gen.config.checks import (
     check_gate,
@@ -85,8 +85,13 @@ class MHLAConfig(Settings):
     implementation: str = "auto"
     """Which code runs, see `mhla_gen.ops.mhla`."""
 
+    # `exact` as text, no setting: torch.compile makes a number that two models have different
+    # values of symbolic, and no tiles can be picked by that.
+    share: ClassVar[str] = ""
+
     def __post_init__(self):
         super().__post_init__()
+        object.__setattr__(self, "share", repr(self.exact))
         object.__setattr__(self, "layout", normalize_layout(self.layout))
         object.__setattr__(self, "layers", normalize_layers(self.layers))
         check_gate(self.gate)

@@ -19,8 +19,8 @@ _remembered_tiles = functools.lru_cache(maxsize=1024)(auto_tiles)
 
 # torch.compile calls it, rather than tracing arithmetic of plain integers.
 @torch.compiler.assume_constant_result
-def _auto_tiles(grid: tuple[int, ...], share: float) -> TileLayout:
-    return _remembered_tiles(grid, share)
+def _auto_tiles(grid: tuple[int, ...], share: str) -> TileLayout:
+    return _remembered_tiles(grid, float(share))
 
 
 def tile_layout(config: MHLAConfig, grid: tuple[int, ...]) -> TileLayout:
@@ -33,9 +33,9 @@ def tile_layout(config: MHLAConfig, grid: tuple[int, ...]) -> TileLayout:
     # As indices: a compiled layer keeps the tiles of the grid that it was compiled for.
     grid = tuple(operator.index(length) for length in grid)
     if not config.has_tiles:
-        picked = _auto_tiles(grid, 1.0)
+        picked = _auto_tiles(grid, "1")
         return TileLayout(picked.tile, picked.group, (0,) * len(grid), 0)
-    picked = _auto_tiles(grid, config.exact)
+    picked = _auto_tiles(grid, config.share)
     group = config.exact_group
     if group is None:
         group = picked.group if config.exact_tile is None else (1,) * len(grid)

@@ -4,7 +4,7 @@
 #   bash experiments/evidence.sh DATA OUTPUT [--seconds N] [--processes N] [key=value ...]
 # DATA: emoji64.npz (experiments/evidence/emoji_dataset.py) or a folder with one sub-folder of images
 # a class. All GPUs that this machine has are used, with several processes each. After --seconds
-# trainings write checkpoints into OUTPUT/*/work, and the same command goes on from there.
+# trainings write checkpoints into OUTPUT/*/work, and the same command resumes from there.
 # PLANS names some of exact, arms, long, gates; exact takes some 35 minutes of an H100, arms 90, long 60.
 set -euo pipefail
 usage="usage: bash experiments/evidence.sh DATA OUTPUT [--seconds N] [--processes N] [key=value ...]"

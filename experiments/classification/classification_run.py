@@ -6,7 +6,7 @@ DATA is an npz file with `arr_0` uint8 `[images, 64, 64, 3]` and `labels`, as
 experiments/evidence/emoji_dataset.py makes one. The model is timm's DeiT-T with average pooling and
 patches of 4 pixels, so 16 × 16 tokens, in 4 × 4 blocks; every fourth image is held out; all arms
 see the same images in the same order. Speeds come first, alone on the GPU, then trainings, several
-at once. RESULT.json gets each result as soon as it is there, and the same command goes on with what
+at once. RESULT.json gets each result as soon as it is there, and the same command resumes with what
 is missing; RESULT.md is the table beside the paper's. Needs timm, and a GPU but for trying out.
 """
 

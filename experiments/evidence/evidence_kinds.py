@@ -164,7 +164,7 @@ def measure_images(
 def run_converted(run: Run, config: TrainConfig, shop: Workshop) -> dict[str, Any]:
     """Give the weights of another run another attention, and measure it while it is tuned.
 
-    Runs that were interrupted go on from what they measured.
+    Interrupted runs resume from what they measured.
     """
     assert run.setting.start is not None
     timed, folder = Stopwatch(), Path(config.output_dir)
@@ -183,7 +183,7 @@ def run_converted(run: Run, config: TrainConfig, shop: Workshop) -> dict[str, An
             config,
             model=replace(config.model, pretrained=str(start)),
             max_steps=max(steps, 1),
-            # The last step has a checkpoint, from which the next point goes on.
+            # The last step has a checkpoint, from which the next point continues.
             checkpoint_every=1_000_000,
         )
         if steps > 0:

@@ -5,7 +5,7 @@
 
 The parts are: `speed`, what is compared alone on its GPU; `runs`, all trainings, the deciding ones
 first, with the probe beside them on the CPU; `report`, the tables. What is there is not done again.
-After --seconds trainings are told to stop and write a checkpoint, and the same command goes on from
+After --seconds trainings are told to stop and write a checkpoint, and the same command resumes from
 there; OUT/work must still be there then, or trainings that were under way begin again. What
 processes print goes to OUT/work/*.log.
 """

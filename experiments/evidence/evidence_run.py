@@ -6,7 +6,7 @@ DATA is an npz file with `arr_0` and `labels` (emoji_dataset.py makes one), or a
 sub-folder of images a class. OUT gets one JSON file and one picture for each run as soon as it is
 done; runs that are there are not run again. Any number of processes may work on one OUT, on one GPU
 or several (CUDA_VISIBLE_DEVICES): each takes the next run that nobody has. On SIGTERM a training
-writes a checkpoint in the folder --work, and the same command goes on from it. evidence_launch.py
+writes a checkpoint in the folder --work, and the same command resumes from it. evidence_launch.py
 starts several, for a limited time. Speeds are measured apart, by evidence_speed.py. key=value
 changes the training of all runs, see base.yaml.
 """

@@ -1,6 +1,7 @@
 """The quickstart in small: every file it promises, twice the same; the whole one is slow."""
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -53,15 +54,22 @@ def samples(folder):
         return arrays["arr_0"], arrays["labels"]
 
 
-def test_it_leaves_what_it_promises_and_twice_the_same(tmp_path, capsys):
-    for name in ("a", "b"):
-        quickstart(tiny(tmp_path / name))
-    folder, printed = tmp_path / "a", capsys.readouterr().out
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("quickstart") / "run"
+    quickstart(tiny(folder))
+    return folder
+
+
+def test_it_leaves_what_it_promises_and_twice_the_same(finished, tmp_path, capsys):
+    folder = tmp_path / "run"
+    quickstart(tiny(folder))
+    printed = capsys.readouterr().out
     assert set(PROMISED) <= {path.name for path in folder.iterdir()}
     images, labels = samples(folder)
     assert images.shape == (70, 8, 8, 1) and images.dtype == np.uint8
     assert labels.tolist() == [c for c in range(10) for _ in range(7)]
-    assert (samples(tmp_path / "b")[0] == images).all()
+    assert (samples(finished)[0] == images).all()
     for name in ("samples.png", "loss.png", "mixing.png"):
         assert np.asarray(Image.open(folder / name)).std() > 1
     assert load_config(folder / "config.yaml") == tiny(folder)
@@ -79,14 +87,12 @@ def test_it_leaves_what_it_promises_and_twice_the_same(tmp_path, capsys):
     assert (again == images).all()
 
 
-def test_a_finished_one_is_shown_again_and_foreign_folders_are_refused(tmp_path, capsys):
-    config = tiny(tmp_path / "run")
-    quickstart(config)
-    written = (tmp_path / "run" / "samples.npz").stat().st_mtime_ns
-    capsys.readouterr()
+def test_a_finished_one_is_shown_again_and_foreign_folders_are_refused(finished, tmp_path, capsys):
+    config = tiny(finished)
+    written = (finished / "samples.npz").stat().st_mtime_ns
     quickstart(config)
     assert "nothing was run" in capsys.readouterr().out
-    assert (tmp_path / "run" / "samples.npz").stat().st_mtime_ns == written
+    assert (finished / "samples.npz").stat().st_mtime_ns == written
     with pytest.raises(FileExistsError, match="seed: found 0, asked for 1"):
         quickstart(replace(config, seed=1))
     (tmp_path / "mine").mkdir()
@@ -95,9 +101,7 @@ def test_a_finished_one_is_shown_again_and_foreign_folders_are_refused(tmp_path,
         quickstart(replace(config, output_dir=str(tmp_path / "mine")))
 
 
-def test_an_interrupted_one_goes_on_to_the_same_end(tmp_path, monkeypatch):
-    quickstart(tiny(tmp_path / "whole"))
-
+def test_an_interrupted_one_goes_on_to_the_same_end(finished, tmp_path, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
@@ -107,7 +111,7 @@ def test_an_interrupted_one_goes_on_to_the_same_end(tmp_path, monkeypatch):
             quickstart(tiny(tmp_path / "parts"))
     assert not (tmp_path / "parts" / "metrics.json").exists()
     quickstart(tiny(tmp_path / "parts"))
-    assert (samples(tmp_path / "parts")[0] == samples(tmp_path / "whole")[0]).all()
+    assert (samples(tmp_path / "parts")[0] == samples(finished)[0]).all()
 
 
 def test_the_time_of_a_training_counts_what_came_before_an_interruption():
@@ -121,10 +125,10 @@ def test_a_dry_run_writes_nothing(tmp_path, capsys):
     assert "mhla model" in text and "linear model" in text and not (tmp_path / "run").exists()
 
 
-def test_the_next_commands_are_real(tmp_path, monkeypatch):
+def test_the_next_commands_are_real(finished, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "run"
-    quickstart(tiny(folder))
+    shutil.copytree(finished, folder)
     sampling, training, loading = next_commands(folder, 4)
     for command in (f"{sampling} num_inference_steps=1", f"{training} max_steps=4", loading):
         done = subprocess.run(command, shell=True, capture_output=True, text=True)

@@ -95,7 +95,7 @@ class BenchConfig(Settings):
     num_heads: Count = 4
     """Heads of the operators."""
     head_dim: Count = 64
-    """Channels of a head of the operators."""
+    """Channels per head of the operators."""
     rotary: bool = False
     """Rotate queries and keys inside the linear operators."""
     backward: bool = True

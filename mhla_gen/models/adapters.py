@@ -1,7 +1,7 @@
 """Adapters: what was added to a pretrained model, in one file of a few megabytes.
 
-An adapter holds the weights of MHLA, of its exact half and of LoRA, the settings of all three, and
-of the base model its class, its name and a digest of every weight.
+An adapter holds the weights and settings of MHLA, of its exact half and of LoRA. Of the base model
+it records the class, the name and a digest of every weight.
 """
 
 import json
@@ -35,12 +35,12 @@ from mhla_gen.models.transformer import MHLATransformerMixin
 
 ADAPTER_NAME = "mhla_adapter.safetensors"
 ADAPTER_FOLDER = "adapter"
-"""Folder of a trained pipeline that holds what was added to its base."""
+"""Folder inside a trained pipeline that holds what was added to its base."""
 _FORMAT = "mhla_gen adapter 1"
 _ALONE = "transformer"
-"""What a transformer outside of a pipeline is called."""
+"""Name in the file of a transformer that is not part of a pipeline."""
 _LOADED = "_mhla_adapter"
-"""Attribute of a transformer whose added parts came from an adapter: where that lies."""
+"""Attribute of a transformer with a loaded adapter: where the adapter came from."""
 
 
 def save_adapter(pipe_or_transformer: Any, folder: str | Path) -> Path:
@@ -48,14 +48,14 @@ def save_adapter(pipe_or_transformer: Any, folder: str | Path) -> Path:
 
     Args:
         pipe_or_transformer: A transformer with MHLA layers, or a pipeline that holds one or more.
-        folder: Gets `mhla_adapter.safetensors`; one that is there is replaced.
+        folder: Where to write `mhla_adapter.safetensors`; an existing file is replaced.
 
     Returns:
-        The file.
+        Path of the file.
 
     Raises:
         ValueError: If nothing was added, or there is more than one LoRA.
-        OSError: If it cannot be written.
+        OSError: If the file cannot be written.
     """
     tensors, described = {}, {}
     for name, model in _transformers(pipe_or_transformer).items():
@@ -83,20 +83,21 @@ def save_adapter(pipe_or_transformer: Any, folder: str | Path) -> Path:
 
 
 def load_adapter(pipe_or_transformer: Any, folder_or_name: str | Path, **location: Any) -> Any:
-    """Add to a softmax model what an adapter holds, in place; another adapter makes room for it.
+    """Load an adapter into a softmax model, in place; an adapter loaded before is removed.
 
     Args:
         pipe_or_transformer: A transformer of the adapter's class, or a pipeline that holds it.
-        folder_or_name: Folder or file that `save_adapter` wrote; a run of ours that trained nothing
-            else; or a name on the Hugging Face hub.
-        location: Of a name on the hub: `revision`, `token`, `cache_dir`, `subfolder`.
+        folder_or_name: Folder or file that `save_adapter` wrote; a training run of this toolkit
+            that trained nothing else; or a name on the Hugging Face hub.
+        location: For a name on the hub: `revision`, `token`, `cache_dir`, `subfolder`.
 
     Returns:
-        Its first argument.
+        `pipe_or_transformer`.
 
     Raises:
         FileNotFoundError: If there is no adapter.
-        ValueError: If it is for another architecture, or the model has MHLA layers of its own.
+        ValueError: If the adapter is for another architecture, or the model has MHLA layers that
+            did not come from an adapter.
     """
     path = _find(folder_or_name, location)
     described, tensors = _read(path)
@@ -119,19 +120,19 @@ def load_adapter(pipe_or_transformer: Any, folder_or_name: str | Path, **locatio
         model.load_state_dict(state, strict=False)
         add_lora_weights(model, described[name]["lora"], tensors[name])
     if isinstance(pipe_or_transformer, DiffusionPipeline):
-        # It saves the classes that its parts had when it was told of them.
+        # A pipeline saves the class names that its components had when they were registered.
         pipe_or_transformer.register_modules(**parts)
     return pipe_or_transformer
 
 
 def unload_adapter(pipe_or_transformer: Any) -> Any:
-    """Take away what `load_adapter` added: the softmax model again, bit for bit.
+    """Remove what `load_adapter` added, which restores the softmax model bit for bit.
 
     Args:
         pipe_or_transformer: What `load_adapter` was given.
 
     Returns:
-        Its argument.
+        `pipe_or_transformer`.
 
     Raises:
         ValueError: If no adapter is loaded.
@@ -151,10 +152,10 @@ def unload_adapter(pipe_or_transformer: Any) -> Any:
 
 
 def _transformers(pipe_or_transformer: Any) -> dict[str, Any]:
-    """Transformers that take MHLA, by their names in a pipeline.
+    """The transformers that can have MHLA layers, by their names in the pipeline.
 
     Raises:
-        ValueError: If it is a model of another library.
+        ValueError: If the model comes from another library than diffusers.
     """
     if is_language_model(pipe_or_transformer) or is_vision_model(pipe_or_transformer):
         raise UserError(
@@ -191,7 +192,7 @@ def _find(folder_or_name: str | Path, location: dict[str, Any]) -> Path:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
-    """Descriptions and tensors of an adapter, by transformer."""
+    """An adapter's descriptions and tensors, by transformer."""
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}

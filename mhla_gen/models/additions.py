@@ -1,4 +1,4 @@
-"""What every attention that `inject` puts into a layer has: a convolution of V, and a gate."""
+"""What every injected attention has in common: a convolution of the values, and a gate."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
@@ -15,12 +15,12 @@ from mhla_gen.ops.halo import begin_halo, sharded_depthwise_conv
 
 
 class DepthwiseConv(nn.Module):
-    """Depthwise convolution over tokens on their grid; it starts at zero.
+    """Depthwise convolution over the token grid, initialized to zero.
 
     Args:
-        channels: Channels of a token.
-        kernel_size: Odd width along every axis.
-        rank: Axes of the grid.
+        channels: Channels per token.
+        kernel_size: Width along every axis, odd.
+        rank: Number of axes of the grid.
 
     Source:
         The positional convolution (CPE) of arXiv:2601.07832, Sec. 5.2, on values.
@@ -39,10 +39,11 @@ class DepthwiseConv(nn.Module):
         halo: Callable[[], Tensor] | None = None,
         after: tuple[Tensor, Tensor | None, int] | None = None,
     ) -> Tensor:
-        """Convolve tokens `[batch, seq_len, channels]`, raster order of `grid`.
+        """Convolve tokens `[batch, seq_len, channels]` in raster order of `grid`.
 
-        `group`: processes that share them, or None; `halo`: what `begin_halo` returned, if called;
-        `after`: what `gated_conv` adds, the logits of its gate and heads, without a group.
+        `group` is the group of processes that share the tokens, or None; `halo` is what
+        `begin_halo` returned, if it was called; `after`, only without a group, is what `gated_conv`
+        adds, and the logits and heads of its gate.
         """
         if after is not None:
             added, logits, heads = after
@@ -55,7 +56,7 @@ class DepthwiseConv(nn.Module):
         return depthwise_conv(tokens, self.weight, self.bias, grid=grid)
 
     def begin_halo(self, tokens: Tensor, grid: tuple[int, ...], group: Any) -> Callable[[], Tensor]:
-        """Start to borrow what `forward` needs of other processes' tokens."""
+        """Start to fetch the tokens of other processes that `forward` needs."""
         return begin_halo(tokens, tuple(self.weight.shape[2:]), grid=grid, group=group)
 
     def extra_repr(self) -> str:
@@ -64,11 +65,11 @@ class DepthwiseConv(nn.Module):
 
 
 class AddedAttention(nn.Module):
-    """The child that an attention layer gains: attention over its queries, keys and values.
+    """The child module that replaces a layer's attention over queries, keys and values.
 
     Args:
-        num_heads: Heads.
-        head_dim: Channels of a head.
+        num_heads: Number of heads.
+        head_dim: Channels per head.
         config: Settings.
     """
 
@@ -85,7 +86,7 @@ class AddedAttention(nn.Module):
         self.head_dim = head_dim
 
     def add_parts(self, hidden_size: int, rank: int) -> None:
-        """Make convolution and gate, where the config wants them, for grids of `rank` axes."""
+        """Create the convolution and the gate, if configured, for grids of `rank` axes."""
         config, inner_dim = self.config, self.num_heads * self.head_dim
         size = config.conv_kernel_size
         self.conv = self.conv_class(inner_dim, size, rank) if config.conv else None
@@ -93,7 +94,7 @@ class AddedAttention(nn.Module):
 
     @torch.no_grad()
     def reset_parts(self) -> None:
-        """Set convolution and gate to the identity."""
+        """Reset the convolution and the gate to the identity."""
         if self.conv is not None:
             for parameter in self.conv.parameters():
                 parameter.zero_()
@@ -101,7 +102,7 @@ class AddedAttention(nn.Module):
             reset_gate(self.gate)
 
     def input_layers(self) -> tuple[Any, ...]:
-        """Linear layers of the attention layer's input, which its projections may be joined by."""
+        """Linear layers that read the attention layer's input and may join its projections."""
         return () if self.gate is None else (input_layer(self.gate),)
 
     def forward(
@@ -123,13 +124,13 @@ class AddedAttention(nn.Module):
             key: Like `query`.
             value: Like `query`.
             hidden_states: Input of the layer, `[batch, seq_len, hidden_size]`.
-            grid: Tokens along each axis.
+            grid: Number of tokens along each axis.
             rotary: See `mhla_gen.ops.mhla`, or `mhla_rotated_by_head` for tables of 4 axes.
             group: Processes that share the sequence, each with its own part of all tensors above
-                (`mhla_gen.ops.sharded`), or None if this process has all of it.
-            extra: Keys and values off the grid that every token reads exactly, and maybe a mask of
-                the valid ones; see `mhla_gen.ops.tile_attention`.
-            of_input: What `input_layers` make of `hidden_states`, where that is known.
+                (`mhla_gen.ops.sharded`), or None if this process has the whole sequence.
+            extra: Keys and values off the grid that every token reads exactly, and optionally a
+                mask of the valid ones; see `mhla_gen.ops.tile_attention`.
+            of_input: Outputs of `input_layers` for `hidden_states`, if already computed.
 
         Returns:
             `[batch, seq_len, num_heads * head_dim]`.
@@ -152,7 +153,7 @@ class AddedAttention(nn.Module):
         if self.conv is not None:
             halo = self.conv.begin_halo(value.flatten(2), grid, group)
         attend = self._begin(*given)
-        # This hides what processes that share the sequence tell each other.
+        # This overlaps with the communication between the processes that share the sequence.
         convolved = None if self.conv is None else self.conv(value.flatten(2), grid, group, halo)
         out = attend().flatten(2)
         if convolved is not None:
@@ -170,10 +171,10 @@ class AddedAttention(nn.Module):
         group: Any,
         extra: tuple[Tensor, ...] | None,
     ) -> Callable[[], Tensor]:
-        """Begin what `forward` does before convolution and gate; the result ends it."""
+        """Start the attention that precedes convolution and gate; calling the result ends it."""
         raise NotImplementedError
 
     @property
     def kind(self) -> str:
-        """What the layer computes, in a word or two."""
+        """The kind of attention that the layer computes, in a word or two."""
         raise NotImplementedError

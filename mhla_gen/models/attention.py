@@ -1,4 +1,4 @@
-"""The module that an attention layer gains: MHLA, softmax on part of the pairs, or both."""
+"""The module added to an attention layer: MHLA, softmax on part of the pairs, or both."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -19,26 +19,27 @@ from mhla_gen.ops import FEATURE_MAPS, FRAME_MIXING_INITS, MIXING_INITS, mhla
 from mhla_gen.ops.sharded import begin_sharded_mhla
 
 NEW_START = 0.5
-"""Weight of the exact half in a new model."""
+"""Initial weight of the exact half in a new model."""
 CONVERTED_START = 0.98
-"""Weight of the exact half in a converted model, which this disturbs least."""
+"""Initial weight of the exact half in a converted model: the value that disturbs it least."""
 
 
 class MHLA(AddedAttention):
-    """MHLA over projected queries, keys and values, with everything it learns.
+    """MHLA over projected queries, keys and values, with all its learned parts.
 
-    Beside MHLA, or in its place, softmax can compute a share of the pairs exactly (`config.exact`).
-    It is a child of the attention layer, which keeps its projections; so a softmax layer becomes an
-    MHLA layer by gaining this child, and one again by losing it. Convolution and gate start as the
-    identity, so that a pretrained model is disturbed by the change of attention only.
+    Softmax can compute a share of the pairs exactly, beside MHLA or in its place (`config.exact`).
+    The module is a child of the attention layer, which keeps its projections: adding the child
+    turns a softmax layer into an MHLA layer, and removing it restores the softmax layer.
+    Convolution and gate start as the identity, so that only the change of attention disturbs a
+    pretrained model.
 
     Args:
-        num_heads: Heads.
-        head_dim: Channels of a head, of queries, keys and values.
-        hidden_size: Channels of the layer's input, which drives the gate.
-        config: Settings; `layout` must be given as block counts. Where the weight of an exact half
-            is left open (`exact_start`), it starts at 0.5.
-        reads_text: The layer's tokens also read keys off their grid, exactly.
+        num_heads: Number of heads.
+        head_dim: Channels per head, the same for queries, keys and values.
+        hidden_size: Channels of the layer's input, from which the gate is computed.
+        config: Settings; `layout` must be given as block counts. If `exact_start` is left open,
+            the weight of the exact half starts at 0.5.
+        reads_text: Whether the layer's tokens also read keys off their grid, exactly.
 
     Raises:
         ValueError: If `config.layout` is still "auto".
@@ -76,7 +77,7 @@ class MHLA(AddedAttention):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Set mixing to its initial matrix, convolution and gate to the identity."""
+        """Reset mixing to its initial matrix, and convolution and gate to the identity."""
         if self.mixing is not None:
             self.mixing.copy_(initial_mixing(self.config, self.num_heads))
         for module in (self.features, self.combine):
@@ -87,7 +88,7 @@ class MHLA(AddedAttention):
             self.norm.reset_parameters()
 
     def input_layers(self) -> tuple[Any, ...]:
-        """Those of the gate and of what combines the halves, in this order."""
+        """The input layers of the gate, then those of the module that combines the halves."""
         shares = () if self.combine is None else self.combine.input_layers()
         return (*super().input_layers(), *shares)
 
@@ -102,10 +103,10 @@ class MHLA(AddedAttention):
         group: Any,
         extra: tuple[Tensor, ...] | None,
     ) -> Callable[[], Tensor]:
-        """Begin attention, whose result ends it.
+        """Start the attention; calling the result ends it.
 
         An axis with fewer tokens than blocks, such as the single frame of an image, uses as many
-        blocks as it has tokens, evenly spaced; the others are empty and read by nobody.
+        blocks as it has tokens, evenly spaced; the other blocks are empty and never read.
         """
         config = self.config
         assert extra is None or config.exact > 0 or self.combine is not None
@@ -130,7 +131,7 @@ class MHLA(AddedAttention):
         grid: tuple[int, ...],
         log_sum_exp: Tensor | None,
     ) -> dict[str, Tensor]:
-        """What `combine` weighs the halves by; arguments as in `forward` and `exact_attention`."""
+        """The inputs of `combine`'s weights; arguments as in `forward` and `exact_attention`."""
         if self.config.combine == "projection":
             return {}
         if self.config.combine == "gate":
@@ -151,7 +152,7 @@ class MHLA(AddedAttention):
         rotary: tuple[Tensor, Tensor] | None,
         group: Any,
     ) -> Callable[[], Tensor]:
-        """Begin MHLA; the result ends it."""
+        """Start MHLA; calling the result ends it."""
         assert self.features is not None
         query, key = self.features(query, key)
         layout, mixing = self.occupied_blocks(grid)
@@ -182,11 +183,11 @@ class MHLA(AddedAttention):
         """The blocks that hold tokens of this grid: their layout and their part of mixing.
 
         Args:
-            grid: Tokens along each axis.
+            grid: Number of tokens along each axis.
 
         Returns:
-            Blocks along each axis, at most those of the config, and the rows and columns of
-            `mixing` that belong to them.
+            The number of blocks along each axis, at most that of the config, and the rows and
+            columns of `mixing` that belong to them.
         """
         assert self.mixing is not None
         pairs = list(zip(self.config.layout, grid, strict=True))
@@ -197,7 +198,7 @@ class MHLA(AddedAttention):
         return layout, self.mixing.index_select(-1, blocks).index_select(-2, blocks)
 
     def matrix(self, mixing: Tensor) -> Tensor:
-        """What `mixing` looks like as a matrix `[(num_heads,) blocks, blocks]`: itself."""
+        """`mixing` as a matrix `[(num_heads,) blocks, blocks]`, which here it already is."""
         return mixing
 
     @property
@@ -222,12 +223,13 @@ class MHLA(AddedAttention):
 def _begin_operator(
     rotary: tuple[Tensor, Tensor] | None, group: Any
 ) -> Callable[..., Callable[[], Tensor]]:
-    """Functions of one signature, which differ in the shape of `rotary` or in who has the tokens.
+    """The operator for this shape of `rotary` and this distribution of tokens.
 
-    What they return runs the operator, or the rest of it where others are told something first.
+    All choices have one signature. Calling what they return runs the operator, or the rest of it
+    if communication has started.
 
     Raises:
-        ValueError: If both are out of the ordinary.
+        ValueError: If ranks share the sequence and `rotary` differs from head to head.
     """
     by_head = rotary is not None and rotary[0].ndim == 4
     if group is None:
@@ -239,7 +241,7 @@ def _begin_operator(
 
 
 def evenly_spaced(layout: tuple[int, ...], kept: tuple[int, ...], device: torch.device) -> Tensor:
-    """Numbers of `kept` blocks along each axis, evenly spaced among those of `layout`."""
+    """Indices of `kept` blocks along each axis, evenly spaced among those of `layout`."""
     blocks = torch.zeros((), dtype=torch.int64, device=device)
     for count, num in zip(layout, kept, strict=True):
         places = (torch.arange(num, device=device) * 2 + 1) * count // (2 * num)
@@ -248,7 +250,7 @@ def evenly_spaced(layout: tuple[int, ...], kept: tuple[int, ...], device: torch.
 
 
 def initial_mixing(config: MHLAConfig, num_heads: int) -> Tensor:
-    """What training starts from, with heads first if they differ.
+    """The mixing matrix before training, with the heads first if they differ.
 
     `[blocks, blocks]`, or with `causal_frames` the `[distances, blocks, blocks]` of
     `frame_causal_mhla`.

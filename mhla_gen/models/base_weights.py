@@ -1,4 +1,4 @@
-"""Which weights a model has, told by a few values of each: to see that two bases differ."""
+"""Digests of a model's weights, from a few values of each, to detect that two bases differ."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,19 +16,19 @@ _VALUES = 64
 class BaseWeights:
     """Digests of a model's own weights, without those of MHLA and LoRA.
 
-    Each is of up to 64 values spread over the tensor, rounded to bfloat16: whatever the dtype a
-    model was loaded in, and in the time that a few reads take. Quantized weights have none.
+    A digest covers up to 64 values spread over the tensor, rounded to bfloat16, so that it is fast
+    and independent of the dtype the model was loaded in. Quantized weights have no digest.
     """
 
     digests: dict[str, str]
 
     @classmethod
     def of(cls, model: nn.Module) -> Self:
-        """Digests of a model's weights, wherever they lie."""
+        """Digests of a model's weights, on any device."""
         return cls({name: _digest(tensor) for name, tensor in sorted(_weights(model))})
 
     def different(self, others: Mapping[str, str]) -> list[str]:
-        """Names of weights that both have, with other values."""
+        """Names of the weights that both have but with different values."""
         common = self.digests.keys() & others.keys()
         return sorted(name for name in common if self.digests[name] != others[name])
 

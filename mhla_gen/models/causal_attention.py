@@ -21,11 +21,11 @@ from mhla_gen.ops import (
 
 
 class LayerState:
-    """What a layer remembers of a batch of sequences; nothing before it has read a token.
+    """A layer's memory of a batch of sequences, empty until the first token is read.
 
     Attributes:
-        window: Its last tokens; None without an exact half.
-        linear: Summaries of the tokens before them; None without MHLA.
+        window: The last tokens; None without an exact half.
+        linear: Summaries of the tokens before the window; None without MHLA.
     """
 
     def __init__(self):
@@ -34,16 +34,16 @@ class LayerState:
 
     @property
     def parts(self) -> list[WindowState | CausalState]:
-        """Those that are there."""
+        """The parts that are not None."""
         return [part for part in (self.window, self.linear) if part is not None]
 
     @property
     def lengths(self) -> Tensor | None:
-        """Tokens read of each sequence; None before the first."""
+        """Number of tokens read of each sequence; None before the first."""
         return self.parts[0].lengths if self.parts else None
 
     def reorder(self, index: Tensor) -> None:
-        """Let sequence i be what sequence `index[i]` was."""
+        """Replace sequence i by sequence `index[i]`."""
         for part in self.parts:
             part.reorder(index)
 
@@ -55,16 +55,16 @@ class LayerState:
 
 
 class CausalMHLA(nn.Module):
-    """Causal MHLA over projected queries, keys and values, with what it learns.
+    """Causal MHLA over projected queries, keys and values, with all its learned parts.
 
-    With a window, softmax attends within it and MHLA before it; tokens that have nothing before
-    their window are softmax alone.
+    With a window, softmax attends to the tokens within it and MHLA to those before it; tokens with
+    nothing before their window use softmax alone.
 
     Args:
-        num_heads: Heads of queries.
-        num_key_heads: Heads of keys and values.
+        num_heads: Number of query heads.
+        num_key_heads: Number of key and value heads.
         hidden_size: Channels of the layer's input.
-        config: Settings. An open `exact_start` is that of a new layer.
+        config: Settings. If `exact_start` is left open, it is that of a new layer.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class CausalMHLA(nn.Module):
         self.log_weights, self.combine = None, None
         if config.linear:
             shape = (num_key_heads,) * config.mixing_per_head + (config.num_blocks,)
-            # Of the logarithm, so that any optimizer keeps weights positive.
+            # The parameter is the logarithm, so that the weights stay positive under any optimizer.
             weights = torch.empty(shape)
             self.log_weights = nn.Parameter(weights, requires_grad=config.mixing_learnable)
         if config.has_halves:
@@ -87,7 +87,7 @@ class CausalMHLA(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Set the weights to favour near blocks, and the gate to its start."""
+        """Reset the weights to favour near blocks, and the gate to its initial value."""
         if self.log_weights is not None:
             self.log_weights.copy_(locality_weights(self.config.num_blocks).log())
         if self.combine is not None:
@@ -103,16 +103,16 @@ class CausalMHLA(nn.Module):
         hidden_states: Tensor,
         state: LayerState | None = None,
     ) -> Tensor:
-        """Attend within whole sequences, or in those of a state, which then holds these tokens too.
+        """Attend within whole sequences, or continue those of a state, which is updated.
 
         Args:
-            query: As in `mhla_gen.ops.causal_mhla`, like the next four.
+            query: As in `mhla_gen.ops.causal_mhla`, like the next four arguments.
             key: Keys.
             value: Values.
             rotary: Tables.
             mask: False at padding.
             hidden_states: The layer's input, `[batch, seq_len, hidden_size]`.
-            state: What the layer has read before; None: nothing, and nothing is remembered.
+            state: Memory of the tokens read before; with None there are none, and none are kept.
         """
         if state is not None and not state.parts:
             self._begin(state)
@@ -149,7 +149,7 @@ class CausalMHLA(nn.Module):
         return state.linear.prefill(query, key, value, mask=mask, rotary=rotary)
 
     def weights(self) -> Tensor:
-        """One per distance, positive, float32."""
+        """One weight per block distance, positive, float32."""
         assert self.log_weights is not None
         return self.log_weights.float().exp()
 
@@ -166,7 +166,7 @@ class CausalMHLA(nn.Module):
 
 
 class CausalAttention(nn.Module):
-    """The forward of a layer whose `mhla` child attends; mixed into a Llama-style attention."""
+    """Mixin for Llama-style attention: a `forward` that attends with the `mhla` child."""
 
     mhla: Any
     q_proj: Any
@@ -207,9 +207,9 @@ class CausalAttention(nn.Module):
 def interleaved(
     query: Tensor, key: Tensor, position_embeddings: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-    """Channels in the order in which 2i and 2i + 1 are a pair, and tables for half of them.
+    """Reorder channels so that 2i and 2i + 1 form a rotary pair; halve the tables to match.
 
-    Llama pairs channel i with i + head_dim / 2. Products of queries and keys stay what they were.
+    Llama pairs channel i with i + head_dim / 2. Dot products of queries and keys do not change.
     """
     query, key = (x.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2) for x in (query, key))
     cos, sin = (table[..., : table.shape[-1] // 2] for table in position_embeddings)
@@ -219,7 +219,7 @@ def interleaved(
 
 
 class CausalCacheLayer(CacheLayerMixin):
-    """A `LayerState` where transformers keeps keys and values of a layer."""
+    """A `LayerState` in the place of a layer's keys and values in a transformers cache."""
 
     def __init__(self):
         super().__init__()
@@ -227,24 +227,24 @@ class CausalCacheLayer(CacheLayerMixin):
         self.num_tokens = 0
 
     def read(self, mhla: CausalMHLA, query: Tensor, *others: Any) -> Tensor:
-        """Read the next tokens; what `mhla(query, *others)` gives for them."""
+        """Read the next tokens and return the output of `mhla(query, *others)` for them."""
         self.is_initialized = True
         self.num_tokens += query.shape[1]
         return mhla(query, *others, state=self.state)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing: the state begins with the first tokens."""
+        """Do nothing: the state is created by the first tokens."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Not there: keys and values are not kept."""
+        """Refuse: keys and values are not kept."""
         raise UserError("an MHLA layer keeps no keys and values; use the cache of its own model")
 
     def get_seq_length(self) -> int:
-        """Tokens read, padding included."""
+        """Number of tokens read, padding included."""
         return self.num_tokens
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset that a mask would have."""
+        """Length and offset of a mask over the cached tokens."""
         return self.num_tokens + query_length, 0
 
     def get_max_length(self) -> int:
@@ -260,19 +260,19 @@ class CausalCacheLayer(CacheLayerMixin):
         self.state.to("cpu")
 
     def prefetch(self) -> None:
-        """Nothing: `offload` of a cache leaves layers of one small state alone."""
+        """Do nothing: a cache does not offload layers with one small state."""
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Refuse to forget the last tokens; a summary cannot."""
+        """Refuse: a summary cannot forget its last tokens."""
         if tokens_to_remove != 0:
             raise UserError("a causal MHLA state cannot go back; generate without an assistant")
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Let sequence i be what `beam_idx[i]` was."""
+        """Replace sequence i by sequence `beam_idx[i]`."""
         self.state.reorder(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these sequences."""
+        """Keep only these sequences."""
         self.reorder_cache(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:

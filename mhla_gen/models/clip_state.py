@@ -1,4 +1,4 @@
-"""What a model that is causal over frames remembers of the finished chunks of a clip."""
+"""State of a frame-causal model: its memory of a clip's finished chunks."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,11 +14,11 @@ from mhla_gen.ops.frame_causal import check_next
 
 
 class LayerState:
-    """What a frame-causal layer remembers of finished chunks.
+    """A frame-causal layer's memory of finished chunks.
 
     Attributes:
-        appends: Whether the next chunk that is read is a finished one.
-        values: Last frames of values, which the convolution reads, `[batch, tokens, channels]`.
+        appends: Whether the next chunk to be read is a finished one.
+        values: Values of the last frames, `[batch, tokens, channels]`, for the convolution.
     """
 
     def __init__(self, chunk_frames: int):
@@ -31,13 +31,13 @@ class LayerState:
         self._ended = False
 
     def mhla(self, weights: Tensor, options: dict[str, Any]) -> FrameState:
-        """The state of the operator, begun with the first chunk."""
+        """The state of the operator, created by the first chunk."""
         if self._mhla is None:
             self._mhla = FrameState(weights, **options)
         return self._mhla
 
     def softmax(self, query: Tensor, key: Tensor, value: Tensor, *, frames: int) -> Tensor:
-        """Attend to the chunk itself and to all keys and values of finished ones."""
+        """Attend to the chunk itself and to all keys and values of finished chunks."""
         check_next(frames, self.chunk_frames, self._ended)
         joined = [self._joined(index, new) for index, new in enumerate((key, value))]
         if self.appends:
@@ -46,7 +46,7 @@ class LayerState:
         return softmax(query, *joined)
 
     def _joined(self, index: int, new: Tensor) -> Tensor:
-        """Finished tokens and new ones in one tensor, which has room for more of them."""
+        """Finished and new tokens in one tensor, which has room for more."""
         if len(self._cache) == index:
             self._cache.append(new[:, :0])
         kept, end = self._cache[index], self._tokens + new.shape[1]
@@ -65,7 +65,7 @@ class LayerState:
 
     @property
     def tensors(self) -> Iterator[Tensor]:
-        """All that is kept."""
+        """All tensors of the state."""
         yield from self._cache
         if self.values is not None:
             yield self.values
@@ -75,18 +75,18 @@ class LayerState:
 
 
 class ClipState:
-    """What a frame-causal transformer remembers of the finished chunks of a clip.
+    """A frame-causal transformer's memory of the finished chunks of a clip.
 
-    Calling it is calling the model on the clip's next chunk, which sees the finished ones as if
-    they stood before it: chunk by chunk is what the model gives for the whole clip at once,
-    gradients included. Time and memory of a call are the same for every chunk, but for those of
-    softmax layers (`exact=1`), which keep keys and values.
+    Calling the state runs the model on the clip's next chunk, which attends to the finished chunks
+    before it. Outputs and gradients are those of the whole clip in one call. Time and memory of a
+    call are the same for every chunk, except in softmax layers (`exact=1`), which keep keys and
+    values.
 
     Args:
-        model: A transformer that was given `MHLAConfig(causal_frames=…)`.
+        model: A transformer converted with `MHLAConfig(causal_frames=…)`.
 
     Attributes:
-        frames: Latent frames of finished chunks.
+        frames: Number of latent frames in finished chunks.
 
     Raises:
         ValueError: If the model is not frame-causal.
@@ -109,20 +109,20 @@ class ClipState:
     def __call__(
         self, latents: Tensor, timestep: Tensor, *, append: bool = False, **conditions: Any
     ) -> Tensor:
-        """What the model predicts for the next chunk.
+        """The model's prediction for the next chunk.
 
         Args:
             latents: `[batch, channels, frames, height, width]`, of `causal_frames` frames, or fewer
                 in the clip's last chunk.
             timestep: `[batch]`, or `[batch, tokens]`.
-            append: Make it a finished chunk, as it is here: later chunks read it so.
+            append: Add this chunk, with these latents, to the finished ones that later chunks read.
             conditions: Further arguments of the model, such as `encoder_hidden_states`.
 
         Returns:
             Like `latents`.
 
         Raises:
-            ValueError: If this cannot be the clip's next chunk.
+            ValueError: If the latents cannot be the clip's next chunk.
         """
         model = self.model
         if getattr(model, "is_gradient_checkpointing", False) and torch.is_grad_enabled():
@@ -138,13 +138,13 @@ class ClipState:
 
     @property
     def bytes(self) -> int:
-        """Memory of all that is kept."""
+        """Size of the state in bytes."""
         kept = (tensor for layer in self.layers.values() for tensor in layer.tensors)
         return sum(tensor.numel() * tensor.element_size() for tensor in kept)
 
     @contextmanager
     def _remembered(self, append: bool) -> Iterator[None]:
-        """Hand each layer its state inside, and the rotary embedding its place in the clip."""
+        """Inside, each layer has its state and the rotary embedding the chunk's position."""
         try:
             self.model.rope.first_frame = self.frames
             for layer, state in self.layers.items():

@@ -15,7 +15,7 @@ from mhla_gen.models.transformer import MHLATransformerMixin
 
 
 class GridCosmosRotaryPosEmbed(PatchGridCarrier, CosmosRotaryPosEmbed):
-    """Cosmos' rotary embedding, which also tells its grid to the attention layers."""
+    """Cosmos' rotary embedding that also passes its grid to the attention layers."""
 
 
 class SoftmaxCosmosAttnProcessor(DropsGrid, CosmosAttnProcessor2_0):

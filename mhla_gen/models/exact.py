@@ -216,7 +216,7 @@ class GateCombination(Combination):
     $a$ is the sigmoid of a linear map of the layer's input.
 
     Args:
-        num_heads: Heads.
+        num_heads: Number of heads.
         hidden_size: Channels of the layer's input.
         start: `a` before training.
     """
@@ -253,7 +253,7 @@ class DenominatorCombination(Combination):
     learned for each head, since the two halves measure on different scales.
 
     Args:
-        num_heads: Heads.
+        num_heads: Number of heads.
         start: $\sigma(b)$ before training.
     """
 
@@ -284,7 +284,7 @@ class ProjectionCombination(Combination):
     """The exact half plus a linear map of the other one, which starts at zero.
 
     Args:
-        head_dim: Channels of a head; all heads share the map.
+        head_dim: Channels per head; all heads share the map.
 
     Source:
         SLA, arXiv:2509.24006.

@@ -69,7 +69,7 @@ class Family:
         return found
 
     def sizes(self, model: Any) -> tuple[int, int, int]:
-        """Heads, channels of a head, channels of the layer's input."""
+        """Number of heads, channels per head, channels of the layer's input."""
         num_heads, head_dim = model.config.num_attention_heads, model.config.attention_head_dim
         return num_heads, head_dim, num_heads * head_dim
 

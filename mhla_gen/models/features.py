@@ -16,8 +16,8 @@ class Features(nn.Module):
     """Queries and keys as MHLA's operator takes them.
 
     Args:
-        num_heads: Heads.
-        head_dim: Channels of a head.
+        num_heads: Number of heads.
+        head_dim: Channels per head.
         config: Settings of φ.
 
     Source:

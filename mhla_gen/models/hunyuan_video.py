@@ -20,11 +20,11 @@ from mhla_gen.models.transformer import MHLATransformerMixin
 
 
 class GridHunyuanVideoRotaryPosEmbed(PatchGridCarrier, HunyuanVideoRotaryPosEmbed):
-    """HunyuanVideo's rotary embedding, which also tells its grid to the attention layers."""
+    """HunyuanVideo's rotary embedding that also passes its grid to the attention layers."""
 
 
 class GridHunyuanVideo15RotaryPosEmbed(PatchGridCarrier, HunyuanVideo15RotaryPosEmbed):
-    """HunyuanVideo 1.5's rotary embedding, which also tells its grid to the attention layers."""
+    """HunyuanVideo 1.5's rotary embedding that also passes its grid to the attention layers."""
 
 
 class SoftmaxHunyuanVideoAttnProcessor(DropsGrid, HunyuanVideoAttnProcessor2_0):

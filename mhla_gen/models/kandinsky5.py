@@ -86,7 +86,7 @@ class Kandinsky5Family(Family):
     unconverted_processor = SoftmaxKandinsky5AttnProcessor
 
     def sizes(self, model: Any) -> tuple[int, int, int]:
-        """Heads, channels of a head, channels of the layer's input."""
+        """Number of heads, channels per head, channels of the layer's input."""
         head_dim = sum(model.config.axes_dims)
         return model.config.model_dim // head_dim, head_dim, model.config.model_dim
 

@@ -31,8 +31,8 @@ class Linformer(AddedAttention):
     projections do; convolution and gate start as the identity.
 
     Args:
-        num_heads: Heads.
-        head_dim: Channels of a head, of queries, keys and values.
+        num_heads: Number of heads.
+        head_dim: Channels per head, of queries, keys and values.
         hidden_size: Channels of the layer's input, which drives the gate.
         config: Settings of this layer, with a grid.
         owner: With `sharing="layerwise"`, the layer whose projections this one uses, if not its
@@ -246,7 +246,7 @@ class WindowProjection(nn.Module):
         kind: mean_pool, max_pool or conv, whose weights differ by channel and start as the mean.
         window: Tokens along each axis.
         heads: Heads with weights of their own; 1 is one for all.
-        head_dim: Channels of a head.
+        head_dim: Channels per head.
     """
 
     def __init__(self, kind: str, window: tuple[int, ...], heads: int, head_dim: int):

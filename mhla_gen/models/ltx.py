@@ -16,7 +16,7 @@ from mhla_gen.models.transformer import MHLATransformerMixin
 
 
 class GridLTXRotaryPosEmbed(LTXVideoRotaryPosEmbed):
-    """LTX-Video's rotary embedding, which also tells its grid to the attention layers.
+    """LTX-Video's rotary embedding that also passes its grid to the attention layers.
 
     The grid travels as the shape `(frames, height, width, 0)` of an empty third tensor.
     """

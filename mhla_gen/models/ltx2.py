@@ -19,7 +19,7 @@ from mhla_gen.models.transformer import MHLATransformerMixin
 
 
 class GridLTX2RotaryPosEmbed(LTX2AudioVideoRotaryPosEmbed):
-    """LTX-2's rotary embedding of video, which also tells its grid to the attention layers.
+    """LTX-2's rotary embedding of video that also passes its grid to the attention layers.
 
     It is called with coordinates alone; the model sets the grid in the same call of `forward`.
     """

@@ -12,7 +12,7 @@ from mhla_gen.models.transformer import MHLATransformerMixin
 
 
 class GridMochiRoPE(MochiRoPE):
-    """Mochi's rotary embedding, which also tells its grid to the attention layers."""
+    """Mochi's rotary embedding that also passes its grid to the attention layers."""
 
     def forward(  # type: ignore[override]
         self,

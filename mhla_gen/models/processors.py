@@ -124,7 +124,7 @@ def normalized(
 
     Args:
         projected: Queries, keys and values, each `[batch, seq_len, num_heads * head_dim]`.
-        num_heads: Heads.
+        num_heads: Number of heads.
         norms: Of queries and of keys; None for none.
         across_heads: Normalise all heads at once.
 

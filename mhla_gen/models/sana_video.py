@@ -13,7 +13,7 @@ from mhla_gen.models.wan import MHLAWanAttnProcessor
 
 
 class GridSanaRotaryPosEmbed(PatchGridCarrier, WanRotaryPosEmbed):
-    """SANA-Video's rotary embedding, which also tells its grid to the attention layers."""
+    """SANA-Video's rotary embedding that also passes its grid to the attention layers."""
 
 
 class StockSanaVideoAttnProcessor(DropsGrid, SanaLinearAttnProcessor3_0):

@@ -35,7 +35,7 @@ class VisionFamily(Family):
         return self.text_length > 0
 
     def sizes(self, model: Any) -> tuple[int, int, int]:
-        """Heads, channels of a head, channels of the layer's input."""
+        """Number of heads, channels per head, channels of the layer's input."""
         attention = model.blocks[0].attn
         return attention.num_heads, attention.head_dim, attention.qkv.in_features
 

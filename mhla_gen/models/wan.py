@@ -49,7 +49,7 @@ def _of_tokens(time: Tensor, table: Tensor) -> Tensor:
 
 
 class GridRotaryPosEmbed(PatchGridCarrier, MovedRotaryPosEmbed):
-    """Wan's rotary embedding, which also tells its grid to the attention layers."""
+    """Wan's rotary embedding that also passes its grid to the attention layers."""
 
 
 class SoftmaxWanAttnProcessor(DropsGrid, WanAttnProcessor):

@@ -19,11 +19,11 @@ _AnimateRotaryPosEmbed = transformer_wan_animate.WanRotaryPosEmbed
 
 
 class GridSkyReelsV2RotaryPosEmbed(PatchGridCarrier, SkyReelsV2RotaryPosEmbed):
-    """SkyReels V2's rotary embedding, which also tells its grid to the attention layers."""
+    """SkyReels V2's rotary embedding that also passes its grid to the attention layers."""
 
 
 class GridWanAnimateRotaryPosEmbed(PatchGridCarrier, _AnimateRotaryPosEmbed):
-    """Wan Animate's rotary embedding, which also tells its grid to the attention layers."""
+    """Wan Animate's rotary embedding that also passes its grid to the attention layers."""
 
 
 class SoftmaxSkyReelsV2AttnProcessor(DropsGrid, SkyReelsV2AttnProcessor):

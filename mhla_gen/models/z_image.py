@@ -66,7 +66,7 @@ class ZImageFamily(JointFamily):
     unconverted_processor = SoftmaxZImageAttnProcessor
 
     def sizes(self, model: Any) -> tuple[int, int, int]:
-        """Heads, channels of a head, channels of the layer's input."""
+        """Number of heads, channels per head, channels of the layer's input."""
         config = model.config
         return config.n_heads, config.dim // config.n_heads, config.dim
 

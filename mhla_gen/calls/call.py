@@ -245,7 +245,7 @@ class Call:
             captions: Tensors by the names in `text`.
             negative: The same for what guidance leads away from, where it has that.
         """
-        found = dict(captions)
+        found: dict[str, Any] = dict(captions)
         if negative is not None:
             negated = {f"negative_{name}": value for name, value in negative.items()}
             found |= {name: value for name, value in negated.items() if self.takes(name)}

@@ -51,11 +51,10 @@ def video_writer(
         # The temporary name does not tell the format.
         "output_params": ["-f", "mp4"],
     }
-    with (
-        written_whole(path) as partial,
-        imageio.get_writer(partial, format="mp4", mode="I", **options) as writer,  # pyright: ignore
-    ):
-        yield writer.append_data
+    with written_whole(path) as partial:
+        writer: Any
+        with imageio.get_writer(partial, format="mp4", mode="I", **options) as writer:  # pyright: ignore
+            yield writer.append_data
 
 
 def shown_frames(frames: np.ndarray) -> np.ndarray:

@@ -183,7 +183,8 @@ class JointMHLAProcessor(MHLAProcessor):
     def project_text(self, attn: Any, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """As `project`, for text tokens; by projections of their own where the layer has them."""
         if getattr(attn, "add_q_proj", None) is None:
-            return self.project(attn, states)
+            query, key, value = self.project(attn, states)
+            return query, key, value
         if getattr(attn, "fused_projections", False):
             projected = attn.to_added_qkv(states).chunk(3, dim=-1)
         else:

@@ -61,7 +61,7 @@ def causal_mhla_kernels(
     call = _call(query, value, mixing, cos, sin, feature_map, normalize, eps, stored)
     with torch.cuda.device_of(query):
         out, inverse, s, x = causal_form.forward(query, key, value, mixing, call)
-    return out, inverse, *s, *x
+    return out, inverse, s[0], s[1], s[2], x[0], x[1], x[2]
 
 
 @causal_mhla_kernels.register_fake

@@ -118,6 +118,7 @@ def _build(
     again = config.retry_quarantined
     known = on_main(lambda: _known(folder, contents.latents + contents.prompts, again))
     if encoder is not None and captions is not None:
+        assert state.device is not None
         encoder.to(state.device)
         prompts = PromptChunks(captions, encoder, config.text.batch_size)
         write_missing(folder, contents.prompts, prompts.compute, "captions", "caption")

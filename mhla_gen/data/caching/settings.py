@@ -91,8 +91,9 @@ def content_settings(
 
 
 def _identity(encoder: Any, config: TextEncoderConfig) -> dict[str, Any]:
-    whose = captions if isinstance(encoder, captions.CaptionEncoder) else text
-    return whose.identity(encoder, config)
+    if isinstance(encoder, captions.CaptionEncoder):
+        return captions.identity(encoder, config)
+    return text.identity(encoder, config)
 
 
 def check_output_dir(config: CacheConfig) -> None:

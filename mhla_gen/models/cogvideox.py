@@ -33,7 +33,7 @@ class CogVideoXFamily(JointFamily):
         return patch_grid((frames, config.sample_height, config.sample_width), _patches(model))
 
     def arguments(self, model: Any, given: dict[str, Any]) -> dict[str, Any]:
-        """The grid travels with the layers' own arguments."""
+        """The grid is passed with the layers' own arguments."""
         _, frames, _, height, width = given["hidden_states"].shape
         grid = patch_grid((frames, height, width), _patches(model))
         own = given.get("attention_kwargs") or {}

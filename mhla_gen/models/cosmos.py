@@ -25,22 +25,22 @@ class SoftmaxCosmosAttnProcessor(DropsGrid, CosmosAttnProcessor2_0):
 class MHLACosmosAttnProcessor(MHLAProcessor):
     """MHLA of an `Attention` layer whose rotary pairs are halves of a head.
 
-    Products of queries and keys do not see the order of channels, so the halves are interleaved.
+    Dot products do not depend on the order of channels, so the halves are interleaved.
     """
 
     def angles(self, attn: Any, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """From tables `[seq_len, head_dim]`, which say every angle twice, one half each."""
+        """From tables `[seq_len, head_dim]`, whose two halves repeat the angles."""
         half = cos.shape[-1] // 2
         return cos[:, :half], sin[:, :half]
 
     def project(self, attn: Any, hidden_states: Tensor, *others: Any) -> tuple[Tensor, ...]:
-        """With the two channels of a pair side by side in queries and keys."""
+        """As the stock projections, with queries and keys interleaved."""
         query, key, *rest = super().project(attn, hidden_states, *others)
         return interleaved(query), interleaved(key), *rest
 
 
 def interleaved(x: Tensor) -> Tensor:
-    """Channels with the two of a rotary pair side by side, from pairs of the halves of a head."""
+    """Interleave the halves of a head, so that the channels of a rotary pair are adjacent."""
     return x.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
 
 

@@ -17,7 +17,7 @@ from mhla_gen.models.family import Family
 from mhla_gen.models.processors import MHLAProcessor, Rotary
 from mhla_gen.models.transformer import MHLATransformerMixin, accepts, accepts_mhla
 
-# Of diffusers' DiT; the original's is 0.
+# Value in diffusers' DiT; the original DiT has 0.
 _DIFFUSERS_SHIFT = 1.0
 
 
@@ -27,16 +27,16 @@ class MHLADiTAttnProcessor(MHLAProcessor):
     def place(
         self, attn: Any, hidden_states: Tensor, tables: Any
     ) -> tuple[tuple[int, ...], Rotary]:
-        """The square of this many tokens; no rotary embedding.
+        """The square grid of these tokens, and no rotary embedding.
 
         Raises:
-            ValueError: If the tokens form no square.
+            ValueError: If the number of tokens is not a square.
         """
         return _square(hidden_states.shape[1]), None
 
 
 def _square(seq_len: int) -> tuple[int, int]:
-    # As an index: torch.compile, which would leave the length open, compiles for each square.
+    # As an index, so that torch.compile specializes on each square instead of a dynamic length.
     side = math.isqrt(operator.index(seq_len))
     if side * side != seq_len:
         raise UserError(f"DiT's tokens form a square grid, found {seq_len}")

@@ -13,24 +13,24 @@ from mhla_gen.config import AttentionConfig, MHLAConfig
 from mhla_gen.models.head_rotary import rotated
 from mhla_gen.ops import TileLayout, auto_tiles, mhla, tile_attention, tile_share
 
-# All layers ask for the same few grids.
+# Cached, because all layers ask for the same few grids.
 _remembered_tiles = functools.lru_cache(maxsize=1024)(auto_tiles)
 
 
-# torch.compile calls it, rather than tracing arithmetic of plain integers.
+# torch.compile calls this function instead of tracing its integer arithmetic.
 @torch.compiler.assume_constant_result
 def _auto_tiles(grid: tuple[int, ...], share: str) -> TileLayout:
     return _remembered_tiles(grid, float(share))
 
 
 def tile_layout(config: MHLAConfig, grid: tuple[int, ...]) -> TileLayout:
-    """The tiles of a layer on a token grid: what `auto_tiles` picks, or the config asks for.
+    """The tiles of a layer on a token grid, from the config or from `auto_tiles`.
 
     Args:
         config: Settings; without a share of pairs, no tile is read.
-        grid: Tokens along each axis.
+        grid: Number of tokens along each axis.
     """
-    # As indices: a compiled layer keeps the tiles of the grid that it was compiled for.
+    # As indices, so that torch.compile specializes on the grid and its tiles.
     grid = tuple(operator.index(length) for length in grid)
     if not config.has_tiles:
         picked = _auto_tiles(grid, "1")
@@ -70,14 +70,14 @@ def exact_attention(
         query: `[batch, seq_len, num_heads, head_dim]`, raster order.
         key: Like `query`.
         value: Like `query`.
-        config: Settings; without a share of pairs, `extra` alone is read.
-        grid: Tokens along each axis.
+        config: Settings; without a share of pairs, only `extra` is read.
+        grid: Number of tokens along each axis.
         rotary: As in `MHLA.forward`.
         extra: As in `MHLA.forward`.
 
     Returns:
-        The output, like `value`, and the logarithm of its denominator, float32 `[batch, num_heads,
-        seq_len]`; None where nothing is combined by it.
+        The output, shaped like `value`, and the logarithm of its denominator, float32 `[batch,
+        num_heads, seq_len]`, or None if the combination does not use it.
     """
     if config.exact == 1:
         mask = None
@@ -103,10 +103,11 @@ def _extra_alone(
     rotary: tuple[Tensor, Tensor] | None,
     extra: tuple[Tensor, ...],
 ) -> tuple[Tensor, Tensor | None]:
-    """Softmax on keys off the grid and on no others; see `exact_attention`.
+    """Softmax on keys off the grid only; see `exact_attention`.
 
-    Where a sample has none of them, as with a caption that is masked whole, its output is zero and
-    the logarithm of its denominator -inf: with `combine=denominator` MHLA has all the weight.
+    If a sample has no such key, for example because its whole caption is masked, its output is zero
+    and the logarithm of its denominator is -inf: with `combine=denominator`, MHLA gets all the
+    weight.
     """
     empty = None
     if len(extra) == 3:
@@ -134,7 +135,7 @@ def _tiles(
     rotary: tuple[Tensor, Tensor] | None,
     extra: tuple[Tensor, ...] | None,
 ) -> tuple[Tensor, Tensor]:
-    """Softmax on the tiles that a config asks for; see `exact_attention`."""
+    """Softmax on the tiles of the config; see `exact_attention`."""
     tile, group, window, top = tile_layout(config, grid)
     return tile_attention(
         query,
@@ -152,7 +153,7 @@ def _tiles(
 
 
 def _softmax(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Of keys with a bool mask `[batch, key_len]`, True where they are valid."""
+    """Softmax over keys with a bool mask `[batch, key_len]`, True for valid ones."""
     return F.scaled_dot_product_attention(
         *(x.transpose(1, 2) for x in (query, key, value)),
         attn_mask=None if mask is None else mask[:, None, None],
@@ -170,7 +171,7 @@ def log_denominator(
     feature_map: str,
 ) -> Tensor:
     """Logarithm of MHLA's denominator, float32 `[batch, seq_len, num_heads]`; see `mhla`."""
-    # Sums over all keys leave the range of float16 and need the digits of float32.
+    # Sums over all keys exceed the range of float16 and need the precision of float32.
     dtype = torch.promote_types(query.dtype, torch.float32)
     query, key = query.to(dtype), key.to(dtype)
     sums = mhla(
@@ -188,25 +189,25 @@ def log_denominator(
 
 
 class Combination(nn.Module):
-    """Makes one output of the exact half and MHLA's, each `[batch, seq_len, num_heads, head_dim]`.
+    """Combines the outputs of the exact half and MHLA, `[batch, seq_len, num_heads, head_dim]`.
 
-    What it weighs them by are keywords, those of `MHLA.weighed_by`.
+    The inputs of the weights are passed by keyword; they come from `MHLA.weighed_by`.
     """
 
     def input_layers(self) -> tuple[Any, ...]:
-        """Linear layers of the attention layer's input."""
+        """Linear layers that read the attention layer's input."""
         return ()
 
     def reset_parameters(self) -> None:
-        """Set what is learned to its start."""
+        """Reset the parameters to their initial values."""
         raise NotImplementedError
 
     def forward(self, exact: Tensor, linear: Tensor, **weighed_by: Any) -> Tensor:
-        """The layer's output, like both."""
+        """The combined output, shaped like its two inputs."""
         raise NotImplementedError
 
     def shares(self, **weighed_by: Any) -> Tensor | None:
-        """Weight of the exact half, `[batch, seq_len, num_heads]`; None where there is none."""
+        """Weight of the exact half, `[batch, seq_len, num_heads]`; None without such a weight."""
         return None
 
 
@@ -229,12 +230,12 @@ class GateCombination(Combination):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Give every token and head the weight of the start."""
+        """Reset the weight of every token and head to `start`."""
         self.to_share.weight.zero_()
         self.to_share.bias.fill_(_logit(self.start))
 
     def input_layers(self) -> tuple[Any, ...]:
-        """The one that gives the logits of `a`."""
+        """The linear layer that gives the logits of `a`."""
         return (self.to_share,)
 
     def forward(self, exact: Tensor, linear: Tensor, **weighed_by: Any) -> Tensor:
@@ -249,8 +250,8 @@ class GateCombination(Combination):
 class DenominatorCombination(Combination):
     r"""As `GateCombination`, with $a = \sigma(\mathrm{lse} + b - \log \mathrm{denominator})$.
 
-    With $b = 0$ this is one average with one denominator over all pairs of both halves. $b$ is
-    learned for each head, since the two halves measure on different scales.
+    With $b = 0$ this is one weighted average over the pairs of both halves, with one denominator.
+    $b$ is learned per head, since the weights of the two halves have different scales.
 
     Args:
         num_heads: Number of heads.
@@ -265,7 +266,7 @@ class DenominatorCombination(Combination):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Set b to its start."""
+        """Reset b to its initial value."""
         self.bias.fill_(_logit(self.start))
 
     def forward(self, exact: Tensor, linear: Tensor, **weighed_by: Any) -> Tensor:
@@ -281,7 +282,7 @@ class DenominatorCombination(Combination):
 
 
 class ProjectionCombination(Combination):
-    """The exact half plus a linear map of the other one, which starts at zero.
+    """The exact half plus a linear map of MHLA's output; the map is initialized to zero.
 
     Args:
         head_dim: Channels per head; all heads share the map.
@@ -297,7 +298,7 @@ class ProjectionCombination(Combination):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Set the map to zero."""
+        """Reset the map to zero."""
         self.proj.weight.zero_()
         self.proj.bias.zero_()
 
@@ -309,7 +310,7 @@ class ProjectionCombination(Combination):
 def make_combination(
     config: MHLAConfig, num_heads: int, head_dim: int, hidden_size: int
 ) -> Combination:
-    """The module that combines the halves of a layer, as `config.combine` says."""
+    """The module that combines the halves of a layer, chosen by `config.combine`."""
     if config.combine == "projection":
         return ProjectionCombination(head_dim)
     assert config.exact_start is not None
@@ -319,7 +320,8 @@ def make_combination(
 
 
 def _weighed(exact: Tensor, linear: Tensor, logits: Tensor) -> Tensor:
-    # In bfloat16 a small weight of the linear half keeps its digits, 1 minus it would not.
+    # A small weight of the linear half keeps its precision in bfloat16; computed as 1 - a it would
+    # not.
     return exact.lerp(linear, logits.neg().sigmoid().unsqueeze(-1).type_as(exact))
 
 

@@ -1,7 +1,7 @@
-"""What the toolkit knows of a family of transformers.
+"""The description of a family of transformers.
 
-A family is a table of what differs: where self-attention sits, what its grid is, and which
-processors to set. What is the same for all is in `surgery.py`, `transformer.py`, `processors.py`.
+A family lists what differs between models: where self-attention is, what its grid is, and which
+processors to set. What all models share is in `surgery.py`, `transformer.py` and `processors.py`.
 """
 
 from collections.abc import Sequence
@@ -16,13 +16,13 @@ class Family:
     base_class: ClassVar[type]
     """The diffusers class that is converted."""
     rank: ClassVar[int]
-    """Axes of the token grid."""
+    """Number of axes of the token grid."""
     layers: ClassVar[tuple[str, ...]]
-    """Paths of the self-attention layers, in order; `*` stands for the number of a block."""
+    """Paths of the self-attention layers, in order; `*` stands for a block's index."""
     bystander_layers: ClassVar[tuple[str, ...]] = ()
-    """Paths of layers that are never converted but are handed the grid."""
+    """Paths of layers that are never converted but receive the grid."""
     native: ClassVar[tuple[int, ...] | None] = None
-    """The grid that `layout="auto"` is made for, if it is the same for every model."""
+    """The grid for which `layout="auto"` is resolved, if it is the same for every model."""
     stock_processor: ClassVar[type]
     """Processor class of an unconverted layer."""
     mhla_processor: ClassVar[type]
@@ -30,18 +30,18 @@ class Family:
     unconverted_processor: ClassVar[type]
     """Processor class of a layer that stays softmax inside a converted model."""
     replaced_modules: ClassVar[dict[str, tuple[type, type]]] = {}
-    """Path of a module outside the layers → its stock class and the class it has in a converted
-    model, which must have the same state; a last `*` stands for every block."""
+    """Path of a module outside the layers → its stock class and its class in a converted model,
+    which must have the same state; a final `*` stands for every block."""
     variants: ClassVar[tuple[type, ...]] = ()
-    """Further softmax classes that are converted like `base_class`, with the same weights."""
+    """Other softmax classes with the same weights, which are converted like `base_class`."""
     frame_causal: ClassVar[bool] = False
     """Whether layers can be causal over frames, the first axis of the grid."""
     shares_sequences: ClassVar[bool] = False
-    """Whether MHLA layers take part in diffusers' context parallelism."""
+    """Whether MHLA layers support diffusers' context parallelism."""
     text_length: ClassVar[int]
-    """Text tokens that the model's pipeline has by default, where layers read text, too."""
+    """The pipeline's default number of text tokens, where layers also read text."""
     stock_kind: ClassVar[str] = "softmax"
-    """What an unconverted layer computes: softmax, or linear where the family does so itself."""
+    """The attention of an unconverted layer: softmax, or linear in families built that way."""
 
     def attentions(self, model: Any) -> list[tuple[str, Any]]:
         """Name and module of every self-attention layer, in order."""
@@ -52,15 +52,15 @@ class Family:
         return _modules(model, self.bystander_layers)
 
     def reads_text(self, attention: Any) -> bool:
-        """Whether a layer reads text tokens beside those of its grid."""
+        """Whether a layer reads text tokens besides those of its grid."""
         return False
 
     def processors(self, attention: Any) -> tuple[type, type, type]:
-        """Stock, MHLA and unconverted processor class of a layer."""
+        """A layer's stock processor, MHLA processor and unconverted processor classes."""
         return self.stock_processor, self.mhla_processor, self.unconverted_processor
 
     def replaced(self, model: Any) -> list[tuple[Any, type, type]]:
-        """Modules outside the layers whose class changes: stock class, class when converted."""
+        """Modules outside the layers whose class changes, with their stock and converted class."""
         found = []
         for path, classes in self.replaced_modules.items():
             blocks, every, _ = path.partition(".*")
@@ -81,22 +81,22 @@ class Family:
         return side, side
 
     def arguments(self, model: Any, given: dict[str, Any]) -> dict[str, Any]:
-        """What the model's own `forward` takes, from what a caller gives by name.
+        """The arguments of the model's own `forward`, from a caller's keyword arguments.
 
-        A family overrides it to hand the grid to its layers.
+        Families override this to pass the grid to their layers.
         """
         return given
 
     def output_projection(self, attention: Any) -> nn.Module:
-        """The layer's last linear map, which unlike the input projections is never fused."""
+        """The layer's last linear map, which is never fused, unlike the input projections."""
         return attention.to_out[0]
 
     def settings(self, model: Any) -> dict[str, Any]:
-        """What the MHLA class must be saved with, besides `mhla` and the arguments of its base."""
+        """Settings to save with the MHLA class, besides `mhla` and its base class's arguments."""
         return {}
 
     def softmax_class(self, model: Any) -> type:
-        """The class that `model` has without its MHLA layers."""
+        """The class of `model` without its MHLA layers."""
         return self.base_class
 
 
@@ -110,7 +110,7 @@ def _modules(model: Any, paths: tuple[str, ...]) -> list[tuple[str, Any]]:
         for blocks, names in layers.items()
         for i, block in enumerate(model.get_submodule(blocks))
         for name in names
-        # A model may have the layer in some of its blocks only.
+        # A model may have the layer in only some of its blocks.
         if getattr(block, name, None) is not None
     ]
 

@@ -1,4 +1,4 @@
-"""What MHLA's half does to queries and keys before the operator: learned maps, softmax features."""
+"""Maps of queries and keys before MHLA's operator: learned maps and softmax features."""
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +8,7 @@ from mhla_gen.ops.feature_maps import relu
 
 SOFTMAX, FOCUSED = "softmax", "focused"
 WHOLE_HEAD_MAPS = (SOFTMAX, FOCUSED)
-"""Feature maps over all channels of a head, which the operator, going by elements, has not."""
+"""Feature maps over all channels of a head; those of the operator are elementwise."""
 _FOCUS = 3
 
 
@@ -32,18 +32,18 @@ class Features(nn.Module):
         self.operator_map = "identity" if whole_head else config.feature_map
         shape = (num_heads, head_dim, head_dim)
         learned = config.learned_features
-        # What a map adds to the identity, which weight decay then keeps.
+        # The map is the identity plus this, so that weight decay pulls it towards the identity.
         self.query_map = nn.Parameter(torch.zeros(shape)) if learned else None
         self.key_map = nn.Parameter(torch.zeros(shape)) if learned else None
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Set the maps to the identity."""
+        """Reset the maps to the identity."""
         for weight in self.parameters():
             weight.zero_()
 
     def forward(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """Map `[batch, seq_len, num_heads, head_dim]` to the like."""
+        """Map `[batch, seq_len, num_heads, head_dim]` to the same shape."""
         return self._mapped(query, self.query_map), self._mapped(key, self.key_map)
 
     def _mapped(self, x: Tensor, weight: Tensor | None) -> Tensor:
@@ -57,27 +57,27 @@ class Features(nn.Module):
 def focused(x: Tensor) -> Tensor:
     r"""$\lVert r \rVert \, r^3 / \lVert r^3 \rVert$ of $r = \mathrm{relu}(x) + 10^{-6}$.
 
-    The cube turns a vector towards its large channels and the factor keeps its length.
+    The cube turns a vector towards its large channels; the factor preserves its norm.
 
     Args:
-        x: `[..., head_dim]`; norms are over a head, in float32 or wider.
+        x: `[..., head_dim]`; norms are taken over a head, in float32 or wider.
 
     Returns:
         Like `x`.
 
     Source:
-        Han et al. 2023, arXiv:2308.00442, with p = 3; its learned scale of channels is part of
-        what `learned_features` gives.
+        Han et al. 2023, arXiv:2308.00442, with p = 3; its learned scale of channels is covered by
+        `learned_features`.
     """
     r = relu(x.to(torch.promote_types(x.dtype, torch.float32)))
-    # Cubes of small features would leave float32.
+    # Divided by the largest first, since cubes of small features would underflow in float32.
     sharp = (r / r.amax(dim=-1, keepdim=True)).pow(_FOCUS)
     scale = r.norm(dim=-1, keepdim=True) / sharp.norm(dim=-1, keepdim=True)
     return (sharp * scale).to(x.dtype)
 
 
 def with_magnitude(out: Tensor, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    r"""Let weights of linear attention depend on the length of a query.
+    r"""Make the weights of linear attention depend on the norm of the query.
 
     MALA's $\beta_i\,\varphi(q_i)^\top\varphi(k_j) - \gamma_i$ with rows of sum 1 is
     $o_i + z_i (o_i - \bar v)$, where $o$ is attention with a denominator, $\bar v$ the mean of all

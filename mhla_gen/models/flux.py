@@ -99,15 +99,15 @@ class FluxFamily(JointFamily):
     unconverted_processor = SoftmaxFluxAttnProcessor
 
     def output_projection(self, attention: Any) -> nn.Module:
-        """`to_out`, or the values' where the block projects the output with its other part."""
+        """`to_out`, or the value projection where the block projects the joint output itself."""
         return attention.to_v if getattr(attention, "to_out", None) is None else attention.to_out[0]
 
     def arguments(self, model: Any, given: dict[str, Any]) -> dict[str, Any]:
-        """The grid travels with the layers' own arguments; it is read from `img_ids` if missing.
+        """The grid is passed with the layers' own arguments; if missing, it is read from `img_ids`.
 
         Raises:
             ValueError: If there is more than one image, or the whole model is compiled as one
-                graph, where the values of `img_ids` cannot be read.
+                graph, in which the values of `img_ids` cannot be read.
         """
         own = given.get("joint_attention_kwargs") or {}
         if "grid" in own:
@@ -122,7 +122,8 @@ def _grid_of_positions(positions: Tensor) -> tuple[int, int]:
             "where a whole model is compiled as one graph, MHLA layers need the token grid as "
             "joint_attention_kwargs={'grid': (height, width)}; compile_repeated_blocks does not"
         )
-    # One image in raster order; any other has another number, and other tokens than its rows.
+    # The last token of one image in raster order tells the grid. In any other sequence its image
+    # number differs, or the number of tokens.
     number, row, column = positions.reshape(-1, positions.shape[-1])[-1, :3].int().tolist()
     grid = (row + 1, column + 1)
     if number != 0 or grid[0] * grid[1] != positions.shape[-2]:
@@ -134,14 +135,14 @@ def _grid_of_positions(positions: Tensor) -> tuple[int, int]:
 
 
 class Flux2Family(FluxFamily):
-    """Flux 2: as Flux; single blocks compute attention and feed-forward part together."""
+    """Flux 2: as Flux; single-stream blocks compute attention and feed-forward together."""
 
     base_class = Flux2Transformer2DModel
     stock_processor = Flux2AttnProcessor
     unconverted_processor = SoftmaxFlux2AttnProcessor
 
     def processors(self, attention: Any) -> tuple[type, type, type]:
-        """As of the family, or of the layers that share their projections."""
+        """Those of the family, or those for layers that share their projections."""
         if isinstance(attention, Flux2ParallelSelfAttention):
             return (
                 Flux2ParallelSelfAttnProcessor,
@@ -151,14 +152,14 @@ class Flux2Family(FluxFamily):
         return super().processors(attention)
 
     def output_projection(self, attention: Any) -> nn.Module:
-        """`to_out`, which the single blocks have as one module."""
+        """`to_out`, which is a single module in single-stream blocks."""
         return attention.to_out if isinstance(attention.to_out, nn.Linear) else attention.to_out[0]
 
     def arguments(self, model: Any, given: dict[str, Any]) -> dict[str, Any]:
         """As Flux.
 
         Raises:
-            ValueError: Also if keys of reference images are to be kept or read.
+            ValueError: As Flux, and if keys of reference images are to be cached or read.
         """
         if given.get("kv_cache_mode") is not None:
             raise UserError("MHLA layers keep no keys of reference images: kv_cache_mode=None")

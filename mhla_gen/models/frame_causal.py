@@ -1,4 +1,4 @@
-"""Attention that is causal over chunks of frames; `clip_state.py` has its form chunk by chunk."""
+"""Attention that is causal over chunks of frames; `clip_state.py` runs it chunk by chunk."""
 
 import math
 import operator
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class PastConv(DepthwiseConv):
-    """`DepthwiseConv` whose filter ends at a token's own frame, the first axis of the grid."""
+    """`DepthwiseConv` that is causal in time, the first axis of the grid."""
 
     state: "LayerState | None" = None
 
@@ -42,7 +42,7 @@ class PastConv(DepthwiseConv):
         if self.state is not None and self.state.appends:
             self.state.values = joined[:, joined.shape[1] - before * frame :]
         out = super().forward(joined, (grid[0] + before, *grid[1:]))
-        # Of a filter around each frame, results that are half its width earlier.
+        # Taken half a filter width earlier, results of a centred filter depend on past frames only.
         out = out[:, before // 2 * frame :][:, : tokens.shape[1]]
         if after is None:
             return out
@@ -51,22 +51,22 @@ class PastConv(DepthwiseConv):
 
 
 class FrameCausalMHLA(MHLA):
-    """MHLA, or softmax of all pairs (`exact=1`), that reads no later chunk of frames.
+    """MHLA, or softmax of all pairs (`exact=1`), that never reads a later chunk of frames.
 
-    Without a `state` it takes a clip from its beginning, all at once; with one, its next chunk.
+    Without a `state` it takes a whole clip at once; with a state, the clip's next chunk.
     """
 
     state: "LayerState | None" = None
     conv_class = PastConv
 
     def hand(self, state: "LayerState | None") -> None:
-        """Give the layer what it remembers of a clip, or take it away."""
+        """Give the layer its state of a clip, or remove it."""
         self.state = state
         if isinstance(self.conv, PastConv):
             self.conv.state = state
 
     def occupied_weights(self, grid: tuple[int, ...]) -> tuple[tuple[int, ...], Tensor]:
-        """The blocks of a chunk that hold tokens, and weights of these; see `occupied_blocks`."""
+        """The blocks of a chunk that hold tokens, and their weights; see `occupied_blocks`."""
         assert self.mixing is not None
         layout = self.config.layout[1:]
         kept = tuple(map(min, layout, grid[1:]))
@@ -77,17 +77,17 @@ class FrameCausalMHLA(MHLA):
 
     @property
     def chunk_frames(self) -> int:
-        """Frames of a chunk, in tokens."""
+        """Number of frames of a chunk, in tokens."""
         assert self.config.causal_frames is not None
         return self.config.causal_frames
 
     @property
     def kind(self) -> str:
-        """As for `MHLA`, with causal in front."""
+        """That of `MHLA`, prefixed with causal."""
         return f"causal {super().kind}"
 
     def matrix(self, mixing: Tensor) -> Tensor:
-        """See `MHLA.matrix`: that of a clip with a chunk for every distance."""
+        """See `MHLA.matrix`: the matrix of a clip with one chunk per distance."""
         return frame_mixing(mixing, mixing.shape[-3])
 
     def _begin(
@@ -115,7 +115,7 @@ class FrameCausalMHLA(MHLA):
         rotary: tuple[Tensor, Tensor] | None,
     ) -> Tensor:
         config, state = self.config, self.state
-        # A compiled layer keeps to the number of frames that it was compiled for.
+        # A compiled layer is specialized to its number of frames.
         grid = (operator.index(grid[0]), *grid[1:])
         if self.features is None:
             tensors = rotated(query, rotary), rotated(key, rotary), value
@@ -141,7 +141,7 @@ class FrameCausalMHLA(MHLA):
 
 
 def chunked_softmax(query: Tensor, key: Tensor, value: Tensor, *, chunk: int) -> Tensor:
-    """Softmax of all pairs but those with later chunks; `[batch, seq_len, num_heads, head_dim]`.
+    """Softmax of all pairs except those with later chunks; `[batch, seq_len, num_heads, head_dim]`.
 
     Args:
         query: Rotated, like keys.
@@ -159,6 +159,6 @@ def chunked_softmax(query: Tensor, key: Tensor, value: Tensor, *, chunk: int) ->
 
 
 def softmax(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Of all pairs, `[batch, seq_len, num_heads, head_dim]` in and out."""
+    """Softmax of all pairs, `[batch, seq_len, num_heads, head_dim]` in and out."""
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)

@@ -1,4 +1,4 @@
-"""The output gate of an attention layer: what its input multiplies its output by."""
+"""The output gate of an attention layer: factors computed from its input."""
 
 from typing import Any
 
@@ -9,15 +9,15 @@ from torch import Tensor, nn
 _SILU_ONE = 1.2784645427610738
 
 HEAD = "head"
-"""Setting of a gate with one number a head."""
+"""Setting of a gate with one factor per head."""
 
 
 class LowRankGate(nn.Module):
-    """A linear map with bias through a few channels.
+    """A low-rank linear map with bias.
 
     Args:
         in_features: Channels of the input.
-        rank: Channels between.
+        rank: Channels between the two factors.
         out_features: Channels of the output.
     """
 
@@ -32,7 +32,7 @@ class LowRankGate(nn.Module):
 
 
 def make_gate(setting: Any, hidden_size: int, num_heads: int, head_dim: int) -> nn.Module | None:
-    """The linear map that a gate is made of, as `MHLAConfig.gate` says; None without one."""
+    """The linear map of a gate, chosen by `MHLAConfig.gate`; None without a gate."""
     if setting is False:
         return None
     if setting is True:
@@ -44,10 +44,10 @@ def make_gate(setting: Any, hidden_size: int, num_heads: int, head_dim: int) -> 
 
 @torch.no_grad()
 def reset_gate(gate: nn.Module) -> None:
-    """Let a gate be 1 whatever its input is."""
+    """Reset a gate to 1 for every input."""
     last: Any = gate
     if isinstance(gate, LowRankGate):
-        # Not zero: the other factor would never learn.
+        # Only one factor is zero; otherwise neither would get a gradient.
         gate.down.reset_parameters()
         last = gate.up
     last.weight.zero_()
@@ -55,15 +55,15 @@ def reset_gate(gate: nn.Module) -> None:
 
 
 def input_layer(gate: Any) -> Any:
-    """The part of a gate that reads the layer's input."""
+    """The linear layer of a gate that reads the attention layer's input."""
     return gate.down if isinstance(gate, LowRankGate) else gate
 
 
 def gate_logits(gate: Any, product: Tensor) -> Tensor:
-    """What SiLU makes the gate's factors of, `[..., channels or heads]`.
+    """The logits of a gate, `[..., channels or heads]`; its factors are their SiLU.
 
     Args:
         gate: From `make_gate`.
-        product: What `input_layer(gate)` made of the layer's input.
+        product: Output of `input_layer(gate)`.
     """
     return gate.up(product) if isinstance(gate, LowRankGate) else product

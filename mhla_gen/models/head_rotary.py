@@ -23,12 +23,12 @@ def mhla_rotated_by_head(
 ) -> Tensor:
     r"""`mhla` with one table of angles per head: exact, by two calls of the operator.
 
-    The operator rotates all heads alike. But numerator and denominator of Eq. (4) are MHLA
-    themselves, without a denominator: of $R\varphi(q), R\varphi(k), v$, and of
-    $\varphi(q), \varphi(k), 1$. So the rotation can be done outside.
+    The operator rotates all heads alike. But the numerator and the denominator of Eq. (4) are each
+    an MHLA without denominator: of $R\varphi(q), R\varphi(k), v$ and of
+    $\varphi(q), \varphi(k), 1$. So the rotation can be applied outside the operator.
 
     Args:
-        query: As in `mhla`, like all that is not named here.
+        query: As in `mhla`.
         key: Like `query`.
         value: Like `query`.
         mixing: As in `mhla`.
@@ -46,7 +46,7 @@ def mhla_rotated_by_head(
     Source:
         Zhang et al. 2026, arXiv:2601.07832, Eq. (4).
     """
-    # Sums before division: they leave the range of float16 and need the digits of float32.
+    # Sums before the division exceed the range of float16 and need the precision of float32.
     dtype = torch.promote_types(query.dtype, torch.float32)
     phi = FEATURE_MAPS[feature_map]
     phi_q, phi_k, v = phi(query.to(dtype)), phi(key.to(dtype)), value.to(dtype)
@@ -72,7 +72,7 @@ def mhla_rotated_by_head(
 
 def rotate_by_head(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     """`rotate` with tables `[batch or 1, seq_len, num_heads, head_dim / 2]`."""
-    # `rotate` takes one table for the axis before the channels: here an axis of its own.
+    # `rotate` takes one table for all heads, so the heads become a separate axis.
     return rotate(x.unsqueeze(-2), rotary).squeeze(-2)
 
 
@@ -82,7 +82,7 @@ def rotated(x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
     Args:
         x: `[batch, seq_len, num_heads, head_dim]`.
         rotary: `(cos, sin)`, each `[seq_len, head_dim / 2]`, or with the batch first, or `[batch or
-            1, seq_len, num_heads, head_dim / 2]`; None to return `x` as it is.
+            1, seq_len, num_heads, head_dim / 2]`; None to return `x` unchanged.
     """
     if rotary is None:
         return x

@@ -14,14 +14,14 @@ from mhla_gen.models.transformer import FusesSelfAttention
 
 
 class SoftmaxHunyuanAttnProcessor(DropsGrid, HunyuanAttnProcessor2_0):
-    """Stock attention, for layers that are handed a grid and do not need it."""
+    """Stock attention, for layers that receive a grid but do not need it."""
 
 
 class MHLAHunyuanAttnProcessor(MHLAProcessor):
     """MHLA of an `Attention` layer."""
 
     def angles(self, attn: Any, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """From tables `[seq_len, head_dim]`, which the pipeline may have left on another device."""
+        """From tables `[seq_len, head_dim]`, which may be on another device."""
         device = attn.to_out[0].bias.device
         return pairs(cos.to(device), sin.to(device))
 
@@ -41,7 +41,7 @@ class HunyuanDiTFamily(Family):
     unconverted_processor = SoftmaxHunyuanAttnProcessor
 
     def arguments(self, model: Any, given: dict[str, Any]) -> dict[str, Any]:
-        """The grid travels as the shape of a third tensor beside cos and sin.
+        """The grid is passed as the shape of a third tensor beside cos and sin.
 
         Raises:
             ValueError: If `image_rotary_emb` is missing.

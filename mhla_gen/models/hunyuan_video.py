@@ -44,12 +44,12 @@ class MHLAHunyuanVideoAttnProcessor(JointMHLAProcessor):
 
 
 class MHLAHunyuanVideo15AttnProcessor(JointMHLAProcessor):
-    """MHLA of an `Attention` layer with a mask of its text, which hides padded queries, too."""
+    """MHLA of an `Attention` layer with a mask of its text, which also hides padded queries."""
 
     zeroes_padding = True
 
     def text_mask(self, mask: Tensor | None, num_image: int) -> Tensor | None:
-        """As it is."""
+        """The mask unchanged."""
         return None if mask is None else mask.bool()
 
 
@@ -70,7 +70,7 @@ class HunyuanVideoFamily(JointFamily):
     }
 
     def output_projection(self, attention: Any) -> nn.Module:
-        """`to_out`, or the values' where the block projects the output with its other part."""
+        """`to_out`, or the value projection where the block projects the joint output itself."""
         return attention.to_v if getattr(attention, "to_out", None) is None else attention.to_out[0]
 
 

@@ -75,7 +75,7 @@ def family_of(model: Any) -> Family:
     """The family of a transformer, converted or not.
 
     Raises:
-        ValueError: If it has none.
+        ValueError: If it belongs to no supported family.
     """
     for base, mhla_class in MHLA_CLASSES.items():
         if isinstance(model, base):
@@ -89,23 +89,24 @@ def inject(
 ) -> Any:
     """Replace softmax self-attention by MHLA or Linformer, in place.
 
-    Projections are kept, so the model's weights still load and train as before; the class becomes
-    the family's `MHLA…` class, whose `save_pretrained` and `from_pretrained` carry everything.
-    All checks are made before anything changes. Where softmax is faster at the model's own size, a
+    Projections are kept, so the model's weights still load and train as before. The class becomes
+    the family's `MHLA…` class, whose `save_pretrained` and `from_pretrained` include MHLA.
+    Everything is checked before anything changes. If softmax is faster at the model's own size, a
     `ShortSequenceWarning` says so.
 
     Args:
         pipe_or_transformer: A transformer of a supported family (`docs/models.md`), or any pipeline
             that holds one or more of them (both experts of Wan 2.2), or a language model of
             transformers (`docs/language.md`), or a ViT of timm (`docs/classification.md`).
-        config: Settings of either, for a language model a `CausalMHLAConfig`; the defaults of MHLA
-            if None.
+        config: Settings of MHLA or Linformer, for a language model a `CausalMHLAConfig`; the
+            defaults of MHLA if None.
 
     Returns:
-        Its argument.
+        `pipe_or_transformer`.
 
     Raises:
-        ValueError: If nothing can be converted, it already was, or `config` does not fit.
+        ValueError: If nothing can be converted, the model is already converted, or `config` does
+            not fit it.
     """
     language = is_language_model(pipe_or_transformer)
     config = config or (CausalMHLAConfig() if language else MHLAConfig())
@@ -141,17 +142,17 @@ def inject(
 def restore(pipe_or_transformer: Any) -> Any:
     """Undo `inject`: softmax attention again, bit for bit; MHLA's own weights are dropped.
 
-    Adapters of peft on layers that stay are kept, as they are.
+    Adapters of peft on the layers that remain are kept unchanged.
 
     Args:
         pipe_or_transformer: A converted transformer, or a pipeline that holds one or more.
 
     Returns:
-        Its argument.
+        `pipe_or_transformer`.
 
     Raises:
         ValueError: If nothing in it is converted, adapters of peft changed MHLA's own layers, or
-            it is context-parallel.
+            the model is context-parallel.
     """
     if is_language_model(pipe_or_transformer):
         from mhla_gen.models.language import restore_language
@@ -178,10 +179,10 @@ def restore(pipe_or_transformer: Any) -> Any:
 
 
 def take_out(transformers: Sequence[Any]) -> None:
-    """Give converted transformers their own attention and class again.
+    """Give converted transformers back their own attention and class.
 
     Raises:
-        UserError: If one is context-parallel.
+        UserError: If one of them is context-parallel.
     """
     if any(getattr(each, "_parallel_config", None) is not None for each in transformers):
         raise UserError("the model shares its sequences; restore before enable_parallelism")
@@ -190,7 +191,7 @@ def take_out(transformers: Sequence[Any]) -> None:
 
 
 def adapted_mhla(transformer: Any) -> list[str]:
-    """The adapters of peft that hold a part of MHLA's own layers."""
+    """The peft adapters that train a part of MHLA's own layers."""
     names = getattr(transformer, "peft_config", None) or {}
     held = [
         key
@@ -201,18 +202,18 @@ def adapted_mhla(transformer: Any) -> list[str]:
 
 
 def is_language_model(model: Any) -> bool:
-    """Whether it is a model of transformers, which is imported then."""
+    """Whether the model comes from transformers, which is imported only then."""
     module = sys.modules.get("transformers.modeling_utils")
     return module is not None and isinstance(model, module.PreTrainedModel)
 
 
 def is_vision_model(model: Any) -> bool:
-    """Whether it is a model of timm."""
+    """Whether the model comes from timm."""
     return any(base.__module__.startswith("timm.models.") for base in type(model).__mro__)
 
 
 def transformers_of(pipe_or_transformer: Any) -> list[Any]:
-    """The transformers of a pipeline that have a family, or the one that was given."""
+    """The supported transformers of a pipeline, or the given transformer."""
     if isinstance(pipe_or_transformer, DiffusionPipeline):
         known = (*MHLA_CLASSES, *MHLA_CLASSES.values())
         found = [m for m in pipe_or_transformer.components.values() if type(m) in known]
@@ -230,7 +231,7 @@ def transformers_of(pipe_or_transformer: Any) -> list[Any]:
 
 
 def _update_index(pipe_or_transformer: Any) -> Any:
-    """Tell a pipeline that classes changed, so that it saves the right names."""
+    """Update a pipeline's index after a change of classes, so that it saves the right names."""
     if isinstance(pipe_or_transformer, DiffusionPipeline):
         for name, component in pipe_or_transformer.components.items():
             if type(component) in (*MHLA_CLASSES, *MHLA_CLASSES.values()):

@@ -1,8 +1,8 @@
 """Attention over text and image tokens together.
 
-Text queries read everything by softmax. Image queries read the text exactly, as keys off their
-grid, and their own grid by MHLA (and the exact tiles of its config), under one weight. Text is
-short, so the cost stays linear in image tokens.
+Text queries attend to everything by softmax. Image queries attend to the text exactly, as keys off
+their grid, and to their own grid by MHLA (and the exact tiles of its config); one weight combines
+the two. Text is short, so the cost stays linear in image tokens.
 """
 
 import math
@@ -27,27 +27,27 @@ class Tokens(NamedTuple):
     key: Tensor
     value: Tensor
     of_input: Sequence[Tensor] | None = None
-    """Of image tokens: what MHLA's own linear layers make of the same input, where it is known."""
+    """For image tokens, outputs of MHLA's own linear layers for this input, if computed."""
 
 
 class JointFamily(Family):
     """A family whose layers attend to text and image tokens together."""
 
     def reads_text(self, attention: Any) -> bool:
-        """Whether a layer reads text tokens beside those of its grid."""
+        """Whether a layer reads text tokens besides those of its grid."""
         return True
 
 
 class JointMHLAProcessor(MHLAProcessor):
-    """Runs the `mhla` child of a layer that attends to text and image; a family says what differs.
+    """Runs the `mhla` child of a layer that attends to text and image; families override parts.
 
-    Text comes as a tensor of its own, or in one tensor with the image.
+    Text comes as a separate tensor, or in one tensor with the image.
     """
 
     image_first: ClassVar[bool] = False
     """In one tensor, image tokens come before text tokens."""
     zeroes_padding: ClassVar[bool] = False
-    """Attention of padded text tokens is zero; otherwise only their keys are hidden."""
+    """Whether the attention output of padded text tokens is zero; if not, only keys are masked."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -63,7 +63,7 @@ class JointMHLAProcessor(MHLAProcessor):
         """Project, attend, project; returns what the stock processor returns.
 
         Raises:
-            ValueError: If the grid is missing or is not that of the tokens.
+            ValueError: If the grid is missing or does not fit the tokens.
         """
         tables = image_rotary_emb if freqs_cis is None else freqs_cis
         grid = find_grid(grid, tables)
@@ -108,7 +108,7 @@ class JointMHLAProcessor(MHLAProcessor):
             text: Projections of text tokens.
             hidden_states: The layer's input for image tokens.
             grid: Image tokens along each axis.
-            rotary: Of image tokens as in `MHLA.forward`, and of text tokens with as many rows.
+            rotary: Tables of image tokens, as in `MHLA.forward`, and likewise of text tokens.
             mask: Bool `[batch, text_len]`, True for valid text tokens; None if all are.
 
         Returns:
@@ -154,9 +154,9 @@ class JointMHLAProcessor(MHLAProcessor):
         return torch.cat((image, text) if self.image_first else (text, image), dim=1)
 
     def rotary(self, attn: Any, tables: Any, num_image: int) -> tuple[Rotary, Rotary]:
-        """Rotary embeddings of image and of text tokens, from what diffusers hands to the layer.
+        """Rotary embeddings of image and text tokens, from the tables that diffusers passes.
 
-        Tables may have rows for the text first, or none for it.
+        Tables may begin with rows for the text, or have none for it.
         """
         if tables is None:
             return None, None
@@ -171,7 +171,7 @@ class JointMHLAProcessor(MHLAProcessor):
         return pairs(cos, sin)
 
     def text_mask(self, mask: Tensor | None, num_image: int) -> Tensor | None:
-        """Bool `[batch, text_len]` from the mask that diffusers hands to the layer.
+        """Bool `[batch, text_len]` from the mask that diffusers passes to the layer.
 
         Raises:
             ValueError: If the family has no mask, but one is given.
@@ -181,7 +181,7 @@ class JointMHLAProcessor(MHLAProcessor):
         return None
 
     def project_text(self, attn: Any, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """As `project`, for text tokens; by projections of their own where the layer has them."""
+        """As `project`, for text tokens, with the layer's text projections if it has any."""
         if getattr(attn, "add_q_proj", None) is None:
             query, key, value = self.project(attn, states)
             return query, key, value
@@ -199,7 +199,7 @@ class JointMHLAProcessor(MHLAProcessor):
         return super().project_back(attn, out)
 
     def project_text_back(self, attn: Any, out: Tensor) -> Tensor:
-        """As `project_back`, for text tokens, whose output the last layer may leave as it is."""
+        """As `project_back`, for text tokens; a last layer may not project them."""
         if getattr(attn, "add_q_proj", None) is None:
             return self.project_back(attn, out)
         projection = getattr(attn, "to_add_out", None)
@@ -207,7 +207,7 @@ class JointMHLAProcessor(MHLAProcessor):
 
 
 def find_grid(grid: tuple[int, ...] | None, tables: Any) -> tuple[int, ...]:
-    """The grid that a layer is handed: as it is, or as the shape of a third table.
+    """The grid that a layer receives: directly, or as the shape of a third table.
 
     Raises:
         ValueError: If there is none.

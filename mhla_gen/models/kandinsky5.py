@@ -69,7 +69,7 @@ class MHLAKandinsky5AttnProcessor(MHLAProcessor):
         return query, attn.key_norm(key.float()).type_as(value), value, *joined[3:]
 
     def project_back(self, attn: Any, out: Tensor) -> Tensor:
-        """By `out_layer`."""
+        """The layer's output, by `out_layer`."""
         return attn.out_layer(out)
 
 
@@ -95,7 +95,7 @@ class Kandinsky5Family(Family):
         return attention.out_layer
 
     def arguments(self, model: Any, given: dict[str, Any]) -> dict[str, Any]:
-        """The grid travels in `sparse_params`, which diffusers hands through as it is.
+        """The grid is passed in `sparse_params`, which diffusers does not change.
 
         Raises:
             ValueError: If `sparse_params` is given: NABLA reorders the tokens and masks attention.

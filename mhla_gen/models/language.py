@@ -1,6 +1,6 @@
 """Llama-style language models of transformers with causal MHLA, and their conversion in place."""
 
-# Classes of transformers give forward and attributes more exact types than what is mixed in.
+# The classes of transformers annotate forward and attributes more narrowly than the mixins here.
 # pyright: reportIncompatibleMethodOverride=false, reportIncompatibleVariableOverride=false
 
 import inspect
@@ -26,14 +26,14 @@ from mhla_gen.models.causal_attention import CausalAttention, CausalCacheLayer, 
 from mhla_gen.models.surgery import change_class, mhla_layers
 from mhla_gen.ops import FEATURE_MAPS
 
-# What a forward calls its cache; transformers renamed it.
+# Names of the cache argument of forward, which transformers renamed.
 CACHE = (
     "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
 )
 
 
 class CausalModel(nn.Module):
-    """Gives MHLA layers their padding and their places in the cache; mixed into a decoder."""
+    """Mixin for a decoder: gives MHLA layers the padding mask and their places in the cache."""
 
     config: Any
     layers: Any
@@ -47,11 +47,11 @@ class CausalModel(nn.Module):
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As the decoder's, with padding masks `[batch, tokens read and now given]` only."""
+        """As the decoder's; masks must be padding masks `[batch, cached and new tokens]`."""
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         cache = kwargs.pop(CACHE, None)
         if use_cache is None:
-            # Training needs none, and attends faster without.
+            # Training needs no cache and is faster without one.
             use_cache = self.config.use_cache and not self.training
         if cache is None and use_cache:
             cache = DynamicCache(config=self.config)
@@ -72,7 +72,7 @@ class CausalModel(nn.Module):
             mask = attention_mask[:, -tokens.shape[1] :].bool()
             mask = None if mask.all() else mask
             if all(hasattr(layer.self_attn, "mhla") for layer in self.layers):
-                # Spares the mask of all pairs: one with four axes is passed on as it is.
+                # Avoids building the mask of all pairs: one with four axes is passed on unchanged.
                 attention_mask = attention_mask[:, None, None]
         return super().forward(
             input_ids=input_ids,
@@ -91,7 +91,7 @@ def _is_packed(position_ids: Tensor | None) -> bool:
 
 
 def _take_places(layers: Any, cache: Any) -> None:
-    """Put our layers into a cache that has read nothing yet."""
+    """Put MHLA's layers into a cache that is still empty."""
     places = getattr(cache, "layers", None)
     if places is None:
         raise UserError(f"expected a DynamicCache, found {type(cache).__name__}; give that or none")
@@ -110,15 +110,15 @@ def _take_places(layers: Any, cache: Any) -> None:
 
 
 class MHLALanguageModel(nn.Module):
-    """Base of the converted models: built with MHLA, saved and loaded as any other."""
+    """Base of the converted models, which are built with MHLA and saved and loaded as usual."""
 
     config: Any
     model: Any
 
     softmax_classes: ClassVar[tuple[type, type, type, type]]
-    """Its model, decoder, attention and config with softmax; `mhla_classes` in the same order."""
+    """Softmax classes of model, decoder, attention and config; `mhla_classes` in the same order."""
     mhla_classes: ClassVar[tuple[type, type, type, type]]
-    # What was read cannot be taken back, so transformers refuses assisted decoding.
+    # The state cannot be rolled back; this makes transformers refuse assisted decoding.
     _is_stateful = True
     _keep_in_fp32_modules_strict: ClassVar[set[str]] = {"log_weights"}
 
@@ -164,7 +164,7 @@ class MHLAMistralConfig(MistralConfig):
 
 
 class MHLAMistralAttention(CausalAttention, MistralAttention):
-    """Mistral's attention with causal MHLA, which no window limits."""
+    """Mistral's attention with causal MHLA, without a sliding window."""
 
 
 class MHLAMistralModel(CausalModel, MistralModel):
@@ -266,7 +266,7 @@ def attentions(model: Any) -> list[tuple[str, Any]]:
     """Name and module of every attention layer.
 
     Raises:
-        ValueError: If it is no model that can be converted.
+        ValueError: If the model cannot be converted.
     """
     if not isinstance(model, MHLALanguageModel):
         _class_for(model)
@@ -274,15 +274,16 @@ def attentions(model: Any) -> list[tuple[str, Any]]:
 
 
 def resolve_language(model: Any, config: CausalMHLAConfig, new: bool = False) -> CausalMHLAConfig:
-    """Check a config against a model; indices for `layers`, and a number for `exact_start`.
+    """Check a config against a model, and resolve `layers` to indices and `exact_start`.
 
     Args:
         model: Not converted yet.
         config: Settings.
-        new: Whether the model's weights are new; a pretrained one is disturbed as little as can be.
+        new: Whether the model's weights are new; a pretrained model is disturbed as little as
+            possible.
 
     Raises:
-        ValueError: If layers or feature map do not fit, or the model scales its rotation.
+        ValueError: If layers or feature map do not fit, or the rotary embedding scales attention.
     """
     if config.feature_map not in FEATURE_MAPS:
         raise UserError(
@@ -340,7 +341,7 @@ def _class_for(model: Any) -> type:
 
 
 def _add_layers(model: Any, config: CausalMHLAConfig) -> None:
-    """Give the chosen layers their child; `config` comes from `resolve_language`."""
+    """Add the child to the chosen layers; `config` comes from `resolve_language`."""
     mhla_class, decoder_class, attention_class, _ = model.mhla_classes
     model.config.mhla = config.to_dict()
     model.config.architectures = [mhla_class.__name__]

@@ -1,4 +1,4 @@
-"""The module that an attention layer gains for Linformer: projections of keys and values."""
+"""The module that Linformer adds to an attention layer: projections of keys and values."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -25,18 +25,18 @@ _POOLS: dict[str, tuple[Any, ...]] = {
 
 
 class Linformer(AddedAttention):
-    """Softmax over projected keys and values, with everything it learns.
+    """Softmax over projected keys and values, with all its learned parts.
 
-    It starts with means of neighbouring tokens, which disturbs a pretrained model less than random
-    projections do; convolution and gate start as the identity.
+    The projections are initialized to means of neighbouring tokens, which disturbs a pretrained
+    model less than random projections; convolution and gate start as the identity.
 
     Args:
         num_heads: Number of heads.
-        head_dim: Channels per head, of queries, keys and values.
-        hidden_size: Channels of the layer's input, which drives the gate.
+        head_dim: Channels per head, the same for queries, keys and values.
+        hidden_size: Channels of the layer's input, from which the gate is computed.
         config: Settings of this layer, with a grid.
-        owner: With `sharing="layerwise"`, the layer whose projections this one uses, if not its
-            own.
+        owner: With `sharing="layerwise"`, the layer whose projections this layer uses; None if it
+            has its own.
 
     Raises:
         ValueError: If `config.grid` is still "auto".
@@ -58,7 +58,7 @@ class Linformer(AddedAttention):
             raise UserError("Linformer needs a grid of token counts; resolve grid='auto' first")
         self.config: LinformerConfig = config
         self.mixing = None
-        # In a tuple, so that it is no child of this module.
+        # In a tuple, so that torch does not register it as a child of this module.
         self._owner = (owner,) if owner is not None and config.sharing == "layerwise" else ()
         self.key_projection: Any = None
         self.value_projection: Any = None
@@ -72,7 +72,7 @@ class Linformer(AddedAttention):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Set projections to means, convolution and gate to the identity."""
+        """Reset projections to means, and convolution and gate to the identity."""
         for projection in (self.key_projection, self.value_projection):
             if projection is not None:
                 projection.reset_parameters()
@@ -89,7 +89,7 @@ class Linformer(AddedAttention):
         group: Any,
         extra: tuple[Tensor, ...] | None,
     ) -> Callable[[], Tensor]:
-        """Begin attention, whose result ends it."""
+        """Start the attention; calling the result ends it."""
         along = tuple(grid) if self.config.by_axis else (query.shape[1],)
         if not self.config.by_axis and along[0] > self.config.lengths[0]:
             raise UserError(
@@ -108,10 +108,10 @@ class Linformer(AddedAttention):
         return lambda: attend_projected(query, key, value, valid)
 
     def projections(self) -> tuple[Any, Any]:
-        """E and F, which may be one module, or another layer's.
+        """E and F, which may be the same module or belong to another layer.
 
         Raises:
-            ValueError: If another layer's weights are not here.
+            ValueError: If another layer's weights are not on this device or process.
         """
         owner = self._owner[0] if self._owner else self
         for weight in owner.key_projection.parameters() if self._owner else ():
@@ -142,7 +142,7 @@ class Linformer(AddedAttention):
 def _with_extra(
     key: Tensor, value: Tensor, valid: Tensor | None, extra: tuple[Tensor, ...]
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Projected tokens, and keys off the grid behind them, which are read as they are."""
+    """Projected tokens, followed by the keys off the grid, which are not projected."""
     num_projected = key.shape[1]
     key, value = (torch.cat(pair, dim=1) for pair in ((key, extra[0]), (value, extra[1])))
     if valid is None and len(extra) < 3:
@@ -157,7 +157,7 @@ def _with_extra(
 
 
 def make_projection(config: LinformerConfig, heads: int, head_dim: int) -> Any:
-    """E or F of a layer, for all heads (`heads=1`) or one for each."""
+    """E or F of a layer, shared by all heads (`heads=1`) or one per head."""
     if config.projection == "linear":
         return LinearProjection(heads, config.projected, config.lengths, config.by_axis)
     pairs = zip(config.lengths, config.projected, strict=True)
@@ -166,14 +166,14 @@ def make_projection(config: LinformerConfig, heads: int, head_dim: int) -> Any:
 
 
 class LinearProjection(nn.Module):
-    """A learned matrix along each axis of tokens; it starts with means of neighbours.
+    """A learned matrix along each axis of tokens, initialized to means of neighbours.
 
     Args:
-        heads: Heads with matrices of their own; 1 is one for all.
-        projected: Tokens that are left along each axis.
-        lengths: Tokens along each axis that the matrices have columns for.
-        resampled: Take axes of other lengths by resampling the columns: a token takes the share of
-            columns that it covers. Otherwise a shorter axis has the first of them.
+        heads: Number of matrices, one per head; 1 if all heads share one.
+        projected: Number of projected tokens along each axis.
+        lengths: Number of columns of the matrix of each axis: the tokens that it is made for.
+        resampled: Handle axes of other lengths by resampling the columns: each token gets the
+            share of the columns that it covers. Otherwise a shorter axis uses the first columns.
     """
 
     def __init__(
@@ -190,7 +190,7 @@ class LinearProjection(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Let each projected token be the mean of its piece of the axis."""
+        """Reset each projected token to the mean of its segment of the axis."""
         for weight in self.weights:
             count, length = weight.shape[-2:]
             weight.zero_()
@@ -206,7 +206,7 @@ class LinearProjection(nn.Module):
         return tokens.flatten(1, -3)
 
     def entered(self, other: "LinearProjection", along: tuple[int, ...]) -> Tensor | None:
-        """Which projected tokens a shorter axis enters, here or there; see `entered_by`."""
+        """The projected tokens that a shorter axis contributes to; see `entered_by`."""
         if self.resampled:
             return None
         here, there = (self._columns(p.weights[0], along[0]) for p in (self, other))
@@ -220,17 +220,17 @@ class LinearProjection(nn.Module):
 
 
 def coverage(columns: int, length: int, like: Tensor) -> Tensor:
-    """Which share of each column each of `length` tokens on the same axis covers.
+    """The share of each column that each of `length` tokens on the same axis covers.
 
     Args:
-        columns: Columns, spread evenly over the axis.
-        length: Tokens, too.
-        like: Tells dtype and device.
+        columns: Number of columns, spread evenly over the axis.
+        length: Number of tokens, spread evenly over the axis.
+        like: Tensor whose dtype and device the result has.
 
     Returns:
-        `[columns, length]`, rows of sum 1.
+        `[columns, length]`; every row sums to 1.
     """
-    # Positions in units of 1 / (columns · length) are whole numbers.
+    # In units of 1 / (columns · length), positions are integers.
     column = torch.arange(columns, device=like.device)[:, None] * length
     token = torch.arange(length, device=like.device) * columns
     ends = torch.minimum(column + length, token + columns)
@@ -238,14 +238,14 @@ def coverage(columns: int, length: int, like: Tensor) -> Tensor:
 
 
 class WindowProjection(nn.Module):
-    """Mean, maximum or learned sum of each window of tokens; the last ones may be cut.
+    """Mean, maximum or learned sum of each window of tokens; the last windows may be cut off.
 
-    Windows keep their size, so that a larger grid has more of them.
+    The window size is fixed, so a larger grid has more windows.
 
     Args:
         kind: mean_pool, max_pool or conv, whose weights differ by channel and start as the mean.
-        window: Tokens along each axis.
-        heads: Heads with weights of their own; 1 is one for all.
+        window: Number of tokens along each axis.
+        heads: Number of weights, one per head; 1 if all heads share one.
         head_dim: Channels per head.
     """
 
@@ -259,7 +259,7 @@ class WindowProjection(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Set weights to those of the mean."""
+        """Reset the weights to those of the mean."""
         if self.weight is not None:
             self.weight.fill_(1 / math.prod(self.window))
 

@@ -1,4 +1,4 @@
-"""LoRA beside MHLA: read from a model, put into another, taken away."""
+"""LoRA beside MHLA: read it from a model, add it to another, remove it."""
 
 from collections.abc import Mapping
 from importlib.util import find_spec
@@ -10,7 +10,7 @@ from torch import Tensor
 from mhla_gen.errors import UserError
 
 _NAME = "mhla_adapter"
-"""What peft calls the LoRA of an adapter; others may be loaded beside it."""
+"""Name in peft of an adapter's LoRA; others may be loaded beside it."""
 _SETTINGS = (
     "r",
     "lora_alpha",
@@ -26,7 +26,7 @@ def lora_of(model: Any) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
     """Settings and weights of a model's LoRA.
 
     Raises:
-        ValueError: If there are several, or it trains biases.
+        ValueError: If the model has several, or its LoRA trains biases.
     """
     configs = getattr(model, "peft_config", None) or {}
     if not configs:
@@ -53,8 +53,8 @@ def check_lora(
     """Check that a model can take a LoRA.
 
     Raises:
-        ValueError: If peft is not installed, a layer is missing or has other sizes, or the model's
-            weights are offloaded one by one.
+        ValueError: If peft is not installed, a layer is missing or has a different size, or the
+            model's weights are offloaded one by one.
     """
     if settings is None:
         return
@@ -75,7 +75,7 @@ def check_lora(
 def add_lora_weights(
     model: Any, settings: dict[str, Any] | None, tensors: Mapping[str, Tensor]
 ) -> None:
-    """Give a model a LoRA that `check_lora` has found to fit; other weights train as before."""
+    """Add a LoRA that passed `check_lora` to a model; other weights train as before."""
     if settings is None:
         return
     from peft import LoraConfig, set_peft_model_state_dict
@@ -84,13 +84,13 @@ def add_lora_weights(
     model.add_adapter(LoraConfig(**settings), adapter_name=_NAME)
     state = {name: tensor for name, tensor in tensors.items() if ".lora_" in name}
     set_peft_model_state_dict(model, state, adapter_name=_NAME)
-    # peft has frozen everything else.
+    # Adding it, peft has frozen all other weights.
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trained.get(name.replace(".base_layer.", "."), True))
 
 
 def remove_lora(model: Any) -> None:
-    """Take the LoRA of an adapter away, if there is one; others stay."""
+    """Remove the LoRA of an adapter, if there is one; others stay."""
     configs = getattr(model, "peft_config", None) or {}
     if _NAME not in configs:
         return

@@ -18,7 +18,7 @@ from mhla_gen.models.transformer import MHLATransformerMixin
 class GridLTXRotaryPosEmbed(LTXVideoRotaryPosEmbed):
     """LTX-Video's rotary embedding that also passes its grid to the attention layers.
 
-    The grid travels as the shape `(frames, height, width, 0)` of an empty third tensor.
+    The grid is passed as the shape `(frames, height, width, 0)` of an empty third tensor.
     """
 
     def forward(  # type: ignore[override]
@@ -33,7 +33,7 @@ class GridLTXRotaryPosEmbed(LTXVideoRotaryPosEmbed):
         """`(cos, sin, grid carrier)` for tokens `[batch, seq_len, channels]`.
 
         Raises:
-            ValueError: If the three sizes do not say how the tokens lie.
+            ValueError: If num_frames, height and width do not multiply to the number of tokens.
         """
         sizes = (num_frames or 0, height or 0, width or 0)
         if sizes[0] * sizes[1] * sizes[2] != hidden_states.shape[1]:
@@ -59,7 +59,7 @@ class MHLALTXAttnProcessor(MHLAProcessor):
     def angles(self, attn: Any, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """From tables `[batch, seq_len, channels]`.
 
-        Frequencies fall over all channels, not over those of a head, so each head has its own.
+        Frequencies decrease over all channels, not within a head, so each head has its own.
         """
         cos, sin = pairs(cos, sin)
         return cos.unflatten(2, (attn.heads, -1)), sin.unflatten(2, (attn.heads, -1))

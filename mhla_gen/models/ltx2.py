@@ -1,4 +1,4 @@
-"""MHLA for diffusers' LTX-2: video and audio, of which the video's own attention is replaced."""
+"""MHLA for diffusers' LTX-2 (video and audio): only the video's self-attention is replaced."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ from mhla_gen.models.transformer import MHLATransformerMixin
 class GridLTX2RotaryPosEmbed(LTX2AudioVideoRotaryPosEmbed):
     """LTX-2's rotary embedding of video that also passes its grid to the attention layers.
 
-    It is called with coordinates alone; the model sets the grid in the same call of `forward`.
+    It is called with coordinates only; the model sets the grid in the same call of `forward`.
     """
 
     grid: Any
@@ -77,7 +77,7 @@ class SoftmaxLTX2PerturbedAttnProcessor(LTX2PerturbedAttnProcessor):
 
 
 class MHLALTX2AttnProcessor(MHLAProcessor):
-    """MHLA of an `LTX2Attention` layer, with the layer's own gate for each head."""
+    """MHLA of an `LTX2Attention` layer, with the layer's own per-head gate."""
 
     norm_across_heads = True
 
@@ -92,7 +92,7 @@ class MHLALTX2AttnProcessor(MHLAProcessor):
         perturbation_mask: Tensor | None = None,
         all_perturbed: Any = None,
     ) -> Tensor:
-        """As `MHLAProcessor`; a perturbed layer gives its values in place of its attention.
+        """As `MHLAProcessor`; a perturbed layer returns its values instead of its attention.
 
         Raises:
             ValueError: If a mask or other keys are given, or the grid is missing.
@@ -116,7 +116,7 @@ class MHLALTX2AttnProcessor(MHLAProcessor):
         return self.project_back(attn, out)
 
     def angles(self, attn: Any, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """From tables `[batch, seq_len, channels]`, or by head `[batch, num_heads, seq_len, …]`."""
+        """From tables `[batch, seq_len, channels]` or `[batch, num_heads, seq_len, …]`."""
         if attn.rope_type == "split":
             return cos.transpose(1, 2), sin.transpose(1, 2)
         cos, sin = pairs(cos, sin)
@@ -124,11 +124,11 @@ class MHLALTX2AttnProcessor(MHLAProcessor):
 
 
 class MHLALTX2PerturbedAttnProcessor(MHLALTX2AttnProcessor):
-    """For models whose layers can be perturbed."""
+    """`MHLALTX2AttnProcessor` for models whose layers can be perturbed."""
 
 
 class LTX2Family(Family):
-    """LTX-2: grids of frames, height and width; audio and what reads other tokens stay softmax."""
+    """LTX-2: grids of frames, height and width; audio and cross-attention stay softmax."""
 
     base_class = LTX2VideoTransformer3DModel
     rank = 3
@@ -143,17 +143,17 @@ class LTX2Family(Family):
     }
 
     def processors(self, attention: Any) -> tuple[type, type, type]:
-        """As of the family, or of the layers that can be perturbed."""
+        """Those of the family, or those for layers that can be perturbed."""
         perturbed = (LTX2PerturbedAttnProcessor, MHLALTX2PerturbedAttnProcessor)
         if isinstance(attention.processor, perturbed):
             return (*perturbed, SoftmaxLTX2PerturbedAttnProcessor)
         return super().processors(attention)
 
     def arguments(self, model: Any, given: dict[str, Any]) -> dict[str, Any]:
-        """The grid goes to the rotary embedding, which hands it on.
+        """The grid goes to the rotary embedding, which passes it to the layers.
 
         Raises:
-            ValueError: If the three sizes do not say how the tokens lie.
+            ValueError: If num_frames, height and width do not multiply to the number of tokens.
         """
         grid = tuple(given.get(name) or 0 for name in ("num_frames", "height", "width"))
         if grid[0] * grid[1] * grid[2] != given["hidden_states"].shape[1]:

@@ -34,7 +34,7 @@ class SoftmaxMochiAttnProcessor(DropsGrid, MochiAttnProcessor2_0):
 
 
 class MHLAMochiAttnProcessor(JointMHLAProcessor):
-    """MHLA of a `MochiAttention` layer: the angles of its rotary embedding are learned by head."""
+    """MHLA of a `MochiAttention` layer, whose rotary angles are learned per head."""
 
     zeroes_padding = True
 
@@ -43,7 +43,7 @@ class MHLAMochiAttnProcessor(JointMHLAProcessor):
         return (tables[0].unsqueeze(0), tables[1].unsqueeze(0)), None
 
     def text_mask(self, mask: Tensor | None, num_image: int) -> Tensor | None:
-        """As it is."""
+        """The mask unchanged."""
         return None if mask is None else mask.bool()
 
 

@@ -1,4 +1,4 @@
-"""What every self-attention layer of a model is, and what of it softmax computes."""
+"""A table of a model's self-attention layers: their kind, and the share that is softmax."""
 
 import math
 from dataclasses import dataclass
@@ -38,7 +38,7 @@ class LayerSummary:
     layout: tuple[int, ...] | None
     """Blocks along each axis; None without MHLA."""
     implementation: str
-    """Which code runs on the layer's device."""
+    """Implementation that runs on the layer's device."""
     added_parameters: int
     """Parameters that MHLA adds to the layer."""
     converted: bool
@@ -75,7 +75,7 @@ class Summary(list[LayerSummary]):
 
 
 def summary(pipe_or_transformer: Any) -> Summary:
-    """What every self-attention layer is, one row a layer.
+    """A table of a model's self-attention layers, one row per layer.
 
     Args:
         pipe_or_transformer: A supported transformer, converted or not, or a pipeline.
@@ -142,7 +142,7 @@ def _summarise(family: Family, name: str, attention: Any, grid: tuple[int, ...])
 
 
 def _added(child: Any) -> int:
-    """Parameters of MHLA alone: peft may hold a copy of it that it trains, or low-rank updates."""
+    """Parameters of MHLA alone, without peft's trained copies or low-rank updates of it."""
     own = getattr(child, "original_module", child)
     return sum(p.numel() for name, p in own.named_parameters() if "lora_" not in name)
 
@@ -178,13 +178,13 @@ def _summarise_causal(name: str, attention: Any) -> LayerSummary:
 
 
 def _window_share(window: int, seq_len: int) -> float:
-    """Share of the causal pairs of a sequence that lie in a window."""
+    """Share of a sequence's causal pairs that lie within the window."""
     window = min(window, seq_len)
     return (2 * seq_len - window + 1) * window / (seq_len * (seq_len + 1))
 
 
 def _implementation(child: AddedAttention, device: torch.device, grid: tuple[int, ...]) -> str:
-    """What runs on a device; of both halves, where they differ."""
+    """Implementation that runs on a device; that of both halves if they differ."""
     config, found = child.config, []
     if config.exact == 1 or child.kind == "linformer":
         return "sdpa"

@@ -1,14 +1,14 @@
 """Context parallelism: processes share the tokens of every sequence.
 
-diffusers cuts the sequence before the first block and joins it after the last one; its softmax
-layers run ring or Ulysses attention, MHLA layers sum their block summaries over all processes
+diffusers splits the sequence before the first block and joins it after the last. Its softmax layers
+run ring or Ulysses attention; MHLA layers sum their block summaries over all processes
 (`mhla_gen.ops.sharded`).
 
-**Training.** Every process sees the whole output and computes the whole loss; what flows back into
-it are the gradients of its own tokens. So the gradient of every weight, mixing included, is the
-*sum* over the processes. DDP and FSDP take the mean over all of theirs: multiply the loss by the
-number of processes that share a sequence, and the mean is right. Without either, call
-`sum_gradients` before the optimizer's step.
+**Training.** Every process has the whole output and computes the whole loss, but receives gradients
+of its own tokens only. So the gradient of every weight, mixing included, is the *sum* over the
+processes. DDP and FSDP average over all processes: multiply the loss by the number of processes
+that share a sequence to correct for that. Without either, call `sum_gradients` before the
+optimizer's step.
 """
 
 from typing import Any
@@ -22,22 +22,22 @@ from mhla_gen.models.family import Family
 
 
 def sequence_group(parallel_config: Any) -> Any:
-    """The processes that share a sequence, from what diffusers sets on a processor; maybe None."""
+    """The group that shares a sequence, from a processor's parallel settings; None if none."""
     if parallel_config is None:
         return None
     return parallel_config.context_parallel_config._flattened_mesh.get_group()
 
 
 def check_parallelism(family: Family, settings: AttentionConfig, config: Any) -> None:
-    """Check that MHLA layers of a family can run as `config` wants.
+    """Check that MHLA layers of a family support the parallelism of `config`.
 
     Args:
-        family: Of the model.
-        settings: Of the model.
-        config: What `enable_parallelism` takes.
+        family: Family of the model.
+        settings: MHLA settings of the model.
+        config: Argument of `enable_parallelism`.
 
     Raises:
-        NotImplementedError: If a rank would attend to its own tokens or heads only.
+        NotImplementedError: If a rank would attend only to its own tokens or heads.
     """
     tensor_parallel = getattr(config, "tensor_parallel_config", None) is not None
     if tensor_parallel or isinstance(config, TensorParallelConfig):
@@ -60,11 +60,11 @@ def check_parallelism(family: Family, settings: AttentionConfig, config: Any) ->
 def sum_gradients(model: nn.Module, group: Any = None) -> None:
     """Sum gradients of all parameters over the processes that share sequences, in place.
 
-    A gradient that a process lacks counts as zero, if another one may have it.
+    A gradient missing on one process counts as zero if another process may have it.
 
     Args:
-        model: Every process has the same one.
-        group: The processes; all by default.
+        model: The model, the same on every process.
+        group: The process group; all processes by default.
     """
     for parameter in model.parameters():
         if parameter.requires_grad:

@@ -12,13 +12,13 @@ from mhla_gen.models.transformer import FusesSelfAttention
 
 
 class SoftmaxPixArtAttnProcessor(DropsGrid, AttnProcessor2_0):
-    """Stock attention, for layers that are handed a grid and do not need it."""
+    """Stock attention, for layers that receive a grid but do not need it."""
 
 
 class PixArtFamily(Family):
     """PixArt: image grids of any aspect ratio, no rotary embedding.
 
-    diffusers hands `attn2`, which reads the text, the same arguments as `attn1`.
+    diffusers passes the same arguments to `attn1` and to `attn2`, which reads the text.
     """
 
     base_class = PixArtTransformer2DModel
@@ -30,7 +30,7 @@ class PixArtFamily(Family):
     unconverted_processor = SoftmaxPixArtAttnProcessor
 
     def arguments(self, model: Any, given: dict[str, Any]) -> dict[str, Any]:
-        """The grid travels with the layers' own arguments."""
+        """The grid is passed with the layers' own arguments."""
         grid = patch_grid(given["hidden_states"].shape[-2:], model.pos_embed.patch_size)
         own = given.get("cross_attention_kwargs") or {}
         return given | {"cross_attention_kwargs": {**own, "grid": grid}}

@@ -1,7 +1,7 @@
 """What the attention processors of all families share: project, attend, project back.
 
-diffusers calls a processor with arguments whose names differ from model to model, and looks at its
-signature to see which ones it may pass. So the signatures here have the names of all of them.
+diffusers calls processors with arguments whose names differ between models, and inspects a
+processor's signature to see which of them it accepts. So the signatures here list all names.
 """
 
 from collections.abc import Sequence
@@ -18,18 +18,18 @@ Rotary = tuple[Tensor, Tensor] | None
 
 
 class MHLAProcessor:
-    """Runs the `mhla` child of an attention layer; a family says what differs.
+    """Runs the `mhla` child of an attention layer; families override parts.
 
-    The grid comes as an argument, or as the shape `(…, 0)` of an empty third tensor beside the
-    tables of angles.
+    The grid is passed as an argument, or as the shape `(…, 0)` of an empty third tensor beside the
+    rotary tables.
     """
 
-    # diffusers silently skips processors that lack these two.
+    # diffusers silently skips processors without these two attributes.
     _attention_backend = None
     _parallel_config = None
 
     norm_across_heads: ClassVar[bool] = False
-    """Queries and keys are normalised over all heads at once, not per head."""
+    """Whether queries and keys are normalised over all heads at once, not per head."""
 
     def __call__(
         self,
@@ -76,10 +76,10 @@ class MHLAProcessor:
         Args:
             attn: The layer.
             hidden_states: `[batch, seq_len, hidden_size]`.
-            tables: The rotary embedding that diffusers hands to the layer, and the grid carrier.
+            tables: The rotary embedding that diffusers passes to the layer, and the grid carrier.
 
         Raises:
-            ValueError: If rotary embedding or grid are missing.
+            ValueError: If the rotary embedding or the grid is missing.
         """
         if tables is None or len(tables) != 3:
             raise UserError(
@@ -96,7 +96,7 @@ class MHLAProcessor:
     def project(self, attn: Any, hidden_states: Tensor, *others: Any) -> tuple[Tensor, ...]:
         """Queries, keys and values, normalised, each `[batch, seq_len, num_heads, head_dim]`.
 
-        Behind them comes what other linear layers make of the same input, in the same product.
+        The outputs of other linear layers that are joined into the same product follow them.
         """
         if getattr(attn, "fused_projections", False):
             projected = attn.to_qkv(hidden_states).chunk(3, dim=-1)
@@ -125,7 +125,7 @@ def normalized(
     Args:
         projected: Queries, keys and values, each `[batch, seq_len, num_heads * head_dim]`.
         num_heads: Number of heads.
-        norms: Of queries and of keys; None for none.
+        norms: Norm layers of queries and of keys; None for no norm.
         across_heads: Normalise all heads at once.
 
     Returns:
@@ -139,7 +139,7 @@ def normalized(
         return norm(x).unflatten(2, (num_heads, -1)) if across_heads else norm(by_head)
 
     query, key, value = projected
-    # Autocast may leave float32 behind a norm.
+    # Under autocast a norm may return float32.
     return (
         normalize(query, norms[0]).type_as(value),
         normalize(key, norms[1]).type_as(value),
@@ -148,10 +148,10 @@ def normalized(
 
 
 class DropsGrid:
-    """Mixed into a stock processor: stock attention for layers that are handed the grid, too."""
+    """Mixin for a stock processor: stock attention for layers that also receive the grid."""
 
     rotary_argument: ClassVar[str] = "image_rotary_emb"
-    """What the stock processor calls its rotary embedding."""
+    """Name of the stock processor's rotary embedding argument."""
 
     def __call__(
         self,
@@ -178,11 +178,11 @@ class DropsGrid:
 
 
 class PatchGridCarrier:
-    """Mixed into a rotary embedding of latents, makes it tell its grid to the attention layers.
+    """Mixin for a rotary embedding of latents: passes the grid to the attention layers.
 
-    The grid travels as the shape `(frames, height, width, 0)` of an empty third tensor: unlike
-    module state that survives `torch.compile`, checkpointing with two grids alive, copies of the
-    model and offloading hooks.
+    The grid is passed as the shape `(frames, height, width, 0)` of an empty third tensor. Unlike
+    module state, this survives `torch.compile`, checkpointing while two grids are in use, copies of
+    the model, and offloading hooks.
     """
 
     patch_size: Any
@@ -198,5 +198,5 @@ class PatchGridCarrier:
 
 
 def pairs(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Tables `[seq_len, head_dim / 2]` from ones that repeat every angle for both channels."""
+    """Tables `[seq_len, head_dim / 2]` from tables that repeat every angle for both channels."""
     return cos[..., 0::2], sin[..., 0::2]

@@ -7,25 +7,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Rows of the product then begin at 128-byte lines in half precision, whatever is joined.
+# With this alignment, rows of the product begin at 128-byte lines in half precision.
 _ROW = 64
 
 
 def products(layers: Sequence[Any], inputs: Tensor) -> list[Tensor]:
-    """Outputs of linear layers of one input.
+    """Outputs of several linear layers of the same input.
 
-    Plain layers are computed as one layer whose weights stand side by side: a large product takes
-    less time than several small ones, and its backward pass sums the gradients of the input within
-    the product. Training in bfloat16 copies the weights in any case, to cast them, so that compiled
-    code has them side by side for nothing. Layers with adapters or hooks, quantised or sharded
-    ones, and such of which only some are trained, are called one after the other.
+    Plain layers are computed as one layer with concatenated weights: one large product is faster
+    than several small ones, and its backward pass sums the gradients of the input within the
+    product. Training in bfloat16 copies the weights anyway, to cast them, so in compiled code the
+    concatenation is free. Layers with adapters or hooks, quantised or sharded layers, and layers of
+    which only some are trained are called one after the other.
 
     Args:
         layers: Each maps the last axis of `inputs`.
         inputs: `[..., channels]`.
 
     Returns:
-        One tensor a layer; of plain ones, views of one tensor.
+        One tensor per layer; for plain layers, views of one tensor.
     """
     if len(layers) < 2 or not _joinable(layers):
         return [layer(inputs) for layer in layers]
@@ -42,7 +42,7 @@ def products(layers: Sequence[Any], inputs: Tensor) -> list[Tensor]:
 
 
 def _joinable(layers: Sequence[Any]) -> bool:
-    """Whether layers are plain ones, alike in dtype, device and training."""
+    """Whether layers are plain and agree in dtype, device and whether they are trained."""
     if not all(_is_plain(layer) for layer in layers):
         return False
     first = layers[0].weight
@@ -55,7 +55,8 @@ def _joinable(layers: Sequence[Any]) -> bool:
 
 
 def _is_plain(layer: Any) -> bool:
-    # Offloading replaces `forward`; adapters and quantisation the layer, or its weight's class.
+    # Offloading replaces `forward`; adapters and quantisation replace the layer or the class of
+    # its weight.
     return (
         type(layer) is nn.Linear
         and type(layer.weight) is nn.Parameter

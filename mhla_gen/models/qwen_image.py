@@ -27,7 +27,7 @@ class MHLAQwenImageAttnProcessor(JointMHLAProcessor):
         return (image.real, image.imag), (text.real, text.imag)
 
     def text_mask(self, mask: Tensor | None, num_image: int) -> Tensor | None:
-        """As it is."""
+        """The mask unchanged."""
         return None if mask is None else mask.bool()
 
 
@@ -45,7 +45,7 @@ class QwenImageFamily(JointFamily):
     unconverted_processor = SoftmaxQwenImageAttnProcessor
 
     def arguments(self, model: Any, given: dict[str, Any]) -> dict[str, Any]:
-        """The grid travels with the layers' own arguments.
+        """The grid is passed with the layers' own arguments.
 
         Raises:
             ValueError: If a sequence has several images or frames.

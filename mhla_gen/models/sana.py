@@ -1,4 +1,4 @@
-"""MHLA for diffusers' SANA, whose own self-attention is linear: one block, not learned."""
+"""MHLA for diffusers' SANA, whose own self-attention is linear: one block, no learned mixing."""
 
 from typing import Any
 
@@ -15,10 +15,10 @@ from mhla_gen.models.transformer import MHLATransformerMixin
 
 
 class GridSanaTransformerBlock(SanaTransformerBlock):
-    """SANA's block, which tells its self-attention the grid that it knows.
+    """SANA's block, which passes its grid to its self-attention.
 
-    diffusers hands the layer nothing but tokens. The grid is set right before it is read, in the
-    same call, so two sizes may be alive.
+    diffusers passes only tokens to the layer. The grid is set right before it is read, in the same
+    call, so two sizes can be in use at a time.
     """
 
     def forward(
@@ -46,7 +46,7 @@ class GridSanaTransformerBlock(SanaTransformerBlock):
 
 
 class MHLASanaAttnProcessor(MHLAProcessor):
-    """MHLA of an `Attention` layer on the grid that its block tells."""
+    """MHLA of an `Attention` layer on the grid that its block passes."""
 
     norm_across_heads = True
 

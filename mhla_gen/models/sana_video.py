@@ -1,4 +1,4 @@
-"""MHLA for diffusers' SANA-Video, whose own self-attention is linear: one block, not learned."""
+"""MHLA for diffusers' SANA-Video, whose own self-attention is linear, with one block."""
 
 from diffusers.models.transformers.transformer_sana_video import (
     SanaLinearAttnProcessor3_0,

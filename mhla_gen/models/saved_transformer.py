@@ -1,4 +1,4 @@
-"""Load a transformer by the class that its config names."""
+"""Load a transformer as the class named in its config."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from mhla_gen.hub import locate_part
 from mhla_gen.models.injection import MHLA_CLASSES
 
 _CLASSES: dict[str, Any] = {c.__name__: c for pair in MHLA_CLASSES.items() for c in pair}
-# The class that diffusers' own DiTs on the hub were saved with, before they had one of their own.
+# Diffusers' DiTs on the hub were saved as this class, before DiT had a separate class.
 _FORMER_CLASS = "Transformer2DModel"
 
 
@@ -22,14 +22,14 @@ def load_transformer(
     """A transformer of a supported family, converted or not.
 
     Args:
-        path: A folder that `save_pretrained` wrote, of a transformer or a pipeline; a run of ours
+        path: A folder that `save_pretrained` wrote, of a transformer or a pipeline; a training run
             with a pipeline; or a name on the Hugging Face hub.
-        subfolder: Which transformer of a pipeline.
-        dtype: Of its weights.
+        subfolder: Name of the transformer in a pipeline.
+        dtype: Dtype of its weights.
 
     Raises:
-        FileNotFoundError: If there is nothing.
-        ValueError: If it is no transformer, or of a class that the toolkit does not know.
+        FileNotFoundError: If no model is found.
+        ValueError: If it is not a transformer, or its class is not supported.
     """
     place, location = locate_part(path, subfolder)
     found = _saved_class(place, location)

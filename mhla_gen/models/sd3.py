@@ -18,7 +18,7 @@ class SoftmaxSD3AttnProcessor(DropsGrid, JointAttnProcessor2_0):
 class SD3Family(JointFamily):
     """Stable Diffusion 3: image grids, no rotary embedding.
 
-    Some blocks of 3.5 medium have a second attention over image tokens alone.
+    Some blocks of 3.5 medium have a second attention, over image tokens only.
     """
 
     base_class = SD3Transformer2DModel
@@ -31,16 +31,16 @@ class SD3Family(JointFamily):
     unconverted_processor = SoftmaxSD3AttnProcessor
 
     def reads_text(self, attention: Any) -> bool:
-        """Whether the layer projects text tokens, too."""
+        """Whether the layer also projects text tokens."""
         return attention.add_q_proj is not None
 
     def processors(self, attention: Any) -> tuple[type, type, type]:
-        """As of the family; without text the layer is like any other."""
+        """Those of the family; for a layer without text, those of plain self-attention."""
         mhla = self.mhla_processor if self.reads_text(attention) else MHLAProcessor
         return self.stock_processor, mhla, self.unconverted_processor
 
     def arguments(self, model: Any, given: dict[str, Any]) -> dict[str, Any]:
-        """The grid travels with the layers' own arguments."""
+        """The grid is passed with the layers' own arguments."""
         grid = patch_grid(given["hidden_states"].shape[-2:], model.config.patch_size)
         own = given.get("joint_attention_kwargs") or {}
         return given | {"joint_attention_kwargs": {**own, "grid": grid}}

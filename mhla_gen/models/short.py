@@ -1,4 +1,4 @@
-"""What to say of models whose sequences are too short for MHLA to pay."""
+"""A warning for models whose sequences are too short for MHLA to be faster."""
 
 import math
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from mhla_gen.config import AttentionConfig, MHLAConfig
 
 FEWEST_TOKENS = 800
-"""Below this softmax is faster than the fused kernels, see docs/training.md."""
+"""With fewer tokens, softmax is faster than the fused kernels; see docs/training.md."""
 
 
 class ShortSequenceWarning(UserWarning):
@@ -14,7 +14,7 @@ class ShortSequenceWarning(UserWarning):
 
 
 def too_short(config: AttentionConfig, grid: Sequence[int]) -> str | None:
-    """One sentence, if MHLA gains nothing on a token grid; None if it may.
+    """A warning if MHLA is no faster than softmax on a token grid; None if it may be.
 
     Args:
         config: Settings of the converted layers.

@@ -1,4 +1,4 @@
-"""Conversion of a model in place, and its undoing: the same for every family."""
+"""In-place conversion of a model and its reversal, the same for every family."""
 
 import inspect
 import math
@@ -30,7 +30,7 @@ def mhla_layers(config: AttentionConfig, names: Sequence[str]) -> tuple[int, ...
 
     Args:
         config: Settings.
-        names: Of all self-attention layers of a model, in order.
+        names: Names of all self-attention layers of a model, in order.
 
     Raises:
         ValueError: If an index is too large, or no layer is left to convert.
@@ -60,21 +60,22 @@ def mhla_layers(config: AttentionConfig, names: Sequence[str]) -> tuple[int, ...
 def resolve(
     family: Family, model: Any, config: AttentionConfig, new: bool = False
 ) -> AttentionConfig:
-    """Check a config against a model and settle what it leaves open.
+    """Check a config against a model and resolve the settings that it leaves open.
 
     Args:
-        family: Of the model.
-        model: Unconverted.
+        family: Family of the model.
+        model: The unconverted model.
         config: Settings.
-        new: Whether the model's weights are new; a pretrained one is disturbed as little as can be.
+        new: Whether the model's weights are new; a pretrained model is disturbed as little as
+            possible.
 
     Returns:
         Settings with block counts for `layout="auto"`, token counts for `grid="auto"`, indices for
         a function in `layers`, and a number for `exact_start`.
 
     Raises:
-        ValueError: If layers, rank, layout or processors do not fit the model, or there is no such
-            feature map or implementation.
+        ValueError: If layers, rank, layout or processors do not fit the model, or the feature map
+            or implementation does not exist.
     """
     for name, attention in family.attentions(model) + family.bystanders(model):
         known = family.processors(attention)
@@ -91,7 +92,7 @@ def resolve(
 def settle(
     family: Family, model: Any, config: AttentionConfig, new: bool = False
 ) -> AttentionConfig:
-    """What `resolve` does but for the processors, which only diffusers' layers have."""
+    """`resolve` without the processors, which only diffusers' layers have."""
     layers = mhla_layers(config, [name for name, _ in family.attentions(model)])
     if callable(config.layers):
         config = replace(config, layers=layers)
@@ -188,19 +189,19 @@ def _settle_start(family: Family, model: Any, config: MHLAConfig, new: bool) -> 
 def text_share(family: Family, model: Any) -> float:
     """Share of text among all tokens that a joint layer attends to, at the model's own size.
 
-    What the weight of text starts at beside MHLA: softmax over keys that are all alike weighs
-    text and image by their counts.
+    It is the initial weight of text beside MHLA: softmax over identical keys weighs text and image
+    by their numbers of tokens.
     """
     return family.text_length / (family.text_length + math.prod(family.native_grid(model)))
 
 
 def new_modules(family: Family, model: Any, config: AttentionConfig) -> dict[str, AddedAttention]:
-    """What each chosen layer gains, by the layer's name.
+    """The new child of each chosen layer, by the layer's name.
 
     Args:
-        family: Of the model.
-        model: Tells layers and sizes.
-        config: Comes from `resolve`.
+        family: Family of the model.
+        model: Model with the layers and their sizes.
+        config: Settings from `resolve`.
 
     Raises:
         ValueError: If the model does not have the layers that `config` names.
@@ -221,7 +222,7 @@ def new_modules(family: Family, model: Any, config: AttentionConfig) -> dict[str
 
 
 def add_mhla(family: Family, model: Any, config: AttentionConfig) -> None:
-    """Give the chosen layers their `mhla` child; `config` comes from `resolve`."""
+    """Add the `mhla` child to the chosen layers; `config` comes from `resolve`."""
     added = new_modules(family, model, config)
     for name, attention in family.attentions(model):
         if name in added:
@@ -235,7 +236,7 @@ def add_mhla(family: Family, model: Any, config: AttentionConfig) -> None:
     for module, _, converted_class in family.replaced(model):
         change_class(module, converted_class)
     settings = {"mhla": config.to_dict(), **family.settings(model)}
-    # from_config ignores what is marked as the default; that may have been another class's.
+    # from_config ignores values marked as defaults, but the mark may come from another class.
     defaults = [k for k in model.config.get("_use_default_values", ()) if k not in settings]
     marks = {"_use_default_values": defaults} if defaults else {}
     kept = {k: v for k, v in model.config.items() if k != "_use_default_values"}
@@ -243,7 +244,7 @@ def add_mhla(family: Family, model: Any, config: AttentionConfig) -> None:
 
 
 def remove_mhla(family: Family, model: Any) -> None:
-    """Take away what `add_mhla` added, the class included."""
+    """Undo `add_mhla`, including the change of class."""
     for _, attention in family.attentions(model) + family.bystanders(model):
         if hasattr(attention, "mhla"):
             del attention.mhla
@@ -261,15 +262,15 @@ def _argument_names(model_class: Any) -> set[str]:
 
 
 def placed_beside(projection: nn.Module, module: AddedAttention) -> AddedAttention:
-    """Move a new module to where its layer's output projection is; mixing stays float32.
+    """Give a new module the device and dtype of the layer's output projection; mixing is float32.
 
-    The projection's weight may be quantized, then the bias tells the dtype.
+    If the projection's weight is quantized, the dtype is that of its bias.
     """
     parameters = list(projection.parameters())
     floating = next((p for p in parameters if p.is_floating_point()), None)
     device, hook = parameters[0].device, getattr(projection, "_hf_hook", None)
     if device.type == "meta" and hook is not None:
-        # Its weights are loaded for each call; those of the new module are few and stay.
+        # The layer's weights are loaded for each call; the new module's are few and stay loaded.
         device = hook.execution_device
     module = module.to(device, None if floating is None else floating.dtype)
     if module.mixing is not None:
@@ -278,17 +279,17 @@ def placed_beside(projection: nn.Module, module: AddedAttention) -> AddedAttenti
 
 
 def change_class(module: Any, new_class: Any) -> None:
-    """Change a module's class in place, with the `forward` that offloading has wrapped, too."""
+    """Change a module's class in place, and the `forward` that offloading has wrapped."""
     module.__class__ = new_class
-    # accelerate's hooks keep the method that they call.
+    # accelerate's hooks store the original method.
     if "_old_forward" in vars(module):
         module._old_forward = MethodType(new_class.forward, module)
 
 
 def swap_processor(attention: Any, processor_class: type) -> None:
-    """Set a stateless processor, keeping the backend that was chosen for the layer."""
+    """Set a stateless processor, keeping the layer's attention backend."""
     processor = processor_class()
-    # set_attention_backend chooses kernels of softmax layers through this attribute.
+    # set_attention_backend selects the kernels of softmax layers through this attribute.
     if hasattr(processor, "_attention_backend"):
         processor._attention_backend = getattr(attention.processor, "_attention_backend", None)
     # Some layers of diffusers have no method for it.

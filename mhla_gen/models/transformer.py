@@ -1,4 +1,4 @@
-"""The base of every `MHLA…` transformer class: building, loading, and what is refused."""
+"""The base of every `MHLA…` transformer class: building, loading, and unsupported methods."""
 
 import copy
 import functools
@@ -16,7 +16,7 @@ from mhla_gen.models.family import Family
 from mhla_gen.models.parallel import check_parallelism
 from mhla_gen.models.surgery import add_mhla, become, resolve
 
-# Arguments of from_pretrained that say where a config lies rather than how to load weights.
+# Arguments of from_pretrained that locate the config, rather than say how to load weights.
 _LOCATION = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "proxies")
 _NO_OTHER_PROCESSOR = (
     "MHLA layers need their own processors; call mhla_gen.restore(model) first, or set a processor "
@@ -39,8 +39,8 @@ def accepts_mhla(
 def accepts(base_class: Any, **more: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give `__init__` the signature of `base_class` plus keywords with their defaults.
 
-    diffusers reads a model's config from the signature of its `__init__`. Arguments are handed on
-    by keyword, because `register_to_config` takes positional ones for defaults.
+    diffusers reads a model's config from the signature of its `__init__`. Arguments are passed on
+    by keyword, because `register_to_config` treats positional ones as defaults.
     """
     base = inspect.signature(base_class.__init__)
     extra = [
@@ -63,9 +63,9 @@ def accepts(base_class: Any, **more: Any) -> Callable[[Callable[..., None]], Cal
 class MHLATransformerMixin:
     """What every `MHLA…` transformer class adds to its diffusers base class.
 
-    A class that has a `family` is made complete when it is defined: with an `__init__` that takes
-    the arguments of the base class and `mhla`, if it has none of its own, and with what diffusers
-    must know of MHLA's weights.
+    A subclass with a `family` is completed when it is defined: it gets an `__init__` that takes the
+    arguments of the base class and `mhla`, unless it defines one, and the class attributes that
+    tell diffusers how to treat MHLA's weights.
     """
 
     family: ClassVar[Family]
@@ -88,7 +88,7 @@ class MHLATransformerMixin:
             cls.forward = _forward(cls.family)  # type: ignore[attr-defined]
 
     def convert_new(self, mhla: AttentionConfig | dict[str, Any] | None) -> None:
-        """Convert a freshly built model; the last line of the class's `__init__`."""
+        """Convert a newly built model; called at the end of the class's `__init__`."""
         config = mhla if isinstance(mhla, AttentionConfig) else attention_from_dict(mhla or {})
         resolved = resolve(self.family, self, config, new=True)  # type: ignore[arg-type]
         add_mhla(self.family, self, resolved)  # type: ignore[arg-type]
@@ -105,7 +105,7 @@ class MHLATransformerMixin:
         config: AttentionConfig | None = None,
         **kwargs: Any,
     ) -> Any:
-        """An MHLA model from a softmax model, which is left as it is.
+        """Create an MHLA model from a softmax model, which is not changed.
 
         Args:
             base_model_or_path: A transformer of the family, or what its `from_pretrained` takes.
@@ -116,7 +116,7 @@ class MHLATransformerMixin:
             A new model whose projections equal the base's.
 
         Raises:
-            ValueError: If the model is of another family, or `config` does not fit it.
+            ValueError: If the model belongs to another family, or `config` does not fit it.
         """
         base_class = cls.family.base_class
         if isinstance(base_model_or_path, nn.Module):
@@ -171,7 +171,7 @@ class MHLATransformerMixin:
         return (model, info) if with_info else model
 
     def set_attn_processor(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse: another processor would bypass MHLA and leave its weights unused.
+        """Raise: another processor would bypass MHLA and leave its weights unused.
 
         Raises:
             ValueError: Always.
@@ -179,7 +179,7 @@ class MHLATransformerMixin:
         raise UserError(_NO_OTHER_PROCESSOR)
 
     def set_default_attn_processor(self) -> None:
-        """Refuse, as `set_attn_processor` does.
+        """Raise, as `set_attn_processor` does.
 
         Raises:
             ValueError: Always.
@@ -189,12 +189,12 @@ class MHLATransformerMixin:
     def enable_parallelism(self, *, config: Any, **kwargs: Any) -> None:
         """Share every sequence among processes; as in diffusers, for context parallelism.
 
-        Each process computes its part of the tokens and returns the whole output. In training
-        gradients of weights are each process's share: see `mhla_gen.models.parallel`.
+        Each process computes its part of the tokens and returns the whole output. In training, each
+        process has its share of the weights' gradients: see `mhla_gen.models.parallel`.
 
         Raises:
-            NotImplementedError: For tensor parallelism, in families that cannot share, and for
-                layers with an exact half.
+            NotImplementedError: For tensor parallelism, for families that cannot share sequences,
+                and for layers with an exact half.
         """
         check_parallelism(self.family, self.mhla_config, config)
         super().enable_parallelism(config=config, **kwargs)  # type: ignore[misc]

@@ -1,6 +1,6 @@
-"""Why classes of diffusers are not converted: the tables of docs/models.md, for messages.
+"""Why some classes of diffusers are not supported: the tables of docs/models.md, for messages.
 
-A test compares them.
+A test compares the two.
 """
 # ruff: noqa: E501 - rows of a table stay whole.
 
@@ -37,7 +37,7 @@ _UNWRITTEN = {
     "OvisImageTransformer2DModel": "text and image tokens in one attention",
     "PRXTransformer2DModel": "image queries read image and text keys in one softmax",
 }
-"""Self-attention that fits; no adapter is written. What one would have to do."""
+"""Classes whose self-attention fits but has no family here, and what one would have to do."""
 _IN_PART = {
     "Flux3Transformer2DModel": 'mode_blocks["image"] see image tokens only; the other blocks join text and image',
     "LongCatAudioDiTTransformer": "1-D self-attention, but its pipeline masks padded audio: only for batches of one length",

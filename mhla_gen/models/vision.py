@@ -1,9 +1,9 @@
 """MHLA for the vision classifiers of timm: ViT and DeiT, with a class token or average pooling.
 
-Class token, registers and distillation token are prefix tokens: they lie off the grid of patches
-and are few. A prefix query reads all tokens by softmax; a patch reads the prefix tokens exactly, as
-keys off its grid, beside MHLA over the grid, under one weight. So both kinds of queries read all
-keys, at a cost that stays linear in patches. Without prefix tokens MHLA is all there is.
+Class token, registers and distillation token are prefix tokens: a few tokens off the patch grid.
+Prefix queries attend to all tokens by softmax. Patches attend to the prefix tokens exactly, as keys
+off the grid, and to the grid by MHLA; one weight combines the two. So all queries read all keys, at
+a cost linear in the number of patches. Without prefix tokens there is only MHLA.
 """
 
 from pathlib import Path
@@ -41,9 +41,9 @@ CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
 
 
 class MHLAVisionMixin(nn.Module):
-    """What `MHLAVisionTransformer` adds to timm's class: the grid on its way, saving, loading."""
+    """What `MHLAVisionTransformer` adds to timm's class: passing the grid, saving, loading."""
 
-    # Of timm's classes, which this stands before.
+    # Defined by timm's classes, which follow this mixin in the bases.
     patch_embed: Any
     blocks: Any
     _pos_embed: Any
@@ -70,7 +70,7 @@ class MHLAVisionMixin(nn.Module):
     def forward_intermediates(
         self, x: Tensor, *args: Any, attn_mask: Tensor | None = None, **kwargs: Any
     ) -> Any:
-        """As timm's; blocks are not recomputed in backward."""
+        """As timm's, but without gradient checkpointing."""
         grid = self._grid(x, attn_mask, kwargs.pop("is_causal", False))
         return super().forward_intermediates(x, *args, attn_mask=grid, **kwargs)  # type: ignore[misc]
 
@@ -80,7 +80,7 @@ class MHLAVisionMixin(nn.Module):
         return images.new_empty((*self.patch_embed.dynamic_feat_size(images.shape[-2:]), 0))
 
     def no_weight_decay(self) -> set[str]:
-        """Names of timm and those of mixing matrices, which decay would pull to zero."""
+        """Names of timm and of the mixing matrices, which weight decay would pull to zero."""
         mixing = {n for n, _ in self.named_parameters() if n.endswith(".mhla.mixing")}
         return set(super().no_weight_decay()) | mixing  # type: ignore[misc]
 
@@ -88,12 +88,13 @@ class MHLAVisionMixin(nn.Module):
         """Write weights, timm's description of the model and the settings of MHLA.
 
         Args:
-            folder: Gets `model.safetensors` and `config.json`; those that are there are replaced.
+            folder: Where to write `model.safetensors` and `config.json`; existing files are
+                replaced.
 
         Raises:
-            ValueError: If the model does not come from `timm.create_model`, which keeps what it is
-                built with.
-            OSError: If it cannot be written.
+            ValueError: If the model does not come from `timm.create_model`, which records the
+                model's arguments.
+            OSError: If the files cannot be written.
         """
         folder = Path(expand_home("folder", str(folder)))
         source: dict[str, Any] = getattr(self, "pretrained_cfg", {})
@@ -120,16 +121,16 @@ class MHLAVisionMixin(nn.Module):
         mhla: dict[str, Any],
         pretrained_cfg: dict[str, Any] | None = None,
     ) -> Any:
-        """A model with new weights.
+        """Create a model with new weights.
 
         Args:
-            architecture: Its name in timm.
-            model_args: What `timm.create_model` takes besides.
+            architecture: Name of the architecture in timm.
+            model_args: Further arguments of `timm.create_model`.
             mhla: Values of an `MHLAConfig` or `LinformerConfig`.
             pretrained_cfg: timm's settings for preparing images; the architecture's if None.
 
         Raises:
-            ValueError: If the architecture is of another class, or settings do not fit.
+            ValueError: If the architecture belongs to another class, or settings do not fit.
         """
         model = timm.create_model(architecture, pretrained_cfg=pretrained_cfg, **model_args)
         inject_vision(model, attention_from_dict(mhla))
@@ -139,16 +140,16 @@ class MHLAVisionMixin(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, torch_dtype: torch.dtype | None = None) -> Any:
-        """A model that `save_pretrained` wrote, in evaluation mode.
+        """Load a model that `save_pretrained` wrote, in evaluation mode.
 
         Args:
-            folder: Where.
-            torch_dtype: Of weights; float32 if None. Mixing is float32.
+            folder: Folder of the model.
+            torch_dtype: Dtype of the weights; float32 if None. Mixing is always float32.
 
         Raises:
-            FileNotFoundError: If there is none.
-            ValueError: If it has no settings of MHLA, is of another class, or its weights do not
-                belong to them.
+            FileNotFoundError: If there is no model.
+            ValueError: If it has no MHLA settings, belongs to another class, or its weights do not
+                fit the settings.
         """
         folder = Path(expand_home("folder", str(folder)))
         if not (folder / CONFIG_NAME).is_file():
@@ -190,10 +191,10 @@ VISION_CLASSES: dict[type, type] = {
 
 
 def family_of(model: Any) -> VisionFamily:
-    """What the toolkit knows of a model.
+    """The family of a model.
 
     Raises:
-        ValueError: If it is no model that can be converted.
+        ValueError: If the model cannot be converted.
     """
     if not isinstance(model, MHLAVisionMixin) and type(model) not in VISION_CLASSES:
         names = " and ".join(c.__name__ for c in VISION_CLASSES)
@@ -254,7 +255,7 @@ def _check_layers(family: VisionFamily, model: Any) -> None:
 
 
 def _dropout(model: Any, added: dict[str, AddedAttention]) -> str | None:
-    """Why dropout of attention weights keeps a model from being converted, or None."""
+    """Why attention dropout prevents a model's conversion, or None if it does not."""
     for name in added:
         if rate := model.get_submodule(name).attn_drop.p:
             return (

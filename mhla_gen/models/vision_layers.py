@@ -1,4 +1,4 @@
-"""The attention layers of timm's ViTs, and what the toolkit knows of these models."""
+"""The attention layers of timm's ViTs, and the family of these models."""
 
 import math
 from typing import Any
@@ -16,10 +16,10 @@ from mhla_gen.models.projections import products
 
 
 class VisionFamily(Family):
-    """timm's ViTs: grids of patches, maybe behind prefix tokens.
+    """timm's ViTs: grids of patches, which prefix tokens may precede.
 
     Args:
-        num_prefix: Prefix tokens of the model.
+        num_prefix: Number of the model's prefix tokens.
     """
 
     base_class = VisionTransformer
@@ -27,7 +27,7 @@ class VisionFamily(Family):
     layers = ("blocks.*.attn",)
 
     def __init__(self, num_prefix: int):
-        # What `Family` calls text are keys off the grid, whatever they stand for.
+        # What `Family` calls text are any keys off the grid, here the prefix tokens.
         self.text_length = num_prefix  # type: ignore[misc]
 
     def reads_text(self, attention: Any) -> bool:
@@ -40,7 +40,7 @@ class VisionFamily(Family):
         return attention.num_heads, attention.head_dim, attention.qkv.in_features
 
     def native_grid(self, model: Any) -> tuple[int, ...]:
-        """Patches along both sides at the size that the model was built for or set to."""
+        """Number of patches along both sides at the model's current image size."""
         return tuple(model.patch_embed.grid_size)
 
     def output_projection(self, attention: Any) -> nn.Module:
@@ -49,7 +49,7 @@ class VisionFamily(Family):
 
 
 class MHLAVisionAttention(Attention):
-    """timm's attention with MHLA over the grid of patches; its weights and dropout stay."""
+    """timm's attention with MHLA over the patch grid; its weights and dropout are kept."""
 
     mhla: AddedAttention
 
@@ -59,9 +59,9 @@ class MHLAVisionAttention(Attention):
         """Project, attend, project; `[batch, prefix + patches, hidden_size]` in and out.
 
         Args:
-            x: Tokens, the prefix first, patches in raster order.
+            x: Prefix tokens, then patches in raster order.
             attn_mask: The grid, as the shape `(height, width, 0)` of an empty tensor.
-            is_causal: False.
+            is_causal: Must be false.
 
         Raises:
             ValueError: If the grid is missing, or a real mask is given.
@@ -69,7 +69,7 @@ class MHLAVisionAttention(Attention):
         grid = _grid_of(attn_mask, is_causal)
         qkv, *of_input = products((self.qkv, *self.mhla.input_layers()), x)
         query, key, value = qkv.unflatten(2, (3, self.num_heads, -1)).unbind(2)
-        # Autocast may leave float32 behind a norm.
+        # Under autocast a norm may return float32.
         query, key = self.q_norm(query).type_as(value), self.k_norm(key).type_as(value)
         first = x.shape[1] - math.prod(grid)
         if first == 0:
@@ -89,7 +89,7 @@ class MHLAVisionAttention(Attention):
 
 
 class SoftmaxVisionAttention(Attention):
-    """timm's attention for layers that stay softmax but are handed the grid, too."""
+    """timm's attention, for layers that stay softmax but also receive the grid."""
 
     def forward(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False

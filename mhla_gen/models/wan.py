@@ -16,12 +16,12 @@ from mhla_gen.models.processors import DropsGrid, MHLAProcessor, PatchGridCarrie
 from mhla_gen.models.transformer import MHLATransformerMixin
 
 TEXT_LENGTH_WITH_IMAGE = 512
-"""Tokens of a caption for a model that reads an image, too: diffusers' attention to both takes all
-that precedes this many for the image's, whatever the caption's length is."""
+"""Number of caption tokens for a model that also reads an image: diffusers treats all tokens except
+the last this many as the image's, whatever the length of the caption."""
 
 
 class MovedRotaryPosEmbed(WanRotaryPosEmbed):
-    """Wan's rotary embedding of a part of a clip, whose frames count from `first_frame`."""
+    """Wan's rotary embedding of a part of a clip that begins at `first_frame`."""
 
     first_frame = 0
 
@@ -32,7 +32,7 @@ class MovedRotaryPosEmbed(WanRotaryPosEmbed):
             return tables
         frames, device = hidden_states.shape[2] // self.patch_size[0], hidden_states.device
         first = self.first_frame // self.patch_size[0]
-        # Computed, not looked up: a clip may be longer than the stored table.
+        # Computed rather than looked up, since a clip may be longer than the stored table.
         precise = torch.float32 if device.type == "mps" else torch.float64
         positions: Any = torch.arange(first, first + frames, device=device, dtype=precise)
         times = get_1d_rotary_pos_embed(self.t_dim, positions, use_real=True, freqs_dtype=precise)
@@ -43,7 +43,7 @@ class MovedRotaryPosEmbed(WanRotaryPosEmbed):
 
 
 def _of_tokens(time: Tensor, table: Tensor) -> Tensor:
-    """Rows of frames `[frames, channels]` for all tokens of `table` `[1, tokens, 1, …]`."""
+    """Expand rows per frame `[frames, channels]` to all tokens of `table` `[1, tokens, 1, …]`."""
     rows = time.to(table.dtype).repeat_interleave(table.shape[1] // len(time), dim=0)
     return rows[None, :, None]
 

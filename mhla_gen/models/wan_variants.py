@@ -1,4 +1,4 @@
-"""MHLA for diffusers' models that are built as Wan is: VACE, Animate, SkyReels V2."""
+"""MHLA for diffusers' models with Wan's architecture: VACE, Animate, SkyReels V2."""
 
 from diffusers.models.transformers import transformer_wan_animate
 from diffusers.models.transformers.transformer_skyreels_v2 import (
@@ -48,7 +48,7 @@ class WanVACEFamily(WanFamily):
 
 
 class WanAnimateFamily(WanFamily):
-    """Wan Animate: the layers that read a face stay as they are."""
+    """Wan Animate: the layers that read a face are not converted."""
 
     base_class = WanAnimateTransformer3DModel
     # 77 frames and one of the character at 720×1280 after the VAE (4×8×8) and patches (1×2×2).
@@ -63,7 +63,7 @@ class WanAnimateFamily(WanFamily):
 
 
 class SkyReelsV2Family(WanFamily):
-    """SkyReels V2, where all frames see each other."""
+    """SkyReels V2, with attention between all frames."""
 
     base_class = SkyReelsV2Transformer3DModel
     # 97 frames at 544×960 after the VAE (4×8×8) and patches (1×2×2), its pipeline's default.

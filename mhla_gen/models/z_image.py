@@ -31,16 +31,16 @@ class SoftmaxZImageAttnProcessor(ZSingleStreamAttnProcessor):
 
 
 class MHLAZImageAttnProcessor(JointMHLAProcessor):
-    """MHLA of a layer of one stream: image tokens, then text tokens and what pads the image's."""
+    """MHLA of a single-stream layer: image tokens, then text tokens and padding of the image."""
 
     image_first = True
 
     def rotary(self, attn: Any, tables: Any, num_image: int) -> tuple[Rotary, Rotary]:
         """From complex tables `[batch, seq_len, head_dim / 2]`.
 
-        Positions of an image begin behind its text, so texts of several lengths shift the images
-        of a batch. Products of queries and keys only see differences: all images take the first
-        one's angles, and texts are shifted by as much.
+        Positions of an image begin after its text, so texts of different lengths shift the images
+        of a batch. Attention depends on differences of positions only, so all images use the angles
+        of the first one, and texts are shifted accordingly.
         """
         angles, _, _ = tables
         shift = angles[:1, :1] * angles[:, :1].conj()
@@ -53,7 +53,7 @@ class MHLAZImageAttnProcessor(JointMHLAProcessor):
 
 
 class ZImageFamily(JointFamily):
-    """Z-Image: image grids; the layers that refine noise and text alone stay softmax."""
+    """Z-Image: image grids; the layers that refine noise or text alone stay softmax."""
 
     base_class = ZImageTransformer2DModel
     rank = 2
@@ -71,7 +71,7 @@ class ZImageFamily(JointFamily):
         return config.n_heads, config.dim // config.n_heads, config.dim
 
     def arguments(self, model: Any, given: dict[str, Any]) -> dict[str, Any]:
-        """Check that there is one image in each sequence, of one size in all.
+        """Check that each sequence has one image, all of the same size.
 
         Raises:
             ValueError: If not.
@@ -96,8 +96,8 @@ class MHLAZImageTransformer2DModel(MHLATransformerMixin, ZImageTransformer2DMode
 
     family = ZImageFamily()
 
-    # The grid is known where images are cut into patches, and needed where text joins them: within
-    # one call of `forward`. From there on it travels with the rotary embedding.
+    # The grid is known where images are cut into patches and needed where text is joined to them,
+    # within one call of `forward`. From there on it is passed with the rotary embedding.
     _grid: tuple[int, ...] | None = None
 
     def patchify_and_embed(

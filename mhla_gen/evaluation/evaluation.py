@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
 
 from mhla_gen.config import EvaluateConfig
 from mhla_gen.evaluation.errors import EvaluationError
@@ -32,6 +31,7 @@ from mhla_gen.evaluation.sources import (
 from mhla_gen.evaluation.statistics_file import StatisticsFile
 from mhla_gen.files.saved import read_json
 from mhla_gen.outputs.folders import check_writable
+from mhla_gen.runtime.processes import processes
 from mhla_gen.version import __version__
 
 _OF_INCEPTION = ("fid", "sfid", "is")
@@ -130,10 +130,10 @@ class Scoring:
             The results, on the main process; nothing on the others.
         """
         images = self._measured_images()
-        if not PartialState().is_main_process:
+        if not processes().is_main_process:
             return []
         statistics = self.file or images
-        device = str(PartialState().device)
+        device = str(processes().device)
         results = compute_metrics(self.config, self.protocol, samples, statistics, images, device)
         write_report(Path(self.config.out), results, self._context(samples, images))
         print(format_table(results))
@@ -143,7 +143,7 @@ class Scoring:
         """The features of the reference's images that the metrics need, if any."""
         names = _statistics_of(self.config)
         if self.file is not None:
-            names = {"pool"} if need_images(self.config.metrics) else set()
+            names = {"pool"} if need_images(self.config.metrics) else set[str]()
         if self.images is None or not names:
             return None
         found = self.measurer.features(self.images, sorted(names))

@@ -1,8 +1,9 @@
 """The base of all feature extractors: an identity, and named features in full float32."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -62,16 +63,17 @@ class Extractor(nn.Module):
 
 
 @contextmanager
-def full_float32(device: torch.device) -> Iterator[None]:
+def full_float32(device: torch.device) -> Generator[None]:
     """Real float32 arithmetic inside: no TF32, no bfloat16 passes, no autocast.
 
     cuDNN may time its algorithms meanwhile; every setting is put back afterwards.
     """
+    backends = cast(Any, torch.backends)  # Its modules set most of their names when they run.
     precision = (
-        torch.backends.cuda.matmul,
-        torch.backends.cudnn.conv,  # pyright: ignore[reportAttributeAccessIssue]
-        torch.backends.mkldnn.matmul,  # pyright: ignore[reportAttributeAccessIssue]
-        torch.backends.mkldnn.conv,  # pyright: ignore[reportAttributeAccessIssue]
+        backends.cuda.matmul,
+        backends.cudnn.conv,
+        backends.mkldnn.matmul,
+        backends.mkldnn.conv,
     )
     before = [backend.fp32_precision for backend in precision]
     benchmark = torch.backends.cudnn.benchmark

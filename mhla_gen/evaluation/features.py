@@ -1,14 +1,13 @@
 """Extraction: images → features, in chunks that any number of processes can share."""
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -21,7 +20,7 @@ from mhla_gen.evaluation.sources import ImageSource, frame_shape
 from mhla_gen.files import remove_leftovers, write_json
 from mhla_gen.files.digests import settings_digest
 from mhla_gen.media.pictures import UnreadableImageError
-from mhla_gen.runtime.processes import on_main
+from mhla_gen.runtime.processes import on_main, processes
 
 # Images per file of features. Fixed, so that another number of processes can use the same
 # files; an interruption loses one chunk per process, and in the end the others wait for it.
@@ -51,7 +50,9 @@ class ImageBatchReader(Dataset[ImageBatch]):
         return len(self._ranges)
 
     def __getitem__(self, item: int) -> ImageBatch:
-        images, unreadable, mismatch = [], [], ""
+        images: list[np.ndarray] = []
+        unreadable: list[str] = []
+        mismatch = ""
         for index in self._ranges[item]:
             try:
                 image = self._source.read(index)
@@ -63,7 +64,7 @@ class ImageBatchReader(Dataset[ImageBatch]):
                 break
             images.append(image)
         stacked = np.stack(images) if images else np.zeros((0, *self._shape, 3), np.uint8)
-        return ImageBatch(torch.from_numpy(stacked), unreadable, mismatch)
+        return ImageBatch(torch.as_tensor(stacked, device="cpu"), unreadable, mismatch)
 
 
 def extract_features(
@@ -105,7 +106,7 @@ def extract_features(
     cache_dir = Path(cache_dir).expanduser()
     folder = _open_folder(cache_dir, digest, extractor, settings, source)
     chunks = [range(i, min(i + CHUNK, len(source))) for i in range(0, len(source), CHUNK)]
-    state = PartialState()
+    state = processes()
     mine = range(state.process_index, len(chunks), state.num_processes)
     missing = [i for i in mine if not is_complete(folder, names, i)]
     batches = [
@@ -117,9 +118,10 @@ def extract_features(
     rows = max((len(indices) for chunk in batches for indices in chunk), default=0)
     # Chunks are copied from the device and written in the background.
     with _progress(source, missing, len(mine)) as bar, ThreadPoolExecutor(1) as writer:
-        written = []
+        written: list[Future[None]] = []
         for chunk, ranges in zip(missing, batches, strict=True):
-            outputs, unreadable = [], []
+            outputs: list[dict[str, Tensor]] = []
+            unreadable: list[str] = []
             for indices in ranges:
                 batch = next(stream)
                 _require_one_size(batch, source, shape)
@@ -142,13 +144,13 @@ def extract_features(
 
 def _progress(source: ImageSource, missing: Sequence[int], mine: int) -> "tqdm[Any]":
     # Shown by the main process, which takes the others to be as far as itself.
-    done = (mine - len(missing)) * CHUNK * PartialState().num_processes
+    done = (mine - len(missing)) * CHUNK * processes().num_processes
     return tqdm(
         desc=source.name[-40:],
         total=len(source),
         initial=min(done, len(source)),
         unit="image",
-        disable=not PartialState().is_main_process,
+        disable=not processes().is_main_process,
     )
 
 

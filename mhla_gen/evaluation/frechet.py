@@ -4,12 +4,16 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mhla_gen.evaluation.errors import EvaluationError
+
+# PyTorch states no types for its functions.
+_linalg: Any = torch.linalg
 
 
 class FewSamplesWarning(UserWarning):
@@ -52,14 +56,14 @@ class FeatureStatistics:
     @cached_property
     def factor(self) -> Tensor:
         """L [dim, rank], float64, with L Lᵀ = covariance; kept, for it is most of the work."""
-        covariance = torch.from_numpy(self.covariance)
+        covariance = torch.as_tensor(self.covariance, device="cpu")
         if self.count is None or self.count > self.dim:
-            lower, failed = torch.linalg.cholesky_ex(covariance)
+            lower, failed = _linalg.cholesky_ex(covariance)
             if not failed:
                 return lower
         # Singular. Eigenvalues of directions that no sample spans are rounding noise: n samples
         # span n - 1 of them; without a count, the usual threshold of a numerical rank decides.
-        values, vectors = torch.linalg.eigh(covariance)
+        values, vectors = _linalg.eigh(covariance)
         noise = values[-1].clamp_min(0) * self.dim * torch.finfo(torch.float64).eps
         keep = values > noise
         if self.count is not None:
@@ -214,7 +218,7 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
     cross = a.factor.T @ b.factor
     mean_term = float(((a.mean - b.mean) ** 2).sum())
     traces = float(np.trace(a.covariance) + np.trace(b.covariance))
-    distance = mean_term + traces - 2 * float(torch.linalg.svdvals(cross).sum())
+    distance = mean_term + traces - 2 * float(_linalg.svdvals(cross).sum())
     # Less than the rounding of the sums that are subtracted, also of either sign, is nothing.
     return distance if distance > traces * a.dim * torch.finfo(torch.float64).eps else 0.0
 

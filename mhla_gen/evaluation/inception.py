@@ -4,14 +4,14 @@ import copy
 import io
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from urllib.error import URLError
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from torch_fidelity.feature_extractor_inceptionv3 import (
+from torch_fidelity.feature_extractor_inceptionv3 import (  # pyright: ignore[reportMissingTypeStubs]
     URL_INCEPTION_V3,
     BasicConv2d,
     FeatureExtractorInceptionV3,
@@ -109,7 +109,7 @@ def load_tensors(path: str | Path) -> dict[str, Tensor]:
         EvaluationError: If the file is missing, damaged or holds something else.
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        found: object = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise EvaluationError(f"weights file {path} does not exist") from None
     except (pickle.UnpicklingError, RuntimeError, OSError, EOFError) as error:
@@ -117,7 +117,8 @@ def load_tensors(path: str | Path) -> dict[str, Tensor]:
             f"{path} is damaged or not a plain state dict ({str(error).splitlines()[0]}); "
             "download it again"
         ) from error
-    if not isinstance(state, dict) or not all(isinstance(x, Tensor) for x in state.values()):
+    state = cast(dict[str, Any], found)
+    if not isinstance(found, dict) or not all(isinstance(x, Tensor) for x in state.values()):
         raise EvaluationError(f"{path} must hold a state dict of tensors")
     return state
 
@@ -197,8 +198,9 @@ def write_random_weights(path: str | Path, seed: int = 0) -> None:
     empty = io.BytesIO()
     torch.save({}, empty)
     empty.seek(0)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    random = cast(Any, torch.random)  # Its functions have no types.
+    with random.fork_rng(devices=[]):
+        random.manual_seed(seed)
         network = _Unloaded("random", ["2048"], feature_extractor_weights_path=empty)
         for module in network.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):

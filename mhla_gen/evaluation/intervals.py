@@ -2,15 +2,19 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from scipy import stats
+from scipy import stats  # pyright: ignore[reportMissingTypeStubs]
 from torch import Tensor
 
 from mhla_gen.evaluation.errors import EvaluationError
 from mhla_gen.evaluation.frechet import FeatureStatistics, FeatureSums
 from mhla_gen.evaluation.scores import KernelDistanceEstimate
+
+# SciPy states no types.
+_student: Any = stats.t
 
 
 @dataclass(frozen=True)
@@ -55,15 +59,16 @@ def jackknife_interval(
             f"a jackknife over {groups} groups needs at least {2 * groups} images, found "
             f"{len(features)}; evaluate more images or lower jackknife_groups"
         )
-    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(features)))
+    order = np.random.default_rng(seed).permutation(len(features))
     shift = features.double().mean(dim=0)
     whole = FeatureSums(features.shape[1], shift).add(features)
-    value, without = distance(whole.statistics()), []
-    for index in order.tensor_split(groups):
+    value = distance(whole.statistics())
+    without: list[float] = []
+    for index in torch.as_tensor(order, device="cpu").tensor_split(groups):
         part = FeatureSums(features.shape[1], shift).add(features[index])
         without.append(distance(whole.without(part).statistics()))
     error = float(np.sqrt((groups - 1) * np.var(without)))
-    reach = float(stats.t.ppf(0.975, groups - 1)) * error
+    reach = float(_student.ppf(0.975, groups - 1)) * error
     return value, Interval(value - reach, value + reach, f"jackknife-{groups}")
 
 

@@ -14,7 +14,7 @@ from mhla_gen.evaluation.features import extract_features
 from mhla_gen.evaluation.protocol import EvaluationProtocol
 from mhla_gen.evaluation.sources import ImageSource, load_images
 from mhla_gen.evaluation.video import ClipRule
-from mhla_gen.runtime.processes import join_processes
+from mhla_gen.runtime.processes import join_processes, processes
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Measurer:
         # One process per machine downloads; the others find the file.
         with state.local_main_process_first():
             extractor = build_extractor(config)
-        return cls(config, extractor.to(state.device), size, skip_corrupt)
+        return cls(config, extractor.to(processes().device), size, skip_corrupt)
 
     @property
     def clip(self) -> ClipRule | None:

@@ -4,7 +4,7 @@ Not torchmetrics' own, which shuffle images for the Inception score, draw other 
 torch-fidelity, and take the eigenvalues of a product, which lose digits with few samples.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,6 +20,13 @@ from mhla_gen.evaluation.frechet import (
     statistics_from_sums,
 )
 from mhla_gen.evaluation.scores import inception_score, kernel_distance, precision_recall
+
+
+def _add_state(
+    metric: Metric, name: str, default: Tensor | list[Tensor], reduction: Literal["sum", "cat"]
+) -> None:
+    # Its parameters lack element types.
+    metric.add_state(name, default, reduction)  # pyright: ignore[reportUnknownMemberType]
 
 
 def _features(images: Tensor, extractor: Extractor | None, name: str) -> Tensor:
@@ -75,9 +82,9 @@ class FrechetDistance(Metric):
         self.reference, self.keep_reference = reference, keep_reference
         for side in ("samples", "real"):
             zeros = torch.zeros(dim, dtype=torch.float64)
-            self.add_state(f"{side}_count", torch.tensor(0), dist_reduce_fx="sum")
-            self.add_state(f"{side}_sum", zeros, dist_reduce_fx="sum")
-            self.add_state(f"{side}_outer", torch.outer(zeros, zeros), dist_reduce_fx="sum")
+            _add_state(self, f"{side}_count", torch.tensor(0), "sum")
+            _add_state(self, f"{side}_sum", zeros, "sum")
+            _add_state(self, f"{side}_outer", torch.outer(zeros, zeros), "sum")
 
     def update(self, images: Tensor, real: bool = False) -> None:
         """Add a batch.
@@ -141,7 +148,7 @@ class InceptionScore(Metric):
     ):
         super().__init__(**kwargs)
         self.extractor, self.split_size = extractor, split_size
-        self.add_state("logits", [], dist_reduce_fx="cat")
+        _add_state(self, "logits", [], "cat")
 
     def update(self, images: Tensor) -> None:
         """Add a batch of uint8 images, or of logits [batch, classes] without an extractor."""
@@ -165,8 +172,8 @@ class _FeatureBank(Metric):
     def __init__(self, extractor: Extractor | None = None, feature: str = "pool", **kwargs: Any):
         super().__init__(**kwargs)
         self.extractor, self.feature = extractor, feature
-        self.add_state("samples", [], dist_reduce_fx="cat")
-        self.add_state("real", [], dist_reduce_fx="cat")
+        _add_state(self, "samples", [], "cat")
+        _add_state(self, "real", [], "cat")
 
     def update(self, images: Tensor, real: bool = False) -> None:
         """Add a batch of uint8 images, or of features without an extractor."""

@@ -1,10 +1,15 @@
 """What the nearest images of a labelled reference say of samples: their class, and copies."""
 
+from typing import Any, cast
+
 import numpy as np
-from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
+from sklearn import neighbors  # pyright: ignore[reportMissingTypeStubs]
 from torch import Tensor
 
 NUM_NEIGHBOURS = 5
+
+# scikit-learn states no types.
+_neighbors = cast(Any, neighbors)
 
 
 def class_accuracy(
@@ -18,7 +23,7 @@ def class_accuracy(
         reference: Features [count, dim].
         reference_labels: The class of each.
     """
-    judge = KNeighborsClassifier(min(NUM_NEIGHBOURS, len(reference)))
+    judge = _neighbors.KNeighborsClassifier(min(NUM_NEIGHBOURS, len(reference)))
     judge.fit(reference.double().numpy(), reference_labels)
     return float((judge.predict(samples.double().numpy()) == labels).mean())
 
@@ -30,19 +35,19 @@ def copy_share(
 
     Arguments are those of `class_accuracy`.
     """
-    found = NearestNeighbors(n_neighbors=1).fit(reference.double().numpy())
-    nearest = found.kneighbors(samples.double().numpy())[0][:, 0]
+    found = _neighbors.NearestNeighbors(n_neighbors=1).fit(reference.double().numpy())
+    nearest: np.ndarray = found.kneighbors(samples.double().numpy())[0][:, 0]
     closest = closest_pairs(reference, reference_labels)
     return float((nearest < [closest.get(label, 0.0) for label in labels.tolist()]).mean())
 
 
 def closest_pairs(reference: Tensor, labels: np.ndarray) -> dict[int, float]:
     """Distance of the two nearest distinct images of each class that has two."""
-    distances = {}
+    distances: dict[int, float] = {}
     for label in np.unique(labels).tolist():
         # Equal images are one image: distance 0 would call nothing a copy.
         distinct = np.unique(reference.double().numpy()[labels == label], axis=0)
         if len(distinct) > 1:
-            pairs = NearestNeighbors(n_neighbors=2).fit(distinct).kneighbors(distinct)[0]
+            pairs = _neighbors.NearestNeighbors(n_neighbors=2).fit(distinct).kneighbors(distinct)[0]
             distances[label] = float(pairs[:, 1].min())
     return distances

@@ -125,7 +125,7 @@ def compute_metrics(
                 sides = (samples.load("pool"), samples.labels, images.load("pool"), images.labels)
                 details = f"vs-{short_count(images.count)}"
                 found[metric] = {"value": share(*sides), "protocol": details}
-    results = []
+    results: list[Result] = []
     for metric in config.metrics:
         label = f"{METRICS[metric].label}-{short_count(samples.count)}"
         details = found[metric].pop("protocol")

@@ -42,8 +42,8 @@ def inception_score(logits: Tensor, split_size: int = 5000) -> tuple[float, floa
         Salimans et al. 2016, arXiv:1606.03498, Section 4; order and splits of the evaluator of
         Dhariwal and Nichol 2021, arXiv:2105.05233.
     """
-    scores = []
-    for split in as_features(logits).double().split(split_size):
+    scores: list[float] = []
+    for split in torch.split(as_features(logits).double(), split_size):
         log_p = split.log_softmax(dim=1)
         log_marginal = log_p.logsumexp(dim=0) - np.log(len(split))
         divergence = (log_p.exp() * (log_p - log_marginal)).sum(dim=1)
@@ -83,13 +83,12 @@ def kernel_distance(
                 "lower kid_subset_size"
             )
     draw = np.random.RandomState(seed)
-    values = []
-    for _ in range(subsets):
-        x, y = (
-            part[torch.from_numpy(draw.choice(len(part), subset_size, replace=False))].double()
-            for part in (samples, reference)
-        )
-        values.append(_mmd2(x, y))
+
+    def subset(features: Tensor) -> Tensor:
+        chosen = draw.choice(len(features), subset_size, replace=False)
+        return features[torch.as_tensor(chosen, device="cpu")].double()
+
+    values = [_mmd2(subset(samples), subset(reference)) for _ in range(subsets)]
     return KernelDistanceEstimate(
         float(np.mean(values)), float(np.std(values)), subsets, subset_size
     )
@@ -160,8 +159,8 @@ def _share_inside(points: Tensor, centres: Tensor, radii: Tensor) -> float:
 
 def _by_tile(rows: Tensor, columns: Tensor, reduce: Callable[[Tensor], Tensor]) -> Tensor:
     norms = columns.square().sum(dim=1)
-    parts = []
-    for tile in rows.split(_TILE):
+    parts: list[Tensor] = []
+    for tile in torch.split(rows, _TILE):
         square = tile.square().sum(dim=1, keepdim=True) + norms - 2 * tile @ columns.T
         parts.append(reduce(square))
     return torch.cat(parts)

@@ -5,8 +5,9 @@ import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from tqdm import tqdm
@@ -16,6 +17,27 @@ from mhla_gen.runtime.recorded_training import forget_recordings
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+
+class Processes(Protocol):
+    """What accelerate's PartialState, which has no types, says of the processes of this run."""
+
+    process_index: int
+    num_processes: int
+    device: torch.device
+
+    @property
+    def is_main_process(self) -> bool:
+        """Whether this is the first process."""
+        ...
+
+    def wait_for_everyone(self) -> None:
+        """Return once all processes have called this."""
+
+
+def processes() -> Processes:
+    """The processes that this one has joined; itself alone if there are no others."""
+    return cast(Processes, PartialState())
 
 
 def join_processes(device: str) -> PartialState:

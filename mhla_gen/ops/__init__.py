@@ -1,4 +1,4 @@
-"""The operators, see `mhla` and `tile_attention`: `naive` defines, `blockwise` runs anywhere."""
+"""The operators: see `mhla` and `tile_attention`; `naive` modules hold their definitions."""
 
 from mhla_gen.ops.causal import causal_mhla, distance_mixing, locality_weights
 from mhla_gen.ops.causal_state import CausalState

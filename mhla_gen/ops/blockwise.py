@@ -1,6 +1,6 @@
 """MHLA in batched PyTorch, for any device: no loop over blocks, sums in float32.
 
-Two exact forms of one function, the cheaper one chosen by `attention_form_is_cheaper`:
+Two exact forms of one function; `attention_form_is_cheaper` chooses the cheaper one:
 
 - *linear form*: summaries → mix → apply, with tokens gathered into blocks padded to the largest.
 - *attention form*: `((φ(Q) φ(K)ᵀ) ∘ m[block(q), block(k)]) V`, a tile of queries at a time.
@@ -18,10 +18,10 @@ from torch.utils.checkpoint import checkpoint
 from mhla_gen.ops.feature_maps import FEATURE_MAPS, rotate
 from mhla_gen.ops.partition import BlockSlots, block_of_tokens, block_slots
 
-# Multiply-adds that writing, mixing and reading one element of a summary costs beside its own
+# Cost in multiply-adds of writing, mixing and reading one element of a summary, besides its own
 # arithmetic. Fitted to forward + backward of both forms at 12 shapes (2-core Xeon, 2026-11-22).
 _SUMMARY_TRAFFIC = 64
-# Tokens a causal block is scanned by: about head_dim, where both parts of the scan cost the same.
+# Chunk of the scan within a causal block: about head_dim, where both parts of it cost the same.
 _CHUNK = 64
 
 
@@ -60,7 +60,7 @@ def blockwise_mhla(
     if attention_form is None:
         attention_form = attention_form_is_cheaper(seq_len, num_blocks, head_dim, value_dim)
     dtype = torch.promote_types(query.dtype, torch.float32)
-    # Autocast would turn the float32 sums into bfloat16 ones.
+    # Autocast would compute the float32 sums in bfloat16.
     with torch.autocast(query.device.type, enabled=False):
         phi = FEATURE_MAPS[feature_map]
         phi_q, phi_k, v = phi(query.to(dtype)), phi(key.to(dtype)), value.to(dtype)
@@ -101,7 +101,7 @@ def _attention_form(q: Tensor, k: Tensor, v: Tensor, m: Tensor, block: Tensor) -
     def attend(q: Tensor, k: Tensor, v: Tensor, columns: Tensor, rows: Tensor) -> Tensor:
         return (q @ k.transpose(-1, -2) * columns.index_select(-2, rows)) @ v
 
-    # A tile of scores is as large as the summaries that the other form would store.
+    # A tile of scores takes as much memory as the summaries of the linear form.
     tile = max(1, m.shape[-1] * head_dim * value_dim // seq_len)
     if tile >= seq_len:
         return attend(q, k, v, columns, block).transpose(1, 2)
@@ -133,7 +133,7 @@ def _causal(
 
 
 def _causal_numerators(q: Tensor, k: Tensor, v: Tensor, m: Tensor, slots: BlockSlots) -> Tensor:
-    """Earlier blocks through mixed summaries, the own block by a scan over chunks of it."""
+    """Earlier blocks by mixed summaries, a token's own block by a scan over its chunks."""
     num_slots = slots.tokens.shape[1]
     q, k, v = (
         _to_chunks(x)

@@ -1,7 +1,7 @@
-"""Causal MHLA over blocks of a fixed number of tokens, which is what language needs.
+"""Causal MHLA over blocks of a fixed number of tokens, as language models need.
 
-Source: Zhang et al. 2026, arXiv:2601.07832, App. C. The paper's matrix of one weight per pair of
-blocks ends at the length it was trained for; here a weight belongs to a distance between blocks.
+Source: Zhang et al. 2026, arXiv:2601.07832, App. C. The paper's matrix has one weight per pair of
+blocks and is limited to the trained length; here there is one weight per distance between blocks.
 """
 
 import torch
@@ -18,14 +18,14 @@ def locality_weights(num_blocks: int) -> Tensor:
     """Weights by distance that favour near blocks: `1 - distance / num_blocks`, float32.
 
     Args:
-        num_blocks: Distances with a weight of their own, 0 to `num_blocks - 1`.
+        num_blocks: Number of distances that get a weight, 0 to `num_blocks - 1`.
 
     Raises:
         ValueError: If there are none.
 
     Source:
-        After the locality of Zhang et al. 2026, arXiv:2601.07832, Sec. 4.2, but never 0: the last
-        weight stands for all further blocks too.
+        After the locality of Zhang et al. 2026, arXiv:2601.07832, Sec. 4.2, but never 0, since the
+        last weight also applies to all blocks farther away.
     """
     if num_blocks < 1:
         raise UserError(f"num_blocks must be at least 1, found {num_blocks}")
@@ -35,9 +35,9 @@ def locality_weights(num_blocks: int) -> Tensor:
 def distance_mixing(weights: Tensor, num_blocks: int) -> Tensor:
     r"""Mixing matrix for any number of blocks: $m_{ib} = w_{\min(i - b,\, D - 1)}$ for b ≤ i.
 
-    Blocks further away than any distance with a weight of its own are read with the last weight.
-    So a matrix for more blocks continues one for fewer, and what is that far away can be kept as
-    one sum without changing the result.
+    The last weight applies to all blocks at its distance or farther. So the matrix for fewer blocks
+    is a part of the matrix for more, and all blocks that far away can be stored as one sum without
+    changing the result.
 
     Args:
         weights: $w$, `[..., D]`.
@@ -49,7 +49,7 @@ def distance_mixing(weights: Tensor, num_blocks: int) -> Tensor:
     near = weights[..., :num_blocks]
     far = weights[..., -1:].expand(*weights.shape[:-1], num_blocks - near.shape[-1])
     later = weights.new_zeros(*weights.shape[:-1], num_blocks - 1)
-    # Every row is a stretch of one line. Indexing would add up gradients in any order.
+    # Every row is a slice of one vector. Indexing would sum gradients in an undefined order.
     line = torch.cat((far, near.flip(-1), later), dim=-1)
     return line.unfold(-1, num_blocks, 1).flip(-2)
 
@@ -78,8 +78,8 @@ def causal_mhla(
     Token $n$ of block $i = \lfloor n / \text{block\_size} \rfloor$ reads every $s \le n$:
     $$o_n = \sum_s w_{i - b(s)} R(\varphi(q_n))^\top R(\varphi(k_s)) v_s \,/\,
       (\sum_s w_{i - b(s)} \varphi(q_n)^\top \varphi(k_s) + \epsilon),$$
-    with the last of `weights` for all distances beyond them. `CausalState` is the same function,
-    token by token.
+    where the last of `weights` applies to all larger distances. `CausalState` computes the same
+    function token by token.
 
     Args:
         query: `[batch, seq_len, num_heads, head_dim]`, before the feature map. Query heads may be a
@@ -89,11 +89,11 @@ def causal_mhla(
         weights: One per distance between blocks, `[num_distances]` or, by key head,
             `[num_key_heads, num_distances]`. Non-negative if `normalize`.
         block_size: Tokens per block; the last block may hold fewer.
-        mask: Bool `[batch, seq_len]`, False at padding. A sequence is what remains without its
-            padding, wherever that is: blocks begin at its first token, and its output depends on
-            nothing else. Outputs at padding are 0.
+        mask: Bool `[batch, seq_len]`, False at padding, which may be anywhere. The result is that
+            of the sequence without its padding: blocks begin at its first token. Outputs at padding
+            are 0.
         feature_map: Name of φ in `FEATURE_MAPS`.
-        rotary: `(cos, sin)`, each `[seq_len, head_dim / 2]` or, where positions differ in a batch,
+        rotary: `(cos, sin)`, each `[seq_len, head_dim / 2]` or, if positions differ within a batch,
             `[batch, seq_len, head_dim / 2]`; channels 2i and 2i + 1 are a pair.
         normalize: Divide by the denominator.
         eps: Added to the denominator.
@@ -135,7 +135,7 @@ def _whole_blocks(
     normalize: bool,
     eps: float,
 ) -> Tensor:
-    """The form without padding: tokens that fill the last block are read by no other."""
+    """The form without padding: no token reads those that fill up the last block."""
     seq_len, group = query.shape[1], query.shape[2] // key.shape[2]
     if missing := -seq_len % block_size:
         padding = (0, 0, 0, 0, 0, missing)
@@ -169,7 +169,7 @@ def _by_query_head(weights: Tensor, group: int) -> Tensor:
 class Features:
     """Tokens after φ and rotation, in float32 at least, with padding set to 0 before.
 
-    `q` and `k` make numerators, `phi_q` and `phi_k` denominators.
+    `q` and `k` are for numerators, `phi_q` and `phi_k` for denominators.
     """
 
     def __init__(
@@ -195,7 +195,7 @@ class Features:
             self.ranks = ranks_of(mask)
 
     def placed(self, positions: Tensor, length: int) -> "Placed":
-        """All of them at `positions` of `length` empty places; see `place`."""
+        """All features at `positions` of `length` empty places; see `place`."""
         q, k, v = (place(x, positions, length) for x in (self.q, self.k, self.v))
         if self.q is self.phi_q:
             return Placed(q, k, q, k, v)
@@ -212,7 +212,7 @@ class Placed:
     def attend(
         self, weights: Tensor, block_size: int, normalize: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """Numerators, and denominators `[..., 1]` unless they are not wanted."""
+        """Numerators, and denominators `[..., 1]` if they are wanted."""
         numerator = self._sums(self.q, self.k, self.v, weights, block_size)
         if not normalize:
             return numerator, None
@@ -224,7 +224,7 @@ class Placed:
         return _whole_blocks(q, k, v, weights.to(q.dtype), block_size, **identity)
 
     def summaries(self, block_size: int) -> tuple[Tensor, Tensor]:
-        """`[batch, blocks, key_heads, head_dim, value_dim]`; key sums are without the last."""
+        """`[batch, blocks, key_heads, head_dim, value_dim]`; key sums lack the last axis."""
         return _summed(self.k, self.phi_k, self.v, block_size)
 
 
@@ -249,23 +249,23 @@ def _summed(k: Tensor, phi_k: Tensor, v: Tensor, block_size: int) -> tuple[Tenso
 
 
 def ranks_of(mask: Tensor) -> Tensor:
-    """Place of every token among the tokens of its sequence; -1 for padding before the first."""
+    """Rank of every token among the tokens of its sequence; -1 for padding before the first."""
     return mask.long().cumsum(dim=1) - 1
 
 
 def absent_last(positions: Tensor, mask: Tensor | None, length: int) -> Tensor:
-    """Positions with padding moved to `length`, behind all places."""
+    """Positions in which padding is moved to `length`, after all places."""
     return positions if mask is None else positions.masked_fill(~mask, length)
 
 
 def place(x: Tensor, positions: Tensor, length: int) -> Tensor:
-    """`[batch, length, ...]` with `x` at `positions`, 0 elsewhere; what is for `length` is left."""
+    """`[batch, length, ...]` with `x` at `positions`, 0 elsewhere; position `length` is dropped."""
     index = positions[..., None, None].expand_as(x)
     return x.new_zeros(x.shape[0], length + 1, *x.shape[2:]).scatter(1, index, x)[:, :length]
 
 
 def taken(placed: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
-    """Inverse of placing: what stands at `positions`, and 0 for padding."""
+    """Inverse of `place`: the entries at `positions`, and 0 for padding."""
     index = positions.clamp(max=placed.shape[1] - 1)[..., None, None]
     out = placed.gather(1, index.expand(*positions.shape, *placed.shape[2:]))
     return out if mask is None else out.masked_fill(~mask[..., None, None], 0)

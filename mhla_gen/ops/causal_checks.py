@@ -1,4 +1,4 @@
-"""What causal MHLA takes, checked once."""
+"""Checks of causal MHLA's arguments."""
 
 import torch
 from torch import Tensor
@@ -61,7 +61,7 @@ def check_causal_tokens(
 
 
 def check_weights(weights: Tensor, heads: int | None, block_size: int, feature_map: str) -> None:
-    """Raise `ValueError` unless there are weights, a block size and a feature map to go by."""
+    """Raise `ValueError` unless weights, block size and feature map are valid."""
     fits = heads is None or weights.ndim == 1 or weights.shape[0] == heads
     if weights.ndim not in (1, 2) or weights.shape[-1] == 0 or not fits:
         raise UserError(
@@ -75,7 +75,7 @@ def check_weights(weights: Tensor, heads: int | None, block_size: int, feature_m
 
 
 def check_window(window: int) -> None:
-    """Raise `ValueError` unless a window holds a token."""
+    """Raise `ValueError` unless the window is at least one token."""
     if window < 1:
         raise UserError(f"window must be at least 1, found {window}")
 

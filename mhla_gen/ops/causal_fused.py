@@ -1,7 +1,7 @@
 """Causal MHLA in fused Triton kernels, as torch custom operators with fake and autograd rules.
 
-`mhla_gen/ops/README.md` explains the kernels. For training they keep the inputs, the (mixed)
-summaries and one number a token and head.
+`mhla_gen/ops/README.md` explains the kernels. For training they save the inputs, the summaries
+before and after mixing, and one number per token and head.
 """
 # torch says what fake and autograd rules take: pyright needs no annotations of them.
 # pyright: reportMissingParameterType=false
@@ -30,8 +30,8 @@ def fused_causal_mhla(
 ) -> Tensor:
     """Causal MHLA on a CUDA device; see `mhla_gen.ops.mhla`.
 
-    Long blocks are cut into parts with the weights of the whole, which is the same function: a part
-    reads the parts before it in its block with the weight m_ii.
+    Long blocks are split into parts with the weights of their block, which computes the same
+    function: a part reads the earlier parts of its block with the weight m_ii.
     """
     cos, sin = rotary if rotary is not None else (None, None)
     cuts = causal_form.num_cuts([query.shape[1]], [num_blocks], most_blocks)
@@ -91,7 +91,7 @@ def causal_mhla_backward(
     normalize: bool,
     mixing_trains: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value and, unless it is frozen (then empty), of mixing."""
+    """Gradients of query, key, value and mixing; the last is empty if mixing is frozen."""
     # eps is already in the inverse denominators.
     stored = summaries[0].dtype
     call = _call(query, value, mixing, cos, sin, feature_map, normalize, 0.0, stored)

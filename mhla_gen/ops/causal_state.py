@@ -1,4 +1,4 @@
-"""Causal MHLA token by token: what has been read is a summary a block, and no token of it."""
+"""Causal MHLA token by token: the state keeps one summary per block instead of its tokens."""
 
 from typing import Any, Self
 
@@ -23,20 +23,21 @@ _TENSORS = ("open", "open_keys", "finished", "finished_keys")
 
 
 class CausalState:
-    r"""What causal MHLA remembers of a batch of sequences: the recurrent form of `causal_mhla`.
+    r"""The state of causal MHLA for a batch of sequences: the recurrent form of `causal_mhla`.
 
-    Any cut of sequences into calls of `prefill` and `step` gives what `causal_mhla` gives at once.
+    However sequences are split into calls of `prefill` and `step`, the outputs are those of one
+    call of `causal_mhla`.
 
     Memory: summaries $S_b$ and key sums $z_b$ of the open block and of at most
-    `num_distances - 1` finished ones, whatever the length. That is exact: blocks from the last
-    distance on are read with one weight (`distance_mixing`), so they are kept as one sum. Until
-    then the state grows by a summary a block. `memory_blocks` makes it smaller by another rule:
-    weights end at that many distances, so that older blocks merge earlier.
+    `num_distances - 1` finished blocks, whatever the length. This is exact: all blocks from the
+    last distance on are read with the same weight (`distance_mixing`), so they are kept as one sum.
+    Until then the state grows by one summary per block. `memory_blocks` makes the state smaller but
+    changes the function: only that many weights are used, so older blocks are merged earlier.
 
     Args:
         weights: One per distance between blocks, as in `causal_mhla`.
         block_size: Tokens per block.
-        memory_blocks: Summaries to keep at most, the open one among them; None for one per weight.
+        memory_blocks: Maximum number of summaries, including the open one; None for one per weight.
         feature_map: Name of φ in `FEATURE_MAPS`.
         normalize: Divide by the denominator.
         eps: Added to the denominator.
@@ -80,7 +81,7 @@ class CausalState:
 
     @property
     def num_summaries(self) -> int:
-        """Summaries kept of a sequence, the open block's among them."""
+        """Number of summaries kept per sequence, including that of the open block."""
         return 0 if self.finished is None else 1 + self.finished.shape[1]
 
     def prefill(
@@ -92,20 +93,20 @@ class CausalState:
         mask: Tensor | None = None,
         rotary: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """Read the next tokens, as many as there are, in the parallel form.
+        """Read any number of next tokens in the parallel form.
 
         Args:
-            query: As in `causal_mhla`, like all others.
+            query: As in `causal_mhla`, like all other arguments.
             key: Keys.
             value: Values.
-            mask: False at padding, which is not read and does not count.
+            mask: False at padding, which is ignored and not counted.
             rotary: Tables for these tokens, by their positions in the whole sequence.
 
         Returns:
-            What `causal_mhla` gives for these tokens.
+            The output of `causal_mhla` for these tokens.
 
         Raises:
-            ValueError: If arguments do not fit together, or the sequences read so far.
+            ValueError: If arguments do not fit each other or the sequences read so far.
         """
         self._check(query, key, value, mask, rotary)
         if self.open is None and mask is None and (rotary is None or rotary[0].ndim == 2):
@@ -133,7 +134,7 @@ class CausalState:
     def _read_first(
         self, query: Tensor, key: Tensor, value: Tensor, rotary: tuple[Tensor, Tensor] | None
     ) -> Tensor:
-        """Read a prompt, which has nothing before it to add to what `causal_mhla` gives."""
+        """Read a prompt; nothing precedes it, so the output is that of `causal_mhla`."""
         self._begin(query, key, value)
         assert self.lengths is not None
         options = {"feature_map": self.feature_map, "normalize": self.normalize, "eps": self.eps}
@@ -154,7 +155,7 @@ class CausalState:
         *,
         rotary: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """Read one more token of every sequence, at a cost that does not depend on its length.
+        """Read one more token of every sequence, at a cost independent of the sequence's length.
 
         Args:
             query: `[batch, 1, num_heads, head_dim]`.
@@ -206,7 +207,7 @@ class CausalState:
         return out.flatten(1, 2).unsqueeze(1).to(query.dtype)
 
     def _has_kernel(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
-        """Whether one launch does a step: where kernels run, and nothing has a gradient."""
+        """Whether a step is one kernel launch: where kernels run and no gradient is needed."""
         assert self.open is not None
         tensors = (query, key, value, self.open, self.weights)
         trains = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
@@ -247,7 +248,7 @@ class CausalState:
         return out.unsqueeze(1)
 
     def reorder(self, index: Tensor) -> None:
-        """Let sequence i be what sequence `index[i]` was: beam search, repeats, a smaller batch."""
+        """Replace sequence i by sequence `index[i]`: for beam search, repeats, a smaller batch."""
         if self.lengths is None:
             return
         self.lengths = self.lengths[index.cpu()]
@@ -266,16 +267,16 @@ class CausalState:
         return self
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything, as tensors, numbers and text: `torch.save` it, `from_state_dict` it."""
+        """The whole state as tensors, numbers and text, for `torch.save` and `from_state_dict`."""
         names = ("weights", "block_size", "feature_map", "normalize", "eps", "lengths", *_TENSORS)
         return {name: getattr(self, name) for name in names}
 
     @classmethod
     def from_state_dict(cls, saved: dict[str, Any]) -> Self:
-        """The state that `state_dict` described.
+        """Create a state from the result of `state_dict`.
 
         Raises:
-            ValueError: If something is missing or unknown.
+            ValueError: If an entry is missing or unknown.
         """
         own = ("weights", "block_size", "feature_map", "normalize", "eps")
         expected = {*own, "lengths", *_TENSORS}
@@ -320,14 +321,14 @@ class CausalState:
         self.finished_keys = self.open_keys.new_zeros(batch, 0, *self.open_keys.shape[1:])
 
     def _past(self) -> tuple[Tensor, Tensor]:
-        """Summaries and key sums of the open block and the finished ones, by distance from 0."""
+        """Summaries and key sums of the open and the finished blocks, by distance from 0 on."""
         assert self.open is not None and self.finished is not None
         assert self.open_keys is not None and self.finished_keys is not None
         summaries = torch.cat((self.open.unsqueeze(1), self.finished), dim=1)
         return summaries, torch.cat((self.open_keys.unsqueeze(1), self.finished_keys), dim=1)
 
     def _mixed_finished(self) -> tuple[Tensor, Tensor]:
-        """Σ_{b<i} m_ib S_b and Σ_{b<i} m_ib z_b, which hold until a block ends."""
+        """Σ_{b<i} m_ib S_b and Σ_{b<i} m_ib z_b, which do not change until a block ends."""
         if self._mixed is None:
             assert self.finished is not None and self.finished_keys is not None
             weights = self.weights.to(self.finished.dtype)[..., 1 : 1 + self.finished.shape[1]]
@@ -341,7 +342,7 @@ class CausalState:
     def _with_past(
         self, placed: Placed, numerator: Tensor, denominator: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Add what the tokens of new blocks read of the blocks before them."""
+        """Add what the tokens of new blocks read from the blocks before them."""
         summaries, key_sums = self._past()
         heads, num_blocks = summaries.shape[2], placed.q.shape[1] // self.block_size
         block = torch.arange(num_blocks, device=summaries.device)
@@ -362,7 +363,7 @@ class CausalState:
     def _remember(
         self, summaries: Tensor, key_sums: Tensor, reached: Tensor, counts: Tensor
     ) -> None:
-        """Add up old and new blocks by their distance from the block that is open now."""
+        """Sum old and new blocks by their distance from the block that is now open."""
         assert self.lengths is not None
         past, past_keys = self._past()
         self.lengths = self.lengths + counts
@@ -371,7 +372,7 @@ class CausalState:
         # The block that was open is block 0 of the new ones, those before it are -1, -2, …
         number = torch.cat((torch.arange(summaries.shape[1]), -torch.arange(past.shape[1])))
         distance = (reached // self.block_size).unsqueeze(1) - number
-        # Places behind the open block hold no token.
+        # Places after the open block hold no token.
         slot = distance.clamp(min=0, max=self.weights.shape[-1] - 1)
         onto = F.one_hot(slot, self.weights.shape[-1])[..., :kept].to(past)
         summaries = torch.einsum("bmd,bmhkv->bdhkv", onto, torch.cat((summaries, past), dim=1))
@@ -381,7 +382,7 @@ class CausalState:
         self._mixed = None
 
     def _close(self, ended: Tensor) -> None:
-        """Make the open block of the sequences that `ended` it a finished one."""
+        """Mark the open block as finished for the sequences that `ended` it."""
         assert self.open is not None and self.open_keys is not None
         assert self.finished is not None and self.finished_keys is not None
         assert self.lengths is not None
@@ -401,7 +402,7 @@ class CausalState:
 def _shifted(
     finished: Tensor, opened: Tensor, new_slots: int, ended: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Every finished block one further away, the last two in one; and an open block of 0."""
+    """Move finished blocks one distance away, merging the last two, and open an empty block."""
     if new_slots > 0:
         empty = finished.new_zeros(finished.shape[0], new_slots, *finished.shape[2:])
         finished = torch.cat((finished, empty), dim=1)

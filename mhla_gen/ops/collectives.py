@@ -1,7 +1,7 @@
-"""What ranks of a group tell each other, with gradients.
+"""Communication between the ranks of a group, with gradients.
 
-Gradients follow one rule: what a rank computes is its own share of the loss, so the gradient of a
-tensor that all ranks read is the sum of theirs.
+Gradients follow one rule: each rank computes its own share of the loss, so the gradient of a tensor
+that all ranks read is the sum of the ranks' gradients.
 """
 
 from collections.abc import Callable
@@ -18,9 +18,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def uncompiled(function: F) -> F:
-    """`torch.compiler.disable`, which forgets the types of what it decorates.
+    """`torch.compiler.disable` that keeps the type of the decorated function.
 
-    What ranks tell each other runs as it stands inside compiled models.
+    Communication runs uncompiled inside compiled models.
     """
     typed: Any = torch.compiler.disable(function)
     return typed
@@ -30,7 +30,7 @@ def sum_over_ranks(x: Tensor, group: Any) -> Tensor:
     """The sum of `x` over a group, on every rank; gradients are summed in the same way.
 
     Args:
-        x: Of one shape on all ranks.
+        x: Tensor of the same shape on all ranks.
         group: A `torch.distributed` process group.
     """
     return _SumOverRanks.apply(x, group)
@@ -54,10 +54,10 @@ def _summed(x: Tensor, group: Any) -> Tensor:
 
 
 def gather_rows(x: Tensor, group: Any) -> Callable[[], Tensor]:
-    """Start to collect the rows of all ranks; without gradients.
+    """Start to gather the rows of all ranks; without gradients.
 
     Args:
-        x: `[batch, rows, ...]`, contiguous, of one shape on all ranks.
+        x: `[batch, rows, ...]`, contiguous, of the same shape on all ranks.
         group: A `torch.distributed` process group.
 
     Returns:
@@ -66,7 +66,7 @@ def gather_rows(x: Tensor, group: Any) -> Callable[[], Tensor]:
     num_ranks = dist.get_world_size(group)
     batch, rows, *rest = x.shape
     out = x.new_empty((num_ranks * batch, rows, *rest))
-    # Some tensors of a call have no elements; every rank knows that.
+    # Some tensors of a call have no elements, on all ranks alike.
     work = _all_gather(out, x, group, async_op=True) if x.numel() else None
 
     def wait() -> Tensor:
@@ -81,16 +81,16 @@ def gather_rows(x: Tensor, group: Any) -> Callable[[], Tensor]:
 def exchange(
     rows: Tensor, sent: list[int], received: list[int], group: Any
 ) -> Callable[[], Tensor]:
-    """Start to send rows to each rank and to receive theirs; gradients travel back.
+    """Start to exchange rows between ranks; gradients are sent back the same way.
 
     Args:
         rows: `[sum(sent), ...]`, first those for rank 0.
-        sent: Rows for each rank.
-        received: Rows from each rank, which must be what that rank sends.
+        sent: Number of rows for each rank.
+        received: Number of rows from each rank, equal to the number that it sends.
         group: A `torch.distributed` process group.
 
     Returns:
-        A function that waits for `[sum(received), ...]`, first those of rank 0.
+        A function that waits for `[sum(received), ...]`, first the rows from rank 0.
     """
     works: list[Any] = []
     out = _Exchange.apply(rows, sent, received, group, works)

@@ -1,8 +1,8 @@
-"""Depthwise convolution of tokens on their grid, where they lie, and the gate that may follow.
+"""Depthwise convolution over the token grid, in place, and the gate that may follow.
 
-torch's convolutions want channels before positions. For tokens `[batch, seq_len, channels]` that is
-a transposed copy each way, and a compiled model then keeps other tensors of four axes, such as
-queries and keys, in that order too. The Triton kernels here read raster order in place.
+torch's convolutions expect channels before positions. For tokens `[batch, seq_len, channels]` this
+needs a transposed copy each way, and a compiled model then also keeps other tensors with four axes,
+such as queries and keys, in that order. The Triton kernels here read raster order directly.
 """
 
 import importlib.util
@@ -25,11 +25,11 @@ def depthwise_conv(
     grid: tuple[int, ...],
     implementation: str = "auto",
 ) -> Tensor:
-    """Convolve every channel with its own odd-sized filter, zeros outside the grid.
+    """Convolve every channel with its own odd-sized filter, with zeros outside the grid.
 
     Args:
         tokens: `[batch, seq_len, channels]`, raster order of `grid`.
-        weight: `[channels, 1, size, …]`, one odd size an axis of `grid`.
+        weight: `[channels, 1, size, …]`, one odd size per axis of `grid`.
         bias: `[channels]`, or None.
         grid: Tokens along each axis; 1 to 3 axes.
         implementation: `torch`, `fused` (Triton, on a CUDA device) or `auto`: `fused` where it can
@@ -39,7 +39,7 @@ def depthwise_conv(
         A tensor like `tokens`; products are summed in float32 by the kernel.
 
     Raises:
-        ValueError: If sizes do not fit, or kernels are asked for on another device than CUDA.
+        ValueError: If sizes do not fit, or `fused` is requested on another device than CUDA.
     """
     if _picked(tokens, weight, grid, implementation) == "torch":
         return _torch_conv(tokens, weight, bias, grid)
@@ -59,23 +59,24 @@ def gated_conv(
     num_heads: int,
     implementation: str = "auto",
 ) -> Tensor:
-    """`(added + depthwise_conv(tokens)) · SiLU(logits)`: how an attention layer ends, in one pass.
+    """`(added + depthwise_conv(tokens)) · SiLU(logits)`: an attention layer's end in one pass.
 
     Args:
-        added: Attention's output, like `tokens`.
-        tokens: Values, as in `depthwise_conv`, which says what the next two are, too.
-        weight: The filters.
-        bias: Of each channel.
-        logits: `[batch, seq_len, channels]`, or with one number for each head; None for no gate.
-        grid: Tokens along each axis.
-        num_heads: Heads, which share the channels.
+        added: Attention's output, shaped like `tokens`.
+        tokens: Values, as in `depthwise_conv`.
+        weight: Filters, as in `depthwise_conv`.
+        bias: As in `depthwise_conv`.
+        logits: `[batch, seq_len, channels or num_heads]`: one per channel or per head; None for no
+            gate.
+        grid: Number of tokens along each axis.
+        num_heads: Number of heads, which divide the channels.
         implementation: As in `depthwise_conv`.
 
     Returns:
-        Like `tokens`.
+        A tensor like `tokens`.
 
     Raises:
-        ValueError: As `depthwise_conv`, or if `logits` are of another size.
+        ValueError: As `depthwise_conv`, or if `logits` have another size.
     """
     if logits is not None and logits.shape[2] not in (tokens.shape[2], num_heads):
         raise ValueError(
@@ -94,7 +95,7 @@ def gated_conv(
 
 
 def times_silu(out: Tensor, logits: Tensor, num_heads: int) -> Tensor:
-    """Channels times SiLU of logits `[batch, seq_len, channels or heads]`."""
+    """Multiply channels by the SiLU of logits `[batch, seq_len, channels or heads]`."""
     if logits.shape[-1] == out.shape[-1]:
         return out * F.silu(logits)
     return (out.unflatten(2, (num_heads, -1)) * F.silu(logits).unsqueeze(-1)).flatten(2)

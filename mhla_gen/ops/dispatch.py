@@ -1,4 +1,4 @@
-"""The public operator: check once, pick an implementation, call it."""
+"""The public operator: check the arguments, choose an implementation, call it."""
 
 import importlib.util
 import math
@@ -160,8 +160,8 @@ def resolve_implementation(
 ) -> str:
     """The implementation that `mhla` runs when asked for `implementation`.
 
-    `auto` takes the fused kernels wherever they can run a call, which on a GPU is never the slower
-    choice, and `blockwise` elsewhere.
+    `auto` uses the fused kernels for every call that they support, which on a GPU is never the
+    slower choice, and `blockwise` otherwise.
 
     Raises:
         ValueError: If there is no such implementation.
@@ -180,7 +180,7 @@ def resolve_implementation(
 
 
 def check_tokens(query: Tensor, key: Tensor, value: Tensor, grid: tuple[int, ...]) -> None:
-    """Raise `ValueError` unless tokens are of one kind and fill the grid."""
+    """Raise `ValueError` unless tokens share dtype and device and fill the grid."""
     if query.ndim != 4 or key.shape != query.shape:
         raise ValueError(
             "query and key must both be [batch, seq_len, num_heads, head_dim], found "

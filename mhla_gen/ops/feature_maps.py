@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Keeps a query whose features are all zero from dividing 0 by 0.
+# Prevents 0 / 0 for a query whose features would all be zero.
 _FLOOR = 1e-6
 
 
@@ -52,7 +52,7 @@ def rotate(x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
 
     Args:
         x: `[..., seq_len, num_heads, head_dim]`.
-        rotary: `(cos, sin)`, each `[seq_len, head_dim / 2]`, or None to return `x` as it is.
+        rotary: `(cos, sin)`, each `[seq_len, head_dim / 2]`, or None to return `x` unchanged.
 
     Returns:
         A tensor like `x`.

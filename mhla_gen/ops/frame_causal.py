@@ -1,8 +1,8 @@
-"""MHLA that is causal over chunks of frames and full inside one, which is what streaming needs.
+"""MHLA that is causal over chunks of frames and full within a chunk, as streaming needs.
 
-The first axis of the grid is time. It is cut into chunks of a fixed number of frames, each of which
-is cut into blocks along the other axes. As in causal MHLA over tokens, a weight belongs to a
-distance between chunks, so that a clip may have any number of them.
+The first axis of the grid is time. It is split into chunks of a fixed number of frames, and each
+chunk into blocks along the other axes. As in causal MHLA over tokens, there is one weight per
+distance between chunks, so a clip may have any number of chunks.
 
 Source: Zhang et al. 2026, arXiv:2601.07832, Sec. 4 and App. C (causal, over blocks of text).
 """
@@ -25,11 +25,12 @@ def frame_locality(layout: tuple[int, ...]) -> Tensor:
     r"""Weights that favour near blocks and near chunks.
 
     $w_{dij} \propto 1 - \mathrm{dist} / \mathrm{furthest}$ with Euclidean distances in chunks and
-    blocks, `furthest` the one of row $i$ with one more chunk: no weight is 0, as the last distance
-    stands for all further ones. The weights that a block reads sum to 1.
+    blocks, where `furthest` is the largest distance of row $i$ with one more chunk. So no weight
+    is 0, since the last distance also covers all larger ones. The weights that a block reads sum
+    to 1.
 
     Args:
-        layout: Distances between chunks with weights of their own, then blocks along each other
+        layout: Number of distances between chunks that get weights, then blocks along each other
             axis.
 
     Returns:
@@ -50,7 +51,7 @@ def frame_locality(layout: tuple[int, ...]) -> Tensor:
 
 
 def frame_uniform(layout: tuple[int, ...]) -> Tensor:
-    """Weights that are all alike; argument and result as those of `frame_locality`."""
+    """Equal weights; argument and result as for `frame_locality`."""
     blocks = math.prod(layout[1:])
     return torch.full((layout[0], blocks, blocks), 1 / math.prod(layout))
 
@@ -59,11 +60,11 @@ FRAME_MIXING_INITS = {"locality": frame_locality, "uniform": frame_uniform}
 
 
 def frame_mixing(weights: Tensor, num_chunks: int) -> Tensor:
-    """The mixing matrix of a clip, in which `[min(g - c, D - 1)]` is how chunk g reads chunk c.
+    """The mixing matrix of a clip: chunk g reads chunk c with `weights[min(g - c, D - 1)]`.
 
     Args:
         weights: `[..., D, blocks, blocks]`.
-        num_chunks: Of the clip.
+        num_chunks: Number of chunks of the clip.
 
     Returns:
         `[..., num_chunks * blocks, num_chunks * blocks]`, 0 where chunk c comes after chunk g.
@@ -91,13 +92,13 @@ def frame_causal_mhla(
     eps: float = 1e-6,
     implementation: str = "auto",
 ) -> Tensor:
-    r"""MHLA of a whole clip under the mask that is causal over chunks.
+    r"""MHLA of a whole clip, causal over chunks.
 
-    Token $n$ in block $i$ of chunk $g$ reads all tokens $s$ of chunks $c \le g$, with $j$ the block
-    of $s$:
+    Token $n$ in block $i$ of chunk $g$ reads all tokens $s$ of chunks $c \le g$, where $j$ is the
+    block of $s$:
     $$o_n = \sum_s w_{\min(g - c, D - 1), i, j} R(\varphi(q_n))^\top R(\varphi(k_s)) v_s \,/\,
       (\sum_s w_{\min(g - c, D - 1), i, j} \varphi(q_n)^\top \varphi(k_s) + \epsilon).$$
-    `FrameState` is the same function, chunk by chunk.
+    `FrameState` computes the same function chunk by chunk.
 
     Args:
         query: `[batch, seq_len, num_heads, head_dim]`, before the feature map, raster order.
@@ -105,9 +106,9 @@ def frame_causal_mhla(
         value: `[batch, seq_len, num_heads, value_dim]`.
         weights: $w$, `[D, blocks, blocks]` or `[num_heads, D, blocks, blocks]`, row = query block.
             Non-negative if `normalize`.
-        grid: Frames, then tokens along each other axis.
-        chunk_frames: Frames of a chunk; the last one may have fewer.
-        layout: Blocks of a chunk along each axis but the first.
+        grid: Number of frames, then of tokens along each other axis.
+        chunk_frames: Frames per chunk; the last chunk may have fewer.
+        layout: Blocks of a chunk along each axis except the first.
         feature_map: Name of φ in `FEATURE_MAPS`.
         rotary: `(cos, sin)`, each `[seq_len, head_dim / 2]`, by positions in the whole clip.
         normalize: Divide by the denominator.
@@ -130,7 +131,7 @@ def frame_causal_mhla(
         )
     padding = -grid[0] % chunk_frames
     if padding:
-        # Frames of zeros fill the last chunk, after the feature map: nobody reads them.
+        # Frames of zeros fill up the last chunk after the feature map, so they contribute nothing.
         phi = FEATURE_MAPS[feature_map]
         rows = padding * math.prod(grid[1:])
         query, key, value = (F.pad(x, (0, 0, 0, 0, 0, rows)) for x in (phi(query), phi(key), value))
@@ -153,7 +154,7 @@ def frame_causal_mhla(
 
 
 def check_next(frames: int, chunk_frames: int, ended: bool) -> None:
-    """Raise `ValueError` unless a chunk of so many frames can be the next, the last being whole."""
+    """Raise `ValueError` unless a clip that has not `ended` can continue with so many frames."""
     if ended:
         raise UserError(
             f"the chunk before had fewer than {chunk_frames} frames, so it was the clip's last; "

@@ -1,4 +1,4 @@
-"""What frame-causal MHLA remembers of a clip: its form chunk by chunk, beside `frame_causal.py`."""
+"""The state of frame-causal MHLA: its form chunk by chunk; see `frame_causal.py`."""
 
 import math
 from collections.abc import Callable
@@ -15,25 +15,25 @@ from mhla_gen.ops.partition import block_slots
 
 
 class FrameState:
-    r"""What frame-causal MHLA remembers of the finished chunks of a clip.
+    r"""The state of frame-causal MHLA after the finished chunks of a clip.
 
-    `read` gives what `frame_causal_mhla` gives for the next chunk, as often as it is denoised, and
-    makes it a finished one when told to. That takes the same time and memory for every chunk: there
-    is a summary for each block and distance, and chunks from the last distance on are one sum,
-    because they are read with one weight.
+    `read` returns the output of `frame_causal_mhla` for the next chunk. It can be called for every
+    denoising step of the chunk, and adds it to the finished ones on request. Time and memory are
+    the same for every chunk: the state has one summary per block and distance, and all chunks from
+    the last distance on are one sum, because they are read with the same weight.
 
     Args:
-        weights: As in `frame_causal_mhla`, like all others.
-        chunk_frames: Frames of a chunk.
-        layout: Blocks of a chunk along each axis but the first.
+        weights: As in `frame_causal_mhla`, like all other arguments.
+        chunk_frames: Frames per chunk.
+        layout: Blocks of a chunk along each axis except the first.
         feature_map: Name of φ.
         normalize: Divide by the denominator.
         eps: Added to the denominator.
-        implementation: `blockwise`, or `auto`: the kernels of `fused` where they can run, in
-            sampling without torch.compile.
+        implementation: `blockwise`, or `auto`: the kernels of `fused` where they can run, which is
+            in sampling without torch.compile.
 
     Attributes:
-        ended: Whether the last finished chunk was a short one, which no other follows.
+        ended: Whether the last finished chunk was shorter than the others and so ended the clip.
 
     Raises:
         ValueError: If an argument does not fit.
@@ -54,11 +54,10 @@ class FrameState:
         self.feature_map, self.normalize, self.eps = feature_map, normalize, eps
         self.implementation = implementation
         self.ended = False
-        # By distance from 1 on, the last for all further ones:
+        # By distance from 1 on, the last entry for all larger ones:
         # [batch, distances, blocks, heads, head_dim, value_dim] and without the last axis.
         self.finished: tuple[Tensor, Tensor] | None = None
-        # What blocks of the next chunk read of them, the same axes without
-        # distances.
+        # Their weighted sums for the blocks of the next chunk: the same axes without distances.
         self.past: tuple[Tensor, Tensor] | None = None
 
     def read(
@@ -71,28 +70,28 @@ class FrameState:
         rotary: tuple[Tensor, Tensor] | None = None,
         append: bool = False,
     ) -> Tensor:
-        """Attend from the next chunk to itself and to the finished ones.
+        """Attend from the next chunk to itself and to the finished chunks.
 
         Args:
-            query: Of the chunk's tokens, as in `frame_causal_mhla`, like all others.
+            query: Queries of the chunk, as in `frame_causal_mhla`, like all other arguments.
             key: Keys.
             value: Values.
-            grid: Of the chunk; the first axis has `chunk_frames`, or fewer in the last chunk.
+            grid: Grid of the chunk; the first axis has `chunk_frames`, or fewer in the last chunk.
             rotary: Tables by positions in the whole clip.
-            append: Make it a finished chunk afterwards.
+            append: Add the chunk to the finished ones afterwards.
 
         Returns:
-            What `frame_causal_mhla` gives for these tokens.
+            The output of `frame_causal_mhla` for these tokens.
 
         Raises:
-            ValueError: If arguments do not fit together, or the chunk is not the next one.
+            ValueError: If arguments do not fit each other, or the chunk cannot be the next one.
         """
         check_frame_causal(query, key, value, self.weights, grid, self.chunk_frames, self.layout)
         check_options(query, self.feature_map, rotary, False, len(grid))
         check_next(grid[0], self.chunk_frames, self.ended)
         layout, options = (1, *self.layout), (self.feature_map, rotary, self.normalize, self.eps)
         summarised = _fused if self._can_fuse(query, key, value) else _blockwise
-        # Autocast would turn the float32 sums into bfloat16 ones.
+        # Autocast would compute the float32 sums in bfloat16.
         with torch.autocast(query.device.type, enabled=False):
             summaries, key_sums, apply = summarised(query, key, value, grid, layout, *options)
             own = self.weights.to(summaries)[..., 0, :, :]
@@ -105,7 +104,7 @@ class FrameState:
         return out.to(query.dtype)
 
     def _can_fuse(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
-        """Whether the kernels run: for sampling, on a GPU, and where nothing is compiled."""
+        """Whether the kernels run: in sampling, on a GPU, without torch.compile."""
         leaves = (query, key, value, self.weights)
         trains = torch.is_grad_enabled() and any(x.requires_grad for x in leaves)
         if trains or torch.compiler.is_compiling():
@@ -126,7 +125,7 @@ class FrameState:
         return found == "fused"
 
     def _remember(self, summaries: Tensor, key_sums: Tensor, frames: int) -> None:
-        """Every finished chunk is one further away, the last ones are one sum."""
+        """Move every finished chunk one distance away; the last distance is a sum."""
         num_distances = self.weights.shape[-3]
         places = max(1, num_distances - 1)
         if self.finished is None:
@@ -153,7 +152,7 @@ def _shifted(finished: Tensor, new: Tensor) -> Tensor:
 
 
 Summarised = tuple[Tensor, Tensor, Callable[[Tensor, Tensor], Tensor]]
-"""Summaries and key sums of a chunk, and what makes its output of mixed ones."""
+"""Summaries and key sums of a chunk, and a function from mixed ones to the chunk's output."""
 
 
 def _blockwise(
@@ -199,7 +198,7 @@ def _fused(
     from mhla_gen.ops.kernels.launch import Call, merge_axes
 
     cos, sin = (None, None) if rotary is None else (table.contiguous() for table in rotary)
-    # Summaries in float32, as those of many chunks are added.
+    # Summaries are float32, because those of many chunks are added.
     options = (feature_map, normalize, eps, torch.float32)
     call = Call(query, value, cos, sin, *merge_axes(list(grid), list(layout)), *options)
     with torch.cuda.device_of(query):

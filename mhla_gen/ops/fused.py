@@ -1,7 +1,7 @@
 """MHLA in fused Triton kernels, as torch custom operators with fake and autograd rules.
 
-`mhla_gen/ops/README.md` explains the kernels. The operators allocate their outputs and nothing else
-of the size of the tokens; for training they keep the (mixed) summaries.
+`mhla_gen/ops/README.md` explains the kernels. Besides their outputs, the operators allocate nothing
+as large as the tokens; for training they save the summaries before and after mixing.
 """
 # torch says what fake and autograd rules take: pyright needs no annotations of them.
 # pyright: reportMissingParameterType=false
@@ -18,12 +18,12 @@ from mhla_gen.ops.kernels.launch import Call, merge_axes, num_parts, stored_dtyp
 from mhla_gen.ops.kernels.linear_form import Summaries
 
 MAX_DIM = 128
-"""Largest head_dim and value_dim: a summary has to fit the registers of one program."""
+"""Largest head_dim and value_dim: a summary has to fit into the registers of one program."""
 MAX_BLOCKS = 2048
 """Most blocks: one program holds 16 rows of the mixing matrix."""
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-# Measured on an H100: beyond either, summaries cost less than scores.
+# Measured on an H100: beyond either limit, summaries cost less than scores.
 _ATTENTION_SEQ_LEN = 512
 _ATTENTION_BLOCKS = 32
 
@@ -46,11 +46,11 @@ def fused_mhla(
 ) -> Tensor:
     """MHLA on a CUDA device, summed in float32; see `mhla_gen.ops.mhla`.
 
-    By default the cheaper form runs and summaries have the `stored_dtype` of the inputs;
-    `use_attention_form` and `stored` (float16 or float32) force either.
+    By default the cheaper form runs, and summaries have the `stored_dtype` of the inputs;
+    `use_attention_form` and `stored` (float16 or float32) override this.
 
     Raises:
-        ValueError: If the kernels do not cover the call; the message says why.
+        ValueError: If the kernels do not support the call; the message says why.
     """
     trainable_rotary = rotary is not None and any(table.requires_grad for table in rotary)
     reason = unsupported(
@@ -83,7 +83,7 @@ def fused_mhla(
 
 
 def _needs_dispatcher(*tensors: Tensor) -> bool:
-    """Whether a gradient is wanted, tensors are no plain ones, or something records operators."""
+    """Whether gradients are needed, tensors are not plain, or something intercepts operators."""
     return (
         (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
         or any(type(x) not in (Tensor, torch.nn.Parameter) for x in tensors)
@@ -96,8 +96,8 @@ def _needs_dispatcher(*tensors: Tensor) -> bool:
 def _intercepted() -> bool:
     """Whether a dispatch mode or a transform of `torch.func` is active.
 
-    torch says it under private names only. Where a release has them no more, or otherwise, the
-    answer is yes: then the dispatcher is asked, which costs time and changes nothing.
+    torch tells this only under private names. If a release has changed them, the answer is yes, and
+    the call goes through the dispatcher, which costs time but changes nothing.
     """
     try:
         modes = torch._C._len_torch_dispatch_stack()
@@ -108,7 +108,7 @@ def _intercepted() -> bool:
 
 
 def attention_form_is_cheaper(seq_len: int, num_blocks: int) -> bool:
-    """Whether scores take less time than summaries: both forms stay close to the memory floor."""
+    """Whether scores take less time than summaries; both forms are close to the memory floor."""
     return seq_len <= _ATTENTION_SEQ_LEN and num_blocks <= _ATTENTION_BLOCKS
 
 
@@ -189,7 +189,7 @@ def linear_mhla_backward(
     eps: float,
     mixing_trains: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value and, unless it is frozen (then empty), of mixing."""
+    """Gradients of query, key, value and mixing; the last is empty if mixing is frozen."""
     stored = summaries[0].dtype
     call = _call(query, value, cos, sin, grid, layout, feature_map, normalize, eps, stored)
     with torch.cuda.device_of(query):

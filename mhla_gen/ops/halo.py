@@ -1,4 +1,4 @@
-"""Depthwise convolution of tokens that ranks share: each borrows the tokens around its own."""
+"""Depthwise convolution of a sequence shared by ranks: each fetches the tokens around its own."""
 
 import math
 from collections.abc import Callable
@@ -27,12 +27,12 @@ def sharded_depthwise_conv(
     """`depthwise_conv` of a sequence shared by a group; every rank gets its own tokens' output.
 
     Args:
-        tokens: This rank's, `[batch, its tokens, channels]`; see `Shard.of_rank`.
+        tokens: This rank's tokens, `[batch, its tokens, channels]`; see `Shard.of_rank`.
         weight: As in `depthwise_conv`; its gradient is this rank's share.
         bias: Likewise.
-        grid: Tokens along each axis of the whole grid.
+        grid: Number of tokens along each axis of the whole grid.
         group: A `torch.distributed` process group.
-        halo: What `begin_halo` returned for these tokens, if they are on their way already.
+        halo: Result of `begin_halo` for these tokens, if it was called.
         implementation: As in `depthwise_conv`.
 
     Raises:
@@ -60,20 +60,20 @@ def sharded_depthwise_conv(
 def begin_halo(
     tokens: Tensor, sizes: tuple[int, ...], *, grid: tuple[int, ...], group: Any
 ) -> Callable[[], Tensor]:
-    """Start to borrow the tokens that a filter reaches around this rank's.
+    """Start to fetch the tokens around this rank's that a filter reaches.
 
-    In raster order a filter reaches `halo_size` tokens to either side, so that many are received
-    from the ranks before and after, however many ranks these are.
+    In raster order a filter reaches `halo_size` tokens to either side. These are received from the
+    ranks before and after, from several if needed.
 
     Args:
-        tokens: This rank's, `[batch, its tokens, channels]`.
-        sizes: Of the filter, along each axis.
-        grid: Tokens along each axis of the whole grid.
+        tokens: This rank's tokens, `[batch, its tokens, channels]`.
+        sizes: Size of the filter along each axis.
+        grid: Number of tokens along each axis of the whole grid.
         group: A `torch.distributed` process group.
 
     Returns:
-        A function to be called once, which waits for `[batch, borrowed tokens, channels]`, those
-        before this rank's and then those after.
+        A function to be called once, which waits for `[batch, fetched tokens, channels]`: first the
+        tokens before this rank's, then those after.
 
     Raises:
         ValueError: If `tokens` are not what this rank holds of `grid`.
@@ -92,13 +92,13 @@ def begin_halo(
 
 
 def halo_size(grid: tuple[int, ...], sizes: tuple[int, ...]) -> int:
-    """Tokens of raster order that a centred filter of `sizes` reaches to either side."""
+    """Number of tokens in raster order that a centred filter of `sizes` reaches on either side."""
     strides = [math.prod(grid[axis + 1 :]) for axis in range(len(grid))]
     return sum(size // 2 * stride for size, stride in zip(sizes, strides, strict=True))
 
 
 def check_shard(tokens: Tensor, shard: Shard) -> None:
-    """Check that `tokens` are as many as the shard holds.
+    """Check that `tokens` has as many tokens as the shard.
 
     Raises:
         ValueError: If they are not.
@@ -117,6 +117,6 @@ def _with_halo(shard: Shard, sizes: tuple[int, ...]) -> Shard:
 
 
 def _overlap(owner: Shard, wanted: Shard, own: bool) -> tuple[int, int]:
-    """Tokens [start, stop) that travel from `owner` to whom wants them; none to itself."""
+    """Tokens [start, stop) that `owner` sends to another rank; none to itself."""
     start = max(owner.first, wanted.first)
     return (owner.first, owner.first) if own else (start, max(start, min(owner.stop, wanted.stop)))

@@ -27,8 +27,8 @@ def linformer_attention(
         value: `[batch, kv_len, num_heads, value_dim]`.
         key_projection: E, `[projected_len, kv_len]` or `[num_heads, projected_len, kv_len]`.
         value_projection: F, shaped like E; E itself by default (key-value sharing).
-        mask: Bool `[batch, kv_len]`, True for valid keys, at least one a sample. Others enter no
-            projected token, and a projected token that none enters has no weight.
+        mask: Bool `[batch, kv_len]`, True for valid keys, at least one per sample. Other keys do
+            not contribute to projected tokens; a projected token without valid keys has no weight.
         causal: Must be false.
 
     Returns:
@@ -71,7 +71,7 @@ def project(projection: Tensor, tokens: Tensor, axis: int) -> Tensor:
     Args:
         projection: `[projected_len, length]` or `[num_heads, projected_len, length]`.
         tokens: `[batch, ..., num_heads, dim]` with `length` tokens along `axis`.
-        axis: From 1 on.
+        axis: 1 or greater.
 
     Returns:
         Like `tokens`, with `projected_len` along `axis`.
@@ -84,7 +84,7 @@ def project(projection: Tensor, tokens: Tensor, axis: int) -> Tensor:
 
 
 def entered_by(projections: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
-    """Which projected tokens the valid keys enter, in E or in F.
+    """The projected tokens that the valid keys contribute to, in E or in F.
 
     Args:
         projections: E and F, as in `linformer_attention`.

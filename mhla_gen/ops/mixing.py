@@ -31,14 +31,14 @@ def locality_mixing(layout: tuple[int, ...]) -> Tensor:
     axes = [range(blocks) for blocks in layout]
     centres = torch.tensor(list(itertools.product(*axes)), dtype=torch.float64)
     distances = torch.cdist(centres, centres, compute_mode="donot_use_mm_for_euclid_dist")
-    # One block has no other to be far from: its distance of 0 over a maximum of 0 counts as near.
+    # With a single block, distance and maximum are both 0; it counts as near.
     furthest = distances.amax(dim=1, keepdim=True)
     weights = 1 - distances / furthest if num_blocks > 1 else torch.ones_like(distances)
     return (weights / weights.sum(dim=1, keepdim=True)).float()
 
 
 def uniform_mixing(layout: tuple[int, ...]) -> Tensor:
-    """Mixing matrix under which every block reads all blocks alike: plain linear attention.
+    """Mixing matrix with which every block reads all blocks equally: plain linear attention.
 
     Args:
         layout: Blocks along each axis.

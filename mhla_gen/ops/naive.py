@@ -1,10 +1,10 @@
-"""The definitions of MHLA, frame by frame too, and of tile attention: loops, never optimised.
+"""The definitions of MHLA, of its frame-causal form and of tile attention: plain loops.
 
 Source of MHLA: Zhang et al. 2026, arXiv:2601.07832, Eq. (4), Sec. 4 and App. C. Every other
 implementation is tested against this one in float64.
 
-The paper mixes the key sums and then multiplies by the query, as here. The authors' code instead
-mixes the products q·z across blocks, which normalises a token with the queries of other blocks.
+The paper mixes the key sums and then multiplies them by the query, as here. The authors' code mixes
+the products q·z across blocks instead, which normalises a token by the queries of other blocks.
 """
 
 import math
@@ -85,7 +85,7 @@ def naive_frame_causal_mhla(
     normalize: bool,
     eps: float,
 ) -> Tensor:
-    """Frame-causal MHLA, pair by pair of chunks; see `mhla_gen.ops.frame_causal_mhla`."""
+    """Frame-causal MHLA, one pair of chunks at a time; see `mhla_gen.ops.frame_causal_mhla`."""
     dtype = torch.promote_types(query.dtype, torch.float32)
     phi = FEATURE_MAPS[feature_map]
     phi_q, phi_k, v = phi(query.to(dtype)), phi(key.to(dtype)), value.to(dtype)

@@ -1,8 +1,8 @@
-"""Cut a token grid into blocks, and number blocks and tokens.
+"""Divide a token grid into blocks, and index blocks and tokens.
 
-Tokens lie on a 1-D, 2-D or 3-D grid in raster order. `layout` blocks lie along each axis; along an
-axis of `n` tokens and `l` blocks, block `b` starts at `b * n // l`, so sizes differ by at most one
-and no size has to divide another. Blocks are numbered in raster order too.
+Tokens are on a 1-D, 2-D or 3-D grid in raster order. `layout` is the number of blocks along each
+axis. On an axis with `n` tokens and `l` blocks, block `b` starts at `b * n // l`, so block sizes
+differ by at most one and need not divide the axis. Blocks are also indexed in raster order.
 
 Everything here is integer arithmetic without branches on sizes, so that `torch.compile` can trace
 it with symbolic grids.
@@ -16,8 +16,8 @@ from torch import Tensor
 
 from mhla_gen.errors import UserError
 
-# A divisor of the axis is taken instead of the best ragged count while it keeps this share of it:
-# equal blocks need no tail tiles in the kernels.
+# A divisor of the axis replaces the best count if it is at least this share of it: blocks of equal
+# size need no partly filled tiles in the kernels.
 _DIVISOR_SHARE = 0.6
 
 
@@ -58,12 +58,12 @@ def _block_of_positions(positions: Tensor, length: int, num_blocks: int) -> Tens
 
 
 class BlockSlots(NamedTuple):
-    """Where tokens go when every block is padded to the size of the largest one."""
+    """Index tables for blocks that are padded to the size of the largest one."""
 
     tokens: Tensor
-    """int64 `[num_blocks, slots]`: the token that a slot holds; any valid token where padded."""
+    """int64 `[num_blocks, slots]`: the token in each slot; any valid token for padding."""
     filled: Tensor | None
-    """bool `[num_blocks, slots]`: False where a slot is padding. None when no slot is."""
+    """bool `[num_blocks, slots]`: False where a slot is padding; None if there is no padding."""
     slots: Tensor
     """int64 `[seq_len]`: the flat slot of every token, the inverse of `tokens`."""
 
@@ -73,8 +73,8 @@ def block_slots(
 ) -> BlockSlots:
     """Index tables between raster order and padded blocks.
 
-    Blocks are boxes, so a slot is a position inside the largest box. Ragged blocks leave the last
-    position along an axis empty.
+    Blocks are boxes, so a slot is a position inside the largest box. In smaller blocks the last
+    position along an axis is empty.
     """
     rank = len(grid)
     tokens = torch.zeros((), dtype=torch.int64, device=device)
@@ -107,15 +107,15 @@ def block_slots(
 def auto_layout(grid: tuple[int, ...], first: int | None = None) -> tuple[int, ...]:
     """Near-cubic blocks for a grid, as many as the rule `num_blocks² ≤ seq_len` allows.
 
-    Along each axis the count is `round(n / side)` for the smallest block side that obeys the rule.
-    A divisor of `n` is taken instead when it keeps at least 60 % of that count.
+    Along each axis the count is `round(n / side)` for the smallest block side that satisfies the
+    rule. A divisor of `n` is used instead if it is at least 60 % of that count.
 
     Args:
-        grid: Tokens along each axis, at least one each.
-        first: Blocks along the first axis, if that is settled.
+        grid: Number of tokens along each axis, at least one each.
+        first: Number of blocks along the first axis, if already fixed.
 
     Returns:
-        Blocks along each axis.
+        Number of blocks along each axis.
 
     Raises:
         ValueError: If an axis is empty.

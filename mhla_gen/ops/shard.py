@@ -1,10 +1,10 @@
-"""Which tokens of a grid one rank of a group holds, when ranks share one sequence.
+"""Which tokens of a grid each rank of a group holds, when ranks share one sequence.
 
-Ranks hold consecutive pieces of the raster order, cut as `torch.tensor_split` cuts: the first ranks
-hold one token more where sizes do not divide. Everything here is integer arithmetic that every rank
-can do for every other one, so nobody has to tell anybody what they hold.
+Ranks hold consecutive pieces of the raster order, split like `torch.tensor_split`: if sizes do not
+divide, the first ranks hold one token more. Everything here is integer arithmetic that a rank can
+do for all others, so no communication is needed.
 
-A *plane* is what lies at one position of the first axis: a frame of a video, a row of an image.
+A *plane* is all tokens at one position of the first axis: a frame of a video, a row of an image.
 """
 
 import math
@@ -23,7 +23,7 @@ class Shard:
     """The tokens [`first`, `stop`) of a grid.
 
     Raises:
-        ValueError: If there is no token in it.
+        ValueError: If the shard is empty.
     """
 
     grid: tuple[int, ...]
@@ -39,19 +39,19 @@ class Shard:
 
     @classmethod
     def of_rank(cls, grid: tuple[int, ...], rank: int, num_ranks: int) -> "Shard":
-        """What `rank` holds of a sequence shared by `num_ranks`."""
+        """The shard of `rank` in a sequence shared by `num_ranks`."""
         count, longer = divmod(math.prod(grid), num_ranks)
         first = rank * count + min(rank, longer)
         return cls(grid, first, first + count + (rank < longer))
 
     @property
     def num_tokens(self) -> int:
-        """Tokens held."""
+        """Number of tokens in the shard."""
         return self.stop - self.first
 
     @property
     def plane(self) -> int:
-        """Tokens of a plane."""
+        """Number of tokens in a plane."""
         return math.prod(self.grid[1:])
 
     @property
@@ -60,7 +60,7 @@ class Shard:
         return self.first // self.plane, -(-self.stop // self.plane)
 
     def whole_planes(self, *pieces: Tensor, dim: int = 1) -> Tensor:
-        """Tokens of the shard, in pieces along `dim`, with zeros around up to whole planes."""
+        """The shard's tokens, in pieces along `dim`, padded with zeros to whole planes."""
         first, stop = self.planes
         shape = list(pieces[0].shape)
         zeros = []
@@ -87,12 +87,12 @@ class Shard:
 
 @dataclass(frozen=True)
 class Slab:
-    """Whole planes inside one block of the first axis; cut along the other axes as the grid is."""
+    """Whole planes inside one block of the first axis, divided like the grid on the other axes."""
 
     block: int
-    """Which block of the first axis."""
+    """Index of the block along the first axis."""
     first: int
-    """First plane, counted in the whole grid."""
+    """Index of the first plane in the whole grid."""
     stop: int
     plane_grid: tuple[int, ...]
     plane_layout: tuple[int, ...]
@@ -109,31 +109,31 @@ class Slab:
 
     @property
     def blocks(self) -> slice:
-        """Its blocks among those of the whole grid."""
+        """Indices of its blocks in the whole grid."""
         count = math.prod(self.plane_layout)
         return slice(self.block * count, (self.block + 1) * count)
 
 
 @dataclass(frozen=True)
 class HeldBlocks:
-    """Which blocks the tokens of each rank fall into: some of the first axis, as many on each rank.
+    """The blocks that each rank holds: a range along the first axis, of equal size on all ranks.
 
-    Ranks whose tokens fall into fewer than those of others get neighbours, which hold none of their
-    tokens. What a rank adds to a block that it holds is a *part* of the block.
+    A rank whose tokens touch fewer blocks than those of others also holds neighbouring blocks,
+    which contain none of its tokens. What a rank adds to a block that it holds is a *part* of it.
     """
 
     firsts: tuple[int, ...]
-    """The first one of each rank, counted along the first axis."""
+    """Index of each rank's first block along the first axis."""
     count: int
-    """How many, along the first axis."""
+    """Number of blocks per rank along the first axis."""
     plane: int
-    """Blocks at one position of the first axis."""
+    """Number of blocks at one position of the first axis."""
 
     @classmethod
     def of_ranks(
         cls, grid: tuple[int, ...], layout: tuple[int, ...], num_ranks: int
     ) -> "HeldBlocks":
-        """What ranks hold that share a grid of this layout."""
+        """The blocks of ranks that share a grid of this layout."""
         slabs = [Shard.of_rank(grid, rank, num_ranks).slabs(layout) for rank in range(num_ranks)]
         count = max(len(held) for held in slabs)
         firsts = tuple(min(held[0].block, layout[0] - count) for held in slabs)
@@ -141,11 +141,11 @@ class HeldBlocks:
 
     @property
     def num_parts(self) -> int:
-        """Parts of blocks that all ranks have together."""
+        """Number of parts of blocks on all ranks together."""
         return len(self.firsts) * self.count * self.plane
 
     def entries(self, mixing: Tensor, rank: int) -> Tensor:
-        """What the blocks of one rank weigh the parts of all by, `[..., its blocks, num_parts]`."""
+        """Weights of all parts in the blocks of one rank, `[..., its blocks, num_parts]`."""
         held = self.count * self.plane
         rows = mixing.narrow(-2, self.firsts[rank] * self.plane, held)
         return torch.cat([rows.narrow(-1, first * self.plane, held) for first in self.firsts], -1)

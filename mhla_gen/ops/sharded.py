@@ -1,10 +1,10 @@
-"""MHLA over a sequence that the ranks of a group share: context parallelism.
+"""MHLA over a sequence shared by the ranks of a group: context parallelism.
 
-Each rank sums its part of every block, ranks tell each other their parts, and each mixes and
-applies what its own queries read. What travels are summaries: their bytes do not depend on the
-number of tokens. The kernels are in `sharded_fused`. Batched PyTorch, here, sums the parts over the
-group; it sees whole planes inside one block of the first axis (`Slab`), which is how a piece of the
-raster order falls into blocks, with zeros for other ranks' tokens in these planes.
+Each rank sums its part of every block, ranks exchange their parts, and each rank mixes and applies
+the summaries for its own queries. Only summaries are sent: their size does not depend on the number
+of tokens. The kernels are in `sharded_fused`. The PyTorch code here sums the parts over the group.
+It works on whole planes inside one block of the first axis (`Slab`), with zeros in place of other
+ranks' tokens in these planes.
 """
 
 import math
@@ -36,7 +36,7 @@ Rotary = tuple[Tensor, Tensor] | None
 def sharded_mhla(
     query: Tensor, key: Tensor, value: Tensor, mixing: Tensor, **options: Any
 ) -> Tensor:
-    """`begin_sharded_mhla` and its end, with nothing between them."""
+    """`begin_sharded_mhla`, immediately followed by its end."""
     return begin_sharded_mhla(query, key, value, mixing, **options)()
 
 
@@ -56,17 +56,17 @@ def begin_sharded_mhla(
     eps: float = 1e-6,
     implementation: str = "auto",
 ) -> Callable[[], Tensor]:
-    """`mhla` of a sequence that a group shares; every rank gets the output of its own tokens.
+    """Start `mhla` of a sequence that a group shares; every rank gets its own tokens' output.
 
-    Kernels send summaries of keys and values on their way and return a function that waits for
-    those of the other ranks: what a layer computes besides hides the journey.
+    The kernels start to send summaries of keys and values, and return a function that waits for
+    those of the other ranks. The layer's other work between the two overlaps with communication.
 
-    Outputs equal those of one process to rounding. In backward, gradients of tokens are complete;
-    that of `mixing` is this rank's share, like those of all weights: the sum over the group is the
-    gradient.
+    Outputs equal those of one process up to rounding. In backward, gradients of tokens are
+    complete; that of `mixing`, like those of all weights, is this rank's share, and the sum over
+    the group is the gradient.
 
     Args:
-        query: This rank's, `[batch, its tokens, num_heads, head_dim]`; see `Shard.of_rank`.
+        query: This rank's queries, `[batch, its tokens, num_heads, head_dim]`; see `Shard.of_rank`.
         key: Like `query`.
         value: `[batch, its tokens, num_heads, value_dim]`.
         mixing: As in `mhla`, the same on all ranks.
@@ -87,7 +87,7 @@ def begin_sharded_mhla(
         ValueError: If shapes do not fit, or the tokens are not what this rank holds of `grid`.
 
     Source:
-        Zhang et al. 2026, arXiv:2601.07832, Eq. (4): the sum over a block is taken in any order.
+        Zhang et al. 2026, arXiv:2601.07832, Eq. (4): sums over a block may be taken in any order.
     """
     grid, layout = tuple(grid), tuple(layout)
     num_ranks = dist.get_world_size(group)
@@ -143,7 +143,7 @@ def _implementation(
 
 
 def _begin_blockwise_shard(*tensors: Tensor, **options: Any) -> Callable[[], Tensor]:
-    """Batched PyTorch sends nothing on its way: all of the work is in the end."""
+    """Batched PyTorch sends nothing in advance: all work is done at the end."""
     return lambda: _blockwise_shard(*tensors, **options)
 
 
@@ -199,6 +199,6 @@ def _apply(q: Tensor, mixed: Tensor, slots: BlockSlots) -> Tensor:
 
 
 def _among_all(held: Tensor, slabs: list[Slab], num_blocks: int) -> Tensor:
-    """`[batch, blocks of the slabs, ...]` among all blocks, the others zero."""
+    """`[batch, blocks of the slabs, ...]` placed among all blocks, with zeros elsewhere."""
     outside = (slabs[0].blocks.start, num_blocks - slabs[-1].blocks.stop)
     return F.pad(held, (0, 0) * (held.ndim - 2) + outside)

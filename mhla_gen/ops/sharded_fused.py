@@ -1,10 +1,9 @@
-"""The fused kernels on a sequence that ranks share.
+"""The fused kernels on a sequence shared by ranks, in the linear form.
 
-As on one GPU in the linear form. Kernels see a rank's tokens where they lie, and of the blocks
-those that its tokens may fall into (`HeldBlocks`). What its tokens add to a block is a part of it,
-with a scale of its own, as blocks have parts on one GPU: ranks tell each other their parts, after
-`summarise` and, in backward, after `backward_queries`, and mixing sums them in float32. So nothing
-is rounded twice.
+Kernels read a rank's tokens in place and handle the blocks that these tokens may fall into
+(`HeldBlocks`). What a rank's tokens add to a block is a part of it with its own scale, like the
+parts of blocks on one GPU. Ranks exchange their parts after `summarise` and, in backward, after
+`backward_queries`; mixing sums them in float32. So nothing is rounded twice.
 """
 
 from collections.abc import Callable, Sequence
@@ -41,7 +40,7 @@ def begin_fused_shard(
     """See `begin_sharded_mhla`.
 
     Raises:
-        ValueError: If the kernels do not cover the call; the message says why.
+        ValueError: If the kernels do not support the call; the message says why.
     """
     trains = rotary is not None and any(table.requires_grad for table in rotary)
     blocks = HeldBlocks.of_ranks(shard.grid, layout, dist.get_world_size(group))
@@ -51,7 +50,7 @@ def begin_fused_shard(
         raise UserError(f"implementation='fused' {reason}; use 'blockwise' or 'auto'")
     sharing = _Sharing(shard, layout, group, blocks, feature_map, normalize, eps)
     tables = tuple(table.contiguous() for table in rotary or ())
-    # Keys and values have their gradients from the function that ends the call.
+    # Gradients of keys and values come from the function that ends the call.
     with torch.no_grad(), torch.cuda.device_of(query):
         parts = linear_form.summarise(key, value, sharing.call(query, value, tables))
         wait = sharing.gather(parts)
@@ -66,8 +65,8 @@ def begin_fused_shard(
 class _SharedMHLA(torch.autograd.Function):
     """The end of a call: `wait` gives the summaries of all ranks.
 
-    `reads` and `read_by` are what this rank's blocks weigh the parts of all ranks by: summaries,
-    and in backward the gradients of mixed ones.
+    `reads` and `read_by` are the weights of all ranks' parts in this rank's blocks: `reads` for
+    summaries, `read_by` in backward for the gradients of mixed summaries.
     """
 
     @staticmethod
@@ -101,7 +100,7 @@ class _SharedMHLA(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class _Sharing:
-    """What kernels are told of a rank's tokens, and what ranks tell each other."""
+    """The kernels' description of a rank's tokens, and the communication between ranks."""
 
     shard: Shard
     layout: tuple[int, ...]
@@ -113,11 +112,11 @@ class _Sharing:
 
     @property
     def rank(self) -> int:
-        """Of this process in the group."""
+        """Rank of this process in the group."""
         return dist.get_rank(self.group)
 
     def call(self, query: Tensor, value: Tensor, tables: Sequence[Tensor]) -> Call:
-        """The call of all kernels."""
+        """The `Call` of all kernels."""
         blocks, shard = self.blocks, self.shard
         cos, sin = tables or (None, None)
         # Kernels cut the first of three axes.
@@ -129,6 +128,6 @@ class _Sharing:
         return Call(query, value, cos, sin, grid, layout, *options, window)
 
     def gather(self, parts: Summaries) -> Callable[[], Summaries]:
-        """Start to collect the parts of all ranks; the function returned waits for them."""
+        """Start to gather the parts of all ranks; the returned function waits for them."""
         waits = [gather_rows(x, self.group) for x in parts]
         return lambda: Summaries(*(wait() for wait in waits))

@@ -1,4 +1,4 @@
-"""The public operator of the exact half: check once, pick an implementation, call it."""
+"""The public operator of the exact half: check, choose an implementation, call it."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -45,17 +45,18 @@ def tile_attention(
     scale: float | None = None,
     implementation: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Softmax attention of every query over a small part of the token grid, exactly.
+    """Exact softmax attention of every query over a small part of the token grid.
 
-    With T(n) the tokens that query n reads, and everything rotated by `rotary`,
+    Let T(n) be the tokens that query n reads, with queries and keys rotated by `rotary`:
 
         lse_n = log Σ_{s∈T(n)} exp(scale · q_nᵀ k_s)
         o_n = Σ_{s∈T(n)} exp(scale · q_nᵀ k_s − lse_n) v_s
 
-    T(n) holds the tiles of a window around the query's own tile, shifted inwards at the borders of
-    the grid, so that all queries read equally many; of the other tiles the `top` ones with the
-    largest product of mean query and mean key, ties by index; and the keys of `extra`. A window
-    that covers the grid gives softmax attention. No gradient flows through the choice.
+    T(n) consists of the tiles of a window around the query's own tile, shifted inwards at the
+    borders of the grid so that all queries read equally many tiles; of the `top` other tiles with
+    the largest product of mean query and mean key, ties broken by index; and of the keys in
+    `extra`. A window that covers the grid gives softmax attention. No gradient flows through the
+    choice of tiles.
 
     Args:
         query: `[batch, seq_len, num_heads, head_dim]`, tokens in raster order of `grid`.
@@ -65,16 +66,16 @@ def tile_attention(
         tile: Tokens of a tile along each axis; the grid is cut into `ceil(n / tile)` tiles by
             `block_starts`, so sizes need not divide.
         window: Odd number of tiles along each axis around the query's own, or zeros for none.
-        top: Further tiles by content; what the window leaves is the most.
+        top: Number of further tiles chosen by content, at most those outside the window.
         group: Tiles along each axis whose queries share one list of tiles (default: one). The list
-            holds the windows of all of them, `window + group − 1` tiles along each axis, and `top`
+            has the windows of all of them, `window + group − 1` tiles along each axis, and `top`
             tiles by the mean query of the group. Larger groups are faster.
         rotary: `(cos, sin)`, each `[seq_len, head_dim / 2]`; channels 2i and 2i + 1 are a pair.
-        extra: Keys `[batch, extra_len, num_heads, head_dim]` and values `[…, value_dim]` without a
-            place on the grid, which every query reads as they are (not rotated), and optionally a
-            bool mask `[batch, extra_len]`, True where they are valid. Without window and top, every
-            sample needs a valid one: a query without any key gets NaN.
-        scale: Of the scores, positive; `head_dim ** -0.5` by default.
+        extra: Keys `[batch, extra_len, num_heads, head_dim]` and values `[…, value_dim]` off the
+            grid, which every query reads without rotation, and optionally a bool mask
+            `[batch, extra_len]`, True for valid keys. Without window and top, every sample needs a
+            valid key: a query without any key gets NaN.
+        scale: Factor of the scores, positive; `head_dim ** -0.5` by default.
         implementation: `naive` (the definition), `blockwise` (PyTorch, any device), `fused` (CUDA
             kernels; an error where they cannot run), or `auto`: `fused` where it can run.
 
@@ -86,8 +87,9 @@ def tile_attention(
         ValueError: If shapes, dtypes, devices or names do not fit; the message says what does.
 
     Source:
-        Softmax over key blocks chosen by pooled products beside a linear rest: SLA, Zhang et al.
-        2025, arXiv:2509.24006. Window, groups and the choice of tiles are this project's.
+        Softmax over key blocks chosen by pooled products, beside linear attention for the rest:
+        SLA, Zhang et al. 2025, arXiv:2509.24006. Window, groups and the choice of tiles are this
+        project's.
     """
     grid = tuple(grid)
     check_tokens(query, key, value, grid)
@@ -139,7 +141,7 @@ def resolve_tile_implementation(
 def _check_extra(
     query: Tensor, value: Tensor, extra: tuple[Tensor, ...]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys, values and a mask, or `ValueError` where they do not fit the query."""
+    """Keys, values and mask; `ValueError` if they do not fit the query."""
     if len(extra) not in (2, 3):
         raise ValueError(f"extra must be (key, value) or (key, value, mask), found {len(extra)}")
     keys, values = extra[:2]

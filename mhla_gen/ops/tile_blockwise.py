@@ -1,4 +1,4 @@
-"""Tile attention in batched PyTorch, for any device: some groups at a time, sums in float32."""
+"""Tile attention in batched PyTorch, for any device: a few groups at a time, sums in float32."""
 
 import torch
 from torch import Tensor
@@ -21,8 +21,8 @@ def blockwise_tile_attention(
 ) -> tuple[Tensor, Tensor]:
     """Tile attention summed in float32 (float64 for float64 inputs); see `tile_attention`.
 
-    Groups are taken a few at a time, so that the tiles gathered for them are no larger than all
-    keys; backward gathers them again.
+    A few groups are handled at a time, so that the tiles gathered for them take no more memory than
+    all keys; backward gathers them again.
     """
     dtype = torch.promote_types(query.dtype, torch.float32)
     with torch.autocast(query.device.type, enabled=False):
@@ -79,7 +79,7 @@ def _softmax(scores: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
 def _extra(
     extra: tuple[Tensor, Tensor, Tensor] | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Keys and values `[batch, heads, 1, extra_len, dim]` and what masks their scores."""
+    """Keys and values `[batch, heads, 1, extra_len, dim]`, and the mask of their scores."""
     if extra is None:
         return None
     keys, values, valid = extra

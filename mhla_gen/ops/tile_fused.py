@@ -33,7 +33,7 @@ def fused_tile_attention(
     """Tile attention on a CUDA device, summed in float32; see `tile_attention`.
 
     Raises:
-        ValueError: If the kernels do not cover the call; the message says why.
+        ValueError: If the kernels do not support the call; the message says why.
     """
     reason = unsupported(query, value, rotary, placed.num_tiles)
     if reason is not None:
@@ -84,7 +84,7 @@ def tile_attend(
     top: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, log-sum-exp, and lists; see `tile_form.tile_lists`."""
+    """Output, log-sum-exp and lists; see `tile_form.tile_lists`."""
     call = _call(query, value, cos, sin, grid, tiles, groups, reach, before, top, scale)
     with torch.cuda.device_of(query):
         return tile_form.forward(
@@ -127,7 +127,7 @@ def tile_attend_backward(
     top: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value and of extra keys and values, empty without them."""
+    """Gradients of query, key, value and of extra keys and values; empty if there are none."""
     call = _call(query, value, cos, sin, grid, tiles, groups, reach, before, top, scale)
     with torch.cuda.device_of(query):
         return tile_gradients.backward(

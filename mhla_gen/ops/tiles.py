@@ -1,11 +1,11 @@
 """Which tiles of the token grid a query reads exactly: tiles, groups, windows, choice by content.
 
-Each axis of `n` tokens is cut into `ceil(n / tile)` tiles by `block_starts`, so every grid fits.
+`block_starts` divides each axis of `n` tokens into `ceil(n / tile)` tiles, so any grid size works.
 Neighbouring tiles form a *group*, whose queries share one list of tiles: those of a window around
-the group, and `top` further ones whose mean key has the largest product with the mean query of the
-group. Tiles and groups are numbered in raster order; both are boxes of the grid.
+the group, and the `top` other tiles whose mean key has the largest product with the group's mean
+query. Tiles and groups are boxes of the grid, indexed in raster order.
 
-Plain integers only, so that `torch.compile` can trace it.
+Everything uses plain integers, so that `torch.compile` can trace it.
 """
 
 import itertools
@@ -19,13 +19,13 @@ from torch import Tensor
 from mhla_gen.errors import UserError
 from mhla_gen.ops.partition import block_slots
 
-# Tile lengths along an axis that the rule of `auto_tiles` picks from, the preferred one first.
+# Tile lengths along an axis that `auto_tiles` chooses from, the preferred one first.
 _TILE_LENGTHS = (4, 5, 3)
 _LINE_TILE = 16
 _TILE_TOKENS = {2: 16, 3: 64}
-# Queries of a group: as many rows as a matrix product on a GPU wants.
+# Queries of a group: the number of rows at which matrix products on a GPU are efficient.
 _GROUP_QUERIES = {1: 128, 2: 64, 3: 128}
-# Tiles along an axis of an image's window, where the share allows it.
+# Tiles along an axis of an image's window, if the share allows it.
 _IMAGE_WINDOW = 3
 
 
@@ -43,7 +43,7 @@ class TileLayout(NamedTuple):
 
 
 class Tiling(NamedTuple):
-    """A `TileLayout` on a grid: every number that follows from both."""
+    """A `TileLayout` on a grid, with all numbers that follow from the two."""
 
     grid: tuple[int, ...]
     tiles: tuple[int, ...]
@@ -91,11 +91,11 @@ def tiling(
         grid: Tokens along each axis.
         tile: See `TileLayout`, as the three below.
         window: A window as large as the grid or larger reads everything.
-        top: Any number; what the window leaves is the most.
+        top: Any number; at most the tiles outside the window are used.
         group: None for groups of one tile.
 
     Raises:
-        ValueError: If a size is out of its range; the message says which.
+        ValueError: If a size is out of range; the message says which.
     """
     group = (1,) * len(grid) if group is None else group
     sizes = {"tile": tile, "window": window, "group": group}
@@ -135,23 +135,23 @@ def tile_share(
 
 
 def auto_tiles(grid: tuple[int, ...], share: float) -> TileLayout:
-    """The layout for a share of pairs: which are near, and which are chosen by content.
+    """The layout for a share of pairs: near ones in a window, and others chosen by content.
 
-    - Tiles are at most 16 tokens on a line or an image (about 4×4) and at most 64 in a clip, 3 to 5
-      long along each axis: the lengths that leave the fewest empty slots.
-    - An image has a window of 3×3 tiles if the share allows it, before anything else: without
-      one, it loses most (docs/evidence.md). On a line and in a clip the window grows by two tiles
-      along its shortest axis while at most half of the share is near.
+    - Tiles have at most 16 tokens on a line or an image (about 4×4) and at most 64 in a clip, with
+      3 to 5 along each axis; the lengths with the fewest empty slots are chosen.
+    - An image first gets a window of 3×3 tiles, if the share allows it, since it loses most without
+      one (docs/evidence.md). On a line and in a clip, the window grows by two tiles along its
+      shortest axis as long as it takes at most half of the share.
     - Groups double along an axis that they divide, the shortest first, up to 64 queries in an image
-      and 128 elsewhere, as long as the window around them keeps to these bounds.
+      and 128 elsewhere, as long as the window around them stays within these bounds.
     - The rest of the share is chosen by content.
 
     Args:
         grid: Tokens along each axis.
-        share: Of all pairs of a query and a key, in (0, 1]. The layout reads at least one tile.
+        share: Share of all pairs of a query and a key, in (0, 1]. At least one tile is read.
 
     Raises:
-        ValueError: If the share is out of its range.
+        ValueError: If the share is out of range.
     """
     if not 0 < share <= 1:
         raise UserError(f"the share of exact pairs must be in (0, 1], found {share}")
@@ -183,7 +183,7 @@ def auto_tiles(grid: tuple[int, ...], share: float) -> TileLayout:
 
 
 def _auto_tile(grid: tuple[int, ...]) -> tuple[int, ...]:
-    """Tile lengths with the fewest empty slots, counting what a tile falls short of its limit."""
+    """Tile lengths with the fewest empty slots; tiles below the size limit also cost."""
     if len(grid) == 1:
         return (_LINE_TILE,)
     limit = _TILE_TOKENS[len(grid)]
@@ -231,7 +231,7 @@ def window_tiles(placed: Tiling, device: torch.device | str | None = None) -> Te
 
 @torch.no_grad()
 def tile_lists(mean_query: Tensor, mean_key: Tensor, placed: Tiling) -> Tensor:
-    """The tiles that every group and head reads.
+    """The list of tiles that each group and head reads.
 
     Args:
         mean_query: Mean rotated query of every group, `[batch, num_heads, num_groups, head_dim]`.
@@ -239,8 +239,8 @@ def tile_lists(mean_query: Tensor, mean_key: Tensor, placed: Tiling) -> Tensor:
         placed: Tiles and groups.
 
     Returns:
-        int64 `[batch, num_heads, num_groups, list_size]`: the window, then the tiles by content,
-        those of equal products by index.
+        int64 `[batch, num_heads, num_groups, list_size]`: the window, then the tiles chosen by
+        content, with ties broken by index.
     """
     window = window_tiles(placed, mean_query.device)
     shape = (*mean_query.shape[:3], placed.window_size)

@@ -1,4 +1,4 @@
-"""Softmax within the last tokens: the exact half of causal attention, for whole sequences."""
+"""Softmax over a window of the last tokens: the exact half of causal attention, in parallel."""
 
 from typing import NamedTuple
 
@@ -11,28 +11,28 @@ from mhla_gen.ops.causal_checks import check_causal_tokens, check_window
 from mhla_gen.ops.feature_maps import rotate
 
 Rotary = tuple[Tensor, Tensor] | None
-# Fewer queries in a chunk would leave matrix products too few rows.
+# With fewer queries in a chunk, matrix products would have too few rows.
 _SHORTEST_CHUNK = 64
 
 
 class Late(NamedTuple):
-    """Queries beside the keys and values that lie one window before them.
+    """Queries, paired with the keys and values one window before them.
 
-    MHLA of these tokens reads, for every query, all that its window does not hold.
+    For every query, MHLA over these tokens reads everything before the query's window.
     """
 
     query: Tensor
     key: Tensor
     value: Tensor
     rotary: Rotary
-    """Tables of the keys, for queries too: distances count from the end of the window."""
+    """Tables of the keys, also used for queries: distances count from the end of the window."""
     mask: Tensor | None
-    """False where a query has nothing before its window, or is padding; None: nowhere."""
+    """False where a query has nothing before its window or is padding; None if True everywhere."""
     skipped: int
-    """Queries before these, none of which has anything before its window."""
+    """Number of queries before these, none of which has anything before its window."""
 
     def completed(self, linear: Tensor, exact: Tensor) -> Tensor:
-        """MHLA's output for all queries: the exact half's for those that are not here."""
+        """MHLA's output for all queries, with the exact half's output for the earlier ones."""
         if self.mask is not None:
             linear = torch.where(self.mask[..., None, None], linear, exact[:, self.skipped :])
         return linear if self.skipped == 0 else torch.cat((exact[:, : self.skipped], linear), dim=1)
@@ -47,24 +47,24 @@ def window_attention(
     mask: Tensor | None = None,
     rotary: Rotary = None,
 ) -> tuple[Tensor, Late | None]:
-    r"""Softmax of every token over the last `window` tokens, its own among them.
+    r"""Softmax of every token over the last `window` tokens, including itself.
 
     $$o_n = \sum_{n - W < s \le n} p_{ns} v_s, \quad
       p_n = \mathrm{softmax}_s(R(q_n)^\top R(k_s) / \sqrt{\mathrm{head\_dim}}).$$
-    Queries are taken in chunks, each beside the keys of its windows: cost and memory grow with
+    Queries are processed in chunks, each with the keys of its windows, so time and memory grow with
     seq_len · window.
 
     Args:
-        query: As in `causal_mhla`, like all others.
+        query: As in `causal_mhla`, like all other arguments.
         key: Keys.
         value: Values.
         window: W, in tokens.
-        mask: False at padding, wherever it is. Outputs there are 0.
+        mask: False at padding, which may be anywhere. Outputs there are 0.
         rotary: Tables by position.
 
     Returns:
-        The output, shaped as that of `causal_mhla`, and the tokens of MHLA before the window; None
-        where no query has any.
+        The output, shaped like that of `causal_mhla`, and the tokens for MHLA before the window, or
+        None if no query has any.
 
     Raises:
         ValueError: If shapes, dtypes or devices do not fit; the message says what does.
@@ -85,7 +85,7 @@ def window_attention(
 def _padded(
     query: Tensor, key: Tensor, value: Tensor, window: int, mask: Tensor, rotary: Rotary
 ) -> tuple[Tensor, Late | None]:
-    """Sequences moved to the front, where padding stands behind all that is read."""
+    """`window_attention` with sequences moved to the front, so that padding comes last."""
     ranks = ranks_of(mask)
     length = mask.shape[1]
     positions = absent_last(ranks, mask, length)
@@ -104,7 +104,7 @@ def _padded(
 
 
 def banded(query: Tensor, key: Tensor, value: Tensor, window: int) -> Tensor:
-    """Softmax over the last `window` tokens, of rotated queries and keys and without padding."""
+    """Softmax over the last `window` tokens, for rotated queries and keys without padding."""
     seq_len = query.shape[1]
     if seq_len <= window:
         return attend(query, key, value, is_causal=True)
@@ -112,7 +112,7 @@ def banded(query: Tensor, key: Tensor, value: Tensor, window: int) -> Tensor:
     row = torch.arange(chunk, device=query.device).unsqueeze(1)
     column = torch.arange(-window, chunk, device=query.device)
     band = (column <= row) & (column > row - window)
-    # Queries of the first chunk have no key before it.
+    # Queries of the first chunk have no keys before the chunk.
     own = band[: min(seq_len, chunk), window : window + seq_len]
     out = attend(query[:, :chunk], key[:, :chunk], value[:, :chunk], own)
     if seq_len <= chunk:
@@ -139,7 +139,7 @@ def attend(
     """`scaled_dot_product_attention` of `[batch, seq_len, heads, dim]`, with grouped queries."""
     group = query.shape[2] // key.shape[2]
     if group > 1:
-        # Not every kernel that takes a mask takes groups.
+        # Not every kernel with masks supports grouped queries.
         key, value = (x.repeat_interleave(group, dim=2) for x in (key, value))
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, is_causal=is_causal)

@@ -1,4 +1,4 @@
-"""The last tokens of sequences, for softmax within a window when tokens come one after another."""
+"""The state of softmax within a window, for reading sequences token by token."""
 
 from typing import Any, Self
 
@@ -14,12 +14,13 @@ _TENSORS = ("key", "rotated", "value", "cos", "sin")
 
 
 class WindowState:
-    """What `window_attention` remembers of a batch of sequences: `window` keys and values.
+    """The state of `window_attention` for a batch of sequences: the last `window` keys and values.
 
-    Any cut of sequences into calls of `read` gives what `window_attention` gives at once.
+    However sequences are split into calls of `read`, the outputs are those of one call of
+    `window_attention`.
 
     Args:
-        window: Tokens that a query reads, its own among them.
+        window: Number of tokens that a query reads, including its own.
 
     Attributes:
         lengths: Tokens read of each sequence, int64 `[batch]`, always on the CPU; None before the
@@ -33,7 +34,7 @@ class WindowState:
         check_window(window)
         self.window = window
         self.lengths: Tensor | None = None
-        # [batch, up to `window` tokens, ...], oldest first; shorter sequences are filled up behind.
+        # [batch, up to `window` tokens, ...], oldest first; shorter sequences are padded last.
         self.key: Tensor | None = None
         self.rotated: Tensor | None = None
         self.value: Tensor | None = None
@@ -52,17 +53,17 @@ class WindowState:
         """Read the next tokens, one or many.
 
         Args:
-            query: As in `window_attention`, like all others.
+            query: As in `window_attention`, like all other arguments.
             key: Keys.
             value: Values.
-            mask: False at padding, which is not read and does not count.
+            mask: False at padding, which is ignored and not counted.
             rotary: Tables for these tokens, by their positions in the whole sequence.
 
         Returns:
-            What `window_attention` gives for these tokens.
+            The output of `window_attention` for these tokens.
 
         Raises:
-            ValueError: If arguments do not fit together, or the sequences read so far.
+            ValueError: If arguments do not fit each other or the sequences read so far.
         """
         check_causal_tokens(query, key, value, mask, rotary)
         self._begin(key, value, rotary)
@@ -81,7 +82,7 @@ class WindowState:
             present = torch.cat((place < filled.to(query.device).unsqueeze(1), mask), dim=1)
         tokens = self._with(key, value, rotary)
         queries = torch.cat((query.new_zeros(query.shape[0], kept, *query.shape[2:]), query), dim=1)
-        # Of a prompt, the tables that all its sequences share.
+        # For a prompt, use the tables that all its sequences share.
         tables = rotary if kept == 0 else _tables(tokens)
         options = {"window": self.window, "mask": present, "rotary": tables}
         out, late = window_attention(queries, tokens["key"], tokens["value"], **options)
@@ -91,7 +92,7 @@ class WindowState:
         return out[:, kept:], None if late is None else _without(late, kept)
 
     def reorder(self, index: Tensor) -> None:
-        """Let sequence i be what sequence `index[i]` was: beam search, repeats, a smaller batch."""
+        """Replace sequence i by sequence `index[i]`: for beam search, repeats, a smaller batch."""
         if self.lengths is None:
             return
         self.lengths = self.lengths[index.cpu()]
@@ -105,15 +106,15 @@ class WindowState:
         return self
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything, as tensors and numbers: `torch.save` it, `from_state_dict` it."""
+        """The whole state as tensors and numbers, for `torch.save` and `from_state_dict`."""
         return {name: getattr(self, name) for name in ("window", "lengths", *_TENSORS)}
 
     @classmethod
     def from_state_dict(cls, saved: dict[str, Any]) -> Self:
-        """The state that `state_dict` described.
+        """Create a state from the result of `state_dict`.
 
         Raises:
-            ValueError: If something is missing or unknown.
+            ValueError: If an entry is missing or unknown.
         """
         expected = {"window", "lengths", *_TENSORS}
         if set(saved) != expected:
@@ -147,7 +148,7 @@ class WindowState:
             )
 
     def _with(self, key: Tensor, value: Tensor, rotary: Rotary) -> dict[str, Tensor]:
-        """All that is held, and these tokens behind it."""
+        """All kept tokens, followed by these."""
         new = {"key": key, "rotated": rotate(key, rotary), "value": value}
         if rotary is not None:
             cos, sin = (x.expand(key.shape[0], -1, -1) for x in rotary)
@@ -157,7 +158,7 @@ class WindowState:
     def _step(
         self, query: Tensor, key: Tensor, value: Tensor, rotary: Rotary
     ) -> tuple[Tensor, Late | None]:
-        """One more token of sequences that all fill what is kept."""
+        """One more token of sequences that all fill the window."""
         assert self.lengths is not None
         tokens = self._with(key, value, rotary)
         leaves = tokens["key"].shape[1] > self.window
@@ -175,7 +176,7 @@ class WindowState:
         if present is None:
             for name, x in tokens.items():
                 last = x[:, -self.window :]
-                # A slice of a long prompt would keep all of it.
+                # A slice would keep the whole prompt in memory.
                 setattr(self, name, last.clone() if x.shape[1] > 2 * self.window else last)
             return
         counts = present.sum(dim=1)
@@ -193,7 +194,7 @@ def _tables(tokens: dict[str, Tensor]) -> Rotary:
 
 
 def _without(late: Late, kept: int) -> Late | None:
-    """Without the first `kept` queries."""
+    """`late` without the first `kept` queries; None if none is left."""
     drop = max(kept - late.skipped, 0)
     rotary = late.rotary
     if rotary is not None:

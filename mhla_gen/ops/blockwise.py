@@ -13,7 +13,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVariableType]
 
 from mhla_gen.ops.feature_maps import FEATURE_MAPS, rotate
 from mhla_gen.ops.partition import BlockSlots, block_of_tokens, block_slots
@@ -107,7 +107,7 @@ def _attention_form(q: Tensor, k: Tensor, v: Tensor, m: Tensor, block: Tensor) -
         return attend(q, k, v, columns, block).transpose(1, 2)
     tiles = [
         checkpoint(attend, q_tile, k, v, columns, rows, use_reentrant=False)
-        for q_tile, rows in zip(q.split(tile, dim=2), block.split(tile), strict=True)
+        for q_tile, rows in zip(torch.split(q, tile, dim=2), torch.split(block, tile), strict=True)
     ]
     return torch.cat(tiles, dim=2).transpose(1, 2)
 
@@ -159,7 +159,9 @@ def mix(m: Tensor, summaries: Tensor) -> Tensor:
 
 def to_blocks(x: Tensor, slots: BlockSlots, empty: bool = False) -> Tensor:
     """`[batch, seq_len, ...]` → `[batch, num_blocks, slots, ...]`; padding reads 0 if `empty`."""
-    blocked = x.index_select(1, slots.tokens.reshape(-1)).unflatten(1, tuple(slots.tokens.shape))
+    blocked = torch.unflatten(
+        x.index_select(1, slots.tokens.reshape(-1)), 1, tuple(slots.tokens.shape)
+    )
     if empty and slots.filled is not None:
         return blocked * slots.filled[..., None, None]
     return blocked
@@ -175,4 +177,4 @@ def _to_chunks(blocked: Tensor) -> Tensor:
     num_slots = blocked.shape[2]
     chunk = min(_CHUNK, num_slots)
     padding = -num_slots % chunk
-    return F.pad(blocked, (0, 0, 0, 0, 0, padding)).unflatten(2, (-1, chunk))
+    return torch.unflatten(F.pad(blocked, (0, 0, 0, 0, 0, padding)), 2, (-1, chunk))

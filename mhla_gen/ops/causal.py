@@ -57,7 +57,7 @@ def distance_mixing(weights: Tensor, num_blocks: int) -> Tensor:
 def by_distance(weights: Tensor, distance: Tensor) -> Tensor:
     """$w_{min(distance, D - 1)}$, `[..., *distance.shape]`."""
     index = distance.clamp(max=weights.shape[-1] - 1)
-    return weights.index_select(-1, index.flatten()).unflatten(-1, index.shape)
+    return torch.unflatten(weights.index_select(-1, index.flatten()), -1, index.shape)
 
 
 def causal_mhla(
@@ -220,8 +220,18 @@ class Placed:
         return numerator, self._sums(self.phi_q, self.phi_k, ones, weights, block_size)
 
     def _sums(self, q: Tensor, k: Tensor, v: Tensor, weights: Tensor, block_size: int) -> Tensor:
-        identity = {"feature_map": "identity", "rotary": None, "normalize": False, "eps": 0.0}
-        return _whole_blocks(q, k, v, weights.to(q.dtype), block_size, **identity)
+        weights = weights.to(q.dtype)
+        return _whole_blocks(
+            q,
+            k,
+            v,
+            weights,
+            block_size,
+            feature_map="identity",
+            rotary=None,
+            normalize=False,
+            eps=0.0,
+        )
 
     def summaries(self, block_size: int) -> tuple[Tensor, Tensor]:
         """`[batch, blocks, key_heads, head_dim, value_dim]`; key sums lack the last axis."""
@@ -244,7 +254,7 @@ def block_summaries(
 
 
 def _summed(k: Tensor, phi_k: Tensor, v: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    k, phi_k, v = (x.unflatten(1, (-1, block_size)) for x in (k, phi_k, v))
+    k, phi_k, v = (torch.unflatten(x, 1, (-1, block_size)) for x in (k, phi_k, v))
     return torch.einsum("bmshk,bmshv->bmhkv", k, v), phi_k.sum(dim=2)
 
 

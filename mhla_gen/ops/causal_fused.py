@@ -3,8 +3,10 @@
 `mhla_gen/ops/README.md` explains the kernels. For training they save the inputs, the summaries
 before and after mixing, and one number per token and head.
 """
-# torch says what fake and autograd rules take: pyright needs no annotations of them.
-# pyright: reportMissingParameterType=false
+# torch says what fake and autograd rules take, and Triton's kernels have no types.
+# pyright: reportMissingParameterType=false, reportUnknownParameterType=false
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
 
 import torch
 from torch import Tensor

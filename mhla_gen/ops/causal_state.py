@@ -137,9 +137,16 @@ class CausalState:
         """Read a prompt; nothing precedes it, so the output is that of `causal_mhla`."""
         self._begin(query, key, value)
         assert self.lengths is not None
-        options = {"feature_map": self.feature_map, "normalize": self.normalize, "eps": self.eps}
         out = causal_mhla(
-            query, key, value, self.weights, block_size=self.block_size, rotary=rotary, **options
+            query,
+            key,
+            value,
+            self.weights,
+            block_size=self.block_size,
+            feature_map=self.feature_map,
+            rotary=rotary,
+            normalize=self.normalize,
+            eps=self.eps,
         )
         with torch.autocast(query.device.type, enabled=False):
             sums = block_summaries(key, value, self.block_size, self.feature_map, rotary)
@@ -197,11 +204,11 @@ class CausalState:
         heads = key.shape[2]
         out = torch.einsum(
             "bhgk,bhkv->bhgv",
-            t.q[:, 0].unflatten(1, (heads, -1)),
+            torch.unflatten(t.q[:, 0], 1, (heads, -1)),
             mixed + own.unsqueeze(-1) * self.open,
         )
         if self.normalize:
-            phi_q = t.phi_q[:, 0].unflatten(1, (heads, -1))
+            phi_q = torch.unflatten(t.phi_q[:, 0], 1, (heads, -1))
             keys = mixed_keys + own * self.open_keys
             out = out / (torch.einsum("bhgk,bhk->bhg", phi_q, keys).unsqueeze(-1) + self.eps)
         return out.flatten(1, 2).unsqueeze(1).to(query.dtype)
@@ -352,7 +359,8 @@ class CausalState:
 
         def read(q: Tensor, past: Tensor) -> Tensor:
             mixed = torch.einsum("hjm,bmhkv->bjhkv", weights, past)
-            q = q.unflatten(1, (-1, self.block_size)).unflatten(3, (heads, -1))
+            q = torch.unflatten(q, 1, (-1, self.block_size))
+            q = torch.unflatten(q, 3, (heads, -1))
             return torch.einsum("bjshgk,bjhkv->bjshgv", q, mixed).flatten(3, 4).flatten(1, 2)
 
         numerator = numerator + read(placed.q, summaries)

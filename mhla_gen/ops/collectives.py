@@ -5,14 +5,15 @@ that all ranks read is the sum of the ranks' gradients.
 """
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 # torch 2.14 renames it.
-_all_gather: Any = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_NAME = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+_all_gather: Any = getattr(dist, _NAME)
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -22,8 +23,7 @@ def uncompiled(function: F) -> F:
 
     Communication runs uncompiled inside compiled models.
     """
-    typed: Any = torch.compiler.disable(function)
-    return typed
+    return cast(Any, torch.compiler).disable(function)
 
 
 def sum_over_ranks(x: Tensor, group: Any) -> Tensor:
@@ -72,7 +72,7 @@ def gather_rows(x: Tensor, group: Any) -> Callable[[], Tensor]:
     def wait() -> Tensor:
         if work is not None:
             work.wait()
-        by_batch = out.unflatten(0, (num_ranks, batch)).transpose(0, 1)
+        by_batch = torch.unflatten(out, 0, (num_ranks, batch)).transpose(0, 1)
         return by_batch.flatten(1, 2).contiguous()
 
     return wait

@@ -98,7 +98,7 @@ def times_silu(out: Tensor, logits: Tensor, num_heads: int) -> Tensor:
     """Multiply channels by the SiLU of logits `[batch, seq_len, channels or heads]`."""
     if logits.shape[-1] == out.shape[-1]:
         return out * F.silu(logits)
-    return (out.unflatten(2, (num_heads, -1)) * F.silu(logits).unsqueeze(-1)).flatten(2)
+    return (torch.unflatten(out, 2, (num_heads, -1)) * F.silu(logits).unsqueeze(-1)).flatten(2)
 
 
 def _picked(tokens: Tensor, weight: Tensor, grid: tuple[int, ...], implementation: str) -> str:
@@ -135,6 +135,6 @@ def _torch_conv(
 ) -> Tensor:
     conv = (F.conv1d, F.conv2d, F.conv3d)[len(grid) - 1]
     padding = [size // 2 for size in weight.shape[2:]]
-    image = tokens.transpose(1, 2).unflatten(2, grid)
+    image = torch.unflatten(tokens.transpose(1, 2), 2, grid)
     out = conv(image, weight, bias, padding=padding, groups=tokens.shape[2])
     return out.flatten(2).transpose(1, 2)

@@ -60,5 +60,5 @@ def rotate(x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
     if rotary is None:
         return x
     cos, sin = (table.to(x.dtype).unsqueeze(-2) for table in rotary)  # [seq_len, 1, head_dim / 2]
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    even, odd = torch.unflatten(x, -1, (-1, 2)).unbind(-1)
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)

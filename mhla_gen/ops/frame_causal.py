@@ -72,7 +72,7 @@ def frame_mixing(weights: Tensor, num_chunks: int) -> Tensor:
     chunk = torch.arange(num_chunks, device=weights.device)
     distance = chunk.unsqueeze(1) - chunk
     index = distance.clamp(0, weights.shape[-3] - 1)
-    pairs = weights.index_select(-3, index.flatten()).unflatten(-3, index.shape)
+    pairs = torch.unflatten(weights.index_select(-3, index.flatten()), -3, index.shape)
     pairs = pairs * (distance >= 0)[..., None, None]
     return pairs.transpose(-3, -2).flatten(-4, -3).flatten(-2)
 

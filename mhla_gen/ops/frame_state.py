@@ -204,7 +204,7 @@ def _fused(
     with torch.cuda.device_of(query):
         parts = linear_form.summarise(key, value, call)
     summaries, key_sums = (
-        x.unflatten(1, (call.num_blocks, call.num_parts)).sum(dim=2)
+        torch.unflatten(x, 1, (call.num_blocks, call.num_parts)).sum(dim=2)
         for x in (parts.matrices, parts.key_sums)
     )
 

@@ -3,8 +3,10 @@
 `mhla_gen/ops/README.md` explains the kernels. Besides their outputs, the operators allocate nothing
 as large as the tokens; for training they save the summaries before and after mixing.
 """
-# torch says what fake and autograd rules take: pyright needs no annotations of them.
-# pyright: reportMissingParameterType=false
+# torch says what fake and autograd rules take, and Triton's kernels have no types.
+# pyright: reportMissingParameterType=false, reportUnknownParameterType=false
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
 
 import os
 
@@ -88,7 +90,7 @@ def _needs_dispatcher(*tensors: Tensor) -> bool:
         (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
         or any(type(x) not in (Tensor, torch.nn.Parameter) for x in tensors)
         or torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
+        or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
         or _intercepted()
     )
 
@@ -100,7 +102,7 @@ def _intercepted() -> bool:
     the call goes through the dispatcher, which costs time but changes nothing.
     """
     try:
-        modes = torch._C._len_torch_dispatch_stack()
+        modes = torch._C._len_torch_dispatch_stack()  # pyright: ignore[reportPrivateUsage]
         level = torch._C._functorch.maybe_current_level  # type: ignore[attr-defined]
         return modes > 0 or level() is not None
     except (AttributeError, TypeError):

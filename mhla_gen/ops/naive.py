@@ -95,9 +95,10 @@ def naive_frame_causal_mhla(
     frame = torch.arange(query.shape[1], device=query.device) // math.prod(grid[1:])
     chunk = frame // chunk_frames
     block = block_of_tokens(grid, (1, *layout), device=query.device)
-    out = []
+    zero = v.new_zeros(())
+    out: list[Tensor] = []
     for g in range(int(chunk[-1]) + 1):
-        rows, numerator, denominator = chunk == g, 0, 0
+        rows, numerator, denominator = chunk == g, zero, zero
         for c in range(g + 1):
             columns = chunk == c
             # w_{min(g - c, D - 1), i, j} of every pair of tokens
@@ -135,7 +136,7 @@ def naive_tile_attention(
                 rows = (group == g).nonzero().squeeze(1)
                 mean_query = q[b, rows, h].mean(dim=0).detach()
                 # The window, and of the others those with the largest products.
-                read = near[g].tolist()
+                read = [int(t) for t in near[g]]
                 others = [t for t in range(placed.num_tiles) if t not in read]
                 others.sort(key=lambda t, m=mean_keys, mean=mean_query: (-(m[t] @ mean).item(), t))
                 read = torch.tensor(read + others[: placed.top], device=q.device)

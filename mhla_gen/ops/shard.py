@@ -63,7 +63,7 @@ class Shard:
         """The shard's tokens, in pieces along `dim`, padded with zeros to whole planes."""
         first, stop = self.planes
         shape = list(pieces[0].shape)
-        zeros = []
+        zeros: list[Tensor] = []
         for count in (self.first - first * self.plane, stop * self.plane - self.stop):
             shape[dim] = count
             zeros.append(pieces[0].new_zeros(shape))

@@ -170,7 +170,7 @@ def _blockwise_shard(
     slabs = shard.slabs(layout)
     sizes = [math.prod(slab.grid) for slab in slabs]
     slots = [block_slots(slab.grid, slab.layout, query.device) for slab in slabs]
-    columns = (x.split(sizes, dim=1) for x in (q, k, v, phi_q, phi_k))
+    columns = (torch.split(x, sizes, dim=1) for x in (q, k, v, phi_q, phi_k))
     pieces = list(zip(slots, *columns, strict=True))
 
     summaries = [_summaries(k, v, table) for table, _, k, v, _, _ in pieces]
@@ -179,7 +179,7 @@ def _blockwise_shard(
         sum_over_ranks(_among_all(torch.cat(parts, dim=1), slabs, math.prod(layout)), group)
         for parts in (summaries, key_sums)
     )
-    outputs = []
+    outputs: list[Tensor] = []
     for slab, (table, q, _, _, phi_q, _) in zip(slabs, pieces, strict=True):
         rows = mixing[..., slab.blocks, :].to(dtype)
         out = _apply(q, mix(rows, summaries), table)

@@ -2,7 +2,7 @@
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVariableType]
 
 from mhla_gen.ops.feature_maps import rotate
 from mhla_gen.ops.partition import block_slots
@@ -39,7 +39,7 @@ def blockwise_tile_attention(
         def attend(
             q: Tensor, k: Tensor, v: Tensor, lists: Tensor, rows: Tensor
         ) -> tuple[Tensor, Tensor]:
-            group_q = q.index_select(2, rows.flatten()).unflatten(2, rows.shape)
+            group_q = torch.unflatten(q.index_select(2, rows.flatten()), 2, rows.shape)
             columns = tiles.tokens[lists].flatten(3)  # [batch, heads, groups, keys]
             valid = filled[lists].flatten(3)
             scores = group_q @ _gather(k, columns).transpose(-1, -2) * scale
@@ -54,9 +54,9 @@ def blockwise_tile_attention(
 
         gathered = placed.num_groups * lists.shape[-1] * tiles.tokens.shape[1]
         some = max(1, placed.num_groups * query.shape[1] // max(gathered, 1))
-        parts = []
+        parts: list[tuple[Tensor, Tensor]] = []
         for part_lists, part_rows in zip(
-            lists.split(some, dim=2), rows.split(some, dim=0), strict=True
+            torch.split(lists, some, dim=2), torch.split(rows, some, dim=0), strict=True
         ):
             inputs = (q, k, v, part_lists, part_rows)
             if some >= placed.num_groups or not torch.is_grad_enabled():
@@ -90,11 +90,11 @@ def _extra(
 
 def _means(x: Tensor, slots: Tensor, filled: Tensor) -> Tensor:
     """Mean over filled slots `[boxes, slots]` of tokens `[batch, heads, seq_len, dim]`."""
-    boxes = x.detach().index_select(2, slots.flatten()).unflatten(2, slots.shape)
+    boxes = torch.unflatten(x.detach().index_select(2, slots.flatten()), 2, slots.shape)
     return (boxes * filled[..., None]).sum(dim=3) / filled.sum(dim=1)[:, None]
 
 
 def _gather(x: Tensor, columns: Tensor) -> Tensor:
     """Tokens `columns` [batch, heads, groups, keys] of every head of `x`."""
     index = columns.flatten(2).unsqueeze(-1).expand(-1, -1, -1, x.shape[-1])
-    return x.gather(2, index).unflatten(2, columns.shape[2:])
+    return torch.unflatten(x.gather(2, index), 2, columns.shape[2:])

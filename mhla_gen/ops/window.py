@@ -118,14 +118,14 @@ def banded(query: Tensor, key: Tensor, value: Tensor, window: int) -> Tensor:
     if seq_len <= chunk:
         return out
     fill = (0, 0, 0, 0, 0, -seq_len % chunk)
-    query = F.pad(query[:, chunk:], fill).unflatten(1, (-1, chunk))
+    query = torch.unflatten(F.pad(query[:, chunk:], fill), 1, (-1, chunk))
     key, value = (
         F.pad(x[:, chunk - window :], fill).unfold(1, window + chunk, chunk).movedim(-1, 2)
         for x in (key, value)
     )
     query, key, value = (x.flatten(0, 1) for x in (query, key, value))
     others = attend(query, key, value, band)
-    others = others.unflatten(0, (out.shape[0], -1)).flatten(1, 2)
+    others = torch.unflatten(others, 0, (out.shape[0], -1)).flatten(1, 2)
     return torch.cat((out, others[:, : seq_len - chunk]), dim=1)
 
 

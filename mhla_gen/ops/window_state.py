@@ -84,8 +84,9 @@ class WindowState:
         queries = torch.cat((query.new_zeros(query.shape[0], kept, *query.shape[2:]), query), dim=1)
         # For a prompt, use the tables that all its sequences share.
         tables = rotary if kept == 0 else _tables(tokens)
-        options = {"window": self.window, "mask": present, "rotary": tables}
-        out, late = window_attention(queries, tokens["key"], tokens["value"], **options)
+        out, late = window_attention(
+            queries, tokens["key"], tokens["value"], window=self.window, mask=present, rotary=tables
+        )
         self._keep(tokens, present)
         counts = query.shape[1] if mask is None else mask.sum(dim=1).cpu()
         self.lengths = self.lengths + counts

@@ -1,7 +1,7 @@
-"""How diffusers' pipelines call their transformers: what training, caches and inspection need.
+"""How diffusers' pipelines call their transformers, for training, caching and inspection.
 
-A family is a table of what differs; a new one is a class of a few lines in `images.py`
-or `videos.py`, found by the transformer that it names.
+Each family has a class that lists what differs between families. To add one, write a class of a few
+lines in `images.py` or `videos.py`; it is found by the transformer that it names.
 """
 
 from typing import Any
@@ -21,19 +21,19 @@ CALLS: tuple[type[Call], ...] = (
 
 
 def call_class(model: Any) -> type[Call]:
-    """How a transformer, converted or not, or its class is called.
+    """The `Call` class of a transformer, converted or not, or of its class.
 
     Raises:
-        ValueError: If nobody wrote it down.
+        ValueError: If the transformer's calls are not described here.
     """
     kind = model if isinstance(model, type) else type(model)
     for call in CALLS:
         if issubclass(kind, call.base_class):
             return call
     names = ", ".join(call.base_class.__name__ for call in CALLS)
-    raise UserError(f"nobody has said how a {kind.__name__} is called; known are {names}")
+    raise UserError(f"calls of a {kind.__name__} are not supported; supported are {names}")
 
 
 def call_class_of_pipeline(name: str | None) -> type[Call] | None:
-    """How the transformer of a pipeline of this class is called; None if nobody wrote it down."""
+    """The `Call` class of a pipeline class's transformer; None if it is not described here."""
     return next((call for call in CALLS if name is not None and call.pipeline == name), None)

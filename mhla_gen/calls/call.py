@@ -1,4 +1,4 @@
-"""What a family's pipeline does between latents and its transformer."""
+"""What a family's pipeline does between its latents and its transformer."""
 
 import inspect
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mhla_gen.errors import UserError
 
-# What pipelines call pixels and frames of a latent.
+# Names in pipelines of a latent's size in pixels and frames.
 _SPATIAL = (
     "vae_scale_factor",
     "vae_scale_factor_spatial",
@@ -31,23 +31,23 @@ class Embedded(NamedTuple):
     """One tensor of an embedded caption."""
 
     name: str
-    """What the pipeline calls it, and a batch of training data."""
+    """Its name in the pipeline and in a batch of training data."""
     channels: str | None = None
-    """Setting of the transformer that is its last axis; None for a mask."""
+    """Setting of the transformer that gives the size of its last axis; None for a mask."""
     tokens: int | None = None
-    """Its first axis where nothing says otherwise; None for one vector a caption."""
+    """Default size of its first axis; None for one vector per caption."""
 
 
 class Call:
-    """How one kind of transformer is called: defaults of what families differ in.
+    """How one kind of transformer is called: the defaults, which families override.
 
     Latents are those of the data, `[batch, channels, (frames,) height, width]`, normalised;
-    timesteps are `[batch]` in [0, 1000], 1000 for noise alone.
+    timesteps are `[batch]` in [0, 1000], where 1000 is pure noise.
 
     Args:
         pipe: The pipeline of the transformer; parts that are not called may be None.
-        guidance: What a model that was distilled to follow guidance is told; None takes the
-            default of its pipeline.
+        guidance: Guidance scale passed to a guidance-distilled model; None takes the default of its
+            pipeline.
         fps: Frames per second of clips; None takes the default of the pipeline.
 
     Source:
@@ -55,29 +55,29 @@ class Call:
     """
 
     base_class: ClassVar[type]
-    """The diffusers transformer, and with it what it becomes when converted."""
+    """The diffusers transformer; its converted class is covered, too."""
     pipeline: ClassVar[str]
-    """The diffusers pipeline, of text to image or text to video."""
+    """The diffusers pipeline for text to image or text to video."""
     rank: ClassVar[int] = 2
-    """Axes of the latents: 3 with frames."""
+    """Number of axes of the latents: 3 with frames."""
     text: ClassVar[dict[str, Embedded]]
-    """Argument of the transformer → tensor of a caption. One whose channels the transformer's
-    settings say to be None is left out."""
+    """Argument of the transformer → tensor of a caption. An argument is left out if its channels
+    are None in the transformer's settings."""
     beside: ClassVar[tuple[str, ...]] = ()
-    """Further tensors of a batch that the call reads, which no caption is embedded to."""
+    """Other tensors of a batch that the call reads, which do not come from captions."""
     returned: ClassVar[tuple[str | None, ...]]
-    """What `encode_prompt` returns, by position; None for what is not needed."""
+    """Names of what `encode_prompt` returns, by position; None for results that are not needed."""
     pads: ClassVar[bool] = True
-    """Whether the pipeline pads every caption to one length; else `prompt_embeds` are cut to what
-    `prompt_embeds_mask` leaves, and padded with zeros to the longest of a batch."""
+    """Whether the pipeline pads every caption to one length. Otherwise `prompt_embeds` are cut to
+    the tokens valid in `prompt_embeds_mask`, and padded with zeros to the longest of a batch."""
     packing: ClassVar[int] = 1
-    """Latents along each side that the pipeline packs into the channels of a token."""
+    """Number of latents along each side that the pipeline packs into the channels of a token."""
     scheduler: ClassVar[tuple[type, dict[str, Any]]] = (FlowMatchEulerDiscreteScheduler, {})
-    """Class and settings of the noise that the model was made for, where no pipeline says it."""
+    """Scheduler class and settings that the model was trained for, if no pipeline provides them."""
     draws: ClassVar[bool] = True
-    """Whether the pipeline draws from embedded captions and noise alone."""
+    """Whether the pipeline samples from embedded captions and noise only."""
     sign: ClassVar[int] = 1
-    """−1 where the model predicts the negative of what is asked for."""
+    """−1 if the model predicts the negative of the training target."""
 
     def __init__(self, pipe: Any, guidance: float | None = None, fps: float | None = None):
         self.pipe = pipe
@@ -86,7 +86,7 @@ class Call:
 
     @classmethod
     def assemble(cls, transformer: Any, **parts: Any) -> Any:
-        """The pipeline of a transformer; what is not given is None, or its default."""
+        """The pipeline of a transformer; parts that are not given are None or the default."""
         kind = getattr(diffusers, cls.pipeline)
         needed = inspect.signature(kind.__init__).parameters
         absent = {
@@ -98,12 +98,12 @@ class Call:
 
     @classmethod
     def channels(cls, config: Any) -> int:
-        """Channels of the latents of a transformer with this config."""
+        """Number of latent channels of a transformer with this config."""
         return config.in_channels // cls.packing**2
 
     @classmethod
     def patch(cls, config: Any) -> tuple[int, ...]:
-        """Latents along each axis that are one token."""
+        """Number of latents along each axis in one token."""
         sides = config.patch_size if cls.packing == 1 else cls.packing
         sides = (sides,) * 2 if isinstance(sides, int) else tuple(sides)
         time = getattr(config, "patch_size_t", None) or 1
@@ -120,22 +120,22 @@ class Call:
 
     @property
     def guidance(self) -> float:
-        """What is told to a model that follows guidance."""
+        """Guidance scale passed to a guidance-distilled model."""
         given = inspect.signature(self.pipe.__call__).parameters["guidance_scale"].default
         return given if self._guidance is None else self._guidance
 
     def fps(self, usual: float) -> float:
-        """Frames per second, or else what is usual for the family."""
+        """Frames per second; by default the usual value of the family."""
         return usual if self._fps is None else self._fps
 
     def arguments(
         self, latents: Tensor, timesteps: Tensor, text: Mapping[str, Tensor]
     ) -> dict[str, Any]:
-        """What the transformer is called with.
+        """The arguments of a call of the transformer.
 
         Args:
-            latents: Noisy.
-            timesteps: Of each sample.
+            latents: Noisy latents.
+            timesteps: Timestep of each sample.
             text: Tensors of the captions by their names in `text`.
         """
         rows = self.embedded(self.config)
@@ -147,7 +147,7 @@ class Call:
         }
 
     def pack(self, latents: Tensor) -> Tensor:
-        """What the transformer takes for latents."""
+        """Latents in the transformer's format."""
         return latents
 
     def unpack(self, output: Any, latents: Tensor) -> Tensor:
@@ -155,21 +155,21 @@ class Call:
         return output
 
     def times(self, timesteps: Tensor) -> Tensor:
-        """What the transformer takes for timesteps."""
+        """Timesteps in the transformer's format."""
         return timesteps
 
     def further(self, latents: Tensor) -> dict[str, Any]:
-        """Arguments that follow from the size of the latents, or are the same for all."""
+        """Further arguments, which are constant or depend only on the size of the latents."""
         return {}
 
     def prediction(self, output: Any, latents: Tensor) -> Tensor:
-        """The velocity, or what else is asked for, like the latents.
+        """The prediction (the velocity, or another target), shaped like the latents.
 
-        A variance that some transformers predict beside it is left out, as their pipelines do.
+        Some transformers also predict a variance, which is dropped, as in their pipelines.
 
         Args:
-            output: What the transformer returned with `return_dict=False`.
-            latents: Those that it was called for.
+            output: Output of the transformer with `return_dict=False`.
+            latents: The latents that it was called with.
         """
         found = self.unpack(output[0] if isinstance(output, tuple) else output, latents)
         if found.shape[1] == 2 * latents.shape[1]:
@@ -177,31 +177,32 @@ class Call:
         return found if self.sign == 1 else -found
 
     def embed(self, captions: Sequence[str], max_length: int | None) -> dict[str, Tensor]:
-        """Captions by the pipeline's own text encoders.
+        """Embed captions with the pipeline's own text encoders.
 
         Args:
-            captions: Any number.
-            max_length: Tokens after which one is cut; None takes the pipeline's own.
+            captions: Any number of captions.
+            max_length: Maximum number of tokens of a caption; longer ones are truncated. None takes
+                the pipeline's own limit.
 
         Returns:
             Tensors by the names in `text`, each `[captions, …]`.
 
         Raises:
-            ValueError: If the pipeline takes no such length.
+            ValueError: If the pipeline does not accept a maximum length.
         """
         return self.named(self.encode(captions, max_length))
 
     def encode(self, captions: Sequence[str], max_length: int | None, **options: Any) -> Any:
-        """What `encode_prompt` returns."""
+        """The results of `encode_prompt`."""
         function = self.pipe.encode_prompt
         known = inspect.signature(function).parameters
         if max_length is not None and "max_sequence_length" not in known:
             raise UserError(f"a {self.pipeline} cuts captions itself; set no max_sequence_length")
         called = inspect.signature(self.pipe.__call__).parameters
-        # The pipeline has defaults of its own for some, such as what a caption begins with.
+        # The pipeline has its own defaults for some arguments, such as the prefix of a caption.
         given: dict[str, Any] = {n: called[n].default for n in known if n in called}
         given |= {
-            # Prompts of further encoders: the same.
+            # Further encoders get the same prompts.
             "prompt_2": None,
             "prompt_3": None,
             "do_classifier_free_guidance": False,
@@ -216,7 +217,7 @@ class Call:
         return function(**given | options)
 
     def cut(self, row: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors of one caption without padding to the longest of a batch."""
+        """The tensors of one caption, without the padding to the longest of a batch."""
         if self.pads:
             return row
         valid = row["prompt_embeds_mask"].bool()
@@ -224,7 +225,7 @@ class Call:
         return row | cut
 
     def named(self, found: Sequence[Any]) -> dict[str, Tensor]:
-        """What `encode_prompt` returned, by name; a mask that it left out is all ones."""
+        """The results of `encode_prompt` by name; a mask that it does not return is all ones."""
         pairs = zip(self.returned, found, strict=False)
         named: dict[str, Any] = {name: value for name, value in pairs if name is not None}
         for name in [name for name, value in named.items() if isinstance(value, list)]:
@@ -239,27 +240,27 @@ class Call:
     def texts(
         self, captions: Mapping[str, Tensor], negative: Mapping[str, Tensor] | None = None
     ) -> dict[str, Any]:
-        """What the pipeline itself is called with, in place of prompts.
+        """Arguments of the pipeline in place of prompts.
 
         Args:
             captions: Tensors by the names in `text`.
-            negative: The same for what guidance leads away from, where it has that.
+            negative: The same for negative prompts, if the pipeline takes them.
         """
         found: dict[str, Any] = dict(captions)
         if negative is not None:
             negated = {f"negative_{name}": value for name, value in negative.items()}
             found |= {name: value for name, value in negated.items() if self.takes(name)}
             if self.takes("negative_prompt"):
-                # Some pipelines have an empty one by default, and refuse both.
+                # Some pipelines default to an empty prompt, and refuse it beside embeddings.
                 found["negative_prompt"] = None
         return found
 
     def takes(self, name: str) -> bool:
-        """Whether the pipeline has an argument of this name."""
+        """Whether the pipeline has an argument with this name."""
         return name in inspect.signature(self.pipe.__call__).parameters
 
     def sizes(self, latents: Tensor) -> tuple[int, ...]:
-        """Pixels, and frames, of latents along each axis, as the pipeline counts them."""
+        """Size of latents along each axis in frames and pixels, as the pipeline counts them."""
         height, width = (n * self._scale(_SPATIAL, 8) for n in latents.shape[-2:])
         if self.rank == 2:
             return height, width

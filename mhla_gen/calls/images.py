@@ -60,7 +60,7 @@ class FluxCall(Call):
         }
 
     def pack(self, latents: Tensor) -> Tensor:
-        """Squares of four latents in a row."""
+        """A sequence of tokens, each a square of four latents."""
         return self.pipe._pack_latents(latents, *latents.shape)
 
     def unpack(self, output: Any, latents: Tensor) -> Tensor:
@@ -74,14 +74,14 @@ class FluxCall(Call):
         return timesteps / 1000
 
     def further(self, latents: Tensor) -> dict[str, Any]:
-        """Guidance, where the model was distilled for it."""
+        """Guidance, for guidance-distilled models."""
         if not self.config.guidance_embeds:
             return {}
         return {"guidance": latents.new_full((len(latents),), self.guidance)}
 
 
 class Flux2Call(FluxCall):
-    """FLUX.2; the latents of its autoencoder are squares of four already."""
+    """FLUX.2, whose latents are already packed in squares of four."""
 
     base_class = Flux2Transformer2DModel
     pipeline = "Flux2Pipeline"
@@ -107,7 +107,7 @@ class Flux2Call(FluxCall):
         return self.pipe._pack_latents(latents)
 
     def sizes(self, latents: Tensor) -> tuple[int, ...]:
-        """Pixels of squares of four latents."""
+        """Size in pixels of latents that are squares of four."""
         return tuple(2 * n for n in super().sizes(latents))
 
     def unpack(self, output: Any, latents: Tensor) -> Tensor:
@@ -205,7 +205,7 @@ class PixArtCall(Call):
     scheduler = (DPMSolverMultistepScheduler, {"beta_start": 1e-4, "beta_end": 0.02})
 
     def further(self, latents: Tensor) -> dict[str, Any]:
-        """The size of the picture, which models of 1024 pixels are told."""
+        """The size of the image, for models of 1024 pixels."""
         found: dict[str, Any] = {"resolution": None, "aspect_ratio": None}
         if self.config.sample_size == 128:
             size, batch = self.sizes(latents), len(latents)
@@ -238,17 +238,17 @@ class HunyuanDiTCall(Call):
     )
 
     def embed(self, captions: Any, max_length: int | None) -> dict[str, Tensor]:
-        """By both encoders; the first takes captions of 77 tokens."""
+        """Embed captions with both encoders; the first takes up to 77 tokens."""
         first = self.named(self.encode(captions, 77, text_encoder_index=0))
         second = self.named(self.encode(captions, max_length or 256, text_encoder_index=1))
         return first | {f"{name}_2": value for name, value in second.items()}
 
     def times(self, timesteps: Tensor) -> Tensor:
-        """Not whole numbers."""
+        """Floating-point timesteps."""
         return timesteps.float()
 
     def further(self, latents: Tensor) -> dict[str, Any]:
-        """Sizes of the picture, its style, and the places of tokens."""
+        """Sizes and style of the image, and positions of tokens."""
         from diffusers.pipelines.hunyuandit.pipeline_hunyuandit import (
             get_resize_crop_region_for_grid,
         )
@@ -274,7 +274,7 @@ def _valid(text: Mapping[str, Tensor]) -> list[Tensor]:
 
 
 def _converted(call: Call, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Arguments that only a converted model reads: the grid, which it would wait for otherwise."""
+    """Arguments for converted models only: the grid, which saves reading it from the device."""
     return arguments if hasattr(call.pipe.transformer, "mhla_config") else {}
 
 

@@ -23,7 +23,7 @@ class LTXCall(Call):
     returned = ("prompt_embeds", "prompt_attention_mask")
 
     def pack(self, latents: Tensor) -> Tensor:
-        """One token after the other."""
+        """A sequence of tokens."""
         return self.pipe._pack_latents(latents, self.config.patch_size, self.config.patch_size_t)
 
     def unpack(self, output: Any, latents: Tensor) -> Tensor:
@@ -32,7 +32,7 @@ class LTXCall(Call):
         return self.pipe._unpack_latents(output, *latents.shape[2:], *patches)
 
     def further(self, latents: Tensor) -> dict[str, Any]:
-        """Sizes, and seconds and pixels of a latent."""
+        """Sizes of the latents, and the size of a latent in seconds and pixels."""
         spatial = self.pipe.vae_spatial_compression_ratio
         seconds = self.pipe.vae_temporal_compression_ratio / self.fps(25)
         frames, height, width = latents.shape[2:]
@@ -45,11 +45,11 @@ class LTXCall(Call):
 
 
 class LTX2Call(LTXCall):
-    """LTX-2 without sound: nothing is heard, and the clip does not listen."""
+    """LTX-2 without sound: the audio is silence, and the video does not attend to it."""
 
     base_class = LTX2VideoTransformer3DModel
     pipeline = "LTX2Pipeline"
-    # It takes what the connectors make of captions only from its own connectors.
+    # The pipeline accepts embedded captions only through its own connectors.
     draws = False
     text: ClassVar = {
         "encoder_hidden_states": Embedded("prompt_embeds", "caption_channels", 1024),
@@ -59,7 +59,7 @@ class LTX2Call(LTXCall):
     returned = ("prompt_embeds", "audio_prompt_embeds", "prompt_attention_mask")
 
     def embed(self, captions: Any, max_length: int | None) -> dict[str, Tensor]:
-        """By the text encoder and the connectors behind it, as the pipeline does."""
+        """Embed captions with the text encoder and its connectors, as the pipeline does."""
         embeds, mask, *_ = self.encode(captions, max_length)
         side = getattr(self.pipe.tokenizer, "padding_side", "left")
         return self.named(self.pipe.connectors(embeds, mask, padding_side=side))
@@ -67,13 +67,13 @@ class LTX2Call(LTXCall):
     def arguments(
         self, latents: Tensor, timesteps: Tensor, text: Mapping[str, Tensor]
     ) -> dict[str, Any]:
-        """As `Call.arguments`, with the mask for sound too."""
+        """As `Call.arguments`, with the mask for audio."""
         given = super().arguments(latents, timesteps, text)
         mask = given["encoder_attention_mask"]
         return given | {"sigma": given["timestep"], "audio_encoder_attention_mask": mask}
 
     def further(self, latents: Tensor) -> dict[str, Any]:
-        """Sizes, rate, and one frame of silence."""
+        """Sizes, frame rate, and one frame of silence."""
         found = super().further(latents)
         del found["rope_interpolation_scale"]
         silence = latents.new_zeros(len(latents), 1, self.config.audio_in_channels)

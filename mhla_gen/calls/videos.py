@@ -1,4 +1,4 @@
-"""Text to video by all but Wan and LTX: how each transformer is called."""
+"""Text to video, except Wan and LTX: how each transformer is called."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -23,7 +23,7 @@ from mhla_gen.calls.call import Call, Embedded
 
 
 class CosmosCall(Call):
-    """Cosmos Predict 2; the first Cosmos has another noise, which is not flow matching."""
+    """Cosmos Predict 2; the first Cosmos has another noise process, which is not flow matching."""
 
     base_class = CosmosTransformer3DModel
     pipeline = "Cosmos2TextToImagePipeline"
@@ -35,8 +35,8 @@ class CosmosCall(Call):
 
     @classmethod
     def assemble(cls, transformer: Any, **parts: Any) -> Any:
-        """As `Call.assemble`; without `safety_checker` the pipeline draws nothing."""
-        # It makes one where there is none, of a package that need not be here.
+        """As `Call.assemble`; without a `safety_checker` the pipeline cannot sample."""
+        # If given none, it creates one, from a package that may not be installed.
         nothing = nn.Identity()
         pipe = super().assemble(transformer, **{"safety_checker": nothing} | parts)
         if pipe.safety_checker is nothing:
@@ -48,7 +48,7 @@ class CosmosCall(Call):
         return timesteps / 1000
 
     def further(self, latents: Tensor) -> dict[str, Any]:
-        """No padding, and the rate of a clip."""
+        """A padding mask without padding, and the frame rate."""
         found: dict[str, Any] = {"padding_mask": latents.new_zeros(1, 1, *self.sizes(latents)[1:])}
         return found if latents.shape[2] == 1 else found | {"fps": self.fps(16)}
 
@@ -80,7 +80,7 @@ class CogVideoXCall(Call):
         return output.transpose(1, 2)
 
     def further(self, latents: Tensor) -> dict[str, Any]:
-        """Rotary tables, where the model has no learned places."""
+        """Rotary tables, if the model has no learned positions."""
         if not self.config.use_rotary_positional_embeddings:
             return {}
         size = (*self.sizes(latents)[1:], latents.shape[2], latents.device)
@@ -101,21 +101,21 @@ class HunyuanVideoCall(Call):
     returned = ("prompt_embeds", "pooled_prompt_embeds", "prompt_attention_mask")
 
     def further(self, latents: Tensor) -> dict[str, Any]:
-        """Guidance, where the model was distilled for it."""
+        """Guidance, for guidance-distilled models."""
         if not self.config.guidance_embeds:
             return {}
         return {"guidance": latents.new_full((len(latents),), self.guidance * 1000)}
 
 
 class _Sizes(nn.Module):
-    """What `HunyuanVideo15Pipeline` asks of an autoencoder when it is built."""
+    """The attributes of an autoencoder that `HunyuanVideo15Pipeline` reads when it is built."""
 
     temporal_compression_ratio, spatial_compression_ratio = 4, 16
     config = FrozenDict(latent_channels=32)
 
 
 class HunyuanVideo15Call(Call):
-    """HunyuanVideo 1.5, of text to video: no picture is given."""
+    """HunyuanVideo 1.5 for text to video: no image is given."""
 
     base_class = HunyuanVideo15Transformer3DModel
     pipeline = "HunyuanVideo15Pipeline"
@@ -136,7 +136,7 @@ class HunyuanVideo15Call(Call):
         parts = {"guider": ClassifierFreeGuidance()} | parts
         if parts.get("vae") is not None:
             return super().assemble(transformer, **parts)
-        # The pipeline asks its autoencoder for sizes, which are those of all released models.
+        # The pipeline reads sizes from its autoencoder; these are those of all released models.
         pipe = super().assemble(transformer, **parts | {"vae": _Sizes()})
         pipe.register_modules(vae=None)
         return pipe
@@ -147,22 +147,22 @@ class HunyuanVideo15Call(Call):
         return config.out_channels
 
     def times(self, timesteps: Tensor) -> Tensor:
-        """Not whole numbers."""
+        """Floating-point timesteps."""
         return timesteps.float()
 
     def pack(self, latents: Tensor) -> Tensor:
-        """Noise, no picture, and a mask that says so, in channels."""
+        """Noise, an empty image, and a mask that marks it as missing, in channels."""
         given = self.pipe.prepare_cond_latents_and_mask(latents, latents.dtype, latents.device)
         return torch.cat((latents, *given), dim=1)
 
     def further(self, latents: Tensor) -> dict[str, Any]:
-        """No embedded picture."""
+        """An empty image embedding."""
         size = (self.pipe.vision_num_semantic_tokens, self.pipe.vision_states_dim)
         return {"image_embeds": latents.new_zeros(len(latents), *size)}
 
 
 class MochiCall(Call):
-    """Mochi, whose time runs from noise to clip."""
+    """Mochi, whose timesteps increase from noise to clip."""
 
     base_class = MochiTransformer3DModel
     pipeline = "MochiPipeline"
@@ -198,7 +198,7 @@ class Kandinsky5Call(Call):
         return config.in_visual_dim
 
     def pack(self, latents: Tensor) -> Tensor:
-        """Channels last, and no picture where the model looks for one."""
+        """Channels last, with an empty image for models that expect one."""
         latents = latents.movedim(1, -1)
         if not self.pipe.transformer.visual_cond:
             return latents
@@ -212,7 +212,7 @@ class Kandinsky5Call(Call):
     def texts(
         self, captions: Mapping[str, Tensor], negative: Mapping[str, Tensor] | None = None
     ) -> dict[str, Any]:
-        """With the ends of captions, all of which are as long."""
+        """With the end positions of the captions, which all have the same length."""
         found = super().texts(captions, negative)
         for kind in ("", "negative_"):
             embeds = found.get(f"{kind}prompt_embeds_qwen")
@@ -224,16 +224,16 @@ class Kandinsky5Call(Call):
     def arguments(
         self, latents: Tensor, timesteps: Tensor, text: Mapping[str, Tensor]
     ) -> dict[str, Any]:
-        """As `Call.arguments`, with the places of text tokens."""
+        """As `Call.arguments`, with the positions of text tokens."""
         tokens = text["prompt_embeds_qwen"].shape[1]
         places = {"text_rope_pos": torch.arange(tokens, device=latents.device)}
         return super().arguments(latents, timesteps, text) | places
 
     def further(self, latents: Tensor) -> dict[str, Any]:
-        """Places of tokens and how far apart they are."""
+        """Positions of tokens and the scale of their distances."""
         patches = zip(latents.shape[2:], self.config.patch_size, strict=True)
         places = [torch.arange(n // patch, device=latents.device) for n, patch in patches]
-        # Of their layers only those that stay softmax read a pattern of tiles.
+        # Only layers that stay softmax read a pattern of tiles.
         sparse = self.pipe.get_sparse_params(self.pack(latents), latents.device)
         return {
             "visual_rope_pos": places,

@@ -1,4 +1,4 @@
-"""Text to video by Wan, its relatives, and SANA-Video: how each transformer is called."""
+"""Text to video with Wan, its relatives, and SANA-Video: how each transformer is called."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -22,7 +22,7 @@ _WAN_SCHEDULER = (
 
 
 class WanCall(Call):
-    """Wan, of text to video."""
+    """Wan for text to video."""
 
     base_class = WanTransformer3DModel
     pipeline = "WanPipeline"
@@ -36,14 +36,14 @@ class WanCall(Call):
 
 
 class SkyReelsV2Call(WanCall):
-    """SkyReels V2, of text to video."""
+    """SkyReels V2 for text to video."""
 
     base_class = SkyReelsV2Transformer3DModel
     pipeline = "SkyReelsV2Pipeline"
 
 
 class WanVACECall(WanCall):
-    """Wan VACE without a video or an image to follow: all is to be made."""
+    """Wan VACE without a control video or image: everything is generated."""
 
     base_class = WanVACETransformer3DModel
     pipeline = "WanVACEPipeline"
@@ -53,7 +53,7 @@ class WanVACECall(WanCall):
         self._control: dict[tuple[int, ...], Tensor] = {}
 
     def further(self, latents: Tensor) -> dict[str, Any]:
-        """Latents of a grey clip, and a mask that asks for all of it.
+        """Latents of a grey clip, and a mask that marks all of it for generation.
 
         Raises:
             ValueError: If the pipeline has no autoencoder.
@@ -83,7 +83,7 @@ class WanVACECall(WanCall):
 
 
 class WanAnimateCall(WanCall):
-    """Wan Animate: a picture of a person, moved by poses and a face that the data must have."""
+    """Wan Animate: an image of a person, animated by poses and a face from the data."""
 
     base_class = WanAnimateTransformer3DModel
     pipeline = "WanAnimatePipeline"
@@ -92,13 +92,13 @@ class WanAnimateCall(WanCall):
 
     @classmethod
     def channels(cls, config: Any) -> int:
-        """Those of the clip, without the picture and its mask."""
+        """Channels of the clip, without the image and its mask."""
         return config.latent_channels
 
     def arguments(
         self, latents: Tensor, timesteps: Tensor, text: Mapping[str, Tensor]
     ) -> dict[str, Any]:
-        """As `Call.arguments`; the picture is in further channels."""
+        """As `Call.arguments`, with the image in further channels."""
         return super().arguments(latents, timesteps, text) | {
             "hidden_states": torch.cat((latents, text["reference_latents"]), dim=1),
             "pose_hidden_states": text["pose_latents"],

@@ -20,29 +20,29 @@ class CausalMHLAConfig(Settings):
     block_size: Count = 64
     """Tokens per block."""
     num_blocks: Count = 32
-    """Distances between blocks with a weight of their own, which is as far as training reaches: the
-    number of blocks of its sequences. Further blocks are read with the last weight."""
+    """Number of distances between blocks that have their own weight; at most the number of blocks
+    in training sequences can be learned. Blocks farther away are read with the last weight."""
     memory_blocks: Count | None = None
-    """Summaries that generation keeps at most; older blocks merge. None keeps num_blocks, which is
-    exact."""
+    """Maximum number of summaries kept in generation; older blocks are merged. None keeps
+    num_blocks, which is exact."""
     window: Whole = 0
-    """Tokens that softmax reads exactly: a token's own and the last before it. MHLA then reads what
-    lies before the window. 0 is MHLA for all of them; a window as long as the sequence is softmax.
-    A converted model keeps what it knows with a window."""
+    """Number of tokens, including the current one, that softmax reads exactly; MHLA reads all
+    tokens before this window. 0 uses MHLA for all tokens; a window as long as the sequence is
+    softmax. With a window, a converted model keeps what it has learned."""
     linear: bool = True
-    """Have MHLA before the window; false is the control without it."""
+    """Use MHLA before the window; false is the control without it."""
     exact_start: Annotated[float, Range(0, 1, open_low=True, open_high=True)] | None = None
-    """Weight of the window before training, learned for each token and head; None is 0.98 where a
-    model is converted and 0.5 in a new one."""
+    """Weight of the window before training; it is learned per token and head. None is 0.98 in a
+    converted model and 0.5 in a new one."""
     layers: Any = "all"
     """Which layers: "all", a list of indices, a fraction such as "2/3" (of every three layers the
     first stays softmax), or, in Python, a function `(index, name) -> bool`."""
     feature_map: str = "relu"
     """φ: relu, squared_relu, elu+1, softplus or identity."""
     mixing_per_head: bool = False
-    """Weights for every key head instead of for a layer."""
+    """Separate weights for each key head instead of one set per layer."""
     mixing_learnable: bool = True
-    """Train the weights; frozen otherwise."""
+    """Train the weights; otherwise they are frozen."""
     normalize: bool = True
     """Divide by the denominator."""
     eps: NotNegative = 1e-6

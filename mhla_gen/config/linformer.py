@@ -25,7 +25,7 @@ class LinformerConfig(Settings):
     r"""How a transformer's self-attention is replaced by Linformer's.
 
     Each head is $\mathrm{softmax}(Q (E K)^\top / \sqrt{d}) \, F V$: keys and values are projected
-    along the token axis to a few.
+    along the token axis to a few mixed tokens.
 
     Raises:
         ValueError: If a value is out of its range.
@@ -49,15 +49,15 @@ class LinformerConfig(Settings):
     """Which projections are shared: none (each head has its own), those of all heads, also E and F,
     or all of the model."""
     grid: Any = "auto"
-    """Token grid that the projections are made for; "auto" is the model's own."""
+    """Token grid that the projections are sized for; "auto" is the model's own."""
     conv: bool = True
     """Add a depthwise convolution of V on the token grid; it starts at zero."""
     conv_kernel_size: Count = 3
     """Odd width of that convolution along every axis, in tokens."""
     gate: Any = True
-    """Multiply the output by SiLU of a projection of the layer's input, which starts at one: true,
-    a factor for each channel; head, one for each head; a whole number, for each channel through a
-    projection of this rank; false, no gate."""
+    """Output gate: multiply the output by SiLU of a projection of the layer's input; it starts at
+    one. true: one factor per channel; head: one per head; a whole number: one per channel, through
+    a projection of this rank; false: no gate."""
 
     # What MHLA's settings say of its halves: no pair is exact, and nothing is MHLA.
     exact: ClassVar[float] = 0.0

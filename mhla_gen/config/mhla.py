@@ -27,9 +27,10 @@ class MHLAConfig(Settings):
     layout: Any = "auto"
     """Blocks along each axis of the token grid, such as (4, 4), or "auto" (see `auto_layout`)."""
     causal_frames: Count | None = None
-    """Video that is made chunk by chunk: attend within chunks of this many latent frames and to
-    earlier ones, never to later ones. The first entry of layout is then the number of distances in
-    chunks that have weights of their own, the last for all further ones; the others cut a chunk."""
+    """For video sampled chunk by chunk: attend within chunks of this many latent frames and to
+    earlier chunks, never to later ones. The first entry of layout is then the number of distances
+    between chunks that have their own weights, the last one for all larger distances; the other
+    entries are the blocks of a chunk."""
     layers: Any = "all"
     """Which layers: "all", a list of indices, a fraction such as "2/3" (of every three layers the
     first stays softmax), or, in Python, a function `(index, name) -> bool`."""
@@ -69,9 +70,9 @@ class MHLAConfig(Settings):
     conv_kernel_size: Count = 3
     """Odd width of that convolution along every axis, in tokens."""
     gate: Any = True
-    """Multiply the output by SiLU of a projection of the layer's input, which starts at one: true,
-    a factor for each channel; head, one for each head; a whole number, for each channel through a
-    projection of this rank; false, no gate."""
+    """Output gate: multiply the output by SiLU of a projection of the layer's input; it starts at
+    one. true: one factor per channel; head: one per head; a whole number: one per channel, through
+    a projection of this rank; false: no gate."""
     output_norm: bool = False
     """Apply RMSNorm to MHLA's output of every head."""
     mixing_per_head: bool = False
@@ -83,7 +84,7 @@ class MHLAConfig(Settings):
     eps: NotNegative = 1e-6
     """Added to the denominator."""
     implementation: str = "auto"
-    """Which code runs, see `mhla_gen.ops.mhla`."""
+    """Implementation of the operator; see `mhla_gen.ops.mhla`."""
 
     # `exact` as text, no setting: torch.compile makes a number that two models have different
     # values of symbolic, and no tiles can be picked by that.

@@ -110,7 +110,7 @@ class BenchConfig(Settings):
     compile: Any = False
     """torch.compile: false, true (each repeated block) or "whole" (the model in one graph)."""
     profile: bool = False
-    """List the kernels that a step of a model spends its time in, too."""
+    """Also list the kernels that a step of a model spends its time in."""
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     """Dtype of inputs and models; auto is bfloat16 on a GPU and float32 elsewhere."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

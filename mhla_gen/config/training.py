@@ -47,8 +47,8 @@ class TrainConfig(Settings):
     """Train a Wan on clips with captions, instead of a DiT on images with labels: from
     model.pretrained, or new. The settings of attention and trainable in model apply too."""
     transformer: TransformerConfig | None = None
-    """Train any other transformer of text to image or text to video on captions, in place of a DiT:
-    from model.pretrained, or new. Of model, the settings of attention and trainable count too."""
+    """Train any other text-to-image or text-to-video transformer on captions, instead of a DiT:
+    from model.pretrained, or new. The settings of attention and trainable in model apply too."""
     distill: DistillConfig | None = None
     """Distill a pretrained softmax model into this one, in stages, instead of plain training."""
     seed: Seed = 0
@@ -60,7 +60,7 @@ class TrainConfig(Settings):
     gradient_accumulation_steps: Count = 1
     """Micro-batches per optimizer step."""
     optimizer: str = "AdamW"
-    """A class of torch.optim, such as Adafactor, or of bitsandbytes, such as
+    """Optimizer class: one of torch.optim, such as Adafactor, or of bitsandbytes, such as
     bitsandbytes.AdamW8bit, whose state takes a quarter of the memory."""
     optimizer_options: dict[str, Any] = field(default_factory=dict[str, Any])
     """Further arguments of this class, such as {betas: [0.9, 0.95]}."""
@@ -82,8 +82,8 @@ class TrainConfig(Settings):
     mixed_precision: Literal["fp32", "bf16"] = "bf16"
     """Arithmetic of the forward pass; weights stay float32."""
     float8: bool = False
-    """With bf16, compute the products of feed-forward layers in 8 bits, through torchao; needs a
-    GPU that has them (H100, L4, RTX 4090 and newer)."""
+    """With bf16, compute matrix products of feed-forward layers in float8, through torchao; needs a
+    GPU that supports it (H100, L4, RTX 4090 and newer)."""
     parallelism: Literal["ddp", "fsdp"] = "ddp"
     """How several processes train. ddp: each has the whole model. fsdp: each has a shard of
     weights, gradients, optimizer and EMA (FSDP2)."""
@@ -91,8 +91,8 @@ class TrainConfig(Settings):
     """torch.compile: regional compiles one transformer block and uses it for all; whole compiles
     the model, which takes longer."""
     cuda_graphs: bool | None = None
-    """With compile=regional on GPUs: record the forward and the backward pass of a DiT once and
-    launch each whole at every step. None does on one GPU, true under DDP too. Never with
+    """With compile=regional on GPUs: record the forward and backward pass of a DiT as CUDA graphs
+    and replay them at every step. None does so on one GPU, true also under DDP. Not available with
     parallelism=fsdp, which moves the weights."""
     gradient_checkpointing: Any = False
     """Recompute activations in the backward pass: less memory, more time. true, for all blocks;
@@ -100,7 +100,7 @@ class TrainConfig(Settings):
     ema_decay: Fraction = 0.9999
     """Decay of the EMA weights, with which the pipeline is saved."""
     ema_width: ProfileWidth | None = None
-    """In place of ema_decay: EDM2's average, whose width is this share of the training so far."""
+    """Use EDM2's average instead of ema_decay; its width is this share of the training so far."""
     label_dropout: Fraction = 0.1
     """Share of labels that are dropped, for classifier-free guidance."""
     checkpoint_every: Whole = 1000

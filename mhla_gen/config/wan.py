@@ -48,21 +48,21 @@ class WanConfig(LoraSettings, prefix="wan."):
     ffn_dim: Count | None = None
     """Channels inside the feed-forward layers."""
     first_frame: bool = False
-    """Image to video: the model is given the first frame of a clip. With times_of_tokens it stands
-    in its place, as in Wan 2.2 TI2V-5B; else in further channels, as in I2V-A14B, and the cache
-    must have them: clips.condition=true. A new model also reads the embedded first frame, as in Wan
-    2.1, where the cache has that."""
+    """Image to video: the model is given the first frame of a clip. With times_of_tokens it
+    replaces the first latent frame, as in Wan 2.2 TI2V-5B; otherwise it is passed in additional
+    channels, as in I2V-A14B, which the cache must have: clips.condition=true. A new model also
+    reads the embedded first frame, as in Wan 2.1, if the cache has it."""
     times_of_tokens: bool | None = None
-    """Tell the model a time for each token, as TI2V-5B has it; None asks the pretrained pipeline.
-    """
+    """Give the model one timestep per token, as in TI2V-5B; None takes the pretrained pipeline's
+    setting."""
     expert: Literal["high_noise", "low_noise"] | None = None
     """Which of Wan 2.2's two 14B experts is trained, on its noise levels only."""
     boundary: Annotated[float, Range(0, 1, open_low=True, open_high=True)] | None = None
-    """Noise level between the experts; None asks the pretrained pipeline, and takes Wan 2.2's where
-    there is none: 0.875 for text to video, 0.9 for image to video."""
+    """Noise level between the experts; None takes that of the pretrained pipeline, or else Wan
+    2.2's: 0.875 for text to video, 0.9 for image to video."""
     save_text_encoder: bool = False
-    """Save the text encoder of the cache with the pipeline, 11 GB for Wan's. Without it samples
-    are made from embedded prompts."""
+    """Save the text encoder of the cache with the pipeline, 11 GB for Wan's. Without it, samples
+    need embedded prompts."""
 
     def __post_init__(self):
         super().__post_init__()

@@ -168,7 +168,7 @@ def latent_shape(model: Any, grid: tuple[int, ...]) -> tuple[int, ...]:
     """`(1, channels, …)` of the latents whose patches form a grid.
 
     Raises:
-        ValueError: If nobody has said how the model is called.
+        ValueError: If calls of the model are not supported.
     """
     if isinstance(model, DiTTransformer2DModel):
         config: Any = model.config

@@ -195,7 +195,7 @@ def _tables(tokens: dict[str, Tensor]) -> Rotary:
 
 
 def _without(late: Late, kept: int) -> Late | None:
-    """`late` without the first `kept` queries; None if none is left."""
+    """`late` without the first `kept` queries."""
     drop = max(kept - late.skipped, 0)
     rotary = late.rotary
     if rotary is not None:

@@ -1,4 +1,4 @@
-"""Clips of any length, chunk by chunk, from a Wan whose transformer is causal over frames."""
+"""Clips of any length, sampled chunk by chunk from a Wan with a frame-causal transformer."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ class Chunk(NamedTuple):
     """A finished chunk of a clip."""
 
     latents: Tensor
-    """Clean and normalised, float32 `[1, channels, frames, height, width]`."""
+    """Clean, normalised latents, float32 `[1, channels, frames, height, width]`."""
     frames: Tensor
     """Pixels in [0, 1], float32 `[frames, 3, height, width]`."""
 
@@ -42,34 +42,34 @@ def stream_clip(
     finished: Sequence[Tensor] = (),
     on_step: Callable[[int], None] | None = None,
 ) -> Iterator[Chunk]:
-    """Make a clip, one chunk of latent frames after the other.
+    """Sample a clip, one chunk of latent frames after the other.
 
-    A chunk is denoised beside the finished ones, which the model reads clean, with a noise level of
-    0, and remembers as summaries. So every chunk takes the same time and memory, whatever the
-    length. Its noise depends on the seed and its number alone.
+    While a chunk is denoised, it attends to the finished chunks, which the model has read without
+    noise and keeps as summaries. So every chunk takes the same time and memory, whatever the length
+    of the clip. The noise of a chunk depends only on the seed and the chunk's index.
 
     Args:
-        pipeline: A `WanPipeline` with a transformer that was given `MHLAConfig(causal_frames=…)`.
+        pipeline: A `WanPipeline` with a transformer converted with `MHLAConfig(causal_frames=…)`.
         prompt: What to show.
         negative_prompt: What not to show, with guidance.
-        prompt_embeds: `[1, tokens, text_dim]`, in place of a text encoder.
+        prompt_embeds: `[1, tokens, text_dim]`, instead of a text encoder.
         negative_prompt_embeds: Like `prompt_embeds`.
-        height: Pixels.
-        width: Pixels.
-        num_frames: 1 + a multiple of the autoencoder's 4; as many as you like.
-        num_inference_steps: Denoising steps of every chunk.
-        guidance_scale: Classifier-free guidance; 1 is none.
-        seed: Of all noise.
-        max_sequence_length: Tokens that prompts are padded to.
-        finished: Latents of the first chunks of a clip with this seed, as an earlier call gave
-            them: they are read and decoded, not denoised again.
-        on_step: Called with the number of denoising steps done, over all chunks.
+        height: Height in pixels.
+        width: Width in pixels.
+        num_frames: 1 + any multiple of 4, the autoencoder's temporal compression.
+        num_inference_steps: Denoising steps per chunk.
+        guidance_scale: Classifier-free guidance; 1 disables it.
+        seed: Seed of all noise.
+        max_sequence_length: Number of tokens that prompts are padded to.
+        finished: Latents of the first chunks of a clip with this seed, from an earlier call; they
+            are read and decoded but not denoised again.
+        on_step: Called with the number of denoising steps done so far in all chunks.
 
     Yields:
         The chunks, as they are finished.
 
     Raises:
-        ValueError: If pipeline and sizes do not fit; on the first chunk.
+        ValueError: If pipeline and sizes do not fit; raised when the first chunk is requested.
     """
     lengths = chunk_lengths(pipeline, num_frames)
     model, scheduler, device = pipeline.transformer, pipeline.scheduler, pipeline._execution_device
@@ -121,16 +121,16 @@ def stream_clip(
 
 
 def streams(pipeline: Any) -> bool:
-    """Whether a pipeline has a transformer that is causal over frames."""
+    """Whether a pipeline has a frame-causal transformer."""
     models = (getattr(pipeline, name, None) for name in ("transformer", "transformer_2"))
     return any(isinstance(m, FrameCausalMHLA) for model in models if model for m in model.modules())
 
 
 def chunk_lengths(pipeline: Any, num_frames: int) -> list[int]:
-    """Latent frames of each chunk of a clip.
+    """Number of latent frames in each chunk of a clip.
 
     Raises:
-        ValueError: If the pipeline cannot make clips chunk by chunk, or not of this many frames.
+        ValueError: If the pipeline cannot sample chunk by chunk, or not this number of frames.
     """
     name = type(pipeline).__name__
     if not isinstance(pipeline, WanPipeline) or not isinstance(pipeline.vae, AutoencoderKLWan):
@@ -156,13 +156,13 @@ def chunk_lengths(pipeline: Any, num_frames: int) -> list[int]:
 
 
 class FrameDecoder:
-    """Wan's autoencoder for latents that come piece by piece.
+    """Wan's decoder for latents that arrive in parts.
 
-    It decodes one latent frame at a time and keeps the last frames that its convolutions read,
-    as diffusers does within a call; here they are kept from one call to the next.
+    It decodes one latent frame at a time and caches the last frames for its causal convolutions,
+    like diffusers within a call; here the cache is kept between calls.
 
     Args:
-        pipeline: With the autoencoder.
+        pipeline: Pipeline with the autoencoder.
     """
 
     def __init__(self, pipeline: Any):

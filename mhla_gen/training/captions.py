@@ -1,4 +1,4 @@
-"""Conditions of any transformer of text to image or text to video, by its family's `Call`."""
+"""Conditioning of any text-to-image or text-to-video transformer, through its family's `Call`."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,11 +13,11 @@ from mhla_gen.data import Batch
 
 @dataclass(frozen=True, eq=False)
 class Captions:
-    """Embedded captions, and what else of a batch a family reads."""
+    """Embedded captions, and the other tensors of a batch that a family reads."""
 
     call: Call
     empty: Mapping[str, Tensor]
-    """The embedded empty caption, tensors without a batch axis, for those that are dropped."""
+    """The embedded empty caption, without a batch axis, which replaces dropped captions."""
 
     def predict(
         self,
@@ -37,13 +37,13 @@ class Captions:
 
 
 def names_of(call: Call) -> tuple[str, ...]:
-    """The tensors of a batch that a call reads besides latents."""
+    """Names of the tensors of a batch that a call reads besides latents."""
     rows = type(call).embedded(call.config).values()
     return (*(row.name for row in rows), *call.beside)
 
 
 def _without(values: Tensor, empty: Tensor | None, dropped: Tensor) -> Tensor:
-    """A tensor of each caption, that of the empty one where it is dropped, padded with zeros."""
+    """A tensor of the captions, padded with zeros, with the empty one for dropped captions."""
     if empty is None:
         found = values
     elif (values.ndim == 2 and not values.is_floating_point()) or values.ndim == 3:

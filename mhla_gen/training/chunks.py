@@ -1,4 +1,4 @@
-"""Diffusion forcing: a Wan that is causal over frames learns a noise level for every chunk."""
+"""Diffusion forcing: train a frame-causal Wan with a separate noise level for every chunk."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,15 +12,15 @@ from mhla_gen.training.prompts import ClipMatching, frame_times
 
 @dataclass(frozen=True)
 class ChunkMatching(ClipMatching):
-    """Flow matching where the chunks of a clip have noise levels of their own.
+    """Flow matching with a separate noise level for each chunk of a clip.
 
-    Levels are drawn one by one from the density of `FlowMatching`; then the first chunks of a clip,
-    any number but all, are made clean and have no loss. So the first noisy chunk stands beside
-    clean ones and a level of 0, as chunks do in sampling, and the later ones beside noisy ones,
-    which makes them robust to what was not made perfectly.
+    Levels are drawn independently from the density of `FlowMatching`. Then a random number of
+    chunks at the beginning of a clip, but never all, are replaced by clean ones without a loss. So
+    the first noisy chunk attends to clean chunks with a level of 0, as in sampling, and later
+    chunks attend to noisy ones, which makes them robust to imperfect samples.
 
-    A time is a row of levels, one for each chunk of the longest clip. A shorter clip has the last
-    ones, of which the very last is never clean.
+    A time is a row of levels, one for each chunk of the longest clip. A shorter clip uses the last
+    levels of the row; the very last chunk is never clean.
 
     Source:
         Independent levels: Chen et al. 2024, diffusion forcing, arXiv:2407.01392. Clean first
@@ -28,9 +28,9 @@ class ChunkMatching(ClipMatching):
     """
 
     chunk_frames: int = 1
-    """Latent frames of a chunk."""
+    """Latent frames per chunk."""
     num_chunks: int = 1
-    """Chunks of the longest clip."""
+    """Number of chunks of the longest clip."""
 
     def draw_times(self, num: int, generator: torch.Generator) -> Tensor:
         """`[num, num_chunks]` noise levels, float32 in [0, 1)."""
@@ -58,6 +58,6 @@ class ChunkMatching(ClipMatching):
 
 
 def causal_frames(model: Any) -> int | None:
-    """Latent frames of a chunk, for a model that is causal over them."""
+    """Latent frames per chunk of a frame-causal model."""
     config = getattr(model, "mhla_config", None)
     return config.causal_frames if isinstance(config, MHLAConfig) else None

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from torch import Tensor
@@ -26,7 +25,7 @@ from mhla_gen.models.transformer import MHLATransformerMixin
 from mhla_gen.outputs.folders import CONFIG_NAME, differing_values
 from mhla_gen.outputs.locks import claimed
 from mhla_gen.runtime.compiling import compile_model
-from mhla_gen.runtime.processes import on_main
+from mhla_gen.runtime.processes import on_main, processes
 from mhla_gen.training.build import build_task
 from mhla_gen.training.loop import run_to_end
 from mhla_gen.training.parallel import build_accelerator
@@ -145,7 +144,7 @@ class Stage:
         teacher = softmax_twin(student, learning | moved)
         student.load_state_dict(weights, strict=False)
         train_only(student, learning)
-        device: Any = PartialState().device
+        device = processes().device
         student.to(device)
         teacher.to(device)
         if layers_alone:

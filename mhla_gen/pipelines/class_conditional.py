@@ -175,7 +175,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         levels = (self.scheduler.timesteps.double() / num_levels).tolist()
         noise, source = noise_of(generator, len(labels), device)
         with noise:
-            sample: Any = self._initial_noise(len(labels), image_size, source, latents, device)
+            sample: Tensor = self._initial_noise(len(labels), image_size, source, latents, device)
         options: dict[str, Any] = {"return_dict": False}
         if "generator" in inspect.signature(self.scheduler.step).parameters:
             options["generator"] = source

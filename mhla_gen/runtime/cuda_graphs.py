@@ -57,7 +57,7 @@ class _Recording:
         # Also for the calls before: compiled code would compile again for other strides.
         self._args, self._kwargs = tree_map_only(Tensor, torch.clone, (args, kwargs))
         self._calls = 0
-        self._graph: Any = None
+        self._graph: torch.cuda.CUDAGraph | None = None
         self._outputs: Any = None
 
     def __call__(self, values: list[Any]) -> Any:

@@ -54,8 +54,8 @@ class RecordedTraining:
         self.model, self.forward = model, forward
         self._stream = stream
         self._parameters = [p for p in model.parameters() if p.requires_grad]
-        self._call: Any = None
-        self._pool: Any = None
+        self._call: tuple[Any, ...] | None = None
+        self._pool: tuple[int, int] | None = None
         self._recordings: dict[bool, list[_Passes]] = {False: [], True: []}
         self._records = True
         _RECORDED.add(self)
@@ -172,12 +172,16 @@ class _Passes:
                 torch.autograd.backward(outputs, [torch.zeros_like(x) for x in outputs])
         torch.cuda.current_stream().wait_stream(stream)
 
-    def record(self, stream: torch.cuda.Stream, pool: Any) -> None:
+    def record(self, stream: torch.cuda.Stream, pool: tuple[int, int]) -> None:
         """Record both passes; nothing is computed."""
         for parameter, gradient in zip(self._parameters, self.before, strict=True):
             parameter.grad = gradient
         # Another thread may read samples meanwhile, and copy them.
-        options: Any = {"pool": pool, "stream": stream, "capture_error_mode": "thread_local"}
+        options: dict[str, Any] = {
+            "pool": pool,
+            "stream": stream,
+            "capture_error_mode": "thread_local",
+        }
         with torch.cuda.graph(self._forward, **options):
             found = self._function()
         leaves, self._structure = tree_flatten(found)

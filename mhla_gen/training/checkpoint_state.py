@@ -195,7 +195,7 @@ class SavedTensors:
         self._places: dict[str, list[tuple[int, Any]]] = {}
         for path in sorted(folder.glob(f"{kind}*.safetensors")):
             try:
-                file: Any = safe_open(path, framework="pt")
+                file = safe_open(path, framework="pt")
             except (SafetensorError, OSError) as error:
                 raise DamagedFileError(path, str(error), "use another checkpoint") from error
             about = file.metadata() or {}

@@ -3,6 +3,7 @@
 import importlib
 import inspect
 from collections.abc import Callable, Mapping
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -117,7 +118,7 @@ def optimizer_class(name: str) -> Callable[..., torch.optim.Optimizer]:
         UserError: If there is none, or bitsandbytes is not installed.
     """
     library, _, own_name = name.rpartition(".")
-    module: Any = torch.optim
+    module: ModuleType = torch.optim
     if library == "bitsandbytes":
         try:
             module = importlib.import_module("bitsandbytes.optim")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import matplotlib
 import numpy as np
@@ -146,7 +146,8 @@ def make_samples(run: Run, config: PreviewConfig) -> np.ndarray | None:
             images = _drawn(run, numbers, config)
         except Exception as found:
             error = found
-        failed: Any = accelerator.gather(torch.tensor([error is not None]).to(accelerator.device))
+        raised = torch.tensor([error is not None]).to(accelerator.device)
+        failed = cast(Tensor, accelerator.gather(raised))
         if failed.any():
             raise error or UserError("another process could not draw its samples")
     gathered = accelerator.gather(torch.from_numpy(images).to(accelerator.device))

@@ -1,7 +1,7 @@
 """Losses of the steps since the last line of the log, which checkpoints contain."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -112,7 +112,7 @@ def gathered_parts(accelerator: Accelerator, own: Tensor, num_parts: int) -> Ten
     Returns:
         `[…, batch]`.
     """
-    every: Any = accelerator.gather(own[None])
+    every = cast(Tensor, accelerator.gather(own[None]))
     # [processes, …, parts, rows]: in the batch the processes' rows lie beside each other.
     every = every.unflatten(-1, (num_parts, -1)).movedim(0, -2)
     return every.flatten(-3)

@@ -3,9 +3,10 @@
 import time
 from dataclasses import replace
 from datetime import timedelta
-from typing import Any
+from typing import cast
 
 import torch
+from torch import Tensor
 
 from mhla_gen.config import TrainConfig
 from mhla_gen.data.caching.cached import CachedLatents
@@ -79,8 +80,8 @@ def _two_steps(run: Run) -> tuple[float, float]:
     for number, parts in enumerate(run.batches(0, 2)):
         began = time.perf_counter()
         # Every process has as many samples.
-        losses: Any = run.accelerator.gather(run.step(number, parts).losses["loss"])
-        results.append(float(losses.mean()))
+        losses = run.step(number, parts).losses["loss"]
+        results.append(float(cast(Tensor, run.accelerator.gather(losses)).mean()))
     spent = torch.tensor([time.perf_counter() - began], device=run.accelerator.device)
-    slowest: Any = run.accelerator.gather(spent)
+    slowest = cast(Tensor, run.accelerator.gather(spent))
     return results[0], float(slowest.max())

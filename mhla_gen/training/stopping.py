@@ -3,7 +3,7 @@
 import signal
 import threading
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -23,11 +23,12 @@ class StopRequest:
     def __init__(self, accelerator: Accelerator):
         self.signal: signal.Signals | None = None
         self._old: dict[signal.Signals, Any] = {}
-        self._group: Any = None
+        self._group: torch.distributed.ProcessGroup | None = None
         self._several = accelerator.num_processes > 1
         if self._several:
             # Beside the group of the device: to ask must not wait for the device.
-            self._group = torch.distributed.new_group(backend="gloo")
+            group = torch.distributed.new_group(backend="gloo")
+            self._group = cast(torch.distributed.ProcessGroup, group)
 
     def __enter__(self) -> "StopRequest":
         # Python lets only the main thread handle signals.

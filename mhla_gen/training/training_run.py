@@ -6,13 +6,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, set_seed
 from diffusers.optimization import get_scheduler
-from torch import nn
+from torch import Tensor, nn
 
 from mhla_gen.config import TrainConfig
 from mhla_gen.data import Batch, BatchOrder, TrainingData, batches, load_data
@@ -113,9 +113,7 @@ class Run:
         # Looked for once: a model has many modules.
         parameters = list(self.model.parameters())
         limit = self.config.max_grad_norm
-        norm: Any = self.accelerator.clip_grad_norm_(
-            parameters, math.inf if limit is None else limit
-        )
+        norm = self.accelerator.clip_grad_norm_(parameters, math.inf if limit is None else limit)
         self.optimizer.step()
         self.learning_rate.step()
         self.optimizer.zero_grad()
@@ -124,7 +122,7 @@ class Run:
         return StepResult(
             {name: torch.cat([part[name] for part in losses]) for name in losses[0]},
             timesteps.reshape(len(timesteps), -1)[:, -1],
-            whole(norm),
+            whole(cast(Tensor, norm)),
         )
 
     @contextmanager

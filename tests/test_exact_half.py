@@ -172,8 +172,8 @@ def test_tiles_follow_the_grid_and_no_parameter_does():
 
 def test_settings_replace_what_the_rule_picks():
     grid = (32, 32)
-    rule = tile_layout(MHLAConfig(exact=0.25), grid)
-    near = tile_layout(MHLAConfig(exact=0.25, exact_top=0), grid)
+    rule = tile_layout(MHLAConfig(exact=0.4), grid)
+    near = tile_layout(MHLAConfig(exact=0.4, exact_top=0), grid)
     assert near == rule._replace(top=0) != rule
     own = MHLAConfig(exact=0.1, exact_tile=(4, 4), exact_window=(5, 5), exact_top=8)
     assert tile_layout(own, grid) == ((4, 4), (1, 1), (5, 5), 8)

@@ -3,12 +3,12 @@
     python experiments/evidence/attention_mass.py DATA PIPELINE OUT.json
 
 PIPELINE is a class-conditional pipeline of the comparison with softmax attention, such as
-OUT/exact/work/teacher-teacher-s0/pipeline. For held-out images at some noise levels, and for every
-layer and head: the share of softmax's weights that lies in the tiles (`mass`), and the squared
-distance of what the tiles alone put out from what softmax does, over the squared length of the
-latter (`error`). `rule` says how further tiles are chosen: by the product of means of group and
-tile (`mean`, what `tile_attention` does), by the largest product of means of a tile of the group
-and a tile (`largest`), or by the weights themselves (`weights`, the most that a choice can get).
+OUT/exact/work/teacher-teacher-s0/pipeline. Measured on held-out images at several noise levels, for
+every layer and head: the share of softmax's weights inside the tiles (`mass`), and the squared
+distance between the outputs of the tiles alone and of softmax, relative to the squared norm of the
+latter (`error`). `rule` is how further tiles are chosen: by the product of the means of group and
+tile (`mean`, as in `tile_attention`), by the largest product of the means of any tile of the group
+and the tile (`largest`), or by the softmax weights themselves (`weights`, the upper bound).
 """
 
 import argparse

@@ -6,9 +6,9 @@ r"""Make the images of docs/evidence.md: 7,562 emoji of 64 pixels in 18 classes.
         noto=emoji-datasource-google-16.0.0/package \
         twemoji=emoji-datasource-twitter-16.0.0/package
 
-Every package is one drawing style: Noto Emoji (Apache-2.0) and Twemoji (CC-BY 4.0). A class is a
+Each package is one drawing style: Noto Emoji (Apache-2.0) and Twemoji (CC-BY 4.0). A class is a
 category of emoji in one style; skin tones are included, the category "Component" is left out.
-Transparent images are laid on white and shuffled with a fixed seed.
+Transparent images are composited onto white and shuffled with a fixed seed.
 """
 
 import argparse

@@ -1,6 +1,6 @@
-"""The part of docs/evidence.md about clips: a small Wan that is told a class, and its judge.
+"""The part of docs/evidence.md about clips: a small class-conditional Wan, and its judge.
 
-Where a training loop or a loss sees a clip it is an image, the mosaic of its frames (see
+The training loop and the loss see a clip as an image, the mosaic of its frames (see
 moving_emoji.py); the model sees frames.
 """
 
@@ -38,7 +38,7 @@ _BATCH = 256
 
 
 def class_embeddings(num_classes: int) -> Tensor:
-    """What the model is told of a class, in place of a caption; the last is of "no class".
+    """The embedding of each class, in place of a caption; the last one is for "no class".
 
     Returns:
         Float32 `[num_classes + 1, 64]`, the same for every model.
@@ -74,7 +74,7 @@ class ClipClasses:
         return self.velocity(model, noisy, timesteps, labels)
 
     def velocity(self, model: Any, noisy: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
-        """What a model predicts for mosaics `[batch, channels, height, width]`."""
+        """A model's prediction for mosaics `[batch, channels, height, width]`."""
         clips = frames_of(noisy)
         captions = self.embeddings.to(noisy)[labels][:, None]
         found = model(clips, timestep=timesteps, encoder_hidden_states=captions, return_dict=False)
@@ -96,7 +96,7 @@ class AsImages:
 
 
 class ClipPipeline(DiffusionPipeline):
-    """What a run saves: the transformer. `draw_clips` draws from it."""
+    """The pipeline that a run saves, with only a transformer; `draw_clips` samples from it."""
 
     def __init__(self, transformer: Any):
         super().__init__()
@@ -173,14 +173,14 @@ def draw_clips(
 class ClipJudge:
     """Fréchet distance of clips, on EfficientNet-Lite0 features of their frames.
 
-    A clip is described by the mean of its frames' features and by the mean absolute change from
-    each frame to the next: what it shows, and how that moves. Both together, 2,560 numbers, are
-    projected to 256 by a fixed random matrix, so that a few hundred clips are enough.
+    A clip's features are the mean of its frames' features, for content, and the mean absolute
+    change from each frame to the next, for motion. These 2,560 numbers are projected to 256 by a
+    fixed random matrix, so that a few hundred clips are enough.
 
     Args:
         real: The real clips.
         device: Where features are computed.
-        kept: Where their features are, or are written.
+        kept: File of their features, which is written if missing.
     """
 
     def __init__(self, real: Real, device: torch.device, kept: Path):

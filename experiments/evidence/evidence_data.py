@@ -1,4 +1,4 @@
-"""The data of the comparison, made once for all processes that work on it."""
+"""The data of the comparison, created once for all processes."""
 
 import fcntl
 from collections.abc import Callable, Iterator
@@ -49,7 +49,7 @@ def load_real(path: Path) -> Real:
     """Real images with the held-out ones last.
 
     Args:
-        path: An npz file with `arr_0` and `labels`, or a folder with one sub-folder a class.
+        path: An npz file with `arr_0` and `labels`, or a folder with one sub-folder per class.
 
     Raises:
         FileNotFoundError: If there are no images.
@@ -73,13 +73,13 @@ def load_real(path: Path) -> Real:
 
 
 def load_clips(images: Real, path: Path, num_train: int, num_held_out: int) -> Real:
-    """Clips of moving images, made by the rule of moving_emoji.py if there are none.
+    """Clips of moving images, made as in moving_emoji.py if the file is missing.
 
     Args:
-        images: What moves; the held-out ones in held-out clips only.
-        path: Where the clips are, or are written.
-        num_train: Clips to train on.
-        num_held_out: Clips that are held out.
+        images: Images that move; held-out images are in held-out clips only.
+        path: File of the clips, which is written if missing.
+        num_train: Number of clips to train on.
+        num_held_out: Number of held-out clips.
     """
 
     def make() -> None:
@@ -109,7 +109,7 @@ def _read_folder(path: Path) -> tuple[np.ndarray, np.ndarray, list[str]]:
 
 
 def once(path: Path, make: Callable[[], None]) -> None:
-    """Make a file that is not there; of several processes one does, and the others wait."""
+    """Make a file if it is missing: one of several processes does, and the others wait."""
     with locked(path.with_name(f"{path.name}.lock"), fcntl.LOCK_EX):
         if not path.exists():
             make()
@@ -117,7 +117,7 @@ def once(path: Path, make: Callable[[], None]) -> None:
 
 @contextmanager
 def locked(path: Path, kind: int) -> Iterator[None]:
-    """Hold a lock of this kind on a file, LOCK_SH or LOCK_EX; waits for it."""
+    """Wait for a lock on a file, of kind LOCK_SH or LOCK_EX, and hold it."""
     with path.open("a") as file:
         fcntl.flock(file, kind)
         yield
@@ -125,7 +125,7 @@ def locked(path: Path, kind: int) -> Iterator[None]:
 
 @contextmanager
 def claimed(path: Path) -> Iterator[bool]:
-    """Whether this process alone has the file; the system takes it back from one that dies."""
+    """Whether this process has the file to itself; the system unlocks it if a process dies."""
     with path.open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

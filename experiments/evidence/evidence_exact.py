@@ -1,4 +1,4 @@
-"""Tables and picture of what exact pairs bring: the plan exact.yaml of docs/evidence.md."""
+"""Tables and picture of the gains from exact pairs: the plan exact.yaml of docs/evidence.md."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -25,7 +25,7 @@ _FAMILIES = {"with MHLA": "exact-{}", "alone": "exact-{}-alone"}
 
 
 def exact_tables(plan: Plan, groups: Sequence[Group], folder: Path) -> str:
-    """All tables of what there is."""
+    """All tables of the results so far."""
     parts = []
     for setting in plan.settings.values():
         same = [group for group in groups if group.setting == setting.name]
@@ -54,7 +54,7 @@ def heading(kind: str, groups: Sequence[Group]) -> str:
 
 
 def devices(groups: Sequence[Group]) -> str:
-    """Where and when results were found."""
+    """Devices and dates of the results."""
     machines = [result["machine"] for group in groups for result in group.results]
     names = sorted({machine["device"] for machine in machines})
     dates = sorted({machine["date"] for machine in machines})
@@ -68,7 +68,7 @@ NEW = (
 
 
 def new_table(groups: Sequence[Group], control: str) -> str:
-    """Quality and speed of what was trained from scratch."""
+    """Quality and speed of models trained from scratch."""
     rows = [
         [
             group.title,
@@ -97,7 +97,7 @@ def speeds(group: Group) -> tuple[str, str]:
 
 
 def converted_heading(teacher: Group | None, groups: Sequence[Group]) -> str:
-    """What was converted."""
+    """Heading for converted models."""
     first = groups[0].results[0]
     whose = ""
     if teacher is not None:
@@ -111,7 +111,7 @@ def converted_heading(teacher: Group | None, groups: Sequence[Group]) -> str:
 
 
 def converted_table(groups: Sequence[Group]) -> str:
-    """Loss after each number of steps, and beside the teacher tuned on for as many."""
+    """Loss after each number of steps, also relative to the teacher tuned for as many steps."""
     points = sorted({point["steps"] for g in groups for r in g.results for point in r["points"]})
     controls = {
         (result["seed"], point["steps"]): point["held_out"]
@@ -134,7 +134,7 @@ def converted_table(groups: Sequence[Group]) -> str:
 
 
 def taught(group: Group) -> str:
-    """What learned in the stage that distils layers."""
+    """The weights trained in the stage that distils layers."""
     stages = " ".join(group.results[0]["taught"] or ())
     if not stages or group.arm == _TEACHER:
         return "no"
@@ -142,7 +142,7 @@ def taught(group: Group) -> str:
 
 
 def losses_at(group: Group, steps: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Seed and held-out losses of each result that was measured there."""
+    """Seed and held-out losses of each result with a measurement after these steps."""
     for result in group.results:
         for point in result["points"]:
             if point["steps"] == steps:
@@ -156,7 +156,7 @@ def mean_loss(group: Group, steps: int) -> str:
 
 
 def gap_at(group: Group, steps: int, controls: dict[tuple[int, int], dict[str, Any]]) -> str:
-    """The difference from the teacher tuned on for as many steps."""
+    """The difference from the teacher tuned for as many steps."""
     if group.arm == _TEACHER:
         return "the control"
     pairs = [
@@ -185,7 +185,7 @@ def probe_table(probes: Sequence[dict[str, Any]], arms: Sequence[str]) -> str:
 
 
 def real_lines(folder: Path) -> Iterator[str]:
-    """What the Fréchet distance is between halves of the real data."""
+    """The Fréchet distance between halves of the real data."""
     for name, what in (("real.json", "images"), ("real-clips.json", "clips")):
         if (folder / name).is_file():
             halves = json.loads((folder / name).read_text())["frechet_halves"]

@@ -69,7 +69,7 @@ def _seeds(group: Group) -> set[int]:
 
 
 def _curve(group: Group, seeds: set[int] | None) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and losses, the mean over the seeds that are wanted, or all if it has none of them."""
+    """Steps and losses: the mean over the given seeds, or over all if there are none of these."""
     chosen = [r for r in group.results if seeds is None or r["seed"] in seeds] or group.results
     curves = np.array([result["curve"] for result in chosen]).mean(axis=0)
     return curves[:, 0], curves[:, 1]

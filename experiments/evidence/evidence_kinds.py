@@ -50,8 +50,8 @@ class Workshop:
     """Settings, data, judges and folders that all runs share; data are made when first needed.
 
     Args:
-        options: Of the command line: `data`, `out`, `work`, `overrides`, and sizes.
-        inspect: Whether the attention of trained models is looked at.
+        options: Command-line options: `data`, `out`, `work`, `overrides`, and sizes.
+        inspect: Whether the attention of trained models is inspected.
     """
 
     def __init__(self, options: Any, inspect: bool = False):
@@ -61,7 +61,7 @@ class Workshop:
         self.device = resolve_device("auto")
 
     def config(self, run: Run, *changes: str) -> TrainConfig:
-        """All settings of one training: of the plan, with changes, and of the command line."""
+        """All settings of one run: those of the plan, with overrides from the command line."""
         return run.config(
             f"data.path={self.training_file(run.setting.kind)}",
             f"output_dir={self.work / run.name}",
@@ -108,7 +108,7 @@ class Workshop:
         return judge
 
     def training_file(self, kind: str) -> Path:
-        """What runs of a kind are trained on."""
+        """Training data of a kind of runs."""
         return self.work / ("train-clips.npz" if kind == "clips" else "train.npz")
 
     def draw(self, name: str, samples: np.ndarray, labels: np.ndarray) -> None:
@@ -119,7 +119,7 @@ class Workshop:
 
 
 def run_new(run: Run, config: TrainConfig, shop: Workshop) -> dict[str, Any]:
-    """Train on images from scratch, and measure what came out."""
+    """Train on images from scratch, and measure the result."""
     timed = Stopwatch()
     with timed("train"):
         assert shop.images
@@ -162,9 +162,9 @@ def measure_images(
 
 
 def run_converted(run: Run, config: TrainConfig, shop: Workshop) -> dict[str, Any]:
-    """Give the weights of another run another attention, and measure it while it is tuned.
+    """Replace the attention of another run's model, and measure it while it is tuned.
 
-    Interrupted runs resume from what they measured.
+    Interrupted runs resume after their last measurement.
     """
     assert run.setting.start is not None
     timed, folder = Stopwatch(), Path(config.output_dir)
@@ -210,14 +210,14 @@ def run_converted(run: Run, config: TrainConfig, shop: Workshop) -> dict[str, An
 
 
 def teach_layers(run: Run, taught: Sequence[str], teacher: Path, shop: Workshop) -> Path:
-    """A stage that distils every layer; the pipeline that it leaves."""
+    """Run a stage that distils every layer; returns its pipeline."""
     folder = shop.work / f"{run.name}-layers"
     changes = (f"distill.teacher={teacher}", f"output_dir={folder}")
     return distill(shop.config(run, *taught, *changes))
 
 
 def run_clips(run: Run, config: TrainConfig, shop: Workshop) -> dict[str, Any]:
-    """Train on clips from scratch, and measure what came out."""
+    """Train on clips from scratch, and measure the result."""
     timed, clips = Stopwatch(), shop.clips
     with timed("train"):
         saved = train_clips(config, run.name)
@@ -247,7 +247,7 @@ KINDS: dict[str, Callable[[Run, TrainConfig, Workshop], dict[str, Any]]] = {
 
 
 def trained_facts(config: TrainConfig) -> dict[str, Any]:
-    """What the training says of itself."""
+    """Facts about a run from its log."""
     log = read_log(Path(config.output_dir) / LOG_NAME)
     return {
         "steps": config.max_steps,
@@ -269,14 +269,14 @@ def exact_pairs(config: TrainConfig, grid: tuple[int, ...]) -> float:
 
 
 class Stopwatch:
-    """Seconds of the parts of a run; those that a stopped process spent are not counted."""
+    """Seconds of the parts of a run, not counting the time of interrupted processes."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self._part, self._began = "", 0.0
 
     def __call__(self, part: str) -> "Stopwatch":
-        """Name what is measured next."""
+        """Name the part that is timed next."""
         self._part = part
         return self
 
@@ -289,7 +289,7 @@ class Stopwatch:
 
 
 def tidy() -> None:
-    """Give back memory, of recorded passes above all, which a run leaves in cycles."""
+    """Free memory, mainly of CUDA graphs, that a run leaves in reference cycles."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -1,13 +1,13 @@
-"""Work on a plan of docs/evidence.md with several processes on every GPU, for a limited time.
+"""Run a plan of docs/evidence.md with several processes per GPU, for a limited time.
 
     python experiments/evidence/evidence_launch.py DATA OUT [--seconds 520] [--processes 4]
         [--plan PLAN.yaml] [--parts speed runs report] [key=value ...]
 
-The parts are: `speed`, what is compared alone on its GPU; `runs`, all trainings, the deciding ones
-first, with the probe beside them on the CPU; `report`, the tables. What is there is not done again.
-After --seconds trainings are told to stop and write a checkpoint, and the same command resumes from
-there; OUT/work must still be there then, or trainings that were under way begin again. What
-processes print goes to OUT/work/*.log.
+The parts are: `speed`, timings, each alone on its GPU; `runs`, all training runs, the most
+informative first, with the probe beside them on the CPU; `report`, the tables. Existing results are
+not computed again. After --seconds, training runs stop and write a checkpoint, from which the same
+command resumes; this needs OUT/work, otherwise interrupted runs restart. The output of the
+processes goes to OUT/work/*.log.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from evidence_plan import PLAN, Plan
 
 _HERE = Path(__file__).parent
 _BENCHMARKS = _HERE.parents[1] / "benchmarks"
-# What a training needs to write its checkpoint after the step it is at, which may compile.
+# Time that a run needs to finish its current step, which may compile, and write its checkpoint.
 _GRACE_SECONDS = 40.0
 _PROBES = 4
 # Speeds are timed in turns, so more processes only compile side by side.
@@ -32,7 +32,7 @@ _SPEED_PROCESSES = 4
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Start processes, wait for them, and say what is done."""
+    """Start processes, wait for them, and report what is done."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("data", type=Path)
     parser.add_argument("out", type=Path)
@@ -66,18 +66,18 @@ class Launcher:
         self.work.mkdir(parents=True, exist_ok=True)
         self.began = time.perf_counter()
         self.running: list[subprocess.Popen[bytes]] = []
-        # As they are numbered for this process's children; empty: the CPU.
+        # Indices of the GPUs for child processes; empty for the CPU.
         seen = os.environ.get("CUDA_VISIBLE_DEVICES")
         numbers = seen.split(",") if seen else map(str, range(torch.cuda.device_count()))
         self.gpus = list(numbers) or [""]
 
     @property
     def left(self) -> float:
-        """Seconds until everything should have been told to stop."""
+        """Seconds until all processes should be told to stop."""
         return self.options.seconds - (time.perf_counter() - self.began)
 
     def speed(self) -> None:
-        """Time what is compared."""
+        """Time all arms."""
         missing = [
             run
             for run in self.plan.speed
@@ -133,7 +133,7 @@ class Launcher:
         self.running.append(process)
 
     def _environment(self, gpu: str, on_each: int) -> dict[str, str]:
-        """Of a process beside `on_each` of its kind on every GPU."""
+        """Environment of a process if `on_each` of them share a GPU."""
         cpus = len(os.sched_getaffinity(0))
         paths = [str(_BENCHMARKS), os.environ.get("PYTHONPATH", "")]
         threads = max(1, cpus // (2 * on_each * len(self.gpus)))
@@ -146,7 +146,7 @@ class Launcher:
         }
 
     def _wait(self) -> None:
-        """Wait for all processes; when the time is up tell them to stop, and end who stays."""
+        """Wait for all processes; when the time is up, tell them to stop, and kill the rest."""
         if not self._all_end(self.left):
             self.stop()
             if not self._all_end(_GRACE_SECONDS):
@@ -166,7 +166,7 @@ class Launcher:
         return True
 
     def stop(self) -> None:
-        """Tell all processes to stop, as this one was told."""
+        """Pass a request to stop on to all processes."""
         for process in self.running:
             process.terminate()
         self.options.seconds = 0.0

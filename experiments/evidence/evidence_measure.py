@@ -1,4 +1,4 @@
-"""What is measured of a trained model itself: loss on held-out images, attention."""
+"""Measurements of a trained model itself: loss on held-out images, and its attention."""
 
 from dataclasses import asdict, replace
 from typing import Any
@@ -13,9 +13,9 @@ from mhla_gen.models import MHLA, MHLADiTTransformer2DModel
 _LEVELS = 8
 """Noise levels of the held-out loss: quantiles of the distribution that training draws from."""
 _ROWS = 256
-"""Queries whose attention is looked at."""
+"""Number of queries whose attention is inspected."""
 _MIDDLE = 0.5
-"""Noise level at which attention is looked at."""
+"""Noise level at which attention is inspected."""
 
 
 def to_samples(images: np.ndarray, device: torch.device) -> Tensor:
@@ -84,7 +84,7 @@ def layer_statistics(
     found: dict[int, list[dict[str, float]]] = {}
 
     def observe(index: int, attention: LayerAttention) -> None:
-        # Small matrices: singular values are found sooner on the CPU.
+        # For small matrices, singular values are faster on the CPU.
         moved: dict[str, Any] = {"query": attention.query.cpu(), "key": attention.key.cpu()}
         if isinstance(attention, MHLAAttention):
             moved["mixing"] = attention.mixing.cpu()
@@ -102,7 +102,7 @@ def layer_statistics(
             "timestep": torch.tensor([1000 * _MIDDLE], device=device),
             "class_labels": torch.tensor([int(label)], device=device),
         }
-        # In the arithmetic of training, which also spares the fused kernels another compilation.
+        # In training's precision, which also avoids another compilation of the fused kernels.
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             watch(MHLADiTTransformer2DModel.family, model, inputs, observe)
     return [
@@ -112,10 +112,10 @@ def layer_statistics(
 
 
 def mixing_statistics(model: torch.nn.Module) -> list[dict[str, float]]:
-    """What became of the mixing matrices, one row a layer; means over heads and query blocks.
+    """Statistics of the learned mixing matrices, one row per layer: means over heads and blocks.
 
-    `own` is the share of the own block in a row, `entropy` the entropy of a row relative to that of
-    all blocks alike, `zeros` the share of entries clipped to 0.
+    `own` is the share of the query's own block in a row, `entropy` the entropy of a row relative to
+    that of uniform weights, `zeros` the share of entries clipped to 0.
     """
     found = []
     for module in model.modules():

@@ -17,20 +17,20 @@ Kind = Literal["new", "converted", "clips"]
 
 @dataclass(frozen=True)
 class Setting:
-    """What runs that are compared with each other share."""
+    """Settings shared by runs that are compared with each other."""
 
     name: str
     tokens: int
     """Of an image or a clip."""
     set: tuple[str, ...] = ()
-    """What it changes in base.yaml."""
+    """Changes to base.yaml."""
     kind: Kind = "new"
     """new: trained from scratch on images; converted: from the weights of another run; clips: from
     scratch on clips."""
     start: str | None = None
-    """converted: the run, by its name, whose weights are converted."""
+    """converted: name of the run whose weights are converted."""
     points: tuple[int, ...] = ()
-    """converted: the steps after which it is measured."""
+    """converted: the numbers of steps after which it is measured."""
     taught: tuple[str, ...] | None = None
     """converted: what a stage that distils layer by layer, before step 0, changes in `set`; None
     for no such stage."""
@@ -45,7 +45,7 @@ class Run:
     setting: Setting
     seed: int
     set: tuple[str, ...]
-    """What the arm changes in the setting."""
+    """Changes of the arm to the setting."""
     samples: bool = True
     """Whether samples are drawn and scored."""
 
@@ -66,15 +66,15 @@ class Run:
 
 
 class Plan:
-    """What a plan's file says.
+    """The contents of a plan's file.
 
     Args:
         path: A file with `settings`, `arms` and `order`. One with `extends` takes what it lacks
             from the plan of that name beside it; its `set` changes all arms.
 
     Raises:
-        ValueError: If a line of `order` names no arm or setting, or comes twice, or a setting
-            starts from a run that is not ordered before.
+        ValueError: If a line of `order` names an unknown arm or setting or occurs twice, or a
+            setting starts from a run that does not come before it.
     """
 
     def __init__(self, path: str | Path = PLAN):
@@ -83,8 +83,8 @@ class Plan:
         self.control: str = self._values["control"]
         """The arm that the others are compared with."""
         self.tables: Literal["mixing", "exact"] = self._values["tables"]
-        """What the report is about: mixing matrices, for which the attention of trained models is
-        looked at, or exact pairs."""
+        """Subject of the report: mixing matrices, for which the attention of trained models is
+        inspected, or exact pairs."""
         self.speed = [self._run(f"{line} 0") for line in self._values.get("speed", ())]
         """What the speed is measured of."""
         self.probe: tuple[str, ...] = tuple(self._values.get("probe", ()))

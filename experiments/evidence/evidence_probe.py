@@ -2,16 +2,15 @@
 
     python experiments/evidence/evidence_probe.py OUT [ARM ...] [--steps 800] [--seeds 0 1]
 
-Cells of a 12 × 12 grid hold pairs of a random key and a value, or a query: a key whose value is to
-be named, or nothing. In the task "anywhere" the pair lies anywhere, in "near" at most two cells
-away in each direction. Keys are new in every sample, so nothing can be learned by heart: the model
-has to match a key among as many as there are pairs. Linear attention keeps one summary of all
-pairs, which is where it is known to fail (Arora et al. 2024, arXiv:2402.18668).
+A cell of a 12 × 12 grid holds a pair of a random key and a value, a query (a key whose value is to
+be predicted), or nothing. In the task "anywhere" the pair can be in any cell, in "near" at most two
+cells away in each direction. Keys are new in every sample, so nothing can be memorised: the model
+has to match the query's key among the keys of all pairs. Linear attention keeps one summary of all
+pairs and is known to fail at this (Arora et al. 2024, arXiv:2402.18668).
 
-A small transformer is trained on samples with 4 to 64 pairs and tested for each number. OUT gets
-one JSON file for each arm, task and seed; those that are there are not run again, and of several
-processes each takes the next one that nobody has. With --seconds none is begun that would not end
-in that time.
+A small transformer is trained on samples with 4 to 64 pairs and tested for each number of pairs.
+OUT gets one JSON file per arm, task and seed; existing results are not run again, and several
+processes share the work. With --seconds, no run is started that would exceed that time.
 """
 
 import argparse
@@ -50,7 +49,7 @@ def arm(title: str, layout: tuple[int, int], additions: bool, **options: object)
 
 
 def tiles(tile: tuple[int, int], top: int) -> dict[str, object]:
-    """Settings of an exact half that reads its own tile and `top` more by content."""
+    """Settings of an exact half that reads its own tile and `top` others chosen by content."""
     return {"exact": 0.125, "exact_tile": tile, "exact_window": (1, 1), "exact_top": top}
 
 
@@ -90,7 +89,7 @@ def make_samples(num_pairs: int, task: str, batch: int, generator: torch.Generat
         num_pairs: Pairs on each grid, at least as many as queries are possible for.
         task: One of `TASKS`.
         batch: Samples.
-        generator: Source of chance, on the CPU.
+        generator: Source of randomness, on the CPU.
     """
     cells, num_queries = SIDE * SIDE, min(_QUERIES, num_pairs)
     chance = torch.rand(batch, cells, generator=generator)
@@ -113,7 +112,7 @@ def make_samples(num_pairs: int, task: str, batch: int, generator: torch.Generat
 
 
 def _near_cells(pairs: Tensor, num_queries: int, generator: torch.Generator) -> Tensor:
-    """For the first pairs of each grid a free cell near it, a different one for each."""
+    """A free cell near each of the first pairs of each grid, a different one for each pair."""
     free = torch.ones(len(pairs), SIDE * SIDE, dtype=torch.bool).scatter_(1, pairs, False)
     rows, columns = torch.arange(SIDE * SIDE) // SIDE, torch.arange(SIDE * SIDE) % SIDE
     chosen = []
@@ -121,7 +120,7 @@ def _near_cells(pairs: Tensor, num_queries: int, generator: torch.Generator) -> 
         distance = torch.maximum(
             (rows - rows[pair][:, None]).abs(), (columns - columns[pair][:, None]).abs()
         )
-        # Where all cells around are taken, the nearest free one is.
+        # If all cells around a pair are taken, the nearest free cell is used.
         score = torch.rand(distance.shape, generator=generator) + (distance - _REACH).clamp_min(0)
         cell = score.where(free, torch.inf).argmin(dim=1)
         free.scatter_(1, cell[:, None], False)
@@ -233,7 +232,7 @@ def _accuracy(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Probe what is missing."""
+    """Run all probes without a result."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("arms", nargs="*", metavar="ARM", help=f"{', '.join(ARMS)}; default: all")

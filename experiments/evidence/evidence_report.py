@@ -2,8 +2,8 @@
 
     python experiments/evidence/evidence_report.py RESULTS [--plan PLAN.yaml] [--page PAGE.md]
 
-RESULTS holds what evidence_run.py, _speed.py and _probe.py wrote; it gets tables.md and the
-pictures. With --page the tables also replace what stands in that page between the lines
+RESULTS holds the results of evidence_run.py, _speed.py and _probe.py; tables.md and the pictures
+are written there. With --page the tables also replace the text of that page between the lines
 `<!-- tables of PLAN -->` and `<!-- end of tables -->`; PLAN is the name of the plan, `arms`.
 """
 
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     folder: Path = options.results
     plan = Plan(options.plan)
-    # The probe needs no arm, so it is drawn before arms are asked for.
+    # The probe needs no arms, so it is drawn before arms are loaded.
     probes = [json.loads(path.read_text()) for path in sorted(folder.glob("probe-*.json"))]
     if probes:
         draw_probe(probes, folder / "probe.png")
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def mixing_tables(plan: Plan, groups: Sequence[Group], folder: Path) -> str:
-    """All tables, and what the numbers are for real images."""
+    """All tables, and the same metrics of real images."""
     real: dict[str, Any] = json.loads((folder / "real.json").read_text())
     parts = []
     for setting in dict.fromkeys(group.setting for group in groups):

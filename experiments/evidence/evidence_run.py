@@ -3,12 +3,12 @@
     python experiments/evidence/evidence_run.py DATA OUT [--plan PLAN.yaml] [key=value ...]
 
 DATA is an npz file with `arr_0` and `labels` (emoji_dataset.py makes one), or a folder with one
-sub-folder of images a class. OUT gets one JSON file and one picture for each run as soon as it is
-done; runs that are there are not run again. Any number of processes may work on one OUT, on one GPU
-or several (CUDA_VISIBLE_DEVICES): each takes the next run that nobody has. On SIGTERM a training
-writes a checkpoint in the folder --work, and the same command resumes from it. evidence_launch.py
-starts several, for a limited time. Speeds are measured apart, by evidence_speed.py. key=value
-changes the training of all runs, see base.yaml.
+sub-folder of images per class. OUT gets one JSON file and one picture for each run as soon as it is
+done; finished runs are not repeated. Any number of processes may share one OUT, on one GPU or
+several (CUDA_VISIBLE_DEVICES): each takes the next free run. On SIGTERM a run writes a checkpoint
+into the folder --work, from which the same command resumes. evidence_launch.py starts several
+processes for a limited time. Speeds are measured separately, by evidence_speed.py. key=value
+changes the training settings of all runs; see base.yaml.
 """
 
 import argparse
@@ -36,7 +36,7 @@ _WAIT_SECONDS = 2.0
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run what is missing of the plan."""
+    """Run everything in the plan that has no result yet."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("data", type=Path)
     parser.add_argument("out", type=Path)
@@ -60,11 +60,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 class Worker:
-    """One process that works on a plan, beside others.
+    """One of several processes that work on a plan.
 
     Args:
-        shop: What all runs share.
-        runs: The plan's, the most informative first.
+        shop: Settings, data and judges that all runs share.
+        runs: The runs of the plan, the most informative first.
     """
 
     def __init__(self, shop: Workshop, runs: Sequence[Run]):
@@ -72,13 +72,13 @@ class Worker:
         self.began = time.time()
 
     def work(self) -> list[str]:
-        """Do what nobody does until nothing is left to do; names of the runs that failed."""
+        """Do free runs until none is left; returns the names of the runs that failed."""
         while (todo := self._todo()) and not self._stopped(todo):
             pass
         return [run.name for run in self.runs if self._failed(run.name)]
 
     def _todo(self) -> list[Run]:
-        """Runs that lack a result and may have one, or whose weights others still need."""
+        """Runs that can be done and lack a result, or whose weights other runs still need."""
         missing = [run for run in self.runs if not self._result(run).is_file()]
         lost = {run.name for run in self.runs if self._failed(run.name)}
         missing = [run for run in missing if not {run.name, run.setting.start} & lost]
@@ -90,7 +90,7 @@ class Worker:
         ]
 
     def _failed(self, name: str) -> bool:
-        """Whether some process failed at a run since this one began."""
+        """Whether any process has failed at a run since this process began."""
         path = self._error(name)
         return path.is_file() and path.stat().st_mtime > self.began
 
@@ -104,7 +104,7 @@ class Worker:
         return self.shop.work / run.name / PIPELINE_NAME
 
     def _stopped(self, todo: Sequence[Run]) -> bool:
-        """Do the first run of these that is free; whether to stop."""
+        """Do the first free run of these; returns whether to stop."""
         names = {run.name for run in todo}
         for run in todo:
             if run.setting.start in names:
@@ -112,7 +112,7 @@ class Worker:
             with claimed(self.shop.work / f"{run.name}.lock") as ours:
                 if ours and run in self._todo():
                     return self._do(run)
-        # Others are at work on all of it; one of them may be stopped, or make a start.
+        # All are taken by other processes, of which one may stop or finish the weights of a start.
         time.sleep(_WAIT_SECONDS)
         return False
 
@@ -124,14 +124,14 @@ class Worker:
             print(f"{run.name}: {stopped}", flush=True)
             return True
         except Exception:
-            # One run that cannot be trained must not cost the others.
+            # One failing run must not stop the others.
             self._error(run.name).write_text(traceback.format_exc())
             traceback.print_exc()
         else:
             print(f"{run.name}: {time.perf_counter() - began:.1f} s", flush=True)
             self._tidy(run)
         finally:
-            # Each run compiles its own code; after a few, torch.compile would give up.
+            # Each run compiles its own code; after a few, torch.compile would stop compiling.
             torch.compiler.reset()
             tidy()
         return False
@@ -152,7 +152,7 @@ class Worker:
         return {**facts, **found, "config": asdict(config), "machine": machine(self.shop.device)}
 
     def _tidy(self, run: Run) -> None:
-        """Remove what is not needed any more: others may start from the run's weights."""
+        """Remove what is no longer needed, but not weights that other runs start from."""
         if all(other.setting.start != run.name for other in self.runs):
             for folder in (run.name, f"{run.name}-layers"):
                 shutil.rmtree(self.shop.work / folder, ignore_errors=True)
@@ -166,7 +166,7 @@ def grid_of(run: Run) -> tuple[int, ...]:
 
 
 def machine(device: torch.device) -> dict[str, str]:
-    """What a result was found on, with what, and when."""
+    """Hardware, software and date of a result."""
     name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor()
     return {
         "device": name or device.type,

@@ -1,4 +1,4 @@
-"""What is measured of the samples of one arm, against all real images."""
+"""Metrics of one arm's samples against all real images."""
 
 from collections.abc import Callable
 from dataclasses import asdict
@@ -35,7 +35,7 @@ class Judge:
     Args:
         real: The real images.
         device: Where features and distances are computed.
-        kept: Where their features are, or are written.
+        kept: File of their features, which is written if missing.
     """
 
     def __init__(self, real: Real, device: torch.device, kept: Path):
@@ -56,7 +56,7 @@ class Judge:
         return torch.cat([self.extractor(batch.to(self.device))["pool"] for batch in batches])
 
     def score(self, images: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-        """All numbers for samples that were asked to show `labels`."""
+        """All metrics of samples that were drawn for `labels`."""
         features = self.extract(images)
         distance, interval = jackknife_interval(
             features.cpu(),
@@ -80,7 +80,7 @@ class Judge:
         }
 
     def score_real(self) -> dict[str, Any]:
-        """What the same numbers are for real images: two halves, and the held-out part."""
+        """The same metrics for real images: between two halves, and of the held-out part."""
         order = np.random.default_rng(0).permutation(len(self.features))
         halves = np.array_split(order, 2)
         first, second = (
@@ -97,12 +97,12 @@ class Judge:
         }
 
     def recognised(self, features: Tensor, labels: np.ndarray) -> float:
-        """Share of images in which the classifier of real images sees the class asked for."""
+        """Share of images that the classifier of real images assigns to their intended class."""
         return float((self.classifier.predict(features.cpu()) == labels).mean())
 
 
 def kept_features(path: Path, compute: Callable[[], Tensor]) -> Tensor:
-    """Features of a file, on the CPU; of several processes the first computes and writes them."""
+    """Features of a file, on the CPU; the first of several processes computes and writes them."""
 
     def make() -> None:
         with written_whole(path) as partial:
@@ -122,15 +122,14 @@ def nearest_distances(points: Tensor, others: Tensor, skip_self: bool = False) -
     Args:
         points: `[count, pixels]`.
         others: `[others, pixels]`.
-        skip_self: `points` are `others`; the nearest other one is meant, and equal images count as
-            one.
+        skip_self: `points` are `others`: ignore each point itself; equal images count as one.
     """
     nearest = []
     for tile in points.split(1024):
         square = tile.square().sum(1, keepdim=True) + others.square().sum(1) - 2 * tile @ others.T
         distance = (square.clamp_min(0) / points.shape[1]).sqrt()
         if skip_self:
-            # Rounding leaves equal images a little apart.
+            # Because of rounding, equal images are not exactly 0 apart.
             distance = distance.where(distance > 1e-3, torch.inf)
         nearest.append(distance.amin(dim=1))
     return torch.cat(nearest)

@@ -2,10 +2,10 @@
 
     PYTHONPATH=benchmarks python experiments/evidence/evidence_speed.py OUT [--plan PLAN.yaml]
 
-OUT gets speed-ARM-SETTING.json for each; those that are there are not measured again. Any number of
-processes may work on one OUT and on one GPU: they compile side by side, and time in turns, while
-the others wait. Training is whole steps of `mhla-gen train` on random data; sampling is whole steps
-of a sampler in bfloat16. Layers are compiled. experiments/evidence.sh runs all of this.
+OUT gets speed-ARM-SETTING.json for each; existing results are not measured again. Any number of
+processes may share one OUT and one GPU: they compile in parallel and take turns timing, while the
+others wait. Training is timed as whole steps of `mhla-gen train` on random data, sampling as whole
+steps of a sampler in bfloat16. Layers are compiled. experiments/evidence.sh runs all of this.
 """
 
 import argparse
@@ -42,7 +42,7 @@ _WARM_UP_STEPS, _STEPS = 4, 20
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure what is missing."""
+    """Measure everything without a result."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="key=value")

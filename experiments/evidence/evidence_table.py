@@ -1,4 +1,4 @@
-"""Results of the comparison as rows: seeds together, each beside the control of the same seed."""
+"""Results as rows: seeds together, each compared with the control of the same seed."""
 
 import json
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ class Group:
     setting: str
     results: list[dict[str, Any]]
     speed: dict[str, Any] | None = None
-    """What experiments/evidence/evidence_speed.py measured."""
+    """Results of experiments/evidence/evidence_speed.py."""
 
     @property
     def tokens(self) -> int:
@@ -83,7 +83,7 @@ class Difference:
 
 
 def difference(group: Group, groups: Sequence[Group], control: str) -> Difference | None:
-    """An arm beside the control, seed by seed, image by image; None where they share no seed."""
+    """An arm against the control, paired by seed and image; None if they share no seed."""
     others = {
         result["seed"]: result["held_out"]
         for other in groups
@@ -95,7 +95,7 @@ def difference(group: Group, groups: Sequence[Group], control: str) -> Differenc
 
 
 def paired_difference(pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> Difference | None:
-    """Losses of an arm beside losses of the control, of one seed each; None without any."""
+    """Losses of an arm against those of the control, paired by seed; None without losses."""
     gaps, means = [], []
     for found in pairs:
         ours, theirs = (np.array(losses["per_image"]) for losses in found)
@@ -117,12 +117,12 @@ SPEED = ("training images/s", "sampling images/s", "training GiB")
 
 
 def quality_table(groups: Sequence[Group], control: str) -> str:
-    """What the samples are worth, as a Markdown table."""
+    """Quality of the samples, as a Markdown table."""
     return markdown(QUALITY, [_quality_row(group, groups, control) for group in groups])
 
 
 def cost_table(groups: Sequence[Group]) -> str:
-    """What the attention is like and what it costs, as a Markdown table; speeds if measured."""
+    """Statistics and cost of the attention, as a Markdown table; speeds if measured."""
     timed = any(group.speed for group in groups)
     rows = [
         [
@@ -149,7 +149,7 @@ def against_control(group: Group, groups: Sequence[Group], control: str) -> str:
 
 
 def frechet(group: Group) -> str:
-    """The distance of every seed that has samples; of a single one, with its interval."""
+    """The distance for every seed with samples; for a single seed, with its interval."""
     scores = [result["scores"] for result in group.results if "scores" in result]
     if not scores:
         return "–"

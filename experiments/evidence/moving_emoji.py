@@ -4,16 +4,16 @@
 
 emoji64.npz is what experiments/evidence/emoji_dataset.py makes. The rule, with a fixed seed:
 
-- The class of a clip is that of its three emoji, which lie on white, the later before the earlier.
-- An emoji starts anywhere, moves at up to 2.5 pixels a frame along each axis, and bounces off the
-  borders; it turns at up to 18 degrees a frame, and its size swings by a quarter around 10 to 18
-  pixels.
-- One emoji in sixteen is seen in held-out clips only, and held-out clips show no other.
+- The class of a clip is that of its three emoji, drawn on white, later ones in front.
+- An emoji starts anywhere, moves by up to 2.5 pixels per frame along each axis, and bounces off the
+  borders; it rotates by up to 18 degrees per frame, and its size varies by a quarter around a mean
+  of 10 to 18 pixels.
+- One emoji in sixteen appears in held-out clips only, and held-out clips show no others.
 
-So what a token shows is found again in other frames at places that only the content tells, and
-what is hidden in one frame is seen in another. A clip is stored as a mosaic of its nine frames, row
-by row: `arr_0` is uint8 `[clips, 96, 96, 3]`, held-out ones last; `num_train` says where these
-begin.
+So the content of a token reappears in other frames, at positions that only the content determines,
+and what is hidden in one frame is visible in another. A clip is stored as a mosaic of its nine
+frames, row by row: `arr_0` is uint8 `[clips, 96, 96, 3]` with held-out clips last, and `num_train`
+is the index of the first of these.
 """
 
 import argparse
@@ -42,7 +42,7 @@ _BATCH = 256
 
 @dataclass(frozen=True)
 class Motion:
-    """Where the emoji of a number of clips are in each frame, `[clips, objects, frames]` each."""
+    """Positions of the emoji in each frame of several clips, `[clips, objects, frames]` each."""
 
     rows: np.ndarray
     """Of the middle, in pixels from the top."""
@@ -73,7 +73,7 @@ def cut_out(images: np.ndarray) -> Tensor:
 
 
 def draw_motion(count: int, random: np.random.Generator) -> Motion:
-    """How the emoji of `count` clips move."""
+    """Draw the motion of the emoji in `count` clips."""
     shape, times = (count, _OBJECTS, 1), np.arange(FRAMES)
     starts = random.uniform(0, SIDE, (2, *shape))
     places = starts + random.uniform(-_SPEED, _SPEED, (2, *shape)) * times
@@ -103,7 +103,7 @@ def render(cutouts: Tensor, motion: Motion) -> np.ndarray:
             torch.from_numpy(x[:, number].reshape(-1)).float()
             for x in (motion.rows, motion.columns, motion.angles, motion.sizes)
         )
-        # From a pixel to the place of the sprite that it shows, both in [-1, 1].
+        # Maps a pixel to the position in the sprite that it shows, both in [-1, 1].
         zoom, cos, sin = SIDE / sizes, angles.cos(), angles.sin()
         x, y = 2 * columns / SIDE - 1, 2 * rows / SIDE - 1
         linear = torch.stack([cos, sin, -sin, cos], dim=-1).unflatten(-1, (2, 2))

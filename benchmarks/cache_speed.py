@@ -1,10 +1,10 @@
-"""How fast `mhla-gen cache` encodes, and how fast training reads what it wrote.
+"""Speed of encoding by `mhla-gen cache`, and of reading the cache in training.
 
     python benchmarks/cache_speed.py OUT.json --images 4000 --size 256 --clips 8 --video CLIP.mp4
 
-Autoencoders of the released sizes with random weights: Stable Diffusion's AutoencoderKL and Wan
-2.1's AutoencoderKLWan. Images are smooth random JPEGs of 384 × 320 pixels; clips are copies of one
-video, 81 frames of 480 × 832. Seconds are those of the whole command, from listing files to the
+The autoencoders have the released sizes and random weights: Stable Diffusion's AutoencoderKL and
+Wan 2.1's AutoencoderKLWan. Images are smooth random JPEGs of 384 × 320 pixels; clips are copies of
+one video, 81 frames of 480 × 832. Times are those of the whole command, from listing files to the
 last digest, and of a second run on the finished cache.
 """
 
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def measure(config: CacheConfig, count: int) -> dict[str, float]:
-    """Build a cache, find it again, and read it for training."""
+    """Build a cache, run the command on it again, and read it for training."""
     seconds = [_seconds(lambda: print(build_cache(config))) for _ in range(2)]
     data = load_data(DataConfig(source="cache", path=config.output_dir))
     size = min(256 if len(data.sample_shapes[0]) == 3 else 1, len(data))

@@ -2,9 +2,9 @@
 
 python benchmarks/causal_speed.py OUT.json        needs CUDA
 
-Medians in milliseconds, forward and forward with backward, bfloat16, blocks of 64 tokens with a
-weight for each of 32 distances, rotary tables as a language model has them. `kernels` are the parts
-of the fused form, by replays of a CUDA graph.
+Medians in milliseconds of forward, and of forward and backward; bfloat16, blocks of 64 tokens, a
+weight for each of 32 distances, rotary tables of a language model. `kernels` are the parts of the
+fused form, timed by replaying a CUDA graph.
 """
 
 import argparse
@@ -32,7 +32,7 @@ BLOCK = 64
 
 
 def arms(tokens: tuple[torch.Tensor, ...], rotary: Any) -> dict[str, Callable[..., torch.Tensor]]:
-    """What is timed, by name, as functions of query, key and value."""
+    """Functions of query, key and value to time, by name."""
     seq_len = tokens[0].shape[1]
     weights = locality_weights(32).cuda()
     mixing = distance_mixing(weights, seq_len // BLOCK)
@@ -79,7 +79,7 @@ def kernels(tokens: tuple[torch.Tensor, ...], rotary: Any) -> dict[str, Callable
 
 
 def median_ms(function: Callable[[], object]) -> float:
-    """Median of a call with its launches."""
+    """Median time of a call, including its launches."""
     median: Any = do_bench(function, warmup=10, rep=60, return_mode="median")
     return round(median, 4)
 
@@ -126,7 +126,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Measure every shape, print the rows and write them as they come."""
+    """Measure every shape; print and write each row when it is done."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     out = parser.parse_args().out

@@ -2,10 +2,10 @@
 
     torchrun --standalone --nproc-per-node=2 benchmarks/context_parallel.py OUT --grids 21x30x52
 
-Wan2.1-1.3B's sizes with random weights in bfloat16, one forward pass (a denoising step without
-guidance) and, for grids in `--train`, one training step with gradient checkpointing. Every process
-first runs the whole sequence alone, then all share it. Bytes are counted at every collective of a
-forward pass: what one process receives if messages travel in a ring.
+The model is Wan2.1-1.3B with random weights in bfloat16. Measured are one forward pass (a denoising
+step without guidance) and, for grids in `--train`, one training step with gradient checkpointing.
+Every process first runs the whole sequence alone, then all share it. Bytes are counted at every
+collective of a forward pass: what one process receives if messages are passed around a ring.
 """
 
 import argparse
@@ -40,14 +40,14 @@ LARGE = {"num_attention_heads": 12, "ffn_dim": 8960}
 
 
 def measure(grid, method, options, device) -> dict:
-    """One method at one size: alone, then shared by all processes."""
+    """Measure one method at one size: alone, then shared by all processes."""
     layers, degree = METHODS[method]
     torch.manual_seed(0)
     sizes = TINY if device.type == "cpu" else LARGE
     with device:
         model = WanTransformer3DModel(**sizes, num_layers=options.layers)
     if layers is not None:
-        # Mixing, convolution and gate off their initial values, as in a trained model.
+        # Mixing, convolution and gate differ from their initial values, as in a trained model.
         mhla_gen.inject(model, MHLAConfig(layers=layers))
         for name, parameter in model.named_parameters():
             if ".mhla." in name:
@@ -104,14 +104,14 @@ def mesh_shape(degree: str) -> tuple[int, int]:
 
 
 def seconds(function, device) -> float:
-    """Median time of a call; all processes call as often: five times, or once if it is long."""
+    """Median time of a call that all processes make equally often: five times, or once if slow."""
     first = torch.tensor(timed(function, device), device=device)
     dist.all_reduce(first, dist.ReduceOp.MAX)
     return statistics.median(timed(function, device) for _ in range(5 if first < 1 else 1))
 
 
 def timed(function, device) -> float:
-    """Seconds of one call that all processes begin together."""
+    """Seconds of one call that all processes start together."""
     dist.barrier()
     synchronize(device)
     start = time.perf_counter()
@@ -121,7 +121,7 @@ def timed(function, device) -> float:
 
 
 def synchronize(device) -> None:
-    """Wait for what is queued on a GPU."""
+    """Wait for all work queued on a GPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -139,7 +139,7 @@ def trained(name: str, model, step, device) -> dict:
 
 
 class Received(TorchDispatchMode):
-    """Counts the bytes that a process receives, by collective, where messages travel in a ring."""
+    """Counts the bytes that a process receives, by collective, if messages go around a ring."""
 
     def __init__(self):
         super().__init__()
@@ -155,7 +155,7 @@ class Received(TorchDispatchMode):
         if name.startswith(("allreduce", "all_reduce")):
             self.bytes["all_reduce"] += 2 * (world - 1) / world * size(args[0])
         elif name in ("alltoall_base", "all_to_all_single"):
-            # Splits say that a halo is sent; without them a process keeps its own part.
+            # Splits indicate that a halo is sent; without them a process keeps its own part.
             splits = args[-2] if name == "alltoall_base" else args[2]
             kept = 1.0 if len(set(splits)) > 1 else (world - 1) / world
             self.bytes["all_to_all"] += kept * size(args[0])
@@ -175,14 +175,14 @@ def size(tensors) -> int:
 
 def received_mib(function) -> dict[str, float]:
     """MiB that this process receives in one call, by collective."""
-    # Compiled code is not looked into.
+    # The mode does not see inside compiled code.
     with torch.compiler.set_stance("force_eager"), Received() as counted:
         function()
     return {name: count / 2**20 for name, count in counted.bytes.items()}
 
 
 def main() -> None:
-    """Measure, print one line a row and write them all."""
+    """Measure, print one line per row, and write all rows."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--grids", nargs="+", default=["21x30x52", "21x45x80"])
@@ -198,7 +198,7 @@ def main() -> None:
         torch.cuda.set_device(device)
     else:
         torch.accelerator.device_count = lambda: 1
-    # What is under way must not queue behind a kernel that fills the GPU.
+    # Messages must not queue behind a kernel that fills the GPU.
     os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")
     dist.init_process_group("cuda:nccl,cpu:gloo" if gpu else "cpu:gloo")
     name = torch.cuda.get_device_name() if gpu else platform.processor()

@@ -2,9 +2,9 @@
 
 python benchmarks/depthwise_speed.py OUT.json [--sweep]        needs CUDA
 
-`gated` is one pass of convolution, sum and gate (`gated_conv`), `apart` the same compiled by torch
-with the convolution alone as a kernel. --sweep times the kernels down the lines with other tiles,
-warps and lines under way, for `_TOKENS`, `_CHANNELS`, `_WARPS` and `_STAGES`.
+`gated` is convolution, sum and gate in one pass (`gated_conv`); `apart` is the same compiled by
+torch, with only the convolution as our kernel. --sweep times the line kernels with other tiles,
+numbers of warps and lines in flight, to choose `_TOKENS`, `_CHANNELS`, `_WARPS` and `_STAGES`.
 """
 
 import argparse
@@ -53,14 +53,14 @@ def measure(batch, grid, channels, implementation) -> dict:
     def forward():
         return depthwise_conv(tokens, weight, bias, grid=grid, implementation=implementation)
 
-    # The floor: every token read and written once.
+    # Lower bound: every token is read and written once.
     floor_ms = 2 * tokens.numel() * tokens.element_size() / 3.0e12 * 1e3
     times = times_of(forward, (tokens, weight, bias), grad)
     return {"implementation": implementation, **times, "floor_forward_ms": round(floor_ms, 4)}
 
 
 def measure_gated(batch, grid, channels, gate, way) -> dict:
-    """The pass that ends a layer with a gate of every channel or head, or without one."""
+    """The pass that ends a layer, with a gate per channel, a gate per head, or none."""
     tokens, weight, bias, grad = inputs(batch, grid, channels)
     heads = channels // (72 if channels % 72 == 0 else 128)
     size = {"none": 0, "channel": channels, "head": heads}[gate]
@@ -96,7 +96,7 @@ def times_of(forward, trained, grad) -> dict:
 
 
 def sweep(batch, grid, channels) -> list[dict]:
-    """Both kernels down the lines with other constants: forward alone, backward alone."""
+    """Both line kernels with other constants: forward only, and backward only."""
     tokens, weight, bias, grad = inputs(batch, grid, channels)
     rows = []
     kept = kernels._TOKENS, kernels._CHANNELS, kernels._WARPS, kernels._STAGES
@@ -114,7 +114,7 @@ def sweep(batch, grid, channels) -> list[dict]:
                     brief=True,
                 )
         except Exception as error:
-            # Constants that do not fit the registers or the shared memory.
+            # These constants need too many registers or too much shared memory.
             row["error"] = str(error).splitlines()[0][:100]
         rows.append(row)
     kernels._TOKENS, kernels._CHANNELS, kernels._WARPS, kernels._STAGES = kept
@@ -126,7 +126,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--sweep", action="store_true")
-    parser.add_argument("--seconds", type=float, default=100, help="no new row begins after these")
+    parser.add_argument("--seconds", type=float, default=100, help="no row is started after these")
     options = parser.parse_args()
     report = {
         "command": " ".join(["python", *sys.argv]),

@@ -1,10 +1,10 @@
-"""Speed of extraction and of the distance, beside torch-fidelity's in the same run.
+"""Speed of feature extraction and of the distance, with torch-fidelity's in the same run.
 
     python benchmarks/evaluation_speed.py docs/results/evaluation-speed-cpu.json --images 256
 
-Random weights and random images: neither changes the time. Images of 256 × 256 come from one npz
-file; `extraction` includes reading, hashing and writing features, `network` only the network, as it
-is and in ways that it might be; `layers` times its convolutions one by one.
+Weights and images are random, which does not change the time. Images of 256 × 256 are in one npz
+file. `extraction` includes reading, hashing and writing features; `network` is the network alone,
+as it is and in several variants; `layers` times its convolutions one by one.
 """
 
 import argparse
@@ -35,7 +35,7 @@ PARTS = ("network", "layers", "extraction", "distance")
 
 
 def seconds(run: Callable[[], object], repeats: int, warm_up: int = 1) -> float:
-    """Median wall time of one run, after some that do not count."""
+    """Median wall time of one run, after some warm-up runs."""
     times = []
     for _ in range(repeats + warm_up):
         start = time.perf_counter()
@@ -46,44 +46,44 @@ def seconds(run: Callable[[], object], repeats: int, warm_up: int = 1) -> float:
     return float(np.median(times[warm_up:]))
 
 
-# Ways to run the network.
+# Variants of running the network.
 
 
 def launched(extractor: InceptionExtractor) -> None:
-    """As it is."""
+    """The network unchanged."""
 
 
 def unfused(extractor: InceptionExtractor) -> None:
-    """Convolution and ReLU apart, the norm folded in: cuDNN has more algorithms for it."""
+    """Separate convolution and ReLU, with the norm folded in; cuDNN has more algorithms for it."""
     for block in convolutions(extractor):
         block.forward = lambda x, block=block: functional.relu_(plain_convolution(block, x))
 
 
 def fastest(extractor: InceptionExtractor) -> None:
-    """For each convolution the faster of the two, as timed at its first call."""
+    """For each convolution the faster of the two above, as timed at its first call."""
     for block in convolutions(extractor):
         block.forward = Fastest(block)
 
 
 def channels_last(extractor: InceptionExtractor) -> None:
-    """Weights with the channels last; activations follow them."""
+    """Channels-last weights, which make activations channels-last, too."""
     for block in convolutions(extractor):
         block.weight = block.weight.contiguous(memory_format=torch.channels_last)
 
 
 def recorded(extractor: InceptionExtractor) -> None:
-    """As a CUDA graph."""
+    """The network as a CUDA graph."""
     extractor.extract = RecordedForward(extractor.extract)
 
 
 def fastest_recorded(extractor: InceptionExtractor) -> None:
-    """Both."""
+    """`fastest` as a CUDA graph."""
     fastest(extractor)
     recorded(extractor)
 
 
 def compiled(extractor: InceptionExtractor) -> None:
-    """By inductor, with the norm folded in."""
+    """Compiled by inductor, with the norm folded in."""
     unfused(extractor)
     extractor.network = torch.compile(extractor.network)
 
@@ -92,7 +92,7 @@ WAYS = (launched, unfused, fastest, channels_last, recorded, fastest_recorded, c
 
 
 class Fastest:
-    """A fused convolution, or one that is not, whichever was faster at the first call."""
+    """A fused or an unfused convolution, whichever was faster at the first call."""
 
     def __init__(self, block: FusedConvolution):
         fused = block.forward
@@ -121,9 +121,9 @@ def convolutions(extractor: InceptionExtractor) -> list[Any]:
 def network_speed(
     weights: Path, images: Tensor, ways: Sequence[Callable[[InceptionExtractor], None]]
 ) -> dict[str, Any]:
-    """Images per second of the network alone, on batches that are on the device.
+    """Images per second of the network alone, on batches that are already on the device.
 
-    torch-fidelity's is taken twice on a GPU: as it comes, with TF32 convolutions, and in float32.
+    On a GPU, torch-fidelity's is timed twice: by default, with TF32 convolutions, and in float32.
     """
     theirs = FeatureExtractorInceptionV3(
         "inception-v3-compat", ["2048", "logits_unbiased"], str(weights)
@@ -162,7 +162,7 @@ def network_speed(
 
 
 def layer_speed(weights: Path, images: Tensor) -> list[dict[str, Any]]:
-    """Milliseconds of each kind of convolution, fused and not, and what it computes a second."""
+    """Milliseconds and operations per second of each kind of convolution, fused and unfused."""
     extractor = InceptionExtractor(weights).to(images.device)
     inputs: list[tuple[FusedConvolution, torch.Size]] = []
     hooks = [
@@ -199,10 +199,10 @@ def layer_speed(weights: Path, images: Tensor) -> list[dict[str, Any]]:
 def extraction_speed(
     weights: Path, folder: Path, images: int, batch_size: int
 ) -> dict[str, dict[str, float]]:
-    """Images per second from an npz file to features on disk, and of its parts alone.
+    """Images per second from an npz file to features on disk, and of the parts of this alone.
 
-    Once as a command does, with algorithms still to be tried, and once when that is done; with and
-    without processes that read; a whole number of batches, and one image more.
+    Once as in a command, including the search for the fastest algorithms, and once after it; with
+    and without reader processes; for a whole number of batches, and for one image more.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     source = load_images(folder / "images.npz")
@@ -231,7 +231,7 @@ def extraction_speed(
 def parts_of(
     source: ImageSource, images: int, batch_size: int, device: torch.device
 ) -> dict[str, float]:
-    """Images per second of hashing, and of reading and copying to the device, each by itself."""
+    """Images per second of hashing alone, and of reading and copying to the device alone."""
     started = time.perf_counter()
     source.digest()
     hashed = time.perf_counter() - started

@@ -1,9 +1,9 @@
-"""What it costs a checkpoint of 3 GB to be on the disk before it has its name.
+"""Cost of flushing a checkpoint of 3 GB to the disk before it is renamed.
 
     python benchmarks/flush_speed.py FOLDER
 
-Three times: seconds to write three safetensors files of 1 GiB, to flush them, and for the SHA-256
-of all three. FOLDER must not exist, and decides the disk.
+Measured three times: seconds to write three safetensors files of 1 GiB, to flush them, and to
+compute the SHA-256 of all three. FOLDER must not exist; it must be on the disk to be measured.
 """
 
 import itertools
@@ -23,7 +23,7 @@ NAMES = ("model", "average", "optimizer")
 
 
 def main(folder: Path) -> None:
-    """Measure in a folder, and remove it."""
+    """Measure in a new folder and remove it."""
     folder.mkdir(parents=True)
     tensors = {str(number): torch.randn(16, 2**20) for number in range(16)}
     files = [folder / f"{name}.safetensors" for name in NAMES]

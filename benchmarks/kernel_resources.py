@@ -2,12 +2,12 @@
 
     python benchmarks/kernel_resources.py [--capability 90] [--only WORD]
 
-Compiles every kernel that a pass forward and backward launches, at shapes of image and video
-models, for a card that need not be there, and reads the machine code (bfloat16). `programs` is how
-many fit on a multiprocessor of a Hopper card. `waits` counts where a program waits for its matrix
-products (wgmma), `in line` how many of these come between two products: a loop that has many of
-them computes one product after the other, most often because an operand comes from registers.
-Spilled registers cost where a loop has them, which `spills` does not tell. Times come from
+Compiles every kernel launched by a forward and backward pass, at shapes of image and video models,
+for a GPU that need not be present, and reads the machine code (bfloat16). `programs` is the number
+of programs that fit on a Hopper multiprocessor. `waits` counts the places where a program waits for
+its matrix products (wgmma), and `in line` those between two products: a loop with many of them
+computes one product after the other, usually because an operand is in registers. Spilled registers
+are costly inside loops; `spills` does not tell where they are. For times, see
 benchmarks/kernel_speed.py and tile_kernels.py.
 """
 
@@ -41,35 +41,35 @@ CASES = (
 )
 SHARES = (0.05, 0.125)
 _TOOLS = Path(nvidia.__file__).parent / "bin"
-# Of a Hopper multiprocessor: registers, bytes of shared memory, programs, warps.
+# Limits of a Hopper multiprocessor: registers, bytes of shared memory, programs, warps.
 _REGISTERS, _SHARED, _PROGRAMS, _WARPS = 65536, 227 * 1024, 32, 64
 
 
 class AbsentCard:
-    """What Triton asks a driver for when it compiles."""
+    """The parts of a Triton driver that compilation needs."""
 
     def __init__(self, capability: int):
         self.target = GPUTarget("cuda", capability, 32)
 
     def get_current_target(self) -> GPUTarget:
-        """The card that code is for."""
+        """The GPU to compile for."""
         return self.target
 
     def get_current_device(self) -> int:
-        """Its number."""
+        """Index of the device."""
         return 0
 
     def get_current_stream(self, _device: int = 0) -> int:
-        """None is used."""
+        """The stream, which is not used."""
         return 0
 
     def get_active_torch_device(self) -> torch.device:
-        """Where tensors are."""
+        """Device of the tensors."""
         return torch.device("cpu")
 
 
 def examine(compiled: Any, num_warps: int) -> dict[str, Any]:
-    """What the machine code of a kernel says."""
+    """Figures from a kernel's machine code."""
     with tempfile.TemporaryDirectory() as folder:
         binary = Path(folder) / "kernel.cubin"
         binary.write_bytes(compiled.asm["cubin"])
@@ -104,7 +104,7 @@ def _run(tool: str, *arguments: Any) -> str:
 
 
 def watch(report: Callable[[str, dict[str, Any]], None], only: str) -> None:
-    """Compile in place of every launch, and report each kernel once."""
+    """Compile instead of launching, and report each kernel once."""
     from mhla_gen.ops.kernels import compiled
 
     seen: set[str] = set()
@@ -126,12 +126,12 @@ def watch(report: Callable[[str, dict[str, Any]], None], only: str) -> None:
             if getattr(module, "launch", None) is ordinary:
                 module.launch = launch  # pyright: ignore[reportAttributeAccessIssue]
             if hasattr(module, "INTERPRETED"):
-                # Tensors of the CPU pass, as where kernels are interpreted.
+                # Tensors on the CPU pass the checks, as with interpreted kernels.
                 module.INTERPRETED = True  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def passes(case: Case) -> None:
-    """Everything that is launched at one shape."""
+    """Run everything that launches kernels at one shape."""
     tokens, dim = math.prod(case.grid), case.head_dim
     inputs = [
         torch.randn(case.batch, tokens, case.heads, dim, dtype=torch.bfloat16, requires_grad=True)
@@ -154,7 +154,7 @@ def passes(case: Case) -> None:
 
 
 def main() -> None:
-    """Print one line a kernel and shape."""
+    """Print one line per kernel and shape."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--capability", type=int, default=90)
     parser.add_argument("--only", default="", metavar="WORD", help="kernels with it in their name")

@@ -2,7 +2,7 @@
 
 python benchmarks/kernel_speed.py OUT.json        needs CUDA
 
-Medians over replays of a CUDA graph, after the cache was flushed; bfloat16.
+Medians over replays of a CUDA graph with a flushed cache; bfloat16.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from mhla_gen.ops.kernels.launch import Call, merge_axes, stored_dtype
 
 
 def time_ms(function: Callable[[], object]) -> float:
-    """Median milliseconds of a call without the time that Python takes to launch it."""
+    """Median milliseconds of a call, without Python's launch time."""
     for _ in range(3):
         function()
     torch.cuda.synchronize()
@@ -38,7 +38,7 @@ def time_ms(function: Callable[[], object]) -> float:
 
 
 def kernels(case: Case) -> tuple[str, dict[str, Callable[[], object]]]:
-    """The form that runs at this shape, and its kernels and passes by name."""
+    """The form used at this shape, and its kernels and passes by name."""
     tokens = math.prod(case.grid)
     query, key, value, grad = torch.randn(
         4, case.batch, tokens, case.heads, case.head_dim, dtype=torch.bfloat16, device="cuda"
@@ -93,7 +93,7 @@ def _linear(
 def _in_one_launch(
     query: Tensor, key: Tensor, value: Tensor, mixing: Tensor, call: Call
 ) -> dict[str, Callable[[], object]]:
-    """The forward pass in one launch, where it may be, by warps, stages and registers."""
+    """The forward pass in one launch, where possible, by warps, stages and registers."""
     form = one_launch_form
     found: dict[str, Callable[[], object]] = {}
     for ways in ((4, 1, None), (4, 2, None), (4, 3, None), (8, 1, 128), (8, 2, 128), (8, 2, None)):
@@ -110,7 +110,7 @@ def _in_one_launch(
 
 
 def main() -> None:
-    """Measure every shape, print the rows and write them as they come."""
+    """Measure every shape; print and write each row when it is done."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     out = parser.parse_args().out

@@ -1,12 +1,12 @@
-"""Tokens a second of language models, reading a prompt and generating: MHLA beside softmax.
+"""Tokens per second of language models in prefill and generation: MHLA beside softmax.
 
     python benchmarks/language_speed.py OUT.json
 
-A Llama of 1.2 B parameters (16 layers, 32 heads of 64, 8 of keys) with random weights in bfloat16,
-called as `generate` does: one call for the prompt, one for each token. Softmax keeps its keys and
-values in transformers' DynamicCache and attends by `scaled_dot_product_attention`. Sequences of a
-larger batch are copies of one prompt's cache. `gpu_ms` is the time that kernels ran for one token,
-by the profiler: what is left of a step where a program, not this script, launches them.
+A Llama of 1.2 B parameters (16 layers, 32 heads of 64, 8 key heads) with random weights in
+bfloat16, called as `generate` does: one call for the prompt, one for each token. Softmax keeps keys
+and values in transformers' DynamicCache and uses `scaled_dot_product_attention`. Sequences of a
+larger batch are copies of one prompt's cache. `gpu_ms` is the kernel time of one token from the
+profiler: the time of a step without the launch overhead of Python.
 """
 
 import argparse
@@ -34,7 +34,7 @@ TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vo
 
 
 def build(config: CausalMHLAConfig | None, device: str, longest: int, tiny: bool) -> Any:
-    """Random weights."""
+    """The model with random weights."""
     sizes: dict[str, Any] = {
         "hidden_size": 2048,
         "intermediate_size": 8192,
@@ -52,19 +52,19 @@ def build(config: CausalMHLAConfig | None, device: str, longest: int, tiny: bool
 
 
 class Meter:
-    """Seconds of what runs on a device."""
+    """Time and peak memory of work on a device."""
 
     def __init__(self, device: str):
         self.device = device
 
     def now(self) -> float:
-        """Seconds, once all that was started is done."""
+        """Current time in seconds, after all started work is done."""
         if self.device == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
 
     def peak_gib(self) -> float:
-        """Most memory since the last time."""
+        """Peak memory since the last call."""
         if self.device != "cuda":
             return 0.0
         peak = torch.cuda.max_memory_allocated() / 2**30
@@ -80,7 +80,7 @@ def read_prompt(model: Any, ids: torch.Tensor) -> Any:
 
 
 def cache_bytes(cache: Any) -> int:
-    """Of all tensors that layers keep."""
+    """Bytes of all tensors that the layers keep."""
     total = 0
     for layer in cache.layers:
         state = getattr(layer, "state", None)
@@ -160,7 +160,7 @@ def table(report: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Measure all arms at all lengths; write after each, and leave out what the time forbids."""
+    """Measure all arms at all lengths; write after each, and skip what exceeds the time limit."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 16384, 131072])

@@ -2,11 +2,11 @@
 
 python benchmarks/linformer_table.py OUT.json [--tokens 512 1024 …]        needs CUDA
 
-Attention of RoBERTa-base's size (12 heads of 64 channels, bfloat16), one sequence, one layer's
-operator: the paper times whole models with shared projections on a V100. Softmax is cuDNN's, and
-the plain product of three matrices that the paper compares with, while it fits. Medians over
-replays of a CUDA graph; memory is the peak beyond what was there before the call. OUT.md is the
-table. Without CUDA the softmax of torch stands in for cuDNN's, for trying out.
+Attention of RoBERTa-base's size (12 heads of 64 channels, bfloat16), for one sequence and one
+layer's operator; the paper times whole models with shared projections on a V100. Softmax is cuDNN's
+and, as far as it fits into memory, the plain matrix products that the paper compares with. Times
+are medians over replays of a CUDA graph; memory is the peak above that before the call. OUT.md is
+the table. Without CUDA, torch's softmax replaces cuDNN's, to try the script.
 """
 
 import argparse
@@ -70,7 +70,7 @@ def measured(attend: Callable[[], Tensor], device: torch.device) -> dict[str, An
 
 
 def rows(tokens: int, device: torch.device) -> list[dict[str, Any]]:
-    """Every k that is smaller than a number of tokens, beside what the paper prints."""
+    """Every k smaller than the number of tokens, with the paper's figures."""
     shape = (3, 1, tokens, HEADS, HEAD_DIM)
     inputs = torch.randn(shape, dtype=torch.bfloat16, device=device)
     softmax = {
@@ -96,7 +96,7 @@ def rows(tokens: int, device: torch.device) -> list[dict[str, Any]]:
 
 
 def table(found: list[dict[str, Any]]) -> str:
-    """Markdown: for every k times against cuDNN's softmax, the plain one, and in the paper."""
+    """Markdown: for every k, times against cuDNN's and plain softmax, and those of the paper."""
     lines = []
     for ratio, title in (("faster", "times faster"), ("less_memory", "times less memory")):
         lines += [f"| {title}, n | {' | '.join(f'k = {k}' for k in PROJECTED)} |"]
@@ -120,7 +120,7 @@ def _number(value: float | None) -> str:
 
 
 def main() -> None:
-    """Measure every size and write the rows as they come."""
+    """Measure every size and write each row when it is done."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--tokens", type=int, nargs="+", choices=PRINTED, default=list(PRINTED))

@@ -3,10 +3,10 @@
     python benchmarks/longest_clip.py OUT.json --verify        needs CUDA
 
 Peak memory is linear in the number of layers L and of tokens N: (a + b L) + (c + d L) N. Four runs
-with few layers and two lengths give the four numbers for one denoising step in bfloat16, and for
-one training step as `mhla-gen train` does it: float32 weights, bfloat16 arithmetic, gradient
-checkpointing; AdamW and the average of the weights add 12 bytes a parameter. `--verify` runs a
-denoising step of the whole model at the predicted length, where that takes seconds.
+with few layers and two lengths determine the four coefficients for one denoising step in bfloat16,
+and for one training step as in `mhla-gen train`: float32 weights, bfloat16 arithmetic, gradient
+checkpointing; AdamW and the average of the weights add 12 bytes per parameter. `--verify` runs a
+denoising step of the whole model at the predicted length, if that takes only seconds.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def build(method: str, layers: int, dtype: torch.dtype):
 
 
 def peak_bytes(method: str, layers: int, frames: int, plane: tuple[int, int], train: bool) -> int:
-    """Most memory allocated during one step, weights and their gradients included."""
+    """Peak memory during one step, including weights and their gradients."""
     model = build(method, layers, torch.float32 if train else torch.bfloat16)
     dtype = torch.float32 if train else torch.bfloat16
     inputs = (
@@ -68,10 +68,10 @@ def peak_bytes(method: str, layers: int, frames: int, plane: tuple[int, int], tr
 
 
 def longest(method: str, plane: tuple[int, int], train: bool, budget: float) -> dict:
-    """Frames that fit, and what the prediction rests on."""
+    """Number of frames that fit, and the coefficients of the prediction."""
     tokens = plane[0] * plane[1] // 4
     lengths = (9, 21)
-    # A hybrid has a softmax layer among every three.
+    # In a hybrid, one of every three layers is softmax.
     counts = (3, 6)
     rows, peaks = [], []
     for layers, frames in itertools.product(counts, lengths):
@@ -112,7 +112,7 @@ def main() -> None:
     parser.add_argument("--verify", action="store_true")
     options = parser.parse_args()
     total = torch.cuda.get_device_properties(DEVICE).total_memory
-    # The allocator, cuDNN and the context need some of it.
+    # The allocator, cuDNN and the CUDA context need part of the memory.
     budget = total - 2 * 2**30
     facts = {"device": torch.cuda.get_device_name(), "budget_gib": budget / 2**30}
     facts |= {"torch": torch.__version__, "date": str(date.today())}
@@ -120,7 +120,7 @@ def main() -> None:
     for plane, method, step in itertools.product(options.planes, options.methods, options.steps):
         row = longest(method, PLANES[plane], step == "training", budget) | {"size": plane}
         if options.verify and method == "mhla" and step == "denoising":
-            # The prediction's last per cent is fragmentation.
+            # The last per cent is lost to fragmentation.
             frames = int(0.97 * row["latent_frames"])
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()

@@ -1,10 +1,10 @@
-"""Time sampling at scale: many small images by the command, and DiT-XL/2 by two samplers.
+"""Time sampling at scale: many small images with the command, and DiT-XL/2 with two samplers.
 
 python benchmarks/sample_speed.py OUT.json [--count 50000] [--limit 60] [--parts small,xl]
 
-Weights are random: speed does not depend on them. `small` runs `mhla-gen sample` as it is, on a
-DiT-S of 32 × 32 pixels in patches of 4. `xl` draws one batch of 256 px images whole, decoded by an
-AutoencoderKL of Stable Diffusion's size, with softmax (cuDNN) and with MHLA, compiled as by
+Weights are random, since speed does not depend on them. `small` runs `mhla-gen sample` itself, on a
+DiT-S of 32 × 32 pixels in patches of 4. `xl` samples one batch of 256 px images, including decoding
+by an AutoencoderKL of Stable Diffusion's size, with softmax (cuDNN) and with MHLA, compiled as in
 `mhla-gen sample compile=true`.
 """
 
@@ -49,7 +49,7 @@ TINY = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1}
 
 
 class ModelTime:
-    """Seconds that the device spends in a model; the rest of the wall is outside of it."""
+    """Seconds that the device spends in a model; the rest of the wall time is outside of it."""
 
     def __init__(self, model: Any):
         self._marks: list[Any] = []
@@ -73,7 +73,7 @@ class ModelTime:
 
 
 def busy_share(draw: Any) -> float | None:
-    """Share of a draw's wall time in which some kernel or copy ran, from torch.profiler."""
+    """Share of sampling's wall time in which a kernel or copy was running, from torch.profiler."""
     if not ON_GPU:
         return None
     activities = [torch.profiler.ProfilerActivity.CUDA]
@@ -96,7 +96,7 @@ def busy_share(draw: Any) -> float | None:
 
 
 def measure_small(count: int, limit: float, attention: str, tiny: bool) -> dict[str, Any]:
-    """`mhla-gen sample` of `count` images, fewer where they would take longer than `limit`."""
+    """`mhla-gen sample` of `count` images, or of fewer if they would take longer than `limit`."""
     torch.manual_seed(0)
     model = DiTTransformer2DModel(**(SMALL | TINY if tiny else SMALL)).eval()
     if attention == "mhla":
@@ -122,7 +122,7 @@ def measure_small(count: int, limit: float, attention: str, tiny: bool) -> dict[
         began = time.perf_counter()
         job.run()
         wall, inside = time.perf_counter() - began, model_time.seconds()
-        # After the set: the model is on its device and compiled, and files are written no more.
+        # After the set: the model is on its device and compiled, and no more files are written.
         units = Units.split(2 * batch, batch)
         with BatchedSampler(sampler, units, 25, batch, config.reproducible) as batched:
             busy = busy_share(lambda: [unit for unit, _ in batched.draw([0, 1])])
@@ -143,7 +143,7 @@ def measure_small(count: int, limit: float, attention: str, tiny: bool) -> dict[
 
 
 def _rate(config: SampleConfig, folder: Path) -> float:
-    """Images a second of the second of two units: the first one compiles."""
+    """Images per second of the second of two units; the first one compiles."""
     config, sampler = build_sampler(config)
     place(config, sampler.pipeline, DEVICE)
     units = Units.split(len(sampler), config.model_batch_size or 1)
@@ -157,7 +157,7 @@ def _rate(config: SampleConfig, folder: Path) -> float:
 
 
 def measure_xl(attention: str, batch: int, tiny: bool) -> list[dict[str, Any]]:
-    """One batch of DiT-XL/2, whole, by 250 DDPM steps and by 50 of DPM-Solver++."""
+    """One whole batch of DiT-XL/2, by 250 DDPM steps and by 50 steps of DPM-Solver++."""
     torch.manual_seed(0)
     dtype = torch.bfloat16 if ON_GPU else torch.float32
     with DEVICE:
@@ -175,7 +175,7 @@ def measure_xl(attention: str, batch: int, tiny: bool) -> list[dict[str, Any]]:
     pipe = ClassConditionalPipeline(model, ddpm, vae=vae, prediction_type="epsilon")
     pipe.set_progress_bar_config(disable=True)
     pipe.to(DEVICE, dtype)
-    # As from_pretrained leaves them.
+    # The state in which from_pretrained leaves models.
     for name, parameter in model.named_parameters():
         if name.endswith("mixing"):
             parameter.data = parameter.data.float()
@@ -197,7 +197,7 @@ def _timed(sampler: ClassSampler, steps: int) -> dict[str, Any]:
     units = Units(batch, batch)
     if ON_GPU:
         torch.cuda.reset_peak_memory_stats()
-    # Enough steps for one to be recorded, which is when its memory is allocated.
+    # Enough steps to record one as a CUDA graph, which allocates its memory.
     with BatchedSampler(sampler, units, 4, batch, True) as batched:
         list(batched.draw([0]))
     model_time = ModelTime(sampler.pipeline.transformer)
@@ -220,7 +220,7 @@ def _timed(sampler: ClassSampler, steps: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure, print and write what is asked for, a part at a time."""
+    """Measure, print and write the requested parts, one at a time."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--count", type=int, default=50_000)
@@ -239,7 +239,7 @@ def main() -> None:
     def keep(part: str, row: dict[str, Any]) -> None:
         print(part, json.dumps(row), flush=True)
         report.setdefault(part, []).append(row)
-        # Written after every row: a time limit keeps what is measured.
+        # Written after every row, so that a time limit loses no results.
         args.out.write_text(json.dumps(report, indent=2) + "\n")
 
     if "small" in args.parts.split(","):

@@ -1,12 +1,12 @@
-"""Does it scale? Training, one shared sequence, samples and features on 1, 2, 4, 8 GPUs of a host.
+"""Scaling of training, one shared sequence, samples and features to 1, 2, 4, 8 GPUs of a host.
 
     python benchmarks/scaling.py scaling.json
     python benchmarks/scaling.py dit.json --parts dit-ddp dit-fsdp --gpus 1 8
 
-Runs the other benchmarks with as many processes as there are GPUs, softmax beside MHLA beside 5 %
-exact, and writes all rows into one JSON after each run: `times` is the speed beside that of one GPU
-in the same JSON (of DDP, for FSDP2, which needs two), `share` that of linear scaling. Prints the
-table in Markdown. With --profile every row of training also has its longest kernels.
+Runs the other benchmarks with one process per GPU, for softmax, MHLA and 5 % exact, and writes all
+rows into one JSON after each run. `times` is the speed relative to one GPU in the same JSON (for
+FSDP2, which needs two GPUs, relative to DDP on one), `share` the share of linear scaling. Prints
+the table in Markdown. With --profile, rows of training also list their longest kernels.
 """
 
 import argparse
@@ -56,9 +56,9 @@ def wan(options: argparse.Namespace, gpus: int, out: Path) -> list[str]:
 
 
 def sequence(options: argparse.Namespace, gpus: int, out: Path) -> list[str]:
-    """One 720p sequence of Wan2.1-1.3B, shared: a denoising step and a training step.
+    """A denoising step and a training step of Wan2.1-1.3B with one shared 720p sequence.
 
-    Not with an exact half, which processes cannot share.
+    Without an exact half, which does not support shared sequences.
     """
     grid = "3x8x10" if options.tiny else "21x45x80"
     arguments = ["context_parallel.py", str(out), "--grids", grid, "--train", grid]
@@ -70,7 +70,7 @@ def sequence(options: argparse.Namespace, gpus: int, out: Path) -> list[str]:
 def work(
     name: str, count: int, *given: str
 ) -> Callable[[argparse.Namespace, int, Path], list[str]]:
-    """Samples, or features, by all GPUs."""
+    """Samples or features computed by all GPUs."""
 
     def command(options: argparse.Namespace, gpus: int, out: Path) -> list[str]:
         arguments = ["scaling_work.py", name, str(out), "--folder", str(options.folder), *given]
@@ -94,7 +94,7 @@ PARTS = {
 
 
 def run(part: str, gpus: int, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rows of one part on so many GPUs, or one that says what failed."""
+    """Rows of one part on this many GPUs, or one row with the error."""
     with tempfile.TemporaryDirectory() as temporary:
         out = Path(temporary, "rows.json")
         script, *arguments = PARTS[part](options, gpus, out)
@@ -121,12 +121,12 @@ def run(part: str, gpus: int, options: argparse.Namespace) -> list[dict[str, Any
 
 
 def speed(row: dict[str, Any]) -> float | None:
-    """Images or clips a second; None for other rows."""
+    """Images or clips per second; None for other rows."""
     return row.get("images_per_second")
 
 
 def compared(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows with `times` and `share`, where one GPU has been measured."""
+    """The rows with `times` and `share`, if one GPU has been measured."""
 
     def kind(row: dict[str, Any]) -> tuple[Any, ...]:
         part = row["part"].replace("dit-fsdp", "dit-ddp")
@@ -171,7 +171,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure part after part, each with every number of GPUs."""
+    """Measure each part with every number of GPUs."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
@@ -193,7 +193,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         }
         rows: list[dict[str, Any]] = []
         for part in options.parts:
-            # What is shared is also measured by one process alone, in the same run.
+            # The shared sequence is also measured with one process alone, in the same run.
             covered = part == "dit-fsdp" and "dit-ddp" in options.parts
             least = 2 if part == "sequence" or covered else 1
             for gpus in counts:

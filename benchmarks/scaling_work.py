@@ -1,4 +1,4 @@
-"""What each process of scaling.py does for samples and for features; torchrun starts it.
+"""The work of each process of scaling.py for samples and for features, started by torchrun.
 
 torchrun --nproc-per-node 8 benchmarks/scaling_work.py samples OUT.json --folder SHARED
 """
@@ -35,7 +35,7 @@ _SIDE = 64
 
 
 def main() -> None:
-    """Do one of the two, and write what the main process found."""
+    """Do one of the two, and write the results of the main process."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("work", choices=WORK)
     parser.add_argument("out", type=Path)
@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def timed(state: PartialState, run: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds of what all processes do together, and this one's result."""
+    """Seconds of work that all processes do together, and this process's result."""
     state.wait_for_everyone()
     began = time.perf_counter()
     result = run()
@@ -67,7 +67,7 @@ def timed(state: PartialState, run: Callable[[], Any]) -> tuple[float, Any]:
 def samples(options: argparse.Namespace, state: PartialState) -> dict[str, Any]:
     """Class-conditional samples of 32 × 32 pixels in 25 steps, as `mhla-gen sample` draws them.
 
-    Without the files: every process keeps the digests of its units.
+    No files are written: every process keeps the digests of its units.
     """
     on_gpu = state.device.type == "cuda"
     torch.manual_seed(0)
@@ -82,7 +82,7 @@ def samples(options: argparse.Namespace, state: PartialState) -> dict[str, Any]:
     place(SampleConfig(pipeline="", output_dir="", compile=on_gpu), pipeline, state.device)
     labels = np.arange(options.count) % 1000
     sampler = ClassSampler(pipeline, labels, seed=0, guidance_scale=1.5)
-    # As many units for each of eight GPUs.
+    # The same number of units for each of eight GPUs.
     units = Units.split(options.count, options.batch_size or 625)
     mine = range(len(units))[state.process_index :: state.num_processes]
     steps = 2 if options.tiny else 25
@@ -108,7 +108,7 @@ def features(options: argparse.Namespace, state: PartialState) -> dict[str, Any]
     on_main(lambda: _write_images(options))
     extractor = InceptionExtractor(options.folder / "weights.pth").to(state.device)
     batch = options.batch_size or 256
-    # So much that every process has whole batches.
+    # Enough images to give every process whole batches.
     start = min(options.count, 2 * batch * state.num_processes)
 
     def extract(name: str, count: int) -> Any:

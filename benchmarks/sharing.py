@@ -1,4 +1,4 @@
-"""One benchmark in several processes on one GPU: they compile side by side and time in turns."""
+"""One benchmark in several processes on one GPU: they compile in parallel and time in turns."""
 
 import fcntl
 import json
@@ -16,18 +16,18 @@ from mhla_gen.files import write_json
 _POLL_SECONDS = 0.5
 
 Alone = Callable[[], AbstractContextManager[Any]]
-"""What is entered while the GPU is worked on, so that no other process does."""
+"""Context in which a process has the GPU to itself."""
 
 
 @contextmanager
 def turns(lock: str | Path | None) -> Iterator[Alone]:
-    """Within it, what a process enters to have the GPU alone.
+    """Yield a context in which a process has the GPU to itself.
 
-    Processes have the lock together while they compile; one that wants it alone waits until all
-    others wait, too, so that nothing runs beside what it times.
+    Processes share the lock while they compile. A process that wants it exclusively waits until all
+    others are waiting, too, so that nothing else runs while it times.
 
     Args:
-        lock: A file that they share; None for a process that is alone anyway.
+        lock: A file shared by the processes; None for a single process.
     """
     if lock is None:
         yield nullcontext
@@ -47,15 +47,15 @@ def turns(lock: str | Path | None) -> Iterator[Alone]:
 
 
 def spread(script: str, arguments: Sequence[str], out: Path, processes: int) -> None:
-    """Run a benchmark in several processes and join what they write.
+    """Run a benchmark in several processes and join their results.
 
-    Each is started with `--processes 1 --part NUMBER PROCESSES OUTPUT LOCK` behind the arguments.
+    Each is started with `--processes 1 --part NUMBER PROCESSES OUTPUT LOCK` after the arguments.
 
     Args:
         script: Path of the benchmark.
-        arguments: Of its command line.
-        out: Gets the rows of all, as they come, sorted by their `number`.
-        processes: How many.
+        arguments: Its command-line arguments.
+        out: File for the rows of all processes, written as they arrive, sorted by `number`.
+        processes: Number of processes.
 
     Raises:
         SystemExit: If one of them failed.

@@ -1,4 +1,4 @@
-"""Steps of training and of sampling on random latents, and how they are timed."""
+"""Training and sampling steps on random latents, and their timing."""
 
 import gc
 import platform
@@ -36,7 +36,7 @@ _SAMPLING_STEPS = 20
 
 @dataclass(frozen=True)
 class RandomSamples:
-    """Latents or images in memory: what is measured is the step, not reading."""
+    """Latents or images in memory, so that only the step is measured, not reading."""
 
     shape: tuple[int, ...]
     num_classes: int
@@ -44,34 +44,34 @@ class RandomSamples:
 
     @cached_property
     def samples(self) -> torch.Tensor:
-        """All of them."""
+        """All samples."""
         return torch.randn(self.count, *self.shape)
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """Their numbers."""
+        """Class numbers as names."""
         return tuple(map(str, range(self.num_classes)))
 
     @property
     def buckets(self) -> tuple[range]:
-        """One."""
+        """A single bucket."""
         return (range(self.count),)
 
     @property
     def sample_shapes(self) -> tuple[tuple[int, ...]]:
-        """One."""
+        """The shape of all samples."""
         return (self.shape,)
 
     def __len__(self) -> int:
         return self.count
 
     def read(self, indices: Sequence[int]) -> Batch:
-        """Some of them, with classes in turn."""
+        """A batch, with classes in turn."""
         chosen = torch.tensor(indices)
         return {"samples": self.samples[chosen], "labels": chosen % self.num_classes}
 
     def describe(self, index: int) -> str:
-        """Nothing to name."""
+        """An empty description."""
         return f"random sample {index}"
 
 
@@ -83,13 +83,13 @@ def timed(
     """Speed and memory of a run's steps.
 
     Args:
-        run: What is timed.
-        options: `seconds`: about how long; `profile`, if there: whether kernels are listed.
-        alone: Entered while steps are timed, after the one that compiles: waits for the device.
+        run: The run to time.
+        options: `seconds`, the approximate duration; optionally `profile`, to list kernels.
+        alone: Context entered while steps are timed, after compilation; waits for the device.
     """
     steps = enumerate(run.batches(0, 100_000))
     if torch.cuda.is_available():
-        # Before the first step: what a recorded pass takes is allocated once, when it is recorded.
+        # Before the first step, since a CUDA graph allocates its memory once, when it is recorded.
         torch.cuda.reset_peak_memory_stats()
 
     def step() -> None:
@@ -100,7 +100,7 @@ def timed(
     warm_up = time.perf_counter() - began
     with alone():
         pace = median_seconds(step, _WARM_UP)
-        # The main process decides: all must do as many.
+        # The main process decides, since all must do the same number of steps.
         count = max(3, agreed(run, options.seconds / pace))
         seconds = median_seconds(step, count)
         kernels = None
@@ -146,7 +146,7 @@ def sampling(
             model.to(torch.bfloat16)
         for name, parameter in model.named_parameters():
             if name.endswith("mixing"):
-                # As from_pretrained leaves it.
+                # The state in which from_pretrained leaves a model.
                 parameter.data = parameter.data.float()
         pipeline = ClassConditionalPipeline(model, DDIMScheduler())
         place(
@@ -174,7 +174,7 @@ def sampling(
 
 
 def median_seconds(step: Callable[[], Any], count: int) -> float:
-    """Median time of several steps, launched one behind the other without a wait between them."""
+    """Median time of several steps, launched one after the other without waiting in between."""
     if not torch.cuda.is_available():
         times = [time.perf_counter()]
         for _ in range(count):
@@ -192,7 +192,7 @@ def median_seconds(step: Callable[[], Any], count: int) -> float:
 
 
 def agreed(run: Run, number: float) -> int:
-    """The main process's number, in all."""
+    """The main process's number, on all processes."""
     value = torch.tensor([float(number)], device=run.accelerator.device)
     if run.accelerator.num_processes > 1:
         torch.distributed.broadcast(value, 0)
@@ -201,7 +201,7 @@ def agreed(run: Run, number: float) -> int:
 
 @contextmanager
 def fresh() -> Iterator[None]:
-    """Leave nothing of a row to the next: no compiled code, no state of accelerate, no memory."""
+    """Clear compiled code, the state of accelerate and memory between rows."""
     yield
     AcceleratorState._reset_state()
     if not torch.cuda.is_available() and PartialState().num_processes > 1:
@@ -227,7 +227,7 @@ def synchronize() -> None:
 
 
 def machine() -> dict[str, Any]:
-    """What was measured on, and when."""
+    """Hardware, software and date of the measurement."""
     gpu = torch.cuda.is_available()
     return {
         "device": torch.cuda.get_device_name() if gpu else platform.processor() or "CPU",

@@ -1,12 +1,12 @@
-"""Time and memory of a clip made chunk by chunk: causal MHLA against softmax with its cache.
+"""Time and memory of sampling a clip chunk by chunk: causal MHLA against softmax with a cache.
 
     python benchmarks/stream_speed.py OUT.json                 Wan 1.3B, 480 × 832, 20 chunks
     python benchmarks/stream_speed.py OUT.json --tiny          any device, seconds
 
-Random weights of Wan 2.1 1.3B's sizes in bfloat16, which change no time. A chunk of latent frames
-is denoised in a few steps and then read once more, clean, so that later chunks see it; no guidance,
-no autoencoder. Both models have the same convolution and gate. Two chunks are made beforehand to
-warm up.
+The model is Wan 2.1 1.3B in bfloat16 with random weights, which do not affect the time. A chunk of
+latent frames is denoised in a few steps and then read once more without noise, so that later chunks
+can attend to it. There is no guidance and no autoencoder. Both models have the same convolution and
+gate. Two chunks are sampled beforehand as a warm-up.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def table(methods: dict[str, Any]) -> str:
-    """Rows for docs/video.md: seconds, peak memory and what is remembered, of some chunks."""
+    """Rows for docs/video.md: seconds, peak memory and size of the state for some chunks."""
     last = max(len(method["chunks"]) for method in methods.values())
     shown = sorted({1, 2, 5, 10, last} & set(range(1, last + 1)))
     lines = [
@@ -76,7 +76,7 @@ def table(methods: dict[str, Any]) -> str:
 
 @torch.no_grad()
 def measure(method: str, args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Seconds, peak memory and bytes remembered, chunk after chunk."""
+    """Seconds, peak memory and bytes of the state, for each chunk."""
     model = build(method, args, device)
     backends = [
         SDPBackend.CUDNN_ATTENTION,
@@ -129,7 +129,7 @@ def make_chunk(state: ClipState, args: argparse.Namespace, device: torch.device)
 
 
 def synchronize(device: torch.device, reset: bool = False) -> None:
-    """Wait for the device; with `reset`, forget the peak of memory too."""
+    """Wait for the device; with `reset`, also reset the peak memory."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         if reset:

@@ -1,8 +1,8 @@
-"""What every kernel of tile attention takes, at shapes of image and video models.
+"""Time of every kernel of tile attention, at shapes of image and video models.
 
 python benchmarks/tile_kernels.py OUT.json        needs CUDA
 
-Means of torch's profiler over three passes, in milliseconds; bfloat16.
+Means over three passes from torch's profiler, in milliseconds; bfloat16.
 """
 
 import argparse

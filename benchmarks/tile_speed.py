@@ -2,8 +2,8 @@
 
 python benchmarks/tile_speed.py OUT.json        needs CUDA
 
-Medians over replays of a CUDA graph; bfloat16. `limit` is what the exact half may take by the
-project's own rule, share · softmax / 0.7 + 60 µs. `whole` adds MHLA on the same inputs.
+Medians over replays of a CUDA graph; bfloat16. `limit` is the project's target for the exact half,
+share · softmax / 0.7 + 60 µs. `whole` adds MHLA on the same inputs.
 """
 
 import argparse
@@ -113,7 +113,7 @@ def flex() -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure every shape, print the rows and write them as they come."""
+    """Measure every shape; print and write each row when it is done."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     out = parser.parse_args().out

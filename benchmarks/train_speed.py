@@ -4,11 +4,11 @@
     python benchmarks/train_speed.py arms.json --arms --sampling --processes 3 --models DiT-XL/2
     torchrun --nproc-per-node 2 benchmarks/train_speed.py two.json --parallelism fsdp
 
-A step is that of `mhla-gen train`: forward and backward pass in bfloat16, clipping, AdamW, the
-average of the weights. Images of P pixels are latents of P / 8. Softmax is torch's attention with
-cuDNN's kernel forced, where there is a GPU; mhla is MHLA with convolution and gate, mhla-plain
-without. Settings of MHLA may follow, as in "mhla gate=head"; --arms takes all that are compared.
---sampling also times a pass of the model as `mhla-gen sample` runs it; --profile lists kernels.
+A step is that of `mhla-gen train`: forward and backward pass in bfloat16, clipping, AdamW and the
+average of the weights. Images of P pixels are latents of P / 8. softmax is torch's attention, on a
+GPU with cuDNN's kernel; mhla is MHLA with convolution and gate, mhla-plain without. Settings of
+MHLA may follow, as in "mhla gate=head"; --arms runs all arms of the comparison. --sampling also
+times a pass of the model as in `mhla-gen sample`; --profile lists kernels.
 """
 
 import argparse
@@ -44,7 +44,7 @@ ARMS = (
     "mhla gate=head exact=0.125",
 )
 """Softmax; MHLA plain, with convolution, and with each gate; both halves."""
-# Samples of a step on one device: tokens per device are the same at both sizes.
+# Samples per step and device, chosen so that both sizes have the same number of tokens.
 _BATCH_SIZES = {("S", 256): 256, ("S", 512): 64, ("XL", 256): 64, ("XL", 512): 16}
 
 
@@ -85,7 +85,7 @@ class Row:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure the rows asked for, and write them after each."""
+    """Measure the requested rows, and write the results after each."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--models", nargs="+", default=["DiT-S/2", "DiT-XL/2"])
@@ -116,12 +116,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for attention in (ARMS if options.arms else options.attention)
         for compiled in options.compile
     ]
-    # Without a GPU accelerate starts no group of processes unless it is told so.
+    # Without a GPU, accelerate starts a process group only if told to.
     PartialState(cpu=not torch.cuda.is_available())
     found: list[dict[str, Any]] = []
     first, step, out, lock = options.part or (0, 1, options.out, None)
     for number in range(int(first), len(rows), int(step)):
-        # Between rows others need not wait.
+        # Other processes need not wait between rows.
         with turns(lock) as alone:
             result = {"number": number, **measure(rows[number], options, alone)}
         if PartialState().is_main_process:
@@ -168,7 +168,7 @@ def train(
 
 
 def build_on_device(config: TrainConfig, data: TrainingData) -> Task:
-    """As in training, but weights are drawn where they are used, which takes less time."""
+    """As in training, but weights are initialized on the device, which is faster."""
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         return build_task(config, data)
 

@@ -1,9 +1,9 @@
-"""Training speed of a Wan: whole steps of the loop, on random latents of clips with captions.
+"""Training speed of Wan: whole steps of the loop, on random latents of clips with captions.
 
     torchrun --nproc-per-node 8 benchmarks/wan_speed.py wan.json --parallelism fsdp
 
-As train_speed.py for DiTs: forward and backward pass in bfloat16 with gradient checkpointing,
-clipping, AdamW, the average of the weights; one clip on each GPU. Settings of MHLA may follow its
+Like train_speed.py for DiTs: forward and backward pass in bfloat16 with gradient checkpointing,
+clipping, AdamW and the average of the weights; one clip per GPU. Settings of MHLA may follow its
 name.
 """
 
@@ -31,24 +31,24 @@ _CHANNELS, _TEXT_LENGTH, _TEXT_DIM = 16, 512, 4096
 
 @dataclass(frozen=True)
 class RandomClips(RandomSamples):
-    """Latents of clips, and embedded captions as UMT5's."""
+    """Latents of clips, with embedded captions of UMT5's size."""
 
     num_classes: int = 0
     count: int = 16
 
     @cached_property
     def empty_prompt_embeds(self) -> torch.Tensor:
-        """That of the empty caption."""
+        """The embedded empty caption."""
         return torch.randn(_TEXT_LENGTH, _TEXT_DIM)
 
     def read(self, indices: Sequence[int]) -> Batch:
-        """Some of them, all with one caption."""
+        """A batch, in which all clips have the same caption."""
         captions = self.empty_prompt_embeds.expand(len(indices), -1, -1)
         return {"samples": self.samples[torch.tensor(indices)], "prompt_embeds": captions}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure the kinds of attention asked for, and write them after each."""
+    """Measure the requested kinds of attention, and write the results after each."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--preset", default="1.3B")

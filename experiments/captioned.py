@@ -2,17 +2,17 @@
 
     python experiments/captioned.py IMAGES OUT [--seconds 115] [key=value …]
 
-IMAGES is the npz file of experiments/evidence/emoji_dataset.py. A caption says the category and the
-drawing style of a class, embedded by a small T5 encoder of random weights, which is not trained: 18
-captions need no more. Models see pixels, 1,024 tokens of 2 × 2; the Wan-like one sees an image as a
-clip of one frame. All arms of a model start from the same weights, see the same images and noise in
-the same order, and are measured on the same held-out images (every sixteenth) and noise. The
-control `gated_softmax` has MHLA's convolution and gate around softmax. Three arms of the SD3-like
-model differ in what weighs text against image: see `ARMS`.
+IMAGES is the npz file of experiments/evidence/emoji_dataset.py. A caption names the category and
+the drawing style of a class; it is embedded by a small T5 encoder with random weights that is not
+trained, which is enough for 18 captions. Models see pixels, as 1,024 tokens of 2 × 2; the Wan-like
+model sees an image as a clip of one frame. All arms of a model start from the same weights, see the
+same images and noise in the same order, and are measured on the same held-out images (every
+sixteenth) and noise. The control `gated_softmax` is softmax with MHLA's convolution and gate. Three
+arms of the SD3-like model differ in how text is weighed against the image: see `ARMS`.
 
-OUT gets captioned.json after every arm, captioned.md at the end, and samples of each arm; a
-finished arm is not trained again. `--seconds` ends between arms. `--pixels`, `--layers`, `--heads`,
-`--steps`, `--sample-steps` and `--limit` make it small enough for a CPU. key=value goes to the
+OUT gets captioned.json after every arm, captioned.md at the end, and samples of each arm; finished
+arms are not trained again. `--seconds` stops between arms. `--pixels`, `--layers`, `--heads`,
+`--steps`, `--sample-steps` and `--limit` make it small enough for a CPU. key=value changes the
 training config, captioned.yaml.
 """
 
@@ -48,13 +48,13 @@ GUIDANCE = 2.5
 
 
 class Arm(NamedTuple):
-    """A model, its attention, and what is measured."""
+    """A model and its attention."""
 
     model: str
     attention: str
     settings: tuple[str, ...] = ()
     frozen: bool = False
-    """Keep the weight of text at its start: the share of text among all tokens."""
+    """Keep the weight of text at its initial value: the share of text among all tokens."""
 
 
 ARMS = {
@@ -68,7 +68,7 @@ ARMS = {
     "wan-exact-12": Arm("wan", "mhla", ("exact=0.125",)),
     # One denominator over text and image, by log-sum-exp.
     "sd3-mhla-denominator": Arm("sd3", "mhla", ("combine=denominator",)),
-    # The counts of tokens, and nothing learned.
+    # The share of text tokens, with nothing learned.
     "sd3-mhla-counts": Arm("sd3", "mhla", frozen=True),
     "sd3-exact-12-denominator": Arm("sd3", "mhla", ("exact=0.125", "combine=denominator")),
 }
@@ -148,7 +148,7 @@ def embedded(captions: list[str]) -> dict[str, Tensor]:
     sizes = {"vocab_size": len(words) + 1, "d_model": WIDTH, "d_kv": 16, "d_ff": 128}
     encoder = T5EncoderModel(T5Config(**sizes, num_layers=2, num_heads=4)).eval()
     valid = (ids > 0).float()
-    # The empty caption has one token to read: that of padding.
+    # The empty caption has one valid token: that of padding.
     valid[:, 0] = 1
     states = encoder(ids, valid).last_hidden_state * valid[..., None]
     pooled = states.sum(1) / valid.sum(1, keepdim=True)
@@ -156,7 +156,7 @@ def embedded(captions: list[str]) -> dict[str, Tensor]:
 
 
 class Job:
-    """One arm: its run and what is measured of it."""
+    """One arm: its run and its measurements."""
 
     def __init__(self, arm: Arm, data: CaptionedEmoji, options: argparse.Namespace):
         self.arm, self.data = arm, data
@@ -186,13 +186,13 @@ class Job:
         return self.run.accelerator.unwrap_model(self.run.model)
 
     def train(self) -> dict[str, Any]:
-        """All steps; milliseconds of one, and the loss of the last tenth."""
+        """Run all steps; returns milliseconds per step and the loss of the last tenth."""
         times, losses = [], []
         parts = self.run.batches(0, self.config.max_steps)
         for number, part in enumerate(parts):
             began = time.perf_counter()
             result = self.run.step(number, part)
-            # Reading it waits for the device.
+            # Reading the loss waits for the device.
             losses.append(float(result.losses["loss"].mean()))
             times.append(time.perf_counter() - began)
         last = losses[-max(1, len(losses) // 10) :]
@@ -203,7 +203,7 @@ class Job:
 
     @torch.no_grad()
     def measure(self) -> dict[str, float]:
-        """The loss of held-out images with their own captions, with others, and with none."""
+        """The loss of held-out images with their own caption, with another, and with none."""
         model, device = self.model.eval(), self.run.accelerator.device
         rows, found = self.data.held_out, {}
         options = {"seed": 1, "step": 0, "batch_size": len(rows)}
@@ -265,7 +265,7 @@ def table(found: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Train what is missing."""
+    """Train all arms without a result."""
     began = time.perf_counter()
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("images", type=Path)

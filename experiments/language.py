@@ -1,16 +1,16 @@
-"""Small language models on Python's own library: what attention costs in loss, by position.
+"""Small language models on Python's standard library: loss by position for each attention.
 
     python experiments/language.py OUT                     train, measure, write OUT/language.json
     python experiments/language.py OUT --figure FIGURE.png  draw it, and print the tables
 
-Text is the source of the standard library of the Python that runs this, docstrings, comments and
-`pydoc_data.topics` among it; a token is a byte. Every tenth file is held out. Each arm is the same
-Llama of 10 M parameters, trained on the same batches of 1,024 tokens, and measured on held-out
-windows of 8,192 (`--size small`: 0.2 M parameters, 256 and 2,048 tokens, for a CPU): loss by
-position, and loss of the last bytes of a window by how much of what comes before them is given.
-Arms with a pretrained start convert the softmax model of seed 0 and train on.
+The text is the source code of the running Python's standard library, including docstrings, comments
+and `pydoc_data.topics`; a token is a byte. Every tenth file is held out. Each arm is the same Llama
+of 10 M parameters, trained on the same batches of 1,024 tokens and measured on held-out windows of
+8,192 tokens (`--size small`: 0.2 M parameters, 256 and 2,048 tokens, for a CPU): loss by position,
+and loss of the last bytes of a window by the length of the context given. Arms with a pretrained
+start convert the softmax model of seed 0 and continue training.
 
-A finished arm is a file in OUT/arms and is not trained again; `--seconds` ends between arms.
+Finished arms are files in OUT/arms and are not trained again; `--seconds` stops between arms.
 """
 
 import argparse
@@ -35,14 +35,14 @@ import mhla_gen
 from mhla_gen import CausalMHLAConfig
 from mhla_gen.files import write_json
 
-# Between two files; no other byte of UTF-8 text is this one.
+# Separates two files; this byte never occurs in UTF-8 text.
 END_OF_FILE = 0
 EDGES = (0, 64, 256, 512, 1024, 2048, 4096, 8192)
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "encodings", "__pycache__"}
 
 
 class Sizes(NamedTuple):
-    """Of models and of training."""
+    """Sizes of models and of training."""
 
     hidden_size: int = 320
     layers: int = 8
@@ -51,13 +51,13 @@ class Sizes(NamedTuple):
     batch: int = 32
     steps: int = 400
     more_steps: int = 100
-    """Steps of the arms that begin with a trained softmax model."""
+    """Steps of the arms that start from a trained softmax model."""
     window: int = 128
     block_size: int = 64
     held_out: int = 96
-    """Windows of held-out text."""
+    """Number of windows of held-out text."""
     longest: int = 8192
-    """Tokens of such a window."""
+    """Tokens per window."""
 
 
 SMALL = Sizes(64, 3, 2, 256, 8, 800, 150, 32, 16, 24, 2048)
@@ -80,7 +80,7 @@ def attentions(sizes: Sizes, start: float) -> dict[str, CausalMHLAConfig | None]
 
 
 def read_text() -> tuple[np.ndarray, list[np.ndarray], dict[str, Any]]:
-    """Bytes to train on, held-out files, and what they are."""
+    """Bytes to train on, held-out files, and a description of both."""
     root = Path(sysconfig.get_paths()["stdlib"])
     files = (p for p in root.rglob("*.py") if not LEFT_OUT & set(p.relative_to(root).parts))
     train, held_out, digest = [], [], hashlib.sha256()
@@ -104,7 +104,7 @@ def read_text() -> tuple[np.ndarray, list[np.ndarray], dict[str, Any]]:
 
 
 def held_out_windows(files: list[np.ndarray], sizes: Sizes, device: str) -> torch.Tensor:
-    """Windows of whole held-out text, long files first in turn, `[windows, longest + 1]`."""
+    """Full held-out windows, from all files in turn, `[windows, longest + 1]`."""
     length = sizes.longest + 1
     per_file = [[f[i : i + length] for i in range(0, len(f) - length, length)] for f in files]
     windows = [
@@ -131,7 +131,7 @@ def build(sizes: Sizes, seed: int) -> LlamaForCausalLM:
 
 
 def train(model: Any, text: torch.Tensor, sizes: Sizes, steps: int, rate: float, seed: int) -> None:
-    """AdamW with a warm-up and a cosine; batches depend on the seed alone."""
+    """Train with AdamW, a warm-up and a cosine; batches depend on the seed only."""
     decayed = [p for n, p in model.named_parameters() if p.ndim > 1 and "log_weights" not in n]
     ids = {id(p) for p in decayed}
     others = [p for p in model.parameters() if id(p) not in ids]
@@ -173,10 +173,10 @@ def autocast(tensor: torch.Tensor) -> Any:
 
 @torch.no_grad()
 def measure(model: Any, windows: torch.Tensor, sizes: Sizes) -> dict[str, Any]:
-    """Bits a byte, window by window: by position, and of the last bytes by what is given.
+    """Bits per byte for each window: by position, and of the last bytes by context length.
 
-    The same bytes, the last half of a trained length, are read with a context of one trained
-    length, of two, and so on, so that only what lies further away differs.
+    The same bytes, the last half of a training length, are read with a context of one training
+    length, of two, and so on, so that only the more distant context differs.
     """
     model.eval()
     asked = sizes.seq_len // 2
@@ -237,7 +237,7 @@ def run_arm(
 
 
 def run(out: Path, sizes: Sizes, seeds: int, seconds: float) -> None:
-    """Train and measure all arms that are not there yet, and write them as one file."""
+    """Train and measure all arms without a result, and write all results into one file."""
     started = time.perf_counter()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     (out / "arms").mkdir(parents=True, exist_ok=True)
@@ -300,7 +300,7 @@ def tables(report: dict[str, Any]) -> str:
 
 
 def _within(arm: dict[str, Any], report: dict[str, Any]) -> float:
-    """Bits a byte at the positions that training had."""
+    """Bits per byte at positions within the training length."""
     edges, trained = np.array(arm["edges"]), report["sizes"]["seq_len"]
     inside = edges[1:] <= trained
     return float(
@@ -309,7 +309,7 @@ def _within(arm: dict[str, Any], report: dict[str, Any]) -> float:
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
-    """Loss by position, and of the same bytes by the context given, as means over seeds."""
+    """Draw loss by position, and loss of the same bytes by context, as means over seeds."""
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
@@ -318,7 +318,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
         arms = [a for a in report["arms"] if a["arm"] == name and not a["converted"]]
         if not arms:
             continue
-        # Half a trained length each: single texts make shorter stretches uneven.
+        # Bins of half a training length: single texts would make shorter bins noisy.
         curve = np.mean([arm["curve"] for arm in arms], axis=0).reshape(-1, 8).mean(axis=1)
         step = report["sizes"]["longest"] // len(curve)
         axes[0].plot(np.arange(len(curve)) * step + step / 2, curve, label=name)
@@ -330,7 +330,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
     axes[1].minorticks_off()
     axes[1].set_xticks(arms[0]["given"], [f"{n:,}" for n in arms[0]["given"]])
     for axis in axes:
-        # A model that fails beyond its trained length would flatten all others.
+        # A model that fails beyond its training length would flatten all other curves.
         low = min(min(line.get_ydata()) for line in axis.lines if len(line.get_ydata()) > 2)
         axis.set_ylim(low - 0.05, low + 1.5)
         axis.grid(alpha=0.3)
@@ -339,7 +339,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
 
 
 def main() -> None:
-    """Train and measure, or draw what was measured."""
+    """Train and measure, or draw the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--figure", type=Path)

@@ -1,9 +1,9 @@
-"""How far known damage moves the distance of real images: the table in docs/evaluation.md.
+"""How much known damage changes the distance of real images: the table in docs/evaluation.md.
 
     python experiments/metric_sensitivity.py IMAGES.npz docs/results/metric-sensitivity.json
 
-IMAGES.npz has `arr_0` and `labels`. The first half is the reference; equally many images of the
-second half are measured as they are, and after JPEG, blur, noise, or the removal of classes.
+IMAGES.npz has `arr_0` and `labels`. The first half is the reference; as many images of the second
+half are measured unchanged, and after JPEG, blur, noise, or the removal of classes.
 """
 
 import argparse
@@ -26,7 +26,7 @@ METRICS = ("fd", "kid", "precision", "recall")
 
 
 def jpeg(quality: int) -> Callable[[np.ndarray], np.ndarray]:
-    """Save as JPEG of this quality and read again."""
+    """Save as JPEG with this quality and read again."""
 
     def damage(pixels: np.ndarray) -> np.ndarray:
         buffer = io.BytesIO()
@@ -58,7 +58,7 @@ DAMAGE: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 
 def copies(images: np.ndarray, labels: np.ndarray, count: int) -> dict[str, np.ndarray]:
-    """Name → `count` images: as they are, damaged, and from fewer classes."""
+    """Name → `count` images: unchanged, damaged, and from fewer classes."""
     clean = images[:count]
     found = {"another half, untouched": clean}
     for name, damage in DAMAGE.items():

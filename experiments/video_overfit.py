@@ -4,10 +4,10 @@
 
 CLIP is a video, or a .npy file of its frames, uint8 `[frames, height, width, 3]`.
 
-No pretrained autoencoder is needed: "latents" are pixels, 4 × 4 of them folded into 48 channels.
-Each model learns the clip by flow matching for the same wall time, then draws it from noise; PSNR
-is against the clip. Writes overfit.json, overfit.png (original and draws, frame under frame) and
-the draws as overfit.npz.
+No pretrained autoencoder is needed: "latents" are blocks of 4 × 4 pixels, folded into 48 channels.
+Each model learns the clip by flow matching for the same wall time, then samples it from noise; PSNR
+compares the sample with the clip. Writes overfit.json, overfit.png (the original and the samples,
+one row each) and the samples as overfit.npz.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def read_clip(path: Path, frames: int, height: int, width: int) -> np.ndarray:
     """The first frames, cropped and resized, uint8 `[frames, height, width, 3]`.
 
     Raises:
-        ValueError: If frames in a .npy file are of another size.
+        ValueError: If frames in a .npy file have another size.
     """
     if path.suffix == ".npy":
         clip = np.load(path)[:frames]
@@ -90,7 +90,7 @@ def build(attention: MHLAConfig | None, layers: int, heads: int) -> WanTransform
 
 
 def memorise(model, latents, options, device) -> dict:
-    """Train for a wall time; steps, seconds a step and the last losses."""
+    """Train for a wall time; returns steps, seconds per step and the last losses."""
     objective = FlowMatching()
     learn = ObjectiveLosses(objective, Prompts(TEXT, (1, 2, 2)))
     optimizer = build_optimizer(model.train(), options.learning_rate, 0.0)
@@ -120,7 +120,7 @@ def memorise(model, latents, options, device) -> dict:
 
 @torch.no_grad()
 def drawn(model, shape, steps, device) -> torch.Tensor:
-    """The clip from noise, by Euler steps."""
+    """Sample the clip from noise by Euler steps."""
     scheduler = FlowMatching().scheduler()
     scheduler.set_timesteps(steps, device=device)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(device)
@@ -134,13 +134,13 @@ def drawn(model, shape, steps, device) -> torch.Tensor:
 
 
 def psnr(found: np.ndarray, expected: np.ndarray) -> float:
-    """Decibels, of all pixels of a clip."""
+    """PSNR of all pixels of a clip, in decibels."""
     error = np.mean((found.astype(np.float64) - expected) ** 2)
     return float(10 * np.log10(255**2 / error))
 
 
 def main() -> None:
-    """Memorise the clip with every kind of attention, draw it, and write what came out."""
+    """Memorise the clip with every kind of attention, sample it, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("clip", type=Path)
     parser.add_argument("out", type=Path)

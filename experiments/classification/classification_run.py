@@ -4,10 +4,11 @@
 
 DATA is an npz file with `arr_0` uint8 `[images, 64, 64, 3]` and `labels`, as
 experiments/evidence/emoji_dataset.py makes one. The model is timm's DeiT-T with average pooling and
-patches of 4 pixels, so 16 × 16 tokens, in 4 × 4 blocks; every fourth image is held out; all arms
-see the same images in the same order. Speeds come first, alone on the GPU, then trainings, several
-at once. RESULT.json gets each result as soon as it is there, and the same command resumes with what
-is missing; RESULT.md is the table beside the paper's. Needs timm, and a GPU but for trying out.
+patches of 4 pixels, so 16 × 16 tokens, in 4 × 4 blocks. Every fourth image is held out; all arms
+see the same images in the same order. Speeds are measured first, alone on the GPU; then models are
+trained, several at a time. RESULT.json gets each result as soon as it is done, and the same command
+resumes with the missing ones; RESULT.md compares them with the paper's. Needs timm, and a GPU,
+except to try the script.
 """
 
 import argparse
@@ -39,15 +40,15 @@ PATCH, SIDE = 4, 64
 EVERY = 4
 """One image in so many is held out."""
 SIDES = (SIDE, 96, 128)
-"""Pixels that a trained model is tried at: 256, 576 and 1,024 tokens."""
+"""Image sizes at which a trained model is tested: 256, 576 and 1,024 tokens."""
 SPEEDS = ((256, 256), (64, 1024), (16, 4096))
-"""Images at once and tokens of each."""
+"""Batch size and tokens per image."""
 _began = time.time()
 _longest = 0.0
 
 
 class Job(NamedTuple):
-    """One training."""
+    """One training run."""
 
     arm: str
     seed: int
@@ -60,7 +61,7 @@ class Job(NamedTuple):
 
     @property
     def name(self) -> str:
-        """What the result is called."""
+        """Name of the result."""
         return f"{self.arm}-s{self.seed}"
 
 
@@ -71,7 +72,7 @@ def load(path: str, limit: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
     Args:
         path: The npz file.
         limit: Take the first so many; 0 takes all.
-        device: Where they are to lie.
+        device: Device of the tensors.
     """
     with np.load(path, allow_pickle=False) as arrays:
         images = torch.from_numpy(arrays["arr_0"]).permute(0, 3, 1, 2)
@@ -97,7 +98,7 @@ def make_model(seed: int, classes: int, side: int = SIDE, depth: int = 12) -> An
 
 
 def converted(model: Any, arm: Arm) -> Any:
-    """A model with an arm's attention."""
+    """The model with an arm's attention."""
     return model if arm.config is None else mhla_gen.inject(model, arm.config)
 
 
@@ -107,7 +108,7 @@ def normalized(images: Tensor) -> Tensor:
 
 
 def augmented(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Each image flipped or not, scaled by 0.8 to 1.2 and shifted by up to 6 pixels, on white."""
+    """Flip at random, scale by 0.8 to 1.2 and shift by up to 6 pixels, on white."""
     count = len(images)
     rand = torch.rand(count, 4, generator=generator, device=images.device)
     flip = (rand[:, 0] < 0.5).float() * 2 - 1
@@ -117,12 +118,12 @@ def augmented(images: Tensor, generator: torch.Generator) -> Tensor:
     rows = [torch.stack((scale * flip, zero, shift[:, 0]), 1)]
     rows += [torch.stack((zero, scale, shift[:, 1]), 1)]
     grid = F.affine_grid(torch.stack(rows, 1), list(images.shape), align_corners=False)
-    # What lies outside is zero, and white has to be.
+    # Pixels outside the image become zero, so white is made zero.
     return 1 - F.grid_sample(1 - normalized(images), grid, align_corners=False)
 
 
 def batches(count: int, size: int, epochs: int, device: str, seed: int) -> Iterator[Tensor]:
-    """Indices of the images of every step; the last few of an epoch are left out."""
+    """Indices of the images of every step; the incomplete last batch of an epoch is dropped."""
     generator = torch.Generator(device).manual_seed(seed)
     for _ in range(epochs):
         order = torch.randperm(count, generator=generator, device=device)
@@ -130,7 +131,7 @@ def batches(count: int, size: int, epochs: int, device: str, seed: int) -> Itera
 
 
 def train(job: Job) -> dict[str, Any] | None:
-    """One run, from its first weights to its score; None if there is no time left for it."""
+    """One run, from its initial weights to its score; None if there is no time left for it."""
     global _longest
     began = time.time()
     if began + _longest > job.deadline:
@@ -158,7 +159,7 @@ def train(job: Job) -> dict[str, Any] | None:
         optimizer.step()
         schedule.step()
         losses.append(loss.detach())
-    # Linformer's matrices have columns for the tokens of one size.
+    # Linformer's matrices have columns for one number of tokens only.
     sides = SIDES[:1] if isinstance(arm.config, LinformerConfig) else SIDES
     scores = {
         str(side): score(model.eval(), images[held_out], labels[held_out], side) for side in sides
@@ -172,14 +173,14 @@ def train(job: Job) -> dict[str, Any] | None:
         "parameters": sum(p.numel() for p in model.parameters()),
         "train_loss": float(torch.stack(losses[-len(losses) // job.epochs :]).mean()),
         "seconds": round(time.time() - began, 1),
-        # A digit for each held-out image: right or wrong.
+        # One digit per held-out image: right or wrong.
         "right": scores,
     }
 
 
 @torch.no_grad()
 def score(model: nn.Module, images: Tensor, labels: Tensor, side: int) -> str:
-    """A 1 for each image that is classified right at a size, a 0 for each other."""
+    """1 for each image that is classified correctly at a size, 0 for all others."""
     found = []
     for part, target in zip(images.split(512), labels.split(512), strict=True):
         pixels = normalized(part)
@@ -191,12 +192,12 @@ def score(model: nn.Module, images: Tensor, labels: Tensor, side: int) -> str:
 
 
 def speed(arm: Arm) -> list[dict[str, Any]]:
-    """Images a second of an arm in bfloat16, forward alone and with backward; random weights."""
+    """Images per second of an arm in bfloat16, forward only and with backward; random weights."""
     rows, device = [], torch.device("cuda")
     for batch, tokens in SPEEDS:
         side = PATCH * round(tokens**0.5)
         with torch.device(device):
-            # Converted last: what has to stay float32 does.
+            # Converted last, so that weights that must be float32 stay float32.
             model = converted(make_model(0, 18, side).bfloat16(), arm)
         pixels = torch.randn(batch, 3, side, side, device=device, dtype=torch.bfloat16)
         weights = [p for p in model.parameters() if p.requires_grad]
@@ -214,14 +215,14 @@ def speed(arm: Arm) -> list[dict[str, Any]]:
 
 
 def machine() -> dict[str, str]:
-    """What results were found on, with what, and when."""
+    """Hardware, software and date of the results."""
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
     versions = {"torch": torch.__version__, "timm": timm.__version__}
     return {"device": name or "cpu", "date": date.today().isoformat(), **versions}
 
 
 def main() -> None:
-    """Do what is missing, as far as the time reaches."""
+    """Compute missing results until the time is up."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("data")
     parser.add_argument("result", type=Path)
@@ -252,7 +253,7 @@ def main() -> None:
             try:
                 keep("speed", arm, speed(ARMS[arm]))
             except Exception as error:
-                # One arm that cannot be run must not cost the others.
+                # One failing arm must not stop the others.
                 failed.append(f"speed of {arm}: {error!r}")
                 print(failed[-1], flush=True)
     deadline = _began + options.seconds

@@ -1,4 +1,4 @@
-"""The arms of classification_run.py, and their table beside the paper's.
+"""The arms of classification_run.py, and a table that compares them with the paper's.
 
 python experiments/classification/classification_table.py RESULT.json TABLE.md
 """
@@ -63,7 +63,7 @@ ARMS = {
 
 
 def right(runs: list[dict[str, Any]], side: str) -> np.ndarray | None:
-    """Of every held-out image, how often seeds were right; None without runs of this size."""
+    """Share of seeds that were right, for every held-out image; None without runs at this size."""
     found = [run["right"][side] for run in runs if side in run["right"]]
     return np.mean([[int(digit) for digit in each] for each in found], axis=0) if found else None
 

@@ -1,10 +1,10 @@
-"""Score what experiments/distillation.sh trained: tables and picture of docs/distillation.md.
+"""Score the models of experiments/distillation.sh: tables and picture of docs/distillation.md.
 
     python experiments/distillation/distillation_report.py OUT [--samples 1800] [--features pixels]
 
-OUT holds the runs teacher, mhla, linear and continued. Each model draws the same classes, as
+OUT holds the runs teacher, mhla, linear and continued. Each model samples the same classes, as
 frequent as in the data, from the same noise, without guidance. OUT/report gets the samples,
-report.json and report.png; samples that are there are not drawn again.
+report.json and report.png; existing samples are not drawn again.
 """
 
 import argparse
@@ -36,9 +36,9 @@ from mhla_gen.version import __version__
 
 _BATCH = 256
 _GROUPS = 4
-# Distances scored at a time: a singular value decomposition does not fill many cores.
+# Distances computed in parallel: a singular value decomposition does not use many cores.
 _THREADS = 4
-# Title → the runs whose steps led to the model, the last of which holds it.
+# Title → the runs that led to the model, the last of which contains it.
 MODELS: dict[str, tuple[str, ...]] = {
     "softmax teacher": ("teacher",),
     "MHLA, layers": ("mhla/stage-1-layers",),
@@ -57,15 +57,15 @@ class Row:
     frechet_distance: float
     interval_95: tuple[float, float]
     rms_to_teacher: float
-    """Of its samples to the teacher's from the same noise, in grey levels of 255."""
+    """RMS difference from the teacher's samples of the same noise, in grey levels of 255."""
     steps: int
     """Optimizer steps after the teacher; the teacher's own in its row."""
     minutes: float
-    """Of these steps."""
+    """Duration of these steps."""
     last_losses: dict[str, float]
     """Means over the last tenth of its last run, by name; layers are named by their path."""
     added_parameters: int
-    """What MHLA adds to the softmax model."""
+    """Parameters that MHLA adds to the softmax model."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -144,9 +144,9 @@ def drawn(
     labels: np.ndarray,
     device: torch.device,
 ) -> np.ndarray:
-    """What a run's pipeline makes of seed i and label i, uint8 `[images, height, width, channels]`.
+    """A run's samples for seed i and label i, uint8 `[images, height, width, channels]`.
 
-    Samples that an interrupted report left are taken from its folder.
+    Samples of an interrupted report are read from its folder.
     """
     file = folder / f"{run.replace('/', '-')}.npz"
     if file.is_file():
@@ -180,7 +180,7 @@ class Judge:
     Args:
         real: uint8 `[images, height, width, channels]`.
         features: efficientnet-lite0, or pixels.
-        device: Where features are computed.
+        device: Device on which features are computed.
     """
 
     def __init__(self, real: np.ndarray, features: str, device: torch.device):
@@ -226,7 +226,7 @@ def row(
     teacher: np.ndarray,
     score: tuple[float, tuple[float, float]],
 ) -> Row:
-    """Everything about one model."""
+    """The row of one model."""
     distance, interval = score
     difference = images.astype(np.float32) - teacher.astype(np.float32)
     logs = [read_log(out / run / LOG_NAME) for run in runs]
@@ -243,7 +243,7 @@ def row(
 
 
 def minutes(run: Path) -> float:
-    """Time of a run's steps, from the speeds in its log: interruptions do not count."""
+    """Time of a run's steps from the speeds in its log, so interruptions do not count."""
     config: TrainConfig = load_config(run / CONFIG_NAME, schema=TrainConfig)
     seconds, before = 0.0, 0.0
     for line in read_log(run / LOG_NAME):
@@ -276,7 +276,7 @@ def added_parameters(run: Path) -> int:
 
 
 def machine(device: torch.device) -> str:
-    """What the report was made on."""
+    """Hardware and software of the report."""
     kind = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
     threads = "" if device.type == "cuda" else f", {torch.get_num_threads()} threads"
     return f"{kind}{threads}, torch {torch.__version__}, mhla_gen {__version__}"

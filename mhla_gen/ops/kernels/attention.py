@@ -1,8 +1,8 @@
 """Attention form: `((φ(Q) φ(K)ᵀ) ∘ m[block(q), block(k)]) V`, scores in registers only.
 
-The weight tile m[block(q), block(k)] is a matrix product too: rows m[block(q), :], gathered once a
-program, times one-hot columns of key blocks. It lands in the layout of the scores, where a gather
-would not. `EVEN` says that tiles divide the sequence, so that none needs a mask.
+The weight tile m[block(q), block(k)] is also a matrix product: rows m[block(q), :], gathered once
+per program, times one-hot columns of key blocks. Unlike a gather, it has the layout of the scores.
+`EVEN` means that tiles divide the sequence, so that none needs a mask.
 """
 
 import triton
@@ -60,7 +60,7 @@ def features_of_pieces(
 ):  # fmt: skip
     """R(φ(x)), what rounding took from it, and φ(x), two pieces each.
 
-    Channels that do not exist hold 0 with `CLEAR`.
+    With `CLEAR`, channels that do not exist are 0.
     """
     f0, f1 = features(x0, FEATURE_MAP, OPERAND), features(x1, FEATURE_MAP, OPERAND)
     if CLEAR:
@@ -179,7 +179,7 @@ def attend_kernel(
         )
         scores = outer(u0, u1, w0, w1, D1, PRECISION)
         if ROTARY and tl.float32 != OPERAND:
-            # Rotation rounds queries and keys; together with the scores that is once too often.
+            # Rotation rounds queries and keys; rounding the scores as well would lose too much.
             scores += outer(r0, r1, w0, w1, D1, PRECISION)
         scores *= weight
         if NORMALIZE:

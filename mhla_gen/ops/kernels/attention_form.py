@@ -40,7 +40,7 @@ def forward(
 
 
 def empty_inverse(query: Tensor, normalize: bool) -> Tensor:
-    """Uninitialised inverse denominators, without elements if there are none."""
+    """Uninitialised inverse denominators; an empty tensor if there are none."""
     batch, seq_len, heads, _ = query.shape
     return query.new_empty((batch, heads, seq_len if normalize else 0), dtype=torch.float32)
 
@@ -117,7 +117,7 @@ def backward_keys(
 
 
 def _constants(call: Call, tiles: dict, seq_len: int) -> dict:
-    """Compile-time sizes and options, but for `ALIGN`."""
+    """Compile-time sizes and options, except `ALIGN`."""
     blocks = {"M": call.num_blocks, "BM": padded(call.num_blocks), "EVEN": even(seq_len, tiles)}
     return {**blocks, **call.options, **call.pieces, **tiles}
 

@@ -1,4 +1,4 @@
-"""Where the tokens of a block lie: boxes of the token grid, which has `RANK` axes."""
+"""Positions of a block's tokens: boxes of the token grid, which has `RANK` axes."""
 
 import triton
 import triton.language as tl
@@ -12,7 +12,7 @@ def _axis_start(block, length, num_blocks):
 
 @triton.jit
 def divide(x, divisor):
-    """Quotient and rest. Integer division is slow; a float quotient is exact below 2**21."""
+    """Quotient and remainder. Integer division is slow; a float quotient is exact below 2**21."""
     inverse = 1.0 / tl.cast(divisor, tl.float32)
     quotient = ((x.to(tl.float32) + 0.5) * inverse).to(tl.int32)
     return quotient, x - quotient * divisor
@@ -40,11 +40,11 @@ def block_box(block, T, H, W, LT, LH, LW, RANK: tl.constexpr):
 
 @triton.jit
 def held_box(block, box, window, RANK: tl.constexpr):
-    """`block_box` of one of the blocks of `box`, or, with a window, what it may hold of a block.
+    """`block_box` of one of the blocks of `box`; with a window, the part that may be inside it.
 
-    A window is (blocks along the first axis, the first of them that `box` counts, first token,
-    token past the last): the blocks of `box` are some of all, and their boxes are cut to the planes
-    that hold tokens of the window. It takes three axes.
+    A window is (number of blocks along the first axis, the first of them that `box` counts, first
+    token, token past the last): `box` covers only some of the blocks, and their boxes are clipped
+    to the planes that hold tokens of the window. It needs three axes.
     """
     T, H, W, LT, LH, LW = box
     first_t, first_h, first_w, size_t, size_h, size_w = block_box(block, T, H, W, LT, LH, LW, RANK)
@@ -59,7 +59,7 @@ def held_box(block, box, window, RANK: tl.constexpr):
 
 @triton.jit
 def in_window(tokens, valid, window):
-    """Tokens counted from the first one of a window, and which of the valid ones are in it."""
+    """Tokens counted from the first one of the window, and which of the valid ones are in it."""
     if window is not None:
         valid = valid & (tokens >= window[2]) & (tokens < window[3])
         tokens -= window[2]
@@ -82,9 +82,9 @@ def box_tokens(slots, first_t, first_h, first_w, size_h, size_w, H, W, RANK: tl.
 
 @triton.jit
 def locate_part(box, num_heads, num_parts, RANK: tl.constexpr, GROUP: tl.constexpr):
-    """What a program works on: batch element, head, number of its part, block.
+    """The work of a program: batch element, head, index of its part, block.
 
-    `GROUP` heads are neighbours in the launch grid, to share rotary tables and memory pages.
+    `GROUP` heads are adjacent in the launch grid, to share rotary tables and memory pages.
     """
     num_rows = box[3] * box[4] * box[5] * num_parts
     group = tl.program_id(0) // (GROUP * num_rows)
@@ -98,7 +98,7 @@ def locate_part(box, num_heads, num_parts, RANK: tl.constexpr, GROUP: tl.constex
 
 @triton.jit
 def part_slots(row, num_parts, count, BT: tl.constexpr):
-    """Slots [first, last) of part `row`, whole tiles each, of a block of `count` slots."""
+    """Slots [first, last) of part `row` of a block with `count` slots; parts are whole tiles."""
     span = tl.cdiv(tl.cdiv(count, num_parts), BT) * BT
     first = tl.minimum(row % num_parts * span, count)
     return first, tl.minimum(first + span, count)
@@ -124,7 +124,7 @@ def block_of_tokens(tokens, box, RANK: tl.constexpr):
 def group_box(group, box, groups, RANK: tl.constexpr):
     """The box of tokens of a group of blocks: `groups` of them along each axis, see `block_box`.
 
-    Groups cut the blocks of an axis as blocks cut its tokens.
+    Groups divide the blocks of an axis as blocks divide its tokens.
     """
     T, H, W, LT, LH, LW = box
     GT, GH, GW = groups

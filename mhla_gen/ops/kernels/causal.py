@@ -27,7 +27,7 @@ def load_features(
     x_ptr, cos_ptr, sin_ptr, tokens, valid, strides, D: tl.constexpr, BD: tl.constexpr,
     ALIGN: tl.constexpr, FEATURE_MAP: tl.constexpr, ROTARY: tl.constexpr,
 ):  # fmt: skip
-    """Rows of queries or keys: as they are, φ of them and φ rotated, float32 [BT, BD]."""
+    """Rows of queries or keys: unchanged, φ of them, and φ rotated, float32 [BT, BD]."""
     x, _x = load_pieces(x_ptr, tokens, valid, strides, D, BD, 0, ALIGN)
     x = x.to(tl.float32)
     features = clear_padding(phi(x, FEATURE_MAP), D, 0)
@@ -62,8 +62,8 @@ def times_matrix(a, matrix, scale, PRECISION: tl.constexpr):
 def narrow(x, OPERAND: tl.constexpr):
     """Rows of a float32 tile as operands of scores, and their scales.
 
-    Next to 16-bit inputs they are float16, eight times finer than bfloat16, whose roundings would
-    add up to twice that of the output.
+    With 16-bit inputs they are float16, eight times finer than bfloat16, whose rounding errors
+    would add up to twice that of the output.
     """
     if tl.float32 == OPERAND:
         return x, tl.full((x.shape[0],), 1.0, tl.float32)
@@ -145,7 +145,7 @@ def causal_apply_kernel(
         rows = start + tl.arange(0, BT)
         valid = rows < last
         tokens = rows.to(tl.int64)
-        # Loaded for every tile of queries, since registers are what a program has least of.
+        # Loaded again for every tile of queries, since registers are the scarcest resource.
         mixed, _s01, _s10, _s11, mixed_scale = load_summary(
             mixed_ptr, mixed_scales_ptr, matrix, D, V, BD, 0, BV, 0
         )
@@ -181,7 +181,7 @@ def causal_apply_kernel(
                     scores *= weights
                 denominators += tl.sum(scores, axis=1)
         if NORMALIZE:
-            # Past the end nothing may become 0 / 0.
+            # Avoid 0 / 0 past the end.
             inverse = 1 / tl.where(valid, denominators, 1.0)
             out *= inverse[:, None]
             tl.store(inverse_ptr + rows, inverse, mask=valid)

@@ -24,7 +24,7 @@ _TILES = {
     "backward_queries": {64: (64, 8), 128: (32, 8)},
     "backward_keys": {64: (64, 8), 128: (32, 8)},
 }
-# Longer blocks are cut: scores within a block cost its length squared.
+# Longer blocks are split, since scores within a block cost its length squared.
 LONGEST_BLOCK = 128
 
 
@@ -55,7 +55,7 @@ def backward(
     call: Call,
     mixing_trains: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value and mixing, the last one without elements if it is unused."""
+    """Gradients of query, key, value and mixing; the last is empty if unused."""
     own = _own(mixing)
     tokens = query, key, value, grad
     strides = tuple(x.stride() for x in tokens)
@@ -89,13 +89,13 @@ def backward(
 
 
 def empty_vector(query: Tensor, normalize: bool) -> Tensor:
-    """One uninitialised number a token and head, `[batch, heads, seq_len]`; none without need."""
+    """One uninitialised number per token and head, `[batch, heads, seq_len]`; empty if unused."""
     batch, seq_len, heads, _ = query.shape
     return query.new_empty((batch, heads, seq_len if normalize else 0), dtype=torch.float32)
 
 
 def num_cuts(grid: list[int], layout: list[int], most_blocks: int) -> int:
-    """Parts to cut every block into, so that none is long."""
+    """Number of parts of every block, so that no part is long."""
     longest = -(-grid[0] // layout[0])
     return max(1, min(-(-longest // LONGEST_BLOCK), most_blocks // layout[0], grid[0] // layout[0]))
 
@@ -120,7 +120,7 @@ def _over_blocks(
 
 
 def _options(kernel: str, call: Call) -> dict:
-    """Compile-time sizes of one of the kernels, but for `ALIGN`."""
+    """Compile-time sizes of one of the kernels, except `ALIGN`."""
     options = call.options | call.tile
     del options["RANK"]
     options["GROUP"] = call.num_heads if call.num_heads <= 16 else math.gcd(call.num_heads, 8)

@@ -62,8 +62,8 @@ def causal_step_kernel(
 ):
     """S ← S + w vᵀ, z ← z + φ(k), then o = uᵀ (S̃ + w₀ S) / (φ(q)·(z̃ + w₀ z) + eps).
 
-    One program takes one key head of one sequence, and its `QUERIES` query heads. Strides are those
-    of [batch, heads]; all else is contiguous.
+    One program handles one key head of one sequence and its `QUERIES` query heads. Strides are
+    those of [batch, heads]; everything else is contiguous.
     """
     program = tl.program_id(0).to(tl.int64)
     batch, head = program // num_heads, program % num_heads
@@ -121,8 +121,8 @@ def causal_step(
         query: `[batch, num_heads, head_dim]`.
         key: `[batch, num_key_heads, head_dim]`.
         value: `[batch, num_key_heads, value_dim]`.
-        weights: As in `causal_mhla`; the first of a head is read.
-        past: Summary and key sum of the open block, and of all others, weighed; float32.
+        weights: As in `causal_mhla`; only the first of each head is read.
+        past: Summary and key sum of the open block, and the weighted ones of all others; float32.
         feature_map: Name of φ.
         rotary: `(cos, sin)`, each `[1 or batch, head_dim / 2]`.
         normalize: Divide by the denominator.

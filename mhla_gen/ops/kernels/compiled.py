@@ -1,10 +1,10 @@
-"""Launches of kernels that Triton has compiled before, without its look at every argument.
+"""Launches of kernels that Triton has compiled before, without inspecting every argument.
 
-That look takes longer than a small kernel runs, and in training it is taken for every layer and
-step. What it finds depends on no more than the key below.
+That inspection takes longer than a small kernel runs, and training would repeat it for every layer
+and step. Its result depends only on the key below.
 
-What a launch returns and how it is launched again is not part of Triton's public interface. Where a
-release has it otherwise, every launch goes the ordinary way.
+The result of a launch, and how to launch it again, are not part of Triton's public interface. If a
+release changes them, every launch takes the normal path.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-# A 16-byte boundary is all that Triton asks of a pointer.
+# Triton specializes on pointers only by whether they are aligned to 16 bytes.
 _ALIGNED = 16
 _COMPILED: dict[tuple, tuple[Any, tuple] | None] = {}
 
@@ -29,8 +29,8 @@ def launch(
     Args:
         kernel: A function of `triton.jit`; its parameters come in this order.
         grid: Programs along up to three axes.
-        tensors: On one device; None where the kernel has nothing to read.
-        scalars: Numbers of the call, or tuples of them.
+        tensors: Tensors on one device; None where the kernel has nothing to read.
+        scalars: Numbers of the call, or tuples of numbers.
         constants: Compile-time parameters and Triton's options, hashable.
     """
     pointers, dtypes, device = 0, [], -1

@@ -1,10 +1,10 @@
 """The depthwise convolution over tokens in Triton kernels, as torch custom operators.
 
-Small filters within a frame go down the lines of the grid (`depthwise_lines.py`): each token is
-read once for every column of the filter, and one pass over the gradient finds those of tokens,
-filter and bias. Other filters go by taps (`depthwise_taps.py`); there the gradient of the tokens is
-the same convolution with the filter turned around. Sums over tokens are taken in two steps, so that
-they do not depend on the order of programs.
+Small filters within a frame are computed line by line (`depthwise_lines.py`): each token is read
+once for every column of the filter, and one pass over the gradient computes those of tokens, filter
+and bias. Other filters are computed tap by tap (`depthwise_taps.py`), where the gradient of the
+tokens is the same convolution with the filter flipped. Sums over tokens are taken in two steps, so
+that they do not depend on the order of programs.
 """
 
 import math
@@ -22,13 +22,13 @@ from mhla_gen.ops.kernels.launch import quotient_up
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # Tokens and channels of a tile: whole 128-byte lines of half-precision channels, 8 for a thread.
 _TOKENS, _CHANNELS = 16, 64
-# Down the lines: warps of a program, and lines that are under way in the forward pass.
+# Line kernels: warps of a program, and lines in flight in the forward pass.
 _WARPS, _STAGES = 4, 1
-# A thread's registers hold this many taps of its channels.
+# Number of taps per channel that fit into a thread's registers.
 _MOST_HELD_TAPS = 9
 # Programs that keep a large GPU busy: several for each of 132 multiprocessors.
 _ENOUGH_PROGRAMS = 1024
-# Lines that a program goes down, at least; those around them are read twice.
+# Minimum number of lines per program; the lines around them are read twice.
 _FEWEST_LINES = 8
 
 
@@ -42,7 +42,7 @@ class After(NamedTuple):
     num_heads: int
     """Heads."""
     keeps: bool
-    """Whether what the gate multiplies is returned, too."""
+    """Whether the tensor that the gate multiplies is also returned."""
 
 
 @torch.library.custom_op("mhla_gen::depthwise_tokens", mutates_args=())
@@ -101,7 +101,7 @@ depthwise_tokens.register_autograd(_backward, setup_context=_setup)
 def convolve(
     tokens: Tensor, weight: Tensor, bias: Tensor | None, grid: list[int], after: After | None
 ) -> tuple[Tensor, Tensor]:
-    """The output, and what its gate multiplies; without elements where that is not kept."""
+    """The output, and the tensor that its gate multiplies, which is empty if not kept."""
     box, sizes = _box(weight, grid)
     if _by_lines(sizes):
         return _conv_by_lines(tokens, weight.contiguous(), bias, box, sizes, after)
@@ -273,11 +273,11 @@ def _partial_sums(tokens: Tensor, rows: int, sizes: list[int]) -> tuple[Tensor, 
 
 
 def unit_channels(tokens: Tensor) -> Tensor:
-    """Kernels read rows of channels; any stride between rows and batches will do."""
+    """Make channels contiguous, as kernels need; rows and batches may have any stride."""
     return tokens if tokens.stride(2) == 1 else tokens.contiguous()
 
 
 def _box(weight: Tensor, grid: list[int]) -> tuple[list[int], list[int]]:
-    """Grid and filter sizes with ones in front, so that there are always three axes."""
+    """Grid and filter sizes, padded in front with ones to three axes."""
     ones = [1] * (3 - len(grid))
     return [*ones, *grid], [*ones, *weight.shape[2:]]

@@ -1,8 +1,8 @@
 """Depthwise convolution with a small filter: every line of the grid is read once.
 
-A program takes some channels of some lines and columns and goes down the lines. A line that it has
-read counts for the `KH` lines that the filter reaches from there, whose sums the registers hold
-until they are complete, as they do the filter. `T` frames are sequences of their own.
+A program handles some channels of some lines and columns and moves down the lines. It adds each
+line to the sums of the `KH` lines that the filter reaches; registers hold these sums until they are
+complete, and the filter. Each of the `T` frames is a separate image.
 """
 
 import triton

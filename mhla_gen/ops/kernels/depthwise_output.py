@@ -1,4 +1,4 @@
-"""What may follow a depthwise convolution in the same pass: a sum with other tokens, and a gate."""
+"""What may follow a depthwise convolution in the same pass: a sum with other tokens and a gate."""
 
 import triton
 import triton.language as tl
@@ -13,10 +13,9 @@ def finish(
 ):  # fmt: skip
     """Store `total`, or (added + total) · SiLU(logits), of rows [BT, 1] and channels [1, BC].
 
-    Rows count from where the pointers are; `valid` and `held` say which rows and channels there
-    are. `GATE`: 0 for none, 1 for a number for each channel, 2 for each head of `HEAD_DIM`
-    channels, of which a tile touches `SPAN` at most. With `KEEPS`, what the gate multiplies is
-    stored too.
+    Rows count from the pointers' positions; `valid` and `held` tell which rows and channels exist.
+    `GATE`: 0 for none, 1 for one number per channel, 2 for one per head of `HEAD_DIM` channels, of
+    which a tile touches at most `SPAN`. With `KEEPS`, what the gate multiplies is also stored.
     """
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     mask = valid & held

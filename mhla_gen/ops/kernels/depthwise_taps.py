@@ -1,6 +1,6 @@
-"""Depthwise convolution with any filter: every tap reads the tokens anew, mostly from cache.
+"""Depthwise convolution with any filter: every tap reads the tokens again, mostly from cache.
 
-A program takes some channels of some tokens in raster order.
+A program handles some channels of some tokens in raster order.
 """
 
 import triton

@@ -1,7 +1,7 @@
 """The depthwise convolution with what follows it in an attention layer, as a custom operator.
 
-One pass adds attention's output and multiplies by the gate. Backward, the gate's part is a few
-steps of PyTorch, which compiled code joins with their neighbours; the rest is the convolution's.
+One pass adds attention's output and multiplies by the gate. In backward, the gate is a few PyTorch
+operations, which torch.compile fuses with their neighbours; the rest is the convolution's backward.
 """
 
 import torch
@@ -65,7 +65,7 @@ gated_conv_tokens.register_autograd(_gated_backward, setup_context=_gated_setup)
 def _gate_gradients(
     grad: Tensor, kept: Tensor, logits: Tensor, num_heads: int
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of what the gate multiplied, and of its logits; compiled code joins the steps."""
+    """Gradients of what the gate multiplied and of its logits; torch.compile fuses the steps."""
     x = logits.float()
     sigmoid = x.sigmoid()
     factor, slope = (x * sigmoid).to(logits.dtype), sigmoid * (1 + x * (1 - sigmoid))

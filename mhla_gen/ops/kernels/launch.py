@@ -1,4 +1,4 @@
-"""What every launch of a kernel over tokens needs to know about the call."""
+"""The description of a call that every launch of a kernel over tokens needs."""
 
 import math
 from dataclasses import dataclass
@@ -14,17 +14,17 @@ from mhla_gen.errors import UserError
 _OPERANDS = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 # Programs that keep a large GPU busy: two for each of 132 multiprocessors, with some to spare.
 _ENOUGH_PROGRAMS = 512
-# A part of a block shorter than this pays more for its summary than it gains.
+# A shorter part of a block costs more for its summary than it gains.
 _SHORTEST_PART = 128
-# Kernels find a token's place in a box by float division, exact up to here.
+# Kernels compute a token's position in a box by float division, which is exact up to here.
 _LARGEST_BOX = 2**21
 
 
 def stored_dtype(dtype: torch.dtype) -> torch.dtype:
     """Dtype of summaries.
 
-    Bfloat16 inputs keep float16 summaries, each with its own scale: as small, eight times finer and
-    just as safe from overflow. Float16 inputs would lose their precision that way.
+    For bfloat16 inputs, summaries are float16 with one scale each: as small, eight times finer and
+    just as safe from overflow. Float16 inputs would lose precision that way.
     """
     return torch.float16 if dtype == torch.bfloat16 else torch.float32
 
@@ -50,10 +50,10 @@ def pieces(channels: int) -> tuple[int, int]:
 
 @cache
 def alignment(*strides: tuple[int, ...]) -> int:
-    """Elements, up to 16, of which every row's offset is a multiple.
+    """Number of elements, up to 16, that divides every row's offset.
 
     Args:
-        strides: Those of tensors `[batch, seq_len, heads, dim]`.
+        strides: Strides of tensors `[batch, seq_len, heads, dim]`.
     """
     return math.gcd(16, *(stride for each in strides for stride in each[:3]))
 
@@ -70,7 +70,7 @@ def shared_axes(mixing: Tensor) -> tuple[int, ...]:
 
 
 def num_parts(batch_heads: int, grid: list[int], layout: list[int]) -> int:
-    """Parts to cut blocks into, so that few long blocks still fill the GPU."""
+    """Number of parts of a block, so that even a few long blocks fill the GPU."""
     programs = batch_heads * math.prod(layout)
     if programs >= _ENOUGH_PROGRAMS // 2:
         return 1
@@ -109,8 +109,8 @@ class Call:
     eps: float
     stored: torch.dtype
     window: tuple[int, int, int, int] | None = None
-    """Which tokens are there, see `boxes.held_box`; None: all. With it, three axes, and `layout`
-    counts, along the first of them, only the blocks that are there."""
+    """Which tokens this process holds, see `boxes.held_box`; None: all. With a window there are
+    three axes, and `layout` counts only the held blocks along the first axis."""
 
     def __post_init__(self) -> None:
         if len(self.grid) > 1 and self.block_size > _LARGEST_BOX:
@@ -164,7 +164,7 @@ class Call:
 
     @cached_property
     def kind(self) -> tuple:
-        """All that compile-time arguments depend on, besides strides."""
+        """Everything that compile-time arguments depend on, besides strides."""
         heads, rotary = self.query.shape[2:], self.cos is not None
         options = self.feature_map, self.normalize, self.stored
         sizes = len(self.grid), self.block_size

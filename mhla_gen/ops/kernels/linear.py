@@ -2,7 +2,7 @@
 
 `box` is (T, H, W, LT, LH, LW): the token grid and the blocks along each axis, ones in front where
 `RANK` is less than three. Strides are those of [batch, seq_len, num_heads, channels].
-`window` is None, or says which tokens of the grid are there (`boxes.held_box`).
+`window` is None, or tells which tokens of the grid this process holds (`boxes.held_box`).
 """
 
 import triton

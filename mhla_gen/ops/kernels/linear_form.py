@@ -41,7 +41,7 @@ class Summaries(NamedTuple):
     matrices: Tensor
     """`[batch, rows, heads, head_dim, value_dim]`, float16 or float32."""
     scales: Tensor
-    """Float32 `[batch, rows, heads]`: what float16 matrices are multiples of."""
+    """Float32 `[batch, rows, heads]`: scales of the float16 matrices."""
     key_sums: Tensor
     """Float32 `[batch, rows, heads, head_dim]`."""
 
@@ -49,7 +49,7 @@ class Summaries(NamedTuple):
     def empty(
         cls, query: Tensor, value: Tensor, rows: int, stored: torch.dtype, normalize: bool
     ) -> "Summaries":
-        """Uninitialised summaries of `rows` rows; what a call does not need has no elements."""
+        """Uninitialised summaries of `rows` rows; tensors that a call does not need are empty."""
         batch, _, heads, head_dim = query.shape
         scales = heads if stored == torch.float16 else 0
         sums = head_dim if normalize else 0
@@ -80,7 +80,7 @@ def backward(
     call: Call,
     mixing_trains: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value and mixing, the last one without elements if it is unused."""
+    """Gradients of query, key, value and mixing; the last is empty if unused."""
     dquery, dmixed = backward_queries(grad, query, value, mixed, call)
     dmixing = correlate(dmixed, summaries, mixing, call) if mixing_trains else mixing.new_empty(0)
     dsummaries = mix(mixing.mT, dmixed, call)
@@ -101,9 +101,9 @@ def summarise(key: Tensor, value: Tensor, call: Call) -> Summaries:
 
 
 def mix(mixing: Tensor, summaries: Summaries, call: Call, triangle: str | None = None) -> Summaries:
-    """Σ_b m_ib S_b, over all parts of block b; of b there may be more than of i.
+    """Σ_b m_ib S_b, over all parts of block b; there may be more blocks b than i.
 
-    `triangle` is "lower" or "upper" where m is 0 on its other side and blocks have one part.
+    `triangle` is "lower" or "upper" if m is 0 on the other side and blocks have one part.
     """
     batch, rows, heads, head_dim, value_dim = summaries.matrices.shape
     mixed = _empty(call, call.num_blocks)
@@ -164,7 +164,7 @@ def correlate(
 ) -> Tensor:
     """Gradient of mixing, <dS̃_i, S_b> + <dz̃_i, z_b>, in a fixed order of summation.
 
-    If `lower`, entries above the diagonal are not to be used.
+    If `lower`, entries above the diagonal are undefined.
     """
     batch, rows, heads, head_dim, value_dim = dmixed.matrices.shape
     others = summaries.matrices.shape[1]

@@ -1,7 +1,7 @@
 """Linear form, forward, in one launch: a program summarises, mixes and applies for its own head.
 
-For blocks of one tile, of which a program loads the next while it works on one. Summaries pass
-through memory as between launches, mostly within the cache, and are there for backward.
+For blocks of one tile: a program loads the next block while it works on the current one. Summaries
+pass through memory as between launches, mostly in the cache, and are kept for backward.
 """
 
 import triton
@@ -129,7 +129,7 @@ def one_launch_kernel(
         if NORMALIZE:
             store_vector(key_sums_ptr + matrix * D, tl.sum(key_sums, axis=0), D, 0)
 
-    # What one thread has stored, others of this program load next.
+    # Other threads of this program load next what one thread has stored.
     tl.debug_barrier()
     _mix(
         mixing_ptr + head * mixing_strides[0], summaries_ptr, scales_ptr, key_sums_ptr, mixed_ptr,

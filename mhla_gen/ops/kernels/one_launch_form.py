@@ -16,20 +16,20 @@ _MOST_BLOCKS = 64
 
 @dataclass
 class OneLaunch:
-    """How heads are worked on in one launch."""
+    """Settings of the forward pass in one launch."""
 
     allowed: bool = False
     """Off until it has been measured: benchmarks/kernel_speed.py times both ways."""
     fewest_heads: int = 128
-    """Of all sequences together: about one for each multiprocessor."""
+    """Minimum number of heads of all sequences: about one per multiprocessor."""
     block_size: int = 64
-    """Most tokens of a block, which are one tile."""
+    """Maximum number of tokens in a block, which is one tile."""
     num_warps: int = 4
-    """Of a program; with 4, two programs fit a multiprocessor."""
+    """Warps per program; with 4, two programs fit on a multiprocessor."""
     stages: int = 2
-    """Blocks that are under way: one is loaded while one is worked on."""
+    """Blocks in flight: one is loaded while another is computed."""
     registers: int | None = None
-    """Most of them for a thread."""
+    """Maximum number of registers per thread."""
 
 
 SETTINGS = OneLaunch()

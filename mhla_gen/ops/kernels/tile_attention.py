@@ -1,7 +1,7 @@
-"""Tile attention, forward: one program takes queries of one group through its list of tiles.
+"""Tile attention, forward: one program handles queries of one group and their list of tiles.
 
-A block of `BN` keys is whatever tiles come next in the list (`tile_lists.py`); they are read where
-they lie. Scores are kept in units of log 2.
+A block of `BN` keys is the next tiles of the list (`tile_lists.py`), read in place. Scores are in
+units of log 2.
 """
 
 import triton
@@ -12,7 +12,7 @@ from mhla_gen.ops.kernels.boxes import box_tokens, group_box
 from mhla_gen.ops.kernels.pieces import head_offset, load_pieces, piece_offsets, store_pieces
 
 _LN2 = tl.constexpr(0.6931471805599453)
-# A sum of weights below this has lost some of them, or will lose some of their products.
+# In a sum of weights below this, some weights or their products have vanished.
 _VANISHED = tl.constexpr(2.0**-60)
 
 
@@ -228,8 +228,8 @@ def tile_attend_kernel(
 ):
     """Output and log-sum-exp of up to BM queries of one group and head.
 
-    Queries and keys come rotated: what a product takes from registers instead of memory, it waits
-    for, and each after the one before.
+    Queries and keys are rotated beforehand: matrix products with operands in registers would run
+    one after the other, each waiting for the one before.
     """
     batch, head, group, _slots, tokens, q_valid = locate_group(
         box, groups, num_heads, num_groups, blocks, BM, RANK
@@ -249,8 +249,8 @@ def tile_attend_kernel(
     num_keys = list_size * SLOTS
     nothing = tl.full((BM,), float("-inf"), tl.float32)
     if BOUNDED:
-        # No score is larger than the product of lengths, so no largest one has to be looked for,
-        # and no sum to be scaled again.
+        # No score exceeds the product of norms, so no maximum has to be tracked and no sum
+        # rescaled.
         bound = tl.sqrt(squared_norms(q0, q1, D1) * tl.load(longest_ptr + row)) * scale
         peak, total, out0, out1 = attend_to_list(
             q0, q1, k_ptr, v_ptr, entries_ptr, extra_k_ptr, extra_v_ptr, extra_mask_ptr,

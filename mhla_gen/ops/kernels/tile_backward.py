@@ -246,7 +246,7 @@ def tile_backward_keys_kernel(
 ):
     """Gradients dk, rotated back, and dv of BN slots of one tile and head.
 
-    A step takes BM queries: a part of one group of PACK slots, or several small groups.
+    A step handles BM queries: a part of one group of PACK slots, or several small groups.
     """
     block = tl.program_id(0) % blocks
     tile = tl.program_id(0) // blocks % num_tiles

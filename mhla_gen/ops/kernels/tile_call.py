@@ -1,4 +1,4 @@
-"""What every launch of tile attention needs to know about the call."""
+"""The description of a call that every launch of tile attention needs."""
 
 import math
 from dataclasses import dataclass

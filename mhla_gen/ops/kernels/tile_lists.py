@@ -1,4 +1,4 @@
-"""What tile attention needs before it attends: means, rotated keys, and lists of tiles.
+"""What tile attention computes before it attends: means, rotated keys, and lists of tiles.
 
 `box` is (T, H, W, LT, LH, LW): tokens and tiles along each axis; `groups` counts groups of tiles
 along each. A *slot* is a place in the largest tile, `SLOT_T` × `SLOT_H` × `SLOT_W` of them, padded
@@ -157,7 +157,7 @@ def list_kernel(
 ):
     """The list of one group and head: its window, then the `top` largest products, by index.
 
-    The top-th largest product is found bit by bit; of its equals the first ones are taken.
+    The top-th largest product is found bit by bit; ties are broken by index.
     """
     row = tl.program_id(0).to(tl.int64)
     group = tl.program_id(0) % num_groups

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# The comparisons of docs/evidence.md, exact pairs beside MHLA, from scratch, converted and on clips,
-# and of docs/mixing.md, MHLA beside linear attention, the main arms longer too. Results are kept.
+# The comparisons of docs/evidence.md (exact pairs beside MHLA: from scratch, converted, on clips) and
+# of docs/mixing.md (MHLA against linear attention, main arms also longer). Results are kept.
 #   bash experiments/evidence.sh DATA OUTPUT [--seconds N] [--processes N] [key=value ...]
 # DATA: emoji64.npz (experiments/evidence/emoji_dataset.py) or a folder with one sub-folder of images
-# a class. All GPUs that this machine has are used, with several processes each. After --seconds
-# trainings write checkpoints into OUTPUT/*/work, and the same command resumes from there.
+# per class. All GPUs of this machine are used, with several processes each. After --seconds, runs
+# write checkpoints into OUTPUT/*/work, and the same command resumes from there.
 # PLANS names some of exact, arms, long, gates; exact takes some 35 minutes of an H100, arms 90, long 60.
 set -euo pipefail
 usage="usage: bash experiments/evidence.sh DATA OUTPUT [--seconds N] [--processes N] [key=value ...]"

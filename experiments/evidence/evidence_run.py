@@ -112,7 +112,7 @@ class Worker:
             with claimed(self.shop.work / f"{run.name}.lock") as ours:
                 if ours and run in self._todo():
                     return self._do(run)
-        # All are taken by other processes, of which one may stop or finish the weights of a start.
+        # Others have all runs; one may be stopped, or finish weights that other runs start from.
         time.sleep(_WAIT_SECONDS)
         return False
 

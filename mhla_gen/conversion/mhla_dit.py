@@ -91,7 +91,7 @@ def read(
     if differences and not allow_differences:
         raise UserError(
             f"this checkpoint would compute another function: {'; '.join(differences)}. To "
-            "import it as a start for training, set allow_differences=true"
+            "import it as a starting point for training, set allow_differences=true"
         )
     source = _without_layer_norm(state)
     base, added = {}, {}

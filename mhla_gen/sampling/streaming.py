@@ -29,7 +29,7 @@ def keep_clips(
 ) -> None:
     """Make the clips of a unit and write each to its mp4 file as chunks are finished.
 
-    Latents of finished chunks are kept until the unit is done: a start that was interrupted in a
+    Latents of finished chunks are kept until the unit is done: a run that was interrupted in a
     clip reads and decodes them, and denoises only what is missing.
 
     Args:

@@ -110,7 +110,7 @@ class RecordedTraining:
         shared = isinstance(self.model, DistributedDataParallel)
         torch.cuda.empty_cache()
         try:
-            # The passes before it take nothing from the run's chance.
+            # The passes before it take nothing from the run's randomness.
             with (
                 torch.random.fork_rng(devices=[self._parameters[0].device]),
                 _restored(self._parameters),

@@ -262,7 +262,7 @@ def run(out: Path, sizes: Sizes, seeds: int, seconds: float) -> None:
             print(f"{seconds:.0f} s are over; run this again for the other arms")
             break
         report = run_arm(name, seed, converted, tokens, windows, sizes, out)
-        write_json(path, report | {"settings": settings})
+        write_json(path, report | {"settings": settings}, indent=None)
         mean = np.mean(report["by_position"], axis=0)
         print(f"{path.stem}: {np.round(mean, 3)} in {report['seconds']:.1f} s", flush=True)
     found = [json.loads(path.read_text()) for path in map(path_of, arms) if path.exists()]
@@ -273,7 +273,7 @@ def run(out: Path, sizes: Sizes, seeds: int, seconds: float) -> None:
         **settings,
         "arms": [{k: v for k, v in arm.items() if k != "settings"} for arm in found],
     }
-    write_json(out / "language.json", report)
+    write_json(out / "language.json", report, indent=None)
 
 
 def tables(report: dict[str, Any]) -> str:

@@ -18,12 +18,11 @@ from mhla_gen.config import MHLAConfig
 from mhla_gen.conversion.keys import (
     Converted,
     inverse,
-    refuse_other_settings,
     refuse_unknown,
     rename,
     shape,
 )
-from mhla_gen.conversion.mhla_dit import FIXED, LAYER_NORM, NORMALIZER
+from mhla_gen.conversion.mhla_dit import FIXED, LAYER_NORM, NORMALIZER, refuse_unwritable
 from mhla_gen.errors import UserError
 from mhla_gen.models.vision import MHLAVisionTransformer
 
@@ -139,17 +138,7 @@ def write(
     Raises:
         ValueError: If the authors' model cannot express ours.
     """
-    if normalizer != "paper":
-        raise UserError(
-            "the authors' released DeiT computes another function than Eq. 4, and needs a second "
-            "LayerNorm that no model of ours has; normalizer=paper writes weights for mended code"
-        )
-    mhla = MHLAConfig.from_dict(settings["mhla"]).to_dict()
-    refuse_other_settings(mhla, FIXED, "the authors' DeiT")
-    if len(set(mhla["layout"])) > 1:
-        raise UserError(
-            f"the authors' DeiT has as many blocks along both axes, not {mhla['layout']}"
-        )
+    refuse_unwritable(settings, normalizer, "DeiT")
     back, converted, unknown = inverse(_NAMES), {}, []
     for key, tensor in state.items():
         if match := _OURS.fullmatch(key):

@@ -117,6 +117,26 @@ def read(
     )
 
 
+def refuse_unwritable(settings: Mapping[str, Any], normalizer: str, model: str) -> None:
+    """Refuse a config that the authors' `model` cannot express, and code that computes otherwise.
+
+    Raises:
+        ValueError: With what does not fit.
+    """
+    if normalizer != "paper":
+        raise UserError(
+            f"the authors' released {model} computes another function than Eq. 4, and needs a "
+            "second LayerNorm that no model of ours has; normalizer=paper writes weights for "
+            "mended code"
+        )
+    mhla = MHLAConfig.from_dict(settings["mhla"]).to_dict()
+    refuse_other_settings(mhla, FIXED, f"the authors' {model}")
+    if len(set(mhla["layout"])) > 1:
+        raise UserError(
+            f"the authors' {model} has as many blocks along both axes, not {mhla['layout']}"
+        )
+
+
 def write(
     state: Mapping[str, Tensor], settings: Mapping[str, Any], *, normalizer: str = "released"
 ) -> dict[str, Tensor]:
@@ -130,17 +150,7 @@ def write(
     Raises:
         ValueError: If the authors' model cannot express ours.
     """
-    if normalizer != "paper":
-        raise UserError(
-            "the authors' released DiT computes another function than Eq. 4, and needs a second "
-            "LayerNorm that no model of ours has; normalizer=paper writes weights for mended code"
-        )
-    mhla = MHLAConfig.from_dict(settings["mhla"]).to_dict()
-    refuse_other_settings(mhla, FIXED, "the authors' DiT")
-    if len(set(mhla["layout"])) > 1:
-        raise UserError(
-            f"the authors' DiT has as many blocks along both axes, not {mhla['layout']}"
-        )
+    refuse_unwritable(settings, normalizer, "DiT")
     base, converted = {}, {}
     for key, tensor in state.items():
         if new := rename(key, _CONV_BACK):

@@ -1,14 +1,15 @@
 """Recorded training passes leave the gradients of the model, summed and averaged as its own."""
 
 import socket
+import sys
 
 import pytest
 import torch
 import torch.distributed as dist
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from ranks import torchrun
 from tape import stand_in
-from test_training import TINY, assert_same, tiny_run, trained
+from test_training import TINY, assert_same, tiny_run, trained, trained_weights
 from tiny import tiny_dit
 from torch.nn.parallel import DistributedDataParallel
 
@@ -16,7 +17,9 @@ import mhla_gen
 from mhla_gen.runtime.compiling import compile_blocks
 from mhla_gen.runtime.recomputing import draws, recompute_activations
 from mhla_gen.runtime.recorded_training import RecordedTraining, forget_recordings
+from mhla_gen.training import training_run
 from mhla_gen.training.log import read_log
+from mhla_gen.training.loop import run_to_end
 from mhla_gen.training.training_run import build_run
 
 
@@ -228,25 +231,52 @@ def test_a_recorded_run_resumes_exactly_and_equals_one_that_is_not(parts, tmp_pa
         assert line["loss"] == pytest.approx(other["loss"], rel=1e-4)
 
 
+def averaged_run(folder, **changes):
+    """A run whose gradients accelerate's DistributedDataParallel averages, recorded."""
+    run = build_run(tiny_run(folder, gradient_accumulation_steps=2, **changes))
+    recorded = run.model.forward
+    assert isinstance(run.model, DistributedDataParallel)
+    assert isinstance(recorded, RecordedTraining)
+    run_to_end(run, "training")
+    # Of the first micro-batch of a step, and of the second one, which averages.
+    assert [len(recorded._recordings[averages]) for averages in (False, True)] == [1, 1]
+
+
+def assert_close_weights(folder, expected):
+    averaged = trained_weights(folder)
+    assert averaged.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(averaged[name], value, rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there it records")
+def test_a_run_of_two_processes_computes_the_same_with_tapes(tmp_path):
+    plain = trained(tiny_run(tmp_path / "plain"))
+    torchrun(2, __file__, tmp_path / "shared")
+    assert_close_weights(tmp_path / "shared", plain)
+
+
+def run_with_tapes(folder):
+    stand_in(setattr)
+    training_run.can_record = lambda *_: True
+    averaged_run(folder)
+
+
 @pytest.mark.gpu
 def test_a_run_that_averages_gradients_is_recorded_and_computes_the_same(tmp_path, monkeypatch):
-    """accelerate's own DistributedDataParallel, as a launcher of one process makes it."""
     plain = trained(tiny_run(tmp_path / "plain", compile="regional", cuda_graphs=False))
     AcceleratorState._reset_state(reset_partial_state=True)
     port = ephemeral_port()
     launched = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}
     for name, value in (launched | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}).items():
         monkeypatch.setenv(name, str(value))
+    # accelerate would not share the model of a process that is alone.
+    monkeypatch.setattr(PartialState, "use_distributed", True)
     try:
-        config = tiny_run(tmp_path / "shared", compile="regional", gradient_accumulation_steps=2)
-        run = build_run(config)
-        assert isinstance(run.model, DistributedDataParallel)
-        assert isinstance(run.model.forward, RecordedTraining)
-        averaged = trained(config)
+        averaged_run(tmp_path / "shared", compile="regional", cuda_graphs=True)
     finally:
         part_processes_of_test()
-    for name, value in plain.items():
-        torch.testing.assert_close(averaged[name], value, rtol=1e-3, atol=1e-4, msg=name)
+    assert_close_weights(tmp_path / "shared", plain)
 
 
 def ephemeral_port():
@@ -256,6 +286,9 @@ def ephemeral_port():
 
 
 if __name__ == "__main__":
-    dist.init_process_group("gloo")
-    average_inside_a_tape()
+    if len(sys.argv) > 1:
+        run_with_tapes(sys.argv[1])
+    else:
+        dist.init_process_group("gloo")
+        average_inside_a_tape()
     dist.destroy_process_group()

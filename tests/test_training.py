@@ -60,8 +60,11 @@ def tiny_run(folder, **changes):
 def trained(config):
     """Weights of the saved pipeline's transformer."""
     train(config)
-    folder = f"{config.output_dir}/pipeline"
-    pipeline = mhla_gen.ClassConditionalPipeline.from_pretrained(folder)
+    return trained_weights(config.output_dir)
+
+
+def trained_weights(folder):
+    pipeline = mhla_gen.ClassConditionalPipeline.from_pretrained(f"{folder}/pipeline")
     return pipeline.transformer.state_dict()
 
 

@@ -21,7 +21,7 @@ from triton.testing import do_bench
 from mhla_gen.bench.ops import MODELS, Case
 from mhla_gen.ops import locality_mixing
 from mhla_gen.ops.fused import attention_form_is_cheaper
-from mhla_gen.ops.kernels import attention_form, linear_form, one_launch_form
+from mhla_gen.ops.kernels import attention_form, linear_form
 from mhla_gen.ops.kernels.launch import Call, merge_axes, stored_dtype
 
 
@@ -78,7 +78,6 @@ def _linear(
     dsummaries = form.mix(mixing.mT, dmixed, call)
     tokens = grad, query, key, value, mixing
     return {
-        **_in_one_launch(query, key, value, mixing, call),
         "summarise": lambda: form.summarise(key, value, call),
         "mix": lambda: form.mix(mixing, summaries, call),
         "apply": lambda: form.apply(query, value, mixed, call),
@@ -88,25 +87,6 @@ def _linear(
         "backward_keys": lambda: form.backward_keys(key, value, dsummaries, call),
         "backward": lambda: form.backward(*tokens, summaries, mixed, call),
     }
-
-
-def _in_one_launch(
-    query: Tensor, key: Tensor, value: Tensor, mixing: Tensor, call: Call
-) -> dict[str, Callable[[], object]]:
-    """The forward pass in one launch, where possible, by warps, stages and registers."""
-    form = one_launch_form
-    found: dict[str, Callable[[], object]] = {}
-    for ways in ((4, 1, None), (4, 2, None), (4, 3, None), (8, 1, 128), (8, 2, 128), (8, 2, None)):
-        settings = form.OneLaunch(True, 128, 64, *ways)
-
-        def forward(settings: form.OneLaunch = settings) -> object:
-            form.SETTINGS = settings
-            return form.forward(query, key, value, mixing, call)
-
-        form.SETTINGS = settings
-        if form.fits(call):
-            found[f"one launch {ways}"] = forward
-    return found
 
 
 def main() -> None:

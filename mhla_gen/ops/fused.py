@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mhla_gen.errors import UserError
 from mhla_gen.ops.causal_fused import fused_causal_mhla
-from mhla_gen.ops.kernels import attention_form, linear_form, one_launch_form
+from mhla_gen.ops.kernels import attention_form, linear_form
 from mhla_gen.ops.kernels.launch import Call, merge_axes, num_parts, stored_dtype
 from mhla_gen.ops.kernels.linear_form import Summaries
 
@@ -153,8 +153,7 @@ def _linear_form(
     """Linear form: the output, then summaries and mixed summaries with scales and key sums."""
     call = _call(query, value, cos, sin, grid, layout, feature_map, normalize, eps, stored)
     with torch.cuda.device_of(query):
-        form = one_launch_form if one_launch_form.fits(call) else linear_form
-        out, summaries, mixed = form.forward(query, key, value, mixing, call)
+        out, summaries, mixed = linear_form.forward(query, key, value, mixing, call)
     s, x = summaries, mixed
     return out, s.matrices, s.scales, s.key_sums, x.matrices, x.scales, x.key_sums
 

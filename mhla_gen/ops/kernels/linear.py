@@ -39,27 +39,6 @@ def rotate_pieces(
 
 
 @triton.jit
-def summarise_tile(
-    k_ptr, v_ptr, cos_ptr, sin_ptr, k_strides, v_strides, tokens, valid, summary, key_sums,
-    D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, WAVE: tl.constexpr,
-    ALIGN: tl.constexpr, FEATURE_MAP: tl.constexpr, ROTARY: tl.constexpr, NORMALIZE: tl.constexpr,
-    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """A summary and its key sums [WAVE, BD] with the tokens of one tile added."""
-    k, _k = load_pieces(k_ptr, tokens, valid, k_strides, D, BD, 0, ALIGN)
-    v, _v = load_pieces(v_ptr, tokens, valid, v_strides, V, BV, 0, ALIGN)
-    # Rows past the end hold φ(0), which their values of 0 keep out of the summary.
-    features = phi(k.to(tl.float32), FEATURE_MAP)
-    if NORMALIZE:
-        key_sums += sum_waves(tl.where(valid[:, None], features, 0.0), WAVE)
-    if ROTARY:
-        cos, sin = load_angles(cos_ptr, sin_ptr, tokens, valid, D, 0, BD)
-        features = rotate(features, cos, sin)
-    summary = dot(tl.trans(features.to(OPERAND)), v.to(OPERAND), summary, PRECISION)
-    return summary, key_sums
-
-
-@triton.jit
 def summarise_kernel(
     k_ptr,
     v_ptr,
@@ -104,63 +83,21 @@ def summarise_kernel(
         valid = slots < last
         tokens = box_tokens(slots, first_t, first_h, first_w, size_h, size_w, H, W, RANK)
         tokens, valid = in_window(tokens, valid, window)
-        summary, key_sums = summarise_tile(
-            k_ptr, v_ptr, cos_ptr, sin_ptr, k_strides, v_strides, tokens, valid, summary, key_sums,
-            D, V, BD, BV, WAVE, ALIGN, FEATURE_MAP, ROTARY, NORMALIZE, OPERAND, PRECISION,
-        )  # fmt: skip
+        k, _k = load_pieces(k_ptr, tokens, valid, k_strides, D, BD, 0, ALIGN)
+        v, _v = load_pieces(v_ptr, tokens, valid, v_strides, V, BV, 0, ALIGN)
+        # Rows past the end hold φ(0), which their values of 0 keep out of the summary.
+        features = phi(k.to(tl.float32), FEATURE_MAP)
+        if NORMALIZE:
+            key_sums += sum_waves(tl.where(valid[:, None], features, 0.0), WAVE)
+        if ROTARY:
+            cos, sin = load_angles(cos_ptr, sin_ptr, tokens, valid, D, 0, BD)
+            features = rotate(features, cos, sin)
+        summary = dot(tl.trans(features.to(OPERAND)), v.to(OPERAND), summary, PRECISION)
 
     matrix = (batch * (LT * LH * LW * num_parts) + row) * num_heads + head
     store_summary(summaries_ptr, scales_ptr, matrix, summary, D, V)
     if NORMALIZE:
         store_vector(key_sums_ptr + matrix * D, tl.sum(key_sums, axis=0), D, 0)
-
-
-@triton.jit
-def load_key_sums(
-    key_sums_ptr, matrix, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
-    NORMALIZE: tl.constexpr,
-):  # fmt: skip
-    """Both pieces of the key sums of a matrix, each [1, columns]; zeros if they are not used."""
-    z0 = tl.zeros((1, D0), tl.float32)
-    z1 = z0
-    if NORMALIZE:
-        key_sums_ptr += matrix * D
-        z0 = load_vector(key_sums_ptr, D, 0, D0)[None, :]
-        z1 = z0
-        if D1 > 0:
-            z1 = load_vector(key_sums_ptr, D, D0, D1)[None, :]
-    return z0, z1
-
-
-@triton.jit
-def apply_tile(
-    q_ptr, cos_ptr, sin_ptr, out_ptr, q_strides, out_strides, tokens, valid,
-    s00, s01, s10, s11, mixed_scale, z0, z1, eps,
-    D: tl.constexpr, V: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, V0: tl.constexpr,
-    V1: tl.constexpr, ALIGN: tl.constexpr, FEATURE_MAP: tl.constexpr, ROTARY: tl.constexpr,
-    NORMALIZE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Store the output of the queries of one tile, with the pieces of their mixed summary."""
-    q0, q1 = load_pieces(q_ptr, tokens, valid, q_strides, D, D0, D1, ALIGN)
-    f0 = clear_padding(phi(q0.to(tl.float32), FEATURE_MAP), D, 0)
-    f1 = f0
-    if D1 > 0:
-        f1 = clear_padding(phi(q1.to(tl.float32), FEATURE_MAP), D, D0)
-    if NORMALIZE:
-        denominators = tl.sum(f0 * z0, axis=1) + eps
-        if D1 > 0:
-            denominators += tl.sum(f1 * z1, axis=1)
-    if ROTARY:
-        f0, f1 = rotate_pieces(f0, f1, cos_ptr, sin_ptr, tokens, valid, D, D0, D1, 1)
-    factors = tl.full(tokens.shape, mixed_scale, tl.float32)
-    if s00.dtype == tl.float16:
-        f0, f1, scales = scale_rows(f0, f1, D1)
-        factors = scales * mixed_scale
-    out0, out1 = times_summary(f0, f1, s00, s01, s10, s11, D1, V1, PRECISION)
-    if NORMALIZE:
-        factors = factors / denominators
-    out0, out1 = out0 * factors[:, None], out1 * factors[:, None]
-    store_pieces(out_ptr, out0, out1, tokens, valid, out_strides, V, V0, V1, ALIGN)
 
 
 @triton.jit
@@ -207,14 +144,34 @@ def apply_kernel(
     s00, s01, s10, s11, mixed_scale = load_summary(
         mixed_ptr, mixed_scales_ptr, matrix, D, V, D0, D1, V0, V1
     )
-    z0, z1 = load_key_sums(mixed_key_sums_ptr, matrix, D, D0, D1, NORMALIZE)
+    if NORMALIZE:
+        mixed_key_sums_ptr += matrix * D
+        z0 = load_vector(mixed_key_sums_ptr, D, 0, D0)[None, :]
+        z1 = z0
+        if D1 > 0:
+            z1 = load_vector(mixed_key_sums_ptr, D, D0, D1)[None, :]
     for start in range(first, last, BT):
         slots = start + tl.arange(0, BT)
         valid = slots < last
         tokens = box_tokens(slots, first_t, first_h, first_w, size_h, size_w, H, W, RANK)
         tokens, valid = in_window(tokens, valid, window)
-        apply_tile(
-            q_ptr, cos_ptr, sin_ptr, out_ptr, q_strides, out_strides, tokens, valid,
-            s00, s01, s10, s11, mixed_scale, z0, z1, eps,
-            D, V, D0, D1, V0, V1, ALIGN, FEATURE_MAP, ROTARY, NORMALIZE, PRECISION,
-        )  # fmt: skip
+        q0, q1 = load_pieces(q_ptr, tokens, valid, q_strides, D, D0, D1, ALIGN)
+        f0 = clear_padding(phi(q0.to(tl.float32), FEATURE_MAP), D, 0)
+        f1 = f0
+        if D1 > 0:
+            f1 = clear_padding(phi(q1.to(tl.float32), FEATURE_MAP), D, D0)
+        if NORMALIZE:
+            denominators = tl.sum(f0 * z0, axis=1) + eps
+            if D1 > 0:
+                denominators += tl.sum(f1 * z1, axis=1)
+        if ROTARY:
+            f0, f1 = rotate_pieces(f0, f1, cos_ptr, sin_ptr, tokens, valid, D, D0, D1, 1)
+        factors = tl.full((BT,), mixed_scale, tl.float32)
+        if mixed_ptr.dtype.element_ty == tl.float16:
+            f0, f1, scales = scale_rows(f0, f1, D1)
+            factors = scales * mixed_scale
+        out0, out1 = times_summary(f0, f1, s00, s01, s10, s11, D1, V1, PRECISION)
+        if NORMALIZE:
+            factors = factors / denominators
+        out0, out1 = out0 * factors[:, None], out1 * factors[:, None]
+        store_pieces(out_ptr, out0, out1, tokens, valid, out_strides, V, V0, V1, ALIGN)

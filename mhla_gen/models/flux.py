@@ -33,19 +33,8 @@ class SoftmaxFlux2AttnProcessor(DropsGrid, Flux2AttnProcessor):
     """Stock attention for the softmax layers of a hybrid."""
 
 
-class SoftmaxFlux2ParallelAttnProcessor(Flux2ParallelSelfAttnProcessor):
-    """Stock attention for the softmax layers of a hybrid: drops the grid."""
-
-    def __call__(  # type: ignore[override]
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        image_rotary_emb: Any = None,
-        grid: tuple[int, ...] | None = None,
-    ) -> Tensor:
-        """As `Flux2ParallelSelfAttnProcessor`."""
-        return super().__call__(attn, hidden_states, attention_mask, image_rotary_emb)
+class SoftmaxFlux2ParallelAttnProcessor(DropsGrid, Flux2ParallelSelfAttnProcessor):
+    """Stock attention for the softmax layers of a hybrid."""
 
 
 class MHLAFlux2ParallelAttnProcessor(JointMHLAProcessor):

@@ -14,7 +14,7 @@ from torch import Tensor
 from mhla_gen.errors import UserError
 from mhla_gen.models.cosmos import interleaved
 from mhla_gen.models.family import Family
-from mhla_gen.models.processors import MHLAProcessor, pairs
+from mhla_gen.models.processors import DropsGrid, MHLAProcessor, pairs
 from mhla_gen.models.transformer import MHLATransformerMixin
 
 
@@ -32,48 +32,12 @@ class GridLTX2RotaryPosEmbed(LTX2AudioVideoRotaryPosEmbed):
         return cos, sin, cos.new_empty((*self.grid, 0))
 
 
-class SoftmaxLTX2AttnProcessor(LTX2AudioVideoAttnProcessor):
+class SoftmaxLTX2AttnProcessor(DropsGrid, LTX2AudioVideoAttnProcessor):
     """Stock attention for the softmax layers of a hybrid."""
 
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        query_rotary_emb: Any = None,
-        key_rotary_emb: Any = None,
-    ) -> Tensor:
-        """As `LTX2AudioVideoAttnProcessor`."""
-        return super().__call__(
-            attn, hidden_states, encoder_hidden_states, attention_mask, query_rotary_emb[:2]
-        )
 
-
-class SoftmaxLTX2PerturbedAttnProcessor(LTX2PerturbedAttnProcessor):
+class SoftmaxLTX2PerturbedAttnProcessor(DropsGrid, LTX2PerturbedAttnProcessor):
     """Stock attention for the softmax layers of a hybrid."""
-
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        query_rotary_emb: Any = None,
-        key_rotary_emb: Any = None,
-        perturbation_mask: Tensor | None = None,
-        all_perturbed: Any = None,
-    ) -> Tensor:
-        """As `LTX2PerturbedAttnProcessor`."""
-        return super().__call__(
-            attn,
-            hidden_states,
-            encoder_hidden_states,
-            attention_mask,
-            query_rotary_emb[:2],
-            perturbation_mask=perturbation_mask,
-            all_perturbed=all_perturbed,
-        )
 
 
 class MHLALTX2AttnProcessor(MHLAProcessor):

@@ -4,6 +4,7 @@ diffusers calls processors with arguments whose names differ between models, and
 processor's signature to see which of them it accepts. So the signatures here list all names.
 """
 
+import inspect
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -46,8 +47,7 @@ class MHLAProcessor:
         Raises:
             ValueError: If a mask or other keys are given, or the grid is missing.
         """
-        if attention_mask is not None or encoder_hidden_states is not None:
-            raise UserError("MHLA layers take neither an attention mask nor other keys and values")
+        self.check(attention_mask, encoder_hidden_states)
         tables = rotary_emb if image_rotary_emb is None else image_rotary_emb
         if grid is None:
             grid, rotary = self.place(attn, hidden_states, tables)
@@ -148,33 +148,29 @@ def normalized(
 
 
 class DropsGrid:
-    """Mixin for a stock processor: stock attention for layers that also receive the grid."""
+    """Mixin for a stock processor: stock attention for layers that also receive the grid.
 
-    rotary_argument: ClassVar[str] = "image_rotary_emb"
-    """Name of the stock processor's rotary embedding argument."""
+    The grid is dropped, whether it is an argument or the third of three tables.
+    """
 
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        rotary_emb: Any = None,
-        image_rotary_emb: Any = None,
-        grid: tuple[int, ...] | None = None,
-        encoder_hidden_states_mask: Tensor | None = None,
-    ) -> Any:
-        """As the stock processor."""
-        tables = rotary_emb if image_rotary_emb is None else image_rotary_emb
-        given = {
-            "encoder_hidden_states": encoder_hidden_states,
-            "attention_mask": attention_mask,
-            "encoder_hidden_states_mask": encoder_hidden_states_mask,
-            self.rotary_argument: None if tables is None else tables[:2],
-        }
-        stock: Any = super()
-        passed = {name: value for name, value in given.items() if value is not None}
-        return stock.__call__(attn, hidden_states, **passed)
+    def __init_subclass__(cls) -> None:
+        mixed_into: Any = super()
+        stock = mixed_into.__call__
+
+        def call(self: Any, *args: Any, grid: Any = None, **kwargs: Any) -> Any:
+            named = {name: _without_grid(value) for name, value in kwargs.items()}
+            return stock(self, *map(_without_grid, args), **named)
+
+        signature = inspect.signature(stock)
+        grid = inspect.Parameter("grid", inspect.Parameter.KEYWORD_ONLY, default=None)
+        parameters = sorted((*signature.parameters.values(), grid), key=lambda one: one.kind)
+        call.__signature__ = signature.replace(parameters=parameters)
+        cls.__call__ = call
+
+
+def _without_grid(argument: Any) -> Any:
+    is_tables = isinstance(argument, tuple | list) and len(argument) == 3
+    return argument[:2] if is_tables else argument
 
 
 class PatchGridCarrier:

@@ -19,8 +19,6 @@ class GridSanaRotaryPosEmbed(PatchGridCarrier, WanRotaryPosEmbed):
 class StockSanaVideoAttnProcessor(DropsGrid, SanaLinearAttnProcessor3_0):
     """The model's own linear attention, for layers that keep it."""
 
-    rotary_argument = "rotary_emb"
-
 
 class SanaVideoFamily(Family):
     """SANA-Video: grids of frames, height and width; `attn2` reads the text and stays softmax."""

@@ -55,8 +55,6 @@ class GridRotaryPosEmbed(PatchGridCarrier, MovedRotaryPosEmbed):
 class SoftmaxWanAttnProcessor(DropsGrid, WanAttnProcessor):
     """Stock attention for the softmax layers of a hybrid."""
 
-    rotary_argument = "rotary_emb"
-
 
 class MHLAWanAttnProcessor(MHLAProcessor):
     """MHLA of a `WanAttention` layer."""

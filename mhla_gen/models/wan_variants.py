@@ -29,13 +29,9 @@ class GridWanAnimateRotaryPosEmbed(PatchGridCarrier, _AnimateRotaryPosEmbed):
 class SoftmaxSkyReelsV2AttnProcessor(DropsGrid, SkyReelsV2AttnProcessor):
     """Stock attention for the softmax layers of a hybrid."""
 
-    rotary_argument = "rotary_emb"
-
 
 class SoftmaxWanAnimateAttnProcessor(DropsGrid, _AnimateAttnProcessor):
     """Stock attention for the softmax layers of a hybrid."""
-
-    rotary_argument = "rotary_emb"
 
 
 class WanVACEFamily(WanFamily):

@@ -87,10 +87,6 @@ class FluxFamily(JointFamily):
     mhla_processor = JointMHLAProcessor
     unconverted_processor = SoftmaxFluxAttnProcessor
 
-    def output_projection(self, attention: Any) -> nn.Module:
-        """`to_out`, or the value projection where the block projects the joint output itself."""
-        return attention.to_v if getattr(attention, "to_out", None) is None else attention.to_out[0]
-
     def arguments(self, model: Any, given: dict[str, Any]) -> dict[str, Any]:
         """The grid is passed with the layers' own arguments; if missing, it is read from `img_ids`.
 

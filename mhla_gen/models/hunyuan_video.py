@@ -1,7 +1,5 @@
 """MHLA for diffusers' HunyuanVideo and HunyuanVideo 1.5."""
 
-from typing import Any
-
 from diffusers.models.transformers.transformer_hunyuan_video import (
     HunyuanVideoAttnProcessor2_0,
     HunyuanVideoRotaryPosEmbed,
@@ -12,7 +10,7 @@ from diffusers.models.transformers.transformer_hunyuan_video15 import (
     HunyuanVideo15RotaryPosEmbed,
     HunyuanVideo15Transformer3DModel,
 )
-from torch import Tensor, nn
+from torch import Tensor
 
 from mhla_gen.models.joint import JointFamily, JointMHLAProcessor
 from mhla_gen.models.processors import DropsGrid, PatchGridCarrier
@@ -46,11 +44,8 @@ class MHLAHunyuanVideoAttnProcessor(JointMHLAProcessor):
 class MHLAHunyuanVideo15AttnProcessor(JointMHLAProcessor):
     """MHLA of an `Attention` layer with a mask of its text, which also hides padded queries."""
 
+    takes_mask = True
     zeroes_padding = True
-
-    def text_mask(self, mask: Tensor | None, num_image: int) -> Tensor | None:
-        """The mask unchanged."""
-        return None if mask is None else mask.bool()
 
 
 class HunyuanVideoFamily(JointFamily):
@@ -68,10 +63,6 @@ class HunyuanVideoFamily(JointFamily):
     replaced_modules = {  # noqa: RUF012
         "rope": (HunyuanVideoRotaryPosEmbed, GridHunyuanVideoRotaryPosEmbed)
     }
-
-    def output_projection(self, attention: Any) -> nn.Module:
-        """`to_out`, or the value projection where the block projects the joint output itself."""
-        return attention.to_v if getattr(attention, "to_out", None) is None else attention.to_out[0]
 
 
 class HunyuanVideo15Family(JointFamily):

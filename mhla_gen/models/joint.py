@@ -12,7 +12,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention_dispatch import dispatch_attention_fn
-from torch import Tensor
+from torch import Tensor, nn
 
 from mhla_gen.errors import UserError
 from mhla_gen.models.family import Family
@@ -37,6 +37,10 @@ class JointFamily(Family):
         """Whether a layer reads text tokens besides those of its grid."""
         return True
 
+    def output_projection(self, attention: Any) -> nn.Module:
+        """`to_out`, or the value projection where the block projects the joint output itself."""
+        return attention.to_v if getattr(attention, "to_out", None) is None else attention.to_out[0]
+
 
 class JointMHLAProcessor(MHLAProcessor):
     """Runs the `mhla` child of a layer that attends to text and image; families override parts.
@@ -48,6 +52,8 @@ class JointMHLAProcessor(MHLAProcessor):
     """In one tensor, image tokens come before text tokens."""
     zeroes_padding: ClassVar[bool] = False
     """Whether the attention output of padded text tokens is zero; if not, only keys are masked."""
+    takes_mask: ClassVar[bool] = False
+    """Whether diffusers passes a mask `[batch, text_len]` of the text."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -176,9 +182,11 @@ class JointMHLAProcessor(MHLAProcessor):
         Raises:
             ValueError: If the family has no mask, but one is given.
         """
-        if mask is not None:
+        if mask is None:
+            return None
+        if not self.takes_mask:
             raise UserError("MHLA layers of this model take no attention mask")
-        return None
+        return mask.bool()
 
     def project_text(self, attn: Any, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """As `project`, for text tokens, with the layer's text projections if it has any."""

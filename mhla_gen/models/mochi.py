@@ -36,15 +36,12 @@ class SoftmaxMochiAttnProcessor(DropsGrid, MochiAttnProcessor2_0):
 class MHLAMochiAttnProcessor(JointMHLAProcessor):
     """MHLA of a `MochiAttention` layer, whose rotary angles are learned per head."""
 
+    takes_mask = True
     zeroes_padding = True
 
     def rotary(self, attn: Any, tables: Any, num_image: int) -> tuple[Rotary, Rotary]:
         """From tables `[num_image, num_heads, head_dim / 2]`; text is not rotated."""
         return (tables[0].unsqueeze(0), tables[1].unsqueeze(0)), None
-
-    def text_mask(self, mask: Tensor | None, num_image: int) -> Tensor | None:
-        """The mask unchanged."""
-        return None if mask is None else mask.bool()
 
 
 class MochiFamily(JointFamily):

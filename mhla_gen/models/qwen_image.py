@@ -6,7 +6,6 @@ from diffusers.models.transformers.transformer_qwenimage import (
     QwenDoubleStreamAttnProcessor2_0,
     QwenImageTransformer2DModel,
 )
-from torch import Tensor
 
 from mhla_gen.errors import UserError
 from mhla_gen.models.joint import JointFamily, JointMHLAProcessor
@@ -21,14 +20,12 @@ class SoftmaxQwenImageAttnProcessor(DropsGrid, QwenDoubleStreamAttnProcessor2_0)
 class MHLAQwenImageAttnProcessor(JointMHLAProcessor):
     """MHLA of an `Attention` layer with a mask of its text."""
 
+    takes_mask = True
+
     def rotary(self, attn: Any, tables: Any, num_image: int) -> tuple[Rotary, Rotary]:
         """From complex tables `[length, head_dim / 2]` of image and text."""
         image, text = tables
         return (image.real, image.imag), (text.real, text.imag)
-
-    def text_mask(self, mask: Tensor | None, num_image: int) -> Tensor | None:
-        """The mask unchanged."""
-        return None if mask is None else mask.bool()
 
 
 class QwenImageFamily(JointFamily):

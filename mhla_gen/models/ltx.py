@@ -1,5 +1,6 @@
 """MHLA for diffusers' LTX-Video."""
 
+import math
 from typing import Any
 
 from diffusers.models.transformers.transformer_ltx import (
@@ -35,16 +36,26 @@ class GridLTXRotaryPosEmbed(LTXVideoRotaryPosEmbed):
         Raises:
             ValueError: If num_frames, height and width do not multiply to the number of tokens.
         """
-        sizes = (num_frames or 0, height or 0, width or 0)
-        if sizes[0] * sizes[1] * sizes[2] != hidden_states.shape[1]:
-            raise UserError(
-                f"MHLA layers need num_frames, height and width that multiply to the number of "
-                f"tokens, {hidden_states.shape[1]}, even with video_coords, found {sizes}"
-            )
+        sizes = given_grid(hidden_states, num_frames, height, width)
         cos, sin = super().forward(
             hidden_states, num_frames, height, width, rope_interpolation_scale, video_coords
         )
         return cos, sin, cos.new_empty((*sizes, 0))
+
+
+def given_grid(hidden_states: Tensor, *sizes: int | None) -> tuple[int, ...]:
+    """The grid of tokens `[batch, seq_len, channels]`: num_frames, height and width.
+
+    Raises:
+        ValueError: If they do not multiply to the number of tokens.
+    """
+    grid, num_tokens = tuple(size or 0 for size in sizes), hidden_states.shape[1]
+    if math.prod(grid) != num_tokens:
+        raise UserError(
+            f"MHLA layers need num_frames, height and width that multiply to the number of "
+            f"tokens, {num_tokens}, even with video_coords, found {grid}"
+        )
+    return grid
 
 
 class SoftmaxLTXAttnProcessor(DropsGrid, LTXVideoAttnProcessor):

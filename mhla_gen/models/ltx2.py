@@ -11,10 +11,10 @@ from diffusers.models.transformers.transformer_ltx2 import (
 )
 from torch import Tensor
 
-from mhla_gen.errors import UserError
 from mhla_gen.models.cosmos import interleaved
 from mhla_gen.models.family import Family
-from mhla_gen.models.processors import DropsGrid, MHLAProcessor, pairs
+from mhla_gen.models.ltx import MHLALTXAttnProcessor, given_grid
+from mhla_gen.models.processors import DropsGrid
 from mhla_gen.models.transformer import MHLATransformerMixin
 
 
@@ -40,10 +40,8 @@ class SoftmaxLTX2PerturbedAttnProcessor(DropsGrid, LTX2PerturbedAttnProcessor):
     """Stock attention for the softmax layers of a hybrid."""
 
 
-class MHLALTX2AttnProcessor(MHLAProcessor):
+class MHLALTX2AttnProcessor(MHLALTXAttnProcessor):
     """MHLA of an `LTX2Attention` layer, with the layer's own per-head gate."""
-
-    norm_across_heads = True
 
     def __call__(  # type: ignore[override]
         self,
@@ -83,8 +81,7 @@ class MHLALTX2AttnProcessor(MHLAProcessor):
         """From tables `[batch, seq_len, channels]` or `[batch, num_heads, seq_len, …]`."""
         if attn.rope_type == "split":
             return cos.transpose(1, 2), sin.transpose(1, 2)
-        cos, sin = pairs(cos, sin)
-        return cos.unflatten(2, (attn.heads, -1)), sin.unflatten(2, (attn.heads, -1))
+        return super().angles(attn, cos, sin)
 
 
 class MHLALTX2PerturbedAttnProcessor(MHLALTX2AttnProcessor):
@@ -119,13 +116,8 @@ class LTX2Family(Family):
         Raises:
             ValueError: If num_frames, height and width do not multiply to the number of tokens.
         """
-        grid = tuple(given.get(name) or 0 for name in ("num_frames", "height", "width"))
-        if grid[0] * grid[1] * grid[2] != given["hidden_states"].shape[1]:
-            raise UserError(
-                f"MHLA layers need num_frames, height and width that multiply to the number of "
-                f"tokens, {given['hidden_states'].shape[1]}, even with video_coords, found {grid}"
-            )
-        model.rope.grid = grid
+        sizes = (given.get(name) for name in ("num_frames", "height", "width"))
+        model.rope.grid = given_grid(given["hidden_states"], *sizes)
         return given
 
 

@@ -116,8 +116,9 @@ class MHLALanguageModel(nn.Module):
     model: Any
 
     softmax_classes: ClassVar[tuple[type, type, type, type]]
-    """Softmax classes of model, decoder, attention and config; `mhla_classes` in the same order."""
-    mhla_classes: ClassVar[tuple[type, type, type, type]]
+    """Softmax classes of model, decoder, attention and config."""
+    mhla_classes: ClassVar[tuple[type, type]]
+    """The classes of decoder and attention with MHLA."""
     # The state cannot be rolled back; this makes transformers refuse assisted decoding.
     _is_stateful = True
     _keep_in_fp32_modules_strict: ClassVar[set[str]] = {"log_weights"}
@@ -154,6 +155,7 @@ class MHLALlamaForCausalLM(MHLALanguageModel, LlamaForCausalLM):
 
     config_class = MHLALlamaConfig
     softmax_classes = (LlamaForCausalLM, LlamaModel, LlamaAttention, LlamaConfig)
+    mhla_classes = (MHLALlamaModel, MHLALlamaAttention)
 
 
 class MHLAMistralConfig(MistralConfig):
@@ -176,6 +178,7 @@ class MHLAMistralForCausalLM(MHLALanguageModel, MistralForCausalLM):
 
     config_class = MHLAMistralConfig
     softmax_classes = (MistralForCausalLM, MistralModel, MistralAttention, MistralConfig)
+    mhla_classes = (MHLAMistralModel, MHLAMistralAttention)
 
 
 class MHLAQwen2Config(Qwen2Config):
@@ -198,6 +201,7 @@ class MHLAQwen2ForCausalLM(MHLALanguageModel, Qwen2ForCausalLM):
 
     config_class = MHLAQwen2Config
     softmax_classes = (Qwen2ForCausalLM, Qwen2Model, Qwen2Attention, Qwen2Config)
+    mhla_classes = (MHLAQwen2Model, MHLAQwen2Attention)
 
 
 class MHLAQwen3Config(Qwen3Config):
@@ -220,32 +224,8 @@ class MHLAQwen3ForCausalLM(MHLALanguageModel, Qwen3ForCausalLM):
 
     config_class = MHLAQwen3Config
     softmax_classes = (Qwen3ForCausalLM, Qwen3Model, Qwen3Attention, Qwen3Config)
+    mhla_classes = (MHLAQwen3Model, MHLAQwen3Attention)
 
-
-MHLALlamaForCausalLM.mhla_classes = (
-    MHLALlamaForCausalLM,
-    MHLALlamaModel,
-    MHLALlamaAttention,
-    MHLALlamaConfig,
-)
-MHLAMistralForCausalLM.mhla_classes = (
-    MHLAMistralForCausalLM,
-    MHLAMistralModel,
-    MHLAMistralAttention,
-    MHLAMistralConfig,
-)
-MHLAQwen2ForCausalLM.mhla_classes = (
-    MHLAQwen2ForCausalLM,
-    MHLAQwen2Model,
-    MHLAQwen2Attention,
-    MHLAQwen2Config,
-)
-MHLAQwen3ForCausalLM.mhla_classes = (
-    MHLAQwen3ForCausalLM,
-    MHLAQwen3Model,
-    MHLAQwen3Attention,
-    MHLAQwen3Config,
-)
 
 # Base class → the class it becomes.
 LANGUAGE_CLASSES: dict[type, type] = {
@@ -310,7 +290,7 @@ def inject_language(model: Any, config: CausalMHLAConfig) -> Any:
     mhla_class: Any = _class_for(model)
     config = resolve_language(model, config)
     model.config.__class__ = mhla_class.config_class
-    model.__class__ = mhla_class
+    change_class(model, mhla_class)
     _add_layers(model, config)
     return model
 
@@ -342,11 +322,10 @@ def _class_for(model: Any) -> type:
 
 def _add_layers(model: Any, config: CausalMHLAConfig) -> None:
     """Add the child to the chosen layers; `config` comes from `resolve_language`."""
-    mhla_class, decoder_class, attention_class, _ = model.mhla_classes
+    decoder_class, attention_class = model.mhla_classes
     model.config.mhla = config.to_dict()
-    model.config.architectures = [mhla_class.__name__]
+    model.config.architectures = [type(model).__name__]
     change_class(model.model, decoder_class)
-    change_class(model, mhla_class)
     for index, (_, attention) in enumerate(attentions(model)):
         if index in config.layers:
             sizes = attention.config

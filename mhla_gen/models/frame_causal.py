@@ -2,8 +2,8 @@
 
 import math
 import operator
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,17 +12,76 @@ from torch import Tensor
 from mhla_gen.models.additions import DepthwiseConv
 from mhla_gen.models.attention import MHLA, evenly_spaced
 from mhla_gen.models.head_rotary import rotated
-from mhla_gen.ops import frame_causal_mhla, frame_mixing
+from mhla_gen.ops import FrameState, frame_causal_mhla, frame_mixing
 from mhla_gen.ops.depthwise import times_silu
+from mhla_gen.ops.frame_causal import check_next
 
-if TYPE_CHECKING:
-    from mhla_gen.models.clip_state import LayerState
+
+class LayerState:
+    """A frame-causal layer's memory of finished chunks.
+
+    Attributes:
+        appends: Whether the next chunk to be read is a finished one.
+        values: Values of the last frames, `[batch, tokens, channels]`, for the convolution.
+    """
+
+    def __init__(self, chunk_frames: int):
+        self.chunk_frames = chunk_frames
+        self.appends = False
+        self.values: Tensor | None = None
+        self._mhla: FrameState | None = None
+        self._cache: list[Tensor] = []
+        self._tokens = 0
+        self._ended = False
+
+    def mhla(self, weights: Tensor, options: dict[str, Any]) -> FrameState:
+        """The state of the operator, created by the first chunk."""
+        if self._mhla is None:
+            self._mhla = FrameState(weights, **options)
+        return self._mhla
+
+    def softmax(self, query: Tensor, key: Tensor, value: Tensor, *, frames: int) -> Tensor:
+        """Attend to the chunk itself and to all keys and values of finished chunks."""
+        check_next(frames, self.chunk_frames, self._ended)
+        joined = [self._joined(index, new) for index, new in enumerate((key, value))]
+        if self.appends:
+            self._tokens += query.shape[1]
+            self._ended = frames < self.chunk_frames
+        return softmax(query, *joined)
+
+    def _joined(self, index: int, new: Tensor) -> Tensor:
+        """Finished and new tokens in one tensor, which has room for more."""
+        if len(self._cache) == index:
+            self._cache.append(new[:, :0])
+        kept, end = self._cache[index], self._tokens + new.shape[1]
+        if new.requires_grad or kept.requires_grad:
+            joined = torch.cat((kept[:, : self._tokens], new), dim=1)
+            if self.appends:
+                self._cache[index] = joined
+            return joined
+        if kept.shape[1] < end:
+            length = max(end, kept.shape[1] * 5 // 4)
+            room = new.new_empty(new.shape[0], length, *new.shape[2:])
+            room[:, : self._tokens] = kept[:, : self._tokens]
+            self._cache[index] = kept = room
+        kept[:, self._tokens : end] = new
+        return kept[:, :end]
+
+    @property
+    def tensors(self) -> Iterator[Tensor]:
+        """All tensors of the state."""
+        yield from self._cache
+        if self.values is not None:
+            yield self.values
+        if self._mhla is not None and self._mhla.finished is not None:
+            assert self._mhla.past is not None
+            yield from (*self._mhla.finished, *self._mhla.past)
 
 
 class PastConv(DepthwiseConv):
     """`DepthwiseConv` that is causal in time, the first axis of the grid."""
 
-    state: "LayerState | None" = None
+    state: LayerState | None = None
 
     def forward(
         self,
@@ -56,10 +115,10 @@ class FrameCausalMHLA(MHLA):
     Without a `state` it takes a whole clip at once; with a state, the clip's next chunk.
     """
 
-    state: "LayerState | None" = None
+    state: LayerState | None = None
     conv_class = PastConv
 
-    def hand(self, state: "LayerState | None") -> None:
+    def hand(self, state: LayerState | None) -> None:
         """Give the layer its state of a clip, or remove it."""
         self.state = state
         if isinstance(self.conv, PastConv):

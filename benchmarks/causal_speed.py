@@ -1,23 +1,22 @@
 """Causal attention over token counts: MHLA's kernels and PyTorch code beside causal softmax.
 
-python benchmarks/causal_speed.py OUT.json        needs CUDA
+    python benchmarks/causal_speed.py OUT.json             needs CUDA
+    python benchmarks/causal_speed.py OUT.json --table     only print the table
 
 Medians in milliseconds of forward, and of forward and backward; bfloat16, blocks of 64 tokens, a
 weight for each of 32 distances, rotary tables of a language model. `kernels` are the parts of the
 fused form, timed by replaying a CUDA graph.
 """
 
-import argparse
-import json
 from collections.abc import Callable
-from datetime import date
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-import triton
 from kernel_speed import time_ms
+from rows import Row, make_parser, markdown, measure_rows
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from triton.testing import do_bench
 
 from mhla_gen.ops import causal_mhla, distance_mixing, locality_weights, window_attention
@@ -26,8 +25,8 @@ from mhla_gen.ops.kernels import causal_form, linear_form
 from mhla_gen.ops.kernels.launch import Call, stored_dtype
 
 # [batch, heads, tokens, head_dim]
-SHAPES = ((32, 5, 1024, 64), (4, 16, 4096, 64), (1, 16, 16384, 64), (1, 16, 16384, 128),
-          (1, 16, 131072, 64))  # fmt: skip
+SHAPES = ([32, 5, 1024, 64], [4, 16, 4096, 64], [1, 16, 16384, 64], [1, 16, 16384, 128],
+          [1, 16, 131072, 64])  # fmt: skip
 BLOCK = 64
 
 
@@ -37,9 +36,10 @@ def arms(tokens: tuple[torch.Tensor, ...], rotary: Any) -> dict[str, Callable[..
     weights = locality_weights(32).cuda()
     mixing = distance_mixing(weights, seq_len // BLOCK)
 
-    def softmax(*x: torch.Tensor) -> torch.Tensor:
+    def softmax(backend: SDPBackend, *x: torch.Tensor) -> torch.Tensor:
         heads_first = (t.transpose(1, 2) for t in x)
-        return F.scaled_dot_product_attention(*heads_first, is_causal=True).transpose(1, 2)
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(*heads_first, is_causal=True).transpose(1, 2)
 
     def fused(*x: torch.Tensor) -> torch.Tensor:
         return causal_mhla(*x, weights, block_size=BLOCK, rotary=rotary)
@@ -53,7 +53,13 @@ def arms(tokens: tuple[torch.Tensor, ...], rotary: Any) -> dict[str, Callable[..
     def window(*x: torch.Tensor) -> torch.Tensor:
         return window_attention(*x, window=256, rotary=rotary)[0]
 
-    return {"softmax": softmax, "mhla": fused, "window": window, "blockwise": blockwise}
+    return {
+        "softmax, cuDNN": partial(softmax, SDPBackend.CUDNN_ATTENTION),
+        "softmax, flash": partial(softmax, SDPBackend.FLASH_ATTENTION),
+        "MHLA": fused,
+        "window of 256": window,
+        "MHLA in PyTorch": blockwise,
+    }
 
 
 def kernels(tokens: tuple[torch.Tensor, ...], rotary: Any) -> dict[str, Callable[[], object]]:
@@ -84,7 +90,7 @@ def median_ms(function: Callable[[], object]) -> float:
     return round(median, 4)
 
 
-def measure(shape: tuple[int, int, int, int]) -> dict[str, Any]:
+def measure(shape: list[int]) -> Row:
     """One row."""
     batch, heads, seq_len, dim = shape
     query, key, value, grad = torch.randn(
@@ -93,57 +99,42 @@ def measure(shape: tuple[int, int, int, int]) -> dict[str, Any]:
     positions = torch.arange(seq_len, device="cuda")[:, None]
     angles = positions * 1e4 ** (-torch.arange(dim // 2, device="cuda") / (dim // 2))
     rotary = angles.cos(), angles.sin()
-    row: dict[str, Any] = {"shape": shape}
+    row: Row = {"ms": {}}
     for name, function in arms((query, key, value), rotary).items():
         trained = [x.detach().clone().requires_grad_() for x in (query, key, value)]
 
-        def both(function: Any = function, trained: Any = trained) -> None:
-            function(*trained).backward(grad, inputs=trained)
-            for x in trained:
-                x.grad = None
+        def both(function: Any = function, trained: Any = trained) -> object:
+            return torch.autograd.grad(function(*trained), trained, grad)
 
         try:
             with torch.no_grad():
-                row[name] = [median_ms(lambda f=function: f(query, key, value))]
-            row[name].append(median_ms(both))
-        except torch.cuda.OutOfMemoryError:
-            row[name] = "out of memory"
+                row["ms"][name] = [median_ms(lambda f=function: f(query, key, value))]
+            row["ms"][name].append(median_ms(both))
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            row["ms"].setdefault(name, []).append(None)
     found = kernels((query, key, value, grad), rotary)
     row["kernels"] = {name: time_ms(function) for name, function in found.items()}
     return row
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def table(rows: list[Row]) -> str:
     """Markdown for mhla_gen/ops/README.md: milliseconds forward, forward and backward."""
-    names = [name for name in rows[0] if name not in ("shape", "kernels")]
-    header = ["[batch, heads, tokens, head_dim]", *names]
-    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
-    for row in rows:
-        times = (row[name] for name in names)
-        cells = [t if isinstance(t, str) else ", ".join(f"{ms:.2f}" for ms in t) for t in times]
-        lines.append(f"| {list(row['shape'])} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    rows = [row for row in rows if "ms" in row]
+    names = list(rows[0]["ms"]) if rows else []
+    lines = [[str(row["shape"]), *(_both(row["ms"][name]) for name in names)] for row in rows]
+    return markdown(["[batch, heads, tokens, head_dim]", *names], lines)
+
+
+def _both(times: list[float | None]) -> str:
+    return ", ".join("out of memory" if ms is None else f"{ms:.2f}" for ms in times)
 
 
 def main() -> None:
-    """Measure every shape; print and write each row when it is done."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("out", type=Path)
-    out = parser.parse_args().out
-    found: dict[str, Any] = {
-        "command": f"python benchmarks/causal_speed.py {out}",
-        "date": date.today().isoformat(),
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "rows": [],
-    }
-    for shape in SHAPES:
-        row = measure(shape)
-        found["rows"].append(row)
-        print(row, flush=True)
-        out.write_text(json.dumps(found, indent=1) + "\n")
-    print(table(found["rows"]))
+    """Measure every shape."""
+    options = make_parser(__doc__, seconds=60).parse_args()
+    cases: list[Row] = [{"shape": shape} for shape in SHAPES]
+    measure_rows(options, cases, lambda case: measure(case["shape"]), table)
 
 
 if __name__ == "__main__":

@@ -1,23 +1,22 @@
 """Tokens per second of language models in prefill and generation: MHLA beside softmax.
 
-    python benchmarks/language_speed.py OUT.json
+    python benchmarks/language_speed.py OUT.json [--seconds 85]
+    python benchmarks/language_speed.py OUT.json --table          only print the table
 
 A Llama of 1.2 B parameters (16 layers, 32 heads of 64, 8 key heads) with random weights in
 bfloat16, called as `generate` does: one call for the prompt, one for each token. Softmax keeps keys
 and values in transformers' DynamicCache and uses `scaled_dot_product_attention`. Sequences of a
 larger batch are copies of one prompt's cache. `gpu_ms` is the kernel time of one token from the
-profiler: the time of a step without the launch overhead of Python.
+profiler: the time of a step without the launch overhead of Python. `copy_ms` is the part of it in
+which a DynamicCache copies all keys and values to append one.
 """
 
-import argparse
-import json
-import platform
+import functools
 import time
-from datetime import date
-from pathlib import Path
 from typing import Any
 
 import torch
+from rows import Row, make_parser, markdown, measure_rows, number
 from torch.profiler import ProfilerActivity, profile
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
@@ -110,7 +109,9 @@ def generate(model: Any, cache: Any, batch: int, steps: int, meter: Meter) -> di
         with profile(activities=[ProfilerActivity.CUDA]) as profiler:
             step(token)
             meter.now()
-        report["gpu_ms"] = sum(e.self_device_time_total for e in profiler.key_averages()) / 1e3
+        kernels = {e.key: e.self_device_time_total / 1e3 for e in profiler.key_averages()}
+        report["gpu_ms"] = sum(kernels.values())
+        report["copy_ms"] = sum(ms for name, ms in kernels.items() if "CatArray" in name)
     return report
 
 
@@ -133,67 +134,58 @@ def measure(
     }
     have = 1
     for batch in batches:
-        cache.batch_repeat_interleave(batch // have)
-        have = batch
-        report[f"batch_{batch}"] = generate(model, cache, batch, steps, meter)
+        try:
+            cache.batch_repeat_interleave(batch // have)
+            have = batch
+            report[f"batch_{batch}"] = generate(model, cache, batch, steps, meter)
+        except torch.OutOfMemoryError:
+            report[f"batch_{batch}"] = {"error": "out of memory"}
+            break
     return report
 
 
-def table(report: dict[str, Any]) -> str:
+def table(rows: list[Row]) -> str:
     """Markdown for docs/language.md."""
-    batches = [key for key in report["rows"][0] if key.startswith("batch_")]
-    header = ["tokens", "attention", "prompt, tokens/s", "peak GiB", "cache MiB"]
-    header += [f"{b.removeprefix('batch_')} at once, tokens/s (kernels, ms)" for b in batches]
-    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
-    for row in report["rows"]:
+    batches = sorted({int(key[6:]) for row in rows for key in row if key.startswith("batch_")})
+    header = ["tokens", "attention", "prompt, tokens/s", "at most, GiB", "cache, MiB"]
+    header += [f"{n} at once, tokens/s (kernels, ms; without copies)" for n in batches]
+    lines = []
+    for row in sorted(rows, key=lambda row: (row["tokens"], list(ARMS).index(row["arm"]))):
         cells = [f"{row['tokens']:,}", row["arm"]]
         if "error" in row:
-            cells += [row["error"]] + [""] * (len(header) - 3)
-        else:
-            cells += [f"{row['prefill_tokens_per_s']:,.0f}", f"{row['prefill_peak_gib']:.1f}"]
-            cells += [f"{row['cache_mib']:,.1f}"]
-            for batch in batches:
-                found = row[batch]
-                cells += [f"{found['tokens_per_s']:,.0f} ({found.get('gpu_ms', 0):.2f})"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+            lines.append([*cells, row["error"], *["-"] * (len(header) - 3)])
+            continue
+        cells += [f"{row['prefill_tokens_per_s']:,.0f}", number(row["prefill_peak_gib"])]
+        cells += [f"{row['cache_mib']:,.1f}"]
+        for found in (row.get(f"batch_{n}", {"error": "-"}) for n in batches):
+            cells += [found.get("error") or f"{found['tokens_per_s']:,.0f}"]
+            if "gpu_ms" in found:
+                parts = found["gpu_ms"], found["gpu_ms"] - found["copy_ms"]
+                cells[-1] += f" ({parts[0]:.2f}; {parts[1]:.2f})"
+        lines.append(cells)
+    return markdown(header, lines)
 
 
 def main() -> None:
-    """Measure all arms at all lengths; write after each, and skip what exceeds the time limit."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("out", type=Path)
+    """Measure all arms at all lengths, the shortest first."""
+    parser = make_parser(__doc__, seconds=90)
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 16384, 131072])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--steps", type=int, default=24)
-    parser.add_argument("--seconds", type=float, default=90)
     parser.add_argument("--tiny", action="store_true", help="a model that shows only that it runs")
     args = parser.parse_args()
-    started = time.perf_counter()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     meter = Meter(device)
-    report: dict[str, Any] = {
-        "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor(),
-        "torch": torch.__version__,
-        "date": date.today().isoformat(),
-        "arguments": {k: str(v) for k, v in vars(args).items()},
-        "rows": [],
-    }
-    models = {name: build(c, device, max(args.lengths), args.tiny) for name, c in ARMS.items()}
-    for length in args.lengths:
-        for name, model in models.items():
-            if time.perf_counter() - started > args.seconds:
-                print(f"{args.seconds:.0f} s are over; {name} at {length} is left out", flush=True)
-                continue
-            row = {"arm": name, "tokens": length}
-            try:
-                row |= measure(model, length, args.batches, args.steps, meter)
-            except torch.cuda.OutOfMemoryError as error:
-                row["error"] = str(error).splitlines()[0]
-            report["rows"].append(row)
-            args.out.write_text(json.dumps(report, indent=1))
-            print(json.dumps(row), flush=True)
-    print(table(report))
+
+    @functools.cache
+    def model(arm: str) -> Any:
+        return build(ARMS[arm], device, max(args.lengths), args.tiny)
+
+    def row_of(case: Row) -> Row:
+        return measure(model(case["arm"]), case["tokens"], args.batches, args.steps, meter)
+
+    cases: list[Row] = [{"arm": arm, "tokens": n} for n in args.lengths for arm in ARMS]
+    measure_rows(args, cases, row_of, table)
 
 
 if __name__ == "__main__":

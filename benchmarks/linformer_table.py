@@ -1,28 +1,26 @@
 """Linformer's Table 3 on today's hardware: speed-up and memory of inference against softmax.
 
-python benchmarks/linformer_table.py OUT.json [--tokens 512 1024 …]        needs CUDA
+    python benchmarks/linformer_table.py OUT.json [--tokens 512 1024 …]     needs CUDA
+    python benchmarks/linformer_table.py OUT.json --table                   only print the tables
 
 Attention of RoBERTa-base's size (12 heads of 64 channels, bfloat16), for one sequence and one
 layer's operator; the paper times whole models with shared projections on a V100. Softmax is cuDNN's
 and, as far as it fits into memory, the plain matrix products that the paper compares with. Times
-are medians over replays of a CUDA graph; memory is the peak above that before the call. OUT.md is
-the table. Without CUDA, torch's softmax replaces cuDNN's, to try the script.
+are medians over replays of a CUDA graph; memory is the peak above that before the call. Without
+CUDA, torch's softmax replaces cuDNN's, to try the script.
 """
 
-import argparse
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from rows import Row, make_parser, markdown, measure_rows, number
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mhla_gen.bench.benchmark import provenance
 from mhla_gen.bench.measure import graph_latency_ms, latency_ms, peak_memory_gib
-from mhla_gen.files import write_json, write_text
 from mhla_gen.ops import linformer_attention
 
 HEADS, HEAD_DIM = 12, 64
@@ -69,8 +67,8 @@ def measured(attend: Callable[[], Tensor], device: torch.device) -> dict[str, An
     return {"ms": ms, "peak_mib": None if gib is None else 1024 * gib}
 
 
-def rows(tokens: int, device: torch.device) -> list[dict[str, Any]]:
-    """Every k smaller than the number of tokens, with the paper's figures."""
+def measure(tokens: int, device: torch.device) -> Row:
+    """Softmax, and every k that the paper has for so many tokens, with its figures."""
     shape = (3, 1, tokens, HEADS, HEAD_DIM)
     inputs = torch.randn(shape, dtype=torch.bfloat16, device=device)
     softmax = {
@@ -81,8 +79,7 @@ def rows(tokens: int, device: torch.device) -> list[dict[str, Any]]:
     for k, *printed in zip(PROJECTED, *PRINTED[tokens], strict=False):
         projection = torch.randn(k, tokens, dtype=torch.bfloat16, device=device) * k**-0.5
         linformer = measured(partial(linformer_attention, *inputs, projection), device)
-        row: dict[str, Any] = {"tokens": tokens, "k": k, "softmax": softmax}
-        row["linformer"] = linformer
+        row: dict[str, Any] = {"k": k, "linformer": linformer}
         row["printed"] = dict(zip(_RATIOS, printed, strict=True))
         for name, other in softmax.items():
             if linformer is not None and other is not None:
@@ -92,47 +89,33 @@ def rows(tokens: int, device: torch.device) -> list[dict[str, Any]]:
                     if linformer[quantity]
                 }
         found.append(row)
-    return found
+    return {"softmax": softmax, "projected": found}
 
 
-def table(found: list[dict[str, Any]]) -> str:
+def table(rows: list[Row]) -> str:
     """Markdown: for every k, times against cuDNN's and plain softmax, and those of the paper."""
-    lines = []
+    tables = []
     for ratio, title in (("faster", "times faster"), ("less_memory", "times less memory")):
-        lines += [f"| {title}, n | {' | '.join(f'k = {k}' for k in PROJECTED)} |"]
-        lines += ["|---" * (len(PROJECTED) + 1) + "|"]
-        for tokens in dict.fromkeys(row["tokens"] for row in found):
+        lines = []
+        for row in sorted(rows, key=lambda row: row["tokens"]):
             cells = ["-"] * len(PROJECTED)
-            for row in found:
-                if row["tokens"] == tokens:
-                    ratios = [row.get(f"against_{name}", {}) for name in ("cudnn", "plain")]
-                    both = " / ".join(_number(each.get(ratio)) for each in ratios)
-                    cells[PROJECTED.index(row["k"])] = f"{both} ({row['printed'][ratio]:g})"
-            lines.append(f"| {tokens:,} | {' | '.join(cells)} |")
-        lines.append("")
-    return "\n".join(lines)
-
-
-def _number(value: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.0f}" if value >= 10 else f"{value:.2g}"
+            for place, found in enumerate(row["projected"]):
+                ratios = [found.get(f"against_{name}", {}) for name in ("cudnn", "plain")]
+                both = " / ".join(number(each.get(ratio)) for each in ratios)
+                cells[place] = f"{both} ({found['printed'][ratio]:g})"
+            lines.append([f"{row['tokens']:,}", *cells])
+        tables.append(markdown([f"{title}, n", *(f"k = {k}" for k in PROJECTED)], lines))
+    return "\n\n".join(tables)
 
 
 def main() -> None:
-    """Measure every size and write each row when it is done."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("out", type=Path)
+    """Measure every size."""
+    parser = make_parser(__doc__, seconds=60)
     parser.add_argument("--tokens", type=int, nargs="+", choices=PRINTED, default=list(PRINTED))
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    command = {"command": f"python benchmarks/linformer_table.py {options.out.name}"}
-    found = []
-    for tokens in options.tokens:
-        found += rows(tokens, device)
-        write_json(options.out, {**provenance(device), **command, "rows": found}, indent=1)
-        write_text(options.out.with_suffix(".md"), table(found))
-        print(f"{tokens} tokens done", flush=True)
+    cases: list[Row] = [{"tokens": tokens} for tokens in options.tokens]
+    measure_rows(options, cases, lambda case: measure(case["tokens"], device), table)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Time and memory of sampling a clip chunk by chunk: causal MHLA against softmax with a cache.
 
-    python benchmarks/stream_speed.py OUT.json                 Wan 1.3B, 480 × 832, 20 chunks
-    python benchmarks/stream_speed.py OUT.json --tiny          any device, seconds
+    python benchmarks/stream_speed.py OUT.json             Wan 1.3B, 480 × 832, 20 chunks
+    python benchmarks/stream_speed.py OUT.json --tiny      any device, seconds
+    python benchmarks/stream_speed.py OUT.json --table     only print the table
 
 The model is Wan 2.1 1.3B in bfloat16 with random weights, which do not affect the time. A chunk of
 latent frames is denoised in a few steps and then read once more without noise, so that later chunks
@@ -10,16 +11,13 @@ gate. Two chunks are sampled beforehand as a warm-up.
 """
 
 import argparse
-import json
-import platform
 import time
 from contextlib import nullcontext
-from datetime import date
-from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import WanTransformer3DModel
+from rows import Row, make_parser, markdown, measure_rows, number
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import mhla_gen
@@ -30,9 +28,8 @@ TINY = {"num_attention_heads": 2, "attention_head_dim": 12, "text_dim": 16, "ffn
 
 
 def main() -> None:
-    """Measure both methods and write the numbers after each."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("out", type=Path)
+    """Measure both methods."""
+    parser = make_parser(__doc__, seconds=60)
     parser.add_argument("--chunks", type=int, default=20)
     parser.add_argument("--chunk-frames", type=int, default=3)
     parser.add_argument("--plane", type=int, nargs=2, default=(60, 104), help="latents")
@@ -44,34 +41,21 @@ def main() -> None:
     if args.tiny:
         args.plane, args.layers = (8, 12), 2
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    report: dict[str, Any] = {
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor(),
-        "torch": torch.__version__,
-        "date": date.today().isoformat(),
-        "arguments": {key: str(value) for key, value in vars(args).items()},
-        "methods": {},
-    }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    for method in args.methods:
-        report["methods"][method] = measure(method, args, device)
-        args.out.write_text(json.dumps(report, indent=1))
-    print(table(report["methods"]))
+    cases: list[Row] = [{"method": method} for method in args.methods]
+    measure_rows(args, cases, lambda case: measure(case["method"], args, device), table)
 
 
-def table(methods: dict[str, Any]) -> str:
-    """Rows for docs/video.md: seconds, peak memory and size of the state for some chunks."""
-    last = max(len(method["chunks"]) for method in methods.values())
+def table(rows: list[Row]) -> str:
+    """Markdown for docs/video.md: seconds, peak memory and size of the state for some chunks."""
+    last = max(len(row["chunks"]) for row in rows)
     shown = sorted({1, 2, 5, 10, last} & set(range(1, last + 1)))
-    lines = [
-        "| | " + " | ".join(f"chunk {number}" for number in shown) + " |",
-        "|---|" + "---|" * len(shown),
-    ]
-    for name, method in methods.items():
+    lines = []
+    for row in rows:
         for key, unit in (("seconds", "s"), ("peak_gib", "GiB at most"), ("state_gib", "GiB kept")):
-            rows = [method["chunks"][number - 1].get(key) for number in shown]
-            if None not in rows:
-                lines.append(f"| {name}, {unit} | " + " | ".join(f"{x:.3g}" for x in rows) + " |")
-    return "\n".join(lines)
+            found = [row["chunks"][number - 1].get(key) for number in shown]
+            if None not in found:
+                lines.append([f"{row['method']}, {unit}", *(number(x, 3) for x in found)])
+    return markdown(["", *(f"chunk {number}" for number in shown)], lines)
 
 
 @torch.no_grad()
@@ -109,9 +93,10 @@ def build(method: str, args: argparse.Namespace, device: torch.device) -> Any:
     sizes = TINY if args.tiny else {"num_attention_heads": 12, "ffn_dim": 8960}
     with device:
         model = WanTransformer3DModel(**sizes, num_layers=args.layers)
-        config = MHLAConfig(causal_frames=args.chunk_frames, exact=METHODS[method])
-        mhla_gen.inject(model, config)
-    return model.to(torch.bfloat16 if device.type == "cuda" else torch.float32).eval()
+        # Converted last, so that weights that must be float32 stay float32.
+        model.to(torch.bfloat16 if device.type == "cuda" else torch.float32)
+        mhla_gen.inject(model, MHLAConfig(causal_frames=args.chunk_frames, exact=METHODS[method]))
+    return model.eval()
 
 
 def make_chunk(state: ClipState, args: argparse.Namespace, device: torch.device) -> None:

@@ -1,7 +1,8 @@
 """Small language models on Python's standard library: loss by position for each attention.
 
-    python experiments/language.py OUT                     train, measure, write OUT/language.json
-    python experiments/language.py OUT --figure FIGURE.png  draw it, and print the tables
+    python experiments/language.py OUT                      train, measure, write OUT/language.json
+    python experiments/language.py OUT --table              print the tables
+    python experiments/language.py OUT --figure FIGURE.png  draw the results
 
 The text is the source code of the running Python's standard library, including docstrings, comments
 and `pydoc_data.topics`; a token is a byte. Every tenth file is held out. Each arm is the same Llama
@@ -10,13 +11,16 @@ of 10 M parameters, trained on the same batches of 1,024 tokens and measured on 
 and loss of the last bytes of a window by the length of the context given. Arms with a pretrained
 start convert the softmax model of seed 0 and continue training.
 
-Finished arms are files in OUT/arms and are not trained again; `--seconds` stops between arms.
+Each arm is written when it is done, and the same command goes on with the missing ones. No arm
+begins that would end after `--seconds`. OUT/softmax.safetensors is the pretrained start; without
+it, that model is trained again.
 """
 
 import argparse
 import hashlib
 import json
 import platform
+import sys
 import sysconfig
 import time
 from contextlib import nullcontext
@@ -28,15 +32,17 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from language_tables import draw, tables
+from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import mhla_gen
 from mhla_gen import CausalMHLAConfig
-from mhla_gen.files import write_json
+from mhla_gen.files import write_json, write_tensors
 
 # Separates two files; this byte never occurs in UTF-8 text.
 END_OF_FILE = 0
+PRETRAINED = "softmax.safetensors"
 EDGES = (0, 64, 256, 512, 1024, 2048, 4096, 8192)
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "encodings", "__pycache__"}
 
@@ -210,9 +216,8 @@ def run_arm(
     """Train and measure one arm."""
     start = time.perf_counter()
     model = build(sizes, seed).to(text.device)
-    trained = out / "arms" / "softmax-0.safetensors"
     if converted:
-        model.load_state_dict(load_file(trained, device=str(text.device)))
+        model.load_state_dict(pretrained(text, sizes, out))
     config = attentions(sizes, 0.98 if converted else 0.5)[name]
     if config is not None:
         mhla_gen.inject(model, config)
@@ -224,7 +229,7 @@ def run_arm(
     else:
         train(model, text, sizes, sizes.steps, 1.5e-3, seed=seed)
         if name == "softmax" and seed == 0:
-            save_file({n: x.contiguous() for n, x in model.state_dict().items()}, trained)
+            write_tensors(out / PRETRAINED, model.state_dict())
     report |= measure(model, windows, sizes)
     if config is not None and config.has_halves:
         gates = [layer.self_attn.mhla.combine for layer in model.model.layers]
@@ -236,113 +241,62 @@ def run_arm(
     return report
 
 
+def pretrained(text: torch.Tensor, sizes: Sizes, out: Path) -> dict[str, torch.Tensor]:
+    """Weights of the softmax model of seed 0."""
+    if not (out / PRETRAINED).exists():
+        model = build(sizes, 0).to(text.device)
+        train(model, text, sizes, sizes.steps, 1.5e-3, seed=0)
+        write_tensors(out / PRETRAINED, model.state_dict())
+    return load_file(out / PRETRAINED, device=str(text.device))
+
+
 def run(out: Path, sizes: Sizes, seeds: int, seconds: float) -> None:
-    """Train and measure all arms without a result, and write all results into one file."""
-    started = time.perf_counter()
+    """Train and measure the arms that OUT/language.json lacks, and write it after each."""
+    began, longest = time.perf_counter(), 0.0
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    (out / "arms").mkdir(parents=True, exist_ok=True)
     text, held_out, facts = read_text()
+    report: dict[str, Any] = {
+        "device": torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
+        "torch": torch.__version__,
+        "date": date.today().isoformat(),
+        "command": " ".join(["python", "experiments/language.py", *sys.argv[1:]]),
+        "sizes": sizes._asdict(),
+        "text": facts,
+        "arms": [],
+    }
+    path = out / "language.json"
+    if path.exists():
+        earlier = json.loads(path.read_text())
+        if other := [key for key in ("sizes", "text") if earlier[key] != report[key]]:
+            raise SystemExit(f"{path} has results for another {other[0]}; choose another folder")
+        report["arms"] = earlier["arms"]
     windows = held_out_windows(held_out, sizes, device)
     tokens = torch.from_numpy(text).to(device)
     print(f"{facts}, {len(windows)} held-out windows", flush=True)
     names = list(attentions(sizes, 0.5))
     arms = [(name, seed, False) for seed in range(seeds) for name in names]
     arms += [(name, 0, True) for name in names]
-
-    def path_of(arm: tuple[str, int, bool]) -> Path:
-        name, seed, converted = arm
-        return out / "arms" / f"{name.replace(' ', '')}-{seed}{'-converted' * converted}.json"
-
-    settings = {"sizes": sizes._asdict(), "text": facts}
-    for name, seed, converted in arms:
-        path = path_of((name, seed, converted))
-        if path.exists() and json.loads(path.read_text())["settings"] == settings:
-            continue
-        if time.perf_counter() - started > seconds:
+    done = {(arm["arm"], arm["seed"], arm["converted"]) for arm in report["arms"]}
+    for name, seed, converted in (arm for arm in arms if arm not in done):
+        start = time.perf_counter()
+        if start + longest > began + seconds:
             print(f"{seconds:.0f} s are over; run this again for the other arms")
             break
-        report = run_arm(name, seed, converted, tokens, windows, sizes, out)
-        write_json(path, report | {"settings": settings}, indent=None)
-        mean = np.mean(report["by_position"], axis=0)
-        print(f"{path.stem}: {np.round(mean, 3)} in {report['seconds']:.1f} s", flush=True)
-    found = [json.loads(path.read_text()) for path in map(path_of, arms) if path.exists()]
-    report = {
-        "device": torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
-        "torch": torch.__version__,
-        "date": date.today().isoformat(),
-        **settings,
-        "arms": [{k: v for k, v in arm.items() if k != "settings"} for arm in found],
-    }
-    write_json(out / "language.json", report, indent=None)
-
-
-def tables(report: dict[str, Any]) -> str:
-    """Markdown: loss by position, loss by context, conversion."""
-    lines = []
-    for converted in (False, True):
-        arms = [arm for arm in report["arms"] if arm["converted"] == converted]
-        if not arms:
-            continue
-        edges, given = arms[0]["edges"], arms[0]["given"]
-        columns = [f"{a:,}–{b:,}" for a, b in pairwise(edges)]
-        columns += [f"given {n:,}" for n in given]
-        first = ["arm", "seed"] + ["at once"] * converted
-        lines += [" | ".join(["", *first, *columns, ""]).strip()]
-        lines += ["|---" * (len(first) + len(columns)) + "|"]
-        for arm in arms:
-            means = [*np.mean(arm["by_position"], axis=0), *np.mean(arm["by_given"], axis=0)]
-            cells = [arm["arm"], str(arm["seed"])]
-            if converted:
-                cells.append(f"{_within(arm['at_once'], report):.3f}")
-            lines.append(" | ".join(["", *cells, *(f"{x:.3f}" for x in means), ""]).strip())
-        lines.append("")
-    return "\n".join(lines)
-
-
-def _within(arm: dict[str, Any], report: dict[str, Any]) -> float:
-    """Bits per byte at positions within the training length."""
-    edges, trained = np.array(arm["edges"]), report["sizes"]["seq_len"]
-    inside = edges[1:] <= trained
-    return float(
-        np.average(np.mean(arm["by_position"], axis=0)[inside], weights=np.diff(edges)[inside])
-    )
-
-
-def draw(report: dict[str, Any], path: Path) -> None:
-    """Draw loss by position, and loss of the same bytes by context, as means over seeds."""
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    names = dict.fromkeys(arm["arm"] for arm in report["arms"])
-    for name in names:
-        arms = [a for a in report["arms"] if a["arm"] == name and not a["converted"]]
-        if not arms:
-            continue
-        # Bins of half a training length: single texts would make shorter bins noisy.
-        curve = np.mean([arm["curve"] for arm in arms], axis=0).reshape(-1, 8).mean(axis=1)
-        step = report["sizes"]["longest"] // len(curve)
-        axes[0].plot(np.arange(len(curve)) * step + step / 2, curve, label=name)
-        by_given = np.mean([np.mean(arm["by_given"], axis=0) for arm in arms], axis=0)
-        axes[1].plot(arms[0]["given"], by_given, marker="o", label=name)
-    axes[0].axvline(report["sizes"]["seq_len"], color="grey", linewidth=0.8)
-    axes[0].set(xlabel="position (bytes); trained up to the line", ylabel="bits a byte")
-    axes[1].set(xlabel="bytes given", ylabel="bits a byte of the same last bytes", xscale="log")
-    axes[1].minorticks_off()
-    axes[1].set_xticks(arms[0]["given"], [f"{n:,}" for n in arms[0]["given"]])
-    for axis in axes:
-        # A model that fails beyond its training length would flatten all other curves.
-        low = min(min(line.get_ydata()) for line in axis.lines if len(line.get_ydata()) > 2)
-        axis.set_ylim(low - 0.05, low + 1.5)
-        axis.grid(alpha=0.3)
-    axes[0].legend()
-    figure.savefig(path, dpi=150)
+        found = run_arm(name, seed, converted, tokens, windows, sizes, out)
+        report["arms"].append(found)
+        write_json(path, report, indent=None)
+        longest = max(longest, time.perf_counter() - start)
+        mean = np.round(np.mean(found["by_position"], axis=0), 3)
+        label = f"{name}, seed {seed}{', converted' * converted}"
+        print(f"{start - began:.0f} s: {label}: {mean} in {found['seconds']:.1f} s", flush=True)
 
 
 def main() -> None:
     """Train and measure, or draw the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--figure", type=Path)
+    parser.add_argument("--table", action="store_true", help="only print the tables")
+    parser.add_argument("--figure", type=Path, help="only draw the results")
     parser.add_argument("--seconds", type=float, default=200)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--steps", type=int, help="instead of 400")
@@ -350,10 +304,12 @@ def main() -> None:
         "--size", choices=SIZES, default="full", help="small: for a CPU; tiny: shows that it runs"
     )
     args = parser.parse_args()
-    if args.figure:
+    if args.table or args.figure:
         report = json.loads((args.out / "language.json").read_text())
-        draw(report, args.figure)
-        print(tables(report))
+        if args.figure:
+            draw(report, args.figure)
+        if args.table:
+            print(tables(report))
         return
     sizes = SIZES[args.size]
     if args.steps:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,14 @@ SCRIPT = Path(__file__).parents[1] / "experiments" / "language.py"
 
 @pytest.fixture(scope="module")
 def script():
+    # As Python does when the script is run.
+    sys.path.insert(0, str(SCRIPT.parent))
     spec = importlib.util.spec_from_file_location("language_experiment", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module
+    yield module
+    sys.path.remove(str(SCRIPT.parent))
+    sys.modules.pop("language_tables")
 
 
 def test_arms_are_trained_once_measured_and_drawn(script, tmp_path, capsys):
@@ -23,10 +28,10 @@ def test_arms_are_trained_once_measured_and_drawn(script, tmp_path, capsys):
     script.run(tmp_path, sizes, seeds=1, seconds=-1)
     assert "are over" in capsys.readouterr().out
     script.run(tmp_path, sizes, seeds=1, seconds=100)
-    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "arms").iterdir()}
+    written = (tmp_path / "language.json").read_text()
     script.run(tmp_path, sizes, seeds=1, seconds=100)
-    assert written == {path: path.stat().st_mtime_ns for path in (tmp_path / "arms").iterdir()}
-    report = json.loads((tmp_path / "language.json").read_text())
+    assert written == (tmp_path / "language.json").read_text()
+    report = json.loads(written)
     assert len(report["arms"]) == 10
     for arm in report["arms"]:
         assert len(arm["by_position"]) == len(arm["by_given"]) == sizes.held_out
@@ -35,10 +40,27 @@ def test_arms_are_trained_once_measured_and_drawn(script, tmp_path, capsys):
     softmax = next(a for a in report["arms"] if a["arm"] == "softmax" and not a["converted"])
     assert at_once["softmax"] == softmax["by_position"] != at_once["mhla"]
     table = script.tables(report)
-    assert table.count("| mhla + window |") == 2
+    assert table.count("| MHLA + window |") == 2
     pytest.importorskip("matplotlib")
     script.draw(report, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 1000
+
+
+def test_a_run_goes_on_from_its_one_file(script, tmp_path):
+    """An interrupted run, of which only the JSON came back, ends as one that was not."""
+    sizes = script.TINY._replace(hidden_size=16, heads=1, layers=1, steps=2, more_steps=1)
+    script.run(tmp_path, sizes, seeds=1, seconds=100)
+    whole = json.loads((tmp_path / "language.json").read_text())
+    (tmp_path / script.PRETRAINED).unlink()
+    kept = whole | {"arms": whole["arms"][:-2]}
+    (tmp_path / "language.json").write_text(json.dumps(kept))
+    script.run(tmp_path, sizes, seeds=1, seconds=100)
+    resumed = json.loads((tmp_path / "language.json").read_text())
+    assert [{**arm, "seconds": 0} for arm in resumed["arms"]] == [
+        {**arm, "seconds": 0} for arm in whole["arms"]
+    ]
+    with pytest.raises(SystemExit, match="another sizes"):
+        script.run(tmp_path, sizes._replace(steps=3), seeds=1, seconds=100)
 
 
 def test_held_out_text_is_not_trained_on(script):

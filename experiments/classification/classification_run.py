@@ -6,9 +6,9 @@ DATA is an npz file with `arr_0` uint8 `[images, 64, 64, 3]` and `labels`, as
 experiments/evidence/emoji_dataset.py makes one. The model is timm's DeiT-T with average pooling and
 patches of 4 pixels, so 16 × 16 tokens, in 4 × 4 blocks. Every fourth image is held out; all arms
 see the same images in the same order. Speeds are measured first, alone on the GPU; then models are
-trained, several at a time. RESULT.json gets each result as soon as it is done, and the same command
-resumes with the missing ones; RESULT.md compares them with the paper's. Needs timm, and a GPU,
-except to try the script.
+trained, several at a time: two seeds of the main arms, then the others. RESULT.json gets each
+result as soon as it is done, and the same command resumes with the missing ones. Needs timm, and a
+GPU, except to try the script. classification_table.py prints the table.
 """
 
 import argparse
@@ -16,8 +16,9 @@ import functools
 import json
 import multiprocessing
 import platform
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from datetime import date
 from pathlib import Path
@@ -27,7 +28,7 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-from classification_table import ARMS, Arm, write_table
+from classification_table import ARMS, Arm, table
 from torch import Tensor, nn
 
 import mhla_gen
@@ -214,38 +215,10 @@ def speed(arm: Arm) -> list[dict[str, Any]]:
     return rows
 
 
-def machine() -> dict[str, str]:
-    """Hardware, software and date of the results."""
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
-    versions = {"torch": torch.__version__, "timm": timm.__version__}
-    return {"device": name or "cpu", "date": date.today().isoformat(), **versions}
-
-
-def main() -> None:
-    """Compute missing results until the time is up."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("data")
-    parser.add_argument("result", type=Path)
-    parser.add_argument("--seconds", type=float, default=240, help="begin nothing after these")
-    parser.add_argument("--speed-seconds", type=float, default=45)
-    parser.add_argument("--processes", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=30)
-    parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--depth", type=int, default=12, help="layers; for trying out")
-    parser.add_argument("--limit", type=int, default=0, help="images; for trying out")
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
-    options = parser.parse_args()
-    result: dict[str, Any] = {"speed": {}, "runs": {}}
-    if options.result.exists():
-        result = json.loads(options.result.read_text())
-
-    def keep(kind: str, name: str, found: Any) -> None:
-        result[kind][name] = found
-        result.update(machine())
-        write_json(options.result, result, indent=1)
-        write_table(result, options.result.with_suffix(".md"))
-        print(f"{time.time() - _began:.0f} s: {kind} of {name}", flush=True)
-
+def measure_speeds(
+    options: argparse.Namespace, result: dict[str, Any], keep: Callable[[str, str, Any], None]
+) -> list[str]:
+    """Measure the arms without speeds, until their time is up; returns what failed."""
     failed = []
     for arm in options.arms:
         over = time.time() - _began > options.speed_seconds
@@ -256,23 +229,89 @@ def main() -> None:
                 # One failing arm must not stop the others.
                 failed.append(f"speed of {arm}: {error!r}")
                 print(failed[-1], flush=True)
+    return failed
+
+
+def train_missing(
+    options: argparse.Namespace,
+    settings: dict[str, int],
+    result: dict[str, Any],
+    keep: Callable[[str, str, Any], None],
+    pool: ProcessPoolExecutor,
+) -> list[str]:
+    """Train what is missing, as far as the time allows; returns what failed."""
     deadline = _began + options.seconds
-    rest = (options.epochs, options.batch, options.depth, options.limit, deadline)
-    jobs = [Job(arm, seed, options.data, *rest) for seed in (0, 1) for arm in options.arms]
+    jobs = [
+        Job(arm, seed, options.data, **settings, deadline=deadline)
+        for main in (True, False)
+        for seed in (0, 1)
+        for arm in options.arms
+        if ARMS[arm].main == main
+    ]
     jobs = [job for job in jobs if job.name not in result["runs"]]
+    running, failed = {pool.submit(train, job): job for job in jobs}, []
+    for future in as_completed(running):
+        try:
+            if (found := future.result()) is not None:
+                keep("runs", running[future].name, found)
+        except Exception as error:
+            failed.append(f"{running[future].name}: {error!r}")
+            print(failed[-1], flush=True)
+    return failed
+
+
+def machine() -> dict[str, str]:
+    """Command, hardware, software and date of the results."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
+    return {
+        "command": " ".join(
+            ["python", "experiments/classification/classification_run.py", *sys.argv[1:]]
+        ),
+        "device": name or "cpu",
+        "date": date.today().isoformat(),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+    }
+
+
+def main() -> None:
+    """Compute missing results until the time is up."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("data")
+    parser.add_argument("result", type=Path)
+    parser.add_argument("--seconds", type=float, default=240, help="begin no run that ends later")
+    parser.add_argument("--speed-seconds", type=float, default=45)
+    parser.add_argument("--processes", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--depth", type=int, default=12, help="layers; for trying out")
+    parser.add_argument("--limit", type=int, default=0, help="images; for trying out")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    options = parser.parse_args()
+    settings = {name: getattr(options, name) for name in ("epochs", "batch", "depth", "limit")}
+    result: dict[str, Any] = {"settings": settings, "speed": {}, "runs": {}}
+    if options.result.exists():
+        result = json.loads(options.result.read_text())
+        if result["settings"] != settings:
+            raise SystemExit(f"{options.result} is of {result['settings']}; choose another file")
+
+    def keep(kind: str, name: str, found: Any) -> None:
+        result[kind][name] = found
+        result.update(machine())
+        write_json(options.result, result, indent=1)
+        print(f"{time.time() - _began:.0f} s: {kind} of {name}", flush=True)
+
     # CUDA does not survive a fork.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.processes, mp_context=context) as pool:
-        running = {pool.submit(train, job): job for job in jobs}
-        for future in as_completed(running):
-            try:
-                if (found := future.result()) is not None:
-                    keep("runs", running[future].name, found)
-            except Exception as error:
-                failed.append(f"{running[future].name}: {error!r}")
-                print(failed[-1], flush=True)
-    missing = len([job for job in jobs if job.name not in result["runs"]])
+        # Processes take long to start; speeds are measured meanwhile.
+        for _ in range(options.processes):
+            pool.submit(time.time)
+        failed = measure_speeds(options, result, keep)
+        failed += train_missing(options, settings, result, keep, pool)
+    missing = 2 * len(options.arms) - len(result["runs"])
     print(f"{time.time() - _began:.0f} s; {missing} runs are missing", flush=True)
+    print(table(result))
     if failed:
         raise SystemExit("; ".join(failed))
 

@@ -116,7 +116,7 @@ def watch(report: Callable[[str, dict[str, Any]], None], only: str) -> None:
         if key in seen or only not in name:
             return
         seen.add(key)
-        given = [None if t is None else MockTensor(t.dtype) for t in tensors]
+        given = [MockTensor(t.dtype) if isinstance(t, torch.Tensor) else t for t in tensors]
         made = kernel.warmup(*given, *scalars, grid=grid, **constants)
         report(name, examine(made, constants.get("num_warps", 4)))
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 # Triton specializes on pointers only by whether they are aligned to 16 bytes.
 _ALIGNED = 16
@@ -20,7 +21,7 @@ _COMPILED: dict[tuple, tuple[Any, tuple] | None] = {}
 def launch(
     kernel: Any,
     grid: tuple[int, ...],
-    tensors: Sequence[Tensor | None],
+    tensors: Sequence[Tensor | TensorDescriptor | None],
     scalars: tuple,
     constants: dict[str, Any],
 ) -> None:
@@ -29,7 +30,8 @@ def launch(
     Args:
         kernel: A function of `triton.jit`; its parameters come in this order.
         grid: Programs along up to three axes.
-        tensors: Tensors on one device; None where the kernel has nothing to read.
+        tensors: Tensors on one device, or descriptors of them; None where the kernel has nothing
+            to read.
         scalars: Numbers of the call, or tuples of numbers.
         constants: Compile-time parameters and Triton's options, hashable.
     """
@@ -37,6 +39,8 @@ def launch(
     for tensor in tensors:
         if tensor is None:
             dtypes.append(None)
+        elif isinstance(tensor, TensorDescriptor):
+            dtypes.append((tensor.base.dtype, *tensor.block_shape))
         else:
             pointers |= tensor.data_ptr()
             dtypes.append(tensor.dtype)

@@ -16,12 +16,14 @@ from mhla_gen.ops.kernels.boxes import block_box, box_tokens
 from mhla_gen.ops.kernels.linear import rotate_pieces
 from mhla_gen.ops.kernels.pieces import head_offset, load_pieces, store_pieces
 from mhla_gen.ops.kernels.tile_attention import (
+    listed_rows,
     listed_tokens,
     load_extra,
     load_rows,
     load_tokens,
     locate_group,
     slot_places,
+    tile_size,
 )
 
 _LOG2E = tl.constexpr(1.4426950408889634)
@@ -109,6 +111,7 @@ def tile_backward_queries_kernel(
     groups,
     num_heads,
     num_groups,
+    num_tiles,
     list_size,
     extra_len,
     blocks,
@@ -132,6 +135,7 @@ def tile_backward_queries_kernel(
     RANK: tl.constexpr,
     ALIGN: tl.constexpr,
     ROTARY: tl.constexpr,
+    PACKED: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -141,8 +145,9 @@ def tile_backward_queries_kernel(
     )
     row = batch * num_heads + head
     entries_ptr = lists_ptr + (row * num_groups + group) * (2 * list_size) + list_size
-    k_ptr += head_offset(k_strides, batch, head, ALIGN)
-    v_ptr += head_offset(v_strides, batch, head, ALIGN)
+    if PACKED != "tiles":
+        k_ptr += head_offset(k_strides, batch, head, ALIGN)
+        v_ptr += head_offset(v_strides, batch, head, ALIGN)
     packed = row * num_groups * (blocks * BM)
     rows = group * (blocks * BM) + slots
     q0, q1 = load_rows(q_ptr + packed * D, rows, D, D0, D1)
@@ -151,21 +156,47 @@ def tile_backward_queries_kernel(
     delta = tl.load(delta_ptr + packed + rows)[:, None]
     dq0 = tl.zeros((BM, D0), tl.float32)
     dq1 = tl.zeros((BM, D1 if D1 > 0 else 1), tl.float32)
-    num_keys = list_size * SLOTS
-    offsets, bits = slot_places(tl.arange(0, BN) % SLOTS, box, SLOT_T, SLOT_H, SLOT_W)
-    for start in range(0, num_keys, BN):
-        keys, valid = listed_tokens(
-            entries_ptr, start, offsets, bits, num_keys, box,
-            SLOTS, SLOT_T, SLOT_H, SLOT_W, BN, TAIL,
-        )  # fmt: skip
-        k0, k1 = load_tokens(k_ptr, keys, k_strides, D, D0, D1, ALIGN, WIDE)
-        v0, v1 = load_tokens(v_ptr, keys, v_strides, V, V0, V1, ALIGN, WIDE)
-        _p, ds = score_gradients(
-            q0, q1, k0, k1, do0, do1, v0, v1, lse, delta, scale, D1, V1, PRECISION
-        )
-        if RAGGED or TAIL:
-            ds = tl.where(valid[None, :], ds, 0.0)
-        dq0, dq1 = add_times(ds.to(OPERAND), k0, k1, dq0, dq1, D1, PRECISION)
+    if PACKED == "tiles":
+        parts: tl.constexpr = SLOTS // BN
+        steps = list_size * parts
+        first = (row * num_tiles * SLOTS).to(tl.int32)
+        tile, entry = tl.load(entries_ptr - list_size), tl.load(entries_ptr)
+        for step in range(0, steps):
+            start = step % parts * BN
+            k0 = k_ptr.load([first + tile * SLOTS + start, 0])
+            v0 = v_ptr.load([first + tile * SLOTS + start, 0])
+            valid = start + tl.arange(0, BN) < tile_size(entry, SLOT_T, SLOT_H, SLOT_W)
+            place = tl.minimum(step + 1, steps - 1) // parts
+            tile, entry = tl.load(entries_ptr - list_size + place), tl.load(entries_ptr + place)
+            _p, ds = score_gradients(
+                q0, q0, k0, k0, do0, do0, v0, v0, lse, delta, scale, 0, 0, PRECISION
+            )
+            # Rows without a token are zero, and so add nothing where their weights are finite.
+            if RAGGED:
+                ds = tl.where(valid[None, :], ds, 0.0)
+            dq0, dq1 = add_times(ds.to(OPERAND), k0, k0, dq0, dq1, 0, PRECISION)
+    else:
+        num_keys = list_size * SLOTS
+        offsets, bits = slot_places(tl.arange(0, BN) % SLOTS, box, SLOT_T, SLOT_H, SLOT_W)
+        for start in range(0, num_keys, BN):
+            if PACKED == "rows":
+                keys, valid = listed_rows(
+                    entries_ptr, start, num_keys, list_size,
+                    SLOTS, SLOT_T, SLOT_H, SLOT_W, BN, TAIL,
+                )  # fmt: skip
+            else:
+                keys, valid = listed_tokens(
+                    entries_ptr, start, offsets, bits, num_keys, box,
+                    SLOTS, SLOT_T, SLOT_H, SLOT_W, BN, TAIL,
+                )  # fmt: skip
+            k0, k1 = load_tokens(k_ptr, keys, k_strides, D, D0, D1, ALIGN, WIDE)
+            v0, v1 = load_tokens(v_ptr, keys, v_strides, V, V0, V1, ALIGN, WIDE)
+            _p, ds = score_gradients(
+                q0, q1, k0, k1, do0, do1, v0, v1, lse, delta, scale, D1, V1, PRECISION
+            )
+            if RAGGED or TAIL:
+                ds = tl.where(valid[None, :], ds, 0.0)
+            dq0, dq1 = add_times(ds.to(OPERAND), k0, k1, dq0, dq1, D1, PRECISION)
     if extra_mask_ptr is not None:
         extra_k_ptr += head_offset(extra_k_strides, batch, head, ALIGN)
         extra_v_ptr += head_offset(extra_v_strides, batch, head, ALIGN)

@@ -124,8 +124,7 @@ def kernel_constants(call: TileCall, options: dict, *strides: tuple[int, ...]) -
     """Compile-time arguments that the kernels share, and Triton's options."""
     return {
         **call.pieces,
-        "BM": options["BM"],
-        "BN": options["BN"],
+        **options,
         **call.slot_sizes,
         "RAGGED": call.ragged,
         "TAIL": call.placed.list_size * call.slot_sizes["SLOTS"] % options["BN"] != 0,
@@ -133,6 +132,4 @@ def kernel_constants(call: TileCall, options: dict, *strides: tuple[int, ...]) -
         "ALIGN": alignment(*strides),
         "ROTARY": call.cos is not None,
         **call.operand,
-        "num_warps": options["num_warps"],
-        "num_stages": options["num_stages"],
     }

@@ -1,8 +1,11 @@
 """Launches of tile attention: rotated keys, means, lists, and the output."""
 
+from dataclasses import dataclass
+
 import torch
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mhla_gen.ops.kernels.compiled import launch
 from mhla_gen.ops.kernels.launch import alignment, padded, quotient_up
@@ -21,29 +24,79 @@ from mhla_gen.ops.kernels.tile_call import (
 from mhla_gen.ops.kernels.tile_lists import entries_kernel, list_kernel, read_boxes_kernel
 
 
+@dataclass(frozen=True)
+class Loop:
+    """How a program runs over a list of tiles."""
+
+    rows: int
+    """Queries of a program."""
+    keys: int
+    """Keys of a step."""
+    num_warps: int
+    num_stages: int
+    """Steps that are loaded ahead, and the one at work."""
+    packed: str = ""
+    """"": keys and values lie in place; "rows": packed by tile, read by pointers; "tiles": packed
+    by tile, read by tensor descriptors."""
+    maxnreg: int | None = None
+    """Most registers a thread."""
+
+    @property
+    def options(self) -> dict:
+        """Compile-time arguments of a kernel."""
+        options = {"BM": self.rows, "BN": self.keys}
+        options |= {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return options if self.maxnreg is None else options | {"maxnreg": self.maxnreg}
+
+
 def forward(
-    query: Tensor, key: Tensor, value: Tensor, extra: Extra | None, call: TileCall
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    extra: Extra | None,
+    call: TileCall,
+    loop: Loop | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, log-sum-exp `[batch, heads, seq_len]` and lists; see `tile_lists`."""
-    bounded = takes_bound(query)
+    bounded, loop = takes_bound(query), forward_loop(call) if loop is None else loop
     keys, means, longest = read_tiles(
-        key, call, mean=call.placed.top > 0, lengths=bounded and call.placed.list_size > 0
+        key,
+        call,
+        mean=call.placed.top > 0,
+        lengths=bounded and call.placed.list_size > 0,
+        pack=bool(loop.packed),
     )
+    values = pack_tiles(value, call) if loop.packed else value
     if bounded and extra is not None:
         beside = extra[0].float().square().sum(-1).amax(dim=1).flatten()
         longest = beside if longest is None else torch.maximum(longest, beside)
     queries, query_means = read_groups(query, call, mean=means is not None)
     lists = tile_lists(query_means, means, call)
-    out = value.new_empty(value.shape)
-    batch, seq_len, heads, _ = query.shape
-    lse = query.new_empty((batch, heads, seq_len), dtype=torch.float32)
-    options = _forward_options(call)
-    blocks = quotient_up(call.queries, options["BM"])
-    strides = queries.stride(), keys.stride(), value.stride(), out.stride(), *extra_strides(extra)
+    out, lse = attend(queries, keys, values, longest, lists, extra, call, loop)
+    return out, lse, lists
+
+
+def attend(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    longest: Tensor | None,
+    lists: Tensor,
+    extra: Extra | None,
+    call: TileCall,
+    loop: Loop,
+) -> tuple[Tensor, Tensor]:
+    """Launch `tile_attend_kernel` on rotated queries and keys."""
+    batch, seq_len, heads, _ = call.query.shape
+    out = call.value.new_empty(call.value.shape)
+    lse = call.query.new_empty((batch, heads, seq_len), dtype=torch.float32)
+    blocks = quotient_up(call.queries, loop.rows)
+    strides = queries.stride(), keys.stride(), values.stride(), out.stride(), *extra_strides(extra)
+    sources = (descriptor(x, loop) if loop.packed == "tiles" else x for x in (keys, values))
     launch(
         tile_attend_kernel,
         (blocks * call.placed.num_groups * call.batch_heads,),
-        (queries, keys, value, lists, longest, *extra_tensors(extra), out, lse),
+        (queries, *sources, lists, longest, *extra_tensors(extra), out, lse),
         (
             *strides,
             call.box,
@@ -51,15 +104,26 @@ def forward(
             seq_len,
             heads,
             call.placed.num_groups,
+            call.placed.num_tiles,
             call.placed.list_size,
             0 if extra is None else extra[0].shape[1],
             blocks,
             call.scale * LOG2E,
         ),
-        without(kernel_constants(call, options, *strides), "ROTARY")
-        | {"WIDE": numbered_wide(keys, value), "BOUNDED": bounded},
+        without(kernel_constants(call, loop.options, *strides), "ROTARY")
+        | {
+            "WIDE": numbered_wide(keys, values),
+            "BOUNDED": takes_bound(call.query),
+            "PACKED": loop.packed,
+        },
     )
-    return out, lse, lists
+    return out, lse
+
+
+def descriptor(packed: Tensor, loop: Loop) -> TensorDescriptor:
+    """Of packed tiles as rows."""
+    rows = packed.transpose(1, 2).flatten(0, 2)
+    return TensorDescriptor.from_tensor(rows, [loop.keys, rows.shape[1]])
 
 
 def takes_bound(query: Tensor) -> bool:
@@ -72,22 +136,48 @@ def takes_bound(query: Tensor) -> bool:
 
 
 def read_tiles(
-    key: Tensor, call: TileCall, *, mean: bool = False, lengths: bool = False
+    key: Tensor,
+    call: TileCall,
+    *,
+    mean: bool = False,
+    lengths: bool = False,
+    pack: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Rotated keys, like `key`, or `key` itself without rotary.
+    """Rotated keys, like `key` or as by `pack_tiles`, or `key` itself if there is nothing to do.
 
     On demand also float32 means of tiles `[batch · heads, tiles, head_dim]`, and the largest
     squared length of a key, `[batch · heads]`.
     """
     dim, rotary = key.shape[3], call.cos is not None
-    if not (rotary or mean or lengths):
+    if not (rotary or mean or lengths or pack):
         return key, None, None
-    keys = _rotated_like(key) if rotary else key
     shape = call.batch_heads, call.placed.num_tiles
     means = key.new_empty((*shape, dim), dtype=torch.float32) if mean else None
     longest = key.new_empty(shape, dtype=torch.float32) if lengths else None
-    read_boxes(key, call, keys, means, longest, "raster" if rotary else "nowhere", call.slots)
+    if pack:
+        keys = _packed_like(key, call)
+        read_boxes(key, call, keys, means, longest, "pack", call.slot_sizes["SLOTS"])
+    else:
+        keys = _rotated_like(key) if rotary else key
+        read_boxes(key, call, keys, means, longest, "raster" if rotary else "nowhere", call.slots)
     return keys, means, None if longest is None else longest.amax(dim=1)
+
+
+def pack_tiles(x: Tensor, call: TileCall) -> Tensor:
+    """Tokens tile by tile, `[batch, tiles · SLOTS, heads, dim]` with heads first in memory.
+
+    Slots without a token are zero, and so are channels up to a power of two.
+    """
+    packed = _packed_like(x, call)
+    slots = call.slot_sizes["SLOTS"]
+    read_boxes(x, call, packed, None, None, "pack", slots, rotary=False)
+    return packed
+
+
+def _packed_like(x: Tensor, call: TileCall) -> Tensor:
+    batch, _, heads, dim = x.shape
+    rows = call.placed.num_tiles * call.slot_sizes["SLOTS"]
+    return x.new_empty((batch, heads, rows, padded(dim))).transpose(1, 2)
 
 
 def read_groups(query: Tensor, call: TileCall, *, mean: bool) -> tuple[Tensor, Tensor | None]:
@@ -118,6 +208,8 @@ def read_boxes(
     store: str,
     slots: int,
     groups: tuple[int, ...] | None = None,
+    *,
+    rotary: bool = True,
 ) -> None:
     """Launch `read_boxes_kernel` on all tiles, or on all `groups`."""
     num_boxes = call.placed.num_tiles if groups is None else call.placed.num_groups
@@ -135,8 +227,9 @@ def read_boxes(
             "SLOTS": slots,
             "RANK": call.rank,
             "ALIGN": alignment(*strides),
-            "ROTARY": call.cos is not None,
+            "ROTARY": rotary and call.cos is not None,
             "STORE": store,
+            "PITCH": 0 if rotated is None else rotated.shape[-1],
             "MEAN": means is not None,
             "LONGEST": longest is not None,
             "num_warps": 4 if rows > 16 else 2,
@@ -192,14 +285,14 @@ def tile_lists(mean_queries: Tensor | None, mean_keys: Tensor | None, call: Tile
     return lists
 
 
-def _forward_options(call: TileCall) -> dict:
-    """Queries and keys of a block, warps and pipeline stages."""
+def forward_loop(call: TileCall) -> Loop:
+    """The fastest, see `README.md`."""
     if call.operand["OPERAND"] == tl.float32:
-        return {"BM": call.block(32), "BN": 32, "num_warps": 4, "num_stages": 1}
+        return Loop(call.block(32), 32, 4, 1)
     rows, dim = call.block(128), max(call.query.shape[3], call.value.shape[3])
     # A program of few queries is short of work for one warp, let alone four.
     warps = 4 if rows > 32 else 1
     if rows == 128 and dim > 64:
         # 64 keys would want more registers than there are.
-        return {"BM": rows, "BN": 32, "num_warps": warps, "num_stages": 3}
-    return {"BM": rows, "BN": 64, "num_warps": warps, "num_stages": 2 if rows == 128 else 3}
+        return Loop(rows, 32, warps, 3)
+    return Loop(rows, 64, warps, 2 if rows == 128 else 3)

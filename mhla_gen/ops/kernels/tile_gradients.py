@@ -23,7 +23,7 @@ from mhla_gen.ops.kernels.tile_call import (
     three_axes,
     without,
 )
-from mhla_gen.ops.kernels.tile_form import read_boxes, read_tiles
+from mhla_gen.ops.kernels.tile_form import Loop, descriptor, pack_tiles, read_boxes, read_tiles
 
 # Parts of all queries that gradients of few keys off the grid are summed in.
 _ENOUGH_PROGRAMS = 512
@@ -40,25 +40,53 @@ def backward(
     lse: Tensor,
     lists: Tensor,
     call: TileCall,
+    loop: Loop | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value, and of the keys and values of `extra` (empty without)."""
-    placed, heads = call.placed, query.shape[2]
-    options = _backward_options(call)
-    rows = options["queries"]["BM"]
+    loop = queries_loop(call) if loop is None else loop
+    options = _backward_options(call, loop.rows)
+    packs = pack_queries(grad, grad_lse, query, out, lse, call, loop.rows)
+    keys, _, _ = read_tiles(key, call)
+    listed = keys, value
+    if loop.packed:
+        listed = read_tiles(key, call, pack=True)[0], pack_tiles(value, call)
+    dquery = backward_queries(packs, *listed, lists, extra, call, loop)
+    dkey, dvalue = _backward_keys(packs, keys, value, lists, options["keys"], call)
+    dextra = _backward_extra(packs, extra, options["extra"], call)
+    return dquery, dkey, dvalue, *dextra
+
+
+def pack_queries(
+    grad: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    call: TileCall,
+    rows: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rotated queries, do, lse in units of log 2 and δ, by group, in whole blocks of `rows`."""
+    placed = call.placed
     blocks = quotient_up(call.queries, rows)
     slots = blocks * rows
-    keys, _, _ = read_tiles(key, call)
     queries = pack_groups(query, call, slots)
-    grads = grad.new_empty((call.batch_heads, placed.num_groups, slots, value.shape[3]))
+    grads = grad.new_empty((call.batch_heads, placed.num_groups, slots, grad.shape[3]))
     packed_lse = lse.new_empty((call.batch_heads, placed.num_groups, slots))
     delta = torch.empty_like(packed_lse)
     strides = grad.stride(), out.stride()
-    groups = three_axes(placed.groups)
     launch(
         prepare_kernel,
         (blocks * placed.num_groups * call.batch_heads,),
         (grad, out, lse, grad_lse, grads, packed_lse, delta),
-        (*strides, call.box, groups, query.shape[1], heads, placed.num_groups, blocks),
+        (
+            *strides,
+            call.box,
+            three_axes(placed.groups),
+            query.shape[1],
+            query.shape[2],
+            placed.num_groups,
+            blocks,
+        ),
         {
             **{name: call.pieces[name] for name in ("V", "V0", "V1")},
             "BM": rows,
@@ -67,30 +95,45 @@ def backward(
             "num_warps": 4,
         },
     )
-    packs = queries, grads, packed_lse, delta
-    scales = call.scale * LOG2E, call.scale
-    dquery = query.new_empty(query.shape)
-    strides = keys.stride(), value.stride(), dquery.stride(), *extra_strides(extra)
+    return queries, grads, packed_lse, delta
+
+
+def backward_queries(
+    packs: tuple[Tensor, ...],
+    keys: Tensor,
+    values: Tensor,
+    lists: Tensor,
+    extra: Extra | None,
+    call: TileCall,
+    loop: Loop,
+) -> Tensor:
+    """Launch `tile_backward_queries_kernel` on packs of queries and on rotated keys."""
+    placed = call.placed
+    blocks = packs[0].shape[2] // loop.rows
+    dquery = call.query.new_empty(call.query.shape)
+    strides = keys.stride(), values.stride(), dquery.stride(), *extra_strides(extra)
+    sources = (descriptor(x, loop) if loop.packed == "tiles" else x for x in (keys, values))
     launch(
         tile_backward_queries_kernel,
         (blocks * placed.num_groups * call.batch_heads,),
-        (*packs, keys, value, call.cos, call.sin, lists, *extra_tensors(extra), dquery),
+        (*packs, *sources, call.cos, call.sin, lists, *extra_tensors(extra), dquery),
         (
             *strides,
             call.box,
-            groups,
-            heads,
+            three_axes(placed.groups),
+            call.query.shape[2],
             placed.num_groups,
+            placed.num_tiles,
             placed.list_size,
             0 if extra is None else extra[0].shape[1],
             blocks,
-            *scales,
+            call.scale * LOG2E,
+            call.scale,
         ),
-        kernel_constants(call, options["queries"], *strides) | {"WIDE": numbered_wide(keys, value)},
+        kernel_constants(call, loop.options, *strides)
+        | {"WIDE": numbered_wide(keys, values), "PACKED": loop.packed},
     )
-    dkey, dvalue = _backward_keys(packs, keys, value, lists, options["keys"], call)
-    dextra = _backward_extra(packs, extra, blocks, options["extra"], call)
-    return dquery, dkey, dvalue, *dextra
+    return dquery
 
 
 def _backward_keys(
@@ -149,16 +192,14 @@ def owners_of_tiles(lists: Tensor, num_tiles: int) -> tuple[Tensor, Tensor]:
 
 
 def _backward_extra(
-    packs: tuple[Tensor, ...], extra: Extra | None, blocks: int, options: dict, call: TileCall
+    packs: tuple[Tensor, ...], extra: Extra | None, options: dict, call: TileCall
 ) -> tuple[Tensor, Tensor]:
     if extra is None:
         return call.query.new_empty(0), call.value.new_empty(0)
     keys, values, mask = extra
     batch, extra_len, heads, _ = keys.shape
-    extra_blocks, num_blocks = (
-        quotient_up(extra_len, options["BN"]),
-        call.placed.num_groups * blocks,
-    )
+    extra_blocks = quotient_up(extra_len, options["BN"])
+    num_blocks = call.placed.num_groups * packs[0].shape[2] // options["BM"]
     parts = max(1, min(_ENOUGH_PROGRAMS // (extra_blocks * batch * heads), num_blocks))
     part_blocks = quotient_up(num_blocks, parts)
     parts = quotient_up(num_blocks, part_blocks)
@@ -197,21 +238,26 @@ def pack_groups(x: Tensor, call: TileCall, slots: int) -> Tensor:
     return packed
 
 
-def _backward_options(call: TileCall) -> dict[str, dict]:
-    """As `_forward_options`, for gradients of queries, of keys, and of keys off the grid."""
+def queries_loop(call: TileCall) -> Loop:
+    """As `forward_loop`, for gradients of queries."""
     if call.operand["OPERAND"] == tl.float32:
-        common = {"BM": call.block(32), "num_warps": 4, "num_stages": 1}
+        return Loop(call.block(32), 32, 4, 1)
+    rows = call.block(64)
+    return Loop(rows, 64, 4 if rows > 32 else 1, 2)
+
+
+def _backward_options(call: TileCall, rows: int) -> dict[str, dict]:
+    """As `forward_loop`, for gradients of keys on and off the grid; packs have blocks of `rows`."""
+    if call.operand["OPERAND"] == tl.float32:
+        common = {"num_warps": 4, "num_stages": 1}
         keys = min(padded(call.slots), 32)
         return {
-            "queries": common | {"BN": 32},
             "keys": common | {"BM": 32, "BN": keys},
-            "extra": common | {"BN": 32},
+            "extra": common | {"BM": min(rows, 32), "BN": 32},
         }
     keys = min(padded(call.slots), 64)
-    rows = call.block(64)
-    common = {"BM": rows, "num_warps": 4, "num_stages": 2}
+    common = {"num_warps": 4, "num_stages": 2}
     return {
-        "queries": common | {"BN": 64, "num_warps": 4 if rows > 32 else 1},
         "keys": common | {"BM": 64, "BN": keys},
-        "extra": common | {"BN": 64},
+        "extra": common | {"BM": min(rows, 64), "BN": 64},
     }

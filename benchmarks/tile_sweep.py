@@ -1,0 +1,272 @@
+"""Time tile attention's forward and dq kernels in several forms, and check each against softmax.
+
+python benchmarks/tile_sweep.py OUT.json [--seconds S]        needs CUDA
+
+Each row: milliseconds of the kernel (`ms`) and of a whole forward pass (`pass_ms`), registers and
+spills, and the largest error of sampled groups, in parts of the largest entry, against softmax over
+the same lists in float32. A form that does not compile or launch has an `error` instead. Rows are
+written as they come. Kernels are compiled beforehand, in parallel.
+"""
+
+import argparse
+import json
+import math
+import multiprocessing
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from kernel_resources import AbsentCard, watch
+from kernel_speed import time_ms
+from torch import Tensor
+from triton.runtime import driver
+
+from mhla_gen.bench.ops import Case
+from mhla_gen.ops import auto_tiles
+from mhla_gen.ops.feature_maps import rotate
+from mhla_gen.ops.kernels import tile_form, tile_gradients
+from mhla_gen.ops.kernels.tile_call import TileCall
+from mhla_gen.ops.kernels.tile_form import Loop
+from mhla_gen.ops.tiles import group_slots, tiling
+
+WAN_480 = Case(1, 12, (21, 30, 50), 128, (3, 5, 10), True)
+WAN_720 = Case(1, 12, (21, 45, 80), 128, (3, 5, 10), True)
+IMAGE = Case(32, 4, (64, 64), 64, (8, 8), False)
+PLACES = ((WAN_480, 0.05), (WAN_480, 0.125), (WAN_720, 0.05), (IMAGE, 0.125))
+# The first is the one in use.
+FORWARD = {
+    128: (
+        Loop(128, 32, 4, 3),
+        Loop(64, 64, 4, 2),
+        Loop(64, 64, 4, 3),
+        Loop(128, 64, 8, 2),
+        Loop(128, 64, 8, 3),
+        Loop(128, 128, 8, 2),
+        Loop(64, 64, 4, 2, "rows"),
+        Loop(128, 64, 8, 3, "rows"),
+        Loop(128, 128, 8, 2, "rows"),
+        Loop(64, 64, 4, 2, "tiles"),
+        Loop(128, 64, 4, 2, "tiles"),
+        Loop(128, 64, 8, 2, "tiles"),
+        Loop(128, 64, 8, 2, "tiles", 128),
+        Loop(128, 64, 8, 3, "tiles"),
+        Loop(128, 64, 8, 4, "tiles"),
+    ),
+    64: (
+        Loop(64, 64, 4, 3),
+        Loop(64, 64, 4, 2),
+        Loop(64, 128, 4, 2),
+        Loop(64, 128, 4, 3),
+    ),
+}
+QUERIES = {
+    128: (
+        Loop(64, 64, 4, 2),
+        Loop(128, 64, 8, 2),
+        Loop(128, 64, 8, 3),
+        Loop(64, 64, 4, 2, "rows"),
+        Loop(64, 64, 4, 2, "tiles"),
+        Loop(128, 64, 8, 2, "tiles"),
+        Loop(128, 64, 8, 3, "tiles"),
+    ),
+    64: (Loop(64, 64, 4, 2), Loop(64, 64, 4, 3), Loop(64, 128, 4, 2)),
+}
+_KERNELS = {"forward": "tile_attend_kernel", "dq": "tile_backward_queries_kernel"}
+_SAMPLES = 24
+
+
+class Inputs:
+    """Random inputs of a shape at a share, and what the kernels read."""
+
+    def __init__(self, case: Case, share: float, device: str):
+        tokens = math.prod(case.grid)
+        shape = (case.batch, tokens, case.heads, case.head_dim)
+        draw = torch.Generator(device).manual_seed(0) if device != "meta" else None
+        self.query, self.key, self.value, self.grad = (
+            torch.randn(shape, dtype=torch.bfloat16, device=device, generator=draw)
+            for _ in range(4)
+        )
+        angles = torch.rand(tokens, case.head_dim // 2, device=device, generator=draw)
+        self.rotary = (angles.cos(), angles.sin()) if case.rotary else None
+        layout = auto_tiles(case.grid, share)
+        self.placed = tiling(case.grid, layout.tile, layout.window, layout.top, layout.group)
+        cos, sin = self.rotary or (None, None)
+        self.call = TileCall(self.query, self.value, cos, sin, self.placed, case.head_dim**-0.5)
+
+    def forward(self, loop: Loop | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """The whole pass."""
+        return tile_form.forward(self.query, self.key, self.value, None, self.call, loop)
+
+    def empty(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Lists, an output and log-sum-exps, which nobody has written."""
+        heads, placed = self.call.batch_heads, self.placed
+        lists = self.query.new_empty(
+            (heads, placed.num_groups, 2, placed.list_size), dtype=torch.int32
+        )
+        batch, tokens, heads, _ = self.query.shape
+        lse = self.query.new_empty((batch, heads, tokens), dtype=torch.float32)
+        return lists, torch.empty_like(self.value), lse
+
+    def keys_and_values(self, loop: Loop, *, lengths: bool = False) -> tuple[Any, ...]:
+        """As the kernels read them, and the largest lengths of keys."""
+        packed = bool(loop.packed)
+        keys, _, longest = tile_form.read_tiles(self.key, self.call, lengths=lengths, pack=packed)
+        return keys, tile_form.pack_tiles(self.value, self.call) if packed else self.value, longest
+
+    def attend(self, loop: Loop, lists: Tensor) -> Any:
+        """The kernel of the forward pass alone, ready to be called."""
+        bounded = tile_form.takes_bound(self.query)
+        keys, values, longest = self.keys_and_values(loop, lengths=bounded)
+        queries, _ = tile_form.read_groups(self.query, self.call, mean=False)
+        return lambda: tile_form.attend(
+            queries, keys, values, longest, lists, None, self.call, loop
+        )
+
+    def queries(self, loop: Loop, lists: Tensor, out: Tensor, lse: Tensor) -> Any:
+        """The kernel of dq alone, ready to be called."""
+        keys, values, _ = self.keys_and_values(loop)
+        packs = tile_gradients.pack_queries(
+            self.grad, None, self.query, out, lse, self.call, loop.rows
+        )
+        return lambda: tile_gradients.backward_queries(
+            packs, keys, values, lists, None, self.call, loop
+        )
+
+
+def compile_form(job: tuple[Case, float, str, Loop]) -> dict[str, Any]:
+    """Compile one form, without a GPU, into Triton's cache; figures from its machine code."""
+    case, share, kind, loop = job
+    driver.set_active(AbsentCard(90))  # pyright: ignore[reportArgumentType]
+    found: dict[str, Any] = {}
+    watch(lambda _name, figures: found.update(figures), _KERNELS[kind])
+    inputs = Inputs(case, share, "meta")
+    try:
+        lists, out, lse = inputs.empty()
+        if kind == "forward":
+            inputs.attend(loop, lists)()
+        else:
+            inputs.queries(loop, lists, out, lse)()
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}"[:400]}
+    return found
+
+
+class Reference:
+    """Softmax over the lists of a few groups, in float32."""
+
+    def __init__(self, inputs: Inputs, lists: Tensor):
+        placed, heads = inputs.placed, inputs.query.shape[2]
+        device = inputs.query.device
+        groups, group_filled = group_slots(placed, device)
+        tiles, tile_filled = group_slots(placed._replace(groups=placed.tiles), device)
+        draw = torch.Generator().manual_seed(1)
+        self.expected: list[tuple[Any, ...]] = []
+        for _ in range(_SAMPLES):
+            row, group = (
+                int(torch.randint(n, (), generator=draw)) for n in (len(lists), len(groups))
+            )
+            listed = lists[row, group, 0].long()
+            at = groups[group][group_filled[group]]
+            there = tiles[listed][tile_filled[listed]]
+            batch, head = divmod(row, heads)
+            query, grad = (x[batch, at, head].float() for x in (inputs.query, inputs.grad))
+            key, value = (x[batch, there, head].float() for x in (inputs.key, inputs.value))
+            query.requires_grad_()
+            turned = [query[None, :, None], key[None, :, None]]
+            if inputs.rotary is not None:
+                turned = [
+                    rotate(x, tuple(t[places] for t in inputs.rotary))
+                    for x, places in zip(turned, (at, there), strict=True)
+                ]
+            scores = turned[0][0, :, 0] @ turned[1][0, :, 0].mT * inputs.call.scale
+            out = scores.softmax(-1) @ value
+            (dquery,) = torch.autograd.grad(out, query, grad)
+            lse = scores.detach().logsumexp(-1)
+            self.expected.append(((batch, head, at), out.detach(), lse, dquery))
+
+    def errors(self, out: Tensor, lse: Tensor) -> dict[str, float]:
+        """Of a forward pass."""
+        pairs = [(out[b, at, h], expected) for (b, h, at), expected, _, _ in self.expected]
+        logs = [(lse[b, h, at], expected) for (b, h, at), _, expected, _ in self.expected]
+        return {"error_out": _worst(pairs), "error_lse": _worst(logs)}
+
+    def gradient_errors(self, dquery: Tensor) -> dict[str, float]:
+        """Of dq."""
+        pairs = [(dquery[b, at, h], expected) for (b, h, at), _, _, expected in self.expected]
+        return {"error_dq": _worst(pairs)}
+
+
+def _worst(pairs: list[tuple[Tensor, Tensor]]) -> float:
+    found = [((a.float() - e).abs().max() / e.abs().max()).nan_to_num(math.inf) for a, e in pairs]
+    return round(float(torch.stack(found).max()), 6)
+
+
+def jobs() -> list[tuple[Case, float, str, Loop]]:
+    """Every form at every place."""
+    return [
+        (case, share, kind, loop)
+        for case, share in PLACES
+        for kind, loops in (("forward", FORWARD), ("dq", QUERIES))
+        for loop in loops[case.head_dim]
+    ]
+
+
+def measure(inputs: Inputs, reference: Reference, kind: str, loop: Loop, saved: Any) -> Any:
+    """Time and error of one form."""
+    out, lse, lists = saved
+    if kind == "dq":
+        run = inputs.queries(loop, lists, out, lse)
+        return {**reference.gradient_errors(run()), "ms": time_ms(run)}
+    run = inputs.attend(loop, lists)
+    row = {**reference.errors(*run()), "ms": time_ms(run)}
+    return row | {"pass_ms": time_ms(lambda: inputs.forward(loop))}
+
+
+def main() -> None:
+    """Compile, measure, print and write row by row."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--seconds", type=float, default=70.0)
+    options = parser.parse_args()
+    started = time.monotonic()
+    rows: list[dict[str, Any]] = []
+    found: dict[str, Any] = {
+        "command": f"python benchmarks/tile_sweep.py {options.out.name}",
+        "date": date.today().isoformat(),
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "rows": rows,
+    }
+    pool = ProcessPoolExecutor(12, multiprocessing.get_context("spawn"))
+    compiled = {job: pool.submit(compile_form, job) for job in jobs()}
+    place, inputs, reference, saved = None, None, None, None
+    for job in compiled:
+        case, share, kind, loop = job
+        if time.monotonic() - started > options.seconds:
+            print("out of time")
+            break
+        figures = compiled[job].result()
+        row = {"shape": [case.batch, case.heads, math.prod(case.grid), case.head_dim]}
+        row |= {"share": share, "kernel": kind, **asdict(loop)}
+        row |= {name: figures[name] for name in figures if name in ("registers", "spills", "error")}
+        if "error" not in row:
+            try:
+                if place != (case, share):
+                    place, inputs = (case, share), Inputs(case, share, "cuda")
+                    saved = inputs.forward()
+                    reference = Reference(inputs, saved[2])
+                row |= measure(inputs, reference, kind, loop, saved)  # pyright: ignore
+            except Exception as error:
+                row["error"] = f"{type(error).__name__}: {error}"[:400]
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+        options.out.write_text(json.dumps(found, indent=1) + "\n")
+    pool.shutdown(cancel_futures=True)
+
+
+if __name__ == "__main__":
+    main()

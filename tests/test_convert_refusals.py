@@ -149,7 +149,7 @@ def test_an_mhla_dit_is_exported_for_mended_code_only(tmp_path):
         convert(ConvertConfig(output_dir=str(tmp_path / "back"), **options))
     convert(ConvertConfig(output_dir=str(tmp_path / "back"), normalizer="paper", **options))
     assert (tmp_path / "back" / "model.pt").is_file()
-    default = mhla_gen.inject(tiny_original(norm_eps=1e-6))
+    default = mhla_gen.inject(tiny_original(norm_eps=1e-6), mhla_gen.MHLAConfig())
     with pytest.raises(ValueError, match="gate=False, but the model has True"):
         mhla_dit.write(default.state_dict(), default.config, normalizer="paper")
 

@@ -160,6 +160,16 @@ def test_a_conversion_starts_at_the_exact_half_and_a_new_model_in_the_middle(fam
         torch.testing.assert_close(gate.bias.sigmoid(), torch.full_like(gate.bias, start))
 
 
+def test_without_settings_a_pretrained_model_gets_what_is_recommended_and_a_new_one_the_papers():
+    base = tiny_dit()
+    sizes = {k: v for k, v in base.config.items() if not k.startswith("_")}
+    kept = mhla_gen.MHLADiTTransformer2DModel.from_base(base)
+    assert kept.mhla_config == mhla_gen.inject(base).mhla_config
+    assert (kept.mhla_config.exact, kept.mhla_config.exact_start) == (0.125, 0.98)
+    new = mhla_gen.MHLADiTTransformer2DModel(**sizes)
+    assert new.mhla_config.exact == MHLAConfig().exact == 0
+
+
 def test_tiles_follow_the_grid_and_no_parameter_does():
     model = mhla_gen.inject(tiny_dit(sample_size=32), MHLAConfig(layout=(2, 2), exact=0.25))
     shapes = {name: p.shape for name, p in model.named_parameters() if ".mhla." in name}

@@ -18,7 +18,7 @@ from mhla_gen.config.evaluation import EvaluateConfig, FeaturesConfig, Reference
 from mhla_gen.config.inspection import InputsConfig, InspectConfig, SensitivityConfig
 from mhla_gen.config.linformer import AttentionConfig, LinformerConfig, attention_from_dict
 from mhla_gen.config.load import SCHEMAS, ConfigError, load_config, save_config, to_yaml
-from mhla_gen.config.mhla import MHLAConfig
+from mhla_gen.config.mhla import FOR_PRETRAINED, MHLAConfig
 from mhla_gen.config.model import ModelConfig
 from mhla_gen.config.objective import ObjectiveConfig
 from mhla_gen.config.previews import PreviewConfig, RunEvaluationConfig
@@ -29,6 +29,7 @@ from mhla_gen.config.transformer import TransformerConfig
 from mhla_gen.config.wan import WAN_PRESETS, WanConfig
 
 __all__ = [
+    "FOR_PRETRAINED",
     "SCHEMAS",
     "WAN_PRESETS",
     "AttentionConfig",

@@ -189,3 +189,6 @@ class MHLAConfig(Settings):
 
 
 _TILE_SETTINGS = ("exact_tile", "exact_group", "exact_window", "exact_top")
+
+FOR_PRETRAINED = MHLAConfig(exact=0.125)
+"""What docs/evidence.md recommends for a pretrained model; `MHLAConfig()` is the paper's MHLA."""

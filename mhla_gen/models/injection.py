@@ -7,7 +7,7 @@ from typing import Any
 
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
-from mhla_gen.config import AttentionConfig, CausalMHLAConfig, MHLAConfig
+from mhla_gen.config import FOR_PRETRAINED, AttentionConfig, CausalMHLAConfig
 from mhla_gen.errors import UserError
 from mhla_gen.models.cogvideox import MHLACogVideoXTransformer3DModel
 from mhla_gen.models.cosmos import MHLACosmosTransformer3DModel
@@ -98,8 +98,9 @@ def inject(
         pipe_or_transformer: A transformer of a supported family (`docs/models.md`), or any pipeline
             that holds one or more of them (both experts of Wan 2.2), or a language model of
             transformers (`docs/language.md`), or a ViT of timm (`docs/classification.md`).
-        config: Settings of MHLA or Linformer, for a language model a `CausalMHLAConfig`; the
-            defaults of MHLA if None.
+        config: Settings of MHLA or Linformer, for a language model a `CausalMHLAConfig`. None is
+            what docs/evidence.md recommends for a pretrained model, `MHLAConfig(exact=0.125)`; the
+            paper's MHLA is `MHLAConfig()`. For a language model None is `CausalMHLAConfig()`.
 
     Returns:
         `pipe_or_transformer`.
@@ -109,7 +110,7 @@ def inject(
             not fit it.
     """
     language = is_language_model(pipe_or_transformer)
-    config = config or (CausalMHLAConfig() if language else MHLAConfig())
+    config = config or (CausalMHLAConfig() if language else FOR_PRETRAINED)
     if isinstance(config, CausalMHLAConfig) != language:
         expected = "CausalMHLAConfig" if language else "MHLAConfig or LinformerConfig"
         raise UserError(

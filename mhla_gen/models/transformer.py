@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
-from mhla_gen.config import AttentionConfig, MHLAConfig, attention_from_dict
+from mhla_gen.config import FOR_PRETRAINED, AttentionConfig, attention_from_dict
 from mhla_gen.config.fields import expand_home
 from mhla_gen.errors import UserError
 from mhla_gen.models.family import Family
@@ -109,7 +109,7 @@ class MHLATransformerMixin:
 
         Args:
             base_model_or_path: A transformer of the family, or what its `from_pretrained` takes.
-            config: Settings; the defaults if None.
+            config: Settings; None is `MHLAConfig(exact=0.125)`, as for `inject`.
             kwargs: Passed to `from_pretrained` of the base class (`subfolder`, `torch_dtype`, …).
 
         Returns:
@@ -127,7 +127,7 @@ class MHLATransformerMixin:
                     f"{cls.__name__}.from_base needs a {base_class.__name__}, found a "
                     f"{type(base_model_or_path).__name__}"
                 )
-            resolve(cls.family, base_model_or_path, config or MHLAConfig())
+            resolve(cls.family, base_model_or_path, config or FOR_PRETRAINED)
             base_model = copy.deepcopy(base_model_or_path)
         else:
             base_model_or_path = expand_home("the model", base_model_or_path)
@@ -136,7 +136,7 @@ class MHLATransformerMixin:
             variants = {variant.__name__: variant for variant in cls.family.variants}
             base_class = variants.get(saved.get("_class_name"), base_class)
             base_model = base_class.from_pretrained(base_model_or_path, **kwargs)
-        return become(cls.family, cls, base_model, config or MHLAConfig())
+        return become(cls.family, cls, base_model, config or FOR_PRETRAINED)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:

@@ -127,6 +127,35 @@ def test_a_model_of_text_and_image_is_measured(tmp_path):
     assert all(row["forward_ms"] > 0 for row in rows)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there it records")
+def test_recorded_steps_need_a_gpu(tmp_path, capsys):
+    folder = tmp_path / "bench"
+    settings = ["grids=[[4,4]]", "num_layers=1", "cuda_graphs=true"]
+    assert main(["bench", "model", f"output_dir={folder}", *settings]) == 2
+    assert "cuda_graphs=true records on a GPU, found none" in capsys.readouterr().err
+    assert not folder.exists()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("model", ["dit", "flux", "wan"])
+def test_steps_of_models_are_recorded(tmp_path, model):
+    grid = [2, 4, 4] if model == "wan" else [8, 8]
+    methods = ["softmax", "fused", "fused exact=0.3"]
+    settings = [f"model={model}", f"grids=[{grid}]", "num_layers=1", f"methods={methods}"]
+    for recorded in ("false", "true"):
+        folder = tmp_path / recorded
+        more = [f"cuda_graphs={recorded}", "compile=true", "profile=true"]
+        assert main(["bench", "model", f"output_dir={folder}", *settings, *more]) == 0
+    launched, rows = (
+        json.loads((tmp_path / name / "bench.json").read_text())["rows"]
+        for name in ("false", "true")
+    )
+    assert not [row["error"] for row in rows if "error" in row]
+    for row, slow in zip(rows, launched, strict=True):
+        assert 0 < row["forward_ms"] < 1.1 * slow["forward_ms"] and row["train_ms"] > 0
+        assert row["forward_peak_gib"] == pytest.approx(slow["forward_peak_gib"], rel=0.05)
+
+
 def test_a_method_that_cannot_run_is_part_of_the_result(tmp_path):
     settings = ["grids=[[3,3]]", "num_heads=1", "head_dim=200", "methods=[fused]"]
     assert main(["bench", "ops", f"output_dir={tmp_path}", *settings]) == 0
@@ -180,6 +209,7 @@ def test_bench_says_from_which_size_on_mhla_pays(monkeypatch, tmp_path, capsys, 
         ('methods=["softmax_causal exact=0.1"]', "for MHLA"),
         ('methods=["softmax exact=0.1"]', "for MHLA"),
         ("compile=all", "compile"),
+        ("cuda_graphs=true", "cuda_graphs is for subject=model"),
     ],
 )
 def test_mistakes_are_named(override, message):

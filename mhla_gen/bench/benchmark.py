@@ -14,7 +14,7 @@ import torch
 from mhla_gen.bench.model import bench_model
 from mhla_gen.bench.ops import bench_ops, settings_of
 from mhla_gen.config import BenchConfig
-from mhla_gen.errors import OccupiedError
+from mhla_gen.errors import OccupiedError, UserError
 from mhla_gen.files import write_json, written_whole
 from mhla_gen.ops import IMPLEMENTATIONS
 from mhla_gen.runtime.devices import resolve_device
@@ -49,6 +49,7 @@ def bench(config: BenchConfig) -> dict[str, Any]:
 
     Raises:
         FileExistsError: If the folder holds an earlier measurement.
+        ValueError: If a setting needs a GPU, and there is none.
     """
     folder = Path(config.output_dir)
     if (folder / "bench.json").exists():
@@ -57,6 +58,8 @@ def bench(config: BenchConfig) -> dict[str, Any]:
             "it away"
         )
     device = resolve_device(config.device)
+    if config.cuda_graphs and device.type != "cuda":
+        raise UserError("cuda_graphs=true records on a GPU, found none; leave it out")
     config = _resolve(config, device)
     folder.mkdir(parents=True, exist_ok=True)
     measure = bench_ops if config.subject == "ops" else bench_model

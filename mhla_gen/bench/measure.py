@@ -46,6 +46,15 @@ def graph_latency_ms(function: Callable[[], object], device: torch.device) -> fl
     """
     if device.type != "cuda" or _event_ms(function) > _LONG_MS:
         return None
+    return latency_ms(recorded(function), device)
+
+
+def recorded(function: Callable[[], object]) -> Callable[[], None]:
+    """Record a call as a CUDA graph; what is returned replays it.
+
+    Raises:
+        RuntimeError: If the call cannot be recorded: it waits for the GPU, or memory is short.
+    """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -55,9 +64,7 @@ def graph_latency_ms(function: Callable[[], object], device: torch.device) -> fl
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         function()
-    latency = latency_ms(graph.replay, device)
-    del graph
-    return latency
+    return graph.replay
 
 
 def peak_memory_gib(function: Callable[[], object], device: torch.device) -> float | None:

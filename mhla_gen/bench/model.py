@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mhla_gen.bench.measure import latency_ms, peak_memory_gib
+from mhla_gen.bench.measure import latency_ms, peak_memory_gib, recorded
 from mhla_gen.bench.profiles import as_table, kernel_times
 from mhla_gen.config import BenchConfig, MHLAConfig, load_config
 from mhla_gen.models import inject, summary
@@ -83,18 +83,23 @@ def _measure(
     device: torch.device,
     dtype: torch.dtype,
 ) -> dict[str, Any]:
-    inputs = {
+    inputs: dict[str, Any] = {
         name: x.to(device, dtype) if x.is_floating_point() else x.to(device)
         for name, x in _inputs(config, grid).items()
     }
+    if config.model == "flux" and isinstance(model, MHLATransformerMixin):
+        # A compiled or recorded pass cannot read it from the values of img_ids.
+        inputs["joint_attention_kwargs"] = {"grid": grid}
+    model.eval()
 
     @torch.no_grad()
     def forward() -> Any:
         return model(**inputs, return_dict=False)
 
-    row = _time("forward", forward, model.eval(), device, config.profile)
+    row = _time("forward", forward, config, device)
     if not config.backward:
         return row
+    model.train()
     if config.checkpointing:
         recompute_activations(model, float(config.checkpointing))
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -103,16 +108,18 @@ def _measure(
         loss = model(**inputs, return_dict=False)[0].float().square().mean()
         return torch.autograd.grad(loss, parameters, allow_unused=True)
 
-    return row | _time("train", train, model.train(), device, config.profile)
+    return row | _time("train", train, config, device)
 
 
 def _time(
-    step: str, function: Callable[[], Any], model: Any, device: torch.device, profiled: bool
+    step: str, function: Callable[[], Any], config: BenchConfig, device: torch.device
 ) -> dict[str, Any]:
     function()
-    found: dict[str, Any] = {f"{step}_ms": latency_ms(function, device)}
-    found[f"{step}_peak_gib"] = peak_memory_gib(function, device)
-    if profiled:
+    # A recording has all of its memory before it is replayed.
+    peak = peak_memory_gib(function, device)
+    timed = recorded(function) if config.cuda_graphs else function
+    found: dict[str, Any] = {f"{step}_ms": latency_ms(timed, device), f"{step}_peak_gib": peak}
+    if config.profile:
         found[f"{step}_kernels"] = kernel_times(function, device)
         print(as_table(found[f"{step}_kernels"]), flush=True)
     return found

@@ -38,7 +38,8 @@ def cache(config: CacheConfig, dry_run: bool) -> None:
 def bench(config: BenchConfig, dry_run: bool) -> None:
     """Measure, or print what would be measured."""
     if dry_run:
-        print(f"would measure {config.subject}: {', '.join(config.methods)} on {config.grids}")
+        methods = "auto" if config.methods == "auto" else ", ".join(config.methods)
+        print(f"would measure {config.subject}: {methods} on {config.grids}")
         return
     from mhla_gen.bench.benchmark import bench
 

@@ -109,6 +109,9 @@ class BenchConfig(Settings):
     """Layers of the model (for Flux, those with two streams); None takes all."""
     compile: Any = False
     """torch.compile: false, true (each repeated block) or "whole" (the model in one graph)."""
+    cuda_graphs: bool = False
+    """Record each step of a model as a CUDA graph and time its replay, without the time that the
+    host takes to launch kernels. Needs a GPU."""
     profile: bool = False
     """Also list the kernels that a step of a model spends its time in."""
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
@@ -148,8 +151,9 @@ class BenchConfig(Settings):
                     )
             object.__setattr__(self, "methods", listed)
         check_share("checkpointing", self.checkpointing)
-        if self.profile and self.subject == "ops":
-            raise UserError("profile is for subject=model")
+        for name in ("cuda_graphs", "profile"):
+            if getattr(self, name) and self.subject == "ops":
+                raise UserError(f"{name} is for subject=model")
         object.__setattr__(self, "layout", normalize_layout(self.layout))
         if self.grids == "squares":
             object.__setattr__(self, "grids", tuple((side, side) for side in (8, 16, 32, 64)))

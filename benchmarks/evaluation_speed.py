@@ -4,7 +4,8 @@
 
 Weights and images are random, which does not change the time. Images of 256 × 256 are in one npz
 file. `extraction` includes reading, hashing and writing features; `network` is the network alone,
-as it is and in several variants; `layers` times its convolutions one by one.
+as it is and in several variants (`--ways`); `peer` is torch-fidelity's; `layers` times its
+convolutions one by one.
 """
 
 import argparse
@@ -31,7 +32,7 @@ from mhla_gen.evaluation.sources import ImageSource, frame_shape
 from mhla_gen.runtime.cuda_graphs import RecordedForward
 
 SIDE = 256
-PARTS = ("network", "layers", "extraction", "distance")
+PARTS = ("extraction", "network", "layers", "peer", "distance")
 
 
 def seconds(run: Callable[[], object], repeats: int, warm_up: int = 1) -> float:
@@ -123,21 +124,13 @@ def network_speed(
 ) -> dict[str, Any]:
     """Images per second of the network alone, on batches that are already on the device.
 
-    On a GPU, torch-fidelity's is timed twice: by default, with TF32 convolutions, and in float32.
+    Args:
+        weights: File of the network's weights.
+        images: uint8 [images, 3, height, width].
+        ways: How to run it; the first is what the features of the others are compared with.
     """
-    theirs = FeatureExtractorInceptionV3(
-        "inception-v3-compat", ["2048", "logits_unbiased"], str(weights)
-    ).to(images.device)
-
-    def peer() -> object:
-        with torch.no_grad():
-            return theirs(images)
-
     count, repeats = len(images), 5 if images.is_cuda else 1
-    found: dict[str, Any] = {"torch_fidelity": count / seconds(peer, repeats)}
-    if images.is_cuda:
-        with full_float32(images.device):
-            found["torch_fidelity_float32"] = count / seconds(peer, repeats)
+    found: dict[str, Any] = {}
     expected = None
     for way in ways:
         extractor = InceptionExtractor(weights).to(images.device)
@@ -158,6 +151,24 @@ def network_speed(
         print(way.__name__, found[way.__name__], flush=True)
         del extractor
         torch.compiler.reset()
+    return found
+
+
+def peer_speed(weights: Path, images: Tensor) -> dict[str, float]:
+    """Images per second of torch-fidelity's network: with its TF32 convolutions, and in float32."""
+    network = FeatureExtractorInceptionV3(
+        "inception-v3-compat", ["2048", "logits_unbiased"], str(weights)
+    ).to(images.device)
+
+    @torch.no_grad()
+    def run() -> object:
+        return network(images)
+
+    count, repeats = len(images), 5 if images.is_cuda else 1
+    found = {"torch_fidelity": count / seconds(run, repeats)}
+    if images.is_cuda:
+        with full_float32(images.device):
+            found["torch_fidelity_float32"] = count / seconds(run, repeats)
     return found
 
 
@@ -201,16 +212,13 @@ def extraction_speed(
 ) -> dict[str, dict[str, float]]:
     """Images per second from an npz file to features on disk, and of the parts of this alone.
 
-    Once as in a command, including the search for the fastest algorithms, and once after it; with
-    and without reader processes; for a whole number of batches, and for one image more.
+    Once as in a command, including the search for the fastest algorithms, and once after it.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     source = load_images(folder / "images.npz")
     found: dict[str, dict[str, float]] = {"alone": parts_of(source, images, batch_size, device)}
     extractor = InceptionExtractor(weights).to(device)
-    for name, workers in (("first", 0), ("again", 0), ("eight_workers", 8)):
-        if device.type == "cpu" and name != "first":
-            continue
+    for name in ("first", "again") if device.type == "cuda" else ("first",):
         started = time.perf_counter()
         extract_features(
             source,
@@ -220,7 +228,6 @@ def extraction_speed(
             cache_limit_gb=100,
             settings={},
             batch_size=batch_size,
-            num_workers=workers,
         )
         spent = time.perf_counter() - started
         found[name] = {"images_per_second": images / spent, "seconds": spent}
@@ -300,6 +307,7 @@ def main() -> None:
             "extraction": lambda: extraction_speed(weights, folder, args.images, args.batch_size),
             "network": lambda: network_speed(weights, batch, chosen),
             "layers": lambda: layer_speed(weights, batch),
+            "peer": lambda: peer_speed(weights, batch),
             "distance": distance_speed,
         }
         for part, run in measure.items():

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -63,10 +64,12 @@ def spread(script: str, arguments: Sequence[str], out: Path, processes: int) -> 
     with tempfile.TemporaryDirectory() as folder:
         parts = [Path(folder, f"{number}.json") for number in range(processes)]
         running = []
+        threads = str(max(1, len(os.sched_getaffinity(0)) // processes))
+        environment = {"TORCHINDUCTOR_COMPILE_THREADS": threads, **os.environ}
         for number, part in enumerate(parts):
             own = ["--processes=1", "--part", number, processes, part, f"{folder}/lock"]
             command = [sys.executable, script, *arguments, *map(str, own)]
-            running.append(subprocess.Popen(command))
+            running.append(subprocess.Popen(command, env=environment))
         waiting = True
         while waiting:
             time.sleep(_POLL_SECONDS)

@@ -1,7 +1,6 @@
 """Fréchet distance between two feature distributions: features → statistics → number."""
 
 import warnings
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -149,31 +148,6 @@ def statistics_from_sums(
     covariance = (outer - count * torch.outer(mean, mean)) / (count - 1)
     mean = mean if shift is None else mean + shift
     return FeatureStatistics(mean.cpu().numpy(), covariance.cpu().numpy(), count)
-
-
-def merge_statistics(parts: Iterable[FeatureStatistics]) -> FeatureStatistics:
-    """Statistics of the union of disjoint sets, from each set's own.
-
-    Raises:
-        EvaluationError: If there is no part, a part has no count, or dimensions differ.
-
-    Source:
-        Chan, Golub and LeVeque 1979, "Updating formulae and a pairwise algorithm for computing
-        sample variances".
-    """
-    parts = list(parts)
-    if not parts or len({part.dim for part in parts}) != 1:
-        raise EvaluationError("merging needs at least one part, all of the same dimensions")
-    counts = [part.count for part in parts if part.count is not None]
-    if len(counts) != len(parts):
-        raise EvaluationError("statistics without a count cannot be merged; rebuild them")
-    total = sum(counts)
-    mean = sum(n * part.mean for n, part in zip(counts, parts, strict=True)) / total
-    scatter = np.zeros((parts[0].dim, parts[0].dim))
-    for n, part in zip(counts, parts, strict=True):
-        delta = part.mean - mean
-        scatter += (n - 1) * part.covariance + n * np.outer(delta, delta)
-    return FeatureStatistics(np.asarray(mean), scatter / (total - 1), total)
 
 
 def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:

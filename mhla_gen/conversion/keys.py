@@ -10,6 +10,7 @@ from torch import Tensor
 from mhla_gen.errors import UserError
 
 _BLOCK = re.compile(r"(?<=blocks\.)\d+")
+_MIXING = ".mhla.mixing"
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,33 @@ def rename(key: str, names: Mapping[str, str]) -> str | None:
     else:
         return None
     return new.format(*_BLOCK.findall(key))
+
+
+def translated(
+    state: Mapping[str, Tensor], names: Mapping[str, str], kind: str
+) -> dict[str, Tensor]:
+    """Weights by their new names; in the authors' code a mixing matrix is a 1 × 1 convolution.
+
+    Args:
+        state: Weights by their old names.
+        names: As for `rename`.
+        kind: What the weights should be.
+
+    Raises:
+        ValueError: If `names` does not have all of them.
+    """
+    new_names = {key: rename(key, names) for key in state}
+    refuse_unknown([key for key, new in new_names.items() if new is None], kind)
+    found: dict[str, Tensor] = {}
+    for key, new in new_names.items():
+        assert new is not None
+        tensor = state[key]
+        if new.endswith(_MIXING):
+            tensor = tensor[:, :, 0, 0]
+        elif key.endswith(_MIXING):
+            tensor = tensor[:, :, None, None]
+        found[new] = tensor
+    return found
 
 
 def inverse(names: Mapping[str, str]) -> dict[str, str]:

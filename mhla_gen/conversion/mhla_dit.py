@@ -16,7 +16,14 @@ from torch import Tensor
 
 from mhla_gen.config import MHLAConfig
 from mhla_gen.conversion import original_dit
-from mhla_gen.conversion.keys import Converted, refuse_other_settings, rename, shape
+from mhla_gen.conversion.keys import (
+    Converted,
+    inverse,
+    refuse_other_settings,
+    rename,
+    shape,
+    translated,
+)
 from mhla_gen.errors import UserError
 from mhla_gen.models.dit import MHLADiTTransformer2DModel
 
@@ -27,17 +34,22 @@ _NAMES = {
     "blocks.{}.attn.to_qkv": "blocks.{}.attn.qkv",
     "blocks.{}.attn.to_out.0": "blocks.{}.attn.proj",
 }
-_NAMES_BACK = {new: old for old, new in _NAMES.items()}
-_CONV = {"blocks.{}.attn.lepe": "transformer_blocks.{}.attn1.mhla.conv"}
-_CONV_BACK = {new: old for old, new in _CONV.items()}
-_MIXING = re.compile(r"blocks\.(\d+)\.attn\.piece_attn\.conv\.weight")
-_OURS = re.compile(r"transformer_blocks\.(\d+)\.attn1\.mhla\.mixing")
+_ADDED = {
+    "blocks.{}.attn.lepe": "transformer_blocks.{}.attn1.mhla.conv",
+    "blocks.{}.attn.piece_attn.conv.weight": "transformer_blocks.{}.attn1.mhla.mixing",
+}
+_MATRIX = ".attn.piece_attn.conv.weight"
+_NORM = re.compile(r"(blocks\.\d+\.attn\.)(norm|q_norm|k_norm)\.(weight|bias)")
 
-LAYER_NORM = (
+_LAYER_NORM = (
     "the released code normalises the input of attention once more (attn.norm); here its scale and "
     "shift are folded into the projections and the normalisation itself is left out"
 )
-NORMALIZER = (
+_NORMS = (
+    "the released code RMS-normalises queries and keys over all heads, timm's attention each head; "
+    "here their scale is folded into the projections and the normalisation itself is left out"
+)
+_NORMALIZER = (
     "the released code divides a token by a sum over other blocks' queries; here by Eq. 4 of the "
     "paper"
 )
@@ -75,46 +87,57 @@ def read(
         ValueError: If it is a checkpoint of something else, or cannot be represented exactly and
             differences are not allowed.
     """
-    mixing = {m[1]: tensor for key, tensor in state.items() if (m := _MIXING.fullmatch(key))}
-    num_blocks = shape(state, "blocks.0.attn.piece_attn.conv.weight", KIND)[0]
-    side = math.isqrt(num_blocks)
-    if any(tuple(m.shape) != (side**2, side**2, 1, 1) for m in mixing.values()):
-        raise UserError(f"{KIND} has mixing matrices [M, M, 1, 1] of one square number M")
+    config = config_of(state, KIND)
     if any(re.search(r"\.attn\.[qk]_norm\.", key) for key in state):
         raise UserError("the checkpoint normalises queries and keys, which diffusers' DiT cannot")
+    differences = differences_of(state, config, normalizer, allow_differences)
+    source = without_norms(state)
+    ours = {key: tensor for key, tensor in source.items() if rename(key, _ADDED)}
+    base = {rename(k, _NAMES) or k: tensor for k, tensor in source.items() if k not in ours}
+    converted = original_dit.read(base, num_attention_heads)
+    return Converted(
+        MHLADiTTransformer2DModel,
+        {**converted.arguments, "mhla": config.to_dict()},
+        converted.state | translated(ours, _ADDED, KIND),
+        source,
+        differences,
+    )
 
-    differences = []
-    if any(".attn.norm." in key for key in state):
-        differences.append(LAYER_NORM)
-    if normalizer == "released" and num_blocks > 1:
-        differences.append(NORMALIZER)
-    if differences and not allow_differences:
+
+def config_of(state: Mapping[str, Tensor], kind: str) -> MHLAConfig:
+    """Settings of attention of the authors' DiT or DeiT.
+
+    Raises:
+        ValueError: If the weights are of something else.
+    """
+    side = math.isqrt(shape(state, f"blocks.0{_MATRIX}", kind)[0])
+    mixing = [tensor for key, tensor in state.items() if key.endswith(_MATRIX)]
+    if any(tuple(m.shape) != (side**2, side**2, 1, 1) for m in mixing):
+        raise UserError(f"{kind} has mixing matrices [M, M, 1, 1] of one square number M")
+    width = shape(state, "blocks.0.attn.lepe.weight", kind)[-1]
+    return MHLAConfig(layout=(side, side), conv_kernel_size=width, **FIXED)
+
+
+def differences_of(
+    state: Mapping[str, Tensor], config: MHLAConfig, normalizer: str, allowed: bool
+) -> tuple[str, ...]:
+    """Where our model computes something else than the authors' code; arguments as for `read`.
+
+    Raises:
+        ValueError: If it does somewhere, and that is not allowed.
+    """
+    found = {
+        _LAYER_NORM: any(".attn.norm." in key for key in state),
+        _NORMS: any(re.search(r"\.attn\.[qk]_norm\.", key) for key in state),
+        _NORMALIZER: normalizer == "released" and math.prod(config.layout) > 1,
+    }
+    differences = tuple(text for text, there in found.items() if there)
+    if differences and not allowed:
         raise UserError(
             f"this checkpoint would compute another function: {'; '.join(differences)}. To "
             "import it as a starting point for training, set allow_differences=true"
         )
-    source = _without_layer_norm(state)
-    base, added = {}, {}
-    for key, tensor in source.items():
-        if new := rename(key, _CONV):
-            added[new] = tensor
-        elif match := _MIXING.fullmatch(key):
-            added[f"transformer_blocks.{match[1]}.attn1.mhla.mixing"] = tensor[:, :, 0, 0]
-        else:
-            base[rename(key, _NAMES) or key] = tensor
-    converted = original_dit.read(base, num_attention_heads)
-    config = MHLAConfig(
-        layout=(side, side),
-        conv_kernel_size=shape(state, "blocks.0.attn.lepe.weight", KIND)[-1],
-        **FIXED,
-    )
-    return Converted(
-        MHLADiTTransformer2DModel,
-        {**converted.arguments, "mhla": config.to_dict()},
-        converted.state | added,
-        source,
-        tuple(differences),
-    )
+    return differences
 
 
 def refuse_unwritable(settings: Mapping[str, Any], normalizer: str, model: str) -> None:
@@ -151,32 +174,31 @@ def write(
         ValueError: If the authors' model cannot express ours.
     """
     refuse_unwritable(settings, normalizer, "DiT")
-    base, converted = {}, {}
-    for key, tensor in state.items():
-        if new := rename(key, _CONV_BACK):
-            converted[new] = tensor
-        elif match := _OURS.fullmatch(key):
-            converted[f"blocks.{match[1]}.attn.piece_attn.conv.weight"] = tensor[:, :, None, None]
-        else:
-            base[key] = tensor
+    back = inverse(_ADDED)
+    ours = {key: tensor for key, tensor in state.items() if rename(key, back)}
+    base = {key: tensor for key, tensor in state.items() if key not in ours}
+    converted = translated(ours, back, KIND)
     if len(converted) != 3 * settings["num_layers"]:
         raise UserError("the authors' DiT has MHLA in every layer; some layers here are softmax")
     for key, tensor in original_dit.write(base, settings).items():
-        converted[rename(key, _NAMES_BACK) or key] = tensor
+        converted[rename(key, inverse(_NAMES)) or key] = tensor
     return converted
 
 
-def _without_layer_norm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Fold the scale and shift of `attn.norm` into the projection behind it."""
-    kept = {key: tensor for key, tensor in state.items() if ".attn.norm." not in key}
-    for key in state:
-        if not key.endswith(".attn.norm.weight"):
-            continue
-        attn = key.removesuffix("norm.weight")
-        weight = state[f"{attn}to_qkv.weight"].double()
-        bias = state[f"{attn}to_qkv.bias"].double()
-        shift = torch.mv(weight, state[f"{attn}norm.bias"].double())
-        dtype = state[key].dtype
-        kept[f"{attn}to_qkv.weight"] = (weight * state[key].double()).to(dtype)
-        kept[f"{attn}to_qkv.bias"] = (bias + shift).to(dtype)
+def without_norms(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Fold scale and shift of `attn.norm`, and scales of q_norm and k_norm, into `to_qkv`."""
+    kept = {key: tensor for key, tensor in state.items() if not _NORM.fullmatch(key)}
+    for name in sorted({m[1] for key in state if (m := _NORM.fullmatch(key))}):
+        weight = state[f"{name}to_qkv.weight"]
+        wide, bias = weight.double(), state.get(f"{name}to_qkv.bias")
+        if f"{name}norm.weight" in state:
+            shift = torch.mv(wide, state[f"{name}norm.bias"].double())
+            bias = shift if bias is None else bias.double() + shift
+            wide = wide * state[f"{name}norm.weight"].double()
+        ones = torch.ones(len(wide) // 3, dtype=torch.float64)
+        scales = [state.get(f"{name}{part}_norm.weight", ones).double() for part in "qk"]
+        scale = torch.cat((*scales, ones))
+        kept[f"{name}to_qkv.weight"] = (wide * scale[:, None]).to(weight.dtype)
+        if bias is not None:
+            kept[f"{name}to_qkv.bias"] = (bias.double() * scale).to(weight.dtype)
     return kept

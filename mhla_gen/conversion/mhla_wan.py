@@ -6,7 +6,6 @@ convolution may follow, but not both: theirs adds the convolution behind the gat
 """
 
 import math
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,9 +16,8 @@ from mhla_gen.conversion.keys import (
     Converted,
     inverse,
     refuse_other_settings,
-    refuse_unknown,
-    rename,
     shape,
+    translated,
 )
 from mhla_gen.errors import UserError
 from mhla_gen.models.wan import MHLAWanTransformer3DModel
@@ -52,9 +50,8 @@ _NAMES = {
     "blocks.{}.self_attn.g_norm": "blocks.{}.attn1.mhla.norm",
     "blocks.{}.self_attn.g": "blocks.{}.attn1.mhla.gate",
     "blocks.{}.self_attn.lepe": "blocks.{}.attn1.mhla.conv",
+    "blocks.{}.self_attn.block_attn.conv.weight": "blocks.{}.attn1.mhla.mixing",
 }
-_MIXING = re.compile(r"blocks\.(\d+)\.self_attn\.block_attn\.conv\.weight")
-_OURS = re.compile(r"blocks\.(\d+)\.attn1\.mhla\.mixing")
 
 # What the authors' model has no switch for, by the names of MHLAConfig and of Wan's config.
 _FIXED = {
@@ -81,16 +78,8 @@ def read(state: Mapping[str, Tensor], layout: tuple[int, ...] | None = None) -> 
         ValueError: If it is a checkpoint of something else, or cannot be represented exactly.
     """
     hidden_size, in_channels, *patch_size = shape(state, "patch_embedding.weight", KIND)
-    converted, unknown, layers = {}, [], []
-    for key, tensor in state.items():
-        if new := rename(key, _NAMES):
-            converted[new] = tensor
-        elif match := _MIXING.fullmatch(key):
-            layers.append(int(match[1]))
-            converted[f"blocks.{match[1]}.attn1.mhla.mixing"] = tensor[:, :, 0, 0]
-        else:
-            unknown.append(key)
-    refuse_unknown(unknown, KIND)
+    converted = translated(state, _NAMES, KIND)
+    layers = [int(key.split(".")[1]) for key in converted if key.endswith(".mhla.mixing")]
     if not layers:
         raise UserError(f"not {KIND}: no layer has a mixing matrix (self_attn.block_attn)")
     first = f"blocks.{min(layers)}.self_attn"
@@ -137,18 +126,7 @@ def write(state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dict[str,
             f"the authors' Wan has a gate for each channel or none, but the model has "
             f"gate={mhla['gate']}"
         )
-    names = inverse(_NAMES)
-    converted, unknown = {}, []
-    for key, tensor in state.items():
-        if new := rename(key, names):
-            converted[new] = tensor
-        elif match := _OURS.fullmatch(key):
-            name = f"blocks.{match[1]}.self_attn.block_attn.conv.weight"
-            converted[name] = tensor[:, :, None, None]
-        else:
-            unknown.append(key)
-    refuse_unknown(unknown, "a text-to-video Wan")
-    return converted
+    return translated(state, inverse(_NAMES), "a text-to-video Wan")
 
 
 def _check_layout(layout: tuple[int, ...] | None, num_blocks: int) -> None:

@@ -4,7 +4,6 @@ import gc
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from types import TracebackType
 
 import torch
 from torch import Tensor
@@ -51,12 +50,7 @@ class BatchedSampler:
             self._parts = [self._stack.enter_context(in_parts(*call)) for call in calls]
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stack.close()
 
     def draw(

@@ -4,7 +4,6 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -48,15 +47,10 @@ class Keeper:
     def __enter__(self) -> "Keeper":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         # What is drawn is written even when the drawing was stopped.
         self._pool.shutdown()
-        if error is None:
+        if kind is None:
             self._wait(0)
 
     def keep(self, unit: int, samples: Tensor, values: dict[str, Any]) -> None:

@@ -17,8 +17,7 @@ from mhla_gen.data.images import digits
 from mhla_gen.evaluation import evaluate
 from mhla_gen.evaluation.nearest import closest_pairs
 from mhla_gen.quickstart import quickstart
-from mhla_gen.quickstart.quickstart import evaluation, training_seconds
-from mhla_gen.quickstart.real import score_real
+from mhla_gen.quickstart.quickstart import evaluation, score_real, training_seconds
 from mhla_gen.quickstart.report import next_commands
 from mhla_gen.sampling import generate
 from mhla_gen.sampling.sample_set import save_samples

@@ -20,11 +20,10 @@ from mhla_gen.config.linformer import AttentionConfig, LinformerConfig, attentio
 from mhla_gen.config.load import SCHEMAS, ConfigError, load_config, save_config, to_yaml
 from mhla_gen.config.mhla import FOR_PRETRAINED, MHLAConfig
 from mhla_gen.config.model import ModelConfig
-from mhla_gen.config.objective import ObjectiveConfig
 from mhla_gen.config.previews import PreviewConfig, RunEvaluationConfig
 from mhla_gen.config.sampling import SampleConfig
 from mhla_gen.config.tools import BenchConfig, ConvertConfig, DoctorConfig
-from mhla_gen.config.training import QuickstartConfig, TrainConfig
+from mhla_gen.config.training import ObjectiveConfig, QuickstartConfig, TrainConfig
 from mhla_gen.config.transformer import TransformerConfig
 from mhla_gen.config.wan import WAN_PRESETS, WanConfig
 

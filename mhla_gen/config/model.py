@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from mhla_gen.config.checks import check_choice
-from mhla_gen.config.fields import Count, FilePath, Settings
+from mhla_gen.config.fields import Count, FilePath, Positive, Settings
 from mhla_gen.config.linformer import LinformerConfig
 from mhla_gen.config.mhla import MHLAConfig
 from mhla_gen.errors import UserError
@@ -93,3 +93,15 @@ class ModelConfig(Settings, prefix="model."):
         preset = PRESETS[self.preset]
         given = {name: getattr(self, name) for name in DiTSizes._fields}
         return preset._replace(**{k: v for k, v in given.items() if v is not None})
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraSettings(Settings):
+    """What model.trainable=lora updates beside MHLA."""
+
+    lora_rank: Count = 32
+    """model.trainable=lora: rank of the updates."""
+    lora_alpha: Positive | None = None
+    """model.trainable=lora: the updates are scaled by alpha / rank; None takes the rank."""
+    lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2")
+    """model.trainable=lora: which linear layers are updated, by the ends of their names."""

@@ -5,7 +5,7 @@ from typing import Any
 
 from mhla_gen.config.checks import is_mapping
 from mhla_gen.config.fields import NotNegative
-from mhla_gen.config.lora import LoraSettings
+from mhla_gen.config.model import LoraSettings
 from mhla_gen.errors import UserError
 
 

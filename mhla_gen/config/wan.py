@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from mhla_gen.config.checks import check_choice
 from mhla_gen.config.fields import Count, Range
-from mhla_gen.config.lora import LoraSettings
+from mhla_gen.config.model import LoraSettings
 from mhla_gen.errors import UserError
 
 WAN_PRESETS: dict[str, dict[str, int]] = {

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from sklearn.model_selection import LeaveOneOut, cross_val_score
+from sklearn.neighbors import KNeighborsClassifier
 
 from mhla_gen.config import (
     EvaluateConfig,
@@ -19,6 +21,8 @@ from mhla_gen.config import (
 from mhla_gen.data import ArrayImages
 from mhla_gen.data.images import digits
 from mhla_gen.evaluation import evaluate
+from mhla_gen.evaluation.frechet import FeatureStatistics, frechet_distance
+from mhla_gen.evaluation.nearest import NUM_NEIGHBOURS
 from mhla_gen.files import remove, write_json, written_whole
 from mhla_gen.files.saved import read_json
 from mhla_gen.hub import PIPELINE_NAME
@@ -26,7 +30,6 @@ from mhla_gen.outputs.folders import CONFIG_NAME, made_with
 from mhla_gen.outputs.locks import claimed
 from mhla_gen.pipelines.class_conditional import ClassConditionalPipeline
 from mhla_gen.quickstart.figures import draw_losses, draw_mixing
-from mhla_gen.quickstart.real import score_real
 from mhla_gen.quickstart.report import next_commands, table
 from mhla_gen.sampling import sample
 from mhla_gen.sampling.contact_sheet import contact_sheet, rows_by_class
@@ -187,6 +190,41 @@ def training_seconds(log: list[dict[str, float]], batch_size: int) -> float:
     steps = np.diff([0] + [line["step"] for line in log])
     rates = [line["images_per_second"] for line in log]
     return float((steps * batch_size / rates).sum())
+
+
+def score_real(real: ArrayImages, samples_per_class: int, seed: int) -> dict[str, float]:
+    """Scores of real images, on their pixels in [0, 1]: what perfect samples would get.
+
+    Args:
+        real: The real images.
+        samples_per_class: Size of the small set; the distance grows as sets shrink.
+        seed: Fixes which images are in which part.
+
+    Returns:
+        `class_accuracy`, each image judged by the others; `frechet_distance_halves`, between two
+        random halves; `frechet_distance_same_size`, from as many real images as there are samples
+        to the rest.
+    """
+    features = real.images.reshape(len(real), -1) / 255.0
+    order = np.random.default_rng(seed).permutation(len(real))
+    half = len(order) // 2
+    small = np.concatenate(
+        [order[real.labels[order] == c][:samples_per_class] for c in range(len(real.class_names))]
+    )
+    rest = np.setdiff1d(order, small)
+    judge = KNeighborsClassifier(NUM_NEIGHBOURS)
+    votes = cross_val_score(judge, features, real.labels, cv=LeaveOneOut())
+    return {
+        "class_accuracy": float(votes.mean()),
+        "frechet_distance_halves": _distance(features[order[:half]], features[order[half:]]),
+        "frechet_distance_same_size": _distance(features[small], features[rest]),
+    }
+
+
+def _distance(first: np.ndarray, second: np.ndarray) -> float:
+    return frechet_distance(
+        FeatureStatistics.from_features(first), FeatureStatistics.from_features(second)
+    )
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -9,7 +9,6 @@ from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DMod
 from mhla_gen.config import ModelConfig, ObjectiveConfig, PreviewConfig, TrainConfig
 from mhla_gen.data import TrainingData
 from mhla_gen.data.caching.cached import CachedLatents
-from mhla_gen.data.caching.matching import require_pipeline
 from mhla_gen.errors import UserError
 from mhla_gen.models import MHLADiTTransformer2DModel
 from mhla_gen.pipelines.class_conditional import ClassConditionalPipeline
@@ -18,7 +17,7 @@ from mhla_gen.training.conditioning import ClassLabels
 from mhla_gen.training.ddpm import DDPM
 from mhla_gen.training.initialization import disable_label_dropout, initialize_dit
 from mhla_gen.training.objectives import FlowMatching, Objective
-from mhla_gen.training.pretrained import attention_settings, pretrained_dit
+from mhla_gen.training.pretrained import attention_settings, pretrained_dit, require_pipeline
 from mhla_gen.training.task import Task, preview_pixels
 from mhla_gen.training.transformer import transformer_task
 from mhla_gen.training.wan import wan_task

@@ -3,7 +3,7 @@
 import copy
 from typing import Any
 
-from mhla_gen.config.lora import LoraSettings
+from mhla_gen.config.model import LoraSettings
 from mhla_gen.errors import UserError
 from mhla_gen.training.optim import train_only_mhla
 

@@ -1,5 +1,8 @@
 """Launches of tile attention's backward."""
 
+import math
+from dataclasses import dataclass
+
 import torch
 import triton.language as tl
 from torch import Tensor
@@ -24,7 +27,22 @@ from mhla_gen.ops.kernels.tile_call import (
     without,
 )
 from mhla_gen.ops.kernels.tile_form import Loop, descriptor, pack_tiles, read_boxes, read_tiles
+from mhla_gen.ops.kernels.tile_owners import choose_patches, owners_of_patches, owners_of_tiles
 
+
+@dataclass(frozen=True)
+class KeyForm:
+    """How the kernel of dk and dv is launched with 16-bit operands."""
+
+    together: int = 0
+    """Small tiles are handled together, up to so many slots; see `tile_owners.py`."""
+    queries: int = 64
+    """Queries of a step."""
+    warps: int = 4
+    stages: int = 2
+
+
+KEYS = KeyForm()
 # Parts of all queries that gradients of few keys off the grid are summed in.
 _ENOUGH_PROGRAMS = 512
 
@@ -144,51 +162,40 @@ def _backward_keys(
     options: dict,
     call: TileCall,
 ) -> tuple[Tensor, Tensor]:
-    placed = call.placed
     dkey, dvalue = call.query.new_empty(call.query.shape), call.value.new_empty(call.value.shape)
-    owners, offsets = owners_of_tiles(lists, placed.num_tiles)
-    blocks = quotient_up(call.slots, options["BN"])
+    patches = choose_patches(call, options["together"])
+    if patches.counts is None:
+        num_patches, blocks = call.placed.num_tiles, quotient_up(call.slots, options["BN"])
+        owners, offsets = owners_of_tiles(lists, num_patches)
+    else:
+        num_patches, blocks = math.prod(patches.counts), 1
+        options = options | {"BN": padded(math.prod(patches.size) * call.slot_sizes["SLOTS"])}
+        owners, offsets = owners_of_patches(lists, call, patches)
     strides = keys.stride(), value.stride(), dkey.stride(), dvalue.stride()
     constants = without(
-        kernel_constants(call, options, *strides), "RAGGED", "TAIL", *call.slot_sizes
-    )
-    constants["PACK"] = packs[0].shape[2]
+        kernel_constants(call, options, *strides),
+        "RAGGED", "TAIL", "SLOT_T", "SLOT_H", "SLOT_W",
+    )  # fmt: skip
     launch(
         tile_backward_keys_kernel,
-        (blocks * placed.num_tiles * call.batch_heads,),
+        (blocks * num_patches * call.batch_heads,),
         (*packs, keys, value, call.cos, call.sin, owners, offsets, dkey, dvalue),
         (
             *strides,
             call.box,
+            patches.counts,
             call.query.shape[2],
-            placed.num_tiles,
-            placed.num_groups,
+            num_patches,
+            call.placed.num_groups,
             blocks,
             call.scale * LOG2E,
             call.scale,
         ),
-        constants,
+        constants
+        | {"PACK": packs[0].shape[2]}
+        | dict(zip(("SIZE_T", "SIZE_H", "SIZE_W"), patches.size, strict=True)),
     )
     return dkey, dvalue
-
-
-def owners_of_tiles(lists: Tensor, num_tiles: int) -> tuple[Tensor, Tensor]:
-    """The groups that read each tile of each head, ascending.
-
-    Args:
-        lists: Tiles and entries, int32 `[batch · heads, groups, 2, list_size]`.
-        num_tiles: Tiles of a head.
-
-    Returns:
-        int32 groups of all tiles one after the other, and where each tile's begin, and the last
-        one's end.
-    """
-    heads, num_groups, _, list_size = lists.shape
-    first = torch.arange(heads, dtype=torch.int32, device=lists.device) * num_tiles
-    tiles, order = (lists[:, :, 0] + first[:, None, None]).flatten().sort(stable=True)
-    owners = order.div(max(list_size, 1), rounding_mode="floor") % num_groups
-    places = torch.arange(heads * num_tiles + 1, dtype=torch.int32, device=lists.device)
-    return owners.int(), torch.searchsorted(tiles, places, out_int32=True)
 
 
 def _backward_extra(
@@ -252,12 +259,18 @@ def _backward_options(call: TileCall, rows: int) -> dict[str, dict]:
         common = {"num_warps": 4, "num_stages": 1}
         keys = min(padded(call.slots), 32)
         return {
-            "keys": common | {"BM": 32, "BN": keys},
+            "keys": common | {"BM": 32, "BN": keys, "together": min(KEYS.together, 32)},
             "extra": common | {"BM": min(rows, 32), "BN": 32},
         }
     keys = min(padded(call.slots), 64)
     common = {"num_warps": 4, "num_stages": 2}
     return {
-        "keys": common | {"BM": 64, "BN": keys},
+        "keys": {
+            "BM": KEYS.queries,
+            "BN": keys,
+            "num_warps": KEYS.warps,
+            "num_stages": KEYS.stages,
+            "together": KEYS.together,
+        },
         "extra": common | {"BM": min(rows, 64), "BN": 64},
     }

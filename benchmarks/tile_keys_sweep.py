@@ -1,0 +1,149 @@
+"""Time the gradients of keys in tile attention, launched in different ways.
+
+python benchmarks/tile_keys_sweep.py OUT.json [--seconds 50]        needs CUDA
+
+For every way and shape: milliseconds of the kernel of dk and dv and of finding its owners (means of
+three passes, from torch's profiler), of the whole backward pass (median over replays of a CUDA
+graph), and relative errors of dk and dv against the blockwise form in float32. Bfloat16; rows are
+written as they come.
+"""
+
+import argparse
+import json
+import math
+import time
+from dataclasses import asdict
+from datetime import date
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from kernel_speed import time_ms
+from tile_kernels import kernel_ms
+from torch import Tensor
+
+from mhla_gen.ops import auto_tiles, tile_attention
+from mhla_gen.ops.kernels import tile_form, tile_gradients
+from mhla_gen.ops.kernels.tile_call import TileCall
+from mhla_gen.ops.kernels.tile_gradients import KeyForm
+from mhla_gen.ops.tiles import tiling
+
+WAYS = (
+    KeyForm(),
+    KeyForm(together=64),
+    KeyForm(together=64, stages=3),
+    KeyForm(together=128, warps=8),
+    KeyForm(together=32),
+    KeyForm(warps=1),
+    KeyForm(queries=32, warps=1),
+    KeyForm(warps=2),
+    KeyForm(stages=3),
+    KeyForm(together=32, warps=2),
+    KeyForm(together=64, warps=8),
+    KeyForm(together=64, queries=32),
+    KeyForm(together=64, queries=128),
+    KeyForm(queries=128),
+)
+# Batch, heads, grid, shares; head_dim 64.
+SHAPES = (
+    (32, 4, (64, 64), (0.125, 0.05, 0.25, 0.02)),
+    (1, 6, (128, 128), (0.05, 0.125)),
+)
+_NOT_OWNERS = ("prepare", "read_boxes", "queries_kernel", "keys_kernel")
+
+
+class Problem:
+    """Inputs of a backward pass, and what it should give for the first sample."""
+
+    def __init__(self, batch: int, heads: int, grid: tuple[int, ...], share: float):
+        layout = auto_tiles(grid, share)
+        shape = batch, math.prod(grid), heads, 64
+        torch.manual_seed(0)
+        self.inputs = torch.randn(4, *shape, dtype=torch.bfloat16, device="cuda").unbind()
+        self.grid, self.layout = grid, layout._asdict()
+        placed = tiling(grid, layout.tile, layout.window, layout.top, layout.group)
+        query, key, value, _ = self.inputs
+        self.call = TileCall(query, value, None, None, placed, 64**-0.5)
+        self.saved = tile_form.forward(query, key, value, None, self.call)
+
+    def backward(self) -> tuple[Tensor, ...]:
+        """All gradients."""
+        query, key, value, grad = self.inputs
+        out, lse, lists = self.saved
+        return tile_gradients.backward(
+            grad, None, query, key, value, None, out, lse, lists, self.call
+        )
+
+    def expected(self) -> tuple[Tensor, ...]:
+        """Gradients of keys and values of the first sample."""
+        *inputs, grad = (x[:1].float().requires_grad_() for x in self.inputs)
+        options: dict[str, Any] = {"grid": self.grid, "implementation": "blockwise", **self.layout}
+        return torch.autograd.grad(tile_attention(*inputs, **options)[0], inputs[1:], grad)
+
+
+def compile_way(way: KeyForm) -> None:
+    """Fill Triton's cache, in a process of its own."""
+    tile_gradients.KEYS = way
+    for share in (0.125, 0.05):
+        try:
+            Problem(1, 4, (64, 64), share).backward()
+        except Exception as error:
+            print(way, type(error).__name__, flush=True)
+
+
+def measure(problem: Problem, expected: tuple[Tensor, ...], way: KeyForm) -> dict[str, Any]:
+    """One row."""
+    tile_gradients.KEYS = way
+    found = problem.backward()[1:3]
+    pairs = zip(found, expected, strict=True)
+    errors = [((f[:1].float() - e).norm() / e.norm()).item() for f, e in pairs]
+    kernels = kernel_ms(problem.backward)
+    owners = sum(ms for name, ms in kernels.items() if not any(n in name for n in _NOT_OWNERS))
+    return {
+        "keys_ms": next(ms for name, ms in kernels.items() if "keys_kernel" in name),
+        "owners_ms": round(owners, 4),
+        "backward_ms": round(time_ms(problem.backward), 4),
+        "errors": [round(error, 5) for error in errors],
+    }
+
+
+def main() -> None:
+    """Measure every way at every shape."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--seconds", type=float, default=50)
+    options = parser.parse_args()
+    end = time.monotonic() + options.seconds
+    rows: list[dict[str, Any]] = []
+    report = {
+        "command": f"python benchmarks/tile_keys_sweep.py {options.out.name}",
+        "date": date.today().isoformat(),
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "rows": rows,
+    }
+    with get_context("spawn").Pool(len(WAYS)) as pool:
+        pool.map(compile_way, WAYS)
+    print(f"{options.seconds - (end - time.monotonic()):.0f} s of compiling", flush=True)
+    for batch, heads, grid, shares in SHAPES:
+        for share in shares:
+            problem = Problem(batch, heads, grid, share)
+            expected = problem.expected()
+            for way in WAYS:
+                if time.monotonic() > end:
+                    break
+                row = {"shape": [batch, heads, *grid], "share": share, **asdict(way)}
+                try:
+                    row |= measure(problem, expected, way)
+                except Exception as error:
+                    row["error"] = f"{type(error).__name__}: {error}"[:300]
+                rows.append(row)
+                print(json.dumps(row), flush=True)
+                options.out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

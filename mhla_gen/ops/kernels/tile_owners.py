@@ -1,0 +1,164 @@
+"""Which groups read a tile: the lists of tile attention, inverted for gradients of keys.
+
+A *patch* is a box of neighbouring tiles whose gradients one program sums, since products of a small
+tile's few rows waste time and every program reads its queries anew. An owner of a patch reads some
+of its tiles: it is stored as 256 · group, plus one bit for each tile of the patch that it reads.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mhla_gen.ops.kernels.boxes import block_box
+from mhla_gen.ops.kernels.compiled import launch
+from mhla_gen.ops.kernels.launch import quotient_up
+from mhla_gen.ops.kernels.tile_call import TileCall, three_axes
+
+# Owners have eight bits for tiles.
+_MOST_TILES = 8
+# Most pairs of a tile and a group of a head, which have a byte each in a table.
+_MOST_PAIRS = 2**22
+
+
+class Patches(NamedTuple):
+    """How the tiles of a grid are divided into patches."""
+
+    size: tuple[int, int, int]
+    """Tiles of the largest patch along three axes, ones in front."""
+    counts: tuple[int, int, int] | None
+    """Patches along three axes; None if every tile is a patch of its own."""
+
+
+def choose_patches(call: TileCall, keys: int) -> Patches:
+    """Patches of up to `keys` slots, as close to cubes of tokens as tiles allow."""
+    placed = call.placed
+    tiles = three_axes(placed.tiles)
+    sides = [call.slot_sizes[name] for name in ("SLOT_T", "SLOT_H", "SLOT_W")]
+    size = [1, 1, 1]
+    most = min(keys // call.slot_sizes["SLOTS"], _MOST_TILES)
+    if placed.num_tiles * placed.num_groups > _MOST_PAIRS:
+        most = 1
+    while 2 * math.prod(size) <= most:
+        free = [axis for axis in range(3) if 2 * size[axis] <= tiles[axis]]
+        if not free:
+            break
+        size[min(reversed(free), key=lambda axis: size[axis] * sides[axis])] *= 2
+    counts = tuple(map(quotient_up, tiles, size)) if math.prod(size) > 1 else None
+    return Patches(tuple(size), counts)
+
+
+def owners_of_tiles(lists: Tensor, num_tiles: int) -> tuple[Tensor, Tensor]:
+    """The groups that read each tile of each head, ascending.
+
+    Args:
+        lists: Tiles and entries, int32 `[batch · heads, groups, 2, list_size]`.
+        num_tiles: Tiles of a head.
+
+    Returns:
+        int32 groups of all tiles one after the other, and where each tile's begin, and the last
+        one's end.
+    """
+    heads, num_groups, _, list_size = lists.shape
+    first = torch.arange(heads, dtype=torch.int32, device=lists.device) * num_tiles
+    tiles, order = (lists[:, :, 0] + first[:, None, None]).flatten().sort(stable=True)
+    owners = order.div(max(list_size, 1), rounding_mode="floor") % num_groups
+    places = torch.arange(heads * num_tiles + 1, dtype=torch.int32, device=lists.device)
+    return owners.int(), torch.searchsorted(tiles, places, out_int32=True)
+
+
+def owners_of_patches(lists: Tensor, call: TileCall, patches: Patches) -> tuple[Tensor, Tensor]:
+    """The owners of each patch of each head, ascending.
+
+    Args:
+        lists: As for `owners_of_tiles`.
+        call: Sizes.
+        patches: Of several tiles each.
+
+    Returns:
+        int32 `[batch · heads, patches, groups]`, filled from the front, and how many there are,
+        int32 `[batch · heads, patches]`.
+    """
+    heads, num_groups, num_tiles = call.batch_heads, call.placed.num_groups, call.placed.num_tiles
+    reads = torch.zeros(heads, num_tiles, num_groups, dtype=torch.uint8, device=lists.device)
+    listed = heads * num_groups * call.placed.list_size
+    launch(
+        reads_kernel,
+        (quotient_up(listed, 1024),),
+        (lists, reads),
+        (listed, call.placed.list_size, num_groups, num_tiles),
+        {"BT": 1024},
+    )
+    num_patches = math.prod(patches.counts or ())
+    owners = lists.new_empty((heads, num_patches, num_groups))
+    counts = lists.new_empty((heads, num_patches))
+    size_t, size_h, size_w = patches.size
+    launch(
+        owners_kernel,
+        (heads * num_patches,),
+        (reads, owners, counts),
+        (call.box, patches.counts, num_patches, num_groups),
+        {
+            "SIZE_T": size_t,
+            "SIZE_H": size_h,
+            "SIZE_W": size_w,
+            "RANK": call.rank,
+            "BT": min(triton.next_power_of_2(num_groups), 1024),
+            "num_warps": 1 if num_groups <= 256 else 4,
+        },
+    )
+    return owners, counts
+
+
+@triton.jit
+def reads_kernel(lists_ptr, reads_ptr, listed, list_size, num_groups, num_tiles, BT: tl.constexpr):
+    """Put a one wherever a group reads a tile."""
+    index = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
+    exists = index < listed
+    group = index // list_size
+    tile = tl.load(lists_ptr + group * list_size + index, mask=exists, other=0)
+    place = (group // num_groups * num_tiles + tile) * num_groups + group % num_groups
+    tl.store(reads_ptr + place, 1, mask=exists)
+
+
+@triton.jit
+def owners_kernel(
+    reads_ptr,
+    owners_ptr,
+    counts_ptr,
+    box,
+    patches,
+    num_patches,
+    num_groups,
+    SIZE_T: tl.constexpr,
+    SIZE_H: tl.constexpr,
+    SIZE_W: tl.constexpr,
+    RANK: tl.constexpr,
+    BT: tl.constexpr,
+):
+    """The owners of one patch and head, from a table of which group reads which tile."""
+    index = tl.program_id(0).to(tl.int64)
+    first_t, first_h, first_w, count_t, count_h, count_w = block_box(
+        tl.program_id(0) % num_patches, box[3], box[4], box[5], patches[0], patches[1], patches[2],
+        RANK,
+    )  # fmt: skip
+    reads_ptr += index // num_patches * (box[3] * box[4] * box[5]) * num_groups
+    owners_ptr += index * num_groups
+    found = 0
+    for start in range(0, num_groups, BT):
+        groups = start + tl.arange(0, BT)
+        bits = tl.zeros((BT,), tl.int32)
+        for member in tl.static_range(SIZE_T * SIZE_H * SIZE_W):
+            w, h, t = member % SIZE_W, member // SIZE_W % SIZE_H, member // (SIZE_W * SIZE_H)
+            exists = (t < count_t) & (h < count_h) & (w < count_w) & (groups < num_groups)
+            tile = ((first_t + t) * box[4] + first_h + h) * box[5] + first_w + w
+            read = tl.load(reads_ptr + tile * num_groups + groups, mask=exists, other=0)
+            bits |= read.to(tl.int32) << member
+        owns = bits != 0
+        places = found + tl.cumsum(owns.to(tl.int32), axis=0) - 1
+        tl.store(owners_ptr + places, groups * 256 + bits, mask=owns)
+        found += tl.sum(owns.to(tl.int32))
+    tl.store(counts_ptr + index, found)

@@ -174,7 +174,7 @@ def _backward_keys(
     strides = keys.stride(), value.stride(), dkey.stride(), dvalue.stride()
     constants = without(
         kernel_constants(call, options, *strides),
-        "RAGGED", "TAIL", "SLOT_T", "SLOT_H", "SLOT_W",
+        "together", "RAGGED", "TAIL", "SLOT_T", "SLOT_H", "SLOT_W",
     )  # fmt: skip
     launch(
         tile_backward_keys_kernel,

@@ -5,12 +5,12 @@ model, or few tokens, the host takes longer to launch them than the GPU to run t
 (a CUDA graph) is launched at once.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unflatten
 from tqdm import tqdm
 
 # Calls of one shape before it is recorded: the first compiles, and both allocate.
@@ -29,48 +29,64 @@ class RecordedForward:
 
     Args:
         function: A forward pass without random numbers and without a look at the values of tensors;
-            arguments are tensors or hashable.
+            arguments are tensors, what compares by `==`, and lists and dicts of both.
     """
 
     def __init__(self, function: Callable[..., Any]):
         self.function = function
-        self._recordings: dict[Any, _Recording] = {}
+        # The oldest first.
+        self._recordings: list[_Recording] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The function's result, in memory of its own."""
-        values = [*args, *kwargs.values()]
-        if torch.is_grad_enabled() or not all(x.is_cuda for x in values if torch.is_tensor(x)):
+        leaves, structure = tree_flatten((args, kwargs))
+        if torch.is_grad_enabled() or not _on_gpu(leaves):
             return self.function(*args, **kwargs)
-        key = (len(args), *kwargs, *map(kind_of, values))
-        if key not in self._recordings:
-            while len(self._recordings) >= _MOST_RECORDINGS:
-                self._recordings.pop(next(iter(self._recordings)))
-            self._recordings[key] = _Recording(self.function, args, kwargs)
-        return self._recordings[key](values)
+        call = (structure, *map(kind_of, leaves))
+        for recording in self._recordings:
+            if recording.call == call:
+                return recording(leaves)
+        del self._recordings[: len(self._recordings) + 1 - _MOST_RECORDINGS]
+        recording = _Recording(self.function, leaves, structure, call)
+        self._recordings.append(recording)
+        return recording(leaves)
+
+
+def _on_gpu(leaves: Sequence[Any]) -> bool:
+    return all(x.is_cuda for x in leaves if torch.is_tensor(x))
 
 
 class _Recording:
     """One shape's pass, with the memory of its arguments and results."""
 
-    def __init__(self, function: Callable[..., Any], args: Any, kwargs: Any):
-        self._function = function
+    def __init__(
+        self, function: Callable[..., Any], leaves: Sequence[Any], structure: TreeSpec, call: Any
+    ):
+        self.call = call
+        """What calls have in common that it may replay."""
+        self._function, self._structure = function, structure
         # Also for the calls before: compiled code would compile again for other strides.
-        self._args, self._kwargs = tree_map_only(Tensor, torch.clone, (args, kwargs))
+        self._leaves = [x.clone() if torch.is_tensor(x) else x for x in leaves]
         self._calls = 0
         self._graph: torch.cuda.CUDAGraph | None = None
         self._outputs: Any = None
 
-    def __call__(self, values: list[Any]) -> Any:
-        for own, value in zip([*self._args, *self._kwargs.values()], values, strict=True):
+    def __call__(self, leaves: Sequence[Any]) -> Any:
+        for own, value in zip(self._leaves, leaves, strict=True):
             if torch.is_tensor(value):
                 own.copy_(value)
         self._calls += 1
         if self._calls == _WARM_UP + 1:
             self._graph = self._record()
         if self._graph is None:
-            return self._function(*self._args, **self._kwargs)
+            return self._launch()
         self._graph.replay()
         return tree_map_only(Tensor, torch.clone, self._outputs)
+
+    def _launch(self) -> Any:
+        # A function may take things out of dicts that it is given.
+        args, kwargs = tree_unflatten(self._leaves, self._structure)
+        return self._function(*args, **kwargs)
 
     def _record(self) -> torch.cuda.CUDAGraph | None:
         """The recording, or None if there is no memory for it."""
@@ -80,7 +96,7 @@ class _Recording:
         try:
             # Another thread may copy finished samples meanwhile.
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                self._outputs = self._function(*self._args, **self._kwargs)
+                self._outputs = self._launch()
             return graph
         except RuntimeError as error:
             require_lack_of_memory(error)

@@ -29,6 +29,7 @@ from mhla_gen.bench.ops import Case
 from mhla_gen.ops import auto_tiles
 from mhla_gen.ops.feature_maps import rotate
 from mhla_gen.ops.kernels import tile_form, tile_gradients
+from mhla_gen.ops.kernels.launch import quotient_up
 from mhla_gen.ops.kernels.tile_call import TileCall
 from mhla_gen.ops.kernels.tile_form import Loop
 from mhla_gen.ops.tiles import group_slots, tiling
@@ -55,6 +56,10 @@ FORWARD = {
         Loop(128, 64, 8, 2, "tiles", 128),
         Loop(128, 64, 8, 3, "tiles"),
         Loop(128, 64, 8, 4, "tiles"),
+        Loop(128, 64, 8, 2, "hopper"),
+        Loop(128, 64, 8, 3, "hopper"),
+        Loop(128, 64, 8, 4, "hopper"),
+        Loop(64, 64, 4, 2, "hopper"),
     ),
     64: (
         Loop(64, 64, 4, 3),
@@ -75,7 +80,7 @@ QUERIES = {
     ),
     64: (Loop(64, 64, 4, 2), Loop(64, 64, 4, 3), Loop(64, 128, 4, 2)),
 }
-_KERNELS = {"forward": "tile_attend_kernel", "dq": "tile_backward_queries_kernel"}
+_KERNELS = {"forward": "tile_attend", "dq": "tile_backward_queries_kernel"}
 _SAMPLES = 24
 
 
@@ -121,6 +126,14 @@ class Inputs:
         """The kernel of the forward pass alone, ready to be called."""
         bounded = tile_form.takes_bound(self.query)
         keys, values, longest = self.keys_and_values(loop, lengths=bounded)
+        if loop.packed == "hopper":
+            from mhla_gen.ops.kernels import tile_hopper_form
+
+            slots = quotient_up(self.call.queries, loop.rows) * loop.rows
+            queries = tile_gradients.pack_groups(self.query, self.call, slots)
+            return lambda: tile_hopper_form.attend(
+                queries, keys, values, longest, lists, self.call, loop
+            )
         queries, _ = tile_form.read_groups(self.query, self.call, mean=False)
         return lambda: tile_form.attend(
             queries, keys, values, longest, lists, None, self.call, loop
@@ -223,6 +236,8 @@ def measure(inputs: Inputs, reference: Reference, kind: str, loop: Loop, saved: 
         return {**reference.gradient_errors(run()), "ms": time_ms(run)}
     run = inputs.attend(loop, lists)
     row = {**reference.errors(*run()), "ms": time_ms(run)}
+    if loop.packed == "hopper":
+        return row
     return row | {"pass_ms": time_ms(lambda: inputs.forward(loop))}
 
 

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 # Triton specializes on pointers only by whether they are aligned to 16 bytes.
 _ALIGNED = 16
@@ -21,7 +20,7 @@ _COMPILED: dict[tuple, tuple[Any, tuple] | None] = {}
 def launch(
     kernel: Any,
     grid: tuple[int, ...],
-    tensors: Sequence[Tensor | TensorDescriptor | None],
+    tensors: Sequence[Any],
     scalars: tuple,
     constants: dict[str, Any],
 ) -> None:
@@ -39,12 +38,12 @@ def launch(
     for tensor in tensors:
         if tensor is None:
             dtypes.append(None)
-        elif isinstance(tensor, TensorDescriptor):
-            dtypes.append((tensor.base.dtype, *tensor.block_shape))
-        else:
+        elif isinstance(tensor, Tensor):
             pointers |= tensor.data_ptr()
             dtypes.append(tensor.dtype)
             device = tensor.get_device()
+        else:
+            dtypes.append((tensor.base.dtype, *tensor.block_shape))
     key = (id(kernel), device, *dtypes, scalars, *constants.values())
     found = _COMPILED.get(key)
     if found is not None and pointers % _ALIGNED == 0:

@@ -1,0 +1,71 @@
+"""Launch of tile attention's kernel for Hopper; import it only where there is such a GPU."""
+
+import torch
+from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from mhla_gen.ops.kernels.compiled import launch
+from mhla_gen.ops.kernels.tile_call import LOG2E, TileCall, three_axes, without
+from mhla_gen.ops.kernels.tile_form import Loop
+from mhla_gen.ops.kernels.tile_hopper import tile_attend_hopper_kernel
+
+
+def attend(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    longest: Tensor,
+    lists: Tensor,
+    call: TileCall,
+    loop: Loop,
+) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp of packed queries `[batch · heads, groups, slots, dim]`."""
+    batch, seq_len, heads, _ = call.query.shape
+    out = call.value.new_empty(call.value.shape)
+    lse = call.query.new_empty((batch, heads, seq_len), dtype=torch.float32)
+    blocks = queries.shape[2] // loop.rows
+    launch(
+        tile_attend_hopper_kernel,
+        (blocks * call.placed.num_groups * call.batch_heads,),
+        (
+            _descriptor(queries.flatten(0, 2), loop.rows),
+            _descriptor(keys.transpose(1, 2).flatten(0, 2), loop.keys),
+            _descriptor(values.transpose(1, 2).flatten(0, 2), loop.keys),
+            lists,
+            longest,
+            out,
+            lse,
+        ),
+        (
+            out.stride(),
+            call.box,
+            three_axes(call.placed.groups),
+            seq_len,
+            heads,
+            call.placed.num_groups,
+            call.placed.num_tiles,
+            call.placed.list_size,
+            blocks,
+            call.scale * LOG2E,
+        ),
+        {
+            "D": call.query.shape[3],
+            "V": call.value.shape[3],
+            "BV": values.shape[3],
+            "BM": loop.rows,
+            "BN": loop.keys,
+            "STAGES": loop.num_stages,
+            **without(call.slot_sizes, "SLOTS"),
+            "RAGGED": call.ragged,
+            "RANK": call.rank,
+            "num_warps": loop.num_warps,
+        },
+    )
+    return out, lse
+
+
+def _descriptor(rows: Tensor, count: int) -> TensorDescriptor:
+    block = [count, rows.shape[1]]
+    layout = gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)
+    return TensorDescriptor.from_tensor(rows, block, layout)

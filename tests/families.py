@@ -1,131 +1,41 @@
 """All families of transformers: tiny models, their inputs, and what tests do with both."""
 
+import tiny
+import tiny_joint
+import tiny_wan_variants
 import torch
-from tiny import (
-    dit_inputs,
-    hunyuan_dit_inputs,
-    kandinsky5_inputs,
-    ltx_inputs,
-    pixart_inputs,
-    sana_video_inputs,
-    tiny_dit,
-    tiny_hunyuan_dit,
-    tiny_kandinsky5,
-    tiny_ltx,
-    tiny_pixart,
-    tiny_sana_video,
-    tiny_wan,
-    wan_inputs,
-)
-from tiny_joint import (
-    cogvideox_inputs,
-    flux2_inputs,
-    flux_inputs,
-    hunyuan_video15_inputs,
-    hunyuan_video_inputs,
-    mochi_inputs,
-    qwen_image_inputs,
-    sd3_inputs,
-    tiny_cogvideox,
-    tiny_flux,
-    tiny_flux2,
-    tiny_hunyuan_video,
-    tiny_hunyuan_video15,
-    tiny_mochi,
-    tiny_qwen_image,
-    tiny_sd3,
-    tiny_z_image,
-    z_image_inputs,
-)
-from tiny_wan_variants import (
-    cosmos_inputs,
-    ltx2_inputs,
-    sana_inputs,
-    skyreels_v2_inputs,
-    tiny_cosmos,
-    tiny_ltx2,
-    tiny_sana,
-    tiny_skyreels_v2,
-    tiny_wan_animate,
-    tiny_wan_vace,
-    wan_animate_inputs,
-    wan_vace_inputs,
-)
 
-from mhla_gen import (
-    MHLACogVideoXTransformer3DModel,
-    MHLACosmosTransformer3DModel,
-    MHLADiTTransformer2DModel,
-    MHLAFlux2Transformer2DModel,
-    MHLAFluxTransformer2DModel,
-    MHLAHunyuanDiT2DModel,
-    MHLAHunyuanVideo15Transformer3DModel,
-    MHLAHunyuanVideoTransformer3DModel,
-    MHLAKandinsky5Transformer3DModel,
-    MHLALTX2VideoTransformer3DModel,
-    MHLALTXVideoTransformer3DModel,
-    MHLAMochiTransformer3DModel,
-    MHLAPixArtTransformer2DModel,
-    MHLAQwenImageTransformer2DModel,
-    MHLASanaTransformer2DModel,
-    MHLASanaVideoTransformer3DModel,
-    MHLASD3Transformer2DModel,
-    MHLASkyReelsV2Transformer3DModel,
-    MHLAWanAnimateTransformer3DModel,
-    MHLAWanTransformer3DModel,
-    MHLAWanVACETransformer3DModel,
-    MHLAZImageTransformer2DModel,
-)
+import mhla_gen
 
+_TINY = vars(tiny) | vars(tiny_joint) | vars(tiny_wan_variants)
+# Name of `tiny_NAME` and `NAME_inputs` → class, a layout.
+_CLASSES = {
+    "dit": (mhla_gen.MHLADiTTransformer2DModel, (2, 2)),
+    "hunyuan_dit": (mhla_gen.MHLAHunyuanDiT2DModel, (2, 2)),
+    "kandinsky5": (mhla_gen.MHLAKandinsky5Transformer3DModel, (1, 2, 3)),
+    "ltx": (mhla_gen.MHLALTXVideoTransformer3DModel, (1, 2, 3)),
+    "ltx2": (mhla_gen.MHLALTX2VideoTransformer3DModel, (1, 2, 3)),
+    "pixart": (mhla_gen.MHLAPixArtTransformer2DModel, (2, 2)),
+    "sana_video": (mhla_gen.MHLASanaVideoTransformer3DModel, (1, 2, 3)),
+    "wan": (mhla_gen.MHLAWanTransformer3DModel, (1, 2, 3)),
+    "cosmos": (mhla_gen.MHLACosmosTransformer3DModel, (1, 2, 3)),
+    "sana": (mhla_gen.MHLASanaTransformer2DModel, (2, 2)),
+    "skyreels_v2": (mhla_gen.MHLASkyReelsV2Transformer3DModel, (1, 2, 3)),
+    "wan_animate": (mhla_gen.MHLAWanAnimateTransformer3DModel, (1, 2, 3)),
+    "wan_vace": (mhla_gen.MHLAWanVACETransformer3DModel, (1, 2, 3)),
+    "cogvideox": (mhla_gen.MHLACogVideoXTransformer3DModel, (1, 2, 3)),
+    "flux": (mhla_gen.MHLAFluxTransformer2DModel, (2, 3)),
+    "flux2": (mhla_gen.MHLAFlux2Transformer2DModel, (2, 3)),
+    "hunyuan_video": (mhla_gen.MHLAHunyuanVideoTransformer3DModel, (1, 2, 3)),
+    "hunyuan_video15": (mhla_gen.MHLAHunyuanVideo15Transformer3DModel, (1, 2, 3)),
+    "mochi": (mhla_gen.MHLAMochiTransformer3DModel, (1, 2, 3)),
+    "qwen_image": (mhla_gen.MHLAQwenImageTransformer2DModel, (2, 3)),
+    "sd3": (mhla_gen.MHLASD3Transformer2DModel, (2, 2)),
+    "z_image": (mhla_gen.MHLAZImageTransformer2DModel, (2, 3)),
+}
 # Name → tiny model, its inputs, its class, a layout.
 FAMILIES = {
-    "dit": (tiny_dit, dit_inputs, MHLADiTTransformer2DModel, (2, 2)),
-    "hunyuan_dit": (tiny_hunyuan_dit, hunyuan_dit_inputs, MHLAHunyuanDiT2DModel, (2, 2)),
-    "kandinsky5": (tiny_kandinsky5, kandinsky5_inputs, MHLAKandinsky5Transformer3DModel, (1, 2, 3)),
-    "ltx": (tiny_ltx, ltx_inputs, MHLALTXVideoTransformer3DModel, (1, 2, 3)),
-    "ltx2": (tiny_ltx2, ltx2_inputs, MHLALTX2VideoTransformer3DModel, (1, 2, 3)),
-    "pixart": (tiny_pixart, pixart_inputs, MHLAPixArtTransformer2DModel, (2, 2)),
-    "sana_video": (
-        tiny_sana_video,
-        sana_video_inputs,
-        MHLASanaVideoTransformer3DModel,
-        (1, 2, 3),
-    ),
-    "wan": (tiny_wan, wan_inputs, MHLAWanTransformer3DModel, (1, 2, 3)),
-    "cosmos": (tiny_cosmos, cosmos_inputs, MHLACosmosTransformer3DModel, (1, 2, 3)),
-    "sana": (tiny_sana, sana_inputs, MHLASanaTransformer2DModel, (2, 2)),
-    "skyreels_v2": (
-        tiny_skyreels_v2,
-        skyreels_v2_inputs,
-        MHLASkyReelsV2Transformer3DModel,
-        (1, 2, 3),
-    ),
-    "wan_animate": (
-        tiny_wan_animate,
-        wan_animate_inputs,
-        MHLAWanAnimateTransformer3DModel,
-        (1, 2, 3),
-    ),
-    "wan_vace": (tiny_wan_vace, wan_vace_inputs, MHLAWanVACETransformer3DModel, (1, 2, 3)),
-    "cogvideox": (tiny_cogvideox, cogvideox_inputs, MHLACogVideoXTransformer3DModel, (1, 2, 3)),
-    "flux": (tiny_flux, flux_inputs, MHLAFluxTransformer2DModel, (2, 3)),
-    "flux2": (tiny_flux2, flux2_inputs, MHLAFlux2Transformer2DModel, (2, 3)),
-    "hunyuan_video": (
-        tiny_hunyuan_video,
-        hunyuan_video_inputs,
-        MHLAHunyuanVideoTransformer3DModel,
-        (1, 2, 3),
-    ),
-    "hunyuan_video15": (
-        tiny_hunyuan_video15,
-        hunyuan_video15_inputs,
-        MHLAHunyuanVideo15Transformer3DModel,
-        (1, 2, 3),
-    ),
-    "mochi": (tiny_mochi, mochi_inputs, MHLAMochiTransformer3DModel, (1, 2, 3)),
-    "qwen_image": (tiny_qwen_image, qwen_image_inputs, MHLAQwenImageTransformer2DModel, (2, 3)),
-    "sd3": (tiny_sd3, sd3_inputs, MHLASD3Transformer2DModel, (2, 2)),
-    "z_image": (tiny_z_image, z_image_inputs, MHLAZImageTransformer2DModel, (2, 3)),
+    name: (_TINY[f"tiny_{name}"], _TINY[f"{name}_inputs"], *rest) for name, rest in _CLASSES.items()
 }
 # Arguments of each family's inputs for two sizes that one set of weights must take.
 TWO_SIZES = {

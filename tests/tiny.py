@@ -37,87 +37,81 @@ from mhla_gen.config import CacheConfig, load_config
 from mhla_gen.data.caching.build import build_cache
 
 
-def tiny_dit(**changes):
-    arguments = {
-        "num_attention_heads": 2,
-        "attention_head_dim": 8,
-        "num_layers": 3,
-        "sample_size": 8,
-        "num_embeds_ada_norm": 10,
-        "norm_num_groups": 4,
-    } | changes
-    return DiTTransformer2DModel(**arguments).eval()
+def maker(model_class, **sizes):
+    """A function that makes a tiny model, with changes to its sizes."""
+    return lambda **changes: model_class(**sizes | changes).eval()
 
 
-def tiny_wan(**changes):
-    arguments = {
-        "num_attention_heads": 2,
-        "attention_head_dim": 12,
-        "text_dim": 16,
-        "freq_dim": 16,
-        "ffn_dim": 32,
-        "num_layers": 3,
-        "rope_max_seq_len": 64,
-    } | changes
-    return WanTransformer3DModel(**arguments).eval()
+tiny_dit = maker(
+    DiTTransformer2DModel,
+    num_attention_heads=2,
+    attention_head_dim=8,
+    num_layers=3,
+    sample_size=8,
+    num_embeds_ada_norm=10,
+    norm_num_groups=4,
+)
 
+WAN = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "text_dim": 16,
+    "freq_dim": 16,
+    "ffn_dim": 32,
+    "num_layers": 3,
+    "rope_max_seq_len": 64,
+}
+tiny_wan = maker(WanTransformer3DModel, **WAN)
 
-def tiny_pixart(**changes):
-    arguments = {
-        "num_attention_heads": 2,
-        "attention_head_dim": 8,
-        "num_layers": 3,
-        "sample_size": 8,
-        "cross_attention_dim": 16,
-        "caption_channels": 12,
-    } | changes
-    return PixArtTransformer2DModel(**arguments).eval()
+tiny_pixart = maker(
+    PixArtTransformer2DModel,
+    num_attention_heads=2,
+    attention_head_dim=8,
+    num_layers=3,
+    sample_size=8,
+    cross_attention_dim=16,
+    caption_channels=12,
+)
 
+tiny_sana_video = maker(
+    SanaVideoTransformer3DModel,
+    num_attention_heads=2,
+    attention_head_dim=12,
+    num_layers=3,
+    num_cross_attention_heads=2,
+    cross_attention_head_dim=12,
+    cross_attention_dim=24,
+    caption_channels=16,
+    rope_max_seq_len=64,
+)
 
-def tiny_sana_video(**changes):
-    arguments = {
-        "num_attention_heads": 2,
-        "attention_head_dim": 12,
-        "num_layers": 3,
-        "num_cross_attention_heads": 2,
-        "cross_attention_head_dim": 12,
-        "cross_attention_dim": 24,
-        "caption_channels": 16,
-        "rope_max_seq_len": 64,
-    } | changes
-    return SanaVideoTransformer3DModel(**arguments).eval()
+tiny_hunyuan_dit = maker(
+    HunyuanDiT2DModel,
+    num_attention_heads=2,
+    attention_head_dim=8,
+    in_channels=4,
+    patch_size=2,
+    sample_size=8,
+    hidden_size=16,
+    num_layers=4,
+    cross_attention_dim=12,
+    cross_attention_dim_t5=16,
+    pooled_projection_dim=8,
+    text_len=3,
+    text_len_t5=4,
+    use_style_cond_and_image_meta_size=False,
+)
 
-
-def tiny_hunyuan_dit(**changes):
-    arguments = {
-        "num_attention_heads": 2,
-        "attention_head_dim": 8,
-        "in_channels": 4,
-        "patch_size": 2,
-        "sample_size": 8,
-        "hidden_size": 16,
-        "num_layers": 4,
-        "cross_attention_dim": 12,
-        "cross_attention_dim_t5": 16,
-        "pooled_projection_dim": 8,
-        "text_len": 3,
-        "text_len_t5": 4,
-        "use_style_cond_and_image_meta_size": False,
-    } | changes
-    return HunyuanDiT2DModel(**arguments).eval()
-
-
-def tiny_ltx(**changes):
-    arguments = {
-        "in_channels": 8,
-        "out_channels": 8,
-        "num_attention_heads": 2,
-        "attention_head_dim": 10,
-        "cross_attention_dim": 20,
-        "num_layers": 3,
-        "caption_channels": 16,
-    } | changes
-    return LTXVideoTransformer3DModel(**arguments).eval()
+tiny_ltx = maker(
+    LTXVideoTransformer3DModel,
+    in_channels=8,
+    out_channels=8,
+    num_attention_heads=2,
+    attention_head_dim=10,
+    cross_attention_dim=20,
+    num_layers=3,
+    caption_channels=16,
+)
 
 
 def tiny_kandinsky5(**changes):
@@ -165,8 +159,7 @@ def pixart_inputs(height=8, width=8, batch=2):
     }
 
 
-def sana_video_inputs(frames=3, height=10, width=12, batch=1):
-    return wan_inputs(frames, height, width, batch)
+sana_video_inputs = wan_inputs
 
 
 def hunyuan_dit_inputs(height=8, width=8, batch=2):

@@ -13,26 +13,26 @@ from diffusers import (
     ZImageTransformer2DModel,
 )
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
+from tiny import maker
 
 TEXT_MASK = [[1, 1, 1, 1, 1, 0, 0]]
 
 
-def tiny_sd3(**changes):
-    arguments = {
-        "sample_size": 8,
-        "in_channels": 4,
-        "out_channels": 4,
-        "num_layers": 3,
-        "attention_head_dim": 8,
-        "num_attention_heads": 2,
-        "joint_attention_dim": 12,
-        "caption_projection_dim": 16,
-        "pooled_projection_dim": 8,
-        "pos_embed_max_size": 16,
-        "dual_attention_layers": (1,),
-        "qk_norm": "rms_norm",
-    } | changes
-    return SD3Transformer2DModel(**arguments).eval()
+tiny_sd3 = maker(
+    SD3Transformer2DModel,
+    sample_size=8,
+    in_channels=4,
+    out_channels=4,
+    num_layers=3,
+    attention_head_dim=8,
+    num_attention_heads=2,
+    joint_attention_dim=12,
+    caption_projection_dim=16,
+    pooled_projection_dim=8,
+    pos_embed_max_size=16,
+    dual_attention_layers=(1,),
+    qk_norm="rms_norm",
+)
 
 
 def sd3_inputs(height=8, width=8, batch=2):
@@ -44,18 +44,17 @@ def sd3_inputs(height=8, width=8, batch=2):
     }
 
 
-def tiny_flux(**changes):
-    arguments = {
-        "in_channels": 4,
-        "num_layers": 1,
-        "num_single_layers": 2,
-        "attention_head_dim": 12,
-        "num_attention_heads": 2,
-        "joint_attention_dim": 16,
-        "pooled_projection_dim": 8,
-        "axes_dims_rope": (2, 4, 6),
-    } | changes
-    return FluxTransformer2DModel(**arguments).eval()
+tiny_flux = maker(
+    FluxTransformer2DModel,
+    in_channels=4,
+    num_layers=1,
+    num_single_layers=2,
+    attention_head_dim=12,
+    num_attention_heads=2,
+    joint_attention_dim=16,
+    pooled_projection_dim=8,
+    axes_dims_rope=(2, 4, 6),
+)
 
 
 def positions(height, width, axes=3):
@@ -76,19 +75,18 @@ def flux_inputs(height=4, width=6, batch=2):
     }
 
 
-def tiny_flux2(**changes):
-    arguments = {
-        "in_channels": 4,
-        "num_layers": 1,
-        "num_single_layers": 2,
-        "attention_head_dim": 16,
-        "num_attention_heads": 2,
-        "joint_attention_dim": 16,
-        "timestep_guidance_channels": 16,
-        "axes_dims_rope": (4, 4, 4, 4),
-        "guidance_embeds": False,
-    } | changes
-    return Flux2Transformer2DModel(**arguments).eval()
+tiny_flux2 = maker(
+    Flux2Transformer2DModel,
+    in_channels=4,
+    num_layers=1,
+    num_single_layers=2,
+    attention_head_dim=16,
+    num_attention_heads=2,
+    joint_attention_dim=16,
+    timestep_guidance_channels=16,
+    axes_dims_rope=(4, 4, 4, 4),
+    guidance_embeds=False,
+)
 
 
 def flux2_inputs(height=4, width=6, batch=2):
@@ -103,17 +101,16 @@ def flux2_inputs(height=4, width=6, batch=2):
     }
 
 
-def tiny_qwen_image(**changes):
-    arguments = {
-        "in_channels": 4,
-        "out_channels": 1,
-        "num_layers": 3,
-        "attention_head_dim": 12,
-        "num_attention_heads": 2,
-        "joint_attention_dim": 16,
-        "axes_dims_rope": (4, 4, 4),
-    } | changes
-    return QwenImageTransformer2DModel(**arguments).eval()
+tiny_qwen_image = maker(
+    QwenImageTransformer2DModel,
+    in_channels=4,
+    out_channels=1,
+    num_layers=3,
+    attention_head_dim=12,
+    num_attention_heads=2,
+    joint_attention_dim=16,
+    axes_dims_rope=(4, 4, 4),
+)
 
 
 def qwen_image_inputs(height=4, width=6, batch=2):
@@ -152,22 +149,21 @@ def z_image_inputs(height=8, width=12, batch=2):
     }
 
 
-def tiny_cogvideox(**changes):
-    arguments = {
-        "num_attention_heads": 2,
-        "attention_head_dim": 16,
-        "in_channels": 4,
-        "out_channels": 4,
-        "time_embed_dim": 16,
-        "text_embed_dim": 16,
-        "num_layers": 3,
-        "sample_width": 12,
-        "sample_height": 10,
-        "sample_frames": 9,
-        "max_text_seq_length": 7,
-        "use_rotary_positional_embeddings": True,
-    } | changes
-    return CogVideoXTransformer3DModel(**arguments).eval()
+tiny_cogvideox = maker(
+    CogVideoXTransformer3DModel,
+    num_attention_heads=2,
+    attention_head_dim=16,
+    in_channels=4,
+    out_channels=4,
+    time_embed_dim=16,
+    text_embed_dim=16,
+    num_layers=3,
+    sample_width=12,
+    sample_height=10,
+    sample_frames=9,
+    max_text_seq_length=7,
+    use_rotary_positional_embeddings=True,
+)
 
 
 def cogvideox_inputs(frames=3, height=10, width=12, batch=1):
@@ -181,21 +177,20 @@ def cogvideox_inputs(frames=3, height=10, width=12, batch=1):
     }
 
 
-def tiny_hunyuan_video(**changes):
-    arguments = {
-        "in_channels": 4,
-        "out_channels": 4,
-        "num_attention_heads": 2,
-        "attention_head_dim": 12,
-        "num_layers": 1,
-        "num_single_layers": 2,
-        "num_refiner_layers": 1,
-        "guidance_embeds": False,
-        "text_embed_dim": 16,
-        "pooled_projection_dim": 8,
-        "rope_axes_dim": (4, 4, 4),
-    } | changes
-    return HunyuanVideoTransformer3DModel(**arguments).eval()
+tiny_hunyuan_video = maker(
+    HunyuanVideoTransformer3DModel,
+    in_channels=4,
+    out_channels=4,
+    num_attention_heads=2,
+    attention_head_dim=12,
+    num_layers=1,
+    num_single_layers=2,
+    num_refiner_layers=1,
+    guidance_embeds=False,
+    text_embed_dim=16,
+    pooled_projection_dim=8,
+    rope_axes_dim=(4, 4, 4),
+)
 
 
 def hunyuan_video_inputs(frames=3, height=10, width=12, batch=1):
@@ -208,20 +203,19 @@ def hunyuan_video_inputs(frames=3, height=10, width=12, batch=1):
     }
 
 
-def tiny_hunyuan_video15(**changes):
-    arguments = {
-        "in_channels": 4,
-        "out_channels": 4,
-        "num_attention_heads": 2,
-        "attention_head_dim": 12,
-        "num_layers": 3,
-        "num_refiner_layers": 1,
-        "text_embed_dim": 16,
-        "text_embed_2_dim": 10,
-        "image_embed_dim": 8,
-        "rope_axes_dim": (4, 4, 4),
-    } | changes
-    return HunyuanVideo15Transformer3DModel(**arguments).eval()
+tiny_hunyuan_video15 = maker(
+    HunyuanVideo15Transformer3DModel,
+    in_channels=4,
+    out_channels=4,
+    num_attention_heads=2,
+    attention_head_dim=12,
+    num_layers=3,
+    num_refiner_layers=1,
+    text_embed_dim=16,
+    text_embed_2_dim=10,
+    image_embed_dim=8,
+    rope_axes_dim=(4, 4, 4),
+)
 
 
 def hunyuan_video15_inputs(frames=3, height=5, width=6, batch=1):

@@ -9,22 +9,11 @@ from diffusers import (
     WanAnimateTransformer3DModel,
     WanVACETransformer3DModel,
 )
-from tiny import wan_inputs
+from tiny import WAN, maker, wan_inputs
 
-WAN = {
-    "num_attention_heads": 2,
-    "attention_head_dim": 12,
-    "text_dim": 16,
-    "freq_dim": 16,
-    "ffn_dim": 32,
-    "num_layers": 3,
-    "rope_max_seq_len": 64,
-}
-
-
-def tiny_wan_vace(**changes):
-    arguments = WAN | {"num_layers": 2, "vace_layers": [0], "vace_in_channels": 8} | changes
-    return WanVACETransformer3DModel(**arguments).eval()
+tiny_wan_vace = maker(
+    WanVACETransformer3DModel, **WAN | {"num_layers": 2}, vace_layers=[0], vace_in_channels=8
+)
 
 
 def wan_vace_inputs(frames=3, height=10, width=12, batch=1):
@@ -32,31 +21,25 @@ def wan_vace_inputs(frames=3, height=10, width=12, batch=1):
     return wan_inputs(frames, height, width, batch) | control
 
 
-def tiny_skyreels_v2(**changes):
-    return SkyReelsV2Transformer3DModel(**WAN | changes).eval()
+tiny_skyreels_v2 = maker(SkyReelsV2Transformer3DModel, **WAN)
+skyreels_v2_inputs = wan_inputs
 
-
-def skyreels_v2_inputs(frames=3, height=10, width=12, batch=1):
-    return wan_inputs(frames, height, width, batch)
-
-
-def tiny_wan_animate(**changes):
-    arguments = {
-        "in_channels": 12,
-        "latent_channels": 4,
-        "out_channels": 4,
-        "image_dim": 20,
-        "motion_encoder_channel_sizes": {"4": 8, "8": 8, "16": 8},
-        "motion_encoder_size": 16,
-        "motion_style_dim": 8,
-        "motion_dim": 4,
-        "motion_encoder_dim": 8,
-        "face_encoder_hidden_dim": 8,
-        "face_encoder_num_heads": 2,
-        "inject_face_latents_blocks": 2,
-        "num_layers": 4,
-    } | changes
-    return WanAnimateTransformer3DModel(**WAN | arguments).eval()
+tiny_wan_animate = maker(
+    WanAnimateTransformer3DModel,
+    **WAN | {"num_layers": 4},
+    in_channels=12,
+    latent_channels=4,
+    out_channels=4,
+    image_dim=20,
+    motion_encoder_channel_sizes={"4": 8, "8": 8, "16": 8},
+    motion_encoder_size=16,
+    motion_style_dim=8,
+    motion_dim=4,
+    motion_encoder_dim=8,
+    face_encoder_hidden_dim=8,
+    face_encoder_num_heads=2,
+    inject_face_latents_blocks=2,
+)
 
 
 def wan_animate_inputs(frames=3, height=10, width=12, batch=1):
@@ -68,19 +51,18 @@ def wan_animate_inputs(frames=3, height=10, width=12, batch=1):
     }
 
 
-def tiny_cosmos(**changes):
-    arguments = {
-        "in_channels": 4,
-        "out_channels": 4,
-        "num_attention_heads": 2,
-        "attention_head_dim": 18,
-        "num_layers": 3,
-        "text_embed_dim": 16,
-        "adaln_lora_dim": 4,
-        "max_size": (8, 32, 32),
-        "concat_padding_mask": False,
-    } | changes
-    return CosmosTransformer3DModel(**arguments).eval()
+tiny_cosmos = maker(
+    CosmosTransformer3DModel,
+    in_channels=4,
+    out_channels=4,
+    num_attention_heads=2,
+    attention_head_dim=18,
+    num_layers=3,
+    text_embed_dim=16,
+    adaln_lora_dim=4,
+    max_size=(8, 32, 32),
+    concat_padding_mask=False,
+)
 
 
 def cosmos_inputs(frames=3, height=10, width=12, batch=1):
@@ -92,21 +74,20 @@ def cosmos_inputs(frames=3, height=10, width=12, batch=1):
     }
 
 
-def tiny_sana(**changes):
-    arguments = {
-        "in_channels": 4,
-        "out_channels": 4,
-        "num_attention_heads": 2,
-        "attention_head_dim": 16,
-        "num_layers": 3,
-        "num_cross_attention_heads": 2,
-        "cross_attention_head_dim": 16,
-        "cross_attention_dim": 32,
-        "caption_channels": 12,
-        "sample_size": 8,
-        "qk_norm": "rms_norm_across_heads",
-    } | changes
-    return SanaTransformer2DModel(**arguments).eval()
+tiny_sana = maker(
+    SanaTransformer2DModel,
+    in_channels=4,
+    out_channels=4,
+    num_attention_heads=2,
+    attention_head_dim=16,
+    num_layers=3,
+    num_cross_attention_heads=2,
+    cross_attention_head_dim=16,
+    cross_attention_dim=32,
+    caption_channels=12,
+    sample_size=8,
+    qk_norm="rms_norm_across_heads",
+)
 
 
 def sana_inputs(height=4, width=6, batch=2):
@@ -118,22 +99,21 @@ def sana_inputs(height=4, width=6, batch=2):
     }
 
 
-def tiny_ltx2(**changes):
-    arguments = {
-        "in_channels": 4,
-        "out_channels": 4,
-        "num_attention_heads": 2,
-        "attention_head_dim": 12,
-        "cross_attention_dim": 24,
-        "audio_in_channels": 4,
-        "audio_out_channels": 4,
-        "audio_num_attention_heads": 2,
-        "audio_attention_head_dim": 6,
-        "audio_cross_attention_dim": 12,
-        "num_layers": 3,
-        "caption_channels": 16,
-    } | changes
-    return LTX2VideoTransformer3DModel(**arguments).eval()
+tiny_ltx2 = maker(
+    LTX2VideoTransformer3DModel,
+    in_channels=4,
+    out_channels=4,
+    num_attention_heads=2,
+    attention_head_dim=12,
+    cross_attention_dim=24,
+    audio_in_channels=4,
+    audio_out_channels=4,
+    audio_num_attention_heads=2,
+    audio_attention_head_dim=6,
+    audio_cross_attention_dim=12,
+    num_layers=3,
+    caption_channels=16,
+)
 
 
 def ltx2_inputs(frames=3, height=5, width=6, batch=1):

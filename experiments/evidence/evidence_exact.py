@@ -73,7 +73,7 @@ def new_table(groups: Sequence[Group], control: str) -> str:
         [
             group.title,
             percent(group),
-            each(group.values("seed"), ".0f"),
+            str(len(group.results)),
             f"{group.mean('held_out', 'mean'):.5f}",
             against_control(group, groups, control),
             frechet(group),

@@ -163,7 +163,7 @@ def frechet(group: Group) -> str:
 def _quality_row(group: Group, groups: Sequence[Group], control: str) -> list[str]:
     return [
         group.title,
-        ", ".join(f"{seed:.0f}" for seed in group.values("seed")),
+        str(len(group.results)),
         f"{group.mean('held_out', 'mean'):.5f}",
         against_control(group, groups, control),
         frechet(group),

@@ -12,6 +12,7 @@ import argparse
 import json
 import math
 import multiprocessing
+import queue
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
@@ -241,6 +242,52 @@ def measure(inputs: Inputs, reference: Reference, kind: str, loop: Loop, saved: 
     return row | {"pass_ms": time_ms(lambda: inputs.forward(loop))}
 
 
+class Bench:
+    """Measures forms one after the other, at one place at a time."""
+
+    def __init__(self) -> None:
+        self.place: Any = None
+
+    def __call__(self, job: tuple[Case, float, str, Loop]) -> dict[str, Any]:
+        """Time and error of a form, or why there are none."""
+        case, share, kind, loop = job
+        try:
+            if self.place != (case, share):
+                self.place, self.inputs = (case, share), Inputs(case, share, "cuda")
+                self.saved = self.inputs.forward()
+                self.reference = Reference(self.inputs, self.saved[2])
+            return measure(self.inputs, self.reference, kind, loop, self.saved)
+        except Exception as error:
+            return {"error": f"{type(error).__name__}: {error}"[:400]}
+
+
+class Apart:
+    """A bench in a process of its own, for kernels that may hang or spoil the context."""
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.jobs, self.rows = context.Queue(), context.Queue()
+        self.process = context.Process(target=_serve, args=(self.jobs, self.rows), daemon=True)
+        self.process.start()
+
+    def __call__(self, job: tuple[Case, float, str, Loop]) -> dict[str, Any]:
+        """As `Bench`."""
+        if not self.process.is_alive():
+            return {"error": "an earlier one hung"}
+        self.jobs.put(job)
+        try:
+            return self.rows.get(timeout=30)
+        except queue.Empty:
+            self.process.kill()
+            return {"error": "hung"}
+
+
+def _serve(jobs: Any, rows: Any) -> None:
+    bench = Bench()
+    while True:
+        rows.put(bench(jobs.get()))
+
+
 def main() -> None:
     """Compile, measure, print and write row by row."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -258,7 +305,7 @@ def main() -> None:
     }
     pool = ProcessPoolExecutor(12, multiprocessing.get_context("spawn"))
     compiled = {job: pool.submit(compile_form, job) for job in jobs()}
-    place, inputs, reference, saved = None, None, None, None
+    bench, apart = Bench(), Apart()
     for job in compiled:
         case, share, kind, loop = job
         if time.monotonic() - started > options.seconds:
@@ -269,18 +316,12 @@ def main() -> None:
         row |= {"share": share, "kernel": kind, **asdict(loop)}
         row |= {name: figures[name] for name in figures if name in ("registers", "spills", "error")}
         if "error" not in row:
-            try:
-                if place != (case, share):
-                    place, inputs = (case, share), Inputs(case, share, "cuda")
-                    saved = inputs.forward()
-                    reference = Reference(inputs, saved[2])
-                row |= measure(inputs, reference, kind, loop, saved)  # pyright: ignore
-            except Exception as error:
-                row["error"] = f"{type(error).__name__}: {error}"[:400]
+            row |= (apart if loop.packed == "hopper" else bench)(job)
         rows.append(row)
         print(json.dumps(row), flush=True)
         options.out.write_text(json.dumps(found, indent=1) + "\n")
     pool.shutdown(cancel_futures=True)
+    apart.process.kill()
 
 
 if __name__ == "__main__":

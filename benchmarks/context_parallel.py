@@ -12,22 +12,22 @@ import argparse
 import gc
 import json
 import os
-import platform
 import statistics
 import time
 from collections import defaultdict
-from datetime import date
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from diffusers import ContextParallelConfig, WanTransformer3DModel
 from diffusers.utils import logging
+from rows import machine
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mhla_gen
 from mhla_gen.config import MHLAConfig
+from mhla_gen.files import write_json
 
 METHODS = {
     "mhla": ("all", "ring"),
@@ -201,8 +201,6 @@ def main() -> None:
     # Messages must not queue behind a kernel that fills the GPU.
     os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")
     dist.init_process_group("cuda:nccl,cpu:gloo" if gpu else "cpu:gloo")
-    name = torch.cuda.get_device_name() if gpu else platform.processor()
-    facts = {"device": name, "torch": torch.__version__, "date": str(date.today())}
     rows = []
     for grid in options.grids:
         for method in options.methods:
@@ -217,7 +215,7 @@ def main() -> None:
                 torch.cuda.empty_cache()
             if dist.get_rank() == 0:
                 print(json.dumps(rows[-1]), flush=True)
-                options.out.write_text(json.dumps(facts | {"rows": rows}, indent=1) + "\n")
+                write_json(options.out, {**machine(), "rows": rows}, indent=1)
     dist.destroy_process_group()
 
 

@@ -8,18 +8,16 @@ numbers of warps and lines in flight, to choose `_TOKENS`, `_CHANNELS`, `_WARPS`
 """
 
 import argparse
-import json
 import math
-import platform
-import sys
 import time
-from datetime import date
 from itertools import product
 from pathlib import Path
 
 import torch
 import triton
+from rows import machine
 
+from mhla_gen.files import write_json
 from mhla_gen.ops.depthwise import depthwise_conv, gated_conv, times_silu
 from mhla_gen.ops.kernels import depthwise as kernels
 
@@ -128,18 +126,7 @@ def main() -> None:
     parser.add_argument("--sweep", action="store_true")
     parser.add_argument("--seconds", type=float, default=100, help="no row is started after these")
     options = parser.parse_args()
-    report = {
-        "command": " ".join(["python", *sys.argv]),
-        "date": date.today().isoformat(),
-        "device": torch.cuda.get_device_name(),
-        "versions": {
-            "torch": torch.__version__,
-            "triton": triton.__version__,
-            "python": platform.python_version(),
-        },
-        "dtype": "bfloat16",
-        "rows": [],
-    }
+    report = {**machine(), "dtype": "bfloat16", "rows": []}
     began = time.perf_counter()
     work = [(measure, shape, (name,)) for shape in SHAPES for name in ("fused", "torch")]
     work += [
@@ -158,7 +145,7 @@ def main() -> None:
             row = dict(zip(("batch", "grid", "channels_of_tokens"), shape, strict=True)) | row
             print(row, flush=True)
             report["rows"].append(row)
-        options.out.write_text(json.dumps(report, indent=1) + "\n")
+        write_json(options.out, report, indent=1)
 
 
 if __name__ == "__main__":

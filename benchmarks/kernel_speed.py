@@ -6,19 +6,18 @@ Medians over replays of a CUDA graph with a flushed cache; bfloat16.
 """
 
 import argparse
-import json
 import math
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
-import triton
+from rows import machine
 from torch import Tensor
 from triton.testing import do_bench
 
 from mhla_gen.bench.ops import MODELS, Case
+from mhla_gen.files import write_json
 from mhla_gen.ops import locality_mixing
 from mhla_gen.ops.fused import attention_form_is_cheaper
 from mhla_gen.ops.kernels import attention_form, linear_form
@@ -94,20 +93,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     out = parser.parse_args().out
-    found: dict[str, Any] = {
-        "command": f"python benchmarks/kernel_speed.py {out}",
-        "date": date.today().isoformat(),
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "rows": [],
-    }
+    found: dict[str, Any] = {**machine(), "rows": []}
     for case in MODELS:
         form, functions = kernels(case)
         row = {**case._asdict(), "form": form, "ms": {k: time_ms(f) for k, f in functions.items()}}
         found["rows"].append(row)
         print(row, flush=True)
-        out.write_text(json.dumps(found, indent=1) + "\n")
+        write_json(out, found, indent=1)
 
 
 if __name__ == "__main__":

@@ -13,15 +13,16 @@ import argparse
 import gc
 import itertools
 import json
-from datetime import date
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import WanTransformer3DModel
+from rows import machine
 
 import mhla_gen
 from mhla_gen.config import MHLAConfig
+from mhla_gen.files import write_json
 
 METHODS = {"softmax": None, "mhla": "all", "mhla 2/3": "2/3"}
 PLANES = {"480p": (60, 104), "720p": (90, 160)}
@@ -114,8 +115,7 @@ def main() -> None:
     total = torch.cuda.get_device_properties(DEVICE).total_memory
     # The allocator, cuDNN and the CUDA context need part of the memory.
     budget = total - 2 * 2**30
-    facts = {"device": torch.cuda.get_device_name(), "budget_gib": budget / 2**30}
-    facts |= {"torch": torch.__version__, "date": str(date.today())}
+    facts = {**machine(), "budget_gib": budget / 2**30}
     rows = []
     for plane, method, step in itertools.product(options.planes, options.methods, options.steps):
         row = longest(method, PLANES[plane], step == "training", budget) | {"size": plane}
@@ -134,7 +134,7 @@ def main() -> None:
             }
         rows.append(row)
         print(json.dumps(row), flush=True)
-        options.out.write_text(json.dumps(facts | {"rows": rows}, indent=1) + "\n")
+        write_json(options.out, facts | {"rows": rows}, indent=1)
 
 
 if __name__ == "__main__":

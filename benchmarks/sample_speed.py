@@ -10,12 +10,9 @@ by an AutoencoderKL of Stable Diffusion's size, with softmax (cuDNN) and with MH
 
 import argparse
 import json
-import platform
-import sys
 import tempfile
 import time
 from contextlib import nullcontext
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +26,12 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
 )
+from rows import machine
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mhla_gen import ClassConditionalPipeline, MHLAConfig, inject
 from mhla_gen.config import SampleConfig
+from mhla_gen.files import write_json
 from mhla_gen.sampling.batched_sampler import BatchedSampler
 from mhla_gen.sampling.building import build_sampler, place
 from mhla_gen.sampling.samplers import ClassSampler
@@ -229,18 +228,13 @@ def main() -> None:
     parser.add_argument("--parts", default="small,xl")
     parser.add_argument("--tiny", action="store_true", help="toy models, to try the script")
     args = parser.parse_args()
-    report: dict[str, Any] = {
-        "command": " ".join(["python", *sys.argv]),
-        "date": date.today().isoformat(),
-        "device": torch.cuda.get_device_name() if ON_GPU else platform.processor(),
-        "torch": torch.__version__,
-    }
+    report: dict[str, Any] = {**machine()}
 
     def keep(part: str, row: dict[str, Any]) -> None:
         print(part, json.dumps(row), flush=True)
         report.setdefault(part, []).append(row)
         # Written after every row, so that a time limit loses no results.
-        args.out.write_text(json.dumps(report, indent=2) + "\n")
+        write_json(args.out, report)
 
     if "small" in args.parts.split(","):
         keep("small", measure_small(args.count, args.limit, "mhla", args.tiny))

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rows import machine, markdown
 
 from mhla_gen.files import write_json
 
@@ -147,8 +148,8 @@ def compared(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Rows in Markdown."""
-    lines = ["| part | model | attention | GPUs | images/s or s | times | share | MFU |"]
-    lines += ["|---|---|---|---|---|---|---|---|"]
+    header = ("part", "model", "attention", "GPUs", "images/s or s", "times", "share", "MFU")
+    lines = []
     for row in rows:
         model = " ".join(str(row[name]) for name in ("model", "pixels") if name in row)
         value = speed(row) or row.get("shared_forward_s") or row.get("error", "")
@@ -166,8 +167,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             share,
             mfu,
         ]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines)
+        lines.append(list(map(str, cells)))
+    return markdown(header, lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -185,12 +186,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     counts = options.gpus or [n for n in (1, 2, 4, 8) if n <= there]
     with tempfile.TemporaryDirectory() as temporary:
         options.folder = options.folder or Path(temporary)
-        facts = {
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
-            "torch": torch.__version__,
-            "date": time.strftime("%Y-%m-%d"),
-            "command": " ".join(["python", "benchmarks/scaling.py", *(arguments or sys.argv[1:])]),
-        }
         rows: list[dict[str, Any]] = []
         for part in options.parts:
             # The shared sequence is also measured with one process alone, in the same run.
@@ -199,7 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for gpus in counts:
                 if gpus >= least:
                     rows += run(part, gpus, options)
-                    write_json(options.out, facts | {"rows": compared(rows)}, indent=1)
+                    write_json(options.out, {**machine(), "rows": compared(rows)}, indent=1)
     print(table(compared(rows)))
 
 

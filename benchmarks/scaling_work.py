@@ -15,7 +15,8 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from diffusers import DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
-from steps import machine, synchronize
+from rows import machine
+from steps import synchronize
 
 from mhla_gen import ClassConditionalPipeline, MHLAConfig, inject
 from mhla_gen.config import SampleConfig, load_config

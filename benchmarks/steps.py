@@ -1,14 +1,12 @@
 """Training and sampling steps on random latents, and their timing."""
 
 import gc
-import platform
 import statistics
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
@@ -17,6 +15,7 @@ import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from diffusers import DDIMScheduler
+from rows import machine as machine
 from sharing import Alone
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -224,14 +223,3 @@ def synchronize() -> None:
     """Wait for the GPU."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-
-
-def machine() -> dict[str, Any]:
-    """Hardware, software and date of the measurement."""
-    gpu = torch.cuda.is_available()
-    return {
-        "device": torch.cuda.get_device_name() if gpu else platform.processor() or "CPU",
-        "torch": torch.__version__,
-        "cudnn": torch.backends.cudnn.version(),
-        "date": datetime.now(UTC).date().isoformat(),
-    }

@@ -9,15 +9,16 @@ import argparse
 import json
 import math
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
+from rows import machine
 from tile_speed import both, softmax
-from torch.profiler import ProfilerActivity, profile
 
 from mhla_gen.bench.ops import Case
+from mhla_gen.bench.profiles import kernel_times
+from mhla_gen.files import write_json
 from mhla_gen.ops import auto_tiles
 from mhla_gen.ops.kernels import tile_form, tile_gradients
 from mhla_gen.ops.kernels.tile_call import TileCall
@@ -29,21 +30,13 @@ CASES = (
     Case(1, 12, (21, 30, 50), 128, (3, 5, 10), True),
     Case(1, 12, (21, 45, 80), 128, (3, 5, 10), True),
 )
-_PASSES = 3
 
 
 def kernel_ms(function: Callable[[], object]) -> dict[str, float]:
     """Milliseconds by the name of a kernel."""
     function()
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        for _ in range(_PASSES):
-            function()
-        torch.cuda.synchronize()
-    events = {
-        event.key: event.device_time_total / _PASSES / 1e3 for event in profiler.key_averages()
-    }
-    return {name: round(ms, 4) for name, ms in events.items() if ms > 0}
+    found = kernel_times(function, torch.device("cuda"))
+    return {kernel["name"]: kernel["ms"] for kernel in found["kernels"]}
 
 
 def measure(case: Case, share: float) -> dict[str, Any]:
@@ -76,15 +69,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     out = parser.parse_args().out
-    found: dict[str, Any] = {
-        "command": f"python benchmarks/tile_kernels.py {out.name}",
-        "date": date.today().isoformat(),
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "rows": [measure(case, share) for case in CASES for share in SHARES],
-    }
-    print(json.dumps(found["rows"]))
-    out.write_text(json.dumps(found, indent=1) + "\n")
+    rows = [measure(case, share) for case in CASES for share in SHARES]
+    print(json.dumps(rows))
+    write_json(out, {**machine(), "rows": rows}, indent=1)
 
 
 if __name__ == "__main__":

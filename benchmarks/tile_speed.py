@@ -7,23 +7,22 @@ share · softmax / 0.7 + 60 µs. `whole` adds MHLA on the same inputs.
 """
 
 import argparse
-import json
 import math
 from collections.abc import Callable
-from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-import triton
 from kernel_speed import time_ms
+from rows import machine
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from mhla_gen.bench.ops import Case
+from mhla_gen.files import write_json
 from mhla_gen.ops import auto_layout, auto_tiles, locality_mixing, mhla, tile_attention, tile_share
 
 SHARES = (0.02, 0.05, 0.125, 0.25)
@@ -117,20 +116,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     out = parser.parse_args().out
-    found: dict[str, Any] = {
-        "command": f"python benchmarks/tile_speed.py {out.name}",
-        "date": date.today().isoformat(),
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "rows": [],
-    }
+    found: dict[str, Any] = {**machine(), "rows": []}
     for case in CASES:
         found["rows"].append(measure(case))
-        out.write_text(json.dumps(found, indent=1) + "\n")
+        write_json(out, found, indent=1)
     found["flex"] = flex()
     print(found["flex"])
-    out.write_text(json.dumps(found, indent=1) + "\n")
+    write_json(out, found, indent=1)
 
 
 if __name__ == "__main__":

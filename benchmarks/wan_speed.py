@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from steps import RandomSamples, attention_kernel, fresh, machine, timed
+from rows import machine
+from steps import RandomSamples, attention_kernel, fresh, timed
 from train_speed import build_on_device
 
 from mhla_gen.config import MHLAConfig, ModelConfig, TrainConfig, WanConfig, load_config

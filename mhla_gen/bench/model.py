@@ -87,7 +87,8 @@ def _measure(
         name: x.to(device, dtype) if x.is_floating_point() else x.to(device)
         for name, x in _inputs(config, grid).items()
     }
-    if config.model == "flux" and isinstance(model, MHLATransformerMixin):
+    converted = isinstance(model, MHLATransformerMixin)
+    if config.model == "flux" and converted:
         # A compiled or recorded pass cannot read it from the values of img_ids.
         inputs["joint_attention_kwargs"] = {"grid": grid}
     model.eval()

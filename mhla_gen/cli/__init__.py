@@ -4,6 +4,7 @@ import argparse
 import difflib
 import errno
 import importlib
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -136,6 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = args.command
     if name != "bench":
         _prepare_processor()
+    _silence_libraries()
     try:
         config = _config_of(name, args.arguments)
         if args.print_config:
@@ -167,6 +169,14 @@ def _prepare_processor() -> None:
     """
     os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
+def _silence_libraries() -> None:
+    """Leave out what a user cannot act on: bitsandbytes misses a 4-bit kernel that nothing needs.
+
+    peft imports it, and diffusers peft.
+    """
+    logging.getLogger("bitsandbytes.backends.cpu").setLevel(logging.ERROR)
 
 
 def _said(error: Exception) -> str | None:

@@ -3,6 +3,7 @@
 import functools
 import os
 import tempfile
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -104,6 +105,7 @@ def check_conversion() -> Result:
     from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 
     from mhla_gen.models import MHLADiTTransformer2DModel, inject, restore
+    from mhla_gen.models.short import ShortSequenceWarning
 
     model = DiTTransformer2DModel(
         num_attention_heads=2,
@@ -114,7 +116,8 @@ def check_conversion() -> Result:
         norm_num_groups=4,
     ).eval()
     inputs = torch.randn(1, 4, 8, 8), torch.tensor([1]), torch.tensor([0])
-    with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+    with torch.no_grad(), tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore", ShortSequenceWarning)
         before = model(*inputs).sample
         converted = inject(model)(*inputs).sample
         model.save_pretrained(folder)

@@ -9,7 +9,6 @@ convolutions one by one.
 """
 
 import argparse
-import json
 import platform
 import tempfile
 import time
@@ -29,6 +28,7 @@ from mhla_gen.evaluation.extractor import full_float32
 from mhla_gen.evaluation.features import ImageBatchReader, extract_features
 from mhla_gen.evaluation.inception import FusedConvolution, write_random_weights
 from mhla_gen.evaluation.sources import ImageSource, frame_shape
+from mhla_gen.files import write_json
 from mhla_gen.runtime.cuda_graphs import RecordedForward
 
 SIDE = 256
@@ -321,7 +321,7 @@ def main() -> None:
 def write(path: Path, found: dict[str, Any]) -> None:
     """Write the results so far."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(found, indent=2) + "\n")
+    write_json(path, found)
 
 
 if __name__ == "__main__":

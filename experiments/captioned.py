@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from transformers import T5Config, T5EncoderModel
 
 from mhla_gen.config import TrainConfig, TransformerConfig, load_config
-from mhla_gen.files import write_json, written_whole
+from mhla_gen.files import write_json, write_text, written_whole
 from mhla_gen.training.previews import tiled
 from mhla_gen.training.randomness import step_randomness
 from mhla_gen.training.training_run import Run, build_run
@@ -305,7 +305,7 @@ def main() -> None:
         found["arms"][name] = row
         write_json(path, found, indent=1)
         print(name, row, flush=True)
-    (options.out / "captioned.md").write_text(table(found))
+    write_text(options.out / "captioned.md", table(found))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from mhla_gen.files import written_whole
+
 TITLES = {"mhla": "MHLA", "mhla + window": "MHLA + window", "window": "window alone"}
 
 
@@ -69,4 +71,5 @@ def draw(report: dict[str, Any], path: Path) -> None:
         axis.set_ylim(low - 0.05, low + 1.5)
         axis.grid(alpha=0.3)
     axes[0].legend()
-    figure.savefig(path, dpi=150)
+    with written_whole(path) as partial:
+        figure.savefig(partial, dpi=150, format="png")

@@ -8,7 +8,6 @@ half are measured unchanged, and after JPEG, blur, noise, or the removal of clas
 
 import argparse
 import io
-import json
 import platform
 import time
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from PIL import Image, ImageFilter
 
 from mhla_gen.config import EvaluateConfig, FeaturesConfig
 from mhla_gen.evaluation import evaluate
+from mhla_gen.files import write_json
 
 SEED = 0
 METRICS = ("fd", "kid", "precision", "recall")
@@ -110,7 +110,7 @@ def main() -> None:
         "rows": rows,
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    write_json(args.out, content)
     print(table(rows))
 
 

@@ -26,6 +26,7 @@ from diffusers import WanTransformer3DModel
 import mhla_gen
 from mhla_gen.config import MHLAConfig
 from mhla_gen.data.buckets import Bucket, crop_for, resampled_frames
+from mhla_gen.files import write_json
 from mhla_gen.sampling.outputs import write_sheet
 from mhla_gen.training.objectives import FlowMatching
 from mhla_gen.training.optim import build_optimizer
@@ -189,8 +190,7 @@ def main() -> None:
         "torch": torch.__version__,
         "date": str(date.today()),
     }
-    text = json.dumps(facts | {"rows": rows}, indent=1, ensure_ascii=False)
-    (options.out / "overfit.json").write_text(text + "\n")
+    write_json(options.out / "overfit.json", facts | {"rows": rows}, indent=1)
 
 
 if __name__ == "__main__":

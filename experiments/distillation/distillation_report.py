@@ -130,7 +130,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     groups |= {
         title: rows_by_class(images, wanted, range(len(names))) for title, images in samples.items()
     }
-    contact_sheet(groups, names, per_row=5).save(folder / "report.png")
+    with written_whole(folder / "report.png") as partial:
+        contact_sheet(groups, names, per_row=5).save(partial, format="png")
     print(table(rows))
     print(f"two halves of the data: {content['halves_of_the_data']:.2f}")
     print(f"wrote {folder / 'report.json'} and {folder / 'report.png'}")

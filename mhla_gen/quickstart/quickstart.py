@@ -238,7 +238,8 @@ def _draw(
     classes = range(len(real.class_names))
     groups = {"real digits": rows_by_class(real.images, real.labels, classes)}
     groups |= {arm.title: rows_by_class(arm.images, arm.labels, classes) for arm in arms.values()}
-    contact_sheet(groups, real.class_names).save(folder / "samples.png")
+    with written_whole(folder / "samples.png") as partial:
+        contact_sheet(groups, real.class_names).save(partial, format="png")
     draw_losses({arm.title: arm.log for arm in arms.values()}, folder / "loss.png")
     model = ClassConditionalPipeline.from_pretrained(folder / PIPELINE_NAME).transformer
     # "auto" leaves the layout to the model.

@@ -10,7 +10,7 @@ import transformers
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 import mhla_gen
-from mhla_gen import CausalMHLAConfig, MHLAConfig, inject, restore, summary
+from mhla_gen import CausalMHLAConfig, LinformerConfig, MHLAConfig, inject, restore, summary
 from mhla_gen.models.language import CACHE, LANGUAGE_CLASSES
 
 SIZES = {
@@ -236,8 +236,12 @@ def test_low_rank_updates_train_beside_what_was_added(tmp_path):
 
 def test_refusals_change_nothing():
     model = softmax_model()
-    with pytest.raises(ValueError, match="takes a CausalMHLAConfig, found a MHLAConfig"):
+    with pytest.raises(ValueError, match=r"takes CausalMHLAConfig, found MHLAConfig$"):
         inject(model, MHLAConfig())
+    with pytest.raises(ValueError, match="found LinformerConfig, which reads later tokens"):
+        inject(model, LinformerConfig())
+    with pytest.raises(ValueError, match="set attention_dropout to 0"):
+        inject(softmax_model(attention_dropout=0.1), CONFIG)
     with pytest.raises(ValueError, match="feature_map must be one of"):
         inject(model, CausalMHLAConfig(feature_map="softmax"))
     with pytest.raises(ValueError, match="leaves no attention"):

@@ -285,7 +285,7 @@ def test_low_rank_updates_of_peft_train_beside_what_was_added():
 @pytest.mark.parametrize(
     ("change", "config", "message"),
     [
-        ({}, CausalMHLAConfig(), "takes a MHLAConfig or LinformerConfig"),
+        ({}, CausalMHLAConfig(), "takes MHLAConfig or LinformerConfig"),
         ({}, MHLAConfig(layout=(2, 2, 2)), "2-D token grid"),
         ({}, MHLAConfig(layout=(6, 7)), "more blocks than the model's own token grid"),
         ({}, MHLAConfig(layers=[2]), "layers 0 to 1"),

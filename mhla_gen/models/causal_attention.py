@@ -160,6 +160,14 @@ class CausalMHLA(nn.Module):
             options = {"memory_blocks": self.config.memory_blocks, **self._settings()}
             state.linear = CausalState(self.weights(), **options)
 
+    def extra_repr(self) -> str:
+        """Sizes, for `print(model)`."""
+        config = self.config
+        return (
+            f"block_size={config.block_size}, num_blocks={config.num_blocks}, "
+            f"window={config.window}, linear={config.linear}"
+        )
+
     def _settings(self) -> dict[str, Any]:
         names = ("block_size", "feature_map", "normalize", "eps")
         return {name: getattr(self.config, name) for name in names}

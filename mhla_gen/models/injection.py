@@ -7,7 +7,12 @@ from typing import Any
 
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
-from mhla_gen.config import FOR_PRETRAINED, AttentionConfig, CausalMHLAConfig
+from mhla_gen.config import (
+    FOR_PRETRAINED,
+    AttentionConfig,
+    CausalMHLAConfig,
+    LinformerConfig,
+)
 from mhla_gen.errors import UserError
 from mhla_gen.models.cogvideox import MHLACogVideoXTransformer3DModel
 from mhla_gen.models.cosmos import MHLACosmosTransformer3DModel
@@ -113,9 +118,10 @@ def inject(
     config = config or (CausalMHLAConfig() if language else FOR_PRETRAINED)
     if isinstance(config, CausalMHLAConfig) != language:
         expected = "CausalMHLAConfig" if language else "MHLAConfig or LinformerConfig"
+        leaks = language and isinstance(config, LinformerConfig)
         raise UserError(
-            f"a {type(pipe_or_transformer).__name__} takes a {expected}, found a "
-            f"{type(config).__name__}"
+            f"{type(pipe_or_transformer).__name__} takes {expected}, found {type(config).__name__}"
+            + ", which reads later tokens" * leaks
         )
     if isinstance(config, CausalMHLAConfig):
         from mhla_gen.models.language import inject_language

@@ -263,7 +263,8 @@ def resolve_language(model: Any, config: CausalMHLAConfig, new: bool = False) ->
             possible.
 
     Raises:
-        ValueError: If layers or feature map do not fit, or the rotary embedding scales attention.
+        ValueError: If layers or feature map do not fit, the rotary embedding scales attention, or
+            attention weights are dropped.
     """
     if config.feature_map not in FEATURE_MAPS:
         raise UserError(
@@ -277,6 +278,11 @@ def resolve_language(model: Any, config: CausalMHLAConfig, new: bool = False) ->
         )
     settings: Any = config
     chosen = mhla_layers(settings, [name for name, _ in attentions(model)])
+    if rate := model.config.attention_dropout:
+        raise UserError(
+            f"the model drops {rate:g} of its attention weights in training, which causal MHLA "
+            "does not have; set attention_dropout to 0"
+        )
     start = config.exact_start
     if config.has_halves and start is None:
         start = NEW_START if new else CONVERTED_START

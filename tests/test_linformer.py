@@ -380,6 +380,8 @@ def test_training_configs_have_it(tmp_path):
     assert again.mhla_config == model.mhla_config
     with pytest.raises(ValueError, match=r"set model\.attention=linformer"):
         load_pretrained(ModelConfig(attention="mhla", pretrained=str(tmp_path)))
+    with pytest.raises(ConfigError, match="linformer reads later frames"):
+        load_config(None, [linformer, "model.mhla.causal_frames=3"], TrainConfig)
     with pytest.raises(ConfigError, match="not possible with parallelism=fsdp"):
         load_config(
             None, [linformer, "model.linformer.sharing=layerwise", "parallelism=fsdp"], TrainConfig

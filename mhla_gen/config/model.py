@@ -82,6 +82,11 @@ class ModelConfig(Settings, prefix="model."):
             )
         if self.trainable == "mhla" and self.attention == "softmax":
             raise UserError("model.trainable=mhla trains nothing with model.attention=softmax")
+        if self.mhla.causal_frames is not None and self.attention in ("softmax", "linformer"):
+            raise UserError(
+                f"model.attention={self.attention} reads later frames; with "
+                "model.mhla.causal_frames use mhla, with model.mhla.exact=1 for softmax"
+            )
         if self.trainable != "all" and self.new_classes:
             raise UserError(
                 f"model.new_classes would never be trained with model.trainable={self.trainable}"

@@ -106,6 +106,8 @@ def test_a_recorded_pass_gives_the_same_bits(compiled):
 
 
 @pytest.mark.gpu
+# The recording is broken off before anything is in it.
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
 def test_without_memory_for_a_recording_steps_are_launched(capsys):
     def forward(x):
         if torch.cuda.is_current_stream_capturing():

@@ -153,6 +153,8 @@ def average_inside_a_tape():
 
 
 @pytest.mark.gpu
+# Gradients are compared in full float32.
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("attention", ["softmax", "mhla"])
@@ -185,6 +187,9 @@ def one_process(tmp_path):
 
 
 @pytest.mark.gpu
+# Launched passes, which recorded ones are compared with, are on the default stream.
+@pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream does not match")
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")
 @pytest.mark.parametrize("recompute", [False, True])
 def test_gradients_are_averaged_inside_a_recording(recompute, one_process):
     """By NCCL in a group of one: what a recording has to hold is the same for any number."""

@@ -1,6 +1,6 @@
 """Causal MHLA token by token: the state keeps one summary per block instead of its tokens."""
 
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -19,10 +19,61 @@ from mhla_gen.ops.causal import (
 from mhla_gen.ops.causal_checks import check_causal, check_weights
 from mhla_gen.ops.dispatch import resolve_implementation
 
-_TENSORS = ("open", "open_keys", "finished", "finished_keys")
+
+class SequenceState:
+    """What states of causal attention share: their sequences are reordered, moved and saved."""
+
+    own: ClassVar[tuple[str, ...]]
+    """Names of the arguments that a state is built with, the positional one first."""
+    tensors: ClassVar[tuple[str, ...]]
+    """Names of its tensors, `[batch, ...]`, each None until it is needed."""
+    lengths: Tensor | None
+
+    def reorder(self, index: Tensor) -> None:
+        """Replace sequence i by sequence `index[i]`: for beam search, repeats, a smaller batch."""
+        if self.lengths is None:
+            return
+        self.lengths = self.lengths[index.cpu()]
+        for name, tensor in self.held():
+            setattr(self, name, tensor.index_select(0, index.to(tensor.device)))
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move everything but `lengths` to a device; returns the state itself."""
+        for name, tensor in self.held():
+            setattr(self, name, tensor.to(device))
+        return self
+
+    def held(self) -> list[tuple[str, Tensor]]:
+        """Its tensors by name, without those that are None."""
+        held = ((name, getattr(self, name)) for name in self.tensors)
+        return [(name, tensor) for name, tensor in held if tensor is not None]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The whole state as tensors, numbers and text, for `torch.save` and `from_state_dict`."""
+        return {name: getattr(self, name) for name in (*self.own, "lengths", *self.tensors)}
+
+    @classmethod
+    def from_state_dict(cls, saved: dict[str, Any]) -> Self:
+        """Create a state from the result of `state_dict`.
+
+        Raises:
+            ValueError: If an entry is missing or unknown.
+        """
+        expected = {*cls.own, "lengths", *cls.tensors}
+        if set(saved) != expected:
+            raise UserError(
+                f"a saved {cls.__name__} holds {sorted(expected)}, found {sorted(saved)}; "
+                "give what state_dict returned"
+            )
+        first, *others = cls.own
+        build: Any = cls
+        state = build(saved[first], **{name: saved[name] for name in others})
+        for name in ("lengths", *cls.tensors):
+            setattr(state, name, saved[name])
+        return state
 
 
-class CausalState:
+class CausalState(SequenceState):
     r"""The state of causal MHLA for a batch of sequences: the recurrent form of `causal_mhla`.
 
     However sequences are split into calls of `prefill` and `step`, the outputs are those of one
@@ -52,6 +103,9 @@ class CausalState:
     Source:
         Zhang et al. 2026, arXiv:2601.07832, App. C.
     """
+
+    own = ("weights", "block_size", "feature_map", "normalize", "eps")
+    tensors = ("open", "open_keys", "finished", "finished_keys")
 
     def __init__(
         self,
@@ -255,47 +309,15 @@ class CausalState:
         return out.unsqueeze(1)
 
     def reorder(self, index: Tensor) -> None:
-        """Replace sequence i by sequence `index[i]`: for beam search, repeats, a smaller batch."""
-        if self.lengths is None:
-            return
-        self.lengths = self.lengths[index.cpu()]
-        for name in _TENSORS:
-            tensor = getattr(self, name)
-            setattr(self, name, tensor.index_select(0, index.to(tensor.device)))
+        """See `SequenceState`."""
+        super().reorder(index)
         self._mixed = None
 
     def to(self, device: torch.device | str) -> Self:
-        """Move everything but `lengths` to a device; returns the state itself."""
+        """See `SequenceState`; the weights move, too."""
         self.weights = self.weights.to(device)
-        for name in _TENSORS:
-            if getattr(self, name) is not None:
-                setattr(self, name, getattr(self, name).to(device))
         self._mixed = None
-        return self
-
-    def state_dict(self) -> dict[str, Any]:
-        """The whole state as tensors, numbers and text, for `torch.save` and `from_state_dict`."""
-        names = ("weights", "block_size", "feature_map", "normalize", "eps", "lengths", *_TENSORS)
-        return {name: getattr(self, name) for name in names}
-
-    @classmethod
-    def from_state_dict(cls, saved: dict[str, Any]) -> Self:
-        """Create a state from the result of `state_dict`.
-
-        Raises:
-            ValueError: If an entry is missing or unknown.
-        """
-        own = ("weights", "block_size", "feature_map", "normalize", "eps")
-        expected = {*own, "lengths", *_TENSORS}
-        if set(saved) != expected:
-            raise UserError(
-                f"a saved state holds {sorted(expected)}, found {sorted(saved)}; "
-                "give what state_dict returned"
-            )
-        state = cls(saved["weights"], **{name: saved[name] for name in own[1:]})
-        for name in ("lengths", *_TENSORS):
-            setattr(state, name, saved[name])
-        return state
+        return super().to(device)
 
     def _check(
         self,

@@ -1,19 +1,15 @@
 """The state of softmax within a window, for reading sequences token by token."""
 
-from typing import Any, Self
-
 import torch
 from torch import Tensor
 
-from mhla_gen.errors import UserError
 from mhla_gen.ops.causal_checks import check_causal_tokens, check_window
+from mhla_gen.ops.causal_state import SequenceState
 from mhla_gen.ops.feature_maps import rotate
 from mhla_gen.ops.window import Late, Rotary, attend, window_attention
 
-_TENSORS = ("key", "rotated", "value", "cos", "sin")
 
-
-class WindowState:
+class WindowState(SequenceState):
     """The state of `window_attention` for a batch of sequences: the last `window` keys and values.
 
     However sequences are split into calls of `read`, the outputs are those of one call of
@@ -29,6 +25,9 @@ class WindowState:
     Raises:
         ValueError: If the window holds no token.
     """
+
+    own = ("window",)
+    tensors = ("key", "rotated", "value", "cos", "sin")
 
     def __init__(self, window: int):
         check_window(window)
@@ -92,46 +91,6 @@ class WindowState:
         self.lengths = self.lengths + counts
         return out[:, kept:], None if late is None else _without(late, kept)
 
-    def reorder(self, index: Tensor) -> None:
-        """Replace sequence i by sequence `index[i]`: for beam search, repeats, a smaller batch."""
-        if self.lengths is None:
-            return
-        self.lengths = self.lengths[index.cpu()]
-        for name, tensor in self._held():
-            setattr(self, name, tensor.index_select(0, index.to(tensor.device)))
-
-    def to(self, device: torch.device | str) -> Self:
-        """Move everything but `lengths` to a device; returns the state itself."""
-        for name, tensor in self._held():
-            setattr(self, name, tensor.to(device))
-        return self
-
-    def state_dict(self) -> dict[str, Any]:
-        """The whole state as tensors and numbers, for `torch.save` and `from_state_dict`."""
-        return {name: getattr(self, name) for name in ("window", "lengths", *_TENSORS)}
-
-    @classmethod
-    def from_state_dict(cls, saved: dict[str, Any]) -> Self:
-        """Create a state from the result of `state_dict`.
-
-        Raises:
-            ValueError: If an entry is missing or unknown.
-        """
-        expected = {"window", "lengths", *_TENSORS}
-        if set(saved) != expected:
-            raise UserError(
-                f"a saved window holds {sorted(expected)}, found {sorted(saved)}; "
-                "give what state_dict returned"
-            )
-        state = cls(saved["window"])
-        for name in expected - {"window"}:
-            setattr(state, name, saved[name])
-        return state
-
-    def _held(self) -> list[tuple[str, Tensor]]:
-        held = ((name, getattr(self, name)) for name in _TENSORS)
-        return [(name, tensor) for name, tensor in held if tensor is not None]
-
     def _begin(self, key: Tensor, value: Tensor, rotary: Rotary) -> None:
         if self.key is None:
             self.lengths = torch.zeros(key.shape[0], dtype=torch.int64)
@@ -154,7 +113,7 @@ class WindowState:
         if rotary is not None:
             cos, sin = (x.expand(key.shape[0], -1, -1) for x in rotary)
             new |= {"cos": cos, "sin": sin}
-        return {name: torch.cat((old, new[name]), dim=1) for name, old in self._held()}
+        return {name: torch.cat((old, new[name]), dim=1) for name, old in self.held()}
 
     def _step(
         self, query: Tensor, key: Tensor, value: Tensor, rotary: Rotary

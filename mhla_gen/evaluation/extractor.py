@@ -57,6 +57,11 @@ class Extractor(nn.Module):
         """The network itself; `forward` has checked and set the precision."""
         raise NotImplementedError
 
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return next(self.parameters(), torch.empty(0)).device
+
     def train(self, mode: bool = True) -> "Extractor":
         """Stay in evaluation mode: a training loop that holds a metric must not change it."""
         return super().train(False)

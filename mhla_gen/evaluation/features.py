@@ -188,7 +188,7 @@ def _loader(
         batch_size=None,
         shuffle=False,
         num_workers=min(num_workers, len(reader)),
-        pin_memory=_device(extractor).type == "cuda",
+        pin_memory=extractor.device.type == "cuda",
     )
 
 
@@ -200,16 +200,12 @@ def _forward(
     On a GPU every batch has as many rows: for another number cuDNN would try its algorithms again,
     which takes as long as thousands of images.
     """
-    count, device = len(images), _device(extractor)
+    count, device = len(images), extractor.device
     pixels = images.to(device, non_blocking=True).movedim(-1, -3)
     if device.type == "cuda" and count < rows:
         pixels = torch.cat([pixels, pixels[:1].expand(rows - count, *pixels.shape[1:])])
     features = extractor(pixels)
     return {name: features[name][:count] for name in names}
-
-
-def _device(extractor: Extractor) -> torch.device:
-    return next(extractor.parameters(), torch.empty(0)).device
 
 
 def _require_one_size(batch: ImageBatch, source: ImageSource, shape: tuple[int, ...]) -> None:

@@ -60,17 +60,12 @@ class Measurer:
         frames = str(self.clip) if self.clip else ""
         return EvaluationProtocol(self.extractor.identity, (shape[-2], shape[-1]), crop, frames)
 
-    @property
-    def device(self) -> torch.device:
-        """Where the extractor is."""
-        return next(self.extractor.parameters(), torch.empty(0)).device
-
     def features(self, source: ImageSource, names: Sequence[str]) -> FeatureSet:
         """Extract features, or find them in the cache."""
         workers = self.config.num_workers
         if workers is None:
             # A mapped array is copied faster than processes could hand it over.
-            workers = 8 if self.device.type == "cuda" and source.decodes else 0
+            workers = 8 if self.extractor.device.type == "cuda" and source.decodes else 0
         return extract_features(
             source,
             self.extractor,

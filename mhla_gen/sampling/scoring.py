@@ -65,7 +65,7 @@ class Scorer:
             unit: Its number.
             samples: uint8 `[samples, (frames,) height, width, channels]`, on any device.
         """
-        pixels = self._prepared(samples).to(self._measurer.device).movedim(-1, -3)
+        pixels = self._prepared(samples).to(self._measurer.extractor.device).movedim(-1, -3)
         features = self._measurer.extractor(pixels)
         for name in self._scoring.feature_names:
             write_features(self._folder, name, unit, features[name].cpu().numpy())

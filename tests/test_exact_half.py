@@ -11,6 +11,7 @@ from tiny import disturb, dit_inputs, tiny_dit, tiny_wan
 import mhla_gen
 from mhla_gen import MHLAConfig
 from mhla_gen.config import ConfigError, ModelConfig, load_config
+from mhla_gen.models.additions import Inputs
 from mhla_gen.models.exact import exact_attention, exact_share, tile_layout
 from mhla_gen.ops import mhla, tile_attention, tile_share
 from mhla_gen.training.build import build_model
@@ -294,7 +295,7 @@ def test_learned_features_start_as_none_and_serve_the_linear_half_alone(feature_
     if feature_map == "softmax":
         options = {"grid": GRID, "layout": LAYOUT, "feature_map": "identity"}
         linear = mhla(q.softmax(-1), k.softmax(-1), v, plain.mixing, **options)
-        found = plain._begin_linear(q, k, v, GRID, None, None)()
+        found = plain._begin_linear(Inputs(q, k, v, (), GRID, None, None, None))()
         torch.testing.assert_close(found, linear)
 
 

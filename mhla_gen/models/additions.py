@@ -1,7 +1,7 @@
 """What every injected attention has in common: a convolution of the values, and a gate."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +62,19 @@ class DepthwiseConv(nn.Module):
     def extra_repr(self) -> str:
         """Channels and filter size, for `print(model)`."""
         return f"{len(self.bias)}, kernel_size={tuple(self.weight.shape[2:])}"
+
+
+class Inputs(NamedTuple):
+    """What attention computes with; see the arguments of `AddedAttention.forward`."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    of_input: Sequence[Tensor]
+    grid: tuple[int, ...]
+    rotary: tuple[Tensor, Tensor] | None
+    group: Any
+    extra: tuple[Tensor, ...] | None
 
 
 class AddedAttention(nn.Module):
@@ -145,14 +158,14 @@ class AddedAttention(nn.Module):
         if of_input is None:
             of_input = products(self.input_layers(), hidden_states)
         logits = None if self.gate is None else gate_logits(self.gate, of_input[0])
-        given = (query, key, value, of_input, grid, rotary, group, extra)
+        given = Inputs(query, key, value, of_input, grid, rotary, group, extra)
         if self.conv is not None and group is None:
-            out = self._begin(*given)().flatten(2)
+            out = self._begin(given)().flatten(2)
             return self.conv(value.flatten(2), grid, after=(out, logits, self.num_heads))
         halo = None
         if self.conv is not None:
             halo = self.conv.begin_halo(value.flatten(2), grid, group)
-        attend = self._begin(*given)
+        attend = self._begin(given)
         # This overlaps with the communication between the processes that share the sequence.
         convolved = None if self.conv is None else self.conv(value.flatten(2), grid, group, halo)
         out = attend().flatten(2)
@@ -160,17 +173,7 @@ class AddedAttention(nn.Module):
             out = out + convolved
         return out if logits is None else times_silu(out, logits, self.num_heads)
 
-    def _begin(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        of_input: Sequence[Tensor],
-        grid: tuple[int, ...],
-        rotary: tuple[Tensor, Tensor] | None,
-        group: Any,
-        extra: tuple[Tensor, ...] | None,
-    ) -> Callable[[], Tensor]:
+    def _begin(self, given: Inputs) -> Callable[[], Tensor]:
         """Start the attention that precedes convolution and gate; calling the result ends it."""
         raise NotImplementedError
 

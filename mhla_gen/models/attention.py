@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mhla_gen.config import MHLAConfig
 from mhla_gen.errors import UserError
-from mhla_gen.models.additions import AddedAttention
+from mhla_gen.models.additions import AddedAttention, Inputs
 from mhla_gen.models.exact import exact_attention, log_denominator, make_combination
 from mhla_gen.models.features import Features, with_magnitude
 from mhla_gen.models.head_rotary import mhla_rotated_by_head
@@ -92,32 +92,23 @@ class MHLA(AddedAttention):
         shares = () if self.combine is None else self.combine.input_layers()
         return (*super().input_layers(), *shares)
 
-    def _begin(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        of_input: Sequence[Tensor],
-        grid: tuple[int, ...],
-        rotary: tuple[Tensor, Tensor] | None,
-        group: Any,
-        extra: tuple[Tensor, ...] | None,
-    ) -> Callable[[], Tensor]:
+    def _begin(self, given: Inputs) -> Callable[[], Tensor]:
         """Start the attention; calling the result ends it.
 
         An axis with fewer tokens than blocks, such as the single frame of an image, uses as many
         blocks as it has tokens, evenly spaced; the other blocks are empty and never read.
         """
-        config = self.config
+        config, extra = self.config, given.extra
         assert extra is None or config.exact > 0 or self.combine is not None
         if config.exact == 0 and extra is None:
-            return self._begin_linear(query, key, value, grid, rotary, group)
+            return self._begin_linear(given)
 
         def attend() -> Tensor:
+            query, key, value, of_input, grid, rotary, *_ = given
             exact, log_sum_exp = exact_attention(query, key, value, config, grid, rotary, extra)
             if self.combine is None:
                 return exact
-            linear = self._begin_linear(query, key, value, grid, rotary, None)()
+            linear = self._begin_linear(given._replace(group=None))()
             weighed_by = self.weighed_by(query, key, of_input, grid, log_sum_exp)
             return self.combine(exact, linear, **weighed_by)
 
@@ -143,20 +134,13 @@ class MHLA(AddedAttention):
         denominator = log_denominator(query, key, mixing, self.config, **options)
         return {"log_sum_exp": log_sum_exp, "log_denominator": denominator}
 
-    def _begin_linear(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        grid: tuple[int, ...],
-        rotary: tuple[Tensor, Tensor] | None,
-        group: Any,
-    ) -> Callable[[], Tensor]:
+    def _begin_linear(self, given: Inputs) -> Callable[[], Tensor]:
         """Start MHLA; calling the result ends it."""
         assert self.features is not None
-        query, key = self.features(query, key)
+        query, key = self.features(given.query, given.key)
+        value, grid, rotary = given.value, given.grid, given.rotary
         layout, mixing = self.occupied_blocks(grid)
-        attend = _begin_operator(rotary, group)(
+        attend = _begin_operator(rotary, given.group)(
             query,
             key,
             value,

@@ -2,14 +2,14 @@
 
 import math
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mhla_gen.models.additions import DepthwiseConv
+from mhla_gen.models.additions import DepthwiseConv, Inputs
 from mhla_gen.models.attention import MHLA, evenly_spaced
 from mhla_gen.models.head_rotary import rotated
 from mhla_gen.ops import FrameState, frame_causal_mhla, frame_mixing
@@ -149,30 +149,14 @@ class FrameCausalMHLA(MHLA):
         """See `MHLA.matrix`: the matrix of a clip with one chunk per distance."""
         return frame_mixing(mixing, mixing.shape[-3])
 
-    def _begin(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        of_input: Sequence[Tensor],
-        grid: tuple[int, ...],
-        rotary: tuple[Tensor, Tensor] | None,
-        group: Any,
-        extra: tuple[Tensor, ...] | None,
-    ) -> Callable[[], Tensor]:
+    def _begin(self, given: Inputs) -> Callable[[], Tensor]:
         """See `AddedAttention`."""
-        assert group is None and extra is None
-        out = self._attend(query, key, value, grid, rotary)
+        assert given.group is None and given.extra is None
+        out = self._attend(given)
         return lambda: out if self.norm is None else self.norm(out)
 
-    def _attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        grid: tuple[int, ...],
-        rotary: tuple[Tensor, Tensor] | None,
-    ) -> Tensor:
+    def _attend(self, inputs: Inputs) -> Tensor:
+        query, key, value, _, grid, rotary, *_ = inputs
         config, state = self.config, self.state
         # A compiled layer is specialized to its number of frames.
         grid = (operator.index(grid[0]), *grid[1:])

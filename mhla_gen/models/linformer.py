@@ -1,7 +1,7 @@
 """The module that Linformer adds to an attention layer: projections of keys and values."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from mhla_gen.config import LinformerConfig
 from mhla_gen.errors import UserError
-from mhla_gen.models.additions import AddedAttention
+from mhla_gen.models.additions import AddedAttention, Inputs
 from mhla_gen.models.head_rotary import rotated
 from mhla_gen.ops import block_starts
 from mhla_gen.ops.linformer import attend_projected, entered_by, project
@@ -78,18 +78,9 @@ class Linformer(AddedAttention):
                 projection.reset_parameters()
         self.reset_parts()
 
-    def _begin(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        of_input: Sequence[Tensor],
-        grid: tuple[int, ...],
-        rotary: tuple[Tensor, Tensor] | None,
-        group: Any,
-        extra: tuple[Tensor, ...] | None,
-    ) -> Callable[[], Tensor]:
+    def _begin(self, given: Inputs) -> Callable[[], Tensor]:
         """Start the attention; calling the result ends it."""
+        query, key, value, _, grid, rotary, _, extra = given
         along = tuple(grid) if self.config.by_axis else (query.shape[1],)
         if not self.config.by_axis and along[0] > self.config.lengths[0]:
             raise UserError(

@@ -9,7 +9,6 @@ convolutions one by one.
 """
 
 import argparse
-import platform
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from rows import machine
 from torch import Tensor
 from torch.nn import functional
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
@@ -284,17 +284,10 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", choices=[way.__name__ for way in WAYS])
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
     chosen = [way for way in WAYS if args.ways is None or way.__name__ in args.ways]
     if device.type == "cpu":
         chosen = [way for way in chosen if way in (launched, unfused)]
-    found: dict[str, Any] = {
-        "date": time.strftime("%Y-%m-%d"),
-        "device": name,
-        "cpu_threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "arguments": {key: str(value) for key, value in vars(args).items()},
-    }
+    found: dict[str, Any] = {**machine(), "cpu_threads": torch.get_num_threads()}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         weights = folder / "weights.pth"
@@ -315,13 +308,7 @@ def main() -> None:
                 started = time.perf_counter()
                 found[part] = run()
                 print(f"{part}: {time.perf_counter() - started:.1f} s", flush=True)
-                write(args.out, found)
-
-
-def write(path: Path, found: dict[str, Any]) -> None:
-    """Write the results so far."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, found)
+                write_json(args.out, found, indent=2)
 
 
 if __name__ == "__main__":

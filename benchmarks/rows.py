@@ -8,6 +8,7 @@ import argparse
 import json
 import math
 import platform
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -94,7 +95,7 @@ def machine() -> dict[str, str]:
 
         versions["triton"] = triton.__version__
     return {
-        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "date": date.today().isoformat(),
         "device": torch.cuda.get_device_name() if is_gpu else platform.processor() or "cpu",
         **versions,

@@ -12,6 +12,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from rows import machine
+
 from mhla_gen.files import write_json
 
 _POLL_SECONDS = 0.5
@@ -77,7 +79,7 @@ def spread(script: str, arguments: Sequence[str], out: Path, processes: int) -> 
             found = [json.loads(part.read_text()) for part in parts if part.is_file()]
             if found:
                 rows = sorted((row for each in found for row in each["rows"]), key=_number)
-                write_json(out, {**found[0], "rows": rows}, indent=1)
+                write_json(out, {**machine(), "rows": rows}, indent=1)
         if any(process.returncode for process in running):
             raise SystemExit("a process failed; its error is above")
 

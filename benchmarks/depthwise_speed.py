@@ -10,7 +10,6 @@ numbers of warps and lines in flight, to choose `_TOKENS`, `_CHANNELS`, `_WARPS`
 import argparse
 import math
 import time
-from itertools import product
 from pathlib import Path
 
 import torch
@@ -98,19 +97,22 @@ def sweep(batch, grid, channels) -> list[dict]:
     tokens, weight, bias, grad = inputs(batch, grid, channels)
     rows = []
     kept = kernels._TOKENS, kernels._CHANNELS, kernels._WARPS, kernels._STAGES
-    for (size, width, warps), stages in product(TILES, (1, 2, 3)):
-        kernels._TOKENS, kernels._CHANNELS = size, width
-        kernels._WARPS, kernels._STAGES = warps, stages
-        row = {"tokens": size, "channels": width, "warps": warps, "stages": stages}
+
+    @torch.no_grad()
+    def forward() -> None:
+        kernels.depthwise_tokens(tokens, weight, bias, list(grid))
+
+    def backward() -> None:
+        kernels.depthwise_tokens_backward(grad, tokens, weight, list(grid))
+
+    for size, width, warps in TILES:
+        kernels._TOKENS, kernels._CHANNELS, kernels._WARPS = size, width, warps
+        row = {"tokens": size, "channels": width, "warps": warps}
         try:
-            with torch.no_grad():
-                row["forward_ms"] = time_ms(
-                    lambda: kernels.depthwise_tokens(tokens, weight, bias, list(grid)), brief=True
-                )
-                row["backward_ms"] = time_ms(
-                    lambda: kernels.depthwise_tokens_backward(grad, tokens, weight, list(grid)),
-                    brief=True,
-                )
+            row["backward_ms"] = time_ms(backward, brief=True)
+            for stages in (1, 3):
+                kernels._STAGES = stages
+                row[f"forward_ms_{stages}_stages"] = time_ms(forward, brief=True)
         except Exception as error:
             # These constants need too many registers or too much shared memory.
             row["error"] = str(error).splitlines()[0][:100]

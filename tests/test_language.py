@@ -204,6 +204,10 @@ def test_a_window_alone_is_the_softmax_of_a_sliding_window():
         torch.testing.assert_close(model(ids).logits, mistral(ids).logits)
 
 
+def test_without_settings_a_pretrained_model_keeps_a_window():
+    assert inject(softmax_model()).config.mhla["window"] == 256
+
+
 def test_a_converted_model_starts_at_the_window_and_a_new_one_half_way():
     config = replace(CONFIG, window=8)
     shares = []

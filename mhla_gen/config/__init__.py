@@ -4,7 +4,7 @@ A config file is YAML whose first key, `job`, names the command it belongs to. V
 dataclass, then the file, then `key=value` overrides; a key that no dataclass has is an error.
 """
 
-from mhla_gen.config.causal import CausalMHLAConfig
+from mhla_gen.config.causal import FOR_PRETRAINED_LANGUAGE, CausalMHLAConfig
 from mhla_gen.config.data import (
     AutoencoderConfig,
     CacheConfig,
@@ -29,6 +29,7 @@ from mhla_gen.config.wan import WAN_PRESETS, WanConfig
 
 __all__ = [
     "FOR_PRETRAINED",
+    "FOR_PRETRAINED_LANGUAGE",
     "SCHEMAS",
     "WAN_PRESETS",
     "AttentionConfig",

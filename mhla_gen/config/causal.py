@@ -68,3 +68,7 @@ class CausalMHLAConfig(Settings):
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """The settings that `to_dict` wrote."""
         return cls(**values)
+
+
+FOR_PRETRAINED_LANGUAGE = CausalMHLAConfig(window=256)
+"""What docs/language.md recommends for a pretrained model; `CausalMHLAConfig()` is the paper's."""

@@ -9,6 +9,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from mhla_gen.config import (
     FOR_PRETRAINED,
+    FOR_PRETRAINED_LANGUAGE,
     AttentionConfig,
     CausalMHLAConfig,
     LinformerConfig,
@@ -104,8 +105,8 @@ def inject(
             that holds one or more of them (both experts of Wan 2.2), or a language model of
             transformers (`docs/language.md`), or a ViT of timm (`docs/classification.md`).
         config: Settings of MHLA or Linformer, for a language model a `CausalMHLAConfig`. None is
-            what docs/evidence.md recommends for a pretrained model, `MHLAConfig(exact=0.125)`; the
-            paper's MHLA is `MHLAConfig()`. For a language model None is `CausalMHLAConfig()`.
+            what docs/evidence.md recommends for a pretrained model, `MHLAConfig(exact=0.125)`, for
+            a language model `CausalMHLAConfig(window=256)`; without arguments both are the paper's.
 
     Returns:
         `pipe_or_transformer`.
@@ -115,7 +116,7 @@ def inject(
             not fit it.
     """
     language = is_language_model(pipe_or_transformer)
-    config = config or (CausalMHLAConfig() if language else FOR_PRETRAINED)
+    config = config or (FOR_PRETRAINED_LANGUAGE if language else FOR_PRETRAINED)
     if isinstance(config, CausalMHLAConfig) != language:
         expected = "CausalMHLAConfig" if language else "MHLAConfig or LinformerConfig"
         leaks = language and isinstance(config, LinformerConfig)

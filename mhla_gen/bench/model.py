@@ -11,6 +11,7 @@ from mhla_gen.bench.measure import latency_ms, peak_memory_gib, recorded
 from mhla_gen.bench.profiles import as_table, kernel_times
 from mhla_gen.config import BenchConfig, MHLAConfig, load_config
 from mhla_gen.models import inject, summary
+from mhla_gen.models.dit import disable_label_dropout
 from mhla_gen.models.exact import exact_share
 from mhla_gen.models.transformer import MHLATransformerMixin
 from mhla_gen.runtime.compiling import compile_blocks
@@ -131,9 +132,13 @@ def _build(config: BenchConfig, grid: tuple[int, ...]) -> Any:
     if config.model == "dit":
         from diffusers import DiTTransformer2DModel
 
-        return DiTTransformer2DModel(
+        model = DiTTransformer2DModel(
             num_layers=config.num_layers or 28, sample_size=2 * grid[0], out_channels=8
         )
+        # As in training, where labels are dropped before the model. Recomputing what draws random
+        # numbers cannot be recorded.
+        disable_label_dropout(model)
+        return model
     if config.model == "flux":
         from diffusers import FluxTransformer2DModel
 

@@ -115,3 +115,9 @@ class MHLADiTTransformer2DModel(
         super().__init__(**base)
         _set_frequency_shift(self, timestep_freq_shift)
         self.convert_new(mhla)
+
+
+def disable_label_dropout(model: Any) -> None:
+    """Make a DiT keep all labels in training mode, too."""
+    for block in model.transformer_blocks:
+        block.norm1.emb.class_embedder.dropout_prob = 0.0

@@ -11,11 +11,12 @@ from mhla_gen.data import TrainingData
 from mhla_gen.data.caching.cached import CachedLatents
 from mhla_gen.errors import UserError
 from mhla_gen.models import MHLADiTTransformer2DModel
+from mhla_gen.models.dit import disable_label_dropout
 from mhla_gen.pipelines.class_conditional import ClassConditionalPipeline
 from mhla_gen.pipelines.noise import generator_of, sample_seed
 from mhla_gen.training.conditioning import ClassLabels
 from mhla_gen.training.ddpm import DDPM
-from mhla_gen.training.initialization import disable_label_dropout, initialize_dit
+from mhla_gen.training.initialization import initialize_dit
 from mhla_gen.training.objectives import FlowMatching, Objective
 from mhla_gen.training.pretrained import attention_settings, pretrained_dit, require_pipeline
 from mhla_gen.training.task import Task, preview_pixels

@@ -4,6 +4,8 @@ from typing import Any
 
 from torch import nn
 
+from mhla_gen.models.dit import disable_label_dropout
+
 
 def initialize_dit(model: Any) -> None:
     """Give a new DiT its own initialisation, in place.
@@ -39,9 +41,3 @@ def initialize_dit(model: Any) -> None:
     for layer in (model.proj_out_1, model.proj_out_2):
         nn.init.zeros_(layer.weight)
     disable_label_dropout(model)
-
-
-def disable_label_dropout(model: Any) -> None:
-    """Make the model keep all labels in training mode, too."""
-    for block in model.transformer_blocks:
-        block.norm1.emb.class_embedder.dropout_prob = 0.0

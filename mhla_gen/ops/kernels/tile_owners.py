@@ -84,13 +84,13 @@ def owners_of_patches(lists: Tensor, call: TileCall, patches: Patches) -> tuple[
     """
     heads, num_groups, num_tiles = call.batch_heads, call.placed.num_groups, call.placed.num_tiles
     reads = torch.zeros(heads, num_tiles, num_groups, dtype=torch.uint8, device=lists.device)
-    listed = heads * num_groups * call.placed.list_size
+    list_size = call.placed.list_size
     launch(
         reads_kernel,
-        (quotient_up(listed, 1024),),
+        (heads * num_groups,),
         (lists, reads),
-        (listed, call.placed.list_size, num_groups, num_tiles),
-        {"BT": 1024},
+        (list_size, num_groups, num_tiles),
+        {"BT": triton.next_power_of_2(max(list_size, 1)), "num_warps": 1},
     )
     num_patches = math.prod(patches.counts or ())
     owners = lists.new_empty((heads, num_patches, num_groups))
@@ -114,14 +114,13 @@ def owners_of_patches(lists: Tensor, call: TileCall, patches: Patches) -> tuple[
 
 
 @triton.jit
-def reads_kernel(lists_ptr, reads_ptr, listed, list_size, num_groups, num_tiles, BT: tl.constexpr):
-    """Put a one wherever a group reads a tile."""
-    index = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
-    exists = index < listed
-    group = index // list_size
-    tile = tl.load(lists_ptr + group * list_size + index, mask=exists, other=0)
-    place = (group // num_groups * num_tiles + tile) * num_groups + group % num_groups
-    tl.store(reads_ptr + place, 1, mask=exists)
+def reads_kernel(lists_ptr, reads_ptr, list_size, num_groups, num_tiles, BT: tl.constexpr):
+    """Put a one wherever one group and head reads a tile."""
+    row = tl.program_id(0).to(tl.int64)
+    places = tl.arange(0, BT)
+    tiles = tl.load(lists_ptr + row * (2 * list_size) + places, mask=places < list_size, other=0)
+    reads_ptr += row // num_groups * num_tiles * num_groups + row % num_groups
+    tl.store(reads_ptr + tiles * num_groups, 1, mask=places < list_size)
 
 
 @triton.jit

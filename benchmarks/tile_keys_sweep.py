@@ -1,6 +1,6 @@
 """Time the gradients of keys in tile attention, launched in different ways.
 
-python benchmarks/tile_keys_sweep.py OUT.json [--seconds 50]        needs CUDA
+python benchmarks/tile_keys_sweep.py OUT.json [--seconds 35]        needs CUDA
 
 For every way and shape: milliseconds of the kernel of dk and dv and of finding its owners (means of
 three passes, from torch's profiler), of the whole backward pass (median over replays of a CUDA
@@ -27,31 +27,30 @@ from torch import Tensor
 from mhla_gen.ops import auto_tiles, tile_attention
 from mhla_gen.ops.kernels import tile_form, tile_gradients
 from mhla_gen.ops.kernels.tile_call import TileCall
-from mhla_gen.ops.kernels.tile_gradients import KeyForm
+from mhla_gen.ops.kernels.tile_gradients import PatchForm
 from mhla_gen.ops.tiles import tiling
 
 WAYS = (
-    KeyForm(),
-    KeyForm(together=64),
-    KeyForm(together=64, stages=3),
-    KeyForm(together=128, warps=8),
-    KeyForm(together=32),
-    KeyForm(warps=1),
-    KeyForm(queries=32, warps=1),
-    KeyForm(warps=2),
-    KeyForm(stages=3),
-    KeyForm(together=32, warps=2),
-    KeyForm(together=64, warps=8),
-    KeyForm(together=64, queries=32),
-    KeyForm(together=64, queries=128),
-    KeyForm(queries=128),
+    PatchForm(),
+    PatchForm(keys=64),
+    PatchForm(keys=64, stages=3),
+    PatchForm(keys=64, stages=3, registers=168),
+    PatchForm(keys=64, slab=32),
+    PatchForm(keys=64, slab=64),
+    PatchForm(keys=32),
+    PatchForm(keys=128),
+    PatchForm(keys=128, slab=32),
+    PatchForm(keys=64, slab=32, stages=3),
+    PatchForm(keys=64, slab=64, stages=3),
+    PatchForm(keys=64, registers=168),
 )
 # Batch, heads, grid, shares; head_dim 64.
 SHAPES = (
-    (32, 4, (64, 64), (0.125, 0.05, 0.25, 0.02)),
-    (1, 6, (128, 128), (0.05, 0.125)),
+    (32, 4, (64, 64), (0.125, 0.05, 0.25)),
+    (1, 6, (128, 128), (0.05,)),
 )
-_NOT_OWNERS = ("prepare", "read_boxes", "queries_kernel", "keys_kernel")
+_KEYS = "keys_kernel", "patches_kernel"
+_NOT_OWNERS = "prepare", "read_boxes", "queries_kernel", *_KEYS
 
 
 class Problem:
@@ -83,9 +82,9 @@ class Problem:
         return torch.autograd.grad(tile_attention(*inputs, **options)[0], inputs[1:], grad)
 
 
-def compile_way(way: KeyForm) -> None:
+def compile_way(way: PatchForm) -> None:
     """Fill Triton's cache, in a process of its own."""
-    tile_gradients.KEYS = way
+    tile_gradients.PATCH = way
     for share in (0.125, 0.05):
         try:
             Problem(1, 4, (64, 64), share).backward()
@@ -93,16 +92,16 @@ def compile_way(way: KeyForm) -> None:
             print(way, type(error).__name__, flush=True)
 
 
-def measure(problem: Problem, expected: tuple[Tensor, ...], way: KeyForm) -> dict[str, Any]:
+def measure(problem: Problem, expected: tuple[Tensor, ...], way: PatchForm) -> dict[str, Any]:
     """One row."""
-    tile_gradients.KEYS = way
+    tile_gradients.PATCH = way
     found = problem.backward()[1:3]
     pairs = zip(found, expected, strict=True)
     errors = [((f[:1].float() - e).norm() / e.norm()).item() for f, e in pairs]
     kernels = kernel_ms(problem.backward)
     owners = sum(ms for name, ms in kernels.items() if not any(n in name for n in _NOT_OWNERS))
     return {
-        "keys_ms": next(ms for name, ms in kernels.items() if "keys_kernel" in name),
+        "keys_ms": next(ms for name, ms in kernels.items() if any(n in name for n in _KEYS)),
         "owners_ms": round(owners, 4),
         "backward_ms": round(time_ms(problem.backward), 4),
         "errors": [round(error, 5) for error in errors],
@@ -113,7 +112,7 @@ def main() -> None:
     """Measure every way at every shape."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("out", type=Path)
-    parser.add_argument("--seconds", type=float, default=50)
+    parser.add_argument("--seconds", type=float, default=35)
     options = parser.parse_args()
     end = time.monotonic() + options.seconds
     rows: list[dict[str, Any]] = []

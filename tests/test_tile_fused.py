@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from mhla_gen.ops import auto_tiles, tile_blockwise, tile_fused
 from mhla_gen.ops.kernels import tile_form, tile_gradients
 from mhla_gen.ops.kernels.tile_call import TileCall, three_axes
-from mhla_gen.ops.kernels.tile_owners import choose_patches, owners_of_patches, owners_of_tiles
+from mhla_gen.ops.kernels.tile_owners import choose_patches, owners_of_patches
 from mhla_gen.ops.partition import block_slots
 from mhla_gen.ops.tile_attention import resolve_tile_implementation, tile_attention
 from mhla_gen.ops.tiles import filled_slots, tile_lists, tiling, window_tiles
@@ -193,20 +193,7 @@ def test_autocast_chooses_the_same_tiles():
         assert all(map(torch.equal, attend(tensors, options, "fused"), expected))
 
 
-def test_owners_are_the_groups_that_list_a_tile():
-    placed = tiling((12, 10), (2, 2), (3, 1), 2, (2, 1))
-    means = torch.randn(2, 3, placed.num_groups, 4), torch.randn(2, 3, placed.num_tiles, 4)
-    lists = tile_lists(*means, placed).flatten(0, 1).int()
-    owners, offsets = owners_of_tiles(torch.stack((lists, -lists), dim=2), placed.num_tiles)
-    for head in range(6):
-        for tile in range(placed.num_tiles):
-            place = head * placed.num_tiles + tile
-            found = owners[offsets[place] : offsets[place + 1]]
-            expected = (lists[head] == tile).any(dim=-1).nonzero()[:, 0]
-            assert torch.equal(found.long(), expected)
-
-
-@pytest.mark.parametrize(("number", "keys"), [(0, 32), (1, 32), (2, 64), (3, 64)])
+@pytest.mark.parametrize(("number", "keys"), [(0, 0), (0, 32), (1, 0), (1, 32), (2, 64), (3, 64)])
 def test_owners_of_patches_are_the_groups_that_read_some_of_their_tiles(number, keys):
     layout = LAYOUTS[number]
     placed = tiling(*(layout.get(n) for n in ("grid", "tile", "window", "top", "group")))
@@ -230,16 +217,19 @@ def test_owners_of_patches_are_the_groups_that_read_some_of_their_tiles(number, 
             found |= (lists[head] == tile).any(dim=-1).long().cpu() << bit
         owning = found.nonzero()[:, 0]
         assert counts[head, patch] == len(owning)
-        expected = owning * 256 + found[owning]
+        expected = owning * 65536 + found[owning]
         assert torch.equal(owners[head, patch, : len(owning)].long().cpu(), expected)
 
 
-@pytest.mark.parametrize(("number", "together"), [(0, 16), (2, 32), (3, 16), (6, 32)])
-def test_small_tiles_together(poisoned, monkeypatch, number, together):
+@pytest.mark.parametrize(
+    ("number", "keys", "slab"), [(0, 16, 16), (2, 32, 16), (2, 32, 32), (3, 16, 16), (6, 32, 16)]
+)
+def test_small_tiles_together(poisoned, monkeypatch, number, keys, slab):
     """Gradients of keys do not depend on how many tiles a program handles."""
     tensors, options = make(LAYOUTS[number], heads=1, batch=1, head_dim=20, value_dim=12)
     expected = outputs_and_gradients(tensors, options, "fused", torch.float32)
-    monkeypatch.setattr(tile_gradients, "KEYS", tile_gradients.KeyForm(together=together))
+    form = tile_gradients.PatchForm(keys=keys, slab=slab)
+    monkeypatch.setattr(tile_gradients, "PATCH", form)
     actual = outputs_and_gradients(tensors, options, "fused", torch.float32)
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 

@@ -220,46 +220,19 @@ def tile_backward_queries_kernel(
 
 @triton.jit
 def add_key_gradients(
-    k0, k1, v0, v1, q_ptr, grad_ptr, packed_lse_ptr, delta_ptr, rows, valid, kept, scale, dk0, dk1,
-    dv0, dv1, D: tl.constexpr, V: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
-    V0: tl.constexpr, V1: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    k0, k1, v0, v1, q_ptr, grad_ptr, packed_lse_ptr, delta_ptr, rows, valid, scale, dk0, dk1, dv0,
+    dv1, D: tl.constexpr, V: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, V0: tl.constexpr,
+    V1: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The sums dk and dv with what packed queries `rows` add to them, those that are `valid`.
-
-    `kept` says which pairs of a key and a query count; None if all do.
-    """
+    """The sums dk and dv with what packed queries `rows` add to them, those that are `valid`."""
     q0, q1 = load_rows(q_ptr, rows, D, D0, D1)
     do0, do1 = load_rows(grad_ptr, rows, V, V0, V1)
     lse = tl.where(valid, tl.load(packed_lse_ptr + rows), float("inf"))[None, :]
-    if kept is not None:
-        lse = tl.where(kept, lse, float("inf"))
     delta = tl.load(delta_ptr + rows)[None, :]
     p, ds = score_gradients(k0, k1, q0, q1, v0, v1, do0, do1, lse, delta, scale, D1, V1, PRECISION)
     dv0, dv1 = add_times(p.to(OPERAND), do0, do1, dv0, dv1, V1, PRECISION)
     dk0, dk1 = add_times(ds.to(OPERAND), q0, q1, dk0, dk1, D1, PRECISION)
     return dk0, dk1, dv0, dv1
-
-
-@triton.jit
-def patch_slots(
-    patch, slots, box, patches, SLOTS: tl.constexpr, SIZE_T: tl.constexpr, SIZE_H: tl.constexpr,
-    SIZE_W: tl.constexpr, RANK: tl.constexpr,
-):  # fmt: skip
-    """Slots of a patch, `SLOTS` a tile: which of its tiles they belong to, tokens, which exist."""
-    T, H, W, LT, LH, LW = box
-    first_t, first_h, first_w, count_t, count_h, count_w = block_box(
-        patch, LT, LH, LW, patches[0], patches[1], patches[2], RANK
-    )
-    member, place = slots // SLOTS, slots % SLOTS
-    w, h, t = member % SIZE_W, member // SIZE_W % SIZE_H, member // (SIZE_W * SIZE_H)
-    exists = (t < count_t) & (h < count_h) & (w < count_w)
-    tile = ((first_t + t) * LH + first_h + h) * LW + first_w + w
-    first_t, first_h, first_w, size_t, size_h, size_w = block_box(
-        tl.where(exists, tile, 0), T, H, W, LT, LH, LW, RANK
-    )
-    valid = exists & (place < size_t * size_h * size_w)
-    tokens = box_tokens(place, first_t, first_h, first_w, size_h, size_w, H, W, RANK)
-    return member, tokens, valid
 
 
 @triton.jit
@@ -273,7 +246,7 @@ def tile_backward_keys_kernel(
     cos_ptr,
     sin_ptr,
     owners_ptr,
-    offsets_ptr,
+    counts_ptr,
     dk_ptr,
     dv_ptr,
     k_strides,
@@ -281,9 +254,8 @@ def tile_backward_keys_kernel(
     dk_strides,
     dv_strides,
     box,
-    patches,
     num_heads,
-    num_patches,
+    num_tiles,
     num_groups,
     blocks,
     scale,
@@ -297,42 +269,27 @@ def tile_backward_keys_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     PACK: tl.constexpr,
-    SLOTS: tl.constexpr,
-    SIZE_T: tl.constexpr,
-    SIZE_H: tl.constexpr,
-    SIZE_W: tl.constexpr,
     RANK: tl.constexpr,
     ALIGN: tl.constexpr,
     ROTARY: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Gradients dk, rotated back, and dv of BN slots of one patch of tiles and head.
+    """Gradients dk, rotated back, and dv of BN slots of one tile and head.
 
-    A step handles BM queries: a part of one group of PACK slots, or several small groups. Groups
-    may read only some tiles of a patch of several ones; `patches` is None if each is one tile.
+    A step handles BM queries: a part of one group of PACK slots, or several small groups.
     """
     block = tl.program_id(0) % blocks
-    patch = tl.program_id(0) // blocks % num_patches
-    head = tl.program_id(0) // blocks // num_patches % num_heads
-    batch = (tl.program_id(0) // blocks // num_patches // num_heads).to(tl.int64)
+    tile = tl.program_id(0) // blocks % num_tiles
+    head = tl.program_id(0) // blocks // num_tiles % num_heads
+    batch = (tl.program_id(0) // blocks // num_tiles // num_heads).to(tl.int64)
     row = batch * num_heads + head
     slots = block * BN + tl.arange(0, BN)
-    index = row * num_patches + patch
-    if patches is None:
-        first_t, first_h, first_w, size_t, size_h, size_w = block_box(
-            patch, box[0], box[1], box[2], box[3], box[4], box[5], RANK
-        )
-        valid = slots < size_t * size_h * size_w
-        tokens = box_tokens(slots, first_t, first_h, first_w, size_h, size_w, box[1], box[2], RANK)
-        first = tl.load(offsets_ptr + index)
-        num_queries = (tl.load(offsets_ptr + index + 1) - first) * PACK
-    else:
-        member, tokens, valid = patch_slots(
-            patch, slots, box, patches, SLOTS, SIZE_T, SIZE_H, SIZE_W, RANK
-        )
-        first = index * num_groups
-        num_queries = tl.load(offsets_ptr + index) * PACK
+    first_t, first_h, first_w, size_t, size_h, size_w = block_box(
+        tile, box[0], box[1], box[2], box[3], box[4], box[5], RANK
+    )
+    valid = slots < size_t * size_h * size_w
+    tokens = box_tokens(slots, first_t, first_h, first_w, size_h, size_w, box[1], box[2], RANK)
     k_ptr += head_offset(k_strides, batch, head, ALIGN)
     v_ptr += head_offset(v_strides, batch, head, ALIGN)
     k0, k1 = load_pieces(k_ptr, tokens, valid, k_strides, D, D0, D1, ALIGN)
@@ -342,7 +299,8 @@ def tile_backward_keys_kernel(
     dk1 = tl.zeros((BN, D1 if D1 > 0 else 1), tl.float32)
     dv0 = tl.zeros((BN, V0), tl.float32)
     dv1 = tl.zeros((BN, V1 if V1 > 0 else 1), tl.float32)
-    owners_ptr += first
+    owners_ptr += (row * num_tiles + tile) * num_groups
+    num_queries = tl.load(counts_ptr + row * num_tiles + tile) * PACK
     for start in range(0, num_queries, BM):
         # Vectors, also of equal numbers, Triton loads ahead; for a scalar it would wait.
         queries = start + tl.arange(0, BM)
@@ -351,19 +309,10 @@ def tile_backward_keys_kernel(
             owners = tl.load(owners_ptr + start // PACK + tl.zeros((BM,), tl.int32))
         else:
             owners = tl.load(owners_ptr + queries // PACK, mask=exists, other=0)
-        kept = None
-        if patches is not None:
-            if PACK % BM == 0:
-                # One owner of all queries: one bit for each key.
-                reads = tl.load(owners_ptr + start // PACK + tl.zeros((BN,), tl.int32))[:, None]
-            else:
-                reads = owners[None, :]
-            kept = ((reads >> member[:, None]) & 1) != 0
-            owners = owners >> 8
-        rows = owners * PACK + queries % PACK
+        rows = (owners >> 16) * PACK + queries % PACK
         dk0, dk1, dv0, dv1 = add_key_gradients(
             k0, k1, v0, v1, q_ptr + packed * D, grad_ptr + packed * V, packed_lse_ptr + packed,
-            delta_ptr + packed, rows, exists, kept, scale, dk0, dk1, dv0, dv1,
+            delta_ptr + packed, rows, exists, scale, dk0, dk1, dv0, dv1,
             D, V, D0, D1, V0, V1, OPERAND, PRECISION,
         )  # fmt: skip
     dk0, dk1 = dk0 * factor, dk1 * factor
@@ -431,7 +380,7 @@ def tile_backward_extra_kernel(
         rows = step * BM + tl.arange(0, BM)
         dk0, dk1, dv0, dv1 = add_key_gradients(
             k0, k1, v0, v1, q_ptr + packed * D, grad_ptr + packed * V, packed_lse_ptr + packed,
-            delta_ptr + packed, rows, rows >= 0, None, scale, dk0, dk1, dv0, dv1,
+            delta_ptr + packed, rows, rows >= 0, scale, dk0, dk1, dv0, dv1,
             D, V, D0, D1, V0, V1, OPERAND, PRECISION,
         )  # fmt: skip
     # Masked keys were read as zeros, whose weights may be anything.

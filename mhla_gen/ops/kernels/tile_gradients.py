@@ -27,22 +27,25 @@ from mhla_gen.ops.kernels.tile_call import (
     without,
 )
 from mhla_gen.ops.kernels.tile_form import Loop, descriptor, pack_tiles, read_boxes, read_tiles
-from mhla_gen.ops.kernels.tile_owners import choose_patches, owners_of_patches, owners_of_tiles
+from mhla_gen.ops.kernels.tile_owners import choose_patches, owners_of_patches
+from mhla_gen.ops.kernels.tile_patches import tile_backward_patches_kernel
 
 
 @dataclass(frozen=True)
-class KeyForm:
-    """How the kernel of dk and dv is launched with 16-bit operands."""
+class PatchForm:
+    """How small tiles are handled together."""
 
-    together: int = 0
-    """Small tiles are handled together, up to so many slots; see `tile_owners.py`."""
-    queries: int = 64
-    """Queries of a step."""
+    keys: int = 0
+    """Slots of a patch, at most."""
+    slab: int = 16
+    """Slots of a product, at least."""
     warps: int = 4
     stages: int = 2
+    registers: int | None = None
+    """Most registers a thread."""
 
 
-KEYS = KeyForm()
+PATCH = PatchForm()
 # Parts of all queries that gradients of few keys off the grid are summed in.
 _ENOUGH_PROGRAMS = 512
 
@@ -163,37 +166,40 @@ def _backward_keys(
     call: TileCall,
 ) -> tuple[Tensor, Tensor]:
     dkey, dvalue = call.query.new_empty(call.query.shape), call.value.new_empty(call.value.shape)
-    patches = choose_patches(call, options["together"])
-    if patches.counts is None:
-        num_patches, blocks = call.placed.num_tiles, quotient_up(call.slots, options["BN"])
-        owners, offsets = owners_of_tiles(lists, num_patches)
-    else:
-        num_patches, blocks = math.prod(patches.counts), 1
-        options = options | {"BN": padded(math.prod(patches.size) * call.slot_sizes["SLOTS"])}
-        owners, offsets = owners_of_patches(lists, call, patches)
+    slots, pack = call.slot_sizes["SLOTS"], packs[0].shape[2]
+    patches = choose_patches(call, PATCH.keys)
+    num_patches = math.prod(patches.counts)
+    owners, counts = owners_of_patches(lists, call, patches)
     strides = keys.stride(), value.stride(), dkey.stride(), dvalue.stride()
-    constants = without(
-        kernel_constants(call, options, *strides),
-        "together", "RAGGED", "TAIL", "SLOT_T", "SLOT_H", "SLOT_W",
-    )  # fmt: skip
+    tensors = *packs, keys, value, call.cos, call.sin, owners, counts, dkey, dvalue
+    sizes = call.query.shape[2], num_patches, call.placed.num_groups
+    scales = call.scale * LOG2E, call.scale
+    unused = "RAGGED", "TAIL", "SLOT_T", "SLOT_H", "SLOT_W"
+    constants = without(kernel_constants(call, options, *strides), *unused) | {"PACK": pack}
+    if patches.tiles == 1:
+        blocks = quotient_up(call.slots, options["BN"])
+        launch(
+            tile_backward_keys_kernel,
+            (blocks * num_patches * call.batch_heads,),
+            tensors,
+            (*strides, call.box, *sizes, blocks, *scales),
+            without(constants, "SLOTS"),
+        )
+        return dkey, dvalue
+    slab = max(slots, PATCH.slab)
+    constants |= {"SLAB": slab, "SLABS": quotient_up(patches.tiles * slots, slab)}
+    constants |= dict(zip(("SIZE_T", "SIZE_H", "SIZE_W"), patches.size, strict=True))
+    constants |= {"STAGES": PATCH.stages, "num_warps": PATCH.warps, "num_stages": PATCH.stages}
+    if constants["OPERAND"] != tl.float32:
+        constants["BM"] = 64
+    if PATCH.registers is not None:
+        constants["maxnreg"] = PATCH.registers
     launch(
-        tile_backward_keys_kernel,
-        (blocks * num_patches * call.batch_heads,),
-        (*packs, keys, value, call.cos, call.sin, owners, offsets, dkey, dvalue),
-        (
-            *strides,
-            call.box,
-            patches.counts,
-            call.query.shape[2],
-            num_patches,
-            call.placed.num_groups,
-            blocks,
-            call.scale * LOG2E,
-            call.scale,
-        ),
-        constants
-        | {"PACK": packs[0].shape[2]}
-        | dict(zip(("SIZE_T", "SIZE_H", "SIZE_W"), patches.size, strict=True)),
+        tile_backward_patches_kernel,
+        (num_patches * call.batch_heads,),
+        tensors,
+        (*strides, call.box, patches.counts, *sizes, *scales),
+        without(constants, "BN"),
     )
     return dkey, dvalue
 
@@ -259,18 +265,13 @@ def _backward_options(call: TileCall, rows: int) -> dict[str, dict]:
         common = {"num_warps": 4, "num_stages": 1}
         keys = min(padded(call.slots), 32)
         return {
-            "keys": common | {"BM": 32, "BN": keys, "together": min(KEYS.together, 32)},
+            "keys": common | {"BM": 32, "BN": keys},
             "extra": common | {"BM": min(rows, 32), "BN": 32},
         }
     keys = min(padded(call.slots), 64)
-    common = {"num_warps": 4, "num_stages": 2}
+    warps = max(1, min(4, keys * max(call.pieces["D"], call.pieces["V"]) // 1024))
     return {
-        "keys": {
-            "BM": KEYS.queries,
-            "BN": keys,
-            "num_warps": KEYS.warps,
-            "num_stages": KEYS.stages,
-            "together": KEYS.together,
-        },
-        "extra": common | {"BM": min(rows, 64), "BN": 64},
+        # Few keys need no more warps: they would wait for one another's weights.
+        "keys": {"BM": max(32, min(rows, 64)), "BN": keys, "num_warps": warps, "num_stages": 2},
+        "extra": {"BM": min(rows, 64), "BN": 64, "num_warps": 4, "num_stages": 2},
     }

@@ -1,8 +1,8 @@
 """Which groups read a tile: the lists of tile attention, inverted for gradients of keys.
 
-A *patch* is a box of neighbouring tiles whose gradients one program sums, since products of a small
-tile's few rows waste time and every program reads its queries anew. An owner of a patch reads some
-of its tiles: it is stored as 256 · group, plus one bit for each tile of the patch that it reads.
+A *patch* is a box of neighbouring small tiles whose gradients one program sums, or a single tile.
+The owners of a patch are the groups that read some of its tiles, each stored as 65536 · group plus
+one bit for each tile that it reads.
 """
 
 import math
@@ -13,70 +13,49 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mhla_gen.ops.kernels.boxes import block_box
+from mhla_gen.ops.kernels.boxes import block_box, box_tokens
 from mhla_gen.ops.kernels.compiled import launch
 from mhla_gen.ops.kernels.launch import quotient_up
 from mhla_gen.ops.kernels.tile_call import TileCall, three_axes
 
-# Owners have eight bits for tiles.
-_MOST_TILES = 8
-# Most pairs of a tile and a group of a head, which have a byte each in a table.
-_MOST_PAIRS = 2**22
+# Owners have 16 bits for tiles.
+_MOST_TILES = 16
 
 
 class Patches(NamedTuple):
     """How the tiles of a grid are divided into patches."""
 
-    size: tuple[int, int, int]
+    size: tuple[int, ...]
     """Tiles of the largest patch along three axes, ones in front."""
-    counts: tuple[int, int, int] | None
-    """Patches along three axes; None if every tile is a patch of its own."""
+    counts: tuple[int, ...]
+    """Patches along three axes."""
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of the largest patch."""
+        return math.prod(self.size)
 
 
 def choose_patches(call: TileCall, keys: int) -> Patches:
     """Patches of up to `keys` slots, as close to cubes of tokens as tiles allow."""
-    placed = call.placed
-    tiles = three_axes(placed.tiles)
+    tiles = three_axes(call.placed.tiles)
     sides = [call.slot_sizes[name] for name in ("SLOT_T", "SLOT_H", "SLOT_W")]
     size = [1, 1, 1]
-    most = min(keys // call.slot_sizes["SLOTS"], _MOST_TILES)
-    if placed.num_tiles * placed.num_groups > _MOST_PAIRS:
-        most = 1
-    while 2 * math.prod(size) <= most:
+    while 2 * math.prod(size) <= min(keys // call.slot_sizes["SLOTS"], _MOST_TILES):
         free = [axis for axis in range(3) if 2 * size[axis] <= tiles[axis]]
         if not free:
             break
         size[min(reversed(free), key=lambda axis: size[axis] * sides[axis])] *= 2
-    counts = tuple(map(quotient_up, tiles, size)) if math.prod(size) > 1 else None
-    return Patches(tuple(size), counts)
-
-
-def owners_of_tiles(lists: Tensor, num_tiles: int) -> tuple[Tensor, Tensor]:
-    """The groups that read each tile of each head, ascending.
-
-    Args:
-        lists: Tiles and entries, int32 `[batch · heads, groups, 2, list_size]`.
-        num_tiles: Tiles of a head.
-
-    Returns:
-        int32 groups of all tiles one after the other, and where each tile's begin, and the last
-        one's end.
-    """
-    heads, num_groups, _, list_size = lists.shape
-    first = torch.arange(heads, dtype=torch.int32, device=lists.device) * num_tiles
-    tiles, order = (lists[:, :, 0] + first[:, None, None]).flatten().sort(stable=True)
-    owners = order.div(max(list_size, 1), rounding_mode="floor") % num_groups
-    places = torch.arange(heads * num_tiles + 1, dtype=torch.int32, device=lists.device)
-    return owners.int(), torch.searchsorted(tiles, places, out_int32=True)
+    return Patches(tuple(size), tuple(map(quotient_up, tiles, size)))
 
 
 def owners_of_patches(lists: Tensor, call: TileCall, patches: Patches) -> tuple[Tensor, Tensor]:
     """The owners of each patch of each head, ascending.
 
     Args:
-        lists: As for `owners_of_tiles`.
+        lists: Tiles and entries, int32 `[batch · heads, groups, 2, list_size]`.
         call: Sizes.
-        patches: Of several tiles each.
+        patches: How tiles are divided.
 
     Returns:
         int32 `[batch · heads, patches, groups]`, filled from the front, and how many there are,
@@ -92,7 +71,7 @@ def owners_of_patches(lists: Tensor, call: TileCall, patches: Patches) -> tuple[
         (list_size, num_groups, num_tiles),
         {"BT": triton.next_power_of_2(max(list_size, 1)), "num_warps": 1},
     )
-    num_patches = math.prod(patches.counts or ())
+    num_patches = math.prod(patches.counts)
     owners = lists.new_empty((heads, num_patches, num_groups))
     counts = lists.new_empty((heads, num_patches))
     size_t, size_h, size_w = patches.size
@@ -158,6 +137,28 @@ def owners_kernel(
             bits |= read.to(tl.int32) << member
         owns = bits != 0
         places = found + tl.cumsum(owns.to(tl.int32), axis=0) - 1
-        tl.store(owners_ptr + places, groups * 256 + bits, mask=owns)
+        tl.store(owners_ptr + places, groups * 65536 + bits, mask=owns)
         found += tl.sum(owns.to(tl.int32))
     tl.store(counts_ptr + index, found)
+
+
+@triton.jit
+def patch_slots(
+    patch, slots, box, patches, SLOTS: tl.constexpr, SIZE_T: tl.constexpr, SIZE_H: tl.constexpr,
+    SIZE_W: tl.constexpr, RANK: tl.constexpr,
+):  # fmt: skip
+    """Slots of a patch, `SLOTS` a tile: which of its tiles they belong to, tokens, which exist."""
+    T, H, W, LT, LH, LW = box
+    first_t, first_h, first_w, count_t, count_h, count_w = block_box(
+        patch, LT, LH, LW, patches[0], patches[1], patches[2], RANK
+    )
+    member, place = slots // SLOTS, slots % SLOTS
+    w, h, t = member % SIZE_W, member // SIZE_W % SIZE_H, member // (SIZE_W * SIZE_H)
+    exists = (t < count_t) & (h < count_h) & (w < count_w)
+    tile = ((first_t + t) * LH + first_h + h) * LW + first_w + w
+    first_t, first_h, first_w, size_t, size_h, size_w = block_box(
+        tl.where(exists, tile, 0), T, H, W, LT, LH, LW, RANK
+    )
+    valid = exists & (place < size_t * size_h * size_w)
+    tokens = box_tokens(place, first_t, first_h, first_w, size_h, size_w, H, W, RANK)
+    return member, tokens, valid

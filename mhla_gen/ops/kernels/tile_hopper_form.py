@@ -6,7 +6,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from mhla_gen.ops.kernels.compiled import launch
-from mhla_gen.ops.kernels.tile_call import LOG2E, TileCall, three_axes, without
+from mhla_gen.ops.kernels.tile_call import LOG2E, TileCall, three_axes
 from mhla_gen.ops.kernels.tile_form import Loop
 from mhla_gen.ops.kernels.tile_hopper import tile_attend_hopper_kernel
 
@@ -24,18 +24,23 @@ def attend(
     batch, seq_len, heads, _ = call.query.shape
     out = call.value.new_empty(call.value.shape)
     lse = call.query.new_empty((batch, heads, seq_len), dtype=torch.float32)
+    slots = call.slot_sizes["SLOTS"]
     blocks = queries.shape[2] // loop.rows
+    items = blocks * call.placed.num_groups * call.batch_heads
+    programs = items if "grid" in loop.packed else min(items, _multiprocessors(queries))
+    flags = lists.new_empty(items * 2)
     launch(
         tile_attend_hopper_kernel,
-        (blocks * call.placed.num_groups * call.batch_heads,),
+        (programs,),
         (
-            _descriptor(queries.flatten(0, 2), loop.rows),
-            _descriptor(keys.transpose(1, 2).flatten(0, 2), loop.keys),
-            _descriptor(values.transpose(1, 2).flatten(0, 2), loop.keys),
+            _descriptor(queries.flatten(0, 2), loop.rows // 2),
+            _descriptor(keys.transpose(1, 2).flatten(0, 2), slots),
+            _descriptor(values.transpose(1, 2).flatten(0, 2), slots),
             lists,
             longest,
             out,
             lse,
+            flags,
         ),
         (
             out.stride(),
@@ -45,24 +50,30 @@ def attend(
             heads,
             call.placed.num_groups,
             call.placed.num_tiles,
+            items,
             call.placed.list_size,
             blocks,
             call.scale * LOG2E,
         ),
         {
-            "D": call.query.shape[3],
             "V": call.value.shape[3],
             "BV": values.shape[3],
-            "BM": loop.rows,
-            "BN": loop.keys,
+            "TILES": loop.keys // slots,
             "STAGES": loop.num_stages,
-            **without(call.slot_sizes, "SLOTS"),
+            **call.slot_sizes,
             "RAGGED": call.ragged,
             "RANK": call.rank,
+            "Q_HELD": "held" in loop.packed,
             "num_warps": loop.num_warps,
         },
     )
     return out, lse
+
+
+def _multiprocessors(x: Tensor) -> int:
+    if x.device.type != "cuda":
+        return 132
+    return torch.cuda.get_device_properties(x.device).multi_processor_count
 
 
 def _descriptor(rows: Tensor, count: int) -> TensorDescriptor:

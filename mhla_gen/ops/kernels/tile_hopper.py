@@ -77,35 +77,22 @@ def produce(
         for part in gl.static_range(PARTS):
             rows = (item * PARTS + part) * ROWS
             tma.async_copy_global_to_shared(q_desc, [rows, 0], q_full, q.index(part))
-        for step in range(0, steps):
-            used = turn * steps + step
-            slot, phase = used % STAGES, used // STAGES & 1 ^ 1
-            mbarrier.wait(k_free.index(slot), phase)
-            mbarrier.expect(k_full.index(slot), SLOTS * TILES * k_tiles.shape[2] * 2)
-            fetch_tiles(
-                k_desc,
-                tiles_ptr,
-                step,
-                size,
-                first,
-                k_full.index(slot),
-                k_tiles.index(slot),
-                SLOTS,
-                TILES,
-            )
-            mbarrier.wait(v_free.index(slot), phase)
-            mbarrier.expect(v_full.index(slot), SLOTS * TILES * v_tiles.shape[2] * 2)
-            fetch_tiles(
-                v_desc,
-                tiles_ptr,
-                step,
-                size,
-                first,
-                v_full.index(slot),
-                v_tiles.index(slot),
-                SLOTS,
-                TILES,
-            )
+        # Values are needed a step later than keys.
+        for step in range(0, steps + 1):
+            if step < steps:
+                used = turn * steps + step
+                full = k_full.index(used % STAGES)
+                mbarrier.wait(k_free.index(used % STAGES), used // STAGES & 1 ^ 1)
+                mbarrier.expect(full, SLOTS * TILES * k_tiles.shape[2] * 2)
+                rows = k_tiles.index(used % STAGES)
+                fetch_tiles(k_desc, tiles_ptr, step, size, first, full, rows, SLOTS, TILES)
+            if step > 0:
+                used = turn * steps + step - 1
+                full = v_full.index(used % STAGES)
+                mbarrier.wait(v_free.index(used % STAGES), used // STAGES & 1 ^ 1)
+                mbarrier.expect(full, SLOTS * TILES * v_tiles.shape[2] * 2)
+                rows = v_tiles.index(used % STAGES)
+                fetch_tiles(v_desc, tiles_ptr, step - 1, size, first, full, rows, SLOTS, TILES)
 
 
 @gluon.jit

@@ -31,13 +31,19 @@ def tile_tokens(entry, SLOT_T: gl.constexpr, SLOT_H: gl.constexpr, SLOT_W: gl.co
 
 @gluon.jit
 def fetch_tiles(
-    desc, tiles_ptr, step, size, first, full, buffer, SLOTS: gl.constexpr, TILES: gl.constexpr
-):
-    """Start to copy the tiles of a step; after the last tile of a list, it again."""
+    desc, tiles_ptr, step, used, size, first, buffers, full, free, SLOTS: gl.constexpr,
+    TILES: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Copy the tiles of a step, as soon as there is room; after a list's last tile, it again."""
+    stage = used % STAGES
+    bar = full.index(stage)
+    buffer = buffers.index(stage)
+    mbarrier.wait(free.index(stage), used // STAGES & 1 ^ 1)
+    mbarrier.expect(bar, SLOTS * TILES * buffer.shape[1] * 2)
     for part in gl.static_range(TILES):
         tile = gl.load(tiles_ptr + gl.minimum(step * TILES + part, size - 1))
         rows = buffer if TILES == 1 else buffer.slice(part * SLOTS, SLOTS)
-        tma.async_copy_global_to_shared(desc, [first + tile * SLOTS, 0], full, rows)
+        tma.async_copy_global_to_shared(desc, [first + tile * SLOTS, 0], bar, rows)
 
 
 @gluon.jit
@@ -78,21 +84,18 @@ def produce(
             rows = (item * PARTS + part) * ROWS
             tma.async_copy_global_to_shared(q_desc, [rows, 0], q_full, q.index(part))
         # Values are needed a step later than keys.
+        used = turn * steps
         for step in range(0, steps + 1):
             if step < steps:
-                used = turn * steps + step
-                full = k_full.index(used % STAGES)
-                mbarrier.wait(k_free.index(used % STAGES), used // STAGES & 1 ^ 1)
-                mbarrier.expect(full, SLOTS * TILES * k_tiles.shape[2] * 2)
-                rows = k_tiles.index(used % STAGES)
-                fetch_tiles(k_desc, tiles_ptr, step, size, first, full, rows, SLOTS, TILES)
+                fetch_tiles(
+                    k_desc, tiles_ptr, step, used + step, size, first, k_tiles, k_full, k_free,
+                    SLOTS, TILES, STAGES,
+                )  # fmt: skip
             if step > 0:
-                used = turn * steps + step - 1
-                full = v_full.index(used % STAGES)
-                mbarrier.wait(v_free.index(used % STAGES), used // STAGES & 1 ^ 1)
-                mbarrier.expect(full, SLOTS * TILES * v_tiles.shape[2] * 2)
-                rows = v_tiles.index(used % STAGES)
-                fetch_tiles(v_desc, tiles_ptr, step - 1, size, first, full, rows, SLOTS, TILES)
+                fetch_tiles(
+                    v_desc, tiles_ptr, step - 1, used + step - 1, size, first, v_tiles, v_full,
+                    v_free, SLOTS, TILES, STAGES,
+                )  # fmt: skip
 
 
 @gluon.jit

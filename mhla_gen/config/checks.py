@@ -47,11 +47,13 @@ def check_share(name: str, share: Any) -> None:
         raise UserError(f"{name} must be true, false or a number from 0 to 1, found {share!r}")
 
 
-def check_gate(gate: Any) -> None:
-    """Raise unless `gate` is true, false, "head" or a rank."""
+def check_additions(gate: Any, kernel_size: int) -> None:
+    """Raise unless `gate` is true, false, "head" or a rank, and `kernel_size` is odd."""
     rank = isinstance(gate, int) and gate >= 1
     if not (isinstance(gate, bool) or gate == "head" or rank):
         raise UserError(f"gate must be true, false, head or its rank (at least 1), found {gate!r}")
+    if kernel_size % 2 == 0:
+        raise UserError(f"conv_kernel_size must be odd and positive, found {kernel_size}")
 
 
 def normalize_integers(name: str, values: Any, least: int) -> tuple[int, ...]:

@@ -96,7 +96,7 @@ class ClipsConfig(Settings, prefix="clips."):
 
     def __post_init__(self):
         super().__post_init__()
-        object.__setattr__(self, "buckets", _normalize_buckets(self.buckets))
+        self._settle(buckets=_normalize_buckets(self.buckets))
 
 
 @dataclass(frozen=True, kw_only=True)

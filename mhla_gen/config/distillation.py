@@ -43,7 +43,7 @@ class StageConfig(Settings, prefix="distill.stages."):
         super().__post_init__()
         if self.train is None:
             default = "attention" if self.kind == "layers" else "all"
-            object.__setattr__(self, "train", default)
+            self._settle(train=default)
         if self.kind == "layers" and self.train == "all":
             raise UserError(
                 "distill.stages: a stage of kind=layers trains mhla or attention, found train=all"

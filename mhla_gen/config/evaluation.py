@@ -87,7 +87,7 @@ class EvaluateConfig(Settings):
     def __post_init__(self):
         super().__post_init__()
         for name in ("samples", "reference"):
-            object.__setattr__(self, name, normalize_paths(name, getattr(self, name)))
+            self._settle(**{name: normalize_paths(name, getattr(self, name))})
         known = (
             "fid",
             "sfid",
@@ -131,4 +131,4 @@ class ReferenceConfig(Settings):
 
     def __post_init__(self):
         super().__post_init__()
-        object.__setattr__(self, "data", normalize_paths("data", self.data))
+        self._settle(data=normalize_paths("data", self.data))

@@ -174,7 +174,12 @@ class Settings:
             value = getattr(self, name)
             checked = _checked(f"{self._prefix}{name}", value, kind)
             if checked is not value:
-                object.__setattr__(self, name, checked)
+                self._settle(**{name: checked})
+
+    def _settle(self, **values: Any) -> None:
+        """Replace settings by their normal forms, in `__post_init__` only."""
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
 
 
 def _checked(name: str, value: Any, kind: Kind) -> Any:

@@ -55,9 +55,9 @@ class InputsConfig(Settings):
 
     def __post_init__(self):
         super().__post_init__()
-        object.__setattr__(self, "classes", normalize_classes(self.classes))
+        self._settle(classes=normalize_classes(self.classes))
         if self.grid is not None:
-            object.__setattr__(self, "grid", normalize_integers("grid", self.grid, 1))
+            self._settle(grid=normalize_integers("grid", self.grid, 1))
         if self.data is not None and self.classes != "all":
             raise UserError("data have their own classes; leave out classes or data")
 
@@ -93,7 +93,7 @@ class InspectConfig(InputsConfig):
                     f"found {self.queries!r}"
                 )
             positions = tuple(normalize_integers("queries", q, 0) for q in listed)
-            object.__setattr__(self, "queries", positions)
+            self._settle(queries=positions)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal, Self
 
 from mhla_gen.config.checks import (
-    check_gate,
+    check_additions,
     elements,
     is_whole,
     normalize_integers,
@@ -67,16 +67,13 @@ class LinformerConfig(Settings):
 
     def __post_init__(self):
         super().__post_init__()
-        length = _normalize_length("projected_len", self.projected_len)
-        object.__setattr__(self, "projected_len", length)
-        object.__setattr__(self, "layers", normalize_layers(self.layers))
+        self._settle(
+            projected_len=_normalize_length("projected_len", self.projected_len),
+            layers=normalize_layers(self.layers),
+        )
         if self.grid != "auto":
-            object.__setattr__(self, "grid", normalize_integers("grid", self.grid, 1))
-        check_gate(self.gate)
-        if self.conv_kernel_size % 2 == 0:
-            raise UserError(
-                f"conv_kernel_size must be odd and positive, found {self.conv_kernel_size}"
-            )
+            self._settle(grid=normalize_integers("grid", self.grid, 1))
+        check_additions(self.gate, self.conv_kernel_size)
         if self.projection.endswith("pool") and self.sharing != "headwise":
             raise UserError(
                 f"projection={self.projection} has no weights to share; leave sharing out"
@@ -94,7 +91,7 @@ class LinformerConfig(Settings):
         if self.sharing == "layerwise":
             raise UserError(f"sharing=layerwise has one projected_len; leave {name} out")
         lengths = tuple(_normalize_length(name, length) for length in lengths)
-        object.__setattr__(self, name, lengths)
+        self._settle(projected_len_by_layer=lengths)
 
     @property
     def by_axis(self) -> bool:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from mhla_gen.config.checks import (
-    check_gate,
+    check_additions,
     normalize_integers,
     normalize_layers,
     normalize_layout,
@@ -92,22 +92,19 @@ class MHLAConfig(Settings):
 
     def __post_init__(self):
         super().__post_init__()
-        object.__setattr__(self, "share", repr(self.exact))
-        object.__setattr__(self, "layout", normalize_layout(self.layout))
-        object.__setattr__(self, "layers", normalize_layers(self.layers))
-        check_gate(self.gate)
-        if self.conv_kernel_size % 2 == 0:
-            raise UserError(
-                f"conv_kernel_size must be odd and positive, found {self.conv_kernel_size}"
-            )
+        self._settle(
+            share=repr(self.exact),
+            layout=normalize_layout(self.layout),
+            layers=normalize_layers(self.layers),
+        )
+        check_additions(self.gate, self.conv_kernel_size)
         self._check_exact()
         self._check_causal()
 
     def _check_exact(self) -> None:
         for name, least in (("exact_tile", 1), ("exact_group", 1), ("exact_window", 0)):
             if getattr(self, name) is not None:
-                value = normalize_integers(name, getattr(self, name), least)
-                object.__setattr__(self, name, value)
+                self._settle(**{name: normalize_integers(name, getattr(self, name), least)})
         window = self.exact_window or (1,)
         if any(window) and any(side % 2 == 0 for side in window):
             raise UserError(f"exact_window must be odd numbers or all zeros, found {window}")

@@ -56,8 +56,6 @@ class RunEvaluationConfig(Settings, prefix="evaluation."):
 
     def __post_init__(self):
         super().__post_init__()
-        object.__setattr__(
-            self, "reference", normalize_paths("evaluation.reference", self.reference)
-        )
+        self._settle(reference=normalize_paths("evaluation.reference", self.reference))
         for metric in self.metrics:
             check_choice("evaluation.metrics", metric, ("fid", "sfid", "is", "fd", "kid"))

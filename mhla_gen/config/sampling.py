@@ -113,19 +113,19 @@ class SampleConfig(Settings):
 
     def __post_init__(self):
         super().__post_init__()
-        object.__setattr__(self, "classes", normalize_classes(self.classes, names=True))
+        self._settle(classes=normalize_classes(self.classes, names=True))
         if self.samples_per_class is not None and self.num_samples is not None:
             raise UserError("samples_per_class and num_samples exclude each other; give only one")
-        object.__setattr__(self, "guidance_interval", _interval(self.guidance_interval))
+        self._settle(guidance_interval=_interval(self.guidance_interval))
         if self.batch_size != "auto":
             Range(1).check('batch_size, where it is not "auto",', self.batch_size, whole=True)
-        object.__setattr__(self, "formats", _formats(self.formats))
+        self._settle(formats=_formats(self.formats))
         if self.evaluate is not None and self.evaluate.samples is not None:
             raise UserError("evaluate.samples is always the set that is made; leave it out")
         if not self.keep_samples and self.evaluate is None:
             raise UserError("keep_samples=false needs evaluate, or nothing would be left")
         if (prompts := elements(self.prompts)) is not None:
-            object.__setattr__(self, "prompts", prompts)
+            self._settle(prompts=prompts)
 
 
 def _interval(values: Any) -> tuple[float, float]:

@@ -48,7 +48,7 @@ class ConvertConfig(Settings):
     def __post_init__(self):
         super().__post_init__()
         if self.layout is not None:
-            object.__setattr__(self, "layout", normalize_integers("layout", self.layout, 1))
+            self._settle(layout=normalize_integers("layout", self.layout, 1))
         deits = ("mhla_dit", "mhla_deit")
         only = {"layout": ("mhla_wan",), "normalizer": deits, "allow_differences": deits}
         for name, used in only.items():
@@ -149,14 +149,14 @@ class BenchConfig(Settings):
                         "linear, not of linear attention) and of features (feature_map, "
                         f"learned_features, magnitude), found {method!r}"
                     )
-            object.__setattr__(self, "methods", listed)
+            self._settle(methods=listed)
         check_share("checkpointing", self.checkpointing)
         for name in ("cuda_graphs", "profile"):
             if getattr(self, name) and self.subject == "ops":
                 raise UserError(f"{name} is for subject=model")
-        object.__setattr__(self, "layout", normalize_layout(self.layout))
+        self._settle(layout=normalize_layout(self.layout))
         if self.grids == "squares":
-            object.__setattr__(self, "grids", tuple((side, side) for side in (8, 16, 32, 64)))
+            self._settle(grids=tuple((side, side) for side in (8, 16, 32, 64)))
         if self.grids != "models":
             listed = elements(self.grids)
             if not listed:
@@ -165,7 +165,7 @@ class BenchConfig(Settings):
                     f"found {self.grids!r}"
                 )
             grids = tuple(normalize_integers("grids", grid, 1) for grid in listed)
-            object.__setattr__(self, "grids", grids)
+            self._settle(grids=grids)
         check_choice("compile", self.compile, (False, True, "whole"))
 
 

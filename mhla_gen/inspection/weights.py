@@ -53,9 +53,9 @@ class LayerAttention(ABC):
         """softmax, mhla, or linear for MHLA with a single block."""
 
     @property
-    @abstractmethod
     def rank_bound(self) -> int:
-        """The largest rank that the form of the layer allows."""
+        """The largest rank that the form of the layer allows; softmax's exponential allows any."""
+        return self.seq_len
 
     @abstractmethod
     def weights(self, rows: Tensor, head: int) -> Tensor:
@@ -132,11 +132,6 @@ class SoftmaxAttention(LayerAttention):
         """`softmax`."""
         return "softmax"
 
-    @property
-    def rank_bound(self) -> int:
-        """`seq_len`: the exponential leaves no bound."""
-        return self.seq_len
-
     def weights(self, rows: Tensor, head: int) -> Tensor:
         """See `LayerAttention.weights`; rows sum to 1."""
         scores = self.query[rows, head].double() @ self.key[:, head].double().T
@@ -155,11 +150,6 @@ class ExactAttention(LayerAttention):
     def kind(self) -> str:
         """`exact`."""
         return "exact"
-
-    @property
-    def rank_bound(self) -> int:
-        """`seq_len`: the exponential leaves no bound."""
-        return self.seq_len
 
     @cached_property
     def _placed(self) -> Tiling:
@@ -216,11 +206,6 @@ class BothHalves(LayerAttention):
     def kind(self) -> str:
         """`exact + mhla` or `exact + linear`."""
         return f"{self.exact.kind} + {self.linear.kind}"
-
-    @property
-    def rank_bound(self) -> int:
-        """`seq_len`: the exponential leaves no bound."""
-        return self.seq_len
 
     def weights(self, rows: Tensor, head: int) -> Tensor:
         """See `LayerAttention.weights`: the mean of both halves, weighed for every row."""

@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 
 from mhla_gen.config import FeaturesConfig
 from mhla_gen.evaluation.feature_cache import cached_sets
-from mhla_gen.version import __version__
+from mhla_gen.version import __version__, installed
 
 State = Literal["ok", "absent", "broken"]
 """absent is fine: something optional is not there."""
@@ -51,12 +51,10 @@ def check_versions() -> Result:
         requirement = Requirement(text)
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue
-        try:
-            found = importlib.metadata.version(requirement.name)
-        except importlib.metadata.PackageNotFoundError:
+        found = installed(requirement.name)
+        if found is None:
             wrong.append(f"{requirement.name} is missing")
-            continue
-        if not requirement.specifier.contains(found, prereleases=True):
+        elif not requirement.specifier.contains(found, prereleases=True):
             wrong.append(f"{requirement.name} is {found}, needs {requirement.specifier}")
     if wrong:
         return Result(
@@ -70,7 +68,7 @@ def check_versions() -> Result:
 
 def check_optional() -> Result:
     """Which optional packages are installed?"""
-    found = {name: _version(name) for name in _OPTIONAL}
+    found = {name: installed(name) for name in _OPTIONAL}
     here = ", ".join(f"{name} {version}" for name, version in found.items() if version) or "none"
     missing = [name for name, version in found.items() if version is None]
     if not missing:
@@ -79,13 +77,6 @@ def check_optional() -> Result:
     wanted = [_OPTIONAL[name][1] for name in missing]
     remedy = shlex.join([sys.executable, "-m", "pip", "install", *wanted])
     return Result("absent", f"{here}; without {without}", remedy)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def check_inception() -> Result:

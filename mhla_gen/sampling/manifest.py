@@ -8,7 +8,6 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from mhla_gen.config import SampleConfig
 from mhla_gen.files.digests import file_digest, tensors_digest
 from mhla_gen.sampling.samplers import Sampler
 from mhla_gen.sampling.units import Units
+from mhla_gen.version import installed
 
 MANIFEST_NAME = "manifest.json"
 _PACKAGES = ("mhla_gen", "torch", "diffusers", "transformers", "accelerate", "numpy")
@@ -93,7 +93,7 @@ def manifest(
         **models,
         "scheduler": {"class": type(scheduler).__name__, **plain(scheduler.config)},
         "identity": identity,
-        "versions": {name: found for name in _PACKAGES if (found := _version(name))},
+        "versions": {name: found for name in _PACKAGES if (found := installed(name))},
         "python": platform.python_version(),
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "devices": sorted({mark["device"] for mark in marks}) or [device_name()],
@@ -124,10 +124,3 @@ def plain(config: Any) -> dict[str, Any]:
     """Public entries of a diffusers config, as JSON holds them."""
     entries = {key: value for key, value in config.items() if not key.startswith("_")}
     return json.loads(json.dumps(entries, default=str))
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None

@@ -76,4 +76,9 @@ def preview_pixels(numbers: Sequence[int], images: np.ndarray) -> np.ndarray:
     return np.round(images * 255).astype(np.uint8)
 
 
+def times(shape: Sequence[int]) -> str:
+    """A shape in words."""
+    return " × ".join(map(str, shape))
+
+
 BuildTask = Callable[[TrainConfig, TrainingData], Task]

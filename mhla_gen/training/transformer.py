@@ -16,7 +16,7 @@ from mhla_gen.training.lora import add_lora, merged
 from mhla_gen.training.objectives import FlowMatching, Objective
 from mhla_gen.training.pretrained import attention_settings, load_pretrained
 from mhla_gen.training.scheduled import ScheduledNoise
-from mhla_gen.training.task import Task
+from mhla_gen.training.task import Task, times
 from mhla_gen.training.transformer_pipeline import CaptionExamples, CaptionSamples, Parts
 
 
@@ -44,7 +44,7 @@ def transformer_task(config: TrainConfig, given: TransformerConfig, data: Traini
         call.further(torch.empty(1, *shape))
     if config.model.trainable == "lora":
         add_lora(model, given)
-    shapes = ", ".join(map(_times, data.sample_shapes))
+    shapes = ", ".join(map(times, data.sample_shapes))
     kind = "images" if call.rank == 2 else "clips"
     drawn = parts.has_autoencoder and call.draws
     return Task(
@@ -103,15 +103,15 @@ def _check(call: Call, data: TrainingData, empty: Mapping[str, Tensor]) -> None:
     for shape in data.sample_shapes:
         if len(shape) != call.rank + 1:
             kind = "images" if call.rank == 2 else "clips"
-            raise UserError(f"{name} takes latents of {kind}, the data have {_times(shape)}")
+            raise UserError(f"{name} takes latents of {kind}, the data have {times(shape)}")
         if shape[0] != call.channels(config):
             raise UserError(
                 f"{name} takes latents of {call.channels(config)} channels, the data have "
-                f"{_times(shape)}"
+                f"{times(shape)}"
             )
         if any(n % p for n, p in zip(shape[1:], patch, strict=True)):
             raise UserError(
-                f"{name}'s tokens are {_times(patch)} latents, which do not tile {_times(shape)}"
+                f"{name}'s tokens are {times(patch)} latents, which do not tile {times(shape)}"
             )
     found = data.read([data.buckets[0][0]])
     missing = [wanted for wanted in names_of(call) if wanted not in found]
@@ -149,7 +149,3 @@ def _objective(config: TrainConfig, call: Call, scheduler: Any) -> Objective:
     if asked.min_snr_gamma is not None:
         raise UserError(f"objective.min_snr_gamma is not for a {name}; leave it out")
     return found
-
-
-def _times(shape: tuple[int, ...]) -> str:
-    return " × ".join(map(str, shape))

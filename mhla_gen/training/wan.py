@@ -15,7 +15,7 @@ from mhla_gen.training.chunks import ChunkMatching, causal_frames
 from mhla_gen.training.lora import add_lora, merged
 from mhla_gen.training.pretrained import attention_settings, load_pretrained
 from mhla_gen.training.prompts import ClipMatching, Prompts
-from mhla_gen.training.task import Task
+from mhla_gen.training.task import Task, times
 from mhla_gen.training.wan_pipeline import ClipExamples, ClipSamples, WanParts, sampling_of
 
 # Channels of an image-to-video model beside noisy and known latents: see `first_frame_mask`.
@@ -79,7 +79,7 @@ def wan_task(config: TrainConfig, wan: WanConfig, data: TrainingData) -> Task:
         samples="clips",
         fps=fps,
         gathered=("WanTimeTextImageEmbedding",),
-        summary=f"{len(data)} clips, latents {', '.join(map(_times, data.sample_shapes))}",
+        summary=f"{len(data)} clips, latents {', '.join(map(times, data.sample_shapes))}",
     )
 
 
@@ -96,10 +96,10 @@ def _empty_prompt(data: TrainingData) -> Tensor:
 def _check(config: TrainConfig, wan: WanConfig, data: TrainingData) -> None:
     for shape in data.sample_shapes:
         if len(shape) != 4:
-            raise UserError(f"wan takes latents of clips, the data have {_times(shape)}")
+            raise UserError(f"wan takes latents of clips, the data have {times(shape)}")
         if shape[2] % 2 or shape[3] % 2:
             raise UserError(
-                f"wan's tokens are 2 × 2 latents, which do not tile {_times(shape)}; take clips "
+                f"wan's tokens are 2 × 2 latents, which do not tile {times(shape)}; take clips "
                 "whose sides are multiples of 16 pixels (32 for Wan 2.2's 5B)"
             )
     if config.objective.name != "flow_matching":
@@ -211,7 +211,3 @@ def _image_dim(data: TrainingData) -> int | None:
     if not getattr(data, "has_image_embeds", False):
         return None
     return data.read([data.buckets[0][0]])["image_embeds"].shape[-1]
-
-
-def _times(shape: tuple[int, ...]) -> str:
-    return " × ".join(map(str, shape))

@@ -55,6 +55,17 @@ FORWARD = {
 QUERIES = {
     128: (Loop(128, 64, 8, 3, "tiles"), Loop(128, 64, 8, 4, "tiles")),
 }
+READS = (
+    (1, False, 64, 16),
+    (4, False, 64, 16),
+    (12, False, 64, 16),
+    (4, False, 64, 8),
+    (4, False, 32, 8),
+    (4, True, 64, 16),
+    (4, True, 64, 8),
+    (12, True, 64, 8),
+    (4, True, 128, 8),
+)
 _KERNELS = {"forward": "tile_attend", "dq": "tile_backward_queries_kernel"}
 _SAMPLES = 24
 
@@ -216,6 +227,22 @@ def measure(inputs: Inputs, reference: Reference, kind: str, loop: Loop, saved: 
     return row | {"pass_ms": time_ms(lambda: inputs.forward(loop))}
 
 
+def reading(inputs: Inputs, read: tuple[int, bool, int, int]) -> dict[str, Any]:
+    """Milliseconds of what is read before attention."""
+    tile_form.READ = read
+    query, key, value, call = inputs.query, inputs.key, inputs.value, inputs.call
+    calls = {
+        "keys": lambda: tile_form.read_tiles(key, call, mean=True, lengths=True, pack=True),
+        "queries": lambda: tile_form.read_groups(query, call, mean=True),
+        "pack queries": lambda: tile_gradients.pack_groups(query, call, 128),
+        "pack values": lambda: tile_form.pack_tiles(value, call),
+    }
+    try:
+        return {name: time_ms(function) for name, function in calls.items()}
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}"[:400]}
+
+
 class Bench:
     """Measures forms one after the other, at one place at a time."""
 
@@ -291,6 +318,12 @@ def main() -> None:
         row |= {name: figures[name] for name in figures if name in ("registers", "spills", "error")}
         if "error" not in row:
             row |= (apart if loop.packed.startswith("hopper") else bench)(job)
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+        options.out.write_text(json.dumps(found, indent=1) + "\n")
+    inputs = Inputs(*PLACES[0], "cuda")
+    for read in READS:
+        row = {"read": read, **reading(inputs, read)}
         rows.append(row)
         print(json.dumps(row), flush=True)
         options.out.write_text(json.dumps(found, indent=1) + "\n")

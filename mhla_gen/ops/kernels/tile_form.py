@@ -199,6 +199,10 @@ def _rotated_like(x: Tensor) -> Tensor:
     return x.new_empty((batch, heads, seq_len, dim)).transpose(1, 2)
 
 
+# Heads of a program, whether it holds their angles, most rows at once, rows of a warp.
+READ = (1, False, 64, 16)
+
+
 def read_boxes(
     x: Tensor,
     call: TileCall,
@@ -214,25 +218,30 @@ def read_boxes(
     """Launch `read_boxes_kernel` on all tiles, or on all `groups`."""
     num_boxes = call.placed.num_tiles if groups is None else call.placed.num_groups
     strides = x.stride(), rotated.stride() if store == "raster" else x.stride()
-    rows = min(padded(slots), 64)
+    rotary = rotary and call.cos is not None
+    most, hold, widest, rows_of_warp = READ
+    rows = min(padded(slots), widest)
+    heads = next(n for n in range(most if rotary else 1, 0, -1) if x.shape[2] % n == 0)
     launch(
         read_boxes_kernel,
-        (num_boxes * call.batch_heads,),
+        (num_boxes * call.batch_heads // heads,),
         (x, call.cos, call.sin, rotated, means, longest),
         (*strides, call.box, groups, num_boxes, x.shape[2]),
         {
             "D": x.shape[3],
             "BD": padded(x.shape[3]),
             "BT": rows,
+            "HEADS": heads,
+            "HOLD": hold,
             "SLOTS": slots,
             "RANK": call.rank,
             "ALIGN": alignment(*strides),
-            "ROTARY": rotary and call.cos is not None,
+            "ROTARY": rotary,
             "STORE": store,
             "PITCH": 0 if rotated is None else rotated.shape[-1],
             "MEAN": means is not None,
             "LONGEST": longest is not None,
-            "num_warps": 4 if rows > 16 else 2,
+            "num_warps": max(2, rows // rows_of_warp),
         },
     )
 

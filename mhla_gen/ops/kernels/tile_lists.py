@@ -68,7 +68,8 @@ def read_boxes_kernel(
     if ROTARY and HELD:
         # Reading angles takes longer than reading tokens, and all heads share them.
         cos, sin = load_angles(cos_ptr, sin_ptr, tokens, slots < size, D, 0, BD)
-    for head in range(part * HEADS, part * HEADS + HEADS):
+    for member in range(HEADS):
+        head = part * HEADS + member
         x_head = x_ptr + head_offset(strides, batch, head, ALIGN)
         row = (batch * num_heads + head) * num_boxes + index
         total = tl.zeros((BD,), tl.float32)

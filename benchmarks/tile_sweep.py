@@ -53,7 +53,12 @@ FORWARD = {
     ),
 }
 QUERIES = {
-    128: (Loop(128, 64, 8, 3, "tiles"), Loop(128, 64, 8, 4, "tiles")),
+    128: (
+        Loop(128, 64, 8, 3, "tiles"),
+        Loop(128, 64, 8, 4, "tiles"),
+        Loop(128, 64, 4, 3, "hopper"),
+        Loop(128, 64, 4, 4, "hopper"),
+    ),
 }
 READS = (
     (1, False, 64, 16),
@@ -66,7 +71,7 @@ READS = (
     (12, True, 64, 8),
     (4, True, 128, 8),
 )
-_KERNELS = {"forward": "tile_attend", "dq": "tile_backward_queries_kernel"}
+_KERNELS = {"forward": "tile_attend", "dq": "tile_backward_queries"}
 _SAMPLES = 24
 
 
@@ -131,6 +136,12 @@ class Inputs:
         packs = tile_gradients.pack_queries(
             self.grad, None, self.query, out, lse, self.call, loop.rows
         )
+        if loop.packed.startswith("hopper"):
+            from mhla_gen.ops.kernels import tile_hopper_form
+
+            return lambda: tile_hopper_form.backward_queries(
+                packs, keys, values, lists, self.call, loop
+            )
         return lambda: tile_gradients.backward_queries(
             packs, keys, values, lists, None, self.call, loop
         )

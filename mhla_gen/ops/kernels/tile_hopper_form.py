@@ -9,6 +9,7 @@ from mhla_gen.ops.kernels.compiled import launch
 from mhla_gen.ops.kernels.tile_call import LOG2E, TileCall, three_axes
 from mhla_gen.ops.kernels.tile_form import Loop
 from mhla_gen.ops.kernels.tile_hopper import tile_attend_hopper_kernel
+from mhla_gen.ops.kernels.tile_hopper_backward import tile_backward_queries_hopper_kernel
 
 
 def attend(
@@ -80,3 +81,59 @@ def _descriptor(rows: Tensor, count: int) -> TensorDescriptor:
     block = [count, rows.shape[1]]
     layout = gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)
     return TensorDescriptor.from_tensor(rows, block, layout)
+
+
+def backward_queries(
+    packs: tuple[Tensor, ...],
+    keys: Tensor,
+    values: Tensor,
+    lists: Tensor,
+    call: TileCall,
+    loop: Loop,
+) -> Tensor:
+    """Gradients from packs as those of `tile_gradients.pack_queries`."""
+    queries, grads, packed_lse, delta = packs
+    dquery = call.query.new_empty(call.query.shape)
+    slots = call.slot_sizes["SLOTS"]
+    blocks = queries.shape[2] // loop.rows
+    items = blocks * call.placed.num_groups * call.batch_heads
+    launch(
+        tile_backward_queries_hopper_kernel,
+        (min(items, _multiprocessors(queries)),),
+        (
+            _descriptor(queries.flatten(0, 2), loop.rows // 2),
+            _descriptor(grads.flatten(0, 2), loop.rows // 2),
+            _descriptor(keys.transpose(1, 2).flatten(0, 2), slots),
+            _descriptor(values.transpose(1, 2).flatten(0, 2), slots),
+            lists,
+            packed_lse,
+            delta,
+            call.cos,
+            call.sin,
+            dquery,
+        ),
+        (
+            dquery.stride(),
+            call.box,
+            three_axes(call.placed.groups),
+            call.query.shape[2],
+            call.placed.num_groups,
+            call.placed.num_tiles,
+            items,
+            call.placed.list_size,
+            blocks,
+            call.scale * LOG2E,
+            call.scale,
+        ),
+        {
+            "D": call.query.shape[3],
+            "BV": values.shape[3],
+            "STAGES": loop.num_stages,
+            **call.slot_sizes,
+            "RAGGED": call.ragged,
+            "RANK": call.rank,
+            "ROTARY": call.cos is not None,
+            "num_warps": loop.num_warps,
+        },
+    )
+    return dquery

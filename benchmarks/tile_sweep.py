@@ -277,21 +277,28 @@ class Apart:
     """A bench in a process of its own, for kernels that may hang or spoil the context."""
 
     def __init__(self) -> None:
+        self.start()
+
+    def start(self) -> None:
+        """Start a process that has measured nothing yet."""
         context = multiprocessing.get_context("spawn")
-        self.jobs, self.rows = context.Queue(), context.Queue()
+        self.jobs, self.rows, self.patience = context.Queue(), context.Queue(), 30
         self.process = context.Process(target=_serve, args=(self.jobs, self.rows), daemon=True)
         self.process.start()
 
     def __call__(self, job: tuple[Case, float, str, Loop]) -> dict[str, Any]:
         """As `Bench`."""
-        if not self.process.is_alive():
-            return {"error": "an earlier one hung"}
         self.jobs.put(job)
         try:
-            return self.rows.get(timeout=30)
+            row = self.rows.get(timeout=self.patience)
         except queue.Empty:
+            row = {"error": "hung"}
+        self.patience = 10
+        # After an error, such as a wrong address, a context may be of no more use.
+        if "error" in row:
             self.process.kill()
-            return {"error": "hung"}
+            self.start()
+        return row
 
 
 def _serve(jobs: Any, rows: Any) -> None:

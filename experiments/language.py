@@ -12,18 +12,21 @@ and loss of the last bytes of a window by the length of the context given. Arms 
 start convert the softmax model of seed 0 and continue training.
 
 Each arm is written when it is done, and the same command goes on with the missing ones. No arm
-begins that would end after `--seconds`. OUT/softmax.safetensors is the pretrained start; without
-it, that model is trained again.
+begins that would end after `--seconds` if it took as long as the one before.
+OUT/softmax.safetensors is the pretrained start; without it, that model is trained again.
 """
 
 import argparse
-import hashlib
+import functools
 import json
+import multiprocessing
 import platform
 import sys
-import sysconfig
 import time
-from contextlib import nullcontext
+import traceback
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager, nullcontext
 from datetime import date
 from itertools import pairwise
 from pathlib import Path
@@ -33,6 +36,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from language_tables import draw, tables
+from language_text import END_OF_FILE, held_out_windows, read_text
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -40,11 +44,10 @@ import mhla_gen
 from mhla_gen import CausalMHLAConfig
 from mhla_gen.files import write_json, write_tensors
 
-# Separates two files; this byte never occurs in UTF-8 text.
-END_OF_FILE = 0
 PRETRAINED = "softmax.safetensors"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EDGES = (0, 64, 256, 512, 1024, 2048, 4096, 8192)
-LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "encodings", "__pycache__"}
+_last = 0.0
 
 
 class Sizes(NamedTuple):
@@ -85,38 +88,7 @@ def attentions(sizes: Sizes, start: float) -> dict[str, CausalMHLAConfig | None]
     }
 
 
-def read_text() -> tuple[np.ndarray, list[np.ndarray], dict[str, Any]]:
-    """Bytes to train on, held-out files, and a description of both."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    files = (p for p in root.rglob("*.py") if not LEFT_OUT & set(p.relative_to(root).parts))
-    train, held_out, digest = [], [], hashlib.sha256()
-    for path in sorted(files):
-        name, text = path.relative_to(root).as_posix(), path.read_bytes()
-        digest.update(text)
-        number = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
-        tokens = np.frombuffer(text, np.uint8)
-        if number % 10 == 0:
-            held_out.append(tokens)
-        else:
-            train += [tokens, np.array([END_OF_FILE], np.uint8)]
-    text = np.concatenate(train)
-    facts = {
-        "python": platform.python_version(),
-        "sha256": digest.hexdigest(),
-        "train_bytes": len(text),
-        "held_out_bytes": sum(map(len, held_out)),
-    }
-    return text, held_out, facts
-
-
-def held_out_windows(files: list[np.ndarray], sizes: Sizes, device: str) -> torch.Tensor:
-    """Full held-out windows, from all files in turn, `[windows, longest + 1]`."""
-    length = sizes.longest + 1
-    per_file = [[f[i : i + length] for i in range(0, len(f) - length, length)] for f in files]
-    windows = [
-        w for turn in range(max(map(len, per_file))) for ws in per_file for w in ws[turn : turn + 1]
-    ]
-    return torch.from_numpy(np.stack(windows[: sizes.held_out])).to(device)
+NAMES = tuple(attentions(SMALL, 0.5))
 
 
 def build(sizes: Sizes, seed: int) -> LlamaForCausalLM:
@@ -209,13 +181,37 @@ def measure(model: Any, windows: torch.Tensor, sizes: Sizes) -> dict[str, Any]:
     }
 
 
-def run_arm(
-    name: str, seed: int, converted: bool, text: torch.Tensor, windows: torch.Tensor, sizes: Sizes,
-    out: Path,
-) -> dict[str, Any]:  # fmt: skip
-    """Train and measure one arm."""
-    start = time.perf_counter()
-    model = build(sizes, seed).to(text.device)
+class Job(NamedTuple):
+    """One arm to train."""
+
+    name: str
+    seed: int
+    converted: bool
+    sizes: Sizes
+    out: Path
+    deadline: float
+
+    def __str__(self) -> str:
+        return f"{self.name}, seed {self.seed}{', converted' * self.converted}"
+
+
+@functools.cache
+def load_text(sizes: Sizes) -> tuple[torch.Tensor, torch.Tensor]:
+    """Training text, and held-out windows, on the device."""
+    text, held_out, _ = read_text()
+    windows = held_out_windows(held_out, sizes.longest + 1, sizes.held_out)
+    return torch.from_numpy(text).to(DEVICE), torch.from_numpy(windows).to(DEVICE)
+
+
+def run_arm(job: Job) -> dict[str, Any] | None:
+    """Train and measure one arm; None if there is no time left for it."""
+    global _last
+    start = time.time()
+    if start + _last > job.deadline:
+        return None
+    name, seed, converted, sizes, out, _ = job
+    text, windows = load_text(sizes)
+    model = build(sizes, seed).to(DEVICE)
     if converted:
         model.load_state_dict(pretrained(text, sizes, out))
     config = attentions(sizes, 0.98 if converted else 0.5)[name]
@@ -237,26 +233,26 @@ def run_arm(
     if config is not None and config.linear:
         weights = [layer.self_attn.mhla.weights() for layer in model.model.layers]
         report["weights"] = [x.tolist() for x in weights]
-    report["seconds"] = time.perf_counter() - start
+    report["seconds"] = time.time() - start
+    _last = report["seconds"]
     return report
 
 
 def pretrained(text: torch.Tensor, sizes: Sizes, out: Path) -> dict[str, torch.Tensor]:
     """Weights of the softmax model of seed 0."""
     if not (out / PRETRAINED).exists():
-        model = build(sizes, 0).to(text.device)
+        model = build(sizes, 0).to(DEVICE)
         train(model, text, sizes, sizes.steps, 1.5e-3, seed=0)
         write_tensors(out / PRETRAINED, model.state_dict())
-    return load_file(out / PRETRAINED, device=str(text.device))
+    return load_file(out / PRETRAINED, device=DEVICE)
 
 
-def run(out: Path, sizes: Sizes, seeds: int, seconds: float) -> None:
+def run(out: Path, sizes: Sizes, seeds: int, seconds: float, processes: int = 1) -> None:
     """Train and measure the arms that OUT/language.json lacks, and write it after each."""
-    began, longest = time.perf_counter(), 0.0
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    text, held_out, facts = read_text()
+    began = time.time()
+    facts = read_text()[2]
     report: dict[str, Any] = {
-        "device": torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
+        "device": torch.cuda.get_device_name() if DEVICE == "cuda" else platform.machine(),
         "torch": torch.__version__,
         "date": date.today().isoformat(),
         "command": " ".join(["python", "experiments/language.py", *sys.argv[1:]]),
@@ -270,25 +266,53 @@ def run(out: Path, sizes: Sizes, seeds: int, seconds: float) -> None:
         if other := [key for key in ("sizes", "text") if earlier[key] != report[key]]:
             raise SystemExit(f"{path} has results for another {other[0]}; choose another folder")
         report["arms"] = earlier["arms"]
-    windows = held_out_windows(held_out, sizes, device)
-    tokens = torch.from_numpy(text).to(device)
-    print(f"{facts}, {len(windows)} held-out windows", flush=True)
-    names = list(attentions(sizes, 0.5))
-    arms = [(name, seed, False) for seed in range(seeds) for name in names]
-    arms += [(name, 0, True) for name in names]
-    done = {(arm["arm"], arm["seed"], arm["converted"]) for arm in report["arms"]}
-    for name, seed, converted in (arm for arm in arms if arm not in done):
-        start = time.perf_counter()
-        if start + longest > began + seconds:
-            print(f"{seconds:.0f} s are over; run this again for the other arms")
-            break
-        found = run_arm(name, seed, converted, tokens, windows, sizes, out)
-        report["arms"].append(found)
-        write_json(path, report, indent=None)
-        longest = max(longest, time.perf_counter() - start)
-        mean = np.round(np.mean(found["by_position"], axis=0), 3)
-        label = f"{name}, seed {seed}{', converted' * converted}"
-        print(f"{start - began:.0f} s: {label}: {mean} in {found['seconds']:.1f} s", flush=True)
+    print(facts, flush=True)
+    arms = [(name, seed, False) for seed in range(seeds) for name in NAMES]
+    arms += [(name, 0, True) for name in NAMES]
+    done = [(arm["arm"], arm["seed"], arm["converted"]) for arm in report["arms"]]
+    jobs = [Job(*arm, sizes, out, began + seconds) for arm in arms if arm not in done]
+    new, converted = ([job for job in jobs if job.converted == kind] for kind in (False, True))
+    # The control comes last.
+    new.sort(key=lambda job: job.name == "window")
+    missing = False
+    with started(processes) as work:
+        # The first converted arm may have to train its start, which the others read.
+        for part in (new, converted[:1], converted[1:]):
+            for job, found in work(part):
+                missing |= found is None
+                if found is not None:
+                    report["arms"].append(found)
+                    report["arms"].sort(key=_place)
+                    write_json(path, report, indent=None)
+                    mean = np.round(np.mean(found["by_position"], axis=0), 3)
+                    print(f"{time.time() - began:.0f} s: {job}: {mean}", flush=True)
+    if missing:
+        print(f"{seconds:.0f} s are over; run this again for the other arms")
+
+
+def _place(arm: dict[str, Any]) -> tuple[bool, int, int]:
+    return arm["converted"], arm["seed"], NAMES.index(arm["arm"])
+
+
+@contextmanager
+def started(processes: int) -> Iterator[Callable[[list[Job]], Iterator[tuple[Job, Any]]]]:
+    """What runs arms, several at a time if there are several processes."""
+    if processes == 1:
+        yield lambda jobs: ((job, run_arm(job)) for job in jobs)
+        return
+    # CUDA does not survive a fork.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, mp_context=context) as pool:
+
+        def work(jobs: list[Job]) -> Iterator[tuple[Job, Any]]:
+            running = {pool.submit(run_arm, job): job for job in jobs}
+            for future in as_completed(running):
+                if error := future.exception():
+                    # One failing arm must not stop the others.
+                    traceback.print_exception(error)
+                yield running[future], None if error else future.result()
+
+        yield work
 
 
 def main() -> None:
@@ -299,6 +323,7 @@ def main() -> None:
     parser.add_argument("--figure", type=Path, help="only draw the results")
     parser.add_argument("--seconds", type=float, default=200)
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--processes", type=int, default=1, help="arms trained side by side")
     parser.add_argument("--steps", type=int, help="instead of 400")
     parser.add_argument(
         "--size", choices=SIZES, default="full", help="small: for a CPU; tiny: shows that it runs"
@@ -314,7 +339,7 @@ def main() -> None:
     sizes = SIZES[args.size]
     if args.steps:
         sizes = sizes._replace(steps=args.steps)
-    run(args.out, sizes, args.seeds, args.seconds)
+    run(args.out, sizes, args.seeds, args.seconds, args.processes)
 
 
 if __name__ == "__main__":

@@ -77,14 +77,12 @@ def _interval(values: np.ndarray) -> str:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Markdown: accuracy with intervals, by seed, at other sizes, and throughput."""
+    """Markdown: accuracy with intervals, by seed, at other sizes, and throughput if measured."""
     by_arm = {arm: [run for run in result["runs"].values() if run["arm"] == arm] for arm in ARMS}
     base = right(by_arm["softmax"], "64")
-    lines = [
-        "| attention | parameters | held-out top-1 | against softmax | seeds | 96 px | 128 px "
-        "| images/s, 256 tokens | 1,024 | 4,096 | paper, ImageNet |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    header = ["attention", "parameters", "held-out top-1", "against softmax", "seeds"]
+    header += ["96 px", "128 px", "images/s, 256 tokens", "1,024", "4,096", "paper, ImageNet"]
+    lines = []
     for name, arm in ARMS.items():
         runs, rows = by_arm[name], result["speed"].get(name, [])
         values = right(runs, "64")
@@ -106,8 +104,11 @@ def table(result: dict[str, Any]) -> str:
             cells[place] = " / ".join(f"{value:,.0f}" for value in both)
         if arm.printed is not None:
             cells[10] = f"{arm.printed}"
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append(cells)
+    lines = [header, ["---"] * len(header), *lines]
+    if not result["speed"]:
+        lines = [[*cells[:7], *cells[10:]] for cells in lines]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 if __name__ == "__main__":

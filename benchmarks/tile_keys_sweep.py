@@ -1,6 +1,6 @@
 """Time the gradients of keys in tile attention, launched in different ways.
 
-python benchmarks/tile_keys_sweep.py OUT.json [--seconds 35]        needs CUDA
+python benchmarks/tile_keys_sweep.py OUT.json [--seconds 20]        needs CUDA
 
 For every way and shape: milliseconds of the kernel of dk and dv and of finding its owners (means of
 three passes, from torch's profiler), of the whole backward pass (median over replays of a CUDA
@@ -32,21 +32,18 @@ from mhla_gen.ops.tiles import tiling
 
 WAYS = (
     PatchForm(),
-    PatchForm(keys=64),
-    PatchForm(keys=64, stages=3),
-    PatchForm(keys=64, stages=3, registers=168),
+    PatchForm(keys=64, slab=16),
     PatchForm(keys=64, slab=32),
     PatchForm(keys=64, slab=64),
-    PatchForm(keys=32),
-    PatchForm(keys=128),
+    PatchForm(keys=64, slab=32, stages=3, registers=168),
+    PatchForm(keys=32, slab=16),
+    PatchForm(keys=32, slab=32),
+    PatchForm(keys=64, slab=64, registers=168),
     PatchForm(keys=128, slab=32),
-    PatchForm(keys=64, slab=32, stages=3),
-    PatchForm(keys=64, slab=64, stages=3),
-    PatchForm(keys=64, registers=168),
 )
 # Batch, heads, grid, shares; head_dim 64.
 SHAPES = (
-    (32, 4, (64, 64), (0.125, 0.05, 0.25)),
+    (32, 4, (64, 64), (0.125, 0.05, 0.25, 0.02)),
     (1, 6, (128, 128), (0.05,)),
 )
 _KEYS = "keys_kernel", "patches_kernel"
@@ -112,7 +109,7 @@ def main() -> None:
     """Measure every way at every shape."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("out", type=Path)
-    parser.add_argument("--seconds", type=float, default=35)
+    parser.add_argument("--seconds", type=float, default=20)
     options = parser.parse_args()
     end = time.monotonic() + options.seconds
     rows: list[dict[str, Any]] = []

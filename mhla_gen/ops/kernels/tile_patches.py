@@ -102,7 +102,7 @@ def tile_backward_patches_kernel(
     packed = row * num_groups * PACK
     owners_ptr += (row * num_patches + patch) * num_groups
     num_queries = tl.load(counts_ptr + row * num_patches + patch) * PACK
-    # Where all products are in branches, Triton loads ahead only if told to.
+    # Triton loads ahead here only if told to, as all products are in branches.
     for start in tl.range(0, num_queries, BM, num_stages=STAGES):
         queries = start + tl.arange(0, BM)
         if PACK % BM == 0:
@@ -125,7 +125,7 @@ def tile_backward_patches_kernel(
         for slab in tl.static_range(SLABS):
             dk0, dk1 = dkeys[slab]
             dv0, dv1 = dvalues[slab]
-            if SLABS == 1 or (reads >> slab * TILES) & (2**TILES - 1) != 0:
+            if (reads >> slab * TILES) & (2**TILES - 1) != 0:
                 shift = lse
                 if TILES > 1 or PACK % BM != 0:
                     member = slab * TILES + tl.arange(0, SLAB) // SLOTS

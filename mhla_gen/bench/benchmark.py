@@ -77,7 +77,7 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     for step in ("forward", "train"):
         if said := _said_crossover(rows, step):
             print(said)
-    plot(rows, folder / "bench.png")
+    plot(rows, folder / "bench.png", f"{result['device']}, {config.dtype}" if result else "")
     print(f"wrote {folder / 'bench.json'} and {folder / 'bench.png'}")
     return result
 
@@ -143,7 +143,7 @@ _PANELS = {
 }
 
 
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
+def plot(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     """Latency and memory against tokens; a line marks where MHLA overtakes softmax.
 
     Softmax is dashed, what is causal dotted.
@@ -157,6 +157,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     panels = [key for key in _PANELS if any(row.get(key) for row in good)] or ["forward_ms"]
     size = (4.5 * len(panels) + 2.5, 4)
     figure, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained", squeeze=False)
+    figure.suptitle(title)
     tokens = sorted({row["tokens"] for row in good})
     colors = plt.get_cmap("tab20").colors  # type: ignore[attr-defined]
     methods = dict.fromkeys(row["method"] for row in good)
@@ -209,7 +210,7 @@ def _ratios(rows: list[dict[str, Any]], step: str) -> list[tuple[int, float]]:
     for row in rows:
         name = row["method"].split()[0]
         softmax = name.startswith("softmax") and not row.get("causal")
-        if f"{step}_ms" in row and (softmax or name in IMPLEMENTATIONS):
+        if f"{step}_ms" in row and (softmax or name in ("auto", *IMPLEMENTATIONS)):
             sizes = best.setdefault(row["tokens"], {})
             sizes[softmax] = min(row[f"{step}_ms"], sizes.get(softmax, float("inf")))
     return [(n, both[False] / both[True]) for n, both in sorted(best.items()) if len(both) == 2]

@@ -3,9 +3,9 @@
     python benchmarks/causal_speed.py OUT.json             needs CUDA
     python benchmarks/causal_speed.py OUT.json --table     only print the table
 
-Medians in milliseconds of forward, and of forward and backward; bfloat16, blocks of 64 tokens, a
-weight for each of 32 distances, rotary tables of a language model. `kernels` are the parts of the
-fused form, timed by replaying a CUDA graph.
+Milliseconds of forward, and of forward and backward: medians over replays of a CUDA graph;
+bfloat16, blocks of 64 tokens, a weight for each of 32 distances, rotary tables of a language model.
+`kernels` are the parts of the fused form.
 """
 
 from collections.abc import Callable
@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from kernel_speed import time_ms
 from rows import Row, make_parser, markdown, measure_rows
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from triton.testing import do_bench
 
+from mhla_gen.bench.measure import graph_latency_ms, latency_ms
 from mhla_gen.ops import causal_mhla, distance_mixing, locality_weights, window_attention
 from mhla_gen.ops.blockwise import blockwise_mhla
 from mhla_gen.ops.kernels import causal_form, linear_form
@@ -85,9 +85,9 @@ def kernels(tokens: tuple[torch.Tensor, ...], rotary: Any) -> dict[str, Callable
 
 
 def median_ms(function: Callable[[], object]) -> float:
-    """Median time of a call, including its launches."""
-    median: Any = do_bench(function, warmup=10, rep=60, return_mode="median")
-    return round(median, 4)
+    """Median time of a call."""
+    device = torch.device("cuda")
+    return round(graph_latency_ms(function, device) or latency_ms(function, device), 4)
 
 
 def measure(shape: list[int]) -> Row:

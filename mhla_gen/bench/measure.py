@@ -44,7 +44,11 @@ def graph_latency_ms(function: Callable[[], object], device: torch.device) -> fl
 
     None on a CPU, and for calls so long that launching them does not count.
     """
-    if device.type != "cuda" or _event_ms(function) > _LONG_MS:
+    if device.type != "cuda":
+        return None
+    # The first call compiles and loads kernels.
+    function()
+    if _event_ms(function) > _LONG_MS:
         return None
     return latency_ms(recorded(function), device)
 

@@ -4,15 +4,13 @@ import json
 import os
 import resource
 import shutil
-import signal
-import subprocess
-import sys
 import time
 
 import diffusers
 import numpy as np
 import pytest
 import torch
+from commands import finish, launch
 from PIL import Image
 from tiny import tiny_autoencoder, tiny_dit_pipeline, tiny_wan_autoencoder, tiny_wan_pipeline
 
@@ -186,14 +184,14 @@ def test_latents_are_rounded_once(source, cache, tmp_path, dtype):
 def test_an_interrupted_run_goes_on_and_ends_as_a_straight_one(source, cache, tmp_path):
     config = config_for(source, tmp_path / "cache", "batch_size=1")
     save_config(config, tmp_path / "cache.yaml")
-    command = [sys.executable, "-m", "mhla_gen.cli", "cache", str(tmp_path / "cache.yaml")]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    threads = torch.get_num_threads()
+    process = launch("cache", tmp_path / "cache.yaml", threads=threads)
     deadline = time.monotonic() + 120
     while len(list((tmp_path / "cache").glob("latents-*"))) < 2:
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.002)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.communicate()
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").glob("latents-*")}
     assert 2 <= len(before) < 5
     with pytest.raises(FileNotFoundError, match="an unfinished cache"):
@@ -207,7 +205,7 @@ def test_an_interrupted_run_goes_on_and_ends_as_a_straight_one(source, cache, tm
     assert {p: p.stat().st_mtime_ns for p in times} == times
 
 
-def test_a_full_disk_leaves_whole_files(source, tmp_path, monkeypatch):
+def test_a_full_disk_leaves_whole_files(source, tmp_path):
     config = config_for(source, tmp_path / "cache")
     # Files of latents have more bytes than a process may write into one file, settings fewer.
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -228,13 +226,11 @@ def test_a_full_disk_leaves_whole_files(source, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_two_processes_write_the_same_files(source, cache, tmp_path):
     save_config(config_for(source, tmp_path / "cache"), tmp_path / "cache.yaml")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [*launch, "-m", "mhla_gen.cli", "cache", str(tmp_path / "cache.yaml")]
     # The launcher would give each process one thread, and convolutions add as threads are dealt.
-    env = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=env)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("21 samples") == 1 and "1 could not be read" in done.stdout
+    threads = torch.get_num_threads()
+    command = launch("cache", tmp_path / "cache.yaml", processes=2, threads=threads)
+    printed, _ = finish(command)
+    assert printed.count("21 samples") == 1 and "1 could not be read" in printed
     found, expected = CachedLatents.open(tmp_path / "cache"), CachedLatents.open(cache)
     assert found.index.files == expected.index.files
     for name, tensor in expected.read(range(21)).items():

@@ -1,14 +1,12 @@
 """Distillation by stages: a teacher in a folder becomes an MHLA model in another, exactly again."""
 
-import os
-import subprocess
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from commands import finish, interrupted, launch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file
 
@@ -136,21 +134,11 @@ def test_what_mhla_adds_learns_at_a_rate_of_its_own(tmp_path, teacher):
 
 
 @pytest.mark.parametrize("steps_before", [1, 3, 4, 7])
-def test_an_interrupted_distillation_resumes_exactly(tmp_path, teacher, monkeypatch, steps_before):
+def test_an_interrupted_distillation_resumes_exactly(tmp_path, teacher, steps_before):
     stages = (replace(LAYERS, train="attention"), OUTPUT)
     distill(settings(tmp_path / "straight", teacher, *stages))
     config = settings(tmp_path / "stopped", teacher, *stages)
-    done, whole_step = 0, Run.step
-
-    def step(self, number, parts):
-        nonlocal done
-        if done == steps_before:
-            raise KeyboardInterrupt
-        done += 1
-        return whole_step(self, number, parts)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Run, "step", step)
+    with interrupted(Run, "step", steps_before):
         distill(config)
     distill(replace(config, resume="latest"))
     for stage in ("stage-1-layers", "stage-2-output"):
@@ -179,16 +167,8 @@ def test_a_finished_distillation_is_not_run_again(tmp_path, teacher, monkeypatch
         distill(replace(config, distill=other, resume="latest"))
 
 
-def test_a_checkpoint_of_a_stage_can_be_looked_into_and_sampled(tmp_path, teacher, monkeypatch):
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        whole = Run.step
-
-        def step(self, number, parts):
-            if number == 3:
-                raise KeyboardInterrupt
-            return whole(self, number, parts)
-
-        patch.setattr(Run, "step", step)
+def test_a_checkpoint_of_a_stage_can_be_looked_into_and_sampled(tmp_path, teacher):
+    with interrupted(Run, "step", after=3):
         distill(settings(tmp_path / "run", teacher, LAYERS))
     stage = tmp_path / "run/stage-1-layers"
     pipeline = load_pipeline(str(stage), torch.float32)
@@ -204,12 +184,9 @@ def test_the_output_stage_starts_where_the_layer_stage_ended(tmp_path, teacher):
     assert all(torch.allclose(first[name], second[name], atol=1e-6) for name in first)
 
 
-def run_by_two(config, file):
+def run_by_two(config, file, **outcome):
     save_config(config, file)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    command = [*launch, "-m", "mhla_gen.cli", "train", str(file)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    return finish(launch("train", file, processes=2), **outcome)
 
 
 def assert_same_losses(folders, stage):
@@ -225,8 +202,7 @@ def test_two_processes_distill_as_one(tmp_path, teacher):
     folders = tmp_path / "one", tmp_path / "two"
     config = settings(folders[0], teacher, replace(LAYERS, train="attention"), OUTPUT)
     distill(config)
-    done = run_by_two(replace(config, output_dir=str(folders[1])), tmp_path / "two.yaml")
-    assert done.returncode == 0, done.stderr
+    run_by_two(replace(config, output_dir=str(folders[1])), tmp_path / "two.yaml")
     assert_same_losses(folders, "stage-1-layers")
     assert_same_losses(folders, "stage-2-output")
 
@@ -237,8 +213,7 @@ def test_the_output_stage_runs_in_parts_and_the_layer_stage_says_that_it_cannot(
     config = settings(folders[0], teacher, OUTPUT, sample_every=0)
     distill(config)
     config = replace(config, output_dir=str(folders[1]), parallelism="fsdp")
-    done = run_by_two(config, tmp_path / "parts.yaml")
-    assert done.returncode == 0, done.stderr
+    run_by_two(config, tmp_path / "parts.yaml")
     assert_same_losses(folders, "stage-1-output")
     first = load_pipeline(str(folders[0] / "pipeline"), torch.float32).transformer
     for name, value in load_pipeline(
@@ -248,8 +223,8 @@ def test_the_output_stage_runs_in_parts_and_the_layer_stage_says_that_it_cannot(
 
     layers = replace(config.distill, stages=[LAYERS])
     config = replace(config, output_dir=str(tmp_path / "layers"), distill=layers)
-    done = run_by_two(config, tmp_path / "layers.yaml")
-    assert done.returncode != 0 and "cannot run under FSDP" in done.stderr
+    _, errors = run_by_two(config, tmp_path / "layers.yaml", fails=True)
+    assert "cannot run under FSDP" in errors
     assert not (tmp_path / "layers").exists()
 
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_training_runs import launch
+from commands import finish, launch
 from test_video import losses_of, wan_run
 from tiny import tiny_clip_cache, tiny_wan, wan_inputs
 
@@ -101,8 +101,7 @@ def test_shared_models_learn_updates_as_whole_ones_do(cache, tmp_path):
 
 def by_two(config, folder):
     save_config(config, folder / "run.yaml")
-    process = launch(folder / "run.yaml", processes=2)
-    assert process.wait(240) == 0, process.communicate()[1]
+    finish(launch("train", folder / "run.yaml", processes=2))
 
 
 def saved(folder):

@@ -1,18 +1,15 @@
 """Sample sets on disk: the same for any batches, starts and processes; what is in them."""
 
 import json
-import os
 import random
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from commands import finish, interrupted, launch
 from diffusers import DDPMScheduler
 from diffusers.models.autoencoders.vae import DecoderOutput
 from PIL import Image
@@ -54,27 +51,14 @@ def bytes_of(folder):
     return (folder / "samples.npz").read_bytes()
 
 
-def interrupted(config, monkeypatch, after):
+def interrupt(config, after):
     """Start a set and stop it when so many calls of the pipeline are done."""
-    draw, calls = ClassSampler.draw, []
-
-    def stop(self, *args, **rest):
-        if len(calls) == after:
-            raise KeyboardInterrupt
-        calls.append(args)
-        return draw(self, *args, **rest)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(ClassSampler, "draw", stop)
-        with pytest.raises(KeyboardInterrupt):
-            sample(config)
-    return calls
+    with interrupted(ClassSampler, "draw", after):
+        sample(config)
 
 
 @pytest.mark.parametrize(("model", "count"), [("pipeline", 23), ("latents", 10)])
-def test_a_set_is_the_same_for_any_batch_and_any_starts(
-    model, count, request, tmp_path, monkeypatch
-):
+def test_a_set_is_the_same_for_any_batch_and_any_starts(model, count, request, tmp_path):
     saved = request.getfixturevalue(model)
     # The last of the units is not full.
     options = {"num_samples": count, "model_batch_size": 4}
@@ -84,7 +68,7 @@ def test_a_set_is_the_same_for_any_batch_and_any_starts(
         assert bytes_of(tmp_path / f"b{size}") == bytes_of(tmp_path / "one")
     for start, size in enumerate((1, 5)):
         config = set_of(tmp_path / "parts", saved, batch_size=size, **options)
-        interrupted(config, monkeypatch, after=1)
+        interrupt(config, after=1)
         assert not (tmp_path / "parts" / "samples.npz").exists()
         assert len(list((tmp_path / "parts" / ".work" / "done").iterdir())) == start + 1
     sample(set_of(tmp_path / "parts", saved, batch_size=23, **options))
@@ -98,11 +82,11 @@ def test_a_set_is_the_same_for_any_batch_and_any_starts(
 
 @pytest.mark.parametrize("damage", ["halved", "emptied", "missing", "changed"])
 @pytest.mark.parametrize("formats", ["npz", "png"])
-def test_damaged_units_are_drawn_again(damage, formats, pipeline, tmp_path, monkeypatch):
+def test_damaged_units_are_drawn_again(damage, formats, pipeline, tmp_path):
     options = {"num_samples": 5, "model_batch_size": 2, "formats": (formats,)}
     sample(set_of(tmp_path / "one", pipeline, **options))
     config = set_of(tmp_path / "two", pipeline, **options)
-    interrupted(config, monkeypatch, after=2)
+    interrupt(config, after=2)
     files = [p for p in (tmp_path / "two").rglob("*") if p.is_file()]
     files = [p for p in files if p.suffix in (".npy", ".png") or p.parent.name == "done"]
     assert len(files) > 6
@@ -152,9 +136,9 @@ def test_a_finished_set_that_lost_samples_is_not_finished(damage, pipeline, tmp_
 
 
 @pytest.mark.parametrize("damage", ["emptied", "missing"])
-def test_units_of_who_knows_what_are_not_gone_on_with(damage, pipeline, tmp_path, monkeypatch):
+def test_units_of_who_knows_what_are_not_gone_on_with(damage, pipeline, tmp_path):
     config = set_of(tmp_path / "set", pipeline, num_samples=5, model_batch_size=2)
-    interrupted(config, monkeypatch, after=1)
+    interrupt(config, after=1)
     path = tmp_path / "set" / ".work" / "identity.json"
     path.write_bytes(b"")
     if damage == "missing":
@@ -242,21 +226,19 @@ def test_a_sample_set_on_disk(pipeline, tmp_path, capsys):
         ({"model_batch_size": 2}, "model_batch_size: found 4, asked for 2"),
     ],
 )
-def test_other_settings_are_refused_for_an_unfinished_set(
-    pipeline, tmp_path, monkeypatch, changes, message
-):
+def test_other_settings_are_refused_for_an_unfinished_set(pipeline, tmp_path, changes, message):
     config = set_of(tmp_path / "set", pipeline, num_samples=8, model_batch_size=4)
-    interrupted(config, monkeypatch, after=1)
+    interrupt(config, after=1)
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(FileExistsError, match=message):
         sample(replace(config, **changes))
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_another_model_at_the_same_place_is_refused(pipeline, tmp_path, monkeypatch):
+def test_another_model_at_the_same_place_is_refused(pipeline, tmp_path):
     tiny_pipeline().save_pretrained(tmp_path / "pipe")
     config = set_of(tmp_path / "set", tmp_path / "pipe", num_samples=8, model_batch_size=4)
-    interrupted(config, monkeypatch, after=1)
+    interrupt(config, after=1)
     tiny_pipeline().save_pretrained(tmp_path / "pipe")
     with pytest.raises(FileExistsError, match=r"weights\.transformer: found"):
         sample(config)
@@ -467,12 +449,9 @@ def test_folders_of_others_and_places_that_cannot_be_written(pipeline, tmp_path)
         sample(set_of("/proc/new/set", pipeline))
 
 
-def command(config, tmp_path, processes=None):
+def command(config, tmp_path, **options):
     save_config(config, tmp_path / "run.yaml")
-    launch = []
-    if processes:
-        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return [sys.executable, *launch, "-m", "mhla_gen.cli", "sample", str(tmp_path / "run.yaml")]
+    return launch("sample", tmp_path / "run.yaml", **options)
 
 
 def test_the_command_takes_a_pipeline_and_goes_to_its_folder(pipeline, tmp_path, capsys):
@@ -489,13 +468,11 @@ def test_the_command_takes_a_pipeline_and_goes_to_its_folder(pipeline, tmp_path,
 def test_two_processes_make_the_same_set(latents, tmp_path):
     options = {"num_samples": 11, "model_batch_size": 4, "device": "cpu"}
     sample(set_of(tmp_path / "one", latents, **options))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     options["device"] = "auto"
-    run = command(set_of(tmp_path / "two", latents, **options), tmp_path, processes=2)
-    done = subprocess.run(run, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
+    config = set_of(tmp_path / "two", latents, **options)
+    printed, errors = finish(command(config, tmp_path, processes=2))
     # Once: they are no two processes that each made the set.
-    assert done.stdout.count("wrote 11 images") == 1 and "11/11" in done.stderr
+    assert printed.count("wrote 11 images") == 1 and "11/11" in errors
     assert bytes_of(tmp_path / "two") == bytes_of(tmp_path / "one")
 
 
@@ -503,20 +480,19 @@ def test_two_processes_make_the_same_set(latents, tmp_path):
 def test_a_run_that_is_killed_three_times_makes_the_same_set(latents, tmp_path):
     options = {"num_samples": 24, "model_batch_size": 2, "num_inference_steps": 8}
     sample(set_of(tmp_path / "one", latents, **options))
-    run = command(set_of(tmp_path / "killed", latents, **options), tmp_path)
+    config = set_of(tmp_path / "killed", latents, **options)
     marks, pick = tmp_path / "killed" / ".work" / "done", random.Random(0)
     for _ in range(3):
         before = len(list(marks.glob("*.json")))
-        process = subprocess.Popen(run, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = command(config, tmp_path)
         while len(list(marks.glob("*.json"))) < before + pick.randint(1, 3):
             assert process.poll() is None, "it finished before it could be killed"
             time.sleep(0.01)
         time.sleep(pick.random() * 0.1)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.communicate()
         assert not (tmp_path / "killed" / "manifest.json").exists()
-    done = subprocess.run(run, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
+    finish(command(config, tmp_path))
     assert bytes_of(tmp_path / "killed") == bytes_of(tmp_path / "one")
     hidden = [path for path in (tmp_path / "killed").rglob("*") if "partial" in path.name]
     assert not hidden

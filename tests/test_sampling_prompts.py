@@ -7,6 +7,7 @@ import imageio.v2 as imageio
 import numpy as np
 import pytest
 import torch
+from commands import interrupted
 from diffusers import DPMSolverMultistepScheduler, PixArtAlphaPipeline, WanImageToVideoPipeline
 from PIL import Image
 from safetensors.torch import save_file
@@ -50,7 +51,7 @@ def wan_set(folder, wan, **changes):
     return set_of(folder, wan, **options | changes)
 
 
-def test_videos_of_prompts_from_a_file_go_on_after_an_interruption(wan, tmp_path, monkeypatch):
+def test_videos_of_prompts_from_a_file_go_on_after_an_interruption(wan, tmp_path):
     prompts = tmp_path / "prompts.jsonl"
     lines = [{"prompt": "a red square"}, {"prompt": "moves left", "seed": 7}, {"prompt": "up"}]
     prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -62,18 +63,8 @@ def test_videos_of_prompts_from_a_file_go_on_after_an_interruption(wan, tmp_path
         "fps": 8,
     }
     config = wan_set(tmp_path / "set", wan, **options)
-    draw, calls = PromptSampler.draw, []
-
-    def stop(self, *args, **rest):
-        if len(calls) == 1:
-            raise KeyboardInterrupt
-        calls.append(args)
-        return draw(self, *args, **rest)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(PromptSampler, "draw", stop)
-        with pytest.raises(KeyboardInterrupt):
-            sample(config)
+    with interrupted(PromptSampler, "draw", after=1):
+        sample(config)
     assert [p.name for p in (tmp_path / "set" / "videos").iterdir()] == ["000000.mp4"]
     sample(config)
     files = sorted((tmp_path / "set" / "videos").iterdir())

@@ -2,13 +2,11 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
+from commands import finish, interrupted, launch
 from diffusers.training_utils import EMAModel
 from tiny import tiny_dit
 from torch.utils._pytree import keystr, tree_flatten_with_path
@@ -27,6 +25,7 @@ from mhla_gen.training import (
 from mhla_gen.training.checkpoint_state import SavedTensors
 from mhla_gen.training.conditioning import ClassLabels
 from mhla_gen.training.ema import WeightAverage
+from mhla_gen.training.loop import Run
 from mhla_gen.training.objectives import FlowMatching
 from mhla_gen.training.optim import mixing_matrices
 from mhla_gen.training.randomness import step_randomness
@@ -328,37 +327,26 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(tmp_path):
     assert not torch.equal(first["proj_out_2.weight"], other["proj_out_2.weight"])
 
 
-def train_until(last, config, monkeypatch):
-    step = mhla_gen.training.loop.Run.step
-
-    def interrupted(run, number, parts):
-        if number == last:
-            raise KeyboardInterrupt
-        return step(run, number, parts)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(mhla_gen.training.loop.Run, "step", interrupted)
-        train(config)
-
-
 @pytest.mark.parametrize("lr_scheduler", ["cosine", "constant_with_warmup"])
-def test_a_run_that_was_stopped_goes_on_exactly(lr_scheduler, tmp_path, monkeypatch):
+def test_a_run_that_was_stopped_goes_on_exactly(lr_scheduler, tmp_path):
     changes = {"max_steps": 12, "checkpoint_every": 4, "lr_scheduler": lr_scheduler}
     straight = trained(tiny_run(tmp_path / "straight", **changes))
 
     stopped = tiny_run(tmp_path / "stopped", **changes)
-    train_until(7, stopped, monkeypatch)
+    with interrupted(Run, "step", after=7):
+        train(stopped)
     assert list(checkpoints(tmp_path / "stopped")) == [4]
     assert_same(straight, trained(replace(stopped, resume="latest")))
     assert log_of(tmp_path / "stopped") == log_of(tmp_path / "straight")
     assert_same_state(*(tmp_path / n / "checkpoint-12" for n in ("straight", "stopped")))
 
 
-def test_a_line_of_the_log_knows_the_steps_before_a_resume(tmp_path, monkeypatch):
+def test_a_line_of_the_log_knows_the_steps_before_a_resume(tmp_path):
     changes = {"checkpoint_every": 5, "log_every": 4, "max_steps": 11}
     train(tiny_run(tmp_path / "straight", **changes))
     stopped = tiny_run(tmp_path / "stopped", **changes)
-    train_until(7, stopped, monkeypatch)
+    with interrupted(Run, "step", after=7):
+        train(stopped)
     train(replace(stopped, resume="latest"))
     straight, resumed = (
         [
@@ -421,10 +409,6 @@ def test_a_rehearsal_writes_nothing(tmp_path):
 def test_two_processes_train_as_one(tmp_path):
     train(tiny_run(tmp_path / "one"))
     save_config(tiny_run(tmp_path / "two"), tmp_path / "run.yaml")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    command = [*launch, "-m", "mhla_gen.cli", "train", str(tmp_path / "run.yaml")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
+    finish(launch("train", tmp_path / "run.yaml", processes=2))
     one, two = (dict(log_of(tmp_path / name)) for name in ("one", "two"))
     assert two == pytest.approx(one, rel=1e-5)

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from commands import finish, launch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from ranks import torchrun
@@ -63,17 +64,6 @@ from mhla_gen.training.throughput import specified_flops, step_flops
 from mhla_gen.training.training_run import build_run
 
 
-def launch(*arguments, processes=1):
-    command = [sys.executable]
-    if processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command += ["-m", "mhla_gen.cli", "train", *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
 def wait_for(path, process):
     # A log is empty until all processes have done a step.
     while not path.exists() or not path.stat().st_size:
@@ -114,15 +104,15 @@ def test_a_signal_is_answered_by_a_checkpoint(number, tmp_path, monkeypatch, cap
 def test_a_signal_to_the_launcher_stops_both_processes(tmp_path):
     config = tiny_run(tmp_path / "run", max_steps=100_000, log_every=1)
     save_config(config, tmp_path / "run.yaml")
-    process = launch(tmp_path / "run.yaml", processes=2)
+    process = launch("train", tmp_path / "run.yaml", processes=2)
     wait_for(tmp_path / "run" / "log.jsonl", process)
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=120)
+    _, errors = finish(process, fails=True)
     (done,) = checkpoints(tmp_path / "run")
     assert f"stopped by SIGTERM after step {done}" in errors
     assert "training: 2 processes on cpu" in errors
-    resumed = launch(tmp_path / "run.yaml", "resume=latest", f"max_steps={done + 1}", processes=2)
-    assert resumed.wait(120) == 0
+    further = "resume=latest", f"max_steps={done + 1}"
+    finish(launch("train", tmp_path / "run.yaml", *further, processes=2))
 
 
 def contents_of(folder):
@@ -586,8 +576,7 @@ def test_two_processes_train_and_resume_as_one(parallelism, tmp_path):
         tiny_run(tmp_path / "two", **settings, parallelism=parallelism, resume="latest"),
         tmp_path / "run.yaml",
     )
-    finished = launch(tmp_path / "run.yaml", processes=2)
-    assert finished.wait(240) == 0, finished.communicate()[1]
+    finish(launch("train", tmp_path / "run.yaml", processes=2))
     folder = tmp_path / "two"
     whole = mhla_gen.ClassConditionalPipeline.from_pretrained(folder / "pipeline")
     two = whole.transformer.state_dict()
@@ -600,8 +589,7 @@ def test_two_processes_train_and_resume_as_one(parallelism, tmp_path):
     # Killed after step 3, as far as its folder can tell.
     for path in (folder / "checkpoint-6", folder / "pipeline"):
         path.rename(tmp_path / path.name)
-    again = launch(tmp_path / "run.yaml", processes=2)
-    assert again.wait(240) == 0, again.communicate()[1]
+    finish(launch("train", tmp_path / "run.yaml", processes=2))
     resumed = mhla_gen.ClassConditionalPipeline.from_pretrained(folder / "pipeline")
     assert_same(two, resumed.transformer.state_dict())
     assert_same_state(tmp_path / "checkpoint-6", folder / "checkpoint-6")
@@ -614,16 +602,14 @@ def test_a_run_that_was_killed_goes_on_exactly(tmp_path):
     settings |= {"batch_size": 1024, "resume": "latest"}
     for name in ("straight", "killed"):
         save_config(tiny_run(tmp_path / name, **settings), tmp_path / f"{name}.yaml")
-    straight = launch(tmp_path / "straight.yaml")
-    assert straight.wait(240) == 0, straight.communicate()[1]
-    process = launch(tmp_path / "killed.yaml")
+    finish(launch("train", tmp_path / "straight.yaml"))
+    process = launch("train", tmp_path / "killed.yaml")
     wait_for(tmp_path / "killed" / "checkpoint-20", process)
     process.send_signal(signal.SIGKILL)
     assert process.wait(60) == -signal.SIGKILL
     folders = tmp_path / "straight", tmp_path / "killed"
     assert list(checkpoints(folders[1])) == [20] and not (folders[1] / "pipeline").exists()
-    again = launch(tmp_path / "killed.yaml")
-    assert again.wait(240) == 0, again.communicate()[1]
+    finish(launch("train", tmp_path / "killed.yaml"))
     for step in (20, 40):
         assert_same_state(*(folder / f"checkpoint-{step}" for folder in folders))
     pipelines = [
@@ -641,15 +627,14 @@ def test_a_run_that_was_killed_goes_on_exactly(tmp_path):
 def test_a_shared_checkpoint_of_another_model_is_refused_by_name(tmp_path):
     config = tiny_run(tmp_path / "a", max_steps=2, checkpoint_every=2, parallelism="fsdp")
     save_config(config, tmp_path / "run.yaml")
-    assert launch(tmp_path / "run.yaml", processes=2).wait(240) == 0
+    finish(launch("train", tmp_path / "run.yaml", processes=2))
     # Its settings say so too, and are asked first.
     (tmp_path / "a" / "config.yaml").unlink()
     other = replace(config, model=replace(TINY, num_layers=1), resume="latest", max_steps=3)
     save_config(other, tmp_path / "a" / "config.yaml")
     save_config(other, tmp_path / "run.yaml")
-    again = launch(tmp_path / "run.yaml", processes=2)
-    _, errors = again.communicate(timeout=240)
-    assert again.returncode and "checkpoint-2 is a checkpoint of another model (trans" in errors
+    _, errors = finish(launch("train", tmp_path / "run.yaml", processes=2), fails=True)
+    assert "checkpoint-2 is a checkpoint of another model (trans" in errors
     assert "transformer_blocks.1.attn1.mhla.conv.weight: found [16, 1, 3, 3]" in errors
 
 
@@ -660,8 +645,7 @@ def test_shared_and_whole_models_compute_in_the_same_arithmetic(tmp_path):
         folder = tmp_path / f"{precision}-{parallelism}"
         config = tiny_run(folder, mixed_precision=precision, parallelism=parallelism)
         save_config(config, tmp_path / "run.yaml")
-        process = launch(tmp_path / "run.yaml", processes=2)
-        assert process.wait(240) == 0, process.communicate()[1]
+        finish(launch("train", tmp_path / "run.yaml", processes=2))
         losses[precision, parallelism] = log_of(folder)
     assert losses["bf16", "ddp"] == losses["bf16", "fsdp"] != losses["fp32", "fsdp"]
 

@@ -13,6 +13,7 @@ from mhla_gen.config import BenchConfig, MHLAConfig, load_config
 from mhla_gen.models import inject, summary
 from mhla_gen.models.dit import disable_label_dropout
 from mhla_gen.models.exact import exact_share
+from mhla_gen.models.short import unmentioned
 from mhla_gen.models.transformer import MHLATransformerMixin
 from mhla_gen.runtime.compiling import compile_blocks
 from mhla_gen.runtime.recomputing import recompute_activations
@@ -58,7 +59,8 @@ def _prepare(
         layout = (1,) * len(grid) if name == "linear" else config.layout
         defaults = [f"layout={list(layout) if isinstance(layout, tuple) else layout}"]
         defaults.append(f"implementation={'auto' if name == 'linear' else name}")
-        inject(model, load_config(None, [*defaults, *settings], MHLAConfig))
+        with unmentioned():
+            inject(model, load_config(None, [*defaults, *settings], MHLAConfig))
     elif name in _BACKENDS:
         model.set_attention_backend(_BACKENDS[name])
     if config.compile == "whole":

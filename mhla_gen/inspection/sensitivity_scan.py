@@ -26,6 +26,7 @@ from mhla_gen.inspection.sensitivity_plan import plan_by_count
 from mhla_gen.inspection.sensitivity_report import LayerSensitivity
 from mhla_gen.inspection.subject import load_subject
 from mhla_gen.models import inject
+from mhla_gen.models.short import unmentioned
 from mhla_gen.models.surgery import swap_processor
 from mhla_gen.models.transformer import MHLATransformerMixin
 from mhla_gen.outputs.folders import CONFIG_NAME
@@ -91,7 +92,8 @@ class Scan:
             return make_inputs(subject, fresh, grid, images)
 
         digest = tensors_digest(subject.model.state_dict())
-        student = inject(subject.model, config.mhla)
+        with unmentioned():
+            student = inject(subject.model, config.mhla)
         if config.softmax_layers is not None:
             plan_by_count(
                 dict.fromkeys(range(len(mhla_attentions(student))), 0.0), config.softmax_layers

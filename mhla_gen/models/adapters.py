@@ -30,6 +30,7 @@ from mhla_gen.models.injection import (
     take_out,
 )
 from mhla_gen.models.lora import add_lora_weights, check_lora, lora_of, remove_lora
+from mhla_gen.models.short import unmentioned
 from mhla_gen.models.surgery import new_modules
 from mhla_gen.models.transformer import MHLATransformerMixin
 
@@ -114,7 +115,8 @@ def load_adapter(pipe_or_transformer: Any, folder_or_name: str | Path, **locatio
         unload_adapter(pipe_or_transformer)
     for name in described:
         model = parts[name]
-        inject(model, attention_from_dict(described[name]["mhla"]))
+        with unmentioned():
+            inject(model, attention_from_dict(described[name]["mhla"]))
         setattr(model, _LOADED, str(path))
         state = {k: v for k, v in tensors[name].items() if ".mhla." in k}
         model.load_state_dict(state, strict=False)

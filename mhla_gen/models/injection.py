@@ -129,9 +129,11 @@ def inject(
 
         return inject_language(pipe_or_transformer, config)
     if is_vision_model(pipe_or_transformer):
-        from mhla_gen.models.vision import inject_vision
+        from mhla_gen.models.vision import family_of, inject_vision
 
-        return inject_vision(pipe_or_transformer, config)
+        model = inject_vision(pipe_or_transformer, config)
+        _warn_if_short(config, family_of(model).native_grid(model))
+        return model
     targets = transformers_of(pipe_or_transformer)
     for transformer in targets:
         if isinstance(transformer, MHLATransformerMixin):
@@ -142,9 +144,14 @@ def inject(
     for transformer in targets:
         mhla_class = MHLA_CLASSES[type(transformer)]
         become(mhla_class.family, mhla_class, transformer, config)
-        if note := too_short(config, mhla_class.family.native_grid(transformer)):
-            warnings.warn(note, ShortSequenceWarning, stacklevel=2)
+        _warn_if_short(config, mhla_class.family.native_grid(transformer))
     return _update_index(pipe_or_transformer)
+
+
+def _warn_if_short(config: AttentionConfig, grid: Sequence[int]) -> None:
+    """Warn, where `inject` was called, if softmax is faster on a token grid."""
+    if note := too_short(config, grid):
+        warnings.warn(note, ShortSequenceWarning, stacklevel=3)
 
 
 def restore(pipe_or_transformer: Any) -> Any:

@@ -3,7 +3,6 @@
 import sys
 from contextlib import closing, nullcontext
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
@@ -13,8 +12,7 @@ from mhla_gen.data.caching.cached import CachedLatents
 from mhla_gen.data.caching.index import QUARANTINE_NAME
 from mhla_gen.files import written_whole
 from mhla_gen.hub import PIPELINE_NAME
-from mhla_gen.models.short import too_short
-from mhla_gen.models.transformer import MHLATransformerMixin
+from mhla_gen.models.short import too_short_model
 from mhla_gen.outputs.folders import CONFIG_NAME
 from mhla_gen.outputs.locks import claimed
 from mhla_gen.runtime.processes import on_main, tell
@@ -93,7 +91,7 @@ def run_to_end(run: Run, title: str) -> Path:
     peak = peak_flops(run.accelerator.device, config.mixed_precision)
     processes, device = run.accelerator.num_processes, run.accelerator.device.type
     tell(f"{title}: {processes} process{'es' if processes > 1 else ''} on {device}")
-    if note := _too_short(run.task.model):
+    if note := too_short_model(run.task.model):
         tell(note)
     log = RunLog(run, folder / LOG_NAME, start, title, peak)
     with closing(log), undisturbed(), StopRequest(run.accelerator) as stop:
@@ -140,13 +138,6 @@ def _list_left_out(run: Run, folder: Path) -> None:
     warning = run.data.index.warning if isinstance(run.data, CachedLatents) else None
     if warning and run.accelerator.is_main_process:
         tqdm.write(warning, file=sys.stderr)
-
-
-def _too_short(model: Any) -> str | None:
-    """The message about a converted model with short sequences, if they are short."""
-    if not isinstance(model, MHLATransformerMixin):
-        return None
-    return too_short(model.mhla_config, model.family.native_grid(model))
 
 
 def _catch_up(run: Run, start: int) -> None:

@@ -23,6 +23,7 @@ from mhla_gen.hub import pipeline_index
 from mhla_gen.models import inject
 from mhla_gen.models.injection import family_of
 from mhla_gen.models.saved_transformer import load_transformer
+from mhla_gen.models.short import unmentioned
 from mhla_gen.models.transformer import MHLATransformerMixin
 from mhla_gen.outputs.folders import differences
 
@@ -48,7 +49,8 @@ def load_pretrained(config: ModelConfig, subfolder: str = "transformer") -> Any:
         return model
     asked = attention_settings(config, family_of(model).rank)
     if not isinstance(model, MHLATransformerMixin):
-        return inject(model, asked)
+        with unmentioned():
+            return inject(model, asked)
     found = model.mhla_config
     name = "linformer" if isinstance(found, LinformerConfig) else "mhla"
     if type(asked) is not type(found):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mhla_gen.config import TrainConfig
 from mhla_gen.data.caching.cached import CachedLatents
+from mhla_gen.models.short import too_short_model
 from mhla_gen.training.build import build_task
 from mhla_gen.training.parallel import build_accelerator, check_tracker
 from mhla_gen.training.readiness import open_what_is_needed
@@ -57,6 +58,7 @@ def rehearse(config: TrainConfig, build: BuildTask = build_task) -> str:
     trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     epochs = config.max_steps * config.batch_size / len(run.data)
     left_out = run.data.index.warning if isinstance(run.data, CachedLatents) else None
+    notes = [note for note in (left_out, too_short_model(run.task.model)) if note]
     flops = ""
     if run.sample_flops is not None:
         flops = f"; {run.sample_flops / 1e9:.4g} GFLOP per sample and step"
@@ -67,7 +69,7 @@ def rehearse(config: TrainConfig, build: BuildTask = build_task) -> str:
         f"first loss {loss:.4f}; "
         f"{seconds:.3g} s per step of {size}{memory}; {config.max_steps} steps of "
         f"{config.batch_size} are {epochs:.1f} epochs and take about {total}"
-        f"{f'; {left_out}' if left_out else ''}"
+        f"{''.join(f'; {note}' for note in notes)}"
     )
 
 

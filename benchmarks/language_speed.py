@@ -55,6 +55,7 @@ class Meter:
 
     def __init__(self, device: str):
         self.device = device
+        self.before = 0
 
     def now(self) -> float:
         """Current time in seconds, after all started work is done."""
@@ -62,13 +63,17 @@ class Meter:
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    def peak_gib(self) -> float:
-        """Peak memory since the last call."""
+    def forget(self) -> None:
+        """Measure peak memory beyond what is allocated now."""
+        if self.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            self.before = torch.cuda.memory_allocated()
+
+    def peak_gib(self) -> float | None:
+        """Peak memory since `forget`, beyond what was allocated then."""
         if self.device != "cuda":
-            return 0.0
-        peak = torch.cuda.max_memory_allocated() / 2**30
-        torch.cuda.reset_peak_memory_stats()
-        return peak
+            return None
+        return (torch.cuda.max_memory_allocated() - self.before) / 2**30
 
 
 def read_prompt(model: Any, ids: torch.Tensor) -> Any:
@@ -122,7 +127,7 @@ def measure(
     """One arm at one length."""
     ids = torch.randint(model.config.vocab_size, (1, length), device=model.device)
     read_prompt(model, ids)
-    meter.peak_gib()
+    meter.forget()
     start = meter.now()
     cache = read_prompt(model, ids)
     seconds = meter.now() - start
@@ -148,20 +153,21 @@ def table(rows: list[Row]) -> str:
     """Markdown for docs/language.md."""
     batches = sorted({int(key[6:]) for row in rows for key in row if key.startswith("batch_")})
     header = ["tokens", "attention", "prompt, tokens/s", "at most, GiB", "cache, MiB"]
-    header += [f"{n} at once, tokens/s (kernels, ms; without copies)" for n in batches]
+    for n in batches:
+        header += [f"{n} at once: kernels, ms (without copies)", "tokens/s"]
     lines = []
     for row in sorted(rows, key=lambda row: (row["tokens"], list(ARMS).index(row["arm"]))):
         cells = [f"{row['tokens']:,}", row["arm"]]
         if "error" in row:
             lines.append([*cells, row["error"], *["-"] * (len(header) - 3)])
             continue
-        cells += [f"{row['prefill_tokens_per_s']:,.0f}", number(row["prefill_peak_gib"])]
+        cells += [f"{row['prefill_tokens_per_s']:,.0f}", number(row.get("prefill_peak_gib"))]
         cells += [f"{row['cache_mib']:,.1f}"]
         for found in (row.get(f"batch_{n}", {"error": "-"}) for n in batches):
-            cells += [found.get("error") or f"{found['tokens_per_s']:,.0f}"]
+            both = "-"
             if "gpu_ms" in found:
-                parts = found["gpu_ms"], found["gpu_ms"] - found["copy_ms"]
-                cells[-1] += f" ({parts[0]:.2f}; {parts[1]:.2f})"
+                both = f"{found['gpu_ms']:.2f} ({found['gpu_ms'] - found['copy_ms']:.2f})"
+            cells += [both, found.get("error") or f"{found['tokens_per_s']:,.0f}"]
         lines.append(cells)
     return markdown(header, lines)
 

@@ -1,12 +1,15 @@
 """`mhla-gen bench` on a CPU: rows, files, and where MHLA overtakes softmax."""
 
 import json
+from collections import Counter
 
 import pytest
 import torch
+from tape import Tape, stand_in
 
 from mhla_gen.bench import benchmark
 from mhla_gen.bench.benchmark import find_crossover
+from mhla_gen.bench.model import bench_model
 from mhla_gen.bench.ops import Case, attention
 from mhla_gen.cli import main
 from mhla_gen.config import BenchConfig, ConfigError, load_config
@@ -136,6 +139,40 @@ def test_recorded_steps_need_a_gpu(tmp_path, capsys):
     assert not folder.exists()
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there it records")
+def test_recorded_steps_are_timed_as_they_are_replayed(monkeypatch):
+    """With tapes in place of CUDA graphs: one pass to sample, and a forward and a backward one."""
+    stand_in(monkeypatch.setattr)
+    monkeypatch.setattr("mhla_gen.runtime.cuda_graphs._on_gpu", lambda _: True)
+    replays = Counter()
+    replay = Tape.replay
+
+    def counted(tape):
+        replays[tape] += 1
+        replay(tape)
+
+    monkeypatch.setattr(Tape, "replay", counted)
+    settings = ["grids=[[2,2]]", "num_layers=1", "methods=[blockwise]", "cuda_graphs=true"]
+    settings += ["dtype=float32"]
+    config = load_config(None, ["subject=model", *settings], BenchConfig)
+    (row,) = bench_model(config, torch.device("cpu"))
+    assert "error" not in row and row["train_ms"] > row["forward_ms"] > 0
+    assert len(replays) == 3 and min(replays.values()) >= 3
+
+
+def test_nothing_is_measured_after_a_fault_of_the_device(monkeypatch):
+    """It would fail as well, and who reads the rows would blame the method."""
+
+    def fault(*_):
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr("mhla_gen.bench.model._prepare", fault)
+    monkeypatch.setattr(torch.cuda, "synchronize", fault)
+    rows = bench_model(BenchConfig(subject="model", dtype="float32"), torch.device("cuda"))
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        next(rows)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("model", ["dit", "flux", "wan"])
 def test_steps_of_models_are_recorded(tmp_path, model):
@@ -150,7 +187,7 @@ def test_steps_of_models_are_recorded(tmp_path, model):
         json.loads((tmp_path / name / "bench.json").read_text())["rows"]
         for name in ("false", "true")
     )
-    assert not [row["error"] for row in rows if "error" in row]
+    assert not [row["error"] for row in launched + rows if "error" in row]
     for row, slow in zip(rows, launched, strict=True):
         assert 0 < row["forward_ms"] < 1.1 * slow["forward_ms"] and row["train_ms"] > 0
         assert row["forward_peak_gib"] == pytest.approx(slow["forward_peak_gib"], rel=0.05)

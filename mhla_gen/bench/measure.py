@@ -50,25 +50,17 @@ def graph_latency_ms(function: Callable[[], object], device: torch.device) -> fl
     function()
     if _event_ms(function) > _LONG_MS:
         return None
-    return latency_ms(recorded(function), device)
-
-
-def recorded(function: Callable[[], object]) -> Callable[[], None]:
-    """Record a call as a CUDA graph; what is returned replays it.
-
-    Raises:
-        RuntimeError: If the call cannot be recorded: it waits for the GPU, or memory is short.
-    """
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
+    # What the calls before leave on a stream, such as workspaces, is there when one is recorded.
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
         for _ in range(3):
             function()
-    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):
         function()
-    return graph.replay
+    return latency_ms(graph.replay, device)
 
 
 def peak_memory_gib(function: Callable[[], object], device: torch.device) -> float | None:

@@ -2,12 +2,12 @@
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from mhla_gen.bench.measure import latency_ms, peak_memory_gib, recorded
+from mhla_gen.bench.measure import latency_ms, peak_memory_gib
 from mhla_gen.bench.profiles import as_table, kernel_times
 from mhla_gen.config import BenchConfig, MHLAConfig, load_config
 from mhla_gen.models import inject, summary
@@ -16,8 +16,12 @@ from mhla_gen.models.exact import exact_share
 from mhla_gen.models.short import unmentioned
 from mhla_gen.models.transformer import MHLATransformerMixin
 from mhla_gen.runtime.compiling import compile_blocks
+from mhla_gen.runtime.cuda_graphs import RecordedForward
 from mhla_gen.runtime.recomputing import recompute_activations
+from mhla_gen.runtime.recorded_training import RecordedTraining
 
+# Calls after which a step is recorded.
+_RECORDED_BY = 3
 _BACKENDS = {"softmax_cudnn": "_native_cudnn", "softmax_flash": "_native_flash"}
 
 # 256 and 512 pixels; 1024 and 2048 pixels; 81 frames at 480×800.
@@ -36,6 +40,9 @@ def bench_model(config: BenchConfig, device: torch.device) -> Iterator[dict[str,
                 row["exact"] = _share(model, grid)
                 yield row | _measure(model, config, grid, device, dtype)
             except (RuntimeError, ValueError, AttributeError) as error:
+                if device.type == "cuda":
+                    # After a fault of the GPU nothing runs in this process: that is no row.
+                    torch.cuda.synchronize(device)
                 yield row | {"error": str(error).splitlines()[0]}
             # Neither weights nor compiled code of one method are there when the next is measured.
             model = None
@@ -97,34 +104,52 @@ def _measure(
     model.eval()
 
     @torch.no_grad()
-    def forward() -> Any:
-        return model(**inputs, return_dict=False)
+    def forward(model_or_recording: Callable[..., Any]) -> Any:
+        return model_or_recording(**inputs, return_dict=False)
 
-    row = _time("forward", forward, config, device)
+    recorded = RecordedForward(model) if config.cuda_graphs else None
+    row = _time("forward", forward, model, recorded, config, device)
     if not config.backward:
         return row
     model.train()
     if config.checkpointing:
         recompute_activations(model, float(config.checkpointing))
-    parameters = [p for p in model.parameters() if p.requires_grad]
 
-    def train() -> tuple[Tensor, ...]:
-        loss = model(**inputs, return_dict=False)[0].float().square().mean()
-        return torch.autograd.grad(loss, parameters, allow_unused=True)
+    def train(model_or_recording: Callable[..., Any]) -> None:
+        output = model_or_recording(**inputs, return_dict=False)[0]
+        output.float().square().mean().backward()
+        model.zero_grad()
 
-    return row | _time("train", train, config, device)
+    recorded = RecordedTraining(model, model) if config.cuda_graphs else None
+    row |= _time("train", train, model, recorded, config, device)
+    if recorded is not None:
+        recorded.forget()
+    return row
 
 
 def _time(
-    step: str, function: Callable[[], Any], config: BenchConfig, device: torch.device
+    step: str,
+    function: Callable[[Callable[..., Any]], object],
+    model: Callable[..., Any],
+    recorded: RecordedForward | RecordedTraining | None,
+    config: BenchConfig,
+    device: torch.device,
 ) -> dict[str, Any]:
-    function()
+    """Time and memory of `function` of the model, or the time of its recording."""
+    launched = partial(function, model)
+    launched()
     # A recording has all of its memory before it is replayed.
-    peak = peak_memory_gib(function, device)
-    timed = recorded(function) if config.cuda_graphs else function
+    peak = peak_memory_gib(launched, device)
+    timed = launched
+    if recorded is not None:
+        timed = partial(function, recorded)
+        for _ in range(_RECORDED_BY):
+            timed()
+        if not recorded.replays:
+            raise RuntimeError("no memory is left to record this step: cuda_graphs=false times it")
     found: dict[str, Any] = {f"{step}_ms": latency_ms(timed, device), f"{step}_peak_gib": peak}
     if config.profile:
-        found[f"{step}_kernels"] = kernel_times(function, device)
+        found[f"{step}_kernels"] = kernel_times(launched, device)
         print(as_table(found[f"{step}_kernels"]), flush=True)
     return found
 

@@ -37,6 +37,11 @@ class RecordedForward:
         # The oldest first.
         self._recordings: list[_Recording] = []
 
+    @property
+    def replays(self) -> bool:
+        """Whether a call has been recorded."""
+        return any(recording.graph is not None for recording in self._recordings)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The function's result, in memory of its own."""
         leaves, structure = tree_flatten((args, kwargs))
@@ -68,7 +73,7 @@ class _Recording:
         # Also for the calls before: compiled code would compile again for other strides.
         self._leaves = [x.clone() if torch.is_tensor(x) else x for x in leaves]
         self._calls = 0
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self.graph: torch.cuda.CUDAGraph | None = None
         self._outputs: Any = None
 
     def __call__(self, leaves: Sequence[Any]) -> Any:
@@ -77,10 +82,10 @@ class _Recording:
                 own.copy_(value)
         self._calls += 1
         if self._calls == _WARM_UP + 1:
-            self._graph = self._record()
-        if self._graph is None:
+            self.graph = self._record()
+        if self.graph is None:
             return self._launch()
-        self._graph.replay()
+        self.graph.replay()
         return tree_map_only(Tensor, torch.clone, self._outputs)
 
     def _launch(self) -> Any:

@@ -60,6 +60,11 @@ class RecordedTraining:
         self._records = True
         _RECORDED.add(self)
 
+    @property
+    def replays(self) -> bool:
+        """Whether a call has been recorded."""
+        return any(self._recordings.values())
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The forward pass's result."""
         if not (self.model.training and torch.is_grad_enabled() and self._records):

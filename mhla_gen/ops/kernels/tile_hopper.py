@@ -19,6 +19,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from mhla_gen.ops.kernels.boxes import box_tokens, group_box
 
+# Triton 3.7 gave both another name.
+barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+copy_rows = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+
 _LN2 = tl.constexpr(0.6931471805599453)
 _VANISHED = tl.constexpr(2.0**-60)
 
@@ -43,7 +47,7 @@ def fetch_tiles(
     for part in gl.static_range(TILES):
         tile = gl.load(tiles_ptr + gl.minimum(step * TILES + part, size - 1))
         rows = buffer if TILES == 1 else buffer.slice(part * SLOTS, SLOTS)
-        tma.async_copy_global_to_shared(desc, [first + tile * SLOTS, 0], bar, rows)
+        copy_rows(desc, [first + tile * SLOTS, 0], bar, rows)
 
 
 @gluon.jit
@@ -82,7 +86,7 @@ def produce(
         mbarrier.expect(q_full, PARTS * ROWS * q.shape[2] * 2)
         for part in gl.static_range(PARTS):
             rows = (item * PARTS + part) * ROWS
-            tma.async_copy_global_to_shared(q_desc, [rows, 0], q_full, q.index(part))
+            copy_rows(q_desc, [rows, 0], q_full, q.index(part))
         # Values are needed a step later than keys.
         used = turn * steps
         for step in range(0, steps + 1):
@@ -212,7 +216,7 @@ def consume(
         mbarrier.wait(k_full.index(slot), used // STAGES & 1)
         keys = k_tiles.index(slot).permute((1, 0))
         scores = warpgroup_mma(q, keys, nothing, use_acc=False)
-        gl.thread_barrier()
+        barrier()
         mbarrier.arrive(k_free.index(slot))
         powers = weights_of(scores, counts, shift, scale, SLOTS, TILES, RAGGED, S_LAYOUT)
         total = gl.sum(powers, axis=1)
@@ -229,7 +233,7 @@ def consume(
             mbarrier.wait(v_full.index(before), (used - 1) // STAGES & 1)
             running = warpgroup_mma(weights, v_tiles.index(before), acc, is_async=True)
             scores = warpgroup_mma_wait(1, deps=[scores])
-            gl.thread_barrier()
+            barrier()
             mbarrier.arrive(k_free.index(slot))
             mbarrier.arrive(v_free.index(freed), pred=step > 1)
             powers = weights_of(scores, counts, shift, scale, SLOTS, TILES, RAGGED, S_LAYOUT)
@@ -238,11 +242,11 @@ def consume(
         used = turn * steps + steps - 1
         slot = used % STAGES
         acc = warpgroup_mma_wait(0, deps=[running])
-        gl.thread_barrier()
+        barrier()
         mbarrier.arrive(q_free)
         mbarrier.wait(v_full.index(slot), used // STAGES & 1)
         acc = warpgroup_mma(weights, v_tiles.index(slot), acc)
-        gl.thread_barrier()
+        barrier()
         mbarrier.arrive(v_free.index((used + STAGES - 1) % STAGES), pred=steps > 1)
         mbarrier.arrive(v_free.index(slot))
 
@@ -324,7 +328,7 @@ def tile_attend_hopper_kernel(
         mbarrier.init(v_full.index(stage), count=1)
         mbarrier.init(k_free.index(stage), count=PARTS)
         mbarrier.init(v_free.index(stage), count=PARTS)
-    gl.thread_barrier()
+    barrier()
     gl.warp_specialize(
         [
             (

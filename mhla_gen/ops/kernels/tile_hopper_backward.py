@@ -4,13 +4,12 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
 from mhla_gen.ops.kernels.boxes import box_tokens, group_box
-from mhla_gen.ops.kernels.tile_hopper import fetch_tiles, tile_tokens
+from mhla_gen.ops.kernels.tile_hopper import barrier, copy_rows, fetch_tiles, tile_tokens
 
 
 @gluon.jit
@@ -30,8 +29,8 @@ def produce_backward(
         mbarrier.expect(q_full, PARTS * ROWS * (q.shape[2] + do.shape[2]) * 2)
         for part in gl.static_range(PARTS):
             rows = (item * PARTS + part) * ROWS
-            tma.async_copy_global_to_shared(q_desc, [rows, 0], q_full, q.index(part))
-            tma.async_copy_global_to_shared(do_desc, [rows, 0], q_full, do.index(part))
+            copy_rows(q_desc, [rows, 0], q_full, q.index(part))
+            copy_rows(do_desc, [rows, 0], q_full, do.index(part))
         for step in range(0, size):
             used = turn * size + step
             fetch_tiles(
@@ -93,14 +92,14 @@ def consume_backward(
                 valid = gl.arange(0, SLOTS, gl.SliceLayout(0, S_LAYOUT)) < count
                 weights = gl.where(valid[None, :], weights, 0.0)
             dq, products = warpgroup_mma_wait(0, deps=[running, products])
-            gl.thread_barrier()
+            barrier()
             mbarrier.arrive(v_free.index(slot))
             mbarrier.arrive(k_free.index(before), pred=step > 0)
             ds = gl.convert_layout((weights * (products - delta)).to(gl.bfloat16), P_LAYOUT)
         mbarrier.arrive(q_free)
         last = turn * size + size - 1
         dq = warpgroup_mma(ds, k_tiles.index(last % STAGES), dq)
-        gl.thread_barrier()
+        barrier()
         mbarrier.arrive(k_free.index(last % STAGES))
 
         first_t, first_h, first_w, size_t, size_h, size_w = group_box(group, box, groups, RANK)
@@ -187,7 +186,7 @@ def tile_backward_queries_hopper_kernel(
         mbarrier.init(v_full.index(stage), count=1)
         mbarrier.init(k_free.index(stage), count=PARTS)
         mbarrier.init(v_free.index(stage), count=PARTS)
-    gl.thread_barrier()
+    barrier()
     gl.warp_specialize(
         [
             (

@@ -2,10 +2,10 @@
 
 python benchmarks/tile_sweep.py OUT.json [--seconds S]        needs CUDA
 
-Each row: milliseconds of the kernel (`ms`) and of a whole forward pass (`pass_ms`), registers and
-spills, and the largest error of sampled groups, in parts of the largest entry, against softmax over
-the same lists in float32. A form that does not compile or launch has an `error` instead. Rows are
-written as they come. Kernels are compiled beforehand, in parallel.
+Each row: milliseconds of the kernel, registers and spills, and the largest error of sampled groups,
+in parts of the largest entry, against softmax over the same lists in float32. A form that does not
+compile or launch has an `error` instead. Rows are written as they come. Kernels are compiled
+beforehand, in parallel.
 """
 
 import argparse
@@ -29,36 +29,31 @@ from triton.runtime import driver
 from mhla_gen.bench.ops import Case
 from mhla_gen.ops import auto_tiles
 from mhla_gen.ops.feature_maps import rotate
-from mhla_gen.ops.kernels import tile_form, tile_gradients
+from mhla_gen.ops.kernels import tile_form, tile_gradients, tile_hopper_form
 from mhla_gen.ops.kernels.launch import quotient_up
 from mhla_gen.ops.kernels.tile_call import TileCall
 from mhla_gen.ops.kernels.tile_form import Loop
+from mhla_gen.ops.kernels.tile_hopper_form import Form
 from mhla_gen.ops.tiles import group_slots, tiling
 
 WAN_480 = Case(1, 12, (21, 30, 50), 128, (3, 5, 10), True)
 WAN_720 = Case(1, 12, (21, 45, 80), 128, (3, 5, 10), True)
 PLACES = ((WAN_480, 0.05), (WAN_480, 0.125), (WAN_720, 0.05))
 # The first is the one in use.
-FORWARD = {
-    128: (
-        Loop(128, 64, 8, 3, "tiles"),
-        Loop(128, 64, 8, 2, "tiles", 128),
-        Loop(128, 64, 4, 3, "hopper grid"),
-        Loop(128, 64, 4, 3, "hopper"),
-        Loop(128, 64, 4, 4, "hopper"),
-        Loop(128, 64, 4, 3, "hopper held"),
-        Loop(128, 128, 4, 2, "hopper grid"),
-        Loop(128, 128, 4, 2, "hopper"),
-        Loop(128, 128, 4, 2, "hopper held"),
+FORMS = {
+    "forward": (
+        Loop(128, 64, 8, 3, packed=True),
+        Loop(128, 64, 4, 2, packed=True),
+        Loop(64, 64, 4, 2, packed=True),
+        Form(3),
+        Form(4),
+        Form(3, persistent=False),
+        Form(3, held=True),
+        Form(2, tiles=2),
+        Form(2, tiles=2, held=True),
+        Form(2, tiles=2, persistent=False),
     ),
-}
-QUERIES = {
-    128: (
-        Loop(128, 64, 8, 3, "tiles"),
-        Loop(128, 64, 8, 4, "tiles"),
-        Loop(128, 64, 4, 3, "hopper"),
-        Loop(128, 64, 4, 4, "hopper"),
-    ),
+    "dq": (Loop(128, 64, 8, 3, packed=True), Form(3), Form(4), Form(3, persistent=False)),
 }
 READS = (
     (1, False, 64, 16),
@@ -71,6 +66,7 @@ READS = (
     (12, True, 64, 8),
     (4, True, 128, 8),
 )
+Job = tuple[Case, float, str, Loop | Form]
 _KERNELS = {"forward": "tile_attend", "dq": "tile_backward_queries"}
 _SAMPLES = 24
 
@@ -97,6 +93,14 @@ class Inputs:
         """The whole pass."""
         return tile_form.forward(self.query, self.key, self.value, None, self.call, loop)
 
+    def read(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Packed queries, keys and values, and the largest lengths of keys."""
+        call = self.call
+        keys, _, longest = tile_form.read_tiles(self.key, call, lengths=True, pack=True)
+        slots = quotient_up(call.queries, 128) * 128
+        queries, _ = tile_form.read_groups(self.query, call, slots=slots)
+        return queries, keys, tile_form.pack_tiles(self.value, call), longest
+
     def empty(self) -> tuple[Tensor, Tensor, Tensor]:
         """Lists, an output and log-sum-exps, which nobody has written."""
         heads, placed = self.call.batch_heads, self.placed
@@ -107,59 +111,37 @@ class Inputs:
         lse = self.query.new_empty((batch, heads, tokens), dtype=torch.float32)
         return lists, torch.empty_like(self.value), lse
 
-    def keys_and_values(self, loop: Loop, *, lengths: bool = False) -> tuple[Any, ...]:
-        """As the kernels read them, and the largest lengths of keys."""
-        packed = bool(loop.packed)
-        keys, _, longest = tile_form.read_tiles(self.key, self.call, lengths=lengths, pack=packed)
-        return keys, tile_form.pack_tiles(self.value, self.call) if packed else self.value, longest
+    def attend(self, form: Loop | Form, lists: Tensor, results: tuple[Tensor, Tensor]) -> Any:
+        """The kernel of the forward pass alone, with a bound, ready to be called."""
+        *read, longest = self.read()
+        sources = *read, lists
+        if isinstance(form, Form):
+            return lambda: tile_hopper_form.attend(sources, longest, results, self.call, form)
+        return lambda: tile_form.attend(sources, longest, None, None, results, self.call, form)
 
-    def attend(self, loop: Loop, lists: Tensor) -> Any:
-        """The kernel of the forward pass alone, ready to be called."""
-        bounded = tile_form.takes_bound(self.query)
-        keys, values, longest = self.keys_and_values(loop, lengths=bounded)
-        if loop.packed.startswith("hopper"):
-            from mhla_gen.ops.kernels import tile_hopper_form
-
-            slots = quotient_up(self.call.queries, loop.rows) * loop.rows
-            queries = tile_gradients.pack_groups(self.query, self.call, slots)
-            return lambda: tile_hopper_form.attend(
-                queries, keys, values, longest, lists, self.call, loop
-            )
-        queries, _ = tile_form.read_groups(self.query, self.call, mean=False)
-        return lambda: tile_form.attend(
-            queries, keys, values, longest, lists, None, self.call, loop
-        )
-
-    def queries(self, loop: Loop, lists: Tensor, out: Tensor, lse: Tensor) -> Any:
+    def queries(self, form: Loop | Form, lists: Tensor, results: tuple[Tensor, Tensor]) -> Any:
         """The kernel of dq alone, ready to be called."""
-        keys, values, _ = self.keys_and_values(loop)
-        packs = tile_gradients.pack_queries(
-            self.grad, None, self.query, out, lse, self.call, loop.rows
-        )
-        if loop.packed.startswith("hopper"):
-            from mhla_gen.ops.kernels import tile_hopper_form
-
+        _, keys, values, _ = self.read()
+        packs = tile_gradients.pack_queries(self.grad, None, self.query, *results, self.call, 128)
+        if isinstance(form, Form):
             return lambda: tile_hopper_form.backward_queries(
-                packs, keys, values, lists, self.call, loop
+                packs, keys, values, lists, self.call, form
             )
         return lambda: tile_gradients.backward_queries(
-            packs, keys, values, lists, None, self.call, loop
+            packs, keys, values, lists, None, self.call, form
         )
 
 
-def compile_form(job: tuple[Case, float, str, Loop]) -> dict[str, Any]:
+def compile_form(job: Job) -> dict[str, Any]:
     """Compile one form, without a GPU, into Triton's cache; figures from its machine code."""
-    case, share, kind, loop = job
+    case, share, kind, form = job
     driver.set_active(AbsentCard(90))  # pyright: ignore[reportArgumentType]
     found: dict[str, Any] = {}
     watch(lambda _name, figures: found.update(figures), _KERNELS[kind])
     inputs = Inputs(case, share, "meta")
+    lists, *results = inputs.empty()
     try:
-        lists, out, lse = inputs.empty()
-        if kind == "forward":
-            inputs.attend(loop, lists)()
-        else:
-            inputs.queries(loop, lists, out, lse)()
+        (inputs.attend if kind == "forward" else inputs.queries)(form, lists, tuple(results))()
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}"[:400]}
     return found
@@ -215,27 +197,28 @@ def _worst(pairs: list[tuple[Tensor, Tensor]]) -> float:
     return round(float(torch.stack(found).max()), 6)
 
 
-def jobs() -> list[tuple[Case, float, str, Loop]]:
+def jobs() -> list[Job]:
     """Every form at every place."""
     return [
-        (case, share, kind, loop)
+        (case, share, kind, form)
         for case, share in PLACES
-        for kind, loops in (("forward", FORWARD), ("dq", QUERIES))
-        for loop in loops[case.head_dim]
+        for kind, forms in FORMS.items()
+        for form in forms
     ]
 
 
-def measure(inputs: Inputs, reference: Reference, kind: str, loop: Loop, saved: Any) -> Any:
+def measure(
+    inputs: Inputs, reference: Reference, kind: str, form: Loop | Form, saved: tuple[Tensor, ...]
+) -> dict[str, Any]:
     """Time and error of one form."""
-    out, lse, lists = saved
+    *results, lists = saved
     if kind == "dq":
-        run = inputs.queries(loop, lists, out, lse)
+        run = inputs.queries(form, lists, tuple(results))
         return {**reference.gradient_errors(run()), "ms": time_ms(run)}
-    run = inputs.attend(loop, lists)
-    row = {**reference.errors(*run()), "ms": time_ms(run)}
-    if loop.packed.startswith("hopper"):
-        return row
-    return row | {"pass_ms": time_ms(lambda: inputs.forward(loop))}
+    results = tuple(map(torch.empty_like, results))
+    run = inputs.attend(form, lists, results)
+    run()
+    return {**reference.errors(*results), "ms": time_ms(run)}
 
 
 def reading(inputs: Inputs, read: tuple[int, bool, int, int]) -> dict[str, Any]:
@@ -244,8 +227,7 @@ def reading(inputs: Inputs, read: tuple[int, bool, int, int]) -> dict[str, Any]:
     query, key, value, call = inputs.query, inputs.key, inputs.value, inputs.call
     calls = {
         "keys": lambda: tile_form.read_tiles(key, call, mean=True, lengths=True, pack=True),
-        "queries": lambda: tile_form.read_groups(query, call, mean=True),
-        "pack queries": lambda: tile_gradients.pack_groups(query, call, 128),
+        "queries": lambda: tile_form.read_groups(query, call, mean=True, slots=128),
         "pack values": lambda: tile_form.pack_tiles(value, call),
     }
     try:
@@ -260,15 +242,15 @@ class Bench:
     def __init__(self) -> None:
         self.place: Any = None
 
-    def __call__(self, job: tuple[Case, float, str, Loop]) -> dict[str, Any]:
+    def __call__(self, job: Job) -> dict[str, Any]:
         """Time and error of a form, or why there are none."""
-        case, share, kind, loop = job
+        case, share, kind, form = job
         try:
             if self.place != (case, share):
                 self.place, self.inputs = (case, share), Inputs(case, share, "cuda")
                 self.saved = self.inputs.forward()
                 self.reference = Reference(self.inputs, self.saved[2])
-            return measure(self.inputs, self.reference, kind, loop, self.saved)
+            return measure(self.inputs, self.reference, kind, form, self.saved)
         except Exception as error:
             return {"error": f"{type(error).__name__}: {error}"[:400]}
 
@@ -286,7 +268,7 @@ class Apart:
         self.process = context.Process(target=_serve, args=(self.jobs, self.rows), daemon=True)
         self.process.start()
 
-    def __call__(self, job: tuple[Case, float, str, Loop]) -> dict[str, Any]:
+    def __call__(self, job: Job) -> dict[str, Any]:
         """As `Bench`."""
         self.jobs.put(job)
         try:
@@ -326,16 +308,17 @@ def main() -> None:
     compiled = {job: pool.submit(compile_form, job) for job in jobs()}
     bench, apart = Bench(), Apart()
     for job in compiled:
-        case, share, kind, loop = job
+        case, share, kind, form = job
         if time.monotonic() - started > options.seconds:
             print("out of time")
             break
         figures = compiled[job].result()
         row = {"shape": [case.batch, case.heads, math.prod(case.grid), case.head_dim]}
-        row |= {"share": share, "kernel": kind, **asdict(loop)}
+        row |= {"share": share, "kernel": kind}
+        row |= {"form": type(form).__name__, **asdict(form)}
         row |= {name: figures[name] for name in figures if name in ("registers", "spills", "error")}
         if "error" not in row:
-            row |= (apart if loop.packed.startswith("hopper") else bench)(job)
+            row |= (apart if isinstance(form, Form) else bench)(job)
         rows.append(row)
         print(json.dumps(row), flush=True)
         options.out.write_text(json.dumps(found, indent=1) + "\n")

@@ -125,6 +125,22 @@ def test_half_precision(poisoned, dtype, rotary):
     assert_accurate(tensors, options, dtype)
 
 
+@pytest.mark.parametrize(
+    ("number", "dtype", "steps"), [(1, torch.float32, 1), (4, torch.float16, 2)]
+)
+def test_packed_tiles(poisoned, monkeypatch, number, dtype, steps):
+    """As calls of many channels take them; a tile is read in so many steps."""
+
+    def loop(call):
+        return tile_form.Loop(16, call.slot_sizes["SLOTS"] // steps, 4, 2, packed=True)
+
+    monkeypatch.setattr(tile_form, "forward_loop", loop)
+    monkeypatch.setattr(tile_gradients, "queries_loop", loop)
+    sizes = {"heads": 2, "head_dim": 16, "value_dim": 24, "batch": 1}
+    tensors, options = make(LAYOUTS[number], rotary=number != 4, extra=5 * (number == 4), **sizes)
+    assert_accurate(tensors, options, dtype)
+
+
 def test_keys_off_the_grid_alone(poisoned):
     layout = {"grid": (5, 6), "tile": (2, 3), "window": (0, 0), "top": 0}
     tensors, options = make(layout, heads=1, batch=2, head_dim=8, extra=3)

@@ -100,20 +100,6 @@ def listed_tokens(
 
 
 @triton.jit
-def listed_rows(
-    entries_ptr, start, num_keys, list_size, SLOTS: tl.constexpr, SLOT_T: tl.constexpr,
-    SLOT_H: tl.constexpr, SLOT_W: tl.constexpr, BN: tl.constexpr, TAIL: tl.constexpr,
-):  # fmt: skip
-    """As `listed_tokens`: rows of packed tiles."""
-    keys = start + tl.arange(0, BN)
-    place = start // SLOTS + tl.arange(0, BN) // SLOTS if BN % SLOTS == 0 else keys // SLOTS
-    exists = keys < num_keys if TAIL else keys >= 0
-    tiles = tl.load(entries_ptr - list_size + place, mask=exists, other=0)
-    count = tile_size(tl.load(entries_ptr + place, mask=exists, other=0), SLOT_T, SLOT_H, SLOT_W)
-    return tiles * SLOTS + keys % SLOTS, exists & (keys % SLOTS < count)
-
-
-@triton.jit
 def tile_size(entry, SLOT_T: tl.constexpr, SLOT_H: tl.constexpr, SLOT_W: tl.constexpr):
     """Tokens of the tile that an entry names."""
     return (SLOT_T - entry // 4 % 2) * (SLOT_H - entry // 2 % 2) * (SLOT_W - entry % 2)
@@ -123,7 +109,7 @@ def tile_size(entry, SLOT_T: tl.constexpr, SLOT_H: tl.constexpr, SLOT_W: tl.cons
 def attend_to_tiles(
     q0, k_tiles, v_tiles, entries_ptr, first, list_size, peak, total, out0, out1, scale,
     BN: tl.constexpr, SLOTS: tl.constexpr, SLOT_T: tl.constexpr, SLOT_H: tl.constexpr,
-    SLOT_W: tl.constexpr, RAGGED: tl.constexpr, PEAK: tl.constexpr, OPERAND: tl.constexpr,
+    SLOT_W: tl.constexpr, RAGGED: tl.constexpr, BOUNDED: tl.constexpr, OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """All packed tiles of a list, by tensor descriptors; `first` is the first row of the head."""
@@ -140,7 +126,7 @@ def attend_to_tiles(
         tile, entry = tl.load(entries_ptr - list_size + place), tl.load(entries_ptr + place)
         peak, total, out0, out1 = attend(
             q0, q0, k0, k0, v0, v0, valid, peak, total, out0, out1, scale,
-            0, 0, RAGGED, PEAK, OPERAND, PRECISION,
+            0, 0, RAGGED, BOUNDED, OPERAND, PRECISION,
         )  # fmt: skip
     return peak, total, out0, out1
 
@@ -148,21 +134,19 @@ def attend_to_tiles(
 @triton.jit
 def attend(
     q0, q1, k0, k1, v0, v1, valid, peak, total, out0, out1, scale, D1: tl.constexpr,
-    V1: tl.constexpr, MASKED: tl.constexpr, PEAK: tl.constexpr, OPERAND: tl.constexpr,
+    V1: tl.constexpr, MASKED: tl.constexpr, BOUNDED: tl.constexpr, OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One block of keys more in Σ exp and Σ exp · v of every query.
 
-    `PEAK` says what `peak` is: "given", a number no smaller than any score; "running", the largest
-    score so far; "sought", the same, and sums are left alone.
+    `peak` is no smaller than any score if `BOUNDED`, else the largest score so far.
     """
     scores = outer(q0, q1, k0, k1, D1, PRECISION)
     if MASKED:
         scores = tl.where(valid[None, :], scores, float("-inf"))
     shift = peak
-    if PEAK != "given":
+    if not BOUNDED:
         peak = tl.maximum(peak, tl.max(scores, axis=1) * scale)
-    if PEAK == "running":
         # A query without any key so far has a peak of -∞.
         decay = tl.where(peak > float("-inf"), tl.exp2(shift - peak), 0.0)
         shift = tl.where(peak > float("-inf"), peak, 0.0)
@@ -170,10 +154,9 @@ def attend(
         out0 = out0 * decay[:, None]
         if V1 > 0:
             out1 = out1 * decay[:, None]
-    if PEAK != "sought":
-        weights = tl.exp2(scores * scale - shift[:, None])
-        total += tl.sum(weights, axis=1)
-        out0, out1 = add_times(weights.to(OPERAND), v0, v1, out0, out1, V1, PRECISION)
+    weights = tl.exp2(scores * scale - shift[:, None])
+    total += tl.sum(weights, axis=1)
+    out0, out1 = add_times(weights.to(OPERAND), v0, v1, out0, out1, V1, PRECISION)
     return peak, total, out0, out1
 
 
@@ -184,37 +167,31 @@ def attend_to_list(
     D: tl.constexpr, V: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, V0: tl.constexpr,
     V1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SLOTS: tl.constexpr,
     SLOT_T: tl.constexpr, SLOT_H: tl.constexpr, SLOT_W: tl.constexpr, RAGGED: tl.constexpr,
-    TAIL: tl.constexpr, WIDE: tl.constexpr, ALIGN: tl.constexpr, PEAK: tl.constexpr,
+    TAIL: tl.constexpr, WIDE: tl.constexpr, ALIGN: tl.constexpr, BOUNDED: tl.constexpr,
     PACKED: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """All keys of one list and head, then those off the grid; see `attend`."""
     total = tl.zeros((BM,), tl.float32)
     out0 = tl.zeros((BM, V0), tl.float32)
     out1 = tl.zeros((BM, V1 if V1 > 0 else 1), tl.float32)
-    if PACKED == "tiles":
+    if PACKED:
         peak, total, out0, out1 = attend_to_tiles(
             q0, k_ptr, v_ptr, entries_ptr, first, list_size, peak, total, out0, out1, scale,
-            BN, SLOTS, SLOT_T, SLOT_H, SLOT_W, RAGGED, PEAK, OPERAND, PRECISION,
+            BN, SLOTS, SLOT_T, SLOT_H, SLOT_W, RAGGED, BOUNDED, OPERAND, PRECISION,
         )  # fmt: skip
     else:
         num_keys = list_size * SLOTS
         offsets, bits = slot_places(tl.arange(0, BN) % SLOTS, box, SLOT_T, SLOT_H, SLOT_W)
         for start in range(0, num_keys, BN):
-            if PACKED == "rows":
-                keys, valid = listed_rows(
-                    entries_ptr, start, num_keys, list_size,
-                    SLOTS, SLOT_T, SLOT_H, SLOT_W, BN, TAIL,
-                )  # fmt: skip
-            else:
-                keys, valid = listed_tokens(
-                    entries_ptr, start, offsets, bits, num_keys, box,
-                    SLOTS, SLOT_T, SLOT_H, SLOT_W, BN, TAIL,
-                )  # fmt: skip
+            keys, valid = listed_tokens(
+                entries_ptr, start, offsets, bits, num_keys, box,
+                SLOTS, SLOT_T, SLOT_H, SLOT_W, BN, TAIL,
+            )  # fmt: skip
             k0, k1 = load_tokens(k_ptr, keys, k_strides, D, D0, D1, ALIGN, WIDE)
             v0, v1 = load_tokens(v_ptr, keys, v_strides, V, V0, V1, ALIGN, WIDE)
             peak, total, out0, out1 = attend(
                 q0, q1, k0, k1, v0, v1, valid, peak, total, out0, out1, scale,
-                D1, V1, RAGGED or TAIL, PEAK, OPERAND, PRECISION,
+                D1, V1, RAGGED or TAIL, BOUNDED, OPERAND, PRECISION,
             )  # fmt: skip
     if extra_mask_ptr is not None:
         for start in range(0, extra_len, BN):
@@ -224,7 +201,7 @@ def attend_to_list(
             )  # fmt: skip
             peak, total, out0, out1 = attend(
                 q0, q1, k0, k1, v0, v1, valid, peak, total, out0, out1, scale,
-                D1, V1, True, PEAK, OPERAND, PRECISION,
+                D1, V1, True, BOUNDED, OPERAND, PRECISION,
             )  # fmt: skip
     return peak, total, out0, out1
 
@@ -247,6 +224,7 @@ def tile_attend_kernel(
     v_ptr,
     lists_ptr,
     longest_ptr,
+    flags_ptr,
     extra_k_ptr,
     extra_v_ptr,
     extra_mask_ptr,
@@ -293,57 +271,47 @@ def tile_attend_kernel(
     """Output and log-sum-exp of up to BM queries of one group and head.
 
     Queries and keys are rotated beforehand: matrix products with operands in registers would run
-    one after the other, each waiting for the one before.
+    one after the other, each waiting for the one before. If `PACKED`, queries are packed by group,
+    and keys and values are descriptors of packed tiles.
+
+    If `BOUNDED`, the largest score is not searched for: none exceeds the product of norms. Where
+    that is so much larger that weights have vanished, the program sets its flag. Without a bound,
+    programs work only where a flag is set, if there are any.
     """
-    batch, head, group, _slots, tokens, q_valid = locate_group(
+    if flags_ptr is not None and not BOUNDED:  # noqa: SIM102 - known when compiled, then when run
+        if tl.load(flags_ptr + tl.program_id(0)) == 0:
+            return
+    batch, head, group, slots, tokens, q_valid = locate_group(
         box, groups, num_heads, num_groups, blocks, BM, RANK
     )
     row = batch * num_heads + head
     entries_ptr = lists_ptr + (row * num_groups + group) * (2 * list_size) + list_size
-    q_ptr += head_offset(q_strides, batch, head, ALIGN)
-    if PACKED != "tiles":
+    out_ptr += head_offset(out_strides, batch, head, ALIGN)
+    if PACKED:
+        packed = (row * num_groups + group) * (blocks * BM)
+        q0, q1 = load_rows(q_ptr + packed * D, slots, D, D0, D1)
+    else:
+        q_ptr += head_offset(q_strides, batch, head, ALIGN)
         k_ptr += head_offset(k_strides, batch, head, ALIGN)
         v_ptr += head_offset(v_strides, batch, head, ALIGN)
-    out_ptr += head_offset(out_strides, batch, head, ALIGN)
-
-    q0, q1 = load_pieces(q_ptr, tokens, q_valid, q_strides, D, D0, D1, ALIGN)
+        q0, q1 = load_pieces(q_ptr, tokens, q_valid, q_strides, D, D0, D1, ALIGN)
     if extra_mask_ptr is not None:
         extra_k_ptr += head_offset(extra_k_strides, batch, head, ALIGN)
         extra_v_ptr += head_offset(extra_v_strides, batch, head, ALIGN)
         extra_mask_ptr += batch * extra_len
-    first = (row * num_tiles * SLOTS).to(tl.int32)
-    nothing = tl.full((BM,), float("-inf"), tl.float32)
+    peak = tl.full((BM,), float("-inf"), tl.float32)
     if BOUNDED:
-        # No score exceeds the product of norms, so no maximum has to be tracked and no sum
-        # rescaled.
-        bound = tl.sqrt(squared_norms(q0, q1, D1) * tl.load(longest_ptr + row)) * scale
-        peak, total, out0, out1 = attend_to_list(
-            q0, q1, k_ptr, v_ptr, entries_ptr, extra_k_ptr, extra_v_ptr, extra_mask_ptr,
-            k_strides, v_strides, extra_k_strides, extra_v_strides, box, bound, first,
-            list_size, extra_len, scale, D, V, D0, D1, V0, V1, BM, BN, SLOTS, SLOT_T, SLOT_H,
-            SLOT_W, RAGGED, TAIL, WIDE, ALIGN, "given", PACKED, OPERAND, PRECISION,
-        )  # fmt: skip
-        # Where it is far too large, weights have vanished: find the largest scores.
-        if tl.min(tl.where(q_valid, total, 1.0)) < _VANISHED:
-            peak, _total, _out0, _out1 = attend_to_list(
-                q0, q1, k_ptr, v_ptr, entries_ptr, extra_k_ptr, extra_v_ptr, extra_mask_ptr,
-                k_strides, v_strides, extra_k_strides, extra_v_strides, box, nothing, first,
-                list_size, extra_len, scale, D, V, D0, D1, V0, V1, BM, BN, SLOTS, SLOT_T, SLOT_H,
-                SLOT_W, RAGGED, TAIL, WIDE, ALIGN, "sought", PACKED, OPERAND, PRECISION,
-            )  # fmt: skip
-            peak, total, out0, out1 = attend_to_list(
-                q0, q1, k_ptr, v_ptr, entries_ptr, extra_k_ptr, extra_v_ptr, extra_mask_ptr,
-                k_strides, v_strides, extra_k_strides, extra_v_strides, box, peak, first,
-                list_size, extra_len, scale, D, V, D0, D1, V0, V1, BM, BN, SLOTS, SLOT_T, SLOT_H,
-                SLOT_W, RAGGED, TAIL, WIDE, ALIGN, "given", PACKED, OPERAND, PRECISION,
-            )  # fmt: skip
-    else:
-        peak, total, out0, out1 = attend_to_list(
-            q0, q1, k_ptr, v_ptr, entries_ptr, extra_k_ptr, extra_v_ptr, extra_mask_ptr,
-            k_strides, v_strides, extra_k_strides, extra_v_strides, box, nothing, first,
-            list_size, extra_len, scale, D, V, D0, D1, V0, V1, BM, BN, SLOTS, SLOT_T, SLOT_H,
-            SLOT_W, RAGGED, TAIL, WIDE, ALIGN, "running", PACKED, OPERAND, PRECISION,
-        )  # fmt: skip
+        peak = tl.sqrt(squared_norms(q0, q1, D1) * tl.load(longest_ptr + row)) * scale
+    peak, total, out0, out1 = attend_to_list(
+        q0, q1, k_ptr, v_ptr, entries_ptr, extra_k_ptr, extra_v_ptr, extra_mask_ptr,
+        k_strides, v_strides, extra_k_strides, extra_v_strides, box, peak,
+        (row * num_tiles * SLOTS).to(tl.int32), list_size, extra_len, scale, D, V, D0, D1, V0, V1,
+        BM, BN, SLOTS, SLOT_T, SLOT_H, SLOT_W, RAGGED, TAIL, WIDE, ALIGN, BOUNDED, PACKED, OPERAND,
+        PRECISION,
+    )  # fmt: skip
+    if BOUNDED:
+        vanished = tl.min(tl.where(q_valid, total, 1.0)) < _VANISHED
+        tl.store(flags_ptr + tl.program_id(0), vanished.to(tl.int32))
     inverse = 1 / total
     out0, out1 = out0 * inverse[:, None], out1 * inverse[:, None]
     store_pieces(out_ptr, out0, out1, tokens, q_valid, out_strides, V, V0, V1, ALIGN)

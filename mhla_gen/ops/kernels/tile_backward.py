@@ -16,7 +16,6 @@ from mhla_gen.ops.kernels.boxes import block_box, box_tokens
 from mhla_gen.ops.kernels.linear import rotate_pieces
 from mhla_gen.ops.kernels.pieces import head_offset, load_pieces, store_pieces
 from mhla_gen.ops.kernels.tile_attention import (
-    listed_rows,
     listed_tokens,
     load_extra,
     load_rows,
@@ -145,7 +144,7 @@ def tile_backward_queries_kernel(
     )
     row = batch * num_heads + head
     entries_ptr = lists_ptr + (row * num_groups + group) * (2 * list_size) + list_size
-    if PACKED != "tiles":
+    if not PACKED:
         k_ptr += head_offset(k_strides, batch, head, ALIGN)
         v_ptr += head_offset(v_strides, batch, head, ALIGN)
     packed = row * num_groups * (blocks * BM)
@@ -156,7 +155,7 @@ def tile_backward_queries_kernel(
     delta = tl.load(delta_ptr + packed + rows)[:, None]
     dq0 = tl.zeros((BM, D0), tl.float32)
     dq1 = tl.zeros((BM, D1 if D1 > 0 else 1), tl.float32)
-    if PACKED == "tiles":
+    if PACKED:
         parts: tl.constexpr = SLOTS // BN
         steps = list_size * parts
         first = (row * num_tiles * SLOTS).to(tl.int32)
@@ -179,16 +178,10 @@ def tile_backward_queries_kernel(
         num_keys = list_size * SLOTS
         offsets, bits = slot_places(tl.arange(0, BN) % SLOTS, box, SLOT_T, SLOT_H, SLOT_W)
         for start in range(0, num_keys, BN):
-            if PACKED == "rows":
-                keys, valid = listed_rows(
-                    entries_ptr, start, num_keys, list_size,
-                    SLOTS, SLOT_T, SLOT_H, SLOT_W, BN, TAIL,
-                )  # fmt: skip
-            else:
-                keys, valid = listed_tokens(
-                    entries_ptr, start, offsets, bits, num_keys, box,
-                    SLOTS, SLOT_T, SLOT_H, SLOT_W, BN, TAIL,
-                )  # fmt: skip
+            keys, valid = listed_tokens(
+                entries_ptr, start, offsets, bits, num_keys, box,
+                SLOTS, SLOT_T, SLOT_H, SLOT_W, BN, TAIL,
+            )  # fmt: skip
             k0, k1 = load_tokens(k_ptr, keys, k_strides, D, D0, D1, ALIGN, WIDE)
             v0, v1 = load_tokens(v_ptr, keys, v_strides, V, V0, V1, ALIGN, WIDE)
             _p, ds = score_gradients(

@@ -1,6 +1,6 @@
 """Launches of tile attention: rotated keys, means, lists, and the output."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton.language as tl
@@ -35,18 +35,14 @@ class Loop:
     num_warps: int
     num_stages: int
     """Steps that are loaded ahead, and the one at work."""
-    packed: str = ""
-    """"": keys and values lie in place; "rows": packed by tile, read by pointers; "tiles": packed
-    by tile, read by tensor descriptors."""
-    maxnreg: int | None = None
-    """Most registers a thread."""
+    packed: bool = False
+    """Whether queries, keys and values are packed by group or tile; else they are read in place."""
 
     @property
     def options(self) -> dict:
         """Compile-time arguments of a kernel."""
         options = {"BM": self.rows, "BN": self.keys}
-        options |= {"num_warps": self.num_warps, "num_stages": self.num_stages}
-        return options if self.maxnreg is None else options | {"maxnreg": self.maxnreg}
+        return options | {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
 def forward(
@@ -58,51 +54,87 @@ def forward(
     loop: Loop | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, log-sum-exp `[batch, heads, seq_len]` and lists; see `tile_lists`."""
-    bounded, loop = takes_bound(query), forward_loop(call) if loop is None else loop
+    loop = forward_loop(call) if loop is None else loop
+    bounded, choose = takes_bound(query), call.placed.top > 0
     keys, means, longest = read_tiles(
         key,
         call,
-        mean=call.placed.top > 0,
+        mean=choose,
         lengths=bounded and call.placed.list_size > 0,
-        pack=bool(loop.packed),
+        pack=loop.packed,
     )
     values = pack_tiles(value, call) if loop.packed else value
     if bounded and extra is not None:
         beside = extra[0].float().square().sum(-1).amax(dim=1).flatten()
         longest = beside if longest is None else torch.maximum(longest, beside)
-    queries, query_means = read_groups(query, call, mean=means is not None)
+    slots = quotient_up(call.queries, loop.rows) * loop.rows if loop.packed else None
+    queries, query_means = read_groups(query, call, mean=choose, slots=slots)
     lists = tile_lists(query_means, means, call)
-    out, lse = attend(queries, keys, values, longest, lists, extra, call, loop)
-    return out, lse, lists
+    batch, seq_len, heads, _ = query.shape
+    results = (
+        value.new_empty(value.shape),
+        query.new_empty((batch, heads, seq_len), dtype=torch.float32),
+    )
+    sources, flags = (queries, keys, values, lists), None
+    if longest is not None and extra is None and takes_hopper(call, loop):
+        from mhla_gen.ops.kernels import tile_hopper_form
+
+        flags = tile_hopper_form.attend(sources, longest, results, call)
+        loop = replace(loop, rows=64, num_warps=4)
+    elif longest is not None:
+        flags = attend(sources, longest, None, extra, results, call, loop)
+    attend(sources, None, flags, extra, results, call, loop)
+    return *results, lists
 
 
 def attend(
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    sources: tuple[Tensor, Tensor, Tensor, Tensor],
     longest: Tensor | None,
-    lists: Tensor,
+    flags: Tensor | None,
     extra: Extra | None,
+    results: tuple[Tensor, Tensor],
     call: TileCall,
     loop: Loop,
-) -> tuple[Tensor, Tensor]:
-    """Launch `tile_attend_kernel` on rotated queries and keys."""
-    batch, seq_len, heads, _ = call.query.shape
-    out = call.value.new_empty(call.value.shape)
-    lse = call.query.new_empty((batch, heads, seq_len), dtype=torch.float32)
-    blocks = quotient_up(call.queries, loop.rows)
-    strides = queries.stride(), keys.stride(), values.stride(), out.stride(), *extra_strides(extra)
-    sources = (descriptor(x, loop) if loop.packed == "tiles" else x for x in (keys, values))
+) -> Tensor | None:
+    """Launch `tile_attend_kernel`, with a bound of scores if the longest keys are given.
+
+    Args:
+        sources: Rotated queries and keys, values, and lists.
+        longest: Largest squared length of a key, of every head.
+        flags: With a bound None, else which programs have work left; None: all.
+        extra: Keys, values and mask off the grid.
+        results: Room for output and log-sum-exp.
+        call: What is called.
+        loop: How.
+
+    Returns:
+        `flags`, made if there is a bound.
+    """
+    queries, keys, values, lists = sources
+    out, lse = results
+    blocks = quotient_up(queries.shape[2] if loop.packed else call.queries, loop.rows)
+    strides = *extra_strides(extra), out.stride()
+    read = queries, keys, values
+    if loop.packed:
+        places = ((0, 0, 0, 0),) * 3
+        read = queries, descriptor(keys, loop.keys), descriptor(values, loop.keys)
+    else:
+        places = tuple(x.stride() for x in read)
+    programs = blocks * call.placed.num_groups * call.batch_heads
+    if longest is not None:
+        flags = lists.new_empty(programs)
     launch(
         tile_attend_kernel,
-        (blocks * call.placed.num_groups * call.batch_heads,),
-        (queries, *sources, lists, longest, *extra_tensors(extra), out, lse),
+        (programs,),
+        (*read, lists, longest, flags, *extra_tensors(extra), out, lse),
         (
-            *strides,
+            *places,
+            out.stride(),
+            *extra_strides(extra),
             call.box,
             three_axes(call.placed.groups),
-            seq_len,
-            heads,
+            call.query.shape[1],
+            call.query.shape[2],
             call.placed.num_groups,
             call.placed.num_tiles,
             call.placed.list_size,
@@ -110,20 +142,37 @@ def attend(
             blocks,
             call.scale * LOG2E,
         ),
-        without(kernel_constants(call, loop.options, *strides), "ROTARY")
+        without(kernel_constants(call, loop.options, *places, *strides), "ROTARY")
         | {
-            "WIDE": numbered_wide(keys, values),
-            "BOUNDED": takes_bound(call.query),
+            "WIDE": not loop.packed and numbered_wide(keys, values),
+            "BOUNDED": longest is not None,
             "PACKED": loop.packed,
         },
     )
-    return out, lse
+    return flags
 
 
-def descriptor(packed: Tensor, loop: Loop) -> TensorDescriptor:
-    """Of packed tiles as rows."""
-    rows = packed.transpose(1, 2).flatten(0, 2)
-    return TensorDescriptor.from_tensor(rows, [loop.keys, rows.shape[1]])
+def descriptor(packed: Tensor, count: int) -> TensorDescriptor:
+    """Of `count` rows of packed tiles or groups, and all their channels up to a power of two."""
+    rows = packed.flatten(0, -2)
+    return TensorDescriptor.from_tensor(rows, [count, padded(rows.shape[1])])
+
+
+# Not until a GPU has told that it is faster.
+HOPPER = False
+
+
+def takes_hopper(call: TileCall, loop: Loop) -> bool:
+    """Whether a kernel written for Hopper does the work, see `tile_hopper.py`."""
+    return (
+        HOPPER
+        and loop.packed
+        and loop.rows == 128
+        and call.slot_sizes["SLOTS"] == 64
+        and call.query.dtype == torch.bfloat16
+        and call.query.device.type == "cuda"
+        and torch.cuda.get_device_capability(call.query.device) == (9, 0)
+    )
 
 
 def takes_bound(query: Tensor) -> bool:
@@ -155,8 +204,8 @@ def read_tiles(
     means = key.new_empty((*shape, dim), dtype=torch.float32) if mean else None
     longest = key.new_empty(shape, dtype=torch.float32) if lengths else None
     if pack:
-        keys = _packed_like(key, call)
-        read_boxes(key, call, keys, means, longest, "pack", call.slot_sizes["SLOTS"])
+        keys = key.new_empty((*shape, call.slot_sizes["SLOTS"], dim))
+        read_boxes(key, call, keys, means, longest, "pack", keys.shape[2])
     else:
         keys = _rotated_like(key) if rotary else key
         read_boxes(key, call, keys, means, longest, "raster" if rotary else "nowhere", call.slots)
@@ -164,32 +213,31 @@ def read_tiles(
 
 
 def pack_tiles(x: Tensor, call: TileCall) -> Tensor:
-    """Tokens tile by tile, `[batch, tiles · SLOTS, heads, dim]` with heads first in memory.
-
-    Slots without a token are zero, and so are channels up to a power of two.
-    """
-    packed = _packed_like(x, call)
-    slots = call.slot_sizes["SLOTS"]
-    read_boxes(x, call, packed, None, None, "pack", slots, rotary=False)
+    """Tokens tile by tile, zero in empty slots: `[batch · heads, tiles, SLOTS, dim]`."""
+    shape = call.batch_heads, call.placed.num_tiles, call.slot_sizes["SLOTS"], x.shape[3]
+    packed = x.new_empty(shape)
+    read_boxes(x, call, packed, None, None, "pack", shape[2], rotary=False)
     return packed
 
 
-def _packed_like(x: Tensor, call: TileCall) -> Tensor:
-    batch, _, heads, dim = x.shape
-    rows = call.placed.num_tiles * call.slot_sizes["SLOTS"]
-    return x.new_empty((batch, heads, rows, padded(dim))).transpose(1, 2)
+def read_groups(
+    query: Tensor, call: TileCall, *, mean: bool = False, slots: int | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """As `read_tiles`: rotated queries, means of groups `[batch · heads, groups, head_dim]`.
 
-
-def read_groups(query: Tensor, call: TileCall, *, mean: bool) -> tuple[Tensor, Tensor | None]:
-    """As `read_tiles`: rotated queries, means of groups `[batch · heads, groups, head_dim]`."""
-    rotary = call.cos is not None
-    if not (rotary or mean):
-        return query, None
-    queries = _rotated_like(query) if rotary else query
-    shape = (call.batch_heads, call.placed.num_groups, query.shape[3])
-    means = query.new_empty(shape, dtype=torch.float32) if mean else None
-    store, groups = "raster" if rotary else "nowhere", three_axes(call.placed.groups)
-    read_boxes(query, call, queries, means, None, store, call.queries, groups)
+    With `slots`, queries of every group are consecutive, `[batch · heads, groups, slots, dim]`.
+    """
+    rotary, groups = call.cos is not None, three_axes(call.placed.groups)
+    shape = call.batch_heads, call.placed.num_groups
+    means = query.new_empty((*shape, query.shape[3]), dtype=torch.float32) if mean else None
+    if slots is not None:
+        queries = query.new_empty((*shape, slots, query.shape[3]))
+        read_boxes(query, call, queries, means, None, "pack", slots, groups)
+    elif rotary or mean:
+        queries, store = (_rotated_like(query), "raster") if rotary else (query, "nowhere")
+        read_boxes(query, call, queries, means, None, store, call.queries, groups)
+    else:
+        queries = query
     return queries, means
 
 
@@ -238,7 +286,6 @@ def read_boxes(
             "ALIGN": alignment(*strides),
             "ROTARY": rotary,
             "STORE": store,
-            "PITCH": 0 if rotated is None else rotated.shape[-1],
             "MEAN": means is not None,
             "LONGEST": longest is not None,
             "num_warps": max(2, rows // rows_of_warp),
@@ -299,9 +346,23 @@ def forward_loop(call: TileCall) -> Loop:
     if call.operand["OPERAND"] == tl.float32:
         return Loop(call.block(32), 32, 4, 1)
     rows, dim = call.block(128), max(call.query.shape[3], call.value.shape[3])
+    if worth_packing(call):
+        return Loop(rows, 64, 8 if rows == 128 else 4, 3, packed=True)
+    if dim > 64:
+        return Loop(min(rows, 64), 64, 4 if rows > 32 else 1, 3)
     # A program of few queries is short of work for one warp, let alone four.
-    warps = 4 if rows > 32 else 1
-    if rows == 128 and dim > 64:
-        # 64 keys would want more registers than there are.
-        return Loop(rows, 32, warps, 3)
-    return Loop(rows, 64, warps, 2 if rows == 128 else 3)
+    return Loop(rows, 64, 4 if rows > 32 else 1, 2)
+
+
+def worth_packing(call: TileCall) -> bool:
+    """Whether programs read so much that packing first, for tensor descriptors, is faster.
+
+    Descriptors want whole tiles, and channels in one piece whose rows are multiples of 16 bytes.
+    """
+    dims = call.query.shape[3], call.value.shape[3]
+    return (
+        call.operand["OPERAND"] != tl.float32
+        and call.slot_sizes["SLOTS"] >= 64
+        and call.placed.list_size > 0
+        and all(96 < dim <= 128 and dim % 8 == 0 for dim in dims)
+    )

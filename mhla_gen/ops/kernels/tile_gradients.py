@@ -26,7 +26,15 @@ from mhla_gen.ops.kernels.tile_call import (
     three_axes,
     without,
 )
-from mhla_gen.ops.kernels.tile_form import Loop, descriptor, pack_tiles, read_boxes, read_tiles
+from mhla_gen.ops.kernels.tile_form import (
+    Loop,
+    descriptor,
+    pack_tiles,
+    read_groups,
+    read_tiles,
+    takes_hopper,
+    worth_packing,
+)
 from mhla_gen.ops.kernels.tile_owners import choose_patches, owners_of_patches
 from mhla_gen.ops.kernels.tile_patches import tile_backward_patches_kernel
 
@@ -71,7 +79,12 @@ def backward(
     listed = keys, value
     if loop.packed:
         listed = read_tiles(key, call, pack=True)[0], pack_tiles(value, call)
-    dquery = backward_queries(packs, *listed, lists, extra, call, loop)
+    if extra is None and takes_hopper(call, loop):
+        from mhla_gen.ops.kernels import tile_hopper_form
+
+        dquery = tile_hopper_form.backward_queries(packs, *listed, lists, call)
+    else:
+        dquery = backward_queries(packs, *listed, lists, extra, call, loop)
     dkey, dvalue = _backward_keys(packs, keys, value, lists, options["keys"], call)
     dextra = _backward_extra(packs, extra, options["extra"], call)
     return dquery, dkey, dvalue, *dextra
@@ -90,7 +103,7 @@ def pack_queries(
     placed = call.placed
     blocks = quotient_up(call.queries, rows)
     slots = blocks * rows
-    queries = pack_groups(query, call, slots)
+    queries, _ = read_groups(query, call, slots=slots)
     grads = grad.new_empty((call.batch_heads, placed.num_groups, slots, grad.shape[3]))
     packed_lse = lse.new_empty((call.batch_heads, placed.num_groups, slots))
     delta = torch.empty_like(packed_lse)
@@ -132,12 +145,15 @@ def backward_queries(
     placed = call.placed
     blocks = packs[0].shape[2] // loop.rows
     dquery = call.query.new_empty(call.query.shape)
-    strides = keys.stride(), values.stride(), dquery.stride(), *extra_strides(extra)
-    sources = (descriptor(x, loop) if loop.packed == "tiles" else x for x in (keys, values))
+    read, strides = (keys, values), (keys.stride(), values.stride())
+    if loop.packed:
+        read = descriptor(keys, loop.keys), descriptor(values, loop.keys)
+        strides = ((0, 0, 0, 0),) * 2
+    strides = *strides, dquery.stride(), *extra_strides(extra)
     launch(
         tile_backward_queries_kernel,
         (blocks * placed.num_groups * call.batch_heads,),
-        (*packs, *sources, call.cos, call.sin, lists, *extra_tensors(extra), dquery),
+        (*packs, *read, call.cos, call.sin, lists, *extra_tensors(extra), dquery),
         (
             *strides,
             call.box,
@@ -152,7 +168,10 @@ def backward_queries(
             call.scale,
         ),
         kernel_constants(call, loop.options, *strides)
-        | {"WIDE": numbered_wide(keys, values), "PACKED": loop.packed},
+        | {
+            "WIDE": not loop.packed and numbered_wide(keys, values),
+            "PACKED": loop.packed,
+        },
     )
     return dquery
 
@@ -244,17 +263,12 @@ def _backward_extra(
     return dkey.sum(dim=0).to(keys.dtype), dvalue.sum(dim=0).to(values.dtype)
 
 
-def pack_groups(x: Tensor, call: TileCall, slots: int) -> Tensor:
-    """Rotated tokens of every group, consecutive: `[batch · heads, groups, slots, dim]`."""
-    packed = x.new_empty((call.batch_heads, call.placed.num_groups, slots, x.shape[3]))
-    read_boxes(x, call, packed, None, None, "pack", slots, three_axes(call.placed.groups))
-    return packed
-
-
 def queries_loop(call: TileCall) -> Loop:
     """As `forward_loop`, for gradients of queries."""
     if call.operand["OPERAND"] == tl.float32:
         return Loop(call.block(32), 32, 4, 1)
+    if worth_packing(call) and call.block(128) == 128:
+        return Loop(128, 64, 8, 3, packed=True)
     rows = call.block(64)
     return Loop(rows, 64, 4 if rows > 32 else 1, 2)
 

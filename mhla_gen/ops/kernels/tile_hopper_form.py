@@ -1,42 +1,59 @@
 """Launch of tile attention's kernel for Hopper; import it only where there is such a GPU."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from mhla_gen.ops.kernels.compiled import launch
+from mhla_gen.ops.kernels.launch import padded
 from mhla_gen.ops.kernels.tile_call import LOG2E, TileCall, three_axes
-from mhla_gen.ops.kernels.tile_form import Loop
 from mhla_gen.ops.kernels.tile_hopper import tile_attend_hopper_kernel
 from mhla_gen.ops.kernels.tile_hopper_backward import tile_backward_queries_hopper_kernel
 
+ROWS = 128
+"""Queries of a program."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """Constants of a kernel."""
+
+    stages: int
+    """Steps of keys, and of values, in shared memory."""
+    tiles: int = 1
+    """Tiles of a step."""
+    held: bool = False
+    """Whether queries are held in registers."""
+    persistent: bool = True
+    """Whether a multiprocessor starts one program, which takes block after block."""
+
+
+FORWARD, BACKWARD = Form(3), Form(3)
+
 
 def attend(
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    sources: tuple[Tensor, Tensor, Tensor, Tensor],
     longest: Tensor,
-    lists: Tensor,
+    results: tuple[Tensor, Tensor],
     call: TileCall,
-    loop: Loop,
-) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp of packed queries `[batch · heads, groups, slots, dim]`."""
-    batch, seq_len, heads, _ = call.query.shape
-    out = call.value.new_empty(call.value.shape)
-    lse = call.query.new_empty((batch, heads, seq_len), dtype=torch.float32)
-    slots = call.slot_sizes["SLOTS"]
-    blocks = queries.shape[2] // loop.rows
+    form: Form = FORWARD,
+) -> Tensor:
+    """As `tile_form.attend` with a bound; flags are those of programs of 64 queries."""
+    queries, keys, values, lists = sources
+    out, lse = results
+    blocks = queries.shape[2] // ROWS
     items = blocks * call.placed.num_groups * call.batch_heads
-    programs = items if "grid" in loop.packed else min(items, _multiprocessors(queries))
     flags = lists.new_empty(items * 2)
     launch(
         tile_attend_hopper_kernel,
-        (programs,),
+        (_programs(items, form, queries),),
         (
-            _descriptor(queries.flatten(0, 2), loop.rows // 2),
-            _descriptor(keys.transpose(1, 2).flatten(0, 2), slots),
-            _descriptor(values.transpose(1, 2).flatten(0, 2), slots),
+            _descriptor(queries, ROWS // 2),
+            _descriptor(keys, keys.shape[2]),
+            _descriptor(values, values.shape[2]),
             lists,
             longest,
             out,
@@ -47,8 +64,8 @@ def attend(
             out.stride(),
             call.box,
             three_axes(call.placed.groups),
-            seq_len,
-            heads,
+            call.query.shape[1],
+            call.query.shape[2],
             call.placed.num_groups,
             call.placed.num_tiles,
             items,
@@ -58,27 +75,28 @@ def attend(
         ),
         {
             "V": call.value.shape[3],
-            "BV": values.shape[3],
-            "TILES": loop.keys // slots,
-            "STAGES": loop.num_stages,
+            "BV": padded(values.shape[3]),
+            "TILES": form.tiles,
+            "STAGES": form.stages,
             **call.slot_sizes,
             "RAGGED": call.ragged,
             "RANK": call.rank,
-            "Q_HELD": "held" in loop.packed,
-            "num_warps": loop.num_warps,
+            "Q_HELD": form.held,
+            "num_warps": 4,
         },
     )
-    return out, lse
+    return flags
 
 
-def _multiprocessors(x: Tensor) -> int:
-    if x.device.type != "cuda":
-        return 132
-    return torch.cuda.get_device_properties(x.device).multi_processor_count
+def _programs(items: int, form: Form, x: Tensor) -> int:
+    if not form.persistent or x.device.type != "cuda":
+        return items
+    return min(items, torch.cuda.get_device_properties(x.device).multi_processor_count)
 
 
-def _descriptor(rows: Tensor, count: int) -> TensorDescriptor:
-    block = [count, rows.shape[1]]
+def _descriptor(packed: Tensor, count: int) -> TensorDescriptor:
+    rows = packed.flatten(0, -2)
+    block = [count, padded(rows.shape[1])]
     layout = gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)
     return TensorDescriptor.from_tensor(rows, block, layout)
 
@@ -89,22 +107,21 @@ def backward_queries(
     values: Tensor,
     lists: Tensor,
     call: TileCall,
-    loop: Loop,
+    form: Form = BACKWARD,
 ) -> Tensor:
     """Gradients from packs as those of `tile_gradients.pack_queries`."""
     queries, grads, packed_lse, delta = packs
     dquery = call.query.new_empty(call.query.shape)
-    slots = call.slot_sizes["SLOTS"]
-    blocks = queries.shape[2] // loop.rows
+    blocks = queries.shape[2] // ROWS
     items = blocks * call.placed.num_groups * call.batch_heads
     launch(
         tile_backward_queries_hopper_kernel,
-        (min(items, _multiprocessors(queries)),),
+        (_programs(items, form, queries),),
         (
-            _descriptor(queries.flatten(0, 2), loop.rows // 2),
-            _descriptor(grads.flatten(0, 2), loop.rows // 2),
-            _descriptor(keys.transpose(1, 2).flatten(0, 2), slots),
-            _descriptor(values.transpose(1, 2).flatten(0, 2), slots),
+            _descriptor(queries, ROWS // 2),
+            _descriptor(grads, ROWS // 2),
+            _descriptor(keys, keys.shape[2]),
+            _descriptor(values, values.shape[2]),
             lists,
             packed_lse,
             delta,
@@ -127,13 +144,13 @@ def backward_queries(
         ),
         {
             "D": call.query.shape[3],
-            "BV": values.shape[3],
-            "STAGES": loop.num_stages,
+            "BV": padded(values.shape[3]),
+            "STAGES": form.stages,
             **call.slot_sizes,
             "RAGGED": call.ragged,
             "RANK": call.rank,
             "ROTARY": call.cos is not None,
-            "num_warps": loop.num_warps,
+            "num_warps": 4,
         },
     )
     return dquery

@@ -42,14 +42,13 @@ def read_boxes_kernel(
     ALIGN: tl.constexpr,
     ROTARY: tl.constexpr,
     STORE: tl.constexpr,
-    PITCH: tl.constexpr,
     MEAN: tl.constexpr,
     LONGEST: tl.constexpr,
 ):
     """Read one tile (or group, where `groups` is given) of `HEADS` heads, rotated.
 
     `STORE` says where to: "raster" to the tokens' own places, "pack" to `SLOTS` consecutive rows
-    of `PITCH` channels a box, zeros where it has fewer tokens, or "nowhere". `MEAN` keeps its mean,
+    a box, zeros where it has fewer tokens, or "nowhere". `MEAN` keeps its mean,
     `LONGEST` the largest squared length of its tokens.
     """
     part = tl.program_id(0) % (num_heads // HEADS)
@@ -96,10 +95,8 @@ def read_boxes_kernel(
                 store_pieces(place, x, x, tokens, valid, rotated_strides, D, BD, 0, ALIGN)
             elif STORE == "pack":
                 rows, exists = row * SLOTS + slots, slots < SLOTS
-                aligned: tl.constexpr = 16 if PITCH % 16 == 0 else 1
-                store_pieces(
-                    rotated_ptr, x, x, rows, exists, (0, PITCH, 0, 1), PITCH, BD, 0, aligned
-                )
+                aligned: tl.constexpr = 16 if D % 16 == 0 else 1
+                store_pieces(rotated_ptr, x, x, rows, exists, (0, D, 0, 1), D, BD, 0, aligned)
         if LONGEST:
             tl.store(longest_ptr + row, longest)
         if MEAN:

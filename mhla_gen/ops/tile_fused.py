@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mhla_gen.errors import UserError
-from mhla_gen.ops.fused import DTYPES, INTERPRETED, MAX_DIM
+from mhla_gen.ops import fused
 from mhla_gen.ops.kernels import tile_form, tile_gradients
 from mhla_gen.ops.kernels.tile_call import TileCall
 from mhla_gen.ops.tiles import Tiling
@@ -52,20 +52,13 @@ def unsupported(
     query: Tensor, value: Tensor, rotary: tuple[Tensor, Tensor] | None, num_tiles: int
 ) -> str | None:
     """Why the kernels cannot run a call, or None if they can."""
-    if query.device.type != "cuda" and not INTERPRETED:
-        return f"needs tensors on a CUDA device, found {query.device}"
-    dims = query.shape[3], value.shape[3]
-    if max(dims) > MAX_DIM:
-        return f"takes head_dim and value_dim up to {MAX_DIM}, found {dims[0]} and {dims[1]}"
-    if query.dtype not in DTYPES:
-        return f"takes float32, float16 and bfloat16, found {query.dtype}"
     if num_tiles > MAX_TILES:
         return f"takes up to {MAX_TILES} tiles, found {num_tiles}"
     if query.shape[1] >= _MAX_TOKENS:
         return f"takes fewer than {_MAX_TOKENS} tokens, found {query.shape[1]}"
-    if rotary is not None and any(table.requires_grad for table in rotary):
-        return "treats rotary as constant, found tables that require a gradient"
-    return None
+    trains = rotary is not None and any(table.requires_grad for table in rotary)
+    sizes = query.shape[3], value.shape[3], 0
+    return fused.unsupported(query.device, query.dtype, *sizes, trains)
 
 
 @torch.library.custom_op("mhla_gen::tile_attend", mutates_args=())

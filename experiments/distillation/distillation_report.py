@@ -185,16 +185,13 @@ class Judge:
     """
 
     def __init__(self, real: np.ndarray, features: str, device: torch.device):
-        self.device, self.extractor = device, None
-        if features != "pixels":
-            self.extractor = build_extractor(FeaturesConfig(extractor=features)).to(device)  # type: ignore[arg-type]
+        self.device = device
+        self.extractor = build_extractor(FeaturesConfig(extractor=features)).to(device)  # type: ignore[arg-type]
         self.real = self.extract(real)
         self.statistics = FeatureStatistics.from_features(self.real)
 
     def extract(self, images: np.ndarray) -> Tensor:
         """Features `[images, channels]`, on the CPU."""
-        if self.extractor is None:
-            return torch.from_numpy(images.reshape(len(images), -1) / 255.0)
         colour = np.repeat(images, 3, axis=-1) if images.shape[-1] == 1 else images
         parts = torch.from_numpy(colour).movedim(-1, 1).split(_BATCH)
         found = [

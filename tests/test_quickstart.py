@@ -20,7 +20,7 @@ from mhla_gen.quickstart import quickstart
 from mhla_gen.quickstart.quickstart import evaluation, score_real, training_seconds
 from mhla_gen.quickstart.report import next_commands
 from mhla_gen.sampling import generate
-from mhla_gen.sampling.sample_set import save_samples
+from mhla_gen.sampling.outputs import write_samples
 
 PROMISED = [
     "config.yaml",
@@ -141,7 +141,7 @@ def test_scores_know_copies_noise_and_the_real_thing(tmp_path):
     real = digits()
     rng = np.random.default_rng(0)
     some = rng.choice(len(real), 200, replace=False)
-    save_samples(tmp_path / "real.npz", real.images, real.labels)
+    write_samples(tmp_path / "real.npz", [real.images], real.images.shape, real.labels)
     made = {
         "copies": real.images[some],
         "noise": rng.integers(0, 256, (200, 8, 8, 1), dtype=np.uint8),
@@ -149,7 +149,7 @@ def test_scores_know_copies_noise_and_the_real_thing(tmp_path):
     scores = {}
     for name, images in made.items():
         (tmp_path / name).mkdir()
-        save_samples(tmp_path / name / "samples.npz", images, real.labels[some])
+        write_samples(tmp_path / name / "samples.npz", [images], images.shape, real.labels[some])
         results = evaluate(evaluation(tiny(tmp_path), tmp_path / name))
         scores[name] = {result.metric: result.value for result in results}
     copies, noise = scores["copies"], scores["noise"]

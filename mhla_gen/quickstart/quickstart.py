@@ -34,8 +34,7 @@ from mhla_gen.quickstart.report import next_commands, table
 from mhla_gen.sampling import sample
 from mhla_gen.sampling.contact_sheet import contact_sheet, rows_by_class
 from mhla_gen.sampling.manifest import MANIFEST_NAME
-from mhla_gen.sampling.outputs import SAMPLES_NAME
-from mhla_gen.sampling.sample_set import save_samples
+from mhla_gen.sampling.outputs import SAMPLES_NAME, write_samples
 from mhla_gen.training.log import LOG_NAME, read_log
 from mhla_gen.training.loop import train
 from mhla_gen.training.rehearsal import rehearse
@@ -139,7 +138,7 @@ def _run(config: QuickstartConfig, folder: Path) -> None:
     began = time.perf_counter()
     save_config(config, folder / CONFIG_NAME)
     real = digits()
-    save_samples(folder / REAL_NAME, real.images, real.labels)
+    write_samples(folder / REAL_NAME, [real.images], real.images.shape, real.labels)
     arms: dict[Attention, Arm] = {name: _arm(config, name) for name in ATTENTIONS}
     # What a reader looks for first lies in the folder itself.
     for name, home in (

@@ -1,12 +1,9 @@
-"""Small sample sets: made in memory, written at once."""
-
-from pathlib import Path
+"""Small sample sets, made in memory."""
 
 import numpy as np
 
 from mhla_gen.pipelines.class_conditional import ClassConditionalPipeline
 from mhla_gen.sampling.batched_sampler import BatchedSampler
-from mhla_gen.sampling.outputs import write_samples
 from mhla_gen.sampling.progress import Progress
 from mhla_gen.sampling.samplers import ClassSampler
 from mhla_gen.sampling.units import Units
@@ -46,14 +43,3 @@ def generate(
         for _, images in batched.draw(range(len(units)), progress.step):
             drawn.append(images.cpu().numpy())
     return np.concatenate(drawn)
-
-
-def save_samples(path: Path, images: np.ndarray, labels: np.ndarray) -> None:
-    """Write `arr_0` and `labels`, the layout that evaluation tools read.
-
-    Args:
-        path: npz file.
-        images: uint8 `[images, height, width, channels]`.
-        labels: Class numbers `[images]`.
-    """
-    write_samples(path, [images], images.shape, labels)

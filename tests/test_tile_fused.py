@@ -302,6 +302,24 @@ def test_head_sizes_on_gpu(poisoned, layout, head_dim):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("hopper", [False, True])
+@pytest.mark.parametrize("value_dim", [128, 104])
+@pytest.mark.parametrize("far", [False, True])
+def test_many_channels_on_gpu(poisoned, monkeypatch, hopper, value_dim, far):
+    """Packed tiles; keys far longer than scores tell are attended to twice."""
+    monkeypatch.setattr(tile_form, "HOPPER", hopper)
+    layout = {"grid": (7, 10, 19), "tile": (3, 5, 4), "window": (1, 1, 1), "group": (1, 2, 1)}
+    tensors, options = make(layout | {"top": 4}, head_dim=128, value_dim=value_dim, rotary=not far)
+    if far:
+        with torch.no_grad():
+            tensors[0][..., :64] *= 10
+            tensors[0][..., 64:] = 0
+            tensors[1][..., :64] *= 0.1
+            tensors[1][..., 64:] *= 10
+    assert_accurate(tensors, options, torch.bfloat16)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("share", [0.02, 0.05, 0.125, 0.5, 1.0])
 @pytest.mark.parametrize("grid", [(48, 64), (7, 22, 26), (3000,)])
 def test_automatic_layouts_on_gpu(poisoned, monkeypatch, grid, share):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from families import FAMILIES
 from test_training import tiny_run
 from tiny import dit_inputs, tiny_dit
 
@@ -28,6 +29,38 @@ def test_only_feed_forward_layers_change_and_no_name_does():
     assert 0 < error < 0.05
     rounded.square().mean().backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_feed_forward_layers_of_every_family_are_found(family, monkeypatch):
+    pytest.importorskip("torchao")
+    monkeypatch.setattr(float8, "_MULTIPLE", 1)
+    model = FAMILIES[family][0]()
+    if family in ("sana", "sana_video"):
+        # Their feed-forward layers are convolutions.
+        with pytest.raises(ValueError, match="no feed-forward layer"):
+            float8.use_float8(model, emulate=True)
+    else:
+        assert float8.use_float8(model, emulate=True) > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [32, 33])
+def test_any_number_of_tokens(tokens):
+    pytest.importorskip("torchao")
+    layers = torch.nn.ModuleDict({"ff": torch.nn.Linear(32, 16)}).cuda()
+    inputs = torch.randn(1, tokens, 32, device="cuda", requires_grad=True)
+    weight = layers["ff"].weight
+
+    def gradients():
+        with torch.autocast("cuda", torch.bfloat16):
+            out = layers["ff"](inputs)
+        return torch.autograd.grad(out.float().square().sum(), (inputs, weight))
+
+    expected = gradients()
+    assert float8.use_float8(layers) == 1
+    for actual, each in zip(gradients(), expected, strict=True):
+        assert 0 < (actual - each).norm() / each.norm() < 0.1
 
 
 def test_a_model_without_such_layers_is_refused():

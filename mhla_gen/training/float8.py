@@ -9,8 +9,8 @@ from torch import nn
 from mhla_gen.errors import UserError
 
 # Two thirds of a transformer's products, in layers that see every token: those of a time or a class
-# are too few rows, and queries, keys and values are one product without it.
-_FEED_FORWARD = ("ff", "ffn")
+# are too few rows, and queries, keys and values are one product without it. Names of all families.
+_FEED_FORWARD = ("ff", "ffn", "feed_forward", "img_mlp", "proj_mlp")
 # What cuBLAS asks of both sides of a matrix of 8 bits.
 _MULTIPLE = 16
 _CAPABILITY = (8, 9)
@@ -69,7 +69,9 @@ def use_float8(model: nn.Module, **config: Any) -> int:
         chosen.extend([name] if fits else [])
         return fits
 
-    convert_to_float8_training(model, module_filter_fn=choose, config=Float8LinearConfig(**config))
+    # The gradient of a weight is a sum over tokens, of which there may be any number.
+    settings = Float8LinearConfig(pad_inner_dim=True, **config)
+    convert_to_float8_training(model, module_filter_fn=choose, config=settings)
     if not chosen:
         raise UserError(
             f"float8=true finds no feed-forward layer of a {type(model).__name__} whose sizes are "

@@ -211,6 +211,7 @@ def test_crossover_lies_between_the_sizes_where_the_order_changes():
     others = ("linear feature_map=focused", "linformer", "causal", "softmax_causal")
     faster = [{"tokens": 100, "method": m, "forward_ms": 0.1} for m in others]
     faster[-1]["causal"] = True
+    faster.append({"tokens": 100, "method": "fused exact=0.5", "exact": 1.0, "forward_ms": 0.1})
     assert find_crossover(rows + faster) == pytest.approx(200.0)
 
 

@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from mhla_gen.ops.kernels.boxes import box_tokens, group_box
 
-# Triton 3.7 gave both another name.
+# Releases after Triton 3.6 have other names for both.
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 copy_rows = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 
@@ -52,28 +52,10 @@ def fetch_tiles(
 
 @gluon.jit
 def produce(
-    q_desc,
-    k_desc,
-    v_desc,
-    q,
-    k_tiles,
-    v_tiles,
-    q_full,
-    k_full,
-    v_full,
-    q_free,
-    k_free,
-    v_free,
-    lists_ptr,
-    blocks,
-    num_groups,
-    num_tiles,
-    num_items,
-    size,
-    SLOTS: gl.constexpr,
-    TILES: gl.constexpr,
-    STAGES: gl.constexpr,
-):
+    q_desc, k_desc, v_desc, q, k_tiles, v_tiles, q_full, k_full, v_full, q_free, k_free, v_free,
+    lists_ptr, blocks, num_groups, num_tiles, num_items, size, SLOTS: gl.constexpr,
+    TILES: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
     """One warp that copies queries, keys and values as room for them gets free."""
     PARTS: gl.constexpr = q.shape[0]
     ROWS: gl.constexpr = q.shape[1]
@@ -104,14 +86,9 @@ def produce(
 
 @gluon.jit
 def listed_tokens(
-    tiles_ptr,
-    step,
-    size,
-    TILES: gl.constexpr,
-    SLOT_T: gl.constexpr,
-    SLOT_H: gl.constexpr,
+    tiles_ptr, step, size, TILES: gl.constexpr, SLOT_T: gl.constexpr, SLOT_H: gl.constexpr,
     SLOT_W: gl.constexpr,
-):
+):  # fmt: skip
     """Tokens of the tiles of a step, 0 after the last tile of a list."""
     first = tile_tokens(gl.load(tiles_ptr + size + step * TILES), SLOT_T, SLOT_H, SLOT_W)
     if TILES == 1:
@@ -125,15 +102,9 @@ def listed_tokens(
 
 @gluon.jit
 def weights_of(
-    scores,
-    counts,
-    shift,
-    scale,
-    SLOTS: gl.constexpr,
-    TILES: gl.constexpr,
-    RAGGED: gl.constexpr,
+    scores, counts, shift, scale, SLOTS: gl.constexpr, TILES: gl.constexpr, RAGGED: gl.constexpr,
     LAYOUT: gl.constexpr,
-):
+):  # fmt: skip
     """Powers of scores less `shift`, zero for keys that are not there."""
     if RAGGED or TILES > 1:
         slots = gl.arange(0, SLOTS * TILES, gl.SliceLayout(0, LAYOUT))
@@ -146,42 +117,12 @@ def weights_of(
 
 @gluon.jit
 def consume(
-    part: gl.constexpr,
-    q_parts,
-    k_tiles,
-    v_tiles,
-    q_full,
-    k_full,
-    v_full,
-    q_free,
-    k_free,
-    v_free,
-    lists_ptr,
-    longest_ptr,
-    out_ptr,
-    lse_ptr,
-    flags_ptr,
-    out_strides,
-    box,
-    groups,
-    seq_len,
-    num_heads,
-    num_groups,
-    num_items,
-    size,
-    blocks,
-    scale,
-    V: gl.constexpr,
-    SLOTS: gl.constexpr,
-    TILES: gl.constexpr,
-    STAGES: gl.constexpr,
-    SLOT_T: gl.constexpr,
-    SLOT_H: gl.constexpr,
-    SLOT_W: gl.constexpr,
-    RAGGED: gl.constexpr,
-    RANK: gl.constexpr,
-    Q_HELD: gl.constexpr,
-):
+    part: gl.constexpr, q_parts, k_tiles, v_tiles, q_full, k_full, v_full, q_free, k_free, v_free,
+    lists_ptr, longest_ptr, out_ptr, lse_ptr, flags_ptr, out_strides, box, groups, seq_len,
+    num_heads, num_groups, num_items, size, blocks, scale, V: gl.constexpr, SLOTS: gl.constexpr,
+    TILES: gl.constexpr, STAGES: gl.constexpr, SLOT_T: gl.constexpr, SLOT_H: gl.constexpr,
+    SLOT_W: gl.constexpr, RAGGED: gl.constexpr, RANK: gl.constexpr, Q_HELD: gl.constexpr,
+):  # fmt: skip
     """Four warps that attend with one part of the queries."""
     PARTS: gl.constexpr = q_parts.shape[0]
     BM: gl.constexpr = q_parts.shape[1]
@@ -334,110 +275,30 @@ def tile_attend_hopper_kernel(
             (
                 consume,
                 (
-                    0,
-                    q,
-                    k_tiles,
-                    v_tiles,
-                    q_full,
-                    k_full,
-                    v_full,
-                    q_free,
-                    k_free,
-                    v_free,
-                    lists_ptr,
-                    longest_ptr,
-                    out_ptr,
-                    lse_ptr,
-                    flags_ptr,
-                    out_strides,
-                    box,
-                    groups,
-                    seq_len,
-                    num_heads,
-                    num_groups,
-                    num_items,
-                    list_size,
-                    blocks,
-                    scale,
-                    V,
-                    SLOTS,
-                    TILES,
-                    STAGES,
-                    SLOT_T,
-                    SLOT_H,
-                    SLOT_W,
-                    RAGGED,
-                    RANK,
-                    Q_HELD,
+                    0, q, k_tiles, v_tiles, q_full, k_full, v_full, q_free, k_free, v_free,
+                    lists_ptr, longest_ptr, out_ptr, lse_ptr, flags_ptr, out_strides, box, groups,
+                    seq_len, num_heads, num_groups, num_items, list_size, blocks, scale, V, SLOTS,
+                    TILES, STAGES, SLOT_T, SLOT_H, SLOT_W, RAGGED, RANK, Q_HELD,
                 ),
             ),
             (
                 consume,
                 (
-                    1,
-                    q,
-                    k_tiles,
-                    v_tiles,
-                    q_full,
-                    k_full,
-                    v_full,
-                    q_free,
-                    k_free,
-                    v_free,
-                    lists_ptr,
-                    longest_ptr,
-                    out_ptr,
-                    lse_ptr,
-                    flags_ptr,
-                    out_strides,
-                    box,
-                    groups,
-                    seq_len,
-                    num_heads,
-                    num_groups,
-                    num_items,
-                    list_size,
-                    blocks,
-                    scale,
-                    V,
-                    SLOTS,
-                    TILES,
-                    STAGES,
-                    SLOT_T,
-                    SLOT_H,
-                    SLOT_W,
-                    RAGGED,
-                    RANK,
-                    Q_HELD,
+                    1, q, k_tiles, v_tiles, q_full, k_full, v_full, q_free, k_free, v_free,
+                    lists_ptr, longest_ptr, out_ptr, lse_ptr, flags_ptr, out_strides, box, groups,
+                    seq_len, num_heads, num_groups, num_items, list_size, blocks, scale, V, SLOTS,
+                    TILES, STAGES, SLOT_T, SLOT_H, SLOT_W, RAGGED, RANK, Q_HELD,
                 ),
             ),
             (
                 produce,
                 (
-                    q_desc,
-                    k_desc,
-                    v_desc,
-                    q,
-                    k_tiles,
-                    v_tiles,
-                    q_full,
-                    k_full,
-                    v_full,
-                    q_free,
-                    k_free,
-                    v_free,
-                    lists_ptr,
-                    blocks,
-                    num_groups,
-                    num_tiles,
-                    num_items,
-                    list_size,
-                    SLOTS,
-                    TILES,
-                    STAGES,
+                    q_desc, k_desc, v_desc, q, k_tiles, v_tiles, q_full, k_full, v_full, q_free,
+                    k_free, v_free, lists_ptr, blocks, num_groups, num_tiles, num_items, list_size,
+                    SLOTS, TILES, STAGES,
                 ),
             ),
         ],
         [4, 1],
         [240, 24],
-    )
+    )  # fmt: skip

@@ -322,6 +322,20 @@ def main() -> None:
         rows.append(row)
         print(json.dumps(row), flush=True)
         options.out.write_text(json.dumps(found, indent=1) + "\n")
+    for place in (PLACES[0], PLACES[-1]):
+        inputs = Inputs(*place, "cuda")
+        call, tiles = inputs.call, inputs.placed.num_tiles
+        means = (
+            torch.randn(call.batch_heads, count, 128, device="cuda")
+            for count in (inputs.placed.num_groups, tiles)
+        )
+        means = tuple(means)
+        for tile_form.WARP_TILES in (128, 256, 512, 1024, 2048):
+            row = {"tiles": tiles, "of a warp": tile_form.WARP_TILES}
+            row["lists"] = time_ms(lambda: tile_form.tile_lists(*means, call))  # noqa: B023
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+    tile_form.WARP_TILES = 512
     inputs = Inputs(*PLACES[0], "cuda")
     for read in READS:
         row = {"read": read, **reading(inputs, read)}

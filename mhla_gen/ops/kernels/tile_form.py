@@ -249,6 +249,8 @@ def _rotated_like(x: Tensor) -> Tensor:
 
 # Heads of a program, whether it holds their angles, most rows at once, rows of a warp.
 READ = (1, False, 64, 16)
+# Tiles whose products a warp holds.
+WARP_TILES = 512
 
 
 def read_boxes(
@@ -335,7 +337,7 @@ def tile_lists(mean_queries: Tensor | None, mean_keys: Tensor | None, call: Tile
             "RANK": call.rank,
             "BW": padded(placed.window_size),
             "BT": padded(placed.num_tiles),
-            "num_warps": max(1, min(8, padded(placed.num_tiles) // 512)),
+            "num_warps": max(1, min(8, padded(placed.num_tiles) // WARP_TILES)),
         },
     )
     return lists

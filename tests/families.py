@@ -6,6 +6,7 @@ import tiny_wan_variants
 import torch
 
 import mhla_gen
+from mhla_gen.ops.naive import naive_mhla
 
 _TINY = vars(tiny) | vars(tiny_joint) | vars(tiny_wan_variants)
 # Name of `tiny_NAME` and `NAME_inputs` → class, a layout.
@@ -74,3 +75,16 @@ def output(model, inputs):
 def two_inputs(name):
     """Inputs of two sizes that one set of weights must take."""
     return [FAMILIES[name][1](**sizes) for sizes in TWO_SIZES.get(name, TWO_CLIPS)]
+
+
+def naive_layer(query, key, value, mixing, grid, layout, rotate):
+    """The definition for relu, where the family's own function rotates the numerator's features."""
+
+    def sums(query, key, value):
+        return naive_mhla(
+            query, key, value, mixing, grid=grid, layout=layout,
+            feature_map="identity", rotary=None, normalize=False, causal=False, eps=0.0,
+        )  # fmt: skip
+
+    phi = [torch.relu(x) + 1e-6 for x in (query, key)]
+    return sums(*map(rotate, phi), value) / (sums(*phi, torch.ones_like(value)) + 1e-6)

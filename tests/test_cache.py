@@ -13,6 +13,7 @@ import torch
 from commands import finish, launch
 from PIL import Image
 from tiny import tiny_autoencoder, tiny_dit_pipeline, tiny_wan_autoencoder, tiny_wan_pipeline
+from tiny_autoencoders import autoencoder_of_ltx
 
 from mhla_gen.cli import main
 from mhla_gen.config import (
@@ -458,17 +459,7 @@ def kinds():
         decoder_qkv_multiscales=((), (5,)),
         scaling_factor=0.4,
     )
-    ltx = diffusers.AutoencoderKLLTXVideo(
-        latent_channels=8,
-        block_out_channels=(8, 8, 8, 8),
-        decoder_block_out_channels=(8, 8, 8, 8),
-        layers_per_block=(1, 1, 1, 1, 1),
-        decoder_layers_per_block=(1, 1, 1, 1, 1),
-        scaling_factor=0.6,
-    )
-    ltx.latents_mean.uniform_()
-    ltx.latents_std.uniform_(0.5, 2)
-    return [shifted, means, small, deep, tiny_wan_autoencoder(), ltx]
+    return [shifted, means, small, deep, tiny_wan_autoencoder(), autoencoder_of_ltx()]
 
 
 def test_every_class_is_normalised_as_its_pipelines_do(tmp_path):

@@ -421,27 +421,25 @@ def test_wrong_arguments_are_one_sentence(arguments, message, capsys):
     assert message in error and error.count("\n") == 1
 
 
+def fvd_of(folder, samples, reference, **features):
+    weights = scripted(PooledClips(), folder / "i3d.pt")
+    features |= {"cache_dir": str(folder / "cache"), "weights": weights, "trust": True}
+    return EvaluateConfig(
+        samples=str(folder / samples),
+        reference=str(folder / reference),
+        metrics=("fvd",),
+        features=FeaturesConfig(extractor="i3d", **features),
+        out=str(folder / "metrics.json"),
+    )
+
+
 def test_fvd_measures_clips(tmp_path):
     rng = np.random.default_rng(0)
     for name, high in (("samples", 200), ("real", 256)):
         clips = rng.integers(0, high, (40, 6, 12, 12, 3), dtype=np.uint8)
         np.savez(tmp_path / f"{name}.npz", arr_0=clips)
-    config = EvaluateConfig(
-        samples=str(tmp_path / "samples.npz"),
-        reference=str(tmp_path / "real.npz"),
-        metrics=("fvd",),
-        features=FeaturesConfig(
-            extractor="i3d",
-            trust=True,
-            weights=scripted(PooledClips(), tmp_path / "i3d.pt"),
-            video_frames=3,
-            video_stride=2,
-            batch_size=16,
-            cache_dir=str(tmp_path / "cache"),
-        ),
-        out=str(tmp_path / "metrics.json"),
-    )
-    result = evaluate(config)[0]
+    shape = {"video_frames": 3, "video_stride": 2, "batch_size": 16}
+    result = evaluate(fvd_of(tmp_path, "samples.npz", "real.npz", **shape))[0]
     assert result.value > 0
     assert result.protocol.startswith("FVD-40 i3d-i3d-")
     assert "bilinear-224 fp32 12x12 frames-0:5:2 vs-40" in result.protocol
@@ -455,20 +453,7 @@ def test_fvd_reads_folders_of_videos(tmp_path):
             path.parent.mkdir(exist_ok=True)
             frames = rng.integers(0, 256, (6, 64, 64, 3), dtype=np.uint8)
             imageio.imwrite(path, frames, fps=8, macro_block_size=1)
-    config = EvaluateConfig(
-        samples=str(tmp_path / "samples"),
-        reference=str(tmp_path / "real"),
-        metrics=("fvd",),
-        features=FeaturesConfig(
-            extractor="i3d",
-            trust=True,
-            weights=scripted(PooledClips(), tmp_path / "i3d.pt"),
-            video_frames=6,
-            cache_dir=str(tmp_path / "cache"),
-        ),
-        jackknife_groups=2,
-        out=str(tmp_path / "metrics.json"),
-    )
+    config = replace(fvd_of(tmp_path, "samples", "real", video_frames=6), jackknife_groups=2)
     assert "64x64 frames-0:6:1 vs-5" in evaluate(config)[0].protocol
     too_long = replace(config, features=replace(config.features, video_frames=7))
     with pytest.raises(EvaluationError, match=r"none of 5 can be read.*has 6 frames"):

@@ -224,15 +224,13 @@ def test_frozen_mixing_has_no_gradient(attention_form):
     assert all(torch.equal(a, e) for a, e in zip((out, *gradients), expected, strict=True))
 
 
-def test_compiles_into_one_graph():
-    (q, k, v, mixing), _ = make((4, 5), (2, 2))
-
-    def attend(q, k, v, mixing):
-        return mhla(q, k, v, mixing, grid=(4, 5), layout=(2, 2), implementation="fused")
+def assert_compiles(tensors, **options):
+    def attend(*tensors):
+        return mhla(*tensors, **options)
 
     compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
     for run in (attend, compiled):
-        inputs = [x.detach().clone().requires_grad_() for x in (q, k, v, mixing)]
+        inputs = [x.detach().clone().requires_grad_() for x in tensors]
         out = run(*inputs)
         gradients = torch.autograd.grad(out.square().sum(), inputs)
         if run is attend:
@@ -240,7 +238,12 @@ def test_compiles_into_one_graph():
     for actual, reference in zip((out, *gradients), expected, strict=True):
         torch.testing.assert_close(actual, reference)
     with torch.no_grad():
-        torch.testing.assert_close(compiled(q, k, v, mixing), attend(q, k, v, mixing))
+        torch.testing.assert_close(compiled(*tensors), attend(*tensors))
+
+
+def test_compiles_into_one_graph():
+    tensors, _ = make((4, 5), (2, 2))
+    assert_compiles(tensors, grid=(4, 5), layout=(2, 2), implementation="fused")
 
 
 def test_activation_checkpointing():

@@ -10,14 +10,13 @@ import torch.nn.functional as F
 from diffusers import ContextParallelConfig, FirstBlockCacheConfig, TaylorSeerCacheConfig
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_qwenimage import apply_rotary_emb_qwen
-from families import FAMILIES, cast, output, run, two_inputs
+from families import FAMILIES, cast, naive_layer, output, run, two_inputs
 from tiny import disturb
 from tiny_joint import flux_inputs, qwen_image_inputs, tiny_flux, tiny_qwen_image, z_image_inputs
 
 import mhla_gen
 from mhla_gen import MHLAConfig
 from mhla_gen.models.joint import JointFamily
-from mhla_gen.ops.naive import naive_mhla
 
 JOINT = [name for name, (_, _, c, _) in FAMILIES.items() if isinstance(c.family, JointFamily)]
 # The token grid of the second of two sizes, and further layers that differ from the second one.
@@ -131,16 +130,11 @@ def test_a_layer_equals_the_definition(name, number):
         mask = text_mask(name, call, num_image, text)
         turn = [rotation(name, x, call, text=False).double() for x in (query, key)]
         text_turn = [rotation(name, x, call, text=True).double() for x in (text_query, text_key)]
-        phi = [torch.relu(x) + 1e-6 for x in (query, key)]
-        rotated = [rotation(name, x, call, text=False).double() for x in phi]
 
-        def sums(query, key, value):
-            return naive_mhla(
-                query, key, value, attention.mhla.mixing, grid=grid, layout=layout,
-                feature_map="identity", rotary=None, normalize=False, causal=False, eps=0.0,
-            )  # fmt: skip
+        def rotate(phi):
+            return rotation(name, phi, call, text=False).double()
 
-        linear = sums(*rotated, value) / (sums(*phi, torch.ones_like(value)) + 1e-6)
+        linear = naive_layer(query, key, value, attention.mhla.mixing, grid, layout, rotate)
         exact = softmax(turn[0], text_turn[1], text_value, mask)
         share = attention.mhla.combine.to_share(image).sigmoid().unsqueeze(-1)
         all_valid = torch.ones(image.shape[:2], dtype=torch.bool)

@@ -22,7 +22,7 @@ from diffusers import (
 from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers import transformer_ltx, transformer_ltx2
-from families import FAMILIES, cast, output, run, two_inputs
+from families import FAMILIES, cast, naive_layer, output, run, two_inputs
 from tiny import (
     disturb,
     dit_inputs,
@@ -305,16 +305,8 @@ def test_a_layer_equals_the_definition(name):
         hidden_states = call["hidden_states"].double()
         projections, rotation, grid = LAYERS[name]
         query, key, value = projections(attention, hidden_states)
-        phi = [torch.relu(x) + 1e-6 for x in (query, key)]
-        rotated = [rotation(x, call) for x in phi]
-
-        def sums(query, key, value):
-            return naive_mhla(
-                query, key, value, attention.mhla.mixing, grid=grid, layout=layout,
-                feature_map="identity", rotary=None, normalize=False, causal=False, eps=0.0,
-            )  # fmt: skip
-
-        out = sums(*rotated, value) / (sums(*phi, torch.ones_like(value)) + 1e-6)
+        mixing = attention.mhla.mixing
+        out = naive_layer(query, key, value, mixing, grid, layout, lambda phi: rotation(phi, call))
         expected = mhla_class.family.output_projection(attention)(out.flatten(2))
     # The tables of angles, and LTX-Video's rotation, are float32.
     torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-6)

@@ -6,38 +6,18 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
-from test_training_runs import tiny_run
+from test_training_runs import scores_of, tiny_run
 from test_video import wan_run
 from tiny import tiny_clip_cache
 
-from mhla_gen.config import FeaturesConfig, PreviewConfig, RunEvaluationConfig
-from mhla_gen.data.images import digits
+from mhla_gen.config import PreviewConfig, RunEvaluationConfig
 from mhla_gen.training import rehearse, train
-
-
-class Means(torch.nn.Module):
-    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        return pixels.float().mean((2, 3))
 
 
 @pytest.fixture
 def scored(tmp_path):
     """Settings of a run that is evaluated at its end."""
-    np.savez(tmp_path / "real.npz", arr_0=digits().images[:100])
-    torch.jit.script(Means()).save(str(tmp_path / "means.pt"))
-    features = FeaturesConfig(
-        extractor="torchscript",
-        trust=True,
-        weights=str(tmp_path / "means.pt"),
-        cache_dir=str(tmp_path / "features"),
-    )
-    evaluation = RunEvaluationConfig(
-        reference=str(tmp_path / "real.npz"),
-        metrics=("fd",),
-        samples=PreviewConfig(num_images=20, num_inference_steps=1),
-        features=features,
-    )
+    evaluation = scores_of(tmp_path, num_real=100, num_inference_steps=1)
     return tiny_run(tmp_path / "run", max_steps=4, evaluate_every=4, evaluation=evaluation)
 
 

@@ -345,38 +345,37 @@ def test_latents_become_pictures_in_the_end(tmp_path):
         train(replace(config, output_dir=str(tmp_path / "other")))
 
 
-def test_samples_are_scored_in_between(tmp_path):
-    class Means(torch.nn.Module):
-        def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-            return pixels.float().mean((2, 3))
+class Means(torch.nn.Module):
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return pixels.float().mean((2, 3))
 
-    images = digits()
-    np.savez(tmp_path / "real.npz", arr_0=images.images[:200])
-    torch.jit.script(Means()).save(str(tmp_path / "means.pt"))
-    features = FeaturesConfig(
-        extractor="torchscript",
-        trust=True,
-        weights=str(tmp_path / "means.pt"),
-        cache_dir=str(tmp_path / "features"),
+
+def scores_of(folder, num_real, num_inference_steps):
+    """Evaluation of a run on digits, by the means of their channels."""
+    np.savez(folder / "real.npz", arr_0=digits().images[:num_real])
+    torch.jit.script(Means()).save(str(folder / "means.pt"))
+    return RunEvaluationConfig(
+        reference=str(folder / "real.npz"),
+        metrics=("fd",),
+        samples=PreviewConfig(num_images=20, num_inference_steps=num_inference_steps),
+        features=FeaturesConfig(
+            extractor="torchscript",
+            trust=True,
+            weights=str(folder / "means.pt"),
+            cache_dir=str(folder / "features"),
+        ),
     )
-    train(
-        tiny_run(
-            tmp_path / "run",
-            evaluate_every=3,
-            evaluation=RunEvaluationConfig(
-                reference=str(tmp_path / "real.npz"),
-                metrics=("fd",),
-                samples=PreviewConfig(num_images=20, num_inference_steps=2),
-                features=features,
-            ),
-        )
-    )
+
+
+def test_samples_are_scored_in_between(tmp_path):
+    evaluation = scores_of(tmp_path, num_real=200, num_inference_steps=2)
+    train(tiny_run(tmp_path / "run", evaluate_every=3, evaluation=evaluation))
     for step in (3, 6):
         folder = tmp_path / "run" / "evaluations" / f"{step:07d}"
         metrics = json.loads((folder / "metrics.json").read_text())
         samples = np.load(folder / "samples.npz")["arr_0"]
         # Three equal channels, so the distance of two normal distributions along one line.
-        grey = [pixels.mean((1, 2, 3)) for pixels in (samples, images.images[:200])]
+        grey = [pixels.mean((1, 2, 3)) for pixels in (samples, digits().images[:200])]
         means, stds = ([f(values) for values in grey] for f in (np.mean, partial(np.std, ddof=1)))
         expected = 3 * ((means[0] - means[1]) ** 2 + (stds[0] - stds[1]) ** 2)
         assert metrics["metrics"]["fd"]["value"] == pytest.approx(expected, rel=1e-4)

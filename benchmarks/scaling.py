@@ -41,6 +41,7 @@ def dit(parallelism: str) -> Callable[[argparse.Namespace, int, Path], list[str]
             arguments += ["--batch-size", "2", "--compile", "none"]
         else:
             arguments += ["--models", "DiT-XL/2", "--pixels", "256", "512"]
+        arguments += ["--no-cuda-graphs"] * options.no_cuda_graphs
         return arguments + ["--profile"] * options.profile
 
     return command
@@ -106,19 +107,32 @@ def run(part: str, gpus: int, options: argparse.Namespace) -> list[dict[str, Any
         if not torch.cuda.is_available():
             environment |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
         began = time.perf_counter()
-        done = subprocess.run(
-            [*start, str(HERE / script), *arguments], env=environment, stderr=subprocess.PIPE
-        )
+        error = error_of([*start, str(HERE / script), *arguments], environment, options.limit)
         spent = round(time.perf_counter() - began, 1)
         rows = json.loads(out.read_text())["rows"] if out.is_file() else []
-        if done.returncode:
-            said = done.stderr.decode(errors="replace")
-            print(said[-3000:], file=sys.stderr)
-            errors = [line for line in said.splitlines() if "Error" in line]
-            rows.append(
-                {"error": errors[-1].strip() if errors else f"ended with {done.returncode}"}
-            )
+        rows += [] if error is None else [{"error": error}]
     return [{"part": part, "gpus": gpus, "run_seconds": spent, **row} for row in rows]
+
+
+def error_of(command: Sequence[str], environment: dict[str, str], limit: float) -> str | None:
+    """Run a command, for a limited time; returns why it failed, or None."""
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
+    hung = False
+    try:
+        _, said = process.communicate(timeout=limit)
+    except subprocess.TimeoutExpired:
+        # torchrun ends its processes then, which a killed torchrun would leave behind.
+        hung = True
+        process.terminate()
+        _, said = process.communicate()
+    if not hung and process.returncode == 0:
+        return None
+    lines = said.decode(errors="replace").splitlines()
+    print("\n".join(lines)[-3000:], file=sys.stderr)
+    if hung:
+        return f"not done after {limit:g} s"
+    errors = [line.strip() for line in lines if "Error" in line]
+    return errors[-1] if errors else f"ended with {process.returncode}"
 
 
 def speed(row: dict[str, Any]) -> float | None:
@@ -178,6 +192,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--gpus", nargs="+", type=int, help="by default 1, 2, 4, 8, if there are")
     parser.add_argument("--seconds", type=float, default=4.0, help="measured time of a row")
+    parser.add_argument(
+        "--limit", type=float, default=900, help="seconds after which a run is ended"
+    )
+    parser.add_argument("--no-cuda-graphs", action="store_true", help="launch every kernel")
     parser.add_argument("--folder", type=Path, help="for data that parts make and share")
     parser.add_argument("--profile", action="store_true", help="longest kernels of training")
     parser.add_argument("--tiny", action="store_true", help="small models, to try the script")

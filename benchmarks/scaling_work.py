@@ -5,6 +5,7 @@ torchrun --nproc-per-node 8 benchmarks/scaling_work.py samples OUT.json --folder
 
 import argparse
 import hashlib
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -109,6 +110,9 @@ def features(options: argparse.Namespace, state: PartialState) -> dict[str, Any]
     on_main(lambda: _write_images(options))
     extractor = InceptionExtractor(options.folder / "weights.pth").to(state.device)
     batch = options.batch_size or 256
+    # What an earlier run has left would only be read.
+    caches = options.folder / f"features-{state.num_processes}"
+    on_main(lambda: shutil.rmtree(caches, ignore_errors=True))
     # Enough images to give every process whole batches.
     start = min(options.count, 2 * batch * state.num_processes)
 
@@ -117,7 +121,7 @@ def features(options: argparse.Namespace, state: PartialState) -> dict[str, Any]
             load_images(options.folder / f"images-{count}.npz"),
             extractor,
             ["pool", "spatial", "logits"],
-            cache_dir=options.folder / f"features-{state.num_processes}-{name}",
+            cache_dir=caches / name,
             cache_limit_gb=1000,
             settings={},
             batch_size=batch,

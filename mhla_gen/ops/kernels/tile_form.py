@@ -1,6 +1,6 @@
 """Launches of tile attention: rotated keys, means, lists, and the output."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import triton.language as tl
@@ -76,12 +76,7 @@ def forward(
         query.new_empty((batch, heads, seq_len), dtype=torch.float32),
     )
     sources, flags = (queries, keys, values, lists), None
-    if longest is not None and extra is None and takes_hopper(call, loop):
-        from mhla_gen.ops.kernels import tile_hopper_form
-
-        flags = tile_hopper_form.attend(sources, longest, results, call)
-        loop = replace(loop, rows=64, num_warps=4)
-    elif longest is not None:
+    if longest is not None:
         flags = attend(sources, longest, None, extra, results, call, loop)
     attend(sources, None, flags, extra, results, call, loop)
     return *results, lists
@@ -158,23 +153,6 @@ def descriptor(packed: Tensor, count: int) -> TensorDescriptor:
     return TensorDescriptor.from_tensor(rows, [count, padded(rows.shape[1])])
 
 
-# Not until a GPU has told that it is faster.
-HOPPER = False
-
-
-def takes_hopper(call: TileCall, loop: Loop) -> bool:
-    """Whether a kernel written for Hopper does the work, see `tile_hopper.py`."""
-    return (
-        HOPPER
-        and loop.packed
-        and loop.rows == 128
-        and call.slot_sizes["SLOTS"] == 64
-        and call.query.dtype == torch.bfloat16
-        and call.query.device.type == "cuda"
-        and torch.cuda.get_device_capability(call.query.device) == (9, 0)
-    )
-
-
 def takes_bound(query: Tensor) -> bool:
     """Whether scores are bounded by the lengths of queries and keys, see `tile_attend_kernel`.
 
@@ -247,12 +225,6 @@ def _rotated_like(x: Tensor) -> Tensor:
     return x.new_empty((batch, heads, seq_len, dim)).transpose(1, 2)
 
 
-# Heads of a program, whether it holds their angles, most rows at once, rows of a warp.
-READ = (1, False, 64, 16)
-# Tiles whose products a warp holds.
-WARP_TILES = 512
-
-
 def read_boxes(
     x: Tensor,
     call: TileCall,
@@ -268,29 +240,24 @@ def read_boxes(
     """Launch `read_boxes_kernel` on all tiles, or on all `groups`."""
     num_boxes = call.placed.num_tiles if groups is None else call.placed.num_groups
     strides = x.stride(), rotated.stride() if store == "raster" else x.stride()
-    rotary = rotary and call.cos is not None
-    most, hold, widest, rows_of_warp = READ
-    rows = min(padded(slots), widest)
-    heads = next(n for n in range(most if rotary else 1, 0, -1) if x.shape[2] % n == 0)
+    rows = min(padded(slots), 64)
     launch(
         read_boxes_kernel,
-        (num_boxes * call.batch_heads // heads,),
+        (num_boxes * call.batch_heads,),
         (x, call.cos, call.sin, rotated, means, longest),
         (*strides, call.box, groups, num_boxes, x.shape[2]),
         {
             "D": x.shape[3],
             "BD": padded(x.shape[3]),
             "BT": rows,
-            "HEADS": heads,
-            "HOLD": hold,
             "SLOTS": slots,
             "RANK": call.rank,
             "ALIGN": alignment(*strides),
-            "ROTARY": rotary,
+            "ROTARY": rotary and call.cos is not None,
             "STORE": store,
             "MEAN": means is not None,
             "LONGEST": longest is not None,
-            "num_warps": max(2, rows // rows_of_warp),
+            "num_warps": 4 if rows > 16 else 2,
         },
     )
 
@@ -337,7 +304,7 @@ def tile_lists(mean_queries: Tensor | None, mean_keys: Tensor | None, call: Tile
             "RANK": call.rank,
             "BW": padded(placed.window_size),
             "BT": padded(placed.num_tiles),
-            "num_warps": max(1, min(8, padded(placed.num_tiles) // WARP_TILES)),
+            "num_warps": max(1, min(8, padded(placed.num_tiles) // 512)),
         },
     )
     return lists

@@ -32,7 +32,6 @@ from mhla_gen.ops.kernels.tile_form import (
     pack_tiles,
     read_groups,
     read_tiles,
-    takes_hopper,
     worth_packing,
 )
 from mhla_gen.ops.kernels.tile_owners import choose_patches, owners_of_patches
@@ -79,12 +78,7 @@ def backward(
     listed = keys, value
     if loop.packed:
         listed = read_tiles(key, call, pack=True)[0], pack_tiles(value, call)
-    if extra is None and takes_hopper(call, loop):
-        from mhla_gen.ops.kernels import tile_hopper_form
-
-        dquery = tile_hopper_form.backward_queries(packs, *listed, lists, call)
-    else:
-        dquery = backward_queries(packs, *listed, lists, extra, call, loop)
+    dquery = backward_queries(packs, *listed, lists, extra, call, loop)
     dkey, dvalue = _backward_keys(packs, keys, value, lists, options["keys"], call)
     dextra = _backward_extra(packs, extra, options["extra"], call)
     return dquery, dkey, dvalue, *dextra

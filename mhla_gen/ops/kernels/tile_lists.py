@@ -35,8 +35,6 @@ def read_boxes_kernel(
     D: tl.constexpr,
     BD: tl.constexpr,
     BT: tl.constexpr,
-    HEADS: tl.constexpr,
-    HOLD: tl.constexpr,
     SLOTS: tl.constexpr,
     RANK: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -45,63 +43,52 @@ def read_boxes_kernel(
     MEAN: tl.constexpr,
     LONGEST: tl.constexpr,
 ):
-    """Read one tile (or group, where `groups` is given) of `HEADS` heads, rotated.
+    """Read one tile (or group, where `groups` is given) of one head, rotated.
 
     `STORE` says where to: "raster" to the tokens' own places, "pack" to `SLOTS` consecutive rows
-    a box, zeros where it has fewer tokens, or "nowhere". `MEAN` keeps its mean,
-    `LONGEST` the largest squared length of its tokens.
+    a box, zeros where it has fewer tokens, or "nowhere". `MEAN` keeps its mean, `LONGEST`
+    the largest squared length of its tokens.
     """
-    part = tl.program_id(0) % (num_heads // HEADS)
-    index = tl.program_id(0) // (num_heads // HEADS) % num_boxes
-    batch = (tl.program_id(0) // (num_heads // HEADS) // num_boxes).to(tl.int64)
+    head = tl.program_id(0) % num_heads
+    index = tl.program_id(0) // num_heads % num_boxes
+    batch = (tl.program_id(0) // num_heads // num_boxes).to(tl.int64)
     if groups is None:
         first_t, first_h, first_w, size_t, size_h, size_w = block_box(
             index, box[0], box[1], box[2], box[3], box[4], box[5], RANK
         )
     else:
         first_t, first_h, first_w, size_t, size_h, size_w = group_box(index, box, groups, RANK)
-    size = size_t * size_h * size_w
-    slots = tl.arange(0, BT)
-    tokens = box_tokens(slots, first_t, first_h, first_w, size_h, size_w, box[1], box[2], RANK)
-    HELD: tl.constexpr = HOLD and SLOTS <= BT
-    if ROTARY and HELD:
-        # Reading angles takes longer than reading tokens, and all heads share them.
-        cos, sin = load_angles(cos_ptr, sin_ptr, tokens, slots < size, D, 0, BD)
-    for member in range(HEADS):
-        head = part * HEADS + member
-        x_head = x_ptr + head_offset(strides, batch, head, ALIGN)
-        row = (batch * num_heads + head) * num_boxes + index
-        total = tl.zeros((BD,), tl.float32)
-        longest = 0.0
-        for start in range(0, SLOTS, BT):
-            slots = start + tl.arange(0, BT)
-            valid = slots < size
-            if SLOTS > BT:
-                tokens = box_tokens(
-                    slots, first_t, first_h, first_w, size_h, size_w, box[1], box[2], RANK
-                )
-            x, _x = load_pieces(x_head, tokens, valid, strides, D, BD, 0, ALIGN)
-            x = x.to(tl.float32)
-            if ROTARY:
-                if not HELD:
-                    cos, sin = load_angles(cos_ptr, sin_ptr, tokens, valid, D, 0, BD)
-                x = rotate(x, cos, sin)
-            if MEAN:
-                total += tl.sum(x, axis=0)
-            if LONGEST:
-                longest = tl.maximum(longest, tl.max(tl.sum(x * x, axis=1)))
-            if STORE == "raster":
-                place = rotated_ptr + head_offset(rotated_strides, batch, head, ALIGN)
-                store_pieces(place, x, x, tokens, valid, rotated_strides, D, BD, 0, ALIGN)
-            elif STORE == "pack":
-                rows, exists = row * SLOTS + slots, slots < SLOTS
-                aligned: tl.constexpr = 16 if D % 16 == 0 else 1
-                store_pieces(rotated_ptr, x, x, rows, exists, (0, D, 0, 1), D, BD, 0, aligned)
-        if LONGEST:
-            tl.store(longest_ptr + row, longest)
+    x_ptr += head_offset(strides, batch, head, ALIGN)
+    row = (batch * num_heads + head) * num_boxes + index
+    total = tl.zeros((BD,), tl.float32)
+    longest = 0.0
+    for start in range(0, SLOTS, BT):
+        slots = start + tl.arange(0, BT)
+        valid = slots < size_t * size_h * size_w
+        tokens = box_tokens(slots, first_t, first_h, first_w, size_h, size_w, box[1], box[2], RANK)
+        x, _x = load_pieces(x_ptr, tokens, valid, strides, D, BD, 0, ALIGN)
+        x = x.to(tl.float32)
+        if ROTARY:
+            cos, sin = load_angles(cos_ptr, sin_ptr, tokens, valid, D, 0, BD)
+            x = rotate(x, cos, sin)
         if MEAN:
-            channels = tl.arange(0, BD)
-            tl.store(means_ptr + row * D + channels, total / size, mask=channels < D)
+            total += tl.sum(x, axis=0)
+        if LONGEST:
+            longest = tl.maximum(longest, tl.max(tl.sum(x * x, axis=1)))
+        if STORE == "raster":
+            place = rotated_ptr + head_offset(rotated_strides, batch, head, ALIGN)
+            store_pieces(place, x, x, tokens, valid, rotated_strides, D, BD, 0, ALIGN)
+        elif STORE == "pack":
+            rows, exists = row * SLOTS + slots, slots < SLOTS
+            store_pieces(
+                rotated_ptr, x, x, rows, exists, (0, D, 0, 1), D, BD, 0, 16 if D % 16 == 0 else 1
+            )
+    if LONGEST:
+        tl.store(longest_ptr + row, longest)
+    if MEAN:
+        channels = tl.arange(0, BD)
+        mean = total / (size_t * size_h * size_w)
+        tl.store(means_ptr + row * D + channels, mean, mask=channels < D)
 
 
 @triton.jit

@@ -4,7 +4,7 @@ The training loop and the loss see a clip as an image, the mosaic of its frames 
 moving_emoji.py); the model sees frames.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +12,14 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline, WanTransformer3DModel
 from evidence_data import Real
-from evidence_scores import kept_features
+from evidence_scores import distance_of_halves, distance_to, kept_features
 from moving_emoji import COLUMNS
 from torch import Tensor, nn
 
 from mhla_gen import inject
 from mhla_gen.config import FeaturesConfig, TrainConfig
 from mhla_gen.data import Batch, TrainingData
-from mhla_gen.evaluation import FeatureStatistics, build_extractor, frechet_distance
-from mhla_gen.evaluation.intervals import jackknife_interval
+from mhla_gen.evaluation import FeatureStatistics, build_extractor
 from mhla_gen.hub import PIPELINE_NAME
 from mhla_gen.outputs.locks import claimed
 from mhla_gen.training.build import build_objective
@@ -33,7 +32,6 @@ from mhla_gen.training.training_run import build_run
 
 _CLASS_DIM = 64
 _FEATURES = 256
-_JACKKNIFE_GROUPS = 8
 _BATCH = 256
 
 
@@ -203,16 +201,9 @@ class ClipJudge:
 
     def score(self, clips: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
         """The distance to all real clips, and its interval."""
-        distance, interval = jackknife_interval(
-            self.extract(clips),
-            lambda statistics: frechet_distance(statistics, self.statistics),
-            _JACKKNIFE_GROUPS,
-        )
-        return {"samples": len(clips), "frechet": distance, "frechet_interval": asdict(interval)}
+        return {"samples": len(clips)} | distance_to(self.statistics, self.extract(clips))
 
     def score_real(self) -> dict[str, Any]:
         """The same distance between two halves of the real clips."""
-        order = np.random.default_rng(0).permutation(len(self.features))
-        halves = [self.features[torch.from_numpy(half)] for half in np.array_split(order, 2)]
-        first, second = map(FeatureStatistics.from_features, halves)
-        return {"images": len(order), "frechet_halves": frechet_distance(first, second)}
+        halves = distance_of_halves(self.features)
+        return {"images": len(self.features), "frechet_halves": halves}

@@ -58,19 +58,13 @@ class Judge:
     def score(self, images: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
         """All metrics of samples that were drawn for `labels`."""
         features = self.extract(images)
-        distance, interval = jackknife_interval(
-            features.cpu(),
-            lambda statistics: frechet_distance(statistics, self.statistics),
-            _JACKKNIFE_GROUPS,
-        )
         size = min(_KID_SUBSET_SIZE, len(images) // 2)
         kid = kernel_distance(features, self.features, _KID_SUBSETS, size)
         precision, recall = precision_recall(features, self.features, device=self.device)
         nearest = nearest_distances(_pixels(images, self.device), self.pixels)
         return {
             "samples": len(images),
-            "frechet": distance,
-            "frechet_interval": asdict(interval),
+            **distance_to(self.statistics, features.cpu()),
             "kid": kid.mean,
             "kid_spread": kid.std,
             "precision": precision,
@@ -81,17 +75,11 @@ class Judge:
 
     def score_real(self) -> dict[str, Any]:
         """The same metrics for real images: between two halves, and of the held-out part."""
-        order = np.random.default_rng(0).permutation(len(self.features))
-        halves = np.array_split(order, 2)
-        first, second = (
-            FeatureStatistics.from_features(self.features[torch.from_numpy(half)].cpu())
-            for half in halves
-        )
         images, labels = self.real.held_out()
         return {
             "images": len(self.features),
             "extractor": str(self.extractor.identity),
-            "frechet_halves": frechet_distance(first, second),
+            "frechet_halves": distance_of_halves(self.features.cpu()),
             "recognised_held_out": self.recognised(self.features[-len(images) :], labels),
             "copy_threshold": self.copy_threshold,
         }
@@ -99,6 +87,22 @@ class Judge:
     def recognised(self, features: Tensor, labels: np.ndarray) -> float:
         """Share of images that the classifier of real images assigns to their intended class."""
         return float((self.classifier.predict(features.cpu()) == labels).mean())
+
+
+def distance_to(real: FeatureStatistics, features: Tensor) -> dict[str, Any]:
+    """Fréchet distance of samples to all real ones, and its interval over left-out samples."""
+    distance, interval = jackknife_interval(
+        features, lambda samples: frechet_distance(samples, real), _JACKKNIFE_GROUPS
+    )
+    return {"frechet": distance, "frechet_interval": asdict(interval)}
+
+
+def distance_of_halves(features: Tensor) -> float:
+    """Fréchet distance between two random halves of real images."""
+    order = np.random.default_rng(0).permutation(len(features))
+    halves = [features[torch.from_numpy(half)] for half in np.array_split(order, 2)]
+    first, second = map(FeatureStatistics.from_features, halves)
+    return frechet_distance(first, second)
 
 
 def kept_features(path: Path, compute: Callable[[], Tensor]) -> Tensor:

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from transformers import T5Config, T5EncoderModel
 
 from mhla_gen.config import TrainConfig, TransformerConfig, load_config
-from mhla_gen.files import write_json, write_text, written_whole
+from mhla_gen.files import write_json, write_picture, write_text
 from mhla_gen.training.previews import tiled
 from mhla_gen.training.randomness import step_randomness
 from mhla_gen.training.training_run import Run, build_run
@@ -248,8 +248,7 @@ class Job:
             latents = scheduler.step(velocity, step, latents, return_dict=False)[0]
         pixels = latents.squeeze(2) if latents.ndim == 5 else latents
         array = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-        with written_whole(path) as partial:
-            Image.fromarray(tiled(list(array))).save(partial, format="PNG")
+        write_picture(path, Image.fromarray(tiled(list(array))))
 
 
 def table(found: dict[str, Any]) -> str:

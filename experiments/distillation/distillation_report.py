@@ -8,7 +8,6 @@ report.json and report.png; existing samples are not drawn again.
 """
 
 import argparse
-import json
 import platform
 import time
 from collections.abc import Sequence
@@ -27,7 +26,7 @@ from mhla_gen.config import FeaturesConfig, TrainConfig, load_config
 from mhla_gen.data import open_images
 from mhla_gen.evaluation import FeatureStatistics, build_extractor, frechet_distance
 from mhla_gen.evaluation.intervals import jackknife_interval
-from mhla_gen.files import written_whole
+from mhla_gen.files import write_arrays, write_json, write_picture
 from mhla_gen.outputs.folders import CONFIG_NAME
 from mhla_gen.runtime.devices import resolve_device
 from mhla_gen.sampling.contact_sheet import contact_sheet, rows_by_class
@@ -124,14 +123,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "date": time.strftime("%Y-%m-%d"),
         "report_seconds": round(time.perf_counter() - began, 1),
     }
-    with written_whole(folder / "report.json") as partial:
-        partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    write_json(folder / "report.json", content)
     groups = {"real": rows_by_class(pixels, labels, range(len(names)))}
     groups |= {
         title: rows_by_class(images, wanted, range(len(names))) for title, images in samples.items()
     }
-    with written_whole(folder / "report.png") as partial:
-        contact_sheet(groups, names, per_row=5).save(partial, format="png")
+    write_picture(folder / "report.png", contact_sheet(groups, names, per_row=5))
     print(table(rows))
     print(f"two halves of the data: {content['halves_of_the_data']:.2f}")
     print(f"wrote {folder / 'report.json'} and {folder / 'report.png'}")
@@ -170,8 +167,7 @@ def drawn(
             )
             images.append(np.round(result.images * 255).astype(np.uint8))
     made = np.concatenate(images)
-    with written_whole(file) as partial, partial.open("wb") as stream:
-        np.savez(stream, arr_0=made, labels=labels)
+    write_arrays(file, {"arr_0": made, "labels": labels})
     return made
 
 

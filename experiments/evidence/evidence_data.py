@@ -10,7 +10,7 @@ import numpy as np
 from moving_emoji import make_data
 from PIL import Image
 
-from mhla_gen.files import written_whole
+from mhla_gen.files import write_arrays
 from mhla_gen.media.pictures import centre_crop
 
 _SIDE = 64
@@ -41,8 +41,7 @@ class Real:
     def save_training(self, path: Path) -> None:
         """Write the training part as `data.source=npz` reads it."""
         images, labels = self.training()
-        with written_whole(path) as partial, partial.open("wb") as file:
-            np.savez(file, arr_0=images, labels=labels)
+        write_arrays(path, {"arr_0": images, "labels": labels})
 
 
 def load_real(path: Path) -> Real:
@@ -85,8 +84,7 @@ def load_clips(images: Real, path: Path, num_train: int, num_held_out: int) -> R
     def make() -> None:
         held_out = np.arange(len(images.images)) >= images.num_train
         made = make_data(images.images, images.labels, held_out, num_train, num_held_out)
-        with written_whole(path) as partial, partial.open("wb") as file:
-            np.savez(file, **made)
+        write_arrays(path, made)
 
     once(path, make)
     with np.load(path, allow_pickle=False) as arrays:

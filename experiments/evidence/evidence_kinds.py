@@ -28,7 +28,7 @@ from PIL import Image
 from mhla_gen.config import MHLAConfig, TrainConfig
 from mhla_gen.data import load_data
 from mhla_gen.distillation import distill
-from mhla_gen.files import write_json, written_whole
+from mhla_gen.files import write_json, write_picture
 from mhla_gen.hub import PIPELINE_NAME
 from mhla_gen.models.exact import exact_share
 from mhla_gen.models.saved_transformer import load_transformer
@@ -114,8 +114,8 @@ class Workshop:
     def draw(self, name: str, samples: np.ndarray, labels: np.ndarray) -> None:
         """The first sample of every class in one row: the same noise in every arm."""
         firsts = [samples[labels == c][0] for c in np.unique(labels)]
-        with written_whole(self.out / f"{name}.png") as partial:
-            Image.fromarray(np.concatenate(firsts, axis=1)).save(partial, format="png")
+        picture = Image.fromarray(np.concatenate(firsts, axis=1))
+        write_picture(self.out / f"{name}.png", picture)
 
 
 def run_new(run: Run, config: TrainConfig, shop: Workshop) -> dict[str, Any]:

@@ -15,7 +15,6 @@ processes share the work. With --seconds, no run is started that would exceed th
 
 import argparse
 import itertools
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from evidence_data import claimed
 from torch import Tensor, nn
 
 from mhla_gen import MHLAConfig
-from mhla_gen.files import written_whole
+from mhla_gen.files import write_json
 from mhla_gen.models import MHLA
 from mhla_gen.runtime.devices import resolve_device
 from mhla_gen.training import build_optimizer
@@ -256,8 +255,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             started = time.perf_counter()
             found = probe(name, task, options.steps, seed, resolve_device("auto"))
             longest = max(longest, time.perf_counter() - started)
-            with written_whole(path) as partial:
-                partial.write_text(json.dumps(found, indent=1) + "\n")
+            write_json(path, found, indent=1)
             print(f"{path.stem}: {found['accuracy']} in {found['seconds']} s", flush=True)
 
 

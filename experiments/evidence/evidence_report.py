@@ -24,7 +24,7 @@ from evidence_figures import (
 from evidence_plan import PLAN, Plan
 from evidence_table import Group, cost_table, load_groups, quality_table
 
-from mhla_gen.files import written_whole
+from mhla_gen.files import write_text
 
 _END = "<!-- end of tables -->"
 
@@ -45,8 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     groups = load_groups(folder, plan)
     make = exact_tables if plan.tables == "exact" else mixing_tables
     text = make(plan, groups, folder)
-    with written_whole(folder / "tables.md") as partial:
-        partial.write_text(text)
+    write_text(folder / "tables.md", text)
     if options.page:
         replace_tables(options.page, options.plan.stem, text)
     if plan.tables == "exact":
@@ -94,8 +93,7 @@ def replace_tables(page: Path, name: str, text: str) -> None:
     before, found, rest = page.read_text().partition(begin)
     if not found or _END not in rest:
         raise ValueError(f"{page} lacks the lines {begin.strip()} and {_END}")
-    with written_whole(page) as partial:
-        partial.write_text(before + begin + text + _END + rest.split(_END, 1)[1])
+    write_text(page, before + begin + text + _END + rest.split(_END, 1)[1])
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from mhla_gen.bench.model import bench_model
 from mhla_gen.bench.ops import bench_ops, settings_of
 from mhla_gen.config import BenchConfig
 from mhla_gen.errors import OccupiedError, UserError
-from mhla_gen.files import write_json, written_whole
+from mhla_gen.files import write_json, write_picture
 from mhla_gen.ops import IMPLEMENTATIONS
 from mhla_gen.runtime.devices import resolve_device
 from mhla_gen.version import __version__
@@ -183,8 +183,7 @@ def plot(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     handles, labels = axes[0, 0].get_legend_handles_labels()
     if handles:
         figure.legend(handles, labels, loc="outside right center", fontsize=8)
-    with written_whole(path) as partial:
-        figure.savefig(partial, dpi=150, format="png")
+    write_picture(path, figure)
     plt.close(figure)
 
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from mhla_gen.evaluation.frechet import FeatureStatistics, FeatureSums
-from mhla_gen.evaluation.npz import open_array, write_npz
+from mhla_gen.evaluation.npz import open_array
+from mhla_gen.files import write_arrays
 from mhla_gen.files.saved import DamagedFileError
 
 
@@ -58,7 +59,7 @@ class FeatureSet:
             sums = (sums or FeatureSums(features.shape[1])).add(features)
         assert sums is not None
         statistics = sums.statistics()
-        write_npz(path, {"mu": statistics.mean, "sigma": statistics.covariance})
+        write_arrays(path, {"mu": statistics.mean, "sigma": statistics.covariance})
         return statistics
 
 
@@ -94,7 +95,7 @@ def write_features(
 ) -> None:
     """Write features of a chunk, `[images, dim]`, with a checksum: that of zip files."""
     lines = np.frombuffer(json.dumps(list(unreadable)).encode(), np.uint8)
-    write_npz(_chunk_file(folder, name, chunk), {"features": features, "unreadable": lines})
+    write_arrays(_chunk_file(folder, name, chunk), {"features": features, "unreadable": lines})
 
 
 def read_features(folder: Path, name: str, chunk: int) -> tuple[np.ndarray, list[str]]:

@@ -9,7 +9,6 @@ from numpy.lib import format as npy
 
 from mhla_gen.errors import UserError, one_line
 from mhla_gen.evaluation.errors import EvaluationError
-from mhla_gen.files import written_whole
 
 
 def npz_keys(path: Path) -> frozenset[str]:
@@ -46,12 +45,6 @@ def open_array(path: Path, key: str) -> np.ndarray:
         raise EvaluationError(
             f"{path}: array {key!r} cannot be read ({one_line(str(error), 200)})"
         ) from error
-
-
-def write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Write arrays uncompressed; the file appears whole or not at all."""
-    with written_whole(path) as partial, partial.open("wb") as file:
-        np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
 
 
 def _is_stored(path: Path, key: str) -> bool:

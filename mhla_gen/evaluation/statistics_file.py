@@ -9,8 +9,9 @@ from mhla_gen.evaluation.errors import EvaluationError
 from mhla_gen.evaluation.extractor import ExtractorIdentity
 from mhla_gen.evaluation.frechet import FeatureStatistics
 from mhla_gen.evaluation.inception import OFFICIAL_SHA256_PREFIX
-from mhla_gen.evaluation.npz import npz_keys, open_array, write_npz
+from mhla_gen.evaluation.npz import npz_keys, open_array
 from mhla_gen.evaluation.protocol import EvaluationProtocol
+from mhla_gen.files import write_arrays
 
 # Feature name → keys of its mean and covariance.
 STATISTICS_KEYS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
@@ -93,4 +94,4 @@ def write_statistics(
         arrays[mean], arrays[covariance] = found.mean, found.covariance
     if images is not None:
         arrays["arr_0"] = images
-    write_npz(path, arrays)
+    write_arrays(path, arrays)

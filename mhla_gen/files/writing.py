@@ -16,6 +16,9 @@ from mhla_gen.files.claims import make_folder, require_claimed
 from mhla_gen.files.temporary import in_use, partial_of, put
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from numpy.typing import ArrayLike
+    from PIL.Image import Image
     from torch import Tensor
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -91,6 +94,25 @@ def write_tensors(
     whole = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     with written_whole(path) as partial:
         partial.write_bytes(save(whole, metadata))
+
+
+def write_arrays(path: str | Path, arrays: "Mapping[str, ArrayLike]") -> None:
+    """Write an uncompressed npz file, whole or not at all."""
+    import numpy as np
+
+    with written_whole(path) as partial, partial.open("wb") as file:
+        np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
+
+
+def write_picture(path: str | Path, picture: "Image | Figure") -> None:
+    """Write a picture or a figure as PNG, whole or not at all."""
+    # Neither PIL nor matplotlib is loaded for its class.
+    drawn: Any = picture
+    with written_whole(path) as partial:
+        if hasattr(drawn, "savefig"):
+            drawn.savefig(partial, dpi=150, format="png")
+        else:
+            drawn.save(partial, format="png")
 
 
 def append_line(path: str | Path, line: str) -> None:

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
 from mhla_gen.config import MHLAConfig
-from mhla_gen.files import written_whole
+from mhla_gen.files import write_picture
 from mhla_gen.models import MHLA
 from mhla_gen.models.attention import initial_mixing
 from mhla_gen.training.previews import mean_mixing, mean_over_heads
@@ -34,8 +34,7 @@ def draw_losses(logs: Mapping[str, Sequence[dict[str, float]]], path: Path) -> N
     axes.yaxis.set_minor_locator(NullLocator())
     axes.grid(alpha=0.3)
     axes.legend()
-    with written_whole(path) as partial:
-        figure.savefig(partial, dpi=150, format="png")
+    write_picture(path, figure)
 
 
 def draw_mixing(model: torch.nn.Module, config: MHLAConfig, path: Path) -> None:
@@ -65,8 +64,7 @@ def draw_mixing(model: torch.nn.Module, config: MHLAConfig, path: Path) -> None:
     panels[0].set(xlabel="block read", ylabel="block of the query")
     assert image is not None
     figure.colorbar(image, ax=panels, shrink=0.8, label="weight")
-    with written_whole(path) as partial:
-        figure.savefig(partial, dpi=150, format="png")
+    write_picture(path, figure)
 
 
 def _write_values(axes: Any, matrix: np.ndarray, top: float) -> None:

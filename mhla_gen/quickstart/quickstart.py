@@ -23,7 +23,7 @@ from mhla_gen.data.images import digits
 from mhla_gen.evaluation import evaluate
 from mhla_gen.evaluation.frechet import FeatureStatistics, frechet_distance
 from mhla_gen.evaluation.nearest import NUM_NEIGHBOURS
-from mhla_gen.files import remove, write_json, written_whole
+from mhla_gen.files import remove, write_json, write_picture, written_whole
 from mhla_gen.files.saved import read_json
 from mhla_gen.hub import PIPELINE_NAME
 from mhla_gen.outputs.folders import CONFIG_NAME, made_with
@@ -237,8 +237,7 @@ def _draw(
     classes = range(len(real.class_names))
     groups = {"real digits": rows_by_class(real.images, real.labels, classes)}
     groups |= {arm.title: rows_by_class(arm.images, arm.labels, classes) for arm in arms.values()}
-    with written_whole(folder / "samples.png") as partial:
-        contact_sheet(groups, real.class_names).save(partial, format="png")
+    write_picture(folder / "samples.png", contact_sheet(groups, real.class_names))
     draw_losses({arm.title: arm.log for arm in arms.values()}, folder / "loss.png")
     model = ClassConditionalPipeline.from_pretrained(folder / PIPELINE_NAME).transformer
     # "auto" leaves the layout to the model.

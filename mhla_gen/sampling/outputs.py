@@ -8,7 +8,7 @@ import numpy as np
 from numpy.lib import format as npy
 from PIL import Image
 
-from mhla_gen.files import written_whole
+from mhla_gen.files import write_picture, written_whole
 from mhla_gen.media.videos import shown_frames
 from mhla_gen.sampling.contact_sheet import contact_sheet
 
@@ -49,8 +49,7 @@ def file_of(folder: Path, number: int, kind: str) -> Path:
 
 def write_image(path: Path, pixels: np.ndarray) -> None:
     """Write a PNG file of uint8 `[height, width, 3 or 1]`, whole or not at all."""
-    with written_whole(path) as partial:
-        _picture(pixels).save(partial, format="png")
+    write_picture(path, Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels))
 
 
 def sheet_part(pixels: np.ndarray) -> np.ndarray:
@@ -66,9 +65,4 @@ def write_sheet(path: Path, rows: Sequence[tuple[str, np.ndarray]], is_video: bo
     sheet = contact_sheet(
         {title: images}, names, per_row=max(map(len, images)), tile_size=min(max(48, width), 192)
     )
-    with written_whole(path) as partial:
-        sheet.save(partial, format="png")
-
-
-def _picture(pixels: np.ndarray) -> Image.Image:
-    return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+    write_picture(path, sheet)

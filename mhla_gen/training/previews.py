@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from mhla_gen.config import EvaluateConfig, PreviewConfig, TrainConfig
 from mhla_gen.errors import NotFiniteError, UserError, not_worth_failing
-from mhla_gen.files import written_whole
+from mhla_gen.files import write_arrays, write_picture
 from mhla_gen.media.videos import shown_frames, write_video
 from mhla_gen.models import MHLA
 from mhla_gen.runtime.processes import on_main
@@ -64,8 +64,7 @@ def _write_pictures(
             write_video(folder / f"clip-{step:07d}-{number:02d}.mp4", clip, run.task.fps)
     # Last: they say that the previews of this step are there.
     for name, picture in pictures.items():
-        with written_whole(folder / f"{name}-{step:07d}.png") as partial:
-            Image.fromarray(picture).save(partial, format="PNG")
+        write_picture(folder / f"{name}-{step:07d}.png", Image.fromarray(picture))
     for tracker in run.accelerator.trackers:
         axes = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
         tracker.log_images({name: p[None] for name, p in pictures.items()}, step=step, **axes)
@@ -104,12 +103,7 @@ def evaluate_samples(run: Run, step: int) -> None:
         return
     assert samples is not None, "such a run does not start"
     folder = _scores(Path(run.config.output_dir), step)
-
-    def write() -> None:
-        with written_whole(folder / "samples.npz") as partial, partial.open("wb") as file:
-            np.savez(file, arr_0=samples)
-
-    on_main(write)
+    on_main(lambda: write_arrays(folder / "samples.npz", {"arr_0": samples}))
     settings = evaluation_settings(run.config)
     drawn, out = str(folder / "samples.npz"), str(folder / _METRICS_NAME)
     results = evaluate(replace(settings, samples=drawn, out=out))

@@ -73,8 +73,8 @@ def test_a_block_without_tokens_has_no_scale():
 
 LAYERS = [
     {"grid": (3, 5, 4), "layout": (2, 2, 2)},
-    {"grid": (1, 4, 5), "layout": (1, 2, 2), "output_norm": True},
-    {"grid": (7, 3), "layout": (3, 1), "conv_kernel_size": 5, "normalize": False},
+    {"grid": (1, 4, 5), "layout": (1, 2, 2), "output_norm": True, "gate": "head"},
+    {"grid": (7, 3), "layout": (3, 1), "conv_kernel_size": 5, "normalize": False, "gate": 2},
 ]
 
 

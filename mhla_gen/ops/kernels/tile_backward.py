@@ -5,7 +5,7 @@ With p = exp(scale · q kᵀ − lse), δ = do·o − dlse and ds = p (do vᵀ �
     dq = scale · ds k        dk = scale · dsᵀ q        dv = pᵀ do
 
 Queries and output gradients come in packs of groups, whose empty slots hold lse = ∞, so p = 0. The
-groups that read a tile are its owners, in a fixed order (`tile_owners.py`).
+groups that read a tile are its owners, in ascending order (`tile_owners.py`).
 """
 
 import triton
@@ -302,7 +302,7 @@ def tile_backward_keys_kernel(
             owners = tl.load(owners_ptr + start // PACK + tl.zeros((BM,), tl.int32))
         else:
             owners = tl.load(owners_ptr + queries // PACK, mask=exists, other=0)
-        rows = (owners >> 16) * PACK + queries % PACK
+        rows = owners * PACK + queries % PACK
         dk0, dk1, dv0, dv1 = add_key_gradients(
             k0, k1, v0, v1, q_ptr + packed * D, grad_ptr + packed * V, packed_lse_ptr + packed,
             delta_ptr + packed, rows, exists, scale, dk0, dk1, dv0, dv1,

@@ -1,8 +1,5 @@
 """Launches of tile attention's backward."""
 
-import math
-from dataclasses import dataclass
-
 import torch
 import triton.language as tl
 from torch import Tensor
@@ -34,25 +31,8 @@ from mhla_gen.ops.kernels.tile_form import (
     read_tiles,
     worth_packing,
 )
-from mhla_gen.ops.kernels.tile_owners import choose_patches, owners_of_patches
-from mhla_gen.ops.kernels.tile_patches import tile_backward_patches_kernel
+from mhla_gen.ops.kernels.tile_owners import owners_of_tiles
 
-
-@dataclass(frozen=True)
-class PatchForm:
-    """How small tiles are handled together."""
-
-    keys: int = 0
-    """Slots of a patch, at most."""
-    slab: int = 16
-    """Slots of a product, at least."""
-    warps: int = 4
-    stages: int = 2
-    registers: int | None = None
-    """Most registers a thread."""
-
-
-PATCH = PatchForm()
 # Parts of all queries that gradients of few keys off the grid are summed in.
 _ENOUGH_PROGRAMS = 512
 
@@ -179,40 +159,28 @@ def _backward_keys(
     call: TileCall,
 ) -> tuple[Tensor, Tensor]:
     dkey, dvalue = call.query.new_empty(call.query.shape), call.value.new_empty(call.value.shape)
-    slots, pack = call.slot_sizes["SLOTS"], packs[0].shape[2]
-    patches = choose_patches(call, PATCH.keys)
-    num_patches = math.prod(patches.counts)
-    owners, counts = owners_of_patches(lists, call, patches)
+    num_tiles = call.placed.num_tiles
+    owners, counts = owners_of_tiles(lists, num_tiles)
+    blocks = quotient_up(call.slots, options["BN"])
     strides = keys.stride(), value.stride(), dkey.stride(), dvalue.stride()
-    tensors = *packs, keys, value, call.cos, call.sin, owners, counts, dkey, dvalue
-    sizes = call.query.shape[2], num_patches, call.placed.num_groups
-    scales = call.scale * LOG2E, call.scale
-    unused = "RAGGED", "TAIL", "SLOT_T", "SLOT_H", "SLOT_W"
-    constants = without(kernel_constants(call, options, *strides), *unused) | {"PACK": pack}
-    if patches.tiles == 1:
-        blocks = quotient_up(call.slots, options["BN"])
-        launch(
-            tile_backward_keys_kernel,
-            (blocks * num_patches * call.batch_heads,),
-            tensors,
-            (*strides, call.box, *sizes, blocks, *scales),
-            without(constants, "SLOTS"),
-        )
-        return dkey, dvalue
-    slab = max(slots, PATCH.slab)
-    constants |= {"SLAB": slab, "SLABS": quotient_up(patches.tiles * slots, slab)}
-    constants |= dict(zip(("SIZE_T", "SIZE_H", "SIZE_W"), patches.size, strict=True))
-    constants |= {"STAGES": PATCH.stages, "num_warps": PATCH.warps, "num_stages": PATCH.stages}
-    if constants["OPERAND"] != tl.float32:
-        constants["BM"] = 64
-    if PATCH.registers is not None:
-        constants["maxnreg"] = PATCH.registers
+    constants = without(
+        kernel_constants(call, options, *strides), "RAGGED", "TAIL", *call.slot_sizes
+    )
     launch(
-        tile_backward_patches_kernel,
-        (num_patches * call.batch_heads,),
-        tensors,
-        (*strides, call.box, patches.counts, *sizes, *scales),
-        without(constants, "BN"),
+        tile_backward_keys_kernel,
+        (blocks * num_tiles * call.batch_heads,),
+        (*packs, keys, value, call.cos, call.sin, owners, counts, dkey, dvalue),
+        (
+            *strides,
+            call.box,
+            call.query.shape[2],
+            num_tiles,
+            call.placed.num_groups,
+            blocks,
+            call.scale * LOG2E,
+            call.scale,
+        ),
+        constants | {"PACK": packs[0].shape[2]},
     )
     return dkey, dvalue
 

@@ -38,6 +38,7 @@ from mhla_gen.training.parallel import (
 )
 from mhla_gen.training.randomness import step_randomness
 from mhla_gen.training.recent import RecentSteps
+from mhla_gen.training.softmax import AttentionLengths, avoid_faulty_softmax
 from mhla_gen.training.step import StepResult
 from mhla_gen.training.task import BuildTask, Task
 from mhla_gen.training.throughput import step_flops
@@ -194,7 +195,10 @@ def build_run(
     if config.model.trainable == "mhla":
         train_only_mhla(model)
     example = data.read([data.buckets[0][0]])
-    sample_flops = step_flops(model, task.conditioning, example, data.sample_shapes[0])
+    with AttentionLengths() as lengths:
+        sample_flops = step_flops(model, task.conditioning, example, data.sample_shapes[0])
+    one_size = len(data.sample_shapes) == 1
+    avoid_faulty_softmax(lengths.found if one_size else None, accelerator.device)
     outline = without_weights(model) if accelerator.is_fsdp2 else None
     if config.float8:
         use_float8(model)

@@ -1,0 +1,59 @@
+"""Where cuDNN's softmax attention may fault, a training does without it."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_training import TINY, tiny_run
+
+from mhla_gen.training import training_run
+from mhla_gen.training.softmax import AttentionLengths, avoid_faulty_softmax
+from mhla_gen.training.training_run import build_run
+
+GPU = torch.device("cuda")
+
+
+@pytest.fixture(autouse=True)
+def as_before():
+    enabled = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    yield
+    torch.backends.cuda.enable_cudnn_sdp(enabled)
+
+
+def test_lengths_are_those_of_queries_and_keys():
+    query, key = torch.randn(1, 2, 3, 8), torch.randn(1, 2, 5, 8)
+    with AttentionLengths() as lengths:
+        found = F.scaled_dot_product_attention(query, key, value=key)
+        F.scaled_dot_product_attention(value=query, key=query, query=key)
+        torch.randn(7, 7).softmax(-1)
+    assert lengths.found == {3, 5}
+    torch.testing.assert_close(found, F.scaled_dot_product_attention(query, key, key))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "generation", "device", "kept"),
+    [
+        ({256, 1024}, 9, GPU, True),
+        (set(), 9, GPU, True),
+        ({256, 576}, 9, GPU, False),
+        (None, 9, GPU, False),
+        ({576}, 8, GPU, True),
+        ({576}, 9, torch.device("cpu"), True),
+    ],
+)
+def test_cudnn_stays_out_on_hopper_alone(lengths, generation, device, kept, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (generation, 0))
+    for _ in range(2):
+        avoid_faulty_softmax(lengths, device)
+        assert torch.backends.cuda.cudnn_sdp_enabled() == kept
+    assert capsys.readouterr().out.count("without cuDNN") == (not kept)
+
+
+@pytest.mark.parametrize(("attention", "expected"), [("softmax", {16}), ("mhla", set())])
+def test_a_run_looks_at_the_lengths_of_its_softmax(attention, expected, tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(training_run, "avoid_faulty_softmax", lambda *args: given.append(args))
+    run = build_run(tiny_run(tmp_path, model=replace(TINY, attention=attention)))
+    assert given == [(expected, run.accelerator.device)]

@@ -1,13 +1,17 @@
 """Focused linear attention and MALA as kinds of MHLA, against their float64 definitions."""
 
+import contextlib
+
 import pytest
 import torch
 from families import FAMILIES, run
 from tiny import disturb
+from torch.overrides import TorchFunctionMode
 
 import mhla_gen
 from mhla_gen import MHLAConfig
-from mhla_gen.models.features import focused
+from mhla_gen.models.features import WHOLE_HEAD_MAPS, focused
+from mhla_gen.ops import FEATURE_MAPS
 
 GRID, HEADS, DIM = (5, 7), 2, 8
 
@@ -34,6 +38,38 @@ def compared(model, defined):
     wanted = torch.autograd.grad(expected, learned, seed, **options)
     # With one block the mixing matrix is a factor that the denominator takes out again.
     torch.testing.assert_close(got[:3], wanted[:3])
+
+
+class WideAsOnCuda(TorchFunctionMode):
+    """Widens what autocast computes in float32 on CUDA, but not on a CPU."""
+
+    NAMES = ("softmax", "softplus", "pow", "__pow__", "exp", "expm1", "norm", "rms_norm", "rsqrt")
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func.__name__ in self.NAMES:
+            args = [
+                x.float() if isinstance(x, torch.Tensor) and x.dtype == torch.bfloat16 else x
+                for x in args
+            ]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("exact", [0.0, 0.3])
+@pytest.mark.parametrize("feature_map", [*FEATURE_MAPS, *WHOLE_HEAD_MAPS])
+def test_layers_keep_the_dtype_of_autocast(feature_map, exact, device):
+    config = MHLAConfig(
+        layout=(2, 2), feature_map=feature_map, learned_features=True, output_norm=True,
+        magnitude=True, exact=exact,
+    )  # fmt: skip
+    model = mhla_gen.MHLA(HEADS, DIM, HEADS * DIM, config).to(device)
+    tensors = torch.randn(3, 2, 35, HEADS, DIM, device=device, dtype=torch.bfloat16)
+    wide = WideAsOnCuda() if device == "cpu" else contextlib.nullcontext()
+    with torch.autocast(device, torch.bfloat16), wide:
+        out = model(*tensors, tensors[0].flatten(2), GRID)
+    assert out.dtype == torch.bfloat16
+    out.float().square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
 def test_focused_linear_attention_equals_its_definition():

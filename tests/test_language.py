@@ -55,6 +55,18 @@ def prompt(batch=2, seq_len=21, seed=1):
 @pytest.mark.parametrize("softmax_class", LANGUAGE_CLASSES)
 @pytest.mark.parametrize("layers", ["all", [1]])
 @ATTENTIONS
+def test_trains_under_autocast(softmax_class, layers, config):
+    model = mhla_model(replace(config, layers=layers), softmax_class)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(prompt(), labels=prompt()).loss
+    loss.backward()
+    grads = [p.grad for name, p in model.named_parameters() if ".mhla." in name]
+    assert grads and all(grad is not None and grad.isfinite().all() for grad in grads)
+
+
+@pytest.mark.parametrize("softmax_class", LANGUAGE_CLASSES)
+@pytest.mark.parametrize("layers", ["all", [1]])
+@ATTENTIONS
 def test_chunked_cached_and_uncached_logits_agree(softmax_class, layers, config):
     config = replace(config, layers=layers, mixing_per_head=True)
     model = mhla_model(config, softmax_class).double()

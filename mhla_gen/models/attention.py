@@ -159,7 +159,8 @@ class MHLA(AddedAttention):
             out = attend()
             if self.config.magnitude:
                 out = with_magnitude(out, phi(query), phi(key), value)
-            return out if norm is None else norm(out)
+            # Autocast leaves the weight of the norm in float32.
+            return out if norm is None else norm(out).type_as(out)
 
         return finish
 

@@ -202,7 +202,10 @@ class CausalAttention(nn.Module):
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         if hasattr(self, "q_norm"):
-            query, key = self.q_norm(query), self.k_norm(key)
+            # Under autocast, norms with float32 weights return float32.
+            query, key = (
+                norm(x).type_as(value) for norm, x in ((self.q_norm, query), (self.k_norm, key))
+            )
         query, key, rotary = interleaved(query, key, position_embeddings)
         tokens = (query, key, value, rotary, token_mask, hidden_states)
         if cache is None:

@@ -50,7 +50,8 @@ class Features(nn.Module):
         if weight is not None:
             x = x + torch.einsum("bnhd,hde->bnhe", x, weight).type_as(x)
         if self.feature_map == SOFTMAX:
-            return x.softmax(dim=-1)
+            # Autocast computes softmax in float32.
+            return x.softmax(dim=-1).type_as(x)
         return focused(x) if self.feature_map == FOCUSED else x
 
 

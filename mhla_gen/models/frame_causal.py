@@ -153,7 +153,7 @@ class FrameCausalMHLA(MHLA):
         """See `AddedAttention`."""
         assert given.group is None and given.extra is None
         out = self._attend(given)
-        return lambda: out if self.norm is None else self.norm(out)
+        return lambda: out if self.norm is None else self.norm(out).type_as(out)
 
     def _attend(self, inputs: Inputs) -> Tensor:
         query, key, value, _, grid, rotary, *_ = inputs

@@ -29,7 +29,7 @@ from triton.runtime import driver
 from mhla_gen.bench.ops import Case
 from mhla_gen.ops import auto_tiles
 from mhla_gen.ops.feature_maps import rotate
-from mhla_gen.ops.kernels import tile_form, tile_gradients
+from mhla_gen.ops.kernels import tile_form, tile_gradients, tile_reads
 from mhla_gen.ops.kernels.launch import quotient_up
 from mhla_gen.ops.kernels.tile_call import TileCall
 from mhla_gen.ops.kernels.tile_form import Loop
@@ -95,11 +95,11 @@ class Inputs:
     ) -> Callable[[], Tensor | None]:
         """One kernel, ready to be called; that of the forward pass takes the bound of scores."""
         call = self.call
-        keys, _, longest = tile_form.read_tiles(self.key, call, lengths=True, pack=loop.packed)
-        values = tile_form.pack_tiles(self.value, call) if loop.packed else self.value
+        keys, _, longest = tile_reads.read_tiles(self.key, call, lengths=True, pack=loop.packed)
+        values = tile_reads.pack_tiles(self.value, call) if loop.packed else self.value
         if name == "tile_attend_kernel":
             slots = quotient_up(call.queries, loop.rows) * loop.rows if loop.packed else None
-            queries, _ = tile_form.read_groups(self.query, call, slots=slots)
+            queries, _ = tile_reads.read_groups(self.query, call, slots=slots)
             read = queries, keys, values, lists
             return lambda: tile_form.attend(read, longest, None, None, results, call, loop)
         packs = tile_gradients.pack_queries(self.grad, None, self.query, *results, call, loop.rows)

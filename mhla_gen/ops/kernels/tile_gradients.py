@@ -23,15 +23,9 @@ from mhla_gen.ops.kernels.tile_call import (
     three_axes,
     without,
 )
-from mhla_gen.ops.kernels.tile_form import (
-    Loop,
-    descriptor,
-    pack_tiles,
-    read_groups,
-    read_tiles,
-    worth_packing,
-)
+from mhla_gen.ops.kernels.tile_form import Loop, descriptor, worth_packing
 from mhla_gen.ops.kernels.tile_owners import owners_of_tiles
+from mhla_gen.ops.kernels.tile_reads import pack_tiles, read_groups, read_tiles
 
 # Parts of all queries that gradients of few keys off the grid are summed in.
 _ENOUGH_PROGRAMS = 512

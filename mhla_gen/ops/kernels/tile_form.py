@@ -218,10 +218,11 @@ def forward_loop(call: TileCall) -> Loop:
     rows, dim = call.block(128), max(call.query.shape[3], call.value.shape[3])
     if worth_packing(call):
         return Loop(rows, 64, 8 if rows == 128 else 4, 3, packed=True)
-    if dim > 64:
-        return Loop(min(rows, 64), 64, 4 if rows > 32 else 1, 3)
     # A program of few queries is short of work for one warp, let alone four.
-    return Loop(rows, 64, 4 if rows > 32 else 1, 2)
+    warps = 4 if rows > 32 else 1
+    if dim > 64:
+        return Loop(min(rows, 64), 64, warps, 3)
+    return Loop(rows, 64, warps, 2 if rows > 32 else 3)
 
 
 def worth_packing(call: TileCall) -> bool:

@@ -5,8 +5,8 @@
 # DATA: emoji64.npz (experiments/evidence/emoji_dataset.py) or a folder with one sub-folder of images
 # per class. All GPUs of this machine are used, with several processes each. After --seconds, runs
 # write checkpoints into OUTPUT/*/work, and the same command resumes from there.
-# PLANS names some of exact, arms, long, gates. arms takes some 90 minutes of an H100, long 60; exact has
-# not been run to its end.
+# PLANS names some of exact, arms, long, gates, small. arms takes some 90 minutes of an H100, long 60;
+# exact has not been run to its end; small is for a CPU.
 set -euo pipefail
 usage="usage: bash experiments/evidence.sh DATA OUTPUT [--seconds N] [--processes N] [key=value ...]"
 data=${1:?$usage}

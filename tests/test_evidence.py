@@ -29,7 +29,7 @@ def scripts(monkeypatch):
         del sys.modules[name]
 
 
-@pytest.mark.parametrize("name", ["arms", "exact", "gates", "long"])
+@pytest.mark.parametrize("name", ["arms", "exact", "gates", "long", "small"])
 def test_every_run_of_a_plan_is_a_valid_training(scripts, name):
     plan = scripts("evidence_plan").Plan(EVIDENCE / f"{name}.yaml")
     grid_of = scripts("evidence_run").grid_of

@@ -99,6 +99,17 @@ def test_mala_equals_its_definition():
     compared(layer(feature_map="elu+1", magnitude=True), defined)
 
 
+def test_elu_plus_one_is_positive_everywhere_and_smooth_at_zero():
+    x = torch.tensor([-80.0, -20.0, -0.5, 0.0, 0.5, 1e30], requires_grad=True)
+    found = FEATURE_MAPS["elu+1"](x)
+    (slope,) = torch.autograd.grad(found.sum(), x)
+    assert (found > 0).all() and found[-1] == 1e30
+    exact = x.detach().double().clamp(max=0).exp()
+    torch.testing.assert_close(slope.double(), exact, rtol=1e-6, atol=0)
+    torch.testing.assert_close(found[:4].double(), exact[:4], rtol=1e-6, atol=0)
+    assert found[4] == 1.5
+
+
 def test_focused_keeps_the_length_and_stands_any_scale():
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         x = torch.tensor([[-3.0, -1, -2, -5], [1e-3, 2e-3, 0, -1], [50, 20, -10, 1]], dtype=dtype)

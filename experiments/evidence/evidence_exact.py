@@ -111,7 +111,15 @@ def converted_heading(teacher: Group | None, groups: Sequence[Group]) -> str:
 
 
 def converted_table(groups: Sequence[Group]) -> str:
-    """Loss after each number of steps, also relative to the teacher tuned for as many steps."""
+    """Loss after each number of steps, also relative to the teacher tuned for as many steps.
+
+    A run that a longer one of the same arm repeats is left out.
+    """
+    longest: dict[tuple[str, str], int] = {}
+    for group in groups:
+        key = group.arm, taught(group)
+        longest[key] = max(longest.get(key, 0), last_step(group))
+    groups = [g for g in groups if last_step(g) == longest[g.arm, taught(g)]]
     points = sorted({point["steps"] for g in groups for r in g.results for point in r["points"]})
     controls = {
         (result["seed"], point["steps"]): point["held_out"]
@@ -139,6 +147,11 @@ def taught(group: Group) -> str:
     if not stages or group.arm == _TEACHER:
         return "no"
     return "only what is new" if "train: mhla" in stages else "yes"
+
+
+def last_step(group: Group) -> int:
+    """The most steps after which the loss was measured."""
+    return max(point["steps"] for result in group.results for point in result["points"])
 
 
 def losses_at(group: Group, steps: int) -> Iterator[tuple[int, dict[str, Any]]]:

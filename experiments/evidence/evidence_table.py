@@ -188,6 +188,8 @@ def each(values: Sequence[float], form: str) -> str:
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
+    """A Markdown table, without columns in which nothing is measured."""
+    columns = [n for n in range(len(header)) if not rows or any(row[n] != "–" for row in rows)]
+    lines = [[line[n] for n in columns] for line in (header, *rows)]
+    lines.insert(1, ["---"] * len(columns))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

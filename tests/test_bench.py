@@ -135,7 +135,7 @@ def test_recorded_steps_need_a_gpu(tmp_path, capsys):
     folder = tmp_path / "bench"
     settings = ["grids=[[4,4]]", "num_layers=1", "cuda_graphs=true"]
     assert main(["bench", "model", f"output_dir={folder}", *settings]) == 2
-    assert "cuda_graphs=true records on a GPU, found none" in capsys.readouterr().err
+    assert "cuda_graphs=true needs a GPU, found none" in capsys.readouterr().err
     assert not folder.exists()
 
 

@@ -59,7 +59,7 @@ def bench(config: BenchConfig) -> dict[str, Any]:
         )
     device = resolve_device(config.device)
     if config.cuda_graphs and device.type != "cuda":
-        raise UserError("cuda_graphs=true records on a GPU, found none; leave it out")
+        raise UserError("cuda_graphs=true needs a GPU, found none; leave it out")
     config = _resolve(config, device)
     folder.mkdir(parents=True, exist_ok=True)
     measure = bench_ops if config.subject == "ops" else bench_model
@@ -209,7 +209,7 @@ def _ratios(rows: list[dict[str, Any]], step: str) -> list[tuple[int, float]]:
     for row in rows:
         name = row["method"].split()[0]
         softmax = name.startswith("softmax") and not row.get("causal")
-        # All pairs exact are softmax, whatever computes them.
+        # With all pairs exact it is softmax, whatever computes it.
         ours = name in ("auto", *IMPLEMENTATIONS) and row.get("exact", 0.0) < 1
         if f"{step}_ms" in row and (softmax or ours):
             sizes = best.setdefault(row["tokens"], {})

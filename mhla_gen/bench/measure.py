@@ -50,7 +50,7 @@ def graph_latency_ms(function: Callable[[], object], device: torch.device) -> fl
     function()
     if _event_ms(function) > _LONG_MS:
         return None
-    # What the calls before leave on a stream, such as workspaces, is there when one is recorded.
+    # Calls on this stream first allocate what a recording must find there, such as workspaces.
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

@@ -20,7 +20,7 @@ from mhla_gen.runtime.cuda_graphs import RecordedForward
 from mhla_gen.runtime.recomputing import recompute_activations
 from mhla_gen.runtime.recorded_training import RecordedTraining
 
-# Calls after which a step is recorded.
+# The number of calls by which a step has been recorded.
 _RECORDED_BY = 3
 _BACKENDS = {"softmax_cudnn": "_native_cudnn", "softmax_flash": "_native_flash"}
 
@@ -41,7 +41,7 @@ def bench_model(config: BenchConfig, device: torch.device) -> Iterator[dict[str,
                 yield row | _measure(model, config, grid, device, dtype)
             except (RuntimeError, ValueError, AttributeError) as error:
                 if device.type == "cuda":
-                    # After a fault of the GPU nothing runs in this process: that is no row.
+                    # After a GPU fault nothing runs in this process, so it must not end as a row.
                     torch.cuda.synchronize(device)
                 yield row | {"error": str(error).splitlines()[0]}
             # Neither weights nor compiled code of one method are there when the next is measured.
@@ -99,7 +99,7 @@ def _measure(
     }
     converted = isinstance(model, MHLATransformerMixin)
     if config.model == "flux" and converted:
-        # A compiled or recorded pass cannot read it from the values of img_ids.
+        # A compiled or recorded pass cannot read the grid from the values of img_ids.
         inputs["joint_attention_kwargs"] = {"grid": grid}
     model.eval()
 
@@ -135,10 +135,10 @@ def _time(
     config: BenchConfig,
     device: torch.device,
 ) -> dict[str, Any]:
-    """Time and memory of `function` of the model, or the time of its recording."""
+    """Peak memory of `function(model)`, and its time, or that of its replays if it is recorded."""
     launched = partial(function, model)
     launched()
-    # A recording has all of its memory before it is replayed.
+    # Replays allocate nothing, so the peak is that of the launched step.
     peak = peak_memory_gib(launched, device)
     timed = launched
     if recorded is not None:
@@ -146,7 +146,9 @@ def _time(
         for _ in range(_RECORDED_BY):
             timed()
         if not recorded.replays:
-            raise RuntimeError("no memory is left to record this step: cuda_graphs=false times it")
+            raise RuntimeError(
+                "not enough memory to record this step; time it with cuda_graphs=false"
+            )
     found: dict[str, Any] = {f"{step}_ms": latency_ms(timed, device), f"{step}_peak_gib": peak}
     if config.profile:
         found[f"{step}_kernels"] = kernel_times(launched, device)

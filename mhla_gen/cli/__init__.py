@@ -172,9 +172,9 @@ def _prepare_processor() -> None:
 
 
 def _silence_libraries() -> None:
-    """Leave out what a user cannot act on: bitsandbytes misses a 4-bit kernel that nothing needs.
+    """Hide a warning that no user can act on, of a 4-bit kernel that bitsandbytes lacks.
 
-    peft imports it, and diffusers peft.
+    Nothing here needs the kernel; diffusers imports peft, which imports bitsandbytes.
     """
     logging.getLogger("bitsandbytes.backends.cpu").setLevel(logging.ERROR)
 

@@ -85,8 +85,8 @@ def check_softmax() -> Result:
     if taken == "cudnn_attention":
         return Result(
             "ok",
-            f"{said}; with torch 2.11 on Hopper its backward pass may fault where a length is no "
-            "multiple of 128: `train` keeps it out, other programs want "
+            f"{said}; with torch 2.11 on Hopper its backward pass may fault where a length is not "
+            "a multiple of 128: `train` avoids it; in other programs call "
             "torch.backends.cuda.enable_cudnn_sdp(False)",
         )
     return Result("ok", said)

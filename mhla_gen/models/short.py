@@ -43,7 +43,7 @@ def too_short_model(model: Any) -> str | None:
 
 @contextmanager
 def unmentioned() -> Generator[None]:
-    """Let `inject` be silent about short sequences, where a command speaks of them or need not."""
+    """Silence `inject` about short sequences, where a command mentions them itself or need not."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ShortSequenceWarning)
         yield

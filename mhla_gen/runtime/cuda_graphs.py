@@ -68,9 +68,9 @@ class _Recording:
         self, function: Callable[..., Any], leaves: Sequence[Any], structure: TreeSpec, call: Any
     ):
         self.call = call
-        """What calls have in common that it may replay."""
+        """What a call must share with the recorded one to be replayed."""
         self._function, self._structure = function, structure
-        # Also for the calls before: compiled code would compile again for other strides.
+        # Cloned for earlier calls, too: compiled code would compile again for other strides.
         self._leaves = [x.clone() if torch.is_tensor(x) else x for x in leaves]
         self._calls = 0
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -89,7 +89,7 @@ class _Recording:
         return tree_map_only(Tensor, torch.clone, self._outputs)
 
     def _launch(self) -> Any:
-        # A function may take things out of dicts that it is given.
+        # Unflattened for every call, because the function may remove entries of its dicts.
         args, kwargs = tree_unflatten(self._leaves, self._structure)
         return self._function(*args, **kwargs)
 

@@ -8,8 +8,8 @@ from torch import nn
 
 from mhla_gen.errors import UserError
 
-# Two thirds of a transformer's products, in layers that see every token: those of a time or a class
-# are too few rows, and queries, keys and values are one product without it. Names of all families.
+# Feed-forward layers of all families, two thirds of a transformer's products. Embeddings of a time
+# or a class have too few rows, and the one product of queries, keys and values keeps its precision.
 _FEED_FORWARD = ("ff", "ffn", "feed_forward", "img_mlp", "proj_mlp")
 # What cuBLAS asks of both sides of a matrix of 8 bits.
 _MULTIPLE = 16

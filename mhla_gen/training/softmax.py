@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
-# Queries or keys that cuDNN's kernels for Hopper handle at once.
+# Queries or keys in a tile of cuDNN's kernels for Hopper.
 _TILE = 128
 
 
 class AttentionLengths(TorchFunctionMode):
-    """Collects lengths of queries and keys of softmax attention that is called meanwhile."""
+    """Collects the lengths of queries and keys of softmax attention that runs in this context."""
 
     def __init__(self):
         super().__init__()
@@ -31,9 +31,9 @@ class AttentionLengths(TorchFunctionMode):
 def avoid_faulty_softmax(lengths: Collection[int] | None, device: torch.device) -> None:
     """Keep cuDNN's attention out of this process where its backward pass may fault.
 
-    torch prefers cuDNN on Hopper. At a length that fills no tile, its backward pass has ended a
-    training step of FLUX.1 with an illegal memory access (torch 2.11; see also issues 169849 and
-    196678 of pytorch).
+    torch prefers cuDNN on Hopper. At a length that is not a multiple of 128, its backward pass has
+    ended a training step of FLUX.1 with an illegal memory access (torch 2.11; see also issues
+    169849 and 196678 of pytorch).
 
     Args:
         lengths: Of queries and keys that attend; None if they differ from sample to sample.
@@ -46,5 +46,5 @@ def avoid_faulty_softmax(lengths: Collection[int] | None, device: torch.device) 
         torch.backends.cuda.enable_cudnn_sdp(False)
         tqdm.write(
             "softmax attention runs without cuDNN, which may fault where the number of tokens is "
-            f"no multiple of {_TILE}"
+            f"not a multiple of {_TILE}"
         )

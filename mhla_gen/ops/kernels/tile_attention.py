@@ -112,10 +112,10 @@ def attend_to_tiles(
     SLOT_W: tl.constexpr, RAGGED: tl.constexpr, BOUNDED: tl.constexpr, OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """All packed tiles of a list, by tensor descriptors; `first` is the first row of the head."""
+    """Attend to all packed tiles of a list by tensor descriptors; a head begins at row `first`."""
     parts: tl.constexpr = SLOTS // BN
     steps = list_size * parts
-    # Numbers are loaded a step ahead, for a program waits for a scalar.
+    # Tile and entry are loaded a step ahead, because a program waits for every scalar.
     tile, entry = tl.load(entries_ptr - list_size), tl.load(entries_ptr)
     for step in range(0, steps):
         start = step % parts * BN
@@ -271,12 +271,12 @@ def tile_attend_kernel(
     """Output and log-sum-exp of up to BM queries of one group and head.
 
     Queries and keys are rotated beforehand: matrix products with operands in registers would run
-    one after the other, each waiting for the one before. If `PACKED`, queries are packed by group,
+    one after the other, each waiting for the previous one. If `PACKED`, queries are packed by group
     and keys and values are descriptors of packed tiles.
 
-    If `BOUNDED`, the largest score is not searched for: none exceeds the product of norms. Where
-    that is so much larger that weights have vanished, the program sets its flag. Without a bound,
-    programs work only where a flag is set, if there are any.
+    If `BOUNDED`, the softmax subtracts the product of norms, which no score exceeds, instead of the
+    largest score. If this is so loose that weights vanish, the program sets its flag. Without a
+    bound, and with flags, only programs whose flag is set run.
     """
     if flags_ptr is not None and not BOUNDED:  # noqa: SIM102 - known when compiled, then when run
         if tl.load(flags_ptr + tl.program_id(0)) == 0:

@@ -97,14 +97,14 @@ def attend(
     Args:
         sources: Rotated queries and keys, values, and lists.
         longest: Largest squared length of a key, of every head.
-        flags: With a bound None, else which programs have work left; None: all.
+        flags: Without a bound, which programs have to run; None for all.
         extra: Keys, values and mask off the grid.
         results: Room for output and log-sum-exp.
-        call: What is called.
-        loop: How.
+        call: Shapes and layout of the call.
+        loop: Block sizes, warps and stages.
 
     Returns:
-        `flags`, made if there is a bound.
+        `flags`; with a bound, new ones that mark the programs to repeat without it.
     """
     queries, keys, values, lists = sources
     out, lse = results
@@ -149,7 +149,7 @@ def attend(
 
 
 def descriptor(packed: Tensor, count: int) -> TensorDescriptor:
-    """Of `count` rows of packed tiles or groups, and all their channels up to a power of two."""
+    """Copies `count` rows of packed tiles or groups, channels padded to a power of two."""
     rows = packed.flatten(0, -2)
     return TensorDescriptor.from_tensor(rows, [count, padded(rows.shape[1])])
 
@@ -157,8 +157,8 @@ def descriptor(packed: Tensor, count: int) -> TensorDescriptor:
 def takes_bound(query: Tensor) -> bool:
     """Whether scores are bounded by the lengths of queries and keys, see `tile_attend_kernel`.
 
-    Weights far below the bound would vanish in float16, and lose digits that float32 has. With few
-    channels, nobody has timed it since programs leave bounds that are too large to a second launch.
+    Weights far below the bound would vanish in float16, and lose digits that float32 has. Up to 64
+    channels, a bound with a second launch for programs that need another has not been timed.
     """
     return query.dtype == torch.bfloat16 and query.shape[3] > 64
 
@@ -212,7 +212,7 @@ def tile_lists(mean_queries: Tensor | None, mean_keys: Tensor | None, call: Tile
 
 
 def forward_loop(call: TileCall) -> Loop:
-    """The fastest, see `README.md`."""
+    """The fastest loop that was measured, see `ops/README.md`."""
     if call.operand["OPERAND"] == tl.float32:
         return Loop(call.block(32), 32, 4, 1)
     rows, dim = call.block(128), max(call.query.shape[3], call.value.shape[3])
@@ -226,9 +226,9 @@ def forward_loop(call: TileCall) -> Loop:
 
 
 def worth_packing(call: TileCall) -> bool:
-    """Whether programs read so much that packing first, for tensor descriptors, is faster.
+    """Whether programs read so much that packing tiles first is faster, for tensor descriptors.
 
-    Descriptors want whole tiles, and channels in one piece whose rows are multiples of 16 bytes.
+    Descriptors need whole tiles, channels in one piece, and rows of a multiple of 16 bytes.
     """
     dims = call.query.shape[3], call.value.shape[3]
     return (

@@ -43,7 +43,7 @@ def owners_of_tiles(lists: Tensor, num_tiles: int) -> tuple[Tensor, Tensor]:
 
 @triton.jit
 def reads_kernel(lists_ptr, reads_ptr, list_size, num_groups, num_tiles, BT: tl.constexpr):
-    """Put a one wherever one group and head reads a tile."""
+    """Mark the tiles that one group of one head reads."""
     row = tl.program_id(0).to(tl.int64)
     places = tl.arange(0, BT)
     tiles = tl.load(lists_ptr + row * (2 * list_size) + places, mask=places < list_size, other=0)

@@ -113,7 +113,8 @@ def config_of(state: Mapping[str, Tensor], kind: str) -> MHLAConfig:
     side = math.isqrt(shape(state, f"blocks.0{_MATRIX}", kind)[0])
     mixing = [tensor for key, tensor in state.items() if key.endswith(_MATRIX)]
     if any(tuple(m.shape) != (side**2, side**2, 1, 1) for m in mixing):
-        raise UserError(f"{kind} has mixing matrices [M, M, 1, 1] of one square number M")
+        found = ", ".join(sorted({str(list(m.shape)) for m in mixing}))
+        raise UserError(f"{kind} has mixing matrices [M, M, 1, 1] of one square M, found {found}")
     width = shape(state, "blocks.0.attn.lepe.weight", kind)[-1]
     return MHLAConfig(layout=(side, side), conv_kernel_size=width, **FIXED)
 
@@ -121,7 +122,7 @@ def config_of(state: Mapping[str, Tensor], kind: str) -> MHLAConfig:
 def differences_of(
     state: Mapping[str, Tensor], config: MHLAConfig, normalizer: str, allowed: bool
 ) -> tuple[str, ...]:
-    """Where our model computes something else than the authors' code; arguments as for `read`.
+    """Where our model computes something other than the authors' code; arguments as for `read`.
 
     Raises:
         ValueError: If it does somewhere, and that is not allowed.

@@ -1,5 +1,7 @@
 """diffusers' own pipelines, with MHLA where text and image share one attention."""
 
+import inspect
+
 import diffusers
 import pytest
 import torch
@@ -25,6 +27,9 @@ from tiny_joint import (
 
 import mhla_gen
 from mhla_gen import MHLAConfig
+from mhla_gen.errors import UserError
+from mhla_gen.sampling.prompt_sampler import PromptSampler
+from mhla_gen.sampling.prompts import Prompt
 
 IMAGE = {"height": 64, "width": 96, "num_inference_steps": 2, "output_type": "latent"}
 CLIP = IMAGE | {"height": 80, "num_frames": 9}
@@ -121,3 +126,38 @@ def test_a_pipeline_draws_with_mhla_and_without_again(name, tmp_path):
     mhla_gen.save_adapter(pipe, tmp_path / "adapter")
     assert torch.equal(draw(mhla_gen.restore(pipe)), softmax)
     assert torch.equal(draw(mhla_gen.load_adapter(pipe, tmp_path / "adapter")), converted)
+
+
+class Asked(Exception):
+    """Carries the sizes that a pipeline draws noise of."""
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_sizes_left_out_are_the_pipelines_own(name, monkeypatch):
+    transformer, vae, call = PIPELINES[name]()
+    kind = getattr(diffusers, name)
+    parts = {"transformer": transformer, "vae": vae}
+    parts["scheduler"] = diffusers.FlowMatchEulerDiscreteScheduler()
+    pipe = kind(**{part: parts.get(part) for part in kind._get_signature_keys(kind)[0]})
+    sizes = ("height", "width", "num_frames")
+    embeds = {key: value for key, value in call.items() if "embeds" in key or "mask" in key}
+
+    def sampler(**given):
+        return PromptSampler(pipe, [Prompt("up")], seed=0, embeds=embeds, sizes=given)
+
+    if name == "ZImagePipeline":  # its sizes are in the body of its __call__
+        with pytest.raises(UserError, match="does not say its own height; set height"):
+            sampler(height=None, width=None)
+        return
+    bind = inspect.signature(pipe.prepare_latents).bind
+
+    def asked(*args, **kwargs):
+        raise Asked(bind(*args, **kwargs).arguments)
+
+    monkeypatch.setattr(pipe, "prepare_latents", asked)
+    with pytest.raises(Asked) as found:
+        pipe(**{key: value for key, value in call.items() if key not in sizes})
+    found = {key: value for key, value in found.value.args[0].items() if key in sizes}
+    given = dict.fromkeys(sizes if "num_frames" in found else sizes[:2])
+    expected = tuple(found[key] for key in ("num_frames", "height", "width") if key in found)
+    assert sampler(**given).shape == (*expected, 3)

@@ -64,7 +64,8 @@ class PromptSampler:
         self.samples_per_prompt, self.embeds = samples_per_prompt, embeds
         self._arguments = inspect.signature(pipeline.__call__).parameters
         self.is_video = bool({"num_frames", "frames"} & set(self._arguments))
-        self.takes_image = "image" in self._arguments
+        image = self._arguments.get("image")  # Flux2Pipeline's is a reference, and optional
+        self.takes_image = image is not None and image.default is inspect.Parameter.empty
         self.options = {k: v for k, v in options.items() if v is not None}
         unknown = [k for k in self.options if k not in self._arguments]
         if unknown:
@@ -242,14 +243,27 @@ class PromptSampler:
                 if value is not None:
                     raise UserError(f"{name} takes no {key}")
                 continue
-            found[key] = value or self._arguments[key].default or self._own_size()
+            found[key] = value or self._arguments[key].default or self._own_size(key)
         self._check_multiples(found)
         frames = [found[key] for key in ("num_frames", "frames") if key in found]
         return (*frames, found["height"], found["width"], 3), found
 
-    def _own_size(self) -> int:
-        transformer = self.pipeline.transformer
-        return transformer.config.sample_size * self.pipeline.vae_scale_factor
+    def _own_size(self, key: str) -> int:
+        """What the pipeline takes by itself where its signature has None."""
+        pipeline, config = self.pipeline, self.pipeline.transformer.config
+        if key in ("height", "width"):
+            places = [
+                (pipeline, f"default_{key}", None),  # Mochi, in pixels
+                (pipeline, "default_sample_size", "vae_scale_factor"),  # Flux, Qwen-Image, …
+                (config, "sample_size", "vae_scale_factor"),  # PixArt
+                (config, f"sample_{key}", "vae_scale_factor_spatial"),  # CogVideoX
+            ]
+        else:
+            places = [(config, "sample_frames", None)]  # CogVideoX
+        for owner, name, scale in places:
+            if size := getattr(owner, name, None):
+                return size * (getattr(pipeline, scale) if scale else 1)
+        raise UserError(f"{type(pipeline).__name__} does not say its own {key}; set {key}")
 
     def _check_multiples(self, sizes: Mapping[str, int]) -> None:
         # Pipelines round with a warning; here the number asked for is the number made.

@@ -152,6 +152,8 @@ def test_files_that_are_no_adapter_are_named(tmp_path):
         mhla_gen.load_adapter(tiny_wan(), tmp_path)
     with pytest.raises(FileNotFoundError, match="not a folder here, and the hub"):
         mhla_gen.load_adapter(tiny_wan(), "nobody/nothing")
+    with pytest.raises(FileNotFoundError, match="cannot be a name on the hub"):
+        mhla_gen.load_adapter(tiny_wan(), tmp_path / "nothing")
     save_file({"a": torch.ones(1)}, tmp_path / ADAPTER_NAME)
     with pytest.raises(ValueError, match="no adapter that this version reads"):
         mhla_gen.load_adapter(tiny_wan(), tmp_path)

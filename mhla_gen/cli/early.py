@@ -72,6 +72,8 @@ def _sample(config: SampleConfig) -> None:
         if prompt.image is not None and not Path(prompt.image).is_file():
             raise MissingError(f"image {prompt.image} of prompt {number} does not exist")
     place = find(config.pipeline, newest=True)
+    if config.adapter is not None and not Path(config.adapter).exists():
+        find(config.adapter)
     index = None if place is None else Path(place) / INDEX_NAME
     if index is not None and index.is_file() and not prompts and config.prompt_embeds is None:
         name = _class_in(index)

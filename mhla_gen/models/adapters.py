@@ -20,7 +20,7 @@ from torch import Tensor
 from mhla_gen.config import attention_from_dict
 from mhla_gen.errors import MissingError, UserError
 from mhla_gen.files import written_whole
-from mhla_gen.hub import PIPELINE_NAME
+from mhla_gen.hub import PIPELINE_NAME, find
 from mhla_gen.models.base_weights import BaseWeights
 from mhla_gen.models.injection import (
     MHLA_CLASSES,
@@ -181,6 +181,7 @@ def _find(folder_or_name: str | Path, location: dict[str, Any]) -> Path:
             if (place / ADAPTER_NAME).is_file():
                 return place / ADAPTER_NAME
         raise MissingError(f"{folder_or_name} has no {ADAPTER_NAME}")
+    find(str(path))  # not to ask the hub for what cannot be a name
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

@@ -1,16 +1,18 @@
 """The kernels in which a step spends its time."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 _STEPS = 3
 _LISTED = 40
 # By part of a kernel's name; the first that fits.
 _KINDS = (
+    ("communication", r"nccl"),
     ("softmax attention", r"fmha|flash|cudnn_generated|sdpa|attention_fwd|attention_bwd"),
     ("exact tiles", r"tile_|prepare_kernel|entries_kernel|list_kernel|read_boxes"),
     ("depthwise convolution", r"conv_lines|backward_lines|conv_taps|sums_taps|finish_"),
@@ -35,7 +37,8 @@ def kernel_times(step: Callable[[], Any], device: torch.device) -> dict[str, Any
 
     Returns:
         `ms`, the sum of a step; `kinds`, its parts in ms; and `kernels`, the longest first, each
-        with its name, kind, ms a step and calls a step.
+        with its name, kind, ms a step and calls a step. On a GPU also `communication_alone_ms` and
+        `idle_ms`: the time of a step in which it only communicates, and does nothing.
     """
     gpu = device.type == "cuda"
     with profile(activities=[ProfilerActivity.CUDA if gpu else ProfilerActivity.CPU]) as profiled:
@@ -46,7 +49,8 @@ def kernel_times(step: Callable[[], Any], device: torch.device) -> dict[str, Any
     kernels = []
     for event in profiled.key_averages():
         microseconds = event.self_device_time_total if gpu else event.self_cpu_time_total
-        if microseconds > 0:
+        # Annotations are drawn around kernels, as if they were kernels, too.
+        if microseconds > 0 and not event.is_user_annotation:
             kernels.append(
                 {
                     "name": event.key[:120],
@@ -59,16 +63,58 @@ def kernel_times(step: Callable[[], Any], device: torch.device) -> dict[str, Any
     kinds: dict[str, float] = {}
     for kernel in kernels:
         kinds[kernel["kind"]] = kinds.get(kernel["kind"], 0.0) + kernel["ms"]
+    unused = {}
+    if gpu:
+        spans = [
+            (event.time_range.start, event.time_range.end, _kind(event.name) == "communication")
+            for event in profiled.events() or ()
+            if event.device_type == DeviceType.CUDA and not event.is_user_annotation
+        ]
+        unused = {name: round(us / 1e3 / _STEPS, 3) for name, us in unused_time(spans).items()}
     return {
         "ms": round(sum(kinds.values()), 3),
+        **unused,
         "kinds": {name: round(ms, 3) for name, ms in sorted(kinds.items(), key=lambda x: -x[1])},
         "kernels": kernels[:_LISTED],
     }
 
 
+def unused_time(spans: Iterable[tuple[float, float, bool]]) -> dict[str, float]:
+    """Time between the first and the last kernel in which none computes.
+
+    Args:
+        spans: Start and end of each kernel, and whether it communicates.
+
+    Returns:
+        `communication_alone_ms` and `idle_ms`, in the unit of `spans`.
+    """
+    # +1 where a kernel starts, -1 where it ends, for each of the two kinds.
+    changes = sorted(
+        (time, kind, change)
+        for start, end, kind in spans
+        for time, change in ((start, 1), (end, -1))
+    )
+    running, alone, idle = [0, 0], 0.0, 0.0
+    before = changes[0][0] if changes else 0.0
+    for time, kind, change in changes:
+        if not running[False]:
+            if running[True]:
+                alone += time - before
+            else:
+                idle += time - before
+        running[kind] += change
+        before = time
+    return {"communication_alone_ms": alone, "idle_ms": idle}
+
+
 def as_table(found: dict[str, Any], lines: int = 15) -> str:
     """What `kernel_times` found, as lines of text: parts of the step, then the longest kernels."""
-    parts = [f"{ms:9.2f} ms  {name}" for name, ms in {"all": found["ms"], **found["kinds"]}.items()]
+    unused = {
+        "only communication": found.get("communication_alone_ms"),
+        "nothing": found.get("idle_ms"),
+    }
+    times = {"all": found["ms"], **found["kinds"], **unused}
+    parts = [f"{ms:9.2f} ms  {name}" for name, ms in times.items() if ms is not None]
     longest = [
         f"{kernel['ms']:9.3f} ms {kernel['calls']:7.0f}×  {kernel['name'][:90]}"
         for kernel in found["kernels"][:lines]

@@ -159,6 +159,16 @@ def test_the_rule_keeps_to_the_share(grid, share):
     assert abs(found - share) <= max(one_tile / 2, one_tile - share) + 1e-9
 
 
+@pytest.mark.parametrize("grid", [(21, 30, 50), (21, 30, 52), (21, 45, 80), (7, 30, 52)])
+@pytest.mark.parametrize("share", [0.05, 0.125])
+def test_tiles_of_clips_fill_the_slots_of_keys_and_queries(grid, share):
+    layout = auto_tiles(grid, share)
+    placed = tiling(grid, layout.tile, layout.window, layout.top, layout.group)
+    assert math.prod(layout.tile) <= 64
+    assert math.prod(grid) / (64 * placed.num_tiles) > 0.94
+    assert math.prod(grid) / (128 * placed.num_groups) > 0.93
+
+
 def test_two_calls_are_bit_equal():
     tensors, options = make(LAYOUTS[2])
     first = outputs_and_gradients(tensors, options, "blockwise")

@@ -21,10 +21,14 @@ from mhla_gen.ops.partition import block_slots
 
 # Tile lengths along an axis that `auto_tiles` chooses from, the preferred one first.
 _TILE_LENGTHS = (4, 5, 3)
+# Along a clip's frames also 7: in 7×3×3, which fills 63 of 64 slots, and 21 frames without rest.
+_FRAMES = (*_TILE_LENGTHS, 7)
 _LINE_TILE = 16
 _TILE_TOKENS = {2: 16, 3: 64}
 # Queries of a group: the number of rows at which matrix products on a GPU are efficient.
 _GROUP_QUERIES = {1: 128, 2: 64, 3: 128}
+# Share of the tiles of an axis that groups of even size must fill.
+_FILLED = 0.95
 # Tiles along an axis of an image's window, if the share allows it.
 _IMAGE_WINDOW = 3
 
@@ -138,12 +142,13 @@ def auto_tiles(grid: tuple[int, ...], share: float) -> TileLayout:
     """The layout for a share of pairs: near ones in a window, and others chosen by content.
 
     - Tiles have at most 16 tokens on a line or an image (about 4×4) and at most 64 in a clip, with
-      3 to 5 along each axis; the lengths with the fewest empty slots are chosen.
+      3 to 5 along each axis, or 7 frames; the lengths with the fewest empty slots are chosen.
     - An image first gets a window of 3×3 tiles, if the share allows it, since it loses most without
       one (docs/evidence.md). On a line and in a clip, the window grows by two tiles along its
       shortest axis as long as it takes at most half of the share.
-    - Groups double along an axis that they divide, the shortest first, up to 64 queries in an image
-      and 128 elsewhere, as long as the window around them stays within these bounds.
+    - Groups double along an axis that they divide, or nearly so, the shortest first, up to 64
+      queries in an image and 128 elsewhere, as long as the window around them stays within these
+      bounds.
     - The rest of the share is chosen by content.
 
     Args:
@@ -195,7 +200,8 @@ def _auto_tile(grid: tuple[int, ...]) -> tuple[int, ...]:
         padded = 1 << (slots - 1).bit_length()
         return math.prod(counts) * padded / math.prod(grid) * limit / slots
 
-    lengths = itertools.product(_TILE_LENGTHS, repeat=len(grid))
+    frames = (_FRAMES,) if len(grid) == 3 else ()
+    lengths = itertools.product(*frames, *[_TILE_LENGTHS] * 2)
     return min((tile for tile in lengths if math.prod(tile) <= limit), key=cost)
 
 
@@ -204,7 +210,8 @@ def _auto_group(
 ) -> tuple[int, ...]:
     group = (1,) * len(tile)
     while True:
-        free = [a for a in range(len(tile)) if tiles[a] % (2 * group[a]) == 0]
+        doubled = [2 * size for size in group]
+        free = [a for a, n in enumerate(tiles) if n >= _FILLED * (-(-n // doubled[a]) * doubled[a])]
         if not free or 2 * math.prod(group) * math.prod(tile) > _GROUP_QUERIES[len(tile)]:
             return group
         axis = min(reversed(free), key=lambda a: tile[a] * group[a])

@@ -1,6 +1,6 @@
 """Time of every kernel of tile attention, at shapes of image and video models.
 
-python benchmarks/tile_kernels.py OUT.json        needs CUDA
+python benchmarks/tile_kernels.py OUT.json [--cases 1 2] [--forward]        needs CUDA
 
 Means over three passes from torch's profiler, in milliseconds; bfloat16.
 """
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from kernel_speed import time_ms
 from rows import machine
 from tile_speed import both, softmax
 
@@ -39,8 +40,8 @@ def kernel_ms(function: Callable[[], object]) -> dict[str, float]:
     return {kernel["name"]: kernel["ms"] for kernel in found["kernels"]}
 
 
-def measure(case: Case, share: float) -> dict[str, Any]:
-    """Softmax, and the kernels of both passes of the exact half."""
+def measure(case: Case, share: float, *, forward: bool) -> dict[str, Any]:
+    """The kernels of the exact half's forward pass, of its backward pass, and softmax."""
     tokens = math.prod(case.grid)
     shape = (case.batch, tokens, case.heads, case.head_dim)
     query, key, value, grad = torch.randn(4, *shape, dtype=torch.bfloat16, device="cuda")
@@ -50,12 +51,21 @@ def measure(case: Case, share: float) -> dict[str, Any]:
     placed = tiling(case.grid, layout.tile, layout.window, layout.top, layout.group)
     call = TileCall(query, value, cos, sin, placed, case.head_dim**-0.5)
     out, lse, lists = tile_form.forward(query, key, value, None, call)
-    return {
+
+    def run() -> object:
+        return tile_form.forward(query, key, value, None, call)
+
+    row = {
         **case._asdict(),
         "layout": layout._asdict(),
         "share": placed.list_size / placed.num_tiles,
+        "forward": kernel_ms(run),
+        "forward_ms": time_ms(run),
+    }
+    if forward:
+        return row
+    return row | {
         "softmax": both(softmax, [query, key, value], grad),
-        "forward": kernel_ms(lambda: tile_form.forward(query, key, value, None, call)),
         "backward": kernel_ms(
             lambda: tile_gradients.backward(
                 grad, None, query, key, value, None, out, lse, lists, call
@@ -68,10 +78,15 @@ def main() -> None:
     """Measure every shape, print the rows and write them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
-    out = parser.parse_args().out
-    rows = [measure(case, share) for case in CASES for share in SHARES]
-    print(json.dumps(rows))
-    write_json(out, {**machine(), "rows": rows}, indent=1)
+    parser.add_argument("--cases", type=int, nargs="+", default=range(len(CASES)))
+    parser.add_argument("--forward", action="store_true", help="the forward pass only")
+    options = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    for case in options.cases:
+        for share in SHARES:
+            rows.append(measure(CASES[case], share, forward=options.forward))
+            print(json.dumps(rows[-1]), flush=True)
+            write_json(options.out, {**machine(), "rows": rows}, indent=1)
 
 
 if __name__ == "__main__":

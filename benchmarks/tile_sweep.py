@@ -1,6 +1,6 @@
 """Time tile attention's forward and dq kernels in several forms, and check each against softmax.
 
-python benchmarks/tile_sweep.py OUT.json [--seconds S]        needs CUDA
+python benchmarks/tile_sweep.py OUT.json [--seconds S] [--only WORD]        needs CUDA
 
 Each row: milliseconds of the kernel, registers and spills, and the largest error of sampled groups,
 in parts of the largest entry, against softmax over the same lists in float32. A form that does not
@@ -41,11 +41,12 @@ PLACES = ((WAN_480, 0.05), (WAN_480, 0.125), (WAN_720, 0.05))
 FORMS = {
     "tile_attend_kernel": (
         Loop(128, 64, 8, 3, packed=True),
-        Loop(128, 64, 8, 2, packed=True),
+        Loop(128, 64, 8, 2, packed=True, max_registers=128),
+        Loop(128, 32, 8, 4, packed=True, max_registers=128),
+        Loop(128, 32, 8, 3, packed=True, max_registers=128),
         Loop(128, 64, 4, 2, packed=True),
+        Loop(128, 32, 4, 4, packed=True),
         Loop(64, 64, 4, 2, packed=True),
-        Loop(64, 64, 4, 3),
-        Loop(128, 128, 8, 2),
     ),
     "tile_backward_queries_kernel": (
         Loop(128, 64, 8, 3, packed=True),
@@ -197,6 +198,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--only", default="", metavar="WORD", help="kernels with it in their name")
     options = parser.parse_args()
     started = time.monotonic()
     rows: list[dict[str, Any]] = []
@@ -211,6 +213,7 @@ def main() -> None:
         (case, share, name, loop)
         for case, share in PLACES
         for name, loops in FORMS.items()
+        if options.only in name
         for loop in loops
     ]
     pool = ProcessPoolExecutor(12, multiprocessing.get_context("spawn"))

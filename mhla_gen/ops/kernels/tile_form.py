@@ -38,12 +38,15 @@ class Loop:
     """Steps that are loaded ahead, and the one at work."""
     packed: bool = False
     """Whether queries, keys and values are packed by group or tile; else they are read in place."""
+    max_registers: int | None = None
+    """Most registers of a thread; None leaves them to the compiler."""
 
     @property
     def options(self) -> dict:
         """Compile-time arguments of a kernel."""
         options = {"BM": self.rows, "BN": self.keys}
-        return options | {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        options |= {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return options if self.max_registers is None else options | {"maxnreg": self.max_registers}
 
 
 def forward(

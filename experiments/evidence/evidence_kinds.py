@@ -122,22 +122,34 @@ def run_new(run: Run, config: TrainConfig, shop: Workshop) -> dict[str, Any]:
     """Train on images from scratch, and measure the result."""
     timed = Stopwatch()
     with timed("train"):
-        assert shop.images
-        saved = train(config, title=run.name)
+        saved = train_new(run, config, shop)
     tidy()
     measured = measure_images(run, saved, shop, timed, shop.inspect)
     return {**trained_facts(config), **measured, "seconds": timed.seconds}
 
 
+def train_new(run: Run, config: TrainConfig, shop: Workshop) -> Path:
+    """Train on images from scratch; returns the pipeline."""
+    assert shop.images
+    return train(config, title=run.name)
+
+
 def measure_images(
-    run: Run, saved: Path, shop: Workshop, timed: "Stopwatch", inspect: bool = False
+    run: Run,
+    saved: Path,
+    shop: Workshop,
+    timed: "Stopwatch",
+    inspect: bool = False,
+    held_out: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Loss, and scores of samples, of a trained pipeline."""
+    """Loss, unless it is given, and scores of samples, of a trained pipeline."""
     pipeline: Any = ClassConditionalPipeline.from_pretrained(saved).to(shop.device)
     model, (images, labels) = pipeline.transformer, shop.images.held_out()
     found: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters())}
-    with timed("loss"):
-        found["held_out"] = held_out_loss(model, images, labels, shop.device, _LOSS_BATCH)
+    if held_out is None:
+        with timed("loss"):
+            held_out = held_out_loss(model, images, labels, shop.device, _LOSS_BATCH)
+    found["held_out"] = held_out
     if run.samples:
         with timed("sample"), autocast(shop.device):
             # One label of a real image each, so that classes are as frequent as they are there.
@@ -198,7 +210,8 @@ def run_converted(run: Run, config: TrainConfig, shop: Workshop) -> dict[str, An
             loss = held_out_loss(model, *shop.images.held_out(), shop.device, _LOSS_BATCH)
         noted["points"].append({"steps": steps, "held_out": loss})
         write_json(notes, noted | {"seconds": timed.seconds})
-    measured = measure_images(run, folder / PIPELINE_NAME, shop, timed)
+    last = noted["points"][-1]["held_out"]
+    measured = measure_images(run, folder / PIPELINE_NAME, shop, timed, held_out=last)
     return {
         **trained_facts(config),
         "steps": run.setting.points[-1],

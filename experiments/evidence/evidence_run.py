@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from evidence_data import claimed
-from evidence_kinds import KINDS, Workshop, exact_pairs, tidy
+from evidence_kinds import KINDS, Workshop, exact_pairs, tidy, train_new
 from evidence_plan import PLAN, Plan, Run
 from moving_emoji import FRAMES, SIDE
 
@@ -119,7 +119,11 @@ class Worker:
     def _do(self, run: Run) -> bool:
         began = time.perf_counter()
         try:
-            write_json(self._result(run), self._run(run))
+            if self._result(run).is_file():
+                # Only the weights, from which other runs start, are missing.
+                train_new(run, self.shop.config(run), self.shop)
+            else:
+                write_json(self._result(run), self._run(run))
         except Stopped as stopped:
             print(f"{run.name}: {stopped}", flush=True)
             return True

@@ -24,6 +24,7 @@ from mhla_gen.ops.kernels.tile_call import (
     without,
 )
 from mhla_gen.ops.kernels.tile_form import Loop, descriptor, worth_packing
+from mhla_gen.ops.kernels.tile_keys import tile_backward_packed_keys_kernel
 from mhla_gen.ops.kernels.tile_owners import owners_of_tiles
 from mhla_gen.ops.kernels.tile_reads import pack_tiles, read_groups, read_tiles
 
@@ -53,7 +54,8 @@ def backward(
     if loop.packed:
         listed = read_tiles(key, call, pack=True)[0], pack_tiles(value, call)
     dquery = backward_queries(packs, *listed, lists, extra, call, loop)
-    dkey, dvalue = _backward_keys(packs, keys, value, lists, options["keys"], call)
+    owners = owners_of_tiles(lists, call.placed.num_tiles)
+    dkey, dvalue = backward_keys(packs, keys, value, owners, options["keys"], call)
     dextra = _backward_extra(packs, extra, options["extra"], call)
     return dquery, dkey, dvalue, *dextra
 
@@ -144,17 +146,17 @@ def backward_queries(
     return dquery
 
 
-def _backward_keys(
+def backward_keys(
     packs: tuple[Tensor, ...],
     keys: Tensor,
     value: Tensor,
-    lists: Tensor,
+    owners: tuple[Tensor, Tensor],
     options: dict,
     call: TileCall,
 ) -> tuple[Tensor, Tensor]:
+    """Launch `tile_backward_keys_kernel`."""
     dkey, dvalue = call.query.new_empty(call.query.shape), call.value.new_empty(call.value.shape)
     num_tiles = call.placed.num_tiles
-    owners, counts = owners_of_tiles(lists, num_tiles)
     blocks = quotient_up(call.slots, options["BN"])
     strides = keys.stride(), value.stride(), dkey.stride(), dvalue.stride()
     constants = without(
@@ -163,7 +165,7 @@ def _backward_keys(
     launch(
         tile_backward_keys_kernel,
         (blocks * num_tiles * call.batch_heads,),
-        (*packs, keys, value, call.cos, call.sin, owners, counts, dkey, dvalue),
+        (*packs, keys, value, call.cos, call.sin, *owners, dkey, dvalue),
         (
             *strides,
             call.box,
@@ -175,6 +177,49 @@ def _backward_keys(
             call.scale,
         ),
         constants | {"PACK": packs[0].shape[2]},
+    )
+    return dkey, dvalue
+
+
+def backward_packed_keys(
+    packs: tuple[Tensor, ...],
+    keys: Tensor,
+    values: Tensor,
+    owners: tuple[Tensor, Tensor],
+    call: TileCall,
+    options: dict,
+) -> tuple[Tensor, Tensor]:
+    """Launch `tile_backward_packed_keys_kernel`."""
+    dkey, dvalue = call.query.new_empty(call.query.shape), call.value.new_empty(call.value.shape)
+    num_tiles, slots = call.placed.num_tiles, call.slot_sizes["SLOTS"]
+    queries, grads, *sums = packs
+    strides = dkey.stride(), dvalue.stride()
+    constants = without(
+        kernel_constants(call, options, *strides), "RAGGED", "TAIL", "SLOT_T", "SLOT_H", "SLOT_W"
+    )
+    launch(
+        tile_backward_packed_keys_kernel,
+        (slots // options["BN"] * num_tiles * call.batch_heads,),
+        (
+            *(descriptor(x, options["BM"]) for x in (queries, grads)),
+            *sums,
+            *(descriptor(x, options["BN"]) for x in (keys, values)),
+            call.cos,
+            call.sin,
+            *owners,
+            dkey,
+            dvalue,
+        ),
+        (
+            *strides,
+            call.box,
+            call.query.shape[2],
+            num_tiles,
+            call.placed.num_groups,
+            call.scale * LOG2E,
+            call.scale,
+        ),
+        constants | {"PACK": queries.shape[2]},
     )
     return dkey, dvalue
 

@@ -1,0 +1,239 @@
+"""Time the backward pass of tile attention, kernel by kernel and in several forms.
+
+python benchmarks/tile_backward_sweep.py OUT.json [--seconds S]        needs CUDA
+
+Rows `dk dv` and `dq`: milliseconds of one kernel, its registers and spills, and how far gradients
+are from those of the kernel that reads tokens in place, in parts of the largest entry. A form that
+does not compile or launch has an `error` instead. Rows `pass`: every kernel of the backward pass,
+from torch's profiler. Rows are written as they come. Kernels are compiled first, in parallel.
+"""
+
+import argparse
+import json
+import math
+import multiprocessing
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from kernel_resources import AbsentCard, watch
+from kernel_speed import time_ms
+from tile_kernels import kernel_ms
+from tile_sweep import Inputs
+from torch import Tensor
+from triton.runtime import driver
+
+from mhla_gen.bench.ops import Case
+from mhla_gen.ops.kernels import tile_gradients, tile_reads
+from mhla_gen.ops.kernels.tile_form import Loop
+from mhla_gen.ops.kernels.tile_owners import owners_of_tiles
+
+WAN_480 = Case(1, 12, (21, 30, 50), 128, (3, 5, 10), True)
+WAN_720 = Case(1, 12, (21, 45, 80), 128, (3, 5, 10), True)
+PLACES = ((WAN_480, 0.05), (WAN_480, 0.125), (WAN_720, 0.05))
+
+
+@dataclass(frozen=True)
+class Form:
+    """A kernel and how it is launched."""
+
+    kernel: str
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+    form: str = ""
+    registers: int | None = None
+    held: bool = False
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Compile-time arguments."""
+        found: dict[str, Any] = {"BM": self.rows, "BN": self.keys}
+        found |= {"HELD": True} if self.held else {}
+        found |= {"num_warps": self.warps, "num_stages": self.stages}
+        if self.registers is not None:
+            found["maxnreg"] = self.registers
+        return found
+
+
+class Capped(Loop):
+    """A loop with any options."""
+
+    def __init__(self, form: Form):
+        super().__init__(form.rows, form.keys, form.warps, form.stages, packed=True)
+        object.__setattr__(self, "found", form.options)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Compile-time arguments."""
+        return vars(self)["found"]
+
+
+FORMS = (
+    Form("dk dv", 64, 64, 4, 2),
+    Form("dk dv", 64, 64, 4, 2, "rows"),
+    Form("dk dv", 64, 64, 4, 3, "rows"),
+    Form("dk dv", 32, 64, 4, 3, "rows"),
+    Form("dk dv", 32, 64, 4, 4, "rows"),
+    Form("dk dv", 32, 64, 4, 2, "rows", 168),
+    Form("dk dv", 64, 64, 8, 2, "rows", 128),
+    Form("dk dv", 64, 64, 4, 2, "rows", None, True),
+    Form("dk dv", 32, 64, 4, 3, "rows", None, True),
+    Form("dk dv", 64, 64, 4, 2, "columns"),
+    Form("dk dv", 64, 64, 4, 3, "columns"),
+    Form("dk dv", 128, 64, 8, 2, "columns"),
+    Form("dk dv", 64, 64, 8, 2, "columns", 128),
+    Form("dk dv", 64, 64, 8, 3, "columns"),
+    Form("dk dv", 64, 64, 4, 2, "turned"),
+    Form("dk dv", 128, 64, 8, 2, "turned"),
+    Form("dq", 128, 64, 8, 3),
+    Form("dq", 128, 64, 8, 2, "", 128),
+    Form("dq", 128, 64, 8, 4),
+    Form("dq", 128, 64, 8, 3, "", None, True),
+    Form("dq", 64, 64, 4, 2, "", None, True),
+    Form("dq", 64, 64, 4, 3),
+    Form("dq", 128, 64, 4, 2),
+)
+NAMES = {"dk dv": "tile_backward_packed_keys_kernel", "dq": "tile_backward_queries_kernel"}
+Job = tuple[Case, float, Form]
+_NARROW = {"BM": 64, "BN": 64, "num_warps": 4, "num_stages": 2}
+
+
+class Problem:
+    """The inputs of backward's kernels, packed."""
+
+    def __init__(self, case: Case, share: float, device: str):
+        self.inputs = inputs = Inputs(case, share, device)
+        meta = device == "meta"
+        self.out, self.lse, self.lists = inputs.unwritten() if meta else inputs.forward()
+        call = inputs.call
+        self.packs = tile_gradients.pack_queries(
+            inputs.grad, None, inputs.query, self.out, self.lse, call, 128
+        )
+        self.keys = tile_reads.read_tiles(inputs.key, call, pack=True)[0]
+        self.values = tile_reads.pack_tiles(inputs.value, call)
+        self.rotated = tile_reads.read_tiles(inputs.key, call)[0]
+        self.owners = owners_of_tiles(self.lists, call.placed.num_tiles)
+
+    def run(self, form: Form) -> tuple[Tensor, ...]:
+        """Gradients by one kernel."""
+        call, value = self.inputs.call, self.inputs.value
+        if form.kernel == "dq":
+            loop = Capped(form)
+            packs = self.packs
+            return (
+                tile_gradients.backward_queries(
+                    packs, self.keys, self.values, self.lists, None, call, loop
+                ),
+            )
+        if form.form == "":
+            return tile_gradients.backward_keys(
+                self.packs, self.rotated, value, self.owners, form.options, call
+            )
+        options = form.options | {"FORM": form.form}
+        return tile_gradients.backward_packed_keys(
+            self.packs, self.keys, self.values, self.owners, call, options
+        )
+
+    def whole(self) -> tuple[Tensor, ...]:
+        """The whole pass."""
+        x = self.inputs
+        return tile_gradients.backward(
+            x.grad, None, x.query, x.key, x.value, None, self.out, self.lse, self.lists, x.call
+        )
+
+
+def compile_form(job: Job) -> dict[str, Any]:
+    """Compile one form, without a GPU, into Triton's cache; figures from its machine code."""
+    case, share, form = job
+    driver.set_active(AbsentCard(90))  # pyright: ignore[reportArgumentType]
+    found: dict[str, Any] = {}
+    name = "tile_backward_keys_kernel" if form == FORMS[0] else NAMES[form.kernel]
+    watch(lambda _name, figures: found.update(figures), name)
+    try:
+        Problem(case, share, "meta").run(form)
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}"[:400]}
+    return {figure: found[figure] for figure in ("registers", "spills", "programs", "in line")}
+
+
+class Bench:
+    """Measures forms one after the other, at one place at a time."""
+
+    def __init__(self) -> None:
+        self.place: Any = None
+
+    def at(self, case: Case, share: float) -> Problem:
+        """The problem of a place."""
+        if self.place != (case, share):
+            self.place, self.problem = (case, share), Problem(case, share, "cuda")
+            keys = Form("dk dv", 64, 64, 4, 2)
+            queries = Form("dq", 64, 64, 4, 2)
+            self.expected = {form.kernel: self.problem.run(form) for form in (keys, queries)}
+        return self.problem
+
+    def __call__(self, job: Job) -> dict[str, Any]:
+        """Time and error of a form, or why there are none."""
+        case, share, form = job
+        problem = self.at(case, share)
+        try:
+            pairs = zip(problem.run(form), self.expected[form.kernel], strict=True)
+            errors = [float((a - e).abs().max() / e.abs().max()) for a, e in pairs]
+            same = all(map(torch.equal, problem.run(form), problem.run(form)))
+            return {"ms": time_ms(lambda: problem.run(form)), "errors": errors, "same": same}
+        except Exception as error:
+            return {"error": f"{type(error).__name__}: {error}"[:400]}
+
+
+def main() -> None:
+    """Compile, measure, print and write row by row."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--seconds", type=float, default=55.0)
+    parser.add_argument("--processes", type=int, default=14)
+    options = parser.parse_args()
+    end = time.monotonic() + options.seconds
+    rows: list[dict[str, Any]] = []
+    found: dict[str, Any] = {
+        "command": f"python benchmarks/tile_backward_sweep.py {options.out.name}",
+        "date": date.today().isoformat(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "torch": torch.__version__,
+        "rows": rows,
+    }
+
+    def keep(row: dict[str, Any]) -> None:
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+        options.out.write_text(json.dumps(found, indent=1) + "\n")
+
+    jobs: list[Job] = [(case, share, form) for case, share in PLACES for form in FORMS]
+    pool = ProcessPoolExecutor(options.processes, multiprocessing.get_context("spawn"))
+    compiled = {job: pool.submit(compile_form, job) for job in jobs}
+    bench = Bench()
+    for job, figures in compiled.items():
+        if time.monotonic() > end:
+            print("out of time")
+            break
+        case, share, form = job
+        shape = [case.batch, case.heads, math.prod(case.grid), case.head_dim]
+        row = {"shape": shape, "share": share, **vars(form), **figures.result()}
+        if found["device"] != "none" and "error" not in row:
+            row |= bench(job)
+        keep(row)
+        if found["device"] != "none" and form == FORMS[-1]:
+            problem = bench.at(case, share)
+            run: Callable[[], object] = problem.whole
+            keep({"shape": shape, "share": share, "kernel": "pass", "ms": time_ms(run)})
+            keep({"shape": shape, "share": share, "kernel": "pass", "kernels": kernel_ms(run)})
+    pool.shutdown(cancel_futures=True)
+
+
+if __name__ == "__main__":
+    main()

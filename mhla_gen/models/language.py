@@ -7,6 +7,7 @@ import inspect
 from dataclasses import replace
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.cache_utils import DynamicLayer
@@ -71,9 +72,10 @@ class CausalModel(nn.Module):
                 )
             mask = attention_mask[:, -tokens.shape[1] :].bool()
             mask = None if mask.all() else mask
-            if all(hasattr(layer.self_attn, "mhla") for layer in self.layers):
-                # Avoids building the mask of all pairs: one with four axes is passed on unchanged.
-                attention_mask = attention_mask[:, None, None]
+        if tokens is not None and all(hasattr(layer.self_attn, "mhla") for layer in self.layers):
+            # A mask with four axes is passed on unchanged. Without one, transformers builds that of
+            # all pairs, or waits for the device to see whether there must be one.
+            attention_mask = torch.empty(1, 1, 1, 1, device=tokens.device)
         return super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -43,6 +43,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import mhla_gen
 from mhla_gen import CausalMHLAConfig
 from mhla_gen.files import write_json, write_tensors
+from mhla_gen.models.language import MHLALanguageModel
+from mhla_gen.runtime.recorded_training import RecordedTraining
 
 PRETRAINED = "softmax.safetensors"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -118,6 +120,15 @@ def train(model: Any, text: torch.Tensor, sizes: Sizes, steps: int, rate: float,
     generator = torch.Generator().manual_seed(seed)
     warm_up = max(1, steps // 20)
     model.train()
+
+    def mean_loss(tokens: torch.Tensor) -> torch.Tensor:
+        with autocast(tokens):
+            return losses(model, tokens).mean()
+
+    # A small model takes longer to launch than to run. Softmax layers would get another kernel,
+    # because transformers gives them a mask of all pairs while it is recorded.
+    records = text.is_cuda and isinstance(model, MHLALanguageModel)
+    compute = RecordedTraining(model, mean_loss) if records else mean_loss
     for step in range(steps):
         place = min(1.0, (step + 1) / warm_up)
         cosine = 0.55 + 0.45 * np.cos(np.pi * step / steps)
@@ -125,14 +136,15 @@ def train(model: Any, text: torch.Tensor, sizes: Sizes, steps: int, rate: float,
             group["lr"] = rate * place * cosine
         starts = torch.randint(len(text) - sizes.seq_len, (sizes.batch, 1), generator=generator)
         index = (starts + torch.arange(sizes.seq_len + 1)).to(text.device, non_blocking=True)
-        with autocast(text):
-            loss = losses(model, text[index]).mean()
+        loss = compute(text[index])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if step % 100 == 0:
             print(f"    step {step}: {loss.item() / np.log(2):.3f} bits a byte", flush=True)
+    if isinstance(compute, RecordedTraining):
+        compute.forget()
 
 
 def losses(model: Any, tokens: torch.Tensor) -> torch.Tensor:

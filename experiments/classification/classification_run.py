@@ -19,7 +19,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,6 +35,7 @@ import mhla_gen
 from mhla_gen import LinformerConfig
 from mhla_gen.bench.measure import graph_latency_ms, latency_ms
 from mhla_gen.files import write_json
+from mhla_gen.runtime.recorded_training import RecordedTraining
 from mhla_gen.training.optim import build_optimizer
 
 PATCH, SIDE = 4, 64
@@ -148,18 +149,25 @@ def train(job: Job) -> dict[str, Any] | None:
         optimizer, 1e-3, total_steps=steps, pct_start=0.1, cycle_momentum=False
     )
     generator = torch.Generator(device).manual_seed(job.seed)
+
+    def classify(pixels: Tensor) -> Tensor:
+        with torch.autocast(device, torch.bfloat16):
+            return model(pixels).float()
+
+    # A small model takes longer to launch than to run.
+    passes = RecordedTraining(model, classify) if device == "cuda" else classify
     losses = []
     for index in batches(len(known), job.batch, job.epochs, device, job.seed):
         pixels = augmented(known[index], generator)
-        with torch.autocast(device, torch.bfloat16):
-            logits = model(pixels)
-        loss = F.cross_entropy(logits.float(), targets[index], label_smoothing=0.1)
+        loss = F.cross_entropy(passes(pixels), targets[index], label_smoothing=0.1)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         losses.append(loss.detach())
+    if isinstance(passes, RecordedTraining):
+        passes.forget()
     # Linformer's matrices have columns for one number of tokens only.
     sides = SIDES[:1] if isinstance(arm.config, LinformerConfig) else SIDES
     scores = {
@@ -237,7 +245,7 @@ def train_missing(
     settings: dict[str, int],
     result: dict[str, Any],
     keep: Callable[[str, str, Any], None],
-    pool: ProcessPoolExecutor,
+    pool: Executor,
 ) -> list[str]:
     """Train what is missing, as far as the time allows; returns what failed."""
     deadline = _began + options.seconds
@@ -258,6 +266,14 @@ def train_missing(
             failed.append(f"{running[future].name}: {error!r}")
             print(failed[-1], flush=True)
     return failed
+
+
+def workers(processes: int) -> Executor:
+    """What trains several models at a time; a single process is this one."""
+    if processes == 1:
+        return ThreadPoolExecutor(1)
+    # CUDA does not survive a fork.
+    return ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"))
 
 
 def machine() -> dict[str, str]:
@@ -301,9 +317,7 @@ def main() -> None:
         write_json(options.result, result, indent=1)
         print(f"{time.time() - _began:.0f} s: {kind} of {name}", flush=True)
 
-    # CUDA does not survive a fork.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(options.processes, mp_context=context) as pool:
+    with workers(options.processes) as pool:
         # Processes take long to start; speeds are measured meanwhile.
         for _ in range(options.processes):
             pool.submit(time.time)

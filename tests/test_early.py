@@ -21,6 +21,18 @@ MISTAKES = [
     ),
     ("sample", "pipeline={0}/wan output_dir={0}/taken", "but files that this command did not"),
     ("train", "output_dir={0}/taken", "exists and is not a training run"),
+    (
+        "train",
+        "output_dir={0}/taken data.source=npz data.path={0}/no.npz model.pretrained={0}/no",
+        "choose another one; also: data.path {0}/no.npz does not exist; also: model.pretrained={0}",
+    ),
+    ("train", "distill.teacher={0}/no output_dir={0}/new", "distill.teacher={0}/no: there is no"),
+    (
+        "train",
+        "distill.teacher=NOPE data.source=npz data.path={0}/no",
+        "also: distill.teacher=NOPE",
+    ),
+    ("train", "data.source=clips data.path={0}/clips", "must be cached first"),
     ("train", "output_dir={0}/run max_steps=7", "contains a run; add resume=latest"),
     ("train", "output_dir={0}/run max_steps=7 seed=3 resume=latest", "seed: found 0, asked for 3"),
     ("train", "data.source=cache data.path={0}/no", "data.path {0}/no does not exist"),
@@ -30,8 +42,51 @@ MISTAKES = [
         "evaluation.reference {0}/no.npz does not exist",
     ),
     ("cache", "data.source=clips data.path={0}/clips vae.path=x", "1 of 1 clips have no caption"),
+    ("cache", "data.source=folder data.path={0}/clips data.image_size=8", "a cache needs vae.path"),
+    ("cache", "vae.path=NOPE output_dir={0}/new", "vae.path=NOPE: there is no such folder"),
+    (
+        "cache",
+        "vae.path={0}/clips text.path=NOPE",
+        "a training run that has finished; also: te",
+    ),
+    ("cache", "output_dir={0}/run vae.path=a/b", "was written by another command"),
+    ("cache", "output_dir={0}/no verify=true", "output_dir {0}/no does not exist"),
     ("evaluate", "samples={0}/no.npz reference={0}/wan", "samples {0}/no.npz does not exist"),
+    ("evaluate", "", "samples=PATH is required"),
+    ("evaluate", "samples={0} reference={0} metrics=[fvd]", "fvd cannot be measured with"),
+    (
+        "evaluate",
+        "samples={0} reference={0} features.weights={0}/no",
+        "features.weights {0}/no",
+    ),
     ("reference", "data={0}/no", "data {0}/no does not exist"),
+    ("reference", "data={0} out=mean.txt", "out must be an npz file, found mean.txt"),
+    (
+        "sample",
+        "pipeline=a/b evaluate.reference={0}/no",
+        "evaluate.reference {0}/no does not",
+    ),
+    (
+        "sample",
+        "pipeline=a/b evaluate.metrics=[kid]",
+        "reference=PATH is required for every",
+    ),
+    ("inspect", "output_dir={0}/new", "inspect needs a model"),
+    (
+        "inspect",
+        "{0}/clips teacher=NOPE",
+        "run with a pipeline or a checkpoint; also",
+    ),
+    ("inspect", "model={0}/wan output_dir={0}/taken", "but files that this command did not"),
+    (
+        "inspect sensitivity",
+        "{0}/no data.source=npz data.path={0}/no",
+        "also: data.path {0}/no",
+    ),
+    ("convert", "", "set source to"),
+    ("convert", "source={0}/no.pt output_dir={0}/taken", "also: source {0}/no.pt does not exist"),
+    ("bench", "output_dir={0}/measured", "contains an earlier measurement"),
+    ("quickstart", "output_dir={0}/taken", "but files that this command did not"),
 ]
 CODE = """
 import json, sys
@@ -40,7 +95,7 @@ from io import StringIO
 from mhla_gen.cli import main
 for command, settings in json.loads(sys.argv[1]):
     with redirect_stderr(StringIO()) as said:
-        status = main([command, *settings.split()])
+        status = main([*command.split(), *settings.split()])
     print(json.dumps([status, said.getvalue()]))
 loaded = {"torch", "diffusers", "transformers", "accelerate"} & set(sys.modules)
 print(json.dumps(sorted(loaded)))
@@ -58,6 +113,8 @@ def folder(tmp_path):
     (tmp_path / "run" / "config.yaml").write_text("job: train\nmax_steps: 7\n")
     (tmp_path / "clips").mkdir()
     tiny_video(tmp_path / "clips" / "dog.mp4", frames=2)
+    (tmp_path / "measured").mkdir()
+    (tmp_path / "measured" / "bench.json").write_text("{}")
     return tmp_path
 
 

@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
+from mhla_gen.bench.folder import PICTURE_NAME, RESULTS_NAME, check_output_dir
 from mhla_gen.bench.model import bench_model
 from mhla_gen.bench.ops import bench_ops, settings_of
 from mhla_gen.config import BenchConfig
-from mhla_gen.errors import OccupiedError, UserError
+from mhla_gen.errors import UserError
 from mhla_gen.files import write_json, write_picture
 from mhla_gen.ops import IMPLEMENTATIONS
 from mhla_gen.runtime.devices import resolve_device
@@ -48,15 +49,11 @@ def bench(config: BenchConfig) -> dict[str, Any]:
         What the JSON holds: `rows`, and how they were measured.
 
     Raises:
-        FileExistsError: If the folder holds an earlier measurement.
+        OSError: If the folder holds an earlier measurement, or cannot be written.
         ValueError: If a setting needs a GPU, and there is none.
     """
     folder = Path(config.output_dir)
-    if (folder / "bench.json").exists():
-        raise OccupiedError(
-            f"output_dir {folder} contains an earlier measurement; choose another one or move "
-            "it away"
-        )
+    check_output_dir(folder)
     device = resolve_device(config.device)
     if config.cuda_graphs and device.type != "cuda":
         raise UserError("cuda_graphs=true needs a GPU, found none; leave it out")
@@ -73,12 +70,12 @@ def bench(config: BenchConfig) -> dict[str, Any]:
         print(_line(row), flush=True)
         # Written row by row: a long run that is cut short keeps what it measured.
         result = {"rows": rows, "dtype": config.dtype, **provenance(device)}
-        write_json(folder / "bench.json", result, indent=1)
+        write_json(folder / RESULTS_NAME, result, indent=1)
     for step in ("forward", "train"):
         if said := _said_crossover(rows, step):
             print(said)
-    plot(rows, folder / "bench.png", f"{result['device']}, {config.dtype}" if result else "")
-    print(f"wrote {folder / 'bench.json'} and {folder / 'bench.png'}")
+    plot(rows, folder / PICTURE_NAME, f"{result['device']}, {config.dtype}" if result else "")
+    print(f"wrote {folder / RESULTS_NAME} and {folder / PICTURE_NAME}")
     return result
 
 

@@ -4,83 +4,136 @@ The commands repeat them, in one process on behalf of all.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mhla_gen.config import (
+    BenchConfig,
     CacheConfig,
+    ConvertConfig,
     DataConfig,
     EvaluateConfig,
+    FeaturesConfig,
+    InspectConfig,
+    QuickstartConfig,
     ReferenceConfig,
     SampleConfig,
+    SensitivityConfig,
     TrainConfig,
 )
+from mhla_gen.config.inspection import FREE_OF_SCAN
 from mhla_gen.errors import MissingError, UserError
-from mhla_gen.hub import INDEX_NAME, find
-from mhla_gen.outputs.folders import check_writable, made_with
+from mhla_gen.hub import INDEX_NAME, PIPELINE_NAME, find, locate
+from mhla_gen.outputs.folders import CONFIG_NAME, check_writable, made_with
 
 # The pipelines of classes; all others take prompts.
 _OF_CLASSES = ("ClassConditionalPipeline", "DiTPipeline")
+_Checks = Iterator[Callable[[], None]]
 
 
 def check_early(config: Any) -> None:
-    """Raise for what is wrong with the files and folders that a config names.
+    """Raise for all that is wrong with the files and folders that a config names.
 
     Raises:
-        UserError: In one sentence.
+        UserError: In one sentence a mistake.
     """
-    check = _CHECKS.get(type(config))
-    if check is not None:
-        check(config)
+    mistakes: list[UserError] = []
+    for check in _CHECKS.get(type(config), _nothing)(config):
+        try:
+            check()
+        except UserError as error:
+            mistakes.append(error)
+    if len(mistakes) == 1:
+        raise mistakes[0]
+    if mistakes:
+        raise UserError("; also: ".join(map(str, mistakes)))
 
 
-def _train(config: TrainConfig) -> None:
+def _nothing(config: Any) -> _Checks:
+    yield from ()
+
+
+def _train(config: TrainConfig) -> _Checks:
     from mhla_gen.training.run_folder import check_output_dir, pipeline_steps
 
-    check_output_dir(config)
-    if pipeline_steps(Path(config.output_dir)) == config.max_steps:
+    folder = Path(config.output_dir)
+    yield partial(check_output_dir, config)
+    if config.distill is None:
+        finished = pipeline_steps(folder) == config.max_steps
+    else:
+        finished = (folder / PIPELINE_NAME).is_dir()
+    if finished:
         # A finished run does not need its data to say that it is finished.
         return
-    _data(config.data)
+    yield partial(_data, config.data)
+    if config.distill is None:
+        yield partial(_model, "model.pretrained", config.model.pretrained)
+    else:
+        yield partial(_model, "distill.teacher", config.distill.teacher)
+        yield partial(_model, "distill.start", config.distill.start)
     if config.evaluate_every:
-        _exist("evaluation.reference", config.evaluation.reference)
+        yield partial(_exist, "evaluation.reference", config.evaluation.reference)
+        yield partial(_weights, "evaluation.features", config.evaluation.features)
 
 
-def _cache(config: CacheConfig) -> None:
+def _cache(config: CacheConfig) -> _Checks:
+    from mhla_gen.data.caching.folder import check_output_dir
+
     if config.verify:
+        yield partial(_exist, "output_dir", config.output_dir)
         return
-    check_writable(config.output_dir)
+    yield config.require_autoencoder
+    yield partial(check_output_dir, config)
     if config.data.source == "clips":
         from mhla_gen.data.clip_files import with_captions
 
-        with_captions(config.data, config.clips.missing_caption)
+        yield partial(with_captions, config.data, config.clips.missing_caption)
     else:
-        _data(config.data)
+        yield partial(_data, config.data)
+    for part in ("vae", "text", "image_encoder"):
+        yield partial(_model, f"{part}.path", getattr(config, part).path)
 
 
-def _sample(config: SampleConfig) -> None:
+def _sample(config: SampleConfig) -> _Checks:
     from mhla_gen.sampling.own_settings import free_of
-    from mhla_gen.sampling.prompts import missing_prompts, read_prompts
+    from mhla_gen.sampling.prompts import read_prompts
 
-    made_with(config.output_dir, config, free_of(config))
-    check_writable(config.output_dir)
-    prompts = [] if config.prompts is None else read_prompts(config.prompts)
-    _exist("prompt_embeds", config.prompt_embeds)
-    _exist("image", config.image)
+    yield lambda: _made_by(config, free_of(config))
+    yield partial(check_writable, config.output_dir)
+    yield partial(_model, "pipeline", config.pipeline, newest=True)
+    if config.adapter is not None and not Path(config.adapter).exists():
+        yield partial(_named, "adapter", config.adapter, find)
+    if config.prompts is not None:
+        yield lambda: _images_of(read_prompts(config.prompts))
+    elif config.prompt_embeds is None:
+        yield partial(_prompts, config)
+    yield partial(_exist, "prompt_embeds", config.prompt_embeds)
+    yield partial(_exist, "image", config.image)
+    if config.evaluate is not None:
+        yield replace(config.evaluate, samples=config.output_dir).check_comparison
+        yield partial(_exist, "evaluate.reference", config.evaluate.reference)
+        yield partial(_weights, "evaluate.features", config.evaluate.features)
+
+
+def _images_of(prompts: Any) -> None:
     for number, prompt in enumerate(prompts):
         if prompt.image is not None and not Path(prompt.image).is_file():
             raise MissingError(f"image {prompt.image} of prompt {number} does not exist")
-    place = find(config.pipeline, newest=True)
-    if config.adapter is not None and not Path(config.adapter).exists():
-        find(config.adapter)
+
+
+def _prompts(config: SampleConfig) -> None:
+    """Raise if a pipeline here takes prompts, and there are none."""
+    from mhla_gen.sampling.prompts import missing_prompts
+
+    place = find(config.pipeline, newest=True) if Path(config.pipeline).exists() else None
     index = None if place is None else Path(place) / INDEX_NAME
-    if index is not None and index.is_file() and not prompts and config.prompt_embeds is None:
+    if index is not None and index.is_file():
         name = _class_in(index)
         if name is not None and name not in _OF_CLASSES:
             raise UserError(missing_prompts(name, config.pipeline))
-    if config.evaluate is not None:
-        _exist("evaluate.reference", config.evaluate.reference)
 
 
 def _class_in(index: Path) -> str | None:
@@ -91,19 +144,93 @@ def _class_in(index: Path) -> str | None:
         return None
 
 
-def _evaluate(config: EvaluateConfig) -> None:
-    _exist("samples", config.samples)
-    _exist("reference", config.reference)
+def _evaluate(config: EvaluateConfig) -> _Checks:
+    yield config.check_comparison
+    yield partial(check_writable, Path(config.out).parent, "out")
+    yield partial(_exist, "samples", config.samples)
+    yield partial(_exist, "reference", config.reference)
+    yield partial(_weights, "features", config.features)
 
 
-def _reference(config: ReferenceConfig) -> None:
-    _exist("data", config.data)
+def _reference(config: ReferenceConfig) -> _Checks:
+    yield config.check_files
+    yield partial(check_writable, Path(config.out).parent, "out")
+    yield partial(_exist, "data", config.data)
+    yield partial(_weights, "features", config.features)
+
+
+def _inspect(config: InspectConfig) -> _Checks:
+    yield config.require_model
+    yield lambda: _made_by(config)
+    yield partial(check_writable, Path(config.output_dir).parent)
+    yield partial(_model, "model", config.model, newest=True)
+    yield partial(_model, "teacher", config.teacher, newest=True)
+    if config.data is not None:
+        yield partial(_data, config.data)
+
+
+def _sensitivity(config: SensitivityConfig) -> _Checks:
+    yield config.require_model
+    yield lambda: _made_by(config, FREE_OF_SCAN)
+    yield partial(check_writable, config.output_dir)
+    yield partial(_model, "model", config.model, newest=True)
+    if config.data is not None:
+        yield partial(_data, config.data)
+
+
+def _convert(config: ConvertConfig) -> _Checks:
+    yield config.require_source
+    yield lambda: _made_by(config)
+    if not _is_ours(config):
+        yield partial(check_writable, config.output_dir)
+        yield partial(_exist, "source", config.source)
+
+
+def _bench(config: BenchConfig) -> _Checks:
+    from mhla_gen.bench.folder import check_output_dir
+
+    yield partial(check_output_dir, config.output_dir)
+
+
+def _quickstart(config: QuickstartConfig) -> _Checks:
+    yield lambda: _made_by(config)
+    if not _is_ours(config):
+        yield partial(check_writable, config.output_dir)
+
+
+def _is_ours(config: Any) -> bool:
+    """Whether a command of ours wrote the output folder, which a finished one only reads."""
+    return (Path(config.output_dir) / CONFIG_NAME).is_file()
+
+
+def _made_by(config: Any, ignore: tuple[str, ...] = ("output_dir",)) -> None:
+    made_with(config.output_dir, config, ignore)
 
 
 def _data(config: DataConfig) -> None:
     # Shards are named by a pattern.
     if config.source != "webdataset":
         _exist("data.path", config.path)
+
+
+def _model(name: str, path: str | None, newest: bool = False) -> None:
+    """Raise unless a saved model or run is there, or the path can be a name on the hub."""
+    if path is not None:
+        _named(name, path, partial(locate, newest=newest))
+
+
+def _named(name: str, path: str, look: Callable[[str], Any]) -> None:
+    try:
+        look(path)
+    except MissingError as error:
+        # Its message begins with the path.
+        raise MissingError(f"{name}={error}") from error
+
+
+def _weights(name: str, features: FeaturesConfig) -> None:
+    # DINOv2 also has a name on the hub.
+    if features.extractor != "dinov2":
+        _exist(f"{name}.weights", features.weights)
 
 
 def _exist(name: str, paths: Any) -> None:
@@ -113,10 +240,15 @@ def _exist(name: str, paths: Any) -> None:
             raise MissingError(f"{name} {path} does not exist")
 
 
-_CHECKS: dict[type, Callable[[Any], None]] = {
+_CHECKS: dict[type, Callable[[Any], _Checks]] = {
     TrainConfig: _train,
     CacheConfig: _cache,
     SampleConfig: _sample,
     EvaluateConfig: _evaluate,
     ReferenceConfig: _reference,
+    InspectConfig: _inspect,
+    SensitivityConfig: _sensitivity,
+    ConvertConfig: _convert,
+    BenchConfig: _bench,
+    QuickstartConfig: _quickstart,
 }

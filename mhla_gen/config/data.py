@@ -186,6 +186,15 @@ class CacheConfig(Settings):
         if self.data.source == "cache":
             raise UserError("data.source=cache is a cache already; name the source to make it from")
 
+    def require_autoencoder(self) -> None:
+        """Raise unless there is something to encode with.
+
+        Raises:
+            UserError: Naming the setting.
+        """
+        if self.vae.path is None:
+            raise UserError("a cache needs vae.path, the folder or hub name of an autoencoder")
+
 
 def _normalize_buckets(buckets: Any) -> tuple[tuple[int, int, int], ...]:
     message = f"clips.buckets must be a list of [frames, height, width], found {buckets!r}"

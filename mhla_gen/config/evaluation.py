@@ -105,6 +105,36 @@ class EvaluateConfig(Settings):
         if not self.metrics:
             raise UserError(f"metrics must name at least one of {', '.join(known)}")
 
+    def check_comparison(self) -> None:
+        """Raise unless samples and reference are given, and the extractor has the metrics.
+
+        Raises:
+            UserError: Naming what to change.
+        """
+        if self.samples is None:
+            raise UserError("samples=PATH is required: the images to measure")
+        if self.reference is None and set(self.metrics) != {"is"}:
+            raise UserError("reference=PATH is required for every metric but is")
+        extractor = self.features.extractor
+        wrong = [name for name in self.metrics if not _fits(name, extractor)]
+        if wrong:
+            remedy = {"inception": "metrics=[fid]", "i3d": "metrics=[fvd]"}.get(
+                extractor, "metrics=[fd,precision,recall,kid]"
+            )
+            raise UserError(
+                f"{', '.join(wrong)} cannot be measured with features.extractor={extractor}: fid, "
+                "sfid and is mean inception, fvd means i3d, fd is the same distance on any other "
+                f"network; give {remedy}, for example"
+            )
+
+
+def _fits(metric: str, extractor: str) -> bool:
+    if metric in ("fid", "sfid", "is"):
+        return extractor == "inception"
+    if metric == "fvd":
+        return extractor == "i3d"
+    return metric != "fd" or extractor not in ("inception", "i3d")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceConfig(Settings):
@@ -132,3 +162,14 @@ class ReferenceConfig(Settings):
     def __post_init__(self):
         super().__post_init__()
         self._settle(data=normalize_paths("data", self.data))
+
+    def check_files(self) -> None:
+        """Raise unless images are given, and a file that can hold their statistics.
+
+        Raises:
+            UserError: Naming the setting.
+        """
+        if self.data is None:
+            raise UserError("data=FOLDER is required: the images to take statistics of")
+        if not self.out.endswith(".npz"):
+            raise UserError(f"out must be an npz file, found {self.out}")

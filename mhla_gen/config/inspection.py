@@ -20,6 +20,8 @@ from mhla_gen.config.mhla import MHLAConfig
 from mhla_gen.errors import UserError
 
 Timestep = Annotated[int, Range(0, 1000, open_high=True)]
+FREE_OF_SCAN = ("output_dir", "softmax_layers", "max_error", "device")
+"""A scan may be resumed with other values of these: a finished one answers for any budget."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +62,17 @@ class InputsConfig(Settings):
             self._settle(grid=normalize_integers("grid", self.grid, 1))
         if self.data is not None and self.classes != "all":
             raise UserError("data have their own classes; leave out classes or data")
+
+    def require_model(self) -> None:
+        """Raise unless there is something to inspect.
+
+        Raises:
+            UserError: Naming the setting.
+        """
+        if self.model is None:
+            raise UserError(
+                "inspect needs a model: a folder or a name on the hub, as first argument or model=…"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -58,6 +58,15 @@ class ConvertConfig(Settings):
                     f"{name} is for format={' or '.join(used)}, found format={self.format}"
                 )
 
+    def require_source(self) -> None:
+        """Raise unless there is something to convert.
+
+        Raises:
+            UserError: Naming the setting.
+        """
+        if self.source is None:
+            raise UserError("set source to the checkpoint to convert")
+
 
 # Methods of BenchConfig that models are not measured with, and settings for operators.
 _OPS_ALONE = ("softmax_causal", "linformer", "causal")

@@ -156,6 +156,11 @@ class TrainConfig(Settings):
     def __post_init__(self):
         super().__post_init__()
         check_share("gradient_checkpointing", self.gradient_checkpointing)
+        if self.data.source == "clips":
+            raise UserError(
+                "data.source=clips must be cached first: run `mhla-gen cache`, then train with "
+                "data.source=cache"
+            )
         if self.float8 and self.mixed_precision != "bf16":
             raise UserError(f"float8 needs mixed_precision=bf16, found {self.mixed_precision}")
         if self.wan is not None and self.transformer is not None:

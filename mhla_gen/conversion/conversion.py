@@ -50,8 +50,7 @@ def convert(config: ConvertConfig, dry_run: bool = False) -> None:
         ValueError: If the checkpoint is of another kind or cannot be represented exactly.
         OSError: If a file is missing or the output folder holds something else.
     """
-    if config.source is None:
-        raise UserError("set source to the checkpoint to convert")
+    config.require_source()
     folder = Path(config.output_dir)
     if made_with(folder, config):
         print(f"{folder} already contains this conversion; nothing was done")

@@ -19,11 +19,6 @@ def load_data(config: DataConfig) -> TrainingData:
         ValueError: If the data do not fit their description.
         FileNotFoundError: If they are missing.
     """
-    if config.source == "clips":
-        raise UserError(
-            "data.source=clips must be cached first: run `mhla-gen cache`, then train with "
-            "data.source=cache"
-        )
     if config.source == "cache":
         cache = CachedLatents.open(str(config.path))
         cache.require(config)

@@ -34,8 +34,6 @@ from mhla_gen.outputs.folders import check_writable
 from mhla_gen.runtime.processes import processes
 from mhla_gen.version import __version__
 
-_OF_INCEPTION = ("fid", "sfid", "is")
-
 
 def evaluate(config: EvaluateConfig, dry_run: bool = False) -> list[Result]:
     """Measure samples against a reference, print a table and write `config.out`.
@@ -50,9 +48,7 @@ def evaluate(config: EvaluateConfig, dry_run: bool = False) -> list[Result]:
     Raises:
         EvaluationError: If something is missing, unusable or not comparable.
     """
-    if config.samples is None:
-        raise EvaluationError("samples=PATH is required: the images to measure")
-    check_metrics(config)
+    config.check_comparison()
     check_writable(Path(config.out).parent, "out")
     measurer = Measurer.start(config.features, config.size, config.skip_corrupt)
     source = measurer.open(config.samples)
@@ -176,35 +172,6 @@ class Scoring:
             }
         context["versions"] = {"mhla_gen": __version__, "torch": torch.__version__}
         return context
-
-
-def check_metrics(config: EvaluateConfig) -> None:
-    """Raise if the metrics do not fit the extractor, or need a missing reference.
-
-    Raises:
-        EvaluationError: Naming what to change.
-    """
-    if config.reference is None and set(config.metrics) != {"is"}:
-        raise EvaluationError("reference=PATH is required for every metric but is")
-    extractor = config.features.extractor
-    wrong = [name for name in config.metrics if not _fits(name, extractor)]
-    if wrong:
-        remedy = {"inception": "metrics=[fid]", "i3d": "metrics=[fvd]"}.get(
-            extractor, "metrics=[fd,precision,recall,kid]"
-        )
-        raise EvaluationError(
-            f"{', '.join(wrong)} cannot be measured with features.extractor={extractor}: fid, sfid "
-            "and is mean inception, fvd means i3d, fd is the same distance on any other network; "
-            f"give {remedy}, for example"
-        )
-
-
-def _fits(metric: str, extractor: str) -> bool:
-    if metric in _OF_INCEPTION:
-        return extractor == "inception"
-    if metric == "fvd":
-        return extractor == "i3d"
-    return metric != "fd" or extractor not in ("inception", "i3d")
 
 
 def _require_enough(config: EvaluateConfig, count: int, side: str) -> None:

@@ -5,7 +5,6 @@ from pathlib import Path
 import numpy as np
 
 from mhla_gen.config import ReferenceConfig
-from mhla_gen.evaluation.errors import EvaluationError
 from mhla_gen.evaluation.measurer import Measurer
 from mhla_gen.evaluation.sources import ImageSource, frame_shape
 from mhla_gen.evaluation.statistics_file import STATISTICS_KEYS, write_statistics
@@ -27,11 +26,8 @@ def build_reference(config: ReferenceConfig, dry_run: bool = False) -> Path | No
     Raises:
         EvaluationError: If images or extractor are missing or unusable.
     """
-    if config.data is None:
-        raise EvaluationError("data=FOLDER is required: the images to take statistics of")
+    config.check_files()
     out = Path(config.out)
-    if out.suffix != ".npz":
-        raise EvaluationError(f"out must be an npz file, found {out}")
     check_writable(out.parent, "out")
     measurer = Measurer.start(config.features, config.size, config.skip_corrupt)
     source = measurer.open(config.data)

@@ -50,10 +50,7 @@ def inspect(config: InspectConfig, dry_run: bool = False) -> Path:
         ValueError: If settings, models and data do not fit together.
         OSError: If a model or data are missing, or the output folder holds something else.
     """
-    if config.model is None:
-        raise UserError(
-            "inspect needs a model: a folder or a name on the hub, as first argument or model=…"
-        )
+    config.require_model()
     folder = Path(config.output_dir)
     made_with(folder, config)
     check_writable(folder.parent)

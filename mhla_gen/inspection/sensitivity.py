@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from mhla_gen.config import SensitivityConfig
-from mhla_gen.errors import UserError
+from mhla_gen.config.inspection import FREE_OF_SCAN
 from mhla_gen.inspection.sensitivity_plan import Plan, plan_by_count, plan_by_error
 from mhla_gen.inspection.sensitivity_report import write_report
 from mhla_gen.inspection.sensitivity_scan import LAYERS_NAME, Scan
@@ -11,8 +11,6 @@ from mhla_gen.outputs.folders import made_with
 from mhla_gen.outputs.locks import claimed
 
 DISTILLED_NAME = "distilled.safetensors"
-# A finished scan answers for any budget.
-_FREE = ("output_dir", "softmax_layers", "max_error", "device")
 
 
 def sensitivity(config: SensitivityConfig, dry_run: bool = False) -> Path:
@@ -32,12 +30,9 @@ def sensitivity(config: SensitivityConfig, dry_run: bool = False) -> Path:
         ValueError: If settings, model and data do not fit together.
         OSError: If the model or data are missing, or the output folder holds something else.
     """
-    if config.model is None:
-        raise UserError(
-            "inspect sensitivity needs a model: a folder or hub name, as first argument or model=…"
-        )
+    config.require_model()
     folder = Path(config.output_dir)
-    made_with(folder, config, _FREE)
+    made_with(folder, config, FREE_OF_SCAN)
     scan = Scan.prepare(config)
     if dry_run:
         print(

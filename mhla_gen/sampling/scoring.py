@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mhla_gen.config import EvaluateConfig
 from mhla_gen.evaluation.errors import EvaluationError
-from mhla_gen.evaluation.evaluation import Scoring, check_metrics
+from mhla_gen.evaluation.evaluation import Scoring
 from mhla_gen.evaluation.feature_files import FeatureSet, write_features
 from mhla_gen.evaluation.measurer import Measurer
 from mhla_gen.evaluation.results import Result
@@ -43,7 +43,7 @@ class Scorer:
             EvaluationError: If something is missing, unusable or not comparable.
         """
         config = replace(config, samples=(str(folder),), out=str(folder / config.out))
-        check_metrics(config)
+        config.check_comparison()
         self._folder, self._labels = features, labels
         self._measurer = Measurer.start(config.features, config.size, skip_corrupt=False)
         clip, self._frame = self._measurer.clip, shape[-3:-1]

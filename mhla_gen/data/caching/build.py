@@ -19,12 +19,12 @@ from mhla_gen.data.autoencoder import (
 from mhla_gen.data.caching.checking import Facts, verify
 from mhla_gen.data.caching.chunks import Chunk, chunks_of, is_complete, write_missing
 from mhla_gen.data.caching.finish import Contents, finish
+from mhla_gen.data.caching.folder import check_output_dir
 from mhla_gen.data.caching.index import INDEX_NAME, Index
 from mhla_gen.data.caching.latents import LatentChunks
 from mhla_gen.data.caching.prompts import PromptChunks, distinct_captions
 from mhla_gen.data.caching.settings import (
     Files,
-    check_output_dir,
     check_settings,
     chunk_size,
     content_settings,
@@ -68,8 +68,7 @@ def build_cache(config: CacheConfig, dry_run: bool = False) -> str:
     state = join_processes(config.device)
     if config.verify:
         return verify(Path(config.output_dir))
-    if config.vae.path is None:
-        raise UserError("a cache needs vae.path, the folder or hub name of an autoencoder")
+    config.require_autoencoder()
     on_main(lambda: check_output_dir(config))
     files: Files = (
         find_clips(config.data, config.clips.missing_caption, config.clips.hdr == "tone_map")

@@ -16,24 +16,8 @@ from mhla_gen.files import write_json
 from mhla_gen.files.digests import settings_digest
 from mhla_gen.files.saved import read_json
 from mhla_gen.media.pictures import READING
-from mhla_gen.outputs.folders import CONFIG_NAME, check_writable, differing_values, made_with
+from mhla_gen.outputs.folders import CONFIG_NAME, differing_values
 
-# Two runs may differ in these: paths are known by content, and the rest does not change it.
-_FREE = (
-    "output_dir",
-    "data.path",
-    "data.failed_reads",
-    "vae.path",
-    "text.path",
-    "text.batch_size",
-    "image_encoder.path",
-    "batch_size",
-    "num_workers",
-    "clips.timeout",
-    "retry_quarantined",
-    "verify",
-    "device",
-)
 _REMEDY = "build the cache again in another output_dir"
 _CHUNK_SIZES = {"clips": 8}
 _IMAGES_PER_CHUNK = 512
@@ -94,17 +78,6 @@ def _identity(encoder: Any, config: TextEncoderConfig) -> dict[str, Any]:
     if isinstance(encoder, captions.CaptionEncoder):
         return captions.identity(encoder, config)
     return text.identity(encoder, config)
-
-
-def check_output_dir(config: CacheConfig) -> None:
-    """Raise if `output_dir` has another cache, or files that are not ours.
-
-    Raises:
-        FileExistsError: Naming the settings that differ.
-        PermissionError: If it cannot be written.
-    """
-    made_with(config.output_dir, config, _FREE)
-    check_writable(config.output_dir)
 
 
 def check_settings(config: CacheConfig, settings: dict[str, Any]) -> None:

@@ -275,7 +275,8 @@ def run(out: Path, sizes: Sizes, seeds: int, seconds: float, processes: int = 1)
     path = out / "language.json"
     if path.exists():
         earlier = json.loads(path.read_text())
-        if other := [key for key in ("sizes", "text") if earlier[key] != report[key]]:
+        same = ("device", "sizes", "text")
+        if other := [key for key in same if earlier[key] != report[key]]:
             raise SystemExit(f"{path} has results for another {other[0]}; choose another folder")
         report["arms"] = earlier["arms"]
     print(facts, flush=True)

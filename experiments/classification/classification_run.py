@@ -308,8 +308,12 @@ def main() -> None:
     result: dict[str, Any] = {"settings": settings, "speed": {}, "runs": {}}
     if options.result.exists():
         result = json.loads(options.result.read_text())
-        if result["settings"] != settings:
-            raise SystemExit(f"{options.result} is of {result['settings']}; choose another file")
+        for found, expected in (
+            (result["settings"], settings),
+            (result.get("device"), machine()["device"]),
+        ):
+            if found != expected:
+                raise SystemExit(f"{options.result} is of {found}; choose another file")
 
     def keep(kind: str, name: str, found: Any) -> None:
         result[kind][name] = found

@@ -211,6 +211,37 @@ def test_a_method_that_cannot_run_is_part_of_the_result(tmp_path):
     assert "up to 128" in row["error"]
 
 
+@pytest.mark.parametrize("subject", ["ops", "model"])
+def test_kernels_of_a_gpu_are_no_row_of_a_cpu(subject, tmp_path, capsys):
+    settings = [
+        "methods=[softmax_cudnn,softmax_flash]", "num_layers=1", "grids=[[2,2]]", "device=cpu",
+        "num_heads=1", "head_dim=8", "backward=false",
+    ]  # fmt: skip
+    assert main(["bench", subject, f"output_dir={tmp_path}", *settings]) == 0
+    cudnn, flash = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    # torch has flash attention for CPUs, too.
+    assert "forward_ms" not in cudnn and flash["forward_ms"] > 0
+    assert cudnn["error"] == "softmax_cudnn needs a CUDA GPU, found cpu; use softmax"
+    assert cudnn["error"] in capsys.readouterr().out
+
+
+def test_models_run_on_the_kernels_that_a_method_names(monkeypatch):
+    used = []
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(*args, **kwargs):
+        used.append(torch.backends.cuda.math_sdp_enabled())
+        return attend(*args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    settings = {"subject": "model", "grids": [[2, 2]], "num_layers": 1, "dtype": "float32"}
+    for method, math_too in (("softmax", True), ("softmax_flash", False)):
+        used.clear()
+        config = BenchConfig(**settings, methods=[method], backward=False)
+        (row,) = bench_model(config, torch.device("cpu"))
+        assert "error" not in row and set(used) == {math_too}
+
+
 def test_crossover_lies_between_the_sizes_where_the_order_changes():
     rows = [
         {"tokens": tokens, "method": method, "forward_ms": ms}

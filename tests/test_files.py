@@ -211,11 +211,19 @@ def test_two_commands_never_have_one_folder(tmp_path):
     assert third.stdout == "has it\n" and [*folder.iterdir()] == []
 
 
-@pytest.mark.parametrize("place", ["/proc/x", "/proc/x/y", "file/x"])
-def test_a_place_that_takes_no_files_is_named(place, tmp_path):
+@pytest.mark.parametrize(
+    "place, why",
+    [
+        ("/proc/x", "/proc is not writable"),
+        ("/proc/x/y", "/proc is not writable"),
+        ("file/x", "file is a file"),
+        ("file", "file is a file"),
+    ],
+)
+def test_a_place_that_takes_no_files_is_named(place, why, tmp_path):
     (tmp_path / "file").write_text("")
     folder = tmp_path / place
-    with pytest.raises(PermissionError, match=rf"{folder} cannot be made: .* is not writable"):
+    with pytest.raises(PermissionError, match=rf"{folder} cannot be made: .*{why}"):
         check_writable(folder)
     check_writable(tmp_path / "new" / "deep")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -125,7 +125,7 @@ def _add_ratios(row: dict[str, Any], earlier: list[dict[str, Any]]) -> None:
 
 def _line(row: dict[str, Any]) -> str:
     if "error" in row:
-        return f"{row['tokens']:>16}  {row['method']:>16}  {row['error'][:100]}"
+        return f"{row['tokens']:>16}  {row['method']:>16}  {row['error']}"
     cells = (
         form.format(row[name]) if row.get(name) is not None else "-"
         for name, form in _COLUMNS.items()

@@ -3,12 +3,35 @@
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from mhla_gen.errors import UserError
+
+# Rows of `BenchConfig.methods` that are softmax; None is torch's own choice.
+SOFTMAX = {
+    "softmax": None,
+    "softmax_causal": None,
+    "softmax_cudnn": SDPBackend.CUDNN_ATTENTION,
+    "softmax_flash": SDPBackend.FLASH_ATTENTION,
+}
 _CPU_SECONDS = 0.3
 _LONG_MS = 50
+
+
+def kernels_of(method: str, device: torch.device) -> AbstractContextManager[None]:
+    """Let softmax attention run on the kernels that a method names alone, inside.
+
+    Raises:
+        UserError: If the device cannot have them.
+    """
+    if method == "softmax_cudnn" and device.type != "cuda":
+        raise UserError(f"softmax_cudnn needs a CUDA GPU, found {device.type}; use softmax")
+    backend = SOFTMAX.get(method)
+    return nullcontext() if backend is None else sdpa_kernel(backend)
 
 
 def latency_ms(function: Callable[[], object], device: torch.device) -> float:

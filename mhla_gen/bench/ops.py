@@ -9,9 +9,15 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mhla_gen.bench.measure import copy_bandwidth, graph_latency_ms, latency_ms, peak_memory_gib
+from mhla_gen.bench.measure import (
+    SOFTMAX,
+    copy_bandwidth,
+    graph_latency_ms,
+    kernels_of,
+    latency_ms,
+    peak_memory_gib,
+)
 from mhla_gen.config import (
     BenchConfig,
     CausalMHLAConfig,
@@ -25,13 +31,6 @@ from mhla_gen.models.exact import exact_attention, exact_share
 from mhla_gen.models.linformer import Linformer
 from mhla_gen.ops import IMPLEMENTATIONS, auto_layout, linear_attention, locality_mixing, mhla
 
-# torch's choice for None.
-_BACKENDS = {
-    "softmax": None,
-    "softmax_causal": None,
-    "softmax_cudnn": SDPBackend.CUDNN_ATTENTION,
-    "softmax_flash": SDPBackend.FLASH_ATTENTION,
-}
 _CAUSAL = ("softmax_causal", "causal")
 # Settings of MHLA that ask for its layer, rather than its operator.
 _OF_LAYER = ("feature_map", "magnitude", "learned_features")
@@ -150,8 +149,8 @@ def attention(
     method: str, case: Case, dtype: torch.dtype, device: torch.device
 ) -> Callable[..., Tensor]:
     """What a row of `BenchConfig.methods` measures: a function of queries, keys and values."""
-    if method in _BACKENDS:
-        return partial(_softmax, _BACKENDS[method], method in _CAUSAL)
+    if method in SOFTMAX:
+        return partial(_softmax, method)
     rotary = None
     if case.rotary:
         angles = torch.rand(math.prod(case.grid), case.head_dim // 2, device=device) * 2 * math.pi
@@ -242,7 +241,7 @@ def settings_of(method: str) -> MHLAConfig | LinformerConfig | CausalMHLAConfig 
         ConfigError: If a setting is wrong.
     """
     name, *settings = method.split()
-    if name in _BACKENDS:
+    if name in SOFTMAX:
         return None
     if name in ("linformer", "causal"):
         schema: Any = LinformerConfig if name == "linformer" else CausalMHLAConfig
@@ -251,12 +250,9 @@ def settings_of(method: str) -> MHLAConfig | LinformerConfig | CausalMHLAConfig 
     return load_config(None, [f"implementation={implementation}", *settings], MHLAConfig)
 
 
-def _softmax(
-    backend: SDPBackend | None, causal: bool, query: Tensor, key: Tensor, value: Tensor
-) -> Tensor:
+def _softmax(method: str, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     # Rotary is left out: models rotate queries and keys before they call softmax attention.
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    if backend is None:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2)
-    with sdpa_kernel(backend):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2)
+    with kernels_of(method, query.device):
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=method in _CAUSAL)
+    return out.transpose(1, 2)

@@ -74,6 +74,10 @@ def check_writable(folder: str | Path, setting: str = "output_dir") -> None:
     """
     folder = Path(folder)
     parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not parent.is_dir():
+        raise NotWritableError(
+            f"{setting} {folder} cannot be made: {parent} is a file; choose another {setting}"
+        )
     try:
         # Rights alone do not tell: the superuser has them on a file system that takes no files.
         with tempfile.TemporaryFile(dir=parent):

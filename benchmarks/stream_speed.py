@@ -7,7 +7,8 @@
 The model is Wan 2.1 1.3B in bfloat16 with random weights, which do not affect the time. A chunk of
 latent frames is denoised in a few steps and then read once more without noise, so that later chunks
 can attend to it. There is no guidance and no autoencoder. Both models have the same convolution and
-gate. Two chunks are sampled beforehand as a warm-up.
+gate. Two chunks are sampled beforehand as a warm-up. For some chunks, a profiler sums the kernels
+of one more pass: without compiling, the host takes longer to launch a pass than the GPU to run it.
 """
 
 import argparse
@@ -22,8 +23,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import mhla_gen
 from mhla_gen import ClipState, MHLAConfig
+from mhla_gen.bench.profiles import kernel_times
 
 METHODS = {"mhla": 0.0, "softmax": 1.0}
+UNITS = {
+    "seconds": "s",
+    "kernels_ms": "kernels of a pass, ms",
+    "peak_gib": "GiB at most",
+    "state_gib": "GiB kept",
+}
 TINY = {"num_attention_heads": 2, "attention_head_dim": 12, "text_dim": 16, "ffn_dim": 32}
 
 
@@ -47,15 +55,19 @@ def main() -> None:
 
 def table(rows: list[Row]) -> str:
     """Markdown for docs/video.md: seconds, peak memory and size of the state for some chunks."""
-    last = max(len(row["chunks"]) for row in rows)
-    shown = sorted({1, 2, 5, 10, last} & set(range(1, last + 1)))
+    shown = shown_chunks(max(len(row["chunks"]) for row in rows))
     lines = []
     for row in rows:
-        for key, unit in (("seconds", "s"), ("peak_gib", "GiB at most"), ("state_gib", "GiB kept")):
+        for key, unit in UNITS.items():
             found = [row["chunks"][number - 1].get(key) for number in shown]
             if None not in found:
                 lines.append([f"{row['method']}, {unit}", *(number(x, 3) for x in found)])
     return markdown(["", *(f"chunk {number}" for number in shown)], lines)
+
+
+def shown_chunks(last: int) -> list[int]:
+    """Chunks that the table shows."""
+    return sorted({1, 2, 5, 10, last} & set(range(1, last + 1)))
 
 
 @torch.no_grad()
@@ -73,11 +85,16 @@ def measure(method: str, args: argparse.Namespace, device: torch.device) -> dict
             make_chunk(state, args, device)
         state = ClipState(model)
         for number in range(args.chunks):
+            kernels = {}
+            if device.type == "cuda" and number + 1 in shown_chunks(args.chunks):
+                found = kernel_times(lambda: read(state, args, device), device)
+                kernels["kernels_ms"] = found["ms"]
             synchronize(device, reset=True)
             start = time.perf_counter()
             make_chunk(state, args, device)
             synchronize(device)
-            row = {"seconds": time.perf_counter() - start, "state_gib": state.bytes / 2**30}
+            seconds = time.perf_counter() - start
+            row = {"seconds": seconds, "state_gib": state.bytes / 2**30, **kernels}
             if device.type == "cuda":
                 row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
             rows.append(row)
@@ -101,16 +118,30 @@ def build(method: str, args: argparse.Namespace, device: torch.device) -> Any:
 
 def make_chunk(state: ClipState, args: argparse.Namespace, device: torch.device) -> None:
     """Denoise the next chunk and finish it."""
-    model = state.model
-    shape = (1, model.config.in_channels, args.chunk_frames, *args.plane)
-    latents = torch.randn(shape, device=device, dtype=model.dtype)
-    text = torch.randn(1, 512, model.config.text_dim, device=device, dtype=model.dtype)
+    latents = None
     for step in range(args.steps, 0, -1):
-        time_now = torch.full((1,), 1000 * step / args.steps, device=device)
-        velocity = state(latents, time_now, encoder_hidden_states=text)
-        latents = latents - velocity / args.steps
-    clean = torch.zeros(1, device=device)
-    state(latents, clean, encoder_hidden_states=text, append=True)
+        time_now = 1000 * step / args.steps
+        latents = read(state, args, device, latents, time_now, length=1 / args.steps)
+    read(state, args, device, latents, 0.0, append=True)
+
+
+def read(
+    state: ClipState,
+    args: argparse.Namespace,
+    device: torch.device,
+    latents: torch.Tensor | None = None,
+    timestep: float = 1000.0,
+    length: float = 0.0,
+    append: bool = False,
+) -> torch.Tensor:
+    """One pass over the next chunk, by default over noise; the latents after a step."""
+    model = state.model
+    if latents is None:
+        shape = (1, model.config.in_channels, args.chunk_frames, *args.plane)
+        latents = torch.randn(shape, device=device, dtype=model.dtype)
+    text = torch.randn(1, 512, model.config.text_dim, device=device, dtype=model.dtype)
+    times = torch.full((1,), timestep, device=device)
+    return latents - length * state(latents, times, encoder_hidden_states=text, append=append)
 
 
 def synchronize(device: torch.device, reset: bool = False) -> None:

@@ -33,14 +33,13 @@ def scripts(monkeypatch):
 @pytest.mark.parametrize("name", ["arms", "exact", "gates", "long", "small"])
 def test_every_run_of_a_plan_is_a_valid_training(scripts, name):
     plan = scripts("evidence_plan").Plan(EVIDENCE / f"{name}.yaml")
-    grid_of = scripts("evidence_run").grid_of
     configs = {run.name: run.config() for run in plan.runs}
     assert len(configs) == len(plan.runs)
     controls = {run.setting.name: run for run in reversed(plan.runs) if run.arm == plan.control}
     for run in plan.runs:
         config = configs[run.name]
         assert config.seed == run.seed
-        assert np.prod(grid_of(run)) == run.tokens
+        assert np.prod(run.grid) == run.tokens
         if run.setting.kind == "new":
             assert (64 // config.model.patch_size) ** 2 == run.tokens
         # The control did the same work.

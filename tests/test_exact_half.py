@@ -1,6 +1,7 @@
 """Layers with an exact half: what they compute at every share, and what is refused."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from mhla_gen import MHLAConfig
 from mhla_gen.config import ConfigError, ModelConfig, load_config
 from mhla_gen.models.additions import Inputs
 from mhla_gen.models.exact import exact_attention, exact_share, tile_layout
+from mhla_gen.models.overview import exact_pairs
 from mhla_gen.ops import mhla, tile_attention, tile_share
 from mhla_gen.training.build import build_model
 
@@ -219,13 +221,47 @@ def test_layers_can_be_chosen_by_a_function():
     model = mhla_gen.MHLADiTTransformer2DModel.from_base(base, last)
     assert model.mhla_config.layers == (2,)
     assert [row.converted for row in mhla_gen.summary(model)] == [False, False, True]
-    with pytest.raises(ValueError, match="converts none of 3 layers"):
+    with pytest.raises(ValueError, match="chooses none of 3 layers"):
         mhla_gen.inject(base, MHLAConfig(layers=lambda index, name: False))
+
+
+@pytest.mark.parametrize("exact", [0.25, 1.0])
+def test_some_layers_have_the_exact_half_and_the_others_are_mhla(tmp_path, exact):
+    config = MHLAConfig(layout=(2, 2), exact=exact, linear=False, exact_layers="1/3")
+    model = disturb(mhla_gen.inject(tiny_dit(sample_size=32), config))
+    *rest, last = mhla_gen.summary(model)
+    assert [(row.kind, row.exact) for row in rest] == [("mhla", 0.0)] * 2
+    assert last.kind == ("softmax" if exact == 1 else "exact") and last.exact >= exact
+    assert exact_pairs(model, (16, 16)) == pytest.approx(last.exact / 3)
+    # Each layer is what it is in a model where all are alike.
+    for number, other in ((0, MHLAConfig(layout=(2, 2))), (2, replace(config, exact_layers="all"))):
+        alike = mhla_gen.inject(tiny_dit(), other).transformer_blocks[number].attn1.mhla
+        layer = model.transformer_blocks[number].attn1.mhla
+        alike.load_state_dict(layer.state_dict())
+        inputs = [x.float() for x in tokens(heads=2, head_dim=layer.head_dim)]
+        assert torch.equal(alike(*inputs, GRID), layer(*inputs, GRID))
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    assert again.mhla_config == model.mhla_config
+    inputs = dit_inputs(side=32)
+    assert torch.equal(run(again, inputs), run(model, inputs))
+
+
+def test_joint_layers_without_an_exact_half_still_read_the_text():
+    make, make_inputs, _, layout = FAMILIES["sd3"]
+    some = mhla_gen.inject(make(), MHLAConfig(layout=layout, exact=0.5, exact_layers=[0]))
+    none = mhla_gen.inject(make(), MHLAConfig(layout=layout))
+    starts = [m.combine.start for m in some.modules() if isinstance(m, mhla_gen.MHLA) and m.combine]
+    plain = [m.combine.start for m in none.modules() if isinstance(m, mhla_gen.MHLA) and m.combine]
+    assert starts[0] == 0.98 and starts[1:] == plain[1:] and len(starts) > 1
+    run(some, make_inputs())
 
 
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
+        ("exact_layers=1/2", "exact_layers needs a share"),
+        ("exact=0.1 exact_layers=most", 'exact_layers must be "all", a list'),
         ("exact=1.5", r"exact must be in \[0, 1\]"),
         ("exact=.nan", "exact must be a number"),
         ("exact_tile=[4,4]", "exact_tile needs exact between 0 and 1"),

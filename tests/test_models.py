@@ -558,7 +558,7 @@ def test_attention_backend_survives_conversion_and_back():
         ({"layers": [0, 3]}, "names layer 3"),
         ({"feature_map": "exp"}, "feature_map must be one of"),
         ({"implementation": "quick"}, "implementation must be one of"),
-        ({"layers": "1/4"}, "converts none of 3 layers"),
+        ({"layers": "1/4"}, "chooses none of 3 layers"),
         ({"layout": (5, 1)}, "more blocks than"),
     ],
 )

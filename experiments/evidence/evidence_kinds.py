@@ -25,12 +25,12 @@ from evidence_plan import Run
 from evidence_scores import Judge
 from PIL import Image
 
-from mhla_gen.config import MHLAConfig, TrainConfig
+from mhla_gen.config import TrainConfig
 from mhla_gen.data import load_data
 from mhla_gen.distillation import distill
 from mhla_gen.files import write_json, write_picture
 from mhla_gen.hub import PIPELINE_NAME
-from mhla_gen.models.exact import exact_share
+from mhla_gen.models.overview import exact_pairs
 from mhla_gen.models.saved_transformer import load_transformer
 from mhla_gen.pipelines.class_conditional import ClassConditionalPipeline
 from mhla_gen.runtime.devices import resolve_device
@@ -38,7 +38,6 @@ from mhla_gen.sampling import generate
 from mhla_gen.training import train
 from mhla_gen.training.build import build_task
 from mhla_gen.training.log import LOG_NAME, read_log
-from mhla_gen.training.pretrained import attention_settings
 
 _INSPECTED = 2
 # Held-out images and clips whose loss is computed at a time.
@@ -145,7 +144,7 @@ def measure_images(
     """Loss, unless it is given, and scores of samples, of a trained pipeline."""
     pipeline: Any = ClassConditionalPipeline.from_pretrained(saved).to(shop.device)
     model, (images, labels) = pipeline.transformer, shop.images.held_out()
-    found: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters())}
+    found = model_facts(model, run)
     if held_out is None:
         with timed("loss"):
             held_out = held_out_loss(model, images, labels, shop.device, _LOSS_BATCH)
@@ -237,7 +236,7 @@ def run_clips(run: Run, config: TrainConfig, shop: Workshop) -> dict[str, Any]:
     tidy()
     transformer = load_transformer(str(saved)).to(shop.device).eval()
     model = AsImages(transformer, ClipClasses(class_embeddings(len(clips.class_names))))
-    found: dict[str, Any] = {"parameters": sum(p.numel() for p in transformer.parameters())}
+    found = model_facts(transformer, run)
     with timed("loss"):
         found["held_out"] = held_out_loss(model, *clips.held_out(), shop.device, _CLIP_LOSS_BATCH)
     if run.samples:
@@ -259,6 +258,12 @@ KINDS: dict[str, Callable[[Run, TrainConfig, Workshop], dict[str, Any]]] = {
 }
 
 
+def model_facts(model: Any, run: Run) -> dict[str, Any]:
+    """Size of a model, and the share of pairs that softmax computes, the mean over layers."""
+    parameters = sum(p.numel() for p in model.parameters())
+    return {"parameters": parameters, "pairs": exact_pairs(model, run.grid)}
+
+
 def trained_facts(config: TrainConfig) -> dict[str, Any]:
     """Facts about a run from its log."""
     log = read_log(Path(config.output_dir) / LOG_NAME)
@@ -267,18 +272,6 @@ def trained_facts(config: TrainConfig) -> dict[str, Any]:
         "batch_size": config.batch_size,
         "curve": [[line["step"], round(line["loss"], 6)] for line in log],
     }
-
-
-def exact_pairs(config: TrainConfig, grid: tuple[int, ...]) -> float:
-    """The share of pairs that softmax computes, the mean over layers."""
-    if config.model.attention == "softmax":
-        return 1.0
-    settings: MHLAConfig = attention_settings(config.model, len(grid))
-    share = exact_share(settings, grid)
-    if isinstance(settings.layers, str) and "/" in settings.layers:
-        part, whole = map(int, settings.layers.split("/"))
-        return 1 - (1 - share) * part / whole
-    return share
 
 
 class Stopwatch:

@@ -1,11 +1,13 @@
 """The plan of a comparison: which runs there are, and in which order they run."""
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+from moving_emoji import FRAMES, SIDE
 
 from mhla_gen.config import TrainConfig, load_config
 
@@ -58,6 +60,14 @@ class Run:
     def tokens(self) -> int:
         """Of an image or a clip."""
         return self.setting.tokens
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """Tokens along each axis."""
+        if self.setting.kind == "clips":
+            return FRAMES, SIDE, SIDE
+        side = math.isqrt(self.tokens)
+        return side, side
 
     def config(self, *overrides: str) -> TrainConfig:
         """The settings of its training, with more overrides at the end."""

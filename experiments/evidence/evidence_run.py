@@ -23,9 +23,8 @@ from typing import Any
 
 import torch
 from evidence_data import claimed
-from evidence_kinds import KINDS, Workshop, exact_pairs, tidy, train_new
+from evidence_kinds import KINDS, Workshop, tidy, train_new
 from evidence_plan import PLAN, Plan, Run
-from moving_emoji import FRAMES, SIDE
 
 from mhla_gen.files import write_json
 from mhla_gen.hub import PIPELINE_NAME
@@ -142,7 +141,6 @@ class Worker:
 
     def _run(self, run: Run) -> dict[str, Any]:
         config = self.shop.config(run)
-        grid = grid_of(run)
         facts = {
             "name": run.name,
             "arm": run.arm,
@@ -150,7 +148,6 @@ class Worker:
             "setting": run.setting.name,
             "tokens": run.tokens,
             "seed": run.seed,
-            "pairs": exact_pairs(config, grid),
         }
         found = KINDS[run.setting.kind](run, config, self.shop)
         return {**facts, **found, "config": asdict(config), "machine": machine(self.shop.device)}
@@ -161,12 +158,6 @@ class Worker:
             for folder in (run.name, f"{run.name}-layers"):
                 shutil.rmtree(self.shop.work / folder, ignore_errors=True)
         (self.shop.work / f"{run.name}.points.json").unlink(missing_ok=True)
-
-
-def grid_of(run: Run) -> tuple[int, ...]:
-    """Tokens along each axis."""
-    side = round(run.tokens**0.5)
-    return (FRAMES, SIDE, SIDE) if run.setting.kind == "clips" else (side, side)
 
 
 def machine(device: torch.device) -> dict[str, str]:

@@ -10,9 +10,9 @@ import torch
 from mhla_gen.bench.measure import kernels_of, latency_ms, peak_memory_gib
 from mhla_gen.bench.profiles import as_table, kernel_times
 from mhla_gen.config import BenchConfig, MHLAConfig, load_config
-from mhla_gen.models import inject, summary
+from mhla_gen.models import inject
 from mhla_gen.models.dit import disable_label_dropout
-from mhla_gen.models.exact import exact_share
+from mhla_gen.models.overview import exact_pairs
 from mhla_gen.models.short import unmentioned
 from mhla_gen.models.transformer import MHLATransformerMixin
 from mhla_gen.runtime.compiling import compile_blocks
@@ -38,7 +38,7 @@ def bench_model(config: BenchConfig, device: torch.device) -> Iterator[dict[str,
                 # Around all of it: diffusers' DiT has no setting for its kernels.
                 with kernels_of(method, device):
                     model = _prepare(method, config, grid, device, dtype)
-                    row["exact"] = _share(model, grid)
+                    row["exact"] = exact_pairs(model, grid)
                     row |= _measure(model, config, grid, device, dtype)
                 yield row
             except (RuntimeError, ValueError, AttributeError) as error:
@@ -76,15 +76,6 @@ def _prepare(
     elif config.compile:
         compile_blocks(model)
     return model
-
-
-def _share(model: Any, grid: tuple[int, ...]) -> float:
-    """The share of pairs that softmax computes, the mean over self-attention layers."""
-    rows = summary(model)
-    if not isinstance(model, MHLATransformerMixin):
-        return sum(row.exact for row in rows) / len(rows)
-    share = exact_share(model.mhla_config, grid)
-    return sum(share if row.converted else row.exact for row in rows) / len(rows)
 
 
 def _measure(

@@ -88,11 +88,11 @@ def normalize_layout(layout: Any) -> Any:
     return counts
 
 
-def normalize_layers(layers: Any) -> Any:
+def normalize_layers(layers: Any, name: str = "layers") -> Any:
     """Indices as a sorted tuple; "all", a fraction like "2/3" or a function as it is."""
     if callable(layers):
         return layers
-    message = f'layers must be "all", a list of indices or a fraction like "2/3", found {layers!r}'
+    message = f'{name} must be "all", a list of indices or a fraction like "2/3", found {layers!r}'
     if isinstance(layers, str):
         if layers == "all":
             return layers

@@ -46,6 +46,9 @@ class MHLAConfig(Settings):
     """Window of tiles around the query's own that it reads: an odd number per axis, or zeros."""
     exact_top: Whole | None = None
     """Number of further tiles that it reads: those whose mean key best matches its mean query."""
+    exact_layers: Any = "all"
+    """Which of the converted layers have the exact half, in the forms that `layers` takes; the
+    others are MHLA alone."""
     linear: bool = True
     """Use MHLA beside the exact half; false is the control without it."""
     combine: Literal["gate", "denominator", "projection"] = "gate"
@@ -96,6 +99,7 @@ class MHLAConfig(Settings):
             share=repr(self.exact),
             layout=normalize_layout(self.layout),
             layers=normalize_layers(self.layers),
+            exact_layers=normalize_layers(self.exact_layers, "exact_layers"),
         )
         check_additions(self.gate, self.conv_kernel_size)
         self._check_exact()
@@ -111,6 +115,8 @@ class MHLAConfig(Settings):
         given = [name for name in _TILE_SETTINGS if getattr(self, name) is not None]
         if given and not self.has_tiles:
             raise UserError(f"{given[0]} needs exact between 0 and 1, found {self.exact}")
+        if self.exact == 0 and self.exact_layers != "all":
+            raise UserError("exact_layers needs a share of exact pairs; set exact")
         if self.exact == 0 and not self.linear:
             raise UserError("linear=false with exact=0 leaves no attention at all; set exact")
         if self.output_norm and not self.has_linear:
@@ -166,7 +172,15 @@ class MHLAConfig(Settings):
 
     def softmax(self) -> Self:
         """These settings with all pairs exact: softmax with the same convolution and gate."""
-        return replace(self, exact=1.0, linear=True, **dict.fromkeys(_TILE_SETTINGS))
+        return self._whole(1.0)
+
+    def without_exact(self) -> Self:
+        """These settings without an exact half: MHLA with the same additions."""
+        return self._whole(0.0)
+
+    def _whole(self, exact: float) -> Self:
+        tiles = dict.fromkeys(_TILE_SETTINGS)
+        return replace(self, exact=exact, linear=True, exact_layers="all", **tiles)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for a JSON config; `MHLAConfig.from_dict` reads them back."""

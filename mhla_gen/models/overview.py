@@ -113,6 +113,14 @@ def summary(pipe_or_transformer: Any) -> Summary:
     return rows
 
 
+def exact_pairs(transformer: Any, grid: tuple[int, ...]) -> float:
+    """The share of pairs that softmax computes on a token grid, the mean over layers."""
+    mhla_class = MHLA_CLASSES.get(type(transformer), type(transformer))
+    named = mhla_class.family.attentions(transformer)
+    rows = [_summarise(mhla_class.family, name, attention, grid) for name, attention in named]
+    return sum(row.exact for row in rows) / len(rows)
+
+
 def _summarise(family: Family, name: str, attention: Any, grid: tuple[int, ...]) -> LayerSummary:
     child = getattr(attention, "mhla", None)
     if child is None:

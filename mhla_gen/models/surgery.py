@@ -35,26 +35,38 @@ def mhla_layers(config: AttentionConfig, names: Sequence[str]) -> tuple[int, ...
     Raises:
         ValueError: If an index is too large, or no layer is left to convert.
     """
+    return _chosen("layers", config.layers, names)
+
+
+def exact_layers(config: MHLAConfig, names: Sequence[str]) -> tuple[int, ...]:
+    """Indices of the layers with an exact half, as `mhla_layers`."""
+    chosen = _chosen("exact_layers", config.exact_layers, names)
+    if not set(chosen) & set(mhla_layers(config, names)):
+        raise UserError("exact_layers names none of the layers that are converted")
+    return chosen
+
+
+def _chosen(setting: str, layers: Any, names: Sequence[str]) -> tuple[int, ...]:
     num_layers = len(names)
-    if config.layers == "all":
+    if layers == "all":
         return tuple(range(num_layers))
-    if callable(config.layers):
-        chosen = tuple(i for i, name in enumerate(names) if config.layers(i, name))
+    if callable(layers):
+        chosen = tuple(i for i, name in enumerate(names) if layers(i, name))
         if not chosen:
-            raise UserError(f"the function in layers converts none of {num_layers} layers")
+            raise UserError(f"the function in {setting} chooses none of {num_layers} layers")
         return chosen
-    if isinstance(config.layers, str):
-        part, whole = map(int, config.layers.split("/"))
+    if isinstance(layers, str):
+        part, whole = map(int, layers.split("/"))
         chosen = tuple(i for i in range(num_layers) if i % whole >= whole - part)
         if not chosen:
-            raise UserError(f"layers={config.layers!r} converts none of {num_layers} layers")
+            raise UserError(f"{setting}={layers!r} chooses none of {num_layers} layers")
         return chosen
-    if max(config.layers) >= num_layers:
+    if max(layers) >= num_layers:
         raise UserError(
-            f"layers={list(config.layers)} names layer {max(config.layers)}, but the model has "
-            f"layers 0 to {num_layers - 1}"
+            f"{setting}={list(layers)} names layer {max(layers)}, but the model has layers 0 to "
+            f"{num_layers - 1}"
         )
-    return config.layers
+    return layers
 
 
 def resolve(
@@ -71,7 +83,7 @@ def resolve(
 
     Returns:
         Settings with block counts for `layout="auto"`, token counts for `grid="auto"`, indices for
-        a function in `layers`, and a number for `exact_start`.
+        a function in `layers` or `exact_layers`, and a number for `exact_start`.
 
     Raises:
         ValueError: If layers, rank, layout or processors do not fit the model, or the feature map
@@ -93,11 +105,15 @@ def settle(
     family: Family, model: Any, config: AttentionConfig, new: bool = False
 ) -> AttentionConfig:
     """`resolve` without the processors, which only diffusers' layers have."""
-    layers = mhla_layers(config, [name for name, _ in family.attentions(model)])
+    names = [name for name, _ in family.attentions(model)]
+    layers = mhla_layers(config, names)
     if callable(config.layers):
         config = replace(config, layers=layers)
     if isinstance(config, LinformerConfig):
         return _resolve_linformer(family, model, config, len(layers))
+    exact = exact_layers(config, names)
+    if callable(config.exact_layers):
+        config = replace(config, exact_layers=exact)
     return _resolve_mhla(family, model, config, new)
 
 
@@ -169,11 +185,12 @@ def _resolve_mhla(family: Family, model: Any, config: MHLAConfig, new: bool) -> 
 
 def _settle_start(family: Family, model: Any, config: MHLAConfig, new: bool) -> MHLAConfig:
     reads_text = any(family.reads_text(attention) for _, attention in family.attentions(model))
-    if reads_text and config.exact == 0 and config.combine != "gate":
+    without_exact = config.exact == 0 or config.exact_layers != "all"
+    if reads_text and without_exact and config.combine != "gate":
         if config.combine == "projection":
             raise UserError(
-                "combine=projection starts with the exact half alone, which with exact=0 is the "
-                "text; take gate or denominator, or a share of exact pairs"
+                "combine=projection starts with the exact half alone, which without a share of "
+                "exact pairs is the text; take gate or denominator, or such a share in all layers"
             )
         if not config.normalize:
             raise UserError("combine=denominator needs normalize=true")
@@ -207,16 +224,22 @@ def new_modules(family: Family, model: Any, config: AttentionConfig) -> dict[str
         ValueError: If the model does not have the layers that `config` names.
     """
     attentions = family.attentions(model)
+    names = [name for name, _ in attentions]
+    with_exact = exact_layers(config, names) if isinstance(config, MHLAConfig) else ()
     added: dict[str, AddedAttention] = {}
     owner = None
-    for index in mhla_layers(config, [name for name, _ in attentions]):
+    for index in mhla_layers(config, names):
         name, attention = attentions[index]
         if isinstance(config, LinformerConfig):
             child = Linformer(*family.sizes(model), config.of_layer(len(added)), owner)
             owner = owner or child
         else:
             kind = MHLA if config.causal_frames is None else FrameCausalMHLA
-            child = kind(*family.sizes(model), config, family.reads_text(attention))
+            reads_text, settings = family.reads_text(attention), config
+            if index not in with_exact:
+                start = text_share(family, model) if reads_text else None
+                settings = replace(config.without_exact(), exact_start=start)
+            child = kind(*family.sizes(model), settings, reads_text)
         added[name] = child
     return added
 

@@ -12,6 +12,8 @@ PIPELINE_NAME = "pipeline"
 """Folder of a finished run, and of a checkpoint, that holds its pipeline."""
 SAMPLING_NAME = "sampling.json"
 """File beside `INDEX_NAME` with settings of `mhla-gen sample` for this pipeline."""
+ADAPTER_FOLDER, ADAPTER_NAME = "adapter", "mhla_adapter.safetensors"
+"""Folder inside a trained pipeline that holds what was added to its base, and its file."""
 EXAMPLES_NAME = "examples"
 """Folder beside `INDEX_NAME` with prompts for `mhla-gen sample`, and what belongs to them."""
 PROMPTS_NAME, EMBEDS_NAME = "prompts.jsonl", "prompt_embeds.safetensors"
@@ -66,6 +68,30 @@ def locate(path: str, newest: bool = False) -> str:
             f"nor a training run {run}"
         )
     return place
+
+
+def adapter_file(path: str | Path, subfolder: str = "") -> Path | None:
+    """The file of an adapter in a file, folder or training run; None for a name on the hub.
+
+    Args:
+        path: A file or folder that `save_adapter` wrote, a run, finished or not, or a name.
+        subfolder: Where in the folder.
+
+    Raises:
+        FileNotFoundError: If there is none, and the path cannot be a name on the hub.
+    """
+    path = Path(path).expanduser()
+    if path.is_file():
+        return path
+    place = find(str(path), newest=True)
+    if not path.is_dir():
+        return None
+    folder = path / subfolder
+    places = [folder, folder / ADAPTER_FOLDER, *([Path(place) / ADAPTER_FOLDER] if place else [])]
+    found = [each / ADAPTER_NAME for each in places if (each / ADAPTER_NAME).is_file()]
+    if not found:
+        raise MissingError(f"{path} has no {ADAPTER_NAME}")
+    return found[0]
 
 
 def _step_of(checkpoint: Path) -> int:

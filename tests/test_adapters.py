@@ -18,7 +18,7 @@ from tiny_sampling import arrays_of, set_of, tiny_pipeline
 
 import mhla_gen
 from mhla_gen import MHLAConfig
-from mhla_gen.models.adapters import ADAPTER_NAME
+from mhla_gen.hub import ADAPTER_NAME
 from mhla_gen.sampling import sample
 
 TARGETS = ["to_q", "to_out.0", "net.2"]

@@ -12,6 +12,7 @@ MISTAKES = [
     ("sample", "pipeline={0}/nowhere", "there is no such folder"),
     ("sample", "pipeline={0}/wan", "the WanPipeline in {0}/wan takes prompts; set prompts=TEXT"),
     ("sample", "pipeline={0}/wan adapter={0}/nowhere prompts=a", "there is no such folder"),
+    ("sample", "pipeline={0}/wan adapter={0}/wan prompts=a", "has no mhla_adapter.safetensors"),
     ("sample", "pipeline={0}/wan prompts={0}/no.txt", "no.txt does not exist"),
     ("sample", "pipeline={0}/wan prompts={0}/images.jsonl", "no.png of prompt 0 does not exist"),
     (

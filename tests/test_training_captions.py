@@ -1,6 +1,7 @@
 """From captioned images and clips to samples: cache, train, preview, sample, by the commands."""
 
 import json
+import shutil
 
 import diffusers
 import numpy as np
@@ -14,6 +15,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, 
 
 import mhla_gen
 from mhla_gen.cli import main
+from mhla_gen.config import SampleConfig, load_config
 from mhla_gen.data.caching.cached import CachedLatents
 from mhla_gen.sampling.saved_pipeline import load_pipeline
 
@@ -150,18 +152,22 @@ def test_stable_diffusion_3_from_cache_to_sample(sd3, tmp_path, capsys):
     (picture,) = (tmp_path / "samples").rglob("0*.png")
     with Image.open(picture) as image:
         assert image.size == (64, 64)
-    # What was learned, on the base with its own text encoders.
-    done(
-        "sample",
-        f"pipeline={sd3 / 'base'}",
-        f"adapter={tmp_path / 'run'}",
-        "prompts=a red square",
-        "num_inference_steps=2",
-        "height=64",
-        "width=64",
-        f"output_dir={tmp_path / 'adapted'}",
-        "device=cpu",
-    )
+    # What was learned, on the base with its own text encoders, of the run's size.
+    beside = shutil.copytree(tmp_path / "run" / "pipeline" / "adapter", tmp_path / "beside")
+    for number, adapter in enumerate((tmp_path / "run", beside)):
+        done(
+            "sample",
+            f"pipeline={sd3 / 'base'}",
+            f"adapter={adapter}",
+            "prompts=a red square",
+            f"output_dir={tmp_path / f'adapted{number}'}",
+            "device=cpu",
+        )
+        (picture,) = (tmp_path / f"adapted{number}").rglob("0*.png")
+        with Image.open(picture) as image:
+            assert image.size == (64, 64)
+        used = load_config(tmp_path / f"adapted{number}" / "config.yaml", schema=SampleConfig)
+        assert used.num_inference_steps == 2
 
 
 def test_sensitivity_of_stable_diffusion_3(sd3, tmp_path):

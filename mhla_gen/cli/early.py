@@ -26,7 +26,7 @@ from mhla_gen.config import (
 )
 from mhla_gen.config.inspection import FREE_OF_SCAN
 from mhla_gen.errors import MissingError, UserError
-from mhla_gen.hub import INDEX_NAME, PIPELINE_NAME, find, locate
+from mhla_gen.hub import INDEX_NAME, PIPELINE_NAME, adapter_file, find, locate
 from mhla_gen.outputs.folders import CONFIG_NAME, check_writable, made_with
 
 # The pipelines of classes; all others take prompts.
@@ -104,8 +104,8 @@ def _sample(config: SampleConfig) -> _Checks:
     yield lambda: _made_by(config, free_of(config))
     yield partial(check_writable, config.output_dir)
     yield partial(_model, "pipeline", config.pipeline, newest=True)
-    if config.adapter is not None and not Path(config.adapter).exists():
-        yield partial(_named, "adapter", config.adapter, find)
+    if config.adapter is not None:
+        yield partial(_named, "adapter", config.adapter, adapter_file)
     if config.prompts is not None:
         yield lambda: _images_of(read_prompts(config.prompts))
     elif config.prompt_embeds is None:
@@ -179,11 +179,10 @@ def _sensitivity(config: SensitivityConfig) -> _Checks:
 
 
 def _convert(config: ConvertConfig) -> _Checks:
-    yield config.require_source
     yield lambda: _made_by(config)
     if not _is_ours(config):
         yield partial(check_writable, config.output_dir)
-        yield partial(_exist, "source", config.source)
+        yield config.require_source
 
 
 def _bench(config: BenchConfig) -> _Checks:

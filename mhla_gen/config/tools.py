@@ -1,6 +1,7 @@
 """Settings of convert, bench and doctor."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from mhla_gen.config.checks import (
@@ -11,7 +12,7 @@ from mhla_gen.config.checks import (
     normalize_layout,
 )
 from mhla_gen.config.fields import Count, FilePath, Settings
-from mhla_gen.errors import UserError
+from mhla_gen.errors import MissingError, UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +67,13 @@ class ConvertConfig(Settings):
         """
         if self.source is None:
             raise UserError("set source to the checkpoint to convert")
+        if self.direction == "export" and not Path(self.source).is_dir():
+            raise MissingError(
+                f"source {self.source} is not a folder: an export takes that of a model, a "
+                "pipeline or a run; download from the hub first (hf download)"
+            )
+        if not Path(self.source).exists():
+            raise MissingError(f"source {self.source} does not exist")
 
 
 # Methods of BenchConfig that models are not measured with, and settings for operators.

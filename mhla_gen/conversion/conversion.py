@@ -17,7 +17,7 @@ from mhla_gen.config import ConvertConfig, save_config
 from mhla_gen.conversion import mhla_dit, mhla_wan, original_dit
 from mhla_gen.conversion.keys import Converted, few
 from mhla_gen.conversion.reading import read_checkpoint
-from mhla_gen.errors import MissingError, UserError
+from mhla_gen.errors import UserError
 from mhla_gen.files import written_whole
 from mhla_gen.files.saved import read_json
 from mhla_gen.hub import locate_part
@@ -50,11 +50,11 @@ def convert(config: ConvertConfig, dry_run: bool = False) -> None:
         ValueError: If the checkpoint is of another kind or cannot be represented exactly.
         OSError: If a file is missing or the output folder holds something else.
     """
-    config.require_source()
     folder = Path(config.output_dir)
     if made_with(folder, config):
         print(f"{folder} already contains this conversion; nothing was done")
         return
+    config.require_source()
     if config.direction == "import":
         _import(config, folder, dry_run)
     else:
@@ -199,11 +199,6 @@ def _authors(kind: str) -> Any:
 
 def _saved_folder(source: str) -> Path:
     """The folder of the transformer of a model, pipeline or run."""
-    if not Path(source).is_dir():
-        raise MissingError(
-            f"source {source} is not a folder: an export takes that of a model, a pipeline or a "
-            "run; download from the hub first (hf download)"
-        )
     place, location = locate_part(source, "transformer")
     return Path(place, *location.values())
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from mhla_gen.config import attention_from_dict
 from mhla_gen.errors import MissingError, UserError
 from mhla_gen.files import written_whole
-from mhla_gen.hub import PIPELINE_NAME, find
+from mhla_gen.hub import ADAPTER_NAME, adapter_file
 from mhla_gen.models.base_weights import BaseWeights
 from mhla_gen.models.injection import (
     MHLA_CLASSES,
@@ -34,9 +34,6 @@ from mhla_gen.models.short import unmentioned
 from mhla_gen.models.surgery import new_modules
 from mhla_gen.models.transformer import MHLATransformerMixin
 
-ADAPTER_NAME = "mhla_adapter.safetensors"
-ADAPTER_FOLDER = "adapter"
-"""Folder inside a trained pipeline that holds what was added to its base."""
 _FORMAT = "mhla_gen adapter 1"
 _ALONE = "transformer"
 """Name in the file of a transformer that is not part of a pipeline."""
@@ -88,8 +85,8 @@ def load_adapter(pipe_or_transformer: Any, folder_or_name: str | Path, **locatio
 
     Args:
         pipe_or_transformer: A transformer of the adapter's class, or a pipeline that holds it.
-        folder_or_name: Folder or file that `save_adapter` wrote; a training run of this toolkit
-            that trained nothing else; or a name on the Hugging Face hub.
+        folder_or_name: Folder or file that `save_adapter` wrote; the newest state of a
+            training run of this toolkit that trained nothing else; or a name on the hub.
         location: For a name on the hub: `revision`, `token`, `cache_dir`, `subfolder`.
 
     Returns:
@@ -172,16 +169,9 @@ def _transformers(pipe_or_transformer: Any) -> dict[str, Any]:
 
 
 def _find(folder_or_name: str | Path, location: dict[str, Any]) -> Path:
-    path = Path(folder_or_name).expanduser()
-    if path.is_file():
-        return path
-    if path.is_dir():
-        folder = path / str(location.get("subfolder") or "")
-        for place in (folder, folder / ADAPTER_FOLDER, folder / PIPELINE_NAME / ADAPTER_FOLDER):
-            if (place / ADAPTER_NAME).is_file():
-                return place / ADAPTER_NAME
-        raise MissingError(f"{folder_or_name} has no {ADAPTER_NAME}")
-    find(str(path))  # not to ask the hub for what cannot be a name
+    found = adapter_file(folder_or_name, str(location.get("subfolder") or ""))
+    if found is not None:
+        return found
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

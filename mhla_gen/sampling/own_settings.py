@@ -11,7 +11,7 @@ from safetensors import safe_open
 from mhla_gen.config import SampleConfig
 from mhla_gen.errors import UserError
 from mhla_gen.files.saved import naming_damage, read_json
-from mhla_gen.hub import SAMPLING_NAME
+from mhla_gen.hub import ADAPTER_FOLDER, SAMPLING_NAME, adapter_file
 
 _CALLED_WITH = ("num_inference_steps", "guidance_scale")
 _SIZES = ("height", "width", "num_frames")
@@ -30,28 +30,41 @@ def free_of(config: SampleConfig) -> tuple[str, ...]:
 
 
 def with_own(config: SampleConfig, folder: Path) -> SampleConfig:
-    """A config completed with the settings saved beside a pipeline.
+    """A config completed with the settings of the run that trained its adapter or pipeline.
 
-    The dtype is that of the weights if nothing else sets it.
+    The dtype is that of the pipeline's weights if nothing else sets it.
 
     Args:
         config: As the user gave it.
         folder: Of the pipeline.
 
     Raises:
-        UserError: If the file beside the pipeline holds anything else.
+        UserError: If the file beside one of them holds anything else.
+    """
+    with naming_damage(folder):
+        own = {"dtype": _saved_dtype(folder)} | settings_of_run(folder)
+    if config.adapter is not None and (file := adapter_file(config.adapter)) is not None:
+        own |= settings_of_run(file.parent)
+    return _filled(config, own)
+
+
+def settings_of_run(folder: Path) -> dict[str, Any]:
+    """What a training run saved in the folder of its pipeline or adapter; empty without a run.
+
+    Raises:
+        UserError: If the file holds anything else.
     """
     path = folder / SAMPLING_NAME
-    remedy = f"set these settings yourself and remove it, or use another pipeline than {folder}"
+    if not path.is_file() and folder.name == ADAPTER_FOLDER:
+        # An adapter of an earlier version lies in the pipeline alone.
+        path = folder.parent / SAMPLING_NAME
+    remedy = f"set these settings yourself and remove it, or use another folder than {folder}"
     known = read_json(path, remedy) if path.is_file() else {}
-    with naming_damage(folder):
-        own = {"dtype": _saved_dtype(folder)} | known
-    unknown = sorted(own.keys() - set(OWN))
-    if unknown:
+    if unknown := sorted(known.keys() - set(OWN)):
         raise UserError(
             f"{path} has the keys {', '.join(unknown)}; known keys are {', '.join(OWN)}"
         )
-    return _filled(config, own)
+    return known
 
 
 def with_defaults(config: SampleConfig, pipeline: Any) -> SampleConfig:

@@ -7,15 +7,16 @@ from pathlib import Path
 
 from mhla_gen.files import write_json
 from mhla_gen.files.saved import problem_of_file
-from mhla_gen.hub import EXAMPLES_NAME, SAMPLING_NAME
-from mhla_gen.models.adapters import ADAPTER_FOLDER, save_adapter
+from mhla_gen.hub import ADAPTER_FOLDER, EXAMPLES_NAME, SAMPLING_NAME
+from mhla_gen.models.adapters import save_adapter
 from mhla_gen.training.training_run import Run
 
 
 def write_pipeline(run: Run, folder: Path, before: Path | None) -> None:
     """Write the pipeline with the EMA weights; every process must call it, one writes.
 
-    Where nothing but MHLA and LoRA is trained, `adapter` in its folder has both of them alone.
+    Where nothing but MHLA and LoRA is trained, `adapter` in its folder has both of them alone, with
+    the settings to sample with.
 
     Args:
         run: What is trained.
@@ -47,6 +48,7 @@ def write_pipeline(run: Run, folder: Path, before: Path | None) -> None:
             pipeline.save_config(folder)
             if run.config.model.trainable != "all":
                 save_adapter(run.task.pipeline(model), folder / ADAPTER_FOLDER)
+                write_json(folder / ADAPTER_FOLDER / SAMPLING_NAME, dict(run.task.sampling))
             write_json(folder / SAMPLING_NAME, dict(run.task.sampling))
 
 

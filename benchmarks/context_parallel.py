@@ -14,6 +14,7 @@ import json
 import os
 import statistics
 import time
+import traceback
 from collections import defaultdict
 from pathlib import Path
 
@@ -22,6 +23,7 @@ import torch.distributed as dist
 from diffusers import ContextParallelConfig, WanTransformer3DModel
 from diffusers.utils import logging
 from rows import machine
+from sharing import turns
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -39,7 +41,7 @@ TINY = {"num_attention_heads": 4, "attention_head_dim": 16, "ffn_dim": 64, "text
 LARGE = {"num_attention_heads": 12, "ffn_dim": 8960}
 
 
-def measure(grid, method, options, device) -> dict:
+def measure(grid, method, options, device, alone) -> dict:
     """Measure one method at one size: alone, then shared by all processes."""
     layers, degree = METHODS[method]
     torch.manual_seed(0)
@@ -78,19 +80,21 @@ def measure(grid, method, options, device) -> dict:
     world = dist.get_world_size()
     row = {"grid": grid, "method": method, "gpus": world, "layers": options.layers}
     row["compiled"] = options.compile
-    alone = forward()
-    row["alone_forward_s"] = seconds(forward, device)
+    expected = forward()
+    with alone():
+        row["alone_forward_s"] = seconds(forward, device)
     trains = "x".join(map(str, grid)) in options.train
     if trains:
-        row |= trained("alone", model, training_step, device)
+        row |= trained("alone", model, training_step, device, alone)
     mesh = init_device_mesh(device.type, mesh_shape(degree), mesh_dim_names=("ring", "ulysses"))
     model.enable_parallelism(config=ContextParallelConfig(**{f"{degree}_degree": world}, mesh=mesh))
     row["received_mib"] = received_mib(forward)
-    difference = (forward().float() - alone.float()).norm() / alone.float().norm()
+    difference = (forward().float() - expected.float()).norm() / expected.float().norm()
     row["relative_difference"] = difference.item()
-    row["shared_forward_s"] = seconds(forward, device)
+    with alone():
+        row["shared_forward_s"] = seconds(forward, device)
     if trains:
-        row |= trained("shared", model, training_step, device)
+        row |= trained("shared", model, training_step, device, alone)
     row["speed_up"] = row["alone_forward_s"] / row["shared_forward_s"]
     if trains:
         row["training_speed_up"] = row["alone_training_s"] / row["shared_training_s"]
@@ -126,12 +130,15 @@ def synchronize(device) -> None:
         torch.cuda.synchronize(device)
 
 
-def trained(name: str, model, step, device) -> dict:
+def trained(name: str, model, step, device, alone) -> dict:
     """Seconds and peak memory of a training step with gradient checkpointing."""
     model.train().enable_gradient_checkpointing()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    row = {f"{name}_training_s": seconds(step, device)}
+    # Compiles.
+    step()
+    with alone():
+        row = {f"{name}_training_s": seconds(step, device)}
     if device.type == "cuda":
         row[f"{name}_training_peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
     model.eval().disable_gradient_checkpointing()
@@ -190,6 +197,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--compile", action="store_true", help="each block by torch.compile")
     parser.add_argument("--train", nargs="*", default=[], help="grids with a training step too")
+    parser.add_argument("--locks", nargs="*", default=[], help="see sharing.turns")
     options = parser.parse_args()
     logging.set_verbosity_error()
     gpu = torch.cuda.is_available()
@@ -206,9 +214,11 @@ def main() -> None:
         for method in options.methods:
             grid_sizes = tuple(map(int, grid.split("x")))
             try:
-                rows.append(measure(grid_sizes, method, options, device))
+                with turns(*options.locks) as alone:
+                    rows.append(measure(grid_sizes, method, options, device, alone))
             except (RuntimeError, ValueError, NotImplementedError) as error:
                 reason = str(error).splitlines()[0]
+                traceback.print_exc()
                 rows.append({"grid": grid_sizes, "method": method, "error": reason})
             gc.collect()
             if gpu:

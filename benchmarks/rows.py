@@ -56,16 +56,7 @@ def measure_rows(
     Raises:
         SystemExit: If the file has rows of another device or version of torch.
     """
-    facts, rows = machine(), []
-    if options.table or options.out.exists():
-        report = json.loads(options.out.read_text())
-        rows = report["rows"]
-        same = all(report[name] == facts[name] for name in ("device", "torch"))
-        if not options.table and not same:
-            raise SystemExit(
-                f"{options.out} was measured on {report['device']} with torch {report['torch']}; "
-                "choose another file"
-            )
+    facts, rows = machine(), earlier_rows(options.out, any_machine=options.table)
     began, longest = time.perf_counter(), 0.0
     for case in [] if options.table else cases:
         if any(case.items() <= row.items() for row in rows):
@@ -84,6 +75,28 @@ def measure_rows(
         longest = max(longest, time.perf_counter() - start)
         print(f"{time.perf_counter() - began:.0f} s: {json.dumps(row)}", flush=True)
     print(table(rows))
+
+
+def earlier_rows(path: Path, any_machine: bool = False) -> list[Row]:
+    """Rows that the file has; none if there is no file.
+
+    Args:
+        path: The results.
+        any_machine: Whether they may be of another device or version of torch, to be printed; the
+            file must be there then.
+
+    Raises:
+        SystemExit: If they are, and may not be.
+    """
+    if not any_machine and not path.exists():
+        return []
+    report, facts = json.loads(path.read_text()), machine()
+    if not any_machine and any(report[name] != facts[name] for name in ("device", "torch")):
+        raise SystemExit(
+            f"{path} was measured on {report['device']} with torch {report['torch']}; "
+            "choose another file"
+        )
+    return report["rows"]
 
 
 def machine() -> dict[str, str]:

@@ -1,219 +1,274 @@
 """Scaling of training, one shared sequence, samples and features to 1, 2, 4, 8 GPUs of a host.
 
-    python benchmarks/scaling.py scaling.json
+    python benchmarks/scaling.py scaling.json --profile
     python benchmarks/scaling.py dit.json --parts dit-ddp dit-fsdp --gpus 1 8
+    python benchmarks/scaling.py scaling.json --table
 
-Runs the other benchmarks with one process per GPU, for softmax, MHLA and 5 % exact, and writes all
-rows into one JSON after each run. `times` is the speed relative to one GPU in the same JSON (for
-FSDP2, which needs two GPUs, relative to DDP on one), `share` the share of linear scaling. Prints
-the table in Markdown. With --profile, rows of training also list their longest kernels.
+Runs the other benchmarks with one process per GPU, for softmax, MHLA and 5 % exact, those first
+that say most. As many as fit on the GPUs compile side by side; they time in turns. Each row is
+written when it is done, and the same command adds those that are missing. `times` is the speed
+relative to one GPU in the same JSON (for FSDP2, which needs two GPUs, relative to DDP on one),
+`share` the share of linear scaling. Prints a table in Markdown.
 """
 
 import argparse
 import json
 import os
-import subprocess
-import sys
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from rows import machine, markdown
+from jobs import Host, Job, run_jobs
+from rows import Row, earlier_rows, machine, markdown, number
 
 from mhla_gen.files import write_json
 
-HERE = Path(__file__).parent
-ATTENTION = ("softmax", "mhla", "mhla exact=0.05")
+SOFTMAX, MHLA, EXACT = "softmax", "mhla", "mhla exact=0.05"
 
 
-def dit(parallelism: str) -> Callable[[argparse.Namespace, int, Path], list[str]]:
-    """Training of DiT-XL/2 at 256 and 512 pixels."""
+@dataclass(frozen=True)
+class Case:
+    """What a row measures, on any number of GPUs."""
 
-    def command(options: argparse.Namespace, gpus: int, out: Path) -> list[str]:
-        how = parallelism if gpus > 1 else "ddp"
-        arguments = ["train_speed.py", str(out), "--parallelism", how]
-        arguments += ["--seconds", str(options.seconds), "--attention", *ATTENTION]
-        if options.tiny:
-            arguments += ["--models", "DiT-S/8", "--pixels", "256", "--num-layers", "1"]
-            arguments += ["--batch-size", "2", "--compile", "none"]
-        else:
-            arguments += ["--models", "DiT-XL/2", "--pixels", "256", "512"]
-        arguments += ["--no-cuda-graphs"] * options.no_cuda_graphs
-        return arguments + ["--profile"] * options.profile
+    part: str
+    attention: str = ""
+    pixels: int | None = None
 
-    return command
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What tells its rows from all others, but for the number of GPUs."""
+        facts = {"part": self.part, "attention": self.attention, "pixels": self.pixels}
+        return {name: value for name, value in facts.items() if value}
+
+    def job(self, gpus: int, options: argparse.Namespace) -> Job:
+        """The benchmark that measures it."""
+        script, arguments, gib = PARTS[self.part](self, gpus, options)
+        words = (self.part, self.attention, str(self.pixels or ""), f"{gpus}gpu")
+        name = "-".join(word for word in " ".join(words).replace(",", "").split())
+        return Job(name, script, tuple(arguments), gpus, gib, self.part == "sequence")
 
 
-def wan(options: argparse.Namespace, gpus: int, out: Path) -> list[str]:
+def dit(case: Case, gpus: int, options: argparse.Namespace) -> tuple[str, list[str], float]:
+    """Training of DiT-XL/2."""
+    how = "fsdp" if case.part == "dit-fsdp" and gpus > 1 else "ddp"
+    arguments = ["--parallelism", how, *_timing(options), "--attention", case.attention]
+    arguments += ["--pixels", str(case.pixels), *["--no-cuda-graphs"] * options.no_cuda_graphs]
+    small = ["--models", "DiT-S/8", "--num-layers", "1", "--batch-size", "2", "--compile", "none"]
+    return "train_speed.py", arguments + (small if options.tiny else ["--models", "DiT-XL/2"]), 38
+
+
+def wan(case: Case, gpus: int, options: argparse.Namespace) -> tuple[str, list[str], float]:
     """Training of Wan2.1-1.3B on clips of 81 frames of 480 × 832, one on each GPU."""
-    arguments = ["wan_speed.py", str(out), "--seconds", str(options.seconds)]
-    arguments += ["--attention", *ATTENTION]
-    if options.tiny:
-        arguments += ["--tiny", "--num-layers", "1", "--clip", "9", "64", "96"]
-        arguments += ["--compile", "none"]
-    return arguments + ["--profile"] * options.profile
+    arguments = [*_timing(options), "--attention", case.attention]
+    small = ["--tiny", "--num-layers", "1", "--clip", "9", "64", "96", "--compile", "none"]
+    return "wan_speed.py", arguments + small * options.tiny, 48
 
 
-def sequence(options: argparse.Namespace, gpus: int, out: Path) -> list[str]:
+def sequence(case: Case, gpus: int, options: argparse.Namespace) -> tuple[str, list[str], float]:
     """A denoising step and a training step of Wan2.1-1.3B with one shared 720p sequence.
 
-    Without an exact half, which does not support shared sequences.
+    Also measured with one process alone, in the same run. Without an exact half, which does not
+    support shared sequences.
     """
     grid = "3x8x10" if options.tiny else "21x45x80"
-    arguments = ["context_parallel.py", str(out), "--grids", grid, "--train", grid]
-    if options.tiny:
-        return [*arguments, "--layers", "1", "--methods", "mhla", "softmax, ulysses"]
-    return [*arguments, "--compile", "--methods", "mhla", "softmax, ring", "softmax, ulysses"]
+    arguments = ["--grids", grid, "--train", grid, "--methods", case.attention]
+    return (
+        "context_parallel.py",
+        arguments + (["--layers=1"] if options.tiny else ["--compile"]),
+        45,
+    )
 
 
-def work(
-    name: str, count: int, *given: str
-) -> Callable[[argparse.Namespace, int, Path], list[str]]:
+def work(case: Case, gpus: int, options: argparse.Namespace) -> tuple[str, list[str], float]:
     """Samples or features computed by all GPUs."""
+    count = (
+        ["--tiny", "--count=12", "--batch-size=3"] if options.tiny else [f"--count={options.count}"]
+    )
+    arguments = [case.part, "--folder", str(options.folder), *count]
+    arguments += ["--attention", case.attention] if case.attention else []
+    return "scaling_work.py", arguments, 12
 
-    def command(options: argparse.Namespace, gpus: int, out: Path) -> list[str]:
-        arguments = ["scaling_work.py", name, str(out), "--folder", str(options.folder), *given]
-        if options.tiny:
-            return [*arguments, "--tiny", "--count", "12", "--batch-size", "3"]
-        return [*arguments, "--count", str(count)]
 
-    return command
+def _timing(options: argparse.Namespace) -> list[str]:
+    return ["--seconds", str(options.row_seconds), *["--profile"] * options.profile]
 
 
 PARTS = {
-    "dit-ddp": dit("ddp"),
-    "dit-fsdp": dit("fsdp"),
+    "dit-ddp": dit,
+    "dit-fsdp": dit,
     "wan": wan,
     "sequence": sequence,
-    "samples-softmax": work("samples", 50_000, "--attention", "softmax"),
-    "samples-mhla": work("samples", 50_000, "--attention", "mhla"),
-    "samples-exact": work("samples", 50_000, "--attention", "mhla exact=0.05"),
-    "features": work("features", 50_000),
+    "samples": work,
+    "features": work,
 }
+CASES = (
+    *(Case("dit-ddp", kind, pixels) for pixels in (512, 256) for kind in (MHLA, SOFTMAX)),
+    *(Case("dit-fsdp", kind, 512) for kind in (MHLA, SOFTMAX)),
+    Case("wan", MHLA),
+    Case("sequence", MHLA),
+    Case("samples", MHLA),
+    Case("features"),
+    *(Case("dit-ddp", EXACT, pixels) for pixels in (512, 256)),
+    *(Case("dit-fsdp", kind, 256) for kind in (MHLA, SOFTMAX)),
+    Case("wan", SOFTMAX),
+    Case("sequence", "softmax, ring"),
+    Case("samples", SOFTMAX),
+    Case("wan", EXACT),
+    Case("samples", EXACT),
+    *(Case("dit-fsdp", EXACT, pixels) for pixels in (512, 256)),
+    Case("sequence", "softmax, ulysses"),
+)
+"""All cases, those first that say most."""
 
 
-def run(part: str, gpus: int, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rows of one part on this many GPUs, or one row with the error."""
-    with tempfile.TemporaryDirectory() as temporary:
-        out = Path(temporary, "rows.json")
-        script, *arguments = PARTS[part](options, gpus, out)
-        start = [sys.executable]
-        if gpus > 1 or part == "sequence":
-            start += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}"]
-        environment = dict(os.environ)
-        if not torch.cuda.is_available():
-            environment |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-        began = time.perf_counter()
-        error = error_of([*start, str(HERE / script), *arguments], environment, options.limit)
-        spent = round(time.perf_counter() - began, 1)
-        rows = json.loads(out.read_text())["rows"] if out.is_file() else []
-        rows += [] if error is None else [{"error": error}]
-    return [{"part": part, "gpus": gpus, "run_seconds": spent, **row} for row in rows]
+def missing(options: argparse.Namespace, counts: Sequence[int], rows: list[Row]) -> Iterator[tuple]:
+    """The cases, and numbers of GPUs, that have no row without an error."""
+    ddp = "dit-ddp" in options.parts
+    for case in CASES:
+        if case.part not in options.parts:
+            continue
+        # The sequence is also measured alone, in the same run, and one GPU needs no FSDP2.
+        least = 2 if case.part == "sequence" or (case.part == "dit-fsdp" and ddp) else 1
+        for gpus in counts:
+            facts = case.facts | {"gpus": gpus}
+            done = any(facts.items() <= row.items() for row in rows if "error" not in row)
+            if gpus >= least and not done:
+                yield case, gpus
 
 
-def error_of(command: Sequence[str], environment: dict[str, str], limit: float) -> str | None:
-    """Run a command, for a limited time; returns why it failed, or None."""
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
-    hung = False
-    try:
-        _, said = process.communicate(timeout=limit)
-    except subprocess.TimeoutExpired:
-        # torchrun ends its processes then, which a killed torchrun would leave behind.
-        hung = True
-        process.terminate()
-        _, said = process.communicate()
-    if not hung and process.returncode == 0:
-        return None
-    lines = said.decode(errors="replace").splitlines()
-    print("\n".join(lines)[-3000:], file=sys.stderr)
-    if hung:
-        return f"not done after {limit:g} s"
-    errors = [line.strip() for line in lines if "Error" in line]
-    return errors[-1] if errors else f"ended with {process.returncode}"
-
-
-def speed(row: dict[str, Any]) -> float | None:
-    """Images or clips per second; None for other rows."""
+def rate(row: Row) -> float | None:
+    """Images or clips per second, or for a shared sequence, steps."""
+    if "shared_forward_s" in row:
+        return 1 / row["shared_forward_s"]
     return row.get("images_per_second")
 
 
-def compared(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def compared(rows: list[Row]) -> list[Row]:
     """The rows with `times` and `share`, if one GPU has been measured."""
 
-    def kind(row: dict[str, Any]) -> tuple[Any, ...]:
+    def kind(row: Row) -> tuple[Any, ...]:
         part = row["part"].replace("dit-fsdp", "dit-ddp")
         return part, row.get("model"), row.get("pixels"), row.get("attention")
 
-    alone = {kind(row): speed(row) for row in rows if row["gpus"] == 1 and speed(row)}
+    alone = {kind(row): rate(row) for row in rows if row["gpus"] == 1 and rate(row)}
+    bytes_alone = {kind(r): r["sha256"] for r in rows if r["gpus"] == 1 and "sha256" in r}
     found = []
     for row in rows:
         times = row.get("speed_up")
-        if speed(row) and kind(row) in alone:
-            times = speed(row) / alone[kind(row)]  # type: ignore[operator]
-        more = {} if times is None else {"times": round(times, 3)}
+        if times is None and rate(row) and kind(row) in alone:
+            times = rate(row) / alone[kind(row)]  # type: ignore[operator]
+        more: Row = {}
         if times is not None:
-            more["share"] = round(times / row["gpus"], 4)
+            more = {"times": round(times, 3), "share": round(times / row["gpus"], 4)}
+        if "sha256" in row and row["gpus"] > 1 and kind(row) in bytes_alone:
+            more["same_bytes"] = row["sha256"] == bytes_alone[kind(row)]
         found.append(row | more)
     return found
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows in Markdown."""
-    header = ("part", "model", "attention", "GPUs", "images/s or s", "times", "share", "MFU")
+def table(rows: list[Row]) -> str:
+    """A line for each case, with a column for each number of GPUs."""
+    counts = sorted({row["gpus"] for row in rows})
+    header = ["", "attention", *(f"{n} GPU{'s' * (n > 1)}" for n in counts), "MFU"]
+    header += ["a step waits for messages", "for the host"]
     lines = []
-    for row in rows:
-        model = " ".join(str(row[name]) for name in ("model", "pixels") if name in row)
-        value = speed(row) or row.get("shared_forward_s") or row.get("error", "")
-        value = f"{value:.4g}" if isinstance(value, float) else str(value)
-        mfu = f"{100 * row['mfu']:.1f} %" if "mfu" in row else ""
-        share = f"{100 * row['share']:.0f} %" if "share" in row else ""
-        attention = row.get("attention") or row.get("method", "")
-        cells = [
-            row["part"],
-            model,
-            attention,
-            row["gpus"],
-            value,
-            row.get("times", ""),
-            share,
-            mfu,
-        ]
-        lines.append(list(map(str, cells)))
+    for case in CASES:
+        own = [r for r in rows if case.facts.items() <= r.items()]
+        own = {row["gpus"]: row for row in own if row.get("pixels") == case.pixels}
+        if not own:
+            continue
+        last = own[max(own)]
+        name = " ".join(map(str, [case.part, *([f"{case.pixels} px"] if case.pixels else [])]))
+        cells = [name, case.attention, *(_cell(own.get(n)) for n in counts)]
+        cells.append(f"{100 * last['mfu']:.1f} %" if "mfu" in last else "")
+        lines.append(cells + _waits(last))
     return markdown(header, lines)
 
 
+def _cell(row: Row | None) -> str:
+    """The speed in a row, and how many times that of one GPU it is."""
+    if row is None:
+        return ""
+    if "error" in row and rate(row) is None:
+        return str(row["error"])[:80]
+    if "shared_forward_s" in row:
+        texts = []
+        for step, name in (("forward", "denoising"), ("training", "training")):
+            if f"shared_{step}_s" in row:
+                seconds = row[f"alone_{step}_s"], row[f"shared_{step}_s"]
+                texts.append(
+                    f"{name} {number(seconds[1], 3)} s, {seconds[0] / seconds[1]:.2f}× "
+                    f"({number(seconds[0], 3)} s alone)"
+                )
+        received = sum(row["received_mib"].values())
+        return "; ".join([*texts, f"{received:,.0f} MiB received"])
+    text = f"{number(rate(row), 3)}/s"
+    if row["gpus"] > 1 and "times" in row:
+        text += f", {row['times']:.2f}×"
+    if "same_bytes" in row:
+        text += ", same bytes" if row["same_bytes"] else ", other bytes"
+    if "relative_difference" in row:
+        text += f", difference {row['relative_difference']:.1g}"
+    return text
+
+
+def _waits(row: Row) -> list[str]:
+    found = row.get("kernels")
+    if not found or "idle_ms" not in found:
+        return ["", ""]
+    step = row["milliseconds_per_step"]
+    return [f"{found[f'{k}_ms']:.1f} of {step:.0f} ms" for k in ("communication_alone", "idle")]
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure each part with every number of GPUs."""
+    """Measure each case with every number of GPUs."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--gpus", nargs="+", type=int, help="by default 1, 2, 4, 8, if there are")
-    parser.add_argument("--seconds", type=float, default=4.0, help="measured time of a row")
-    parser.add_argument(
-        "--limit", type=float, default=900, help="seconds after which a run is ended"
-    )
+    parser.add_argument("--seconds", type=float, default=3600, help="after which all is ended")
+    parser.add_argument("--limit", type=float, default=600, help="seconds for a single benchmark")
+    parser.add_argument("--row-seconds", type=float, default=4.0, help="measured time of a row")
+    parser.add_argument("--count", type=int, default=50_000, help="samples, and images")
     parser.add_argument("--no-cuda-graphs", action="store_true", help="launch every kernel")
-    parser.add_argument("--folder", type=Path, help="for data that parts make and share")
+    parser.add_argument("--folder", type=Path, help="for logs, and data that parts make and share")
     parser.add_argument("--profile", action="store_true", help="longest kernels of training")
     parser.add_argument("--tiny", action="store_true", help="small models, to try the script")
+    parser.add_argument("--table", action="store_true", help="only print the table")
     options = parser.parse_args(arguments)
+    rows = earlier_rows(options.out, any_machine=options.table)
+    if not options.table:
+        with tempfile.TemporaryDirectory() as temporary:
+            options.folder = options.folder or Path(temporary)
+            measure(options, rows)
+    print(table(compared(rows)))
+
+
+def measure(options: argparse.Namespace, rows: list[Row]) -> None:
+    """Measure what is missing, and add it to the rows and to the file."""
     there = torch.cuda.device_count() or 2
     counts = options.gpus or [n for n in (1, 2, 4, 8) if n <= there]
-    with tempfile.TemporaryDirectory() as temporary:
-        options.folder = options.folder or Path(temporary)
-        rows: list[dict[str, Any]] = []
-        for part in options.parts:
-            # The shared sequence is also measured with one process alone, in the same run.
-            covered = part == "dit-fsdp" and "dit-ddp" in options.parts
-            least = 2 if part == "sequence" or covered else 1
-            for gpus in counts:
-                if gpus >= least:
-                    rows += run(part, gpus, options)
-                    write_json(options.out, {**machine(), "rows": compared(rows)}, indent=1)
-    print(table(compared(rows)))
+    jobs = {case.job(gpus, options): (case, gpus) for case, gpus in missing(options, counts, rows)}
+    facts = machine()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    threads = str(max(1, (os.cpu_count() or 1) // 6))
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", threads)
+    os.environ.setdefault("OMP_NUM_THREADS", "2" if torch.cuda.is_available() else "1")
+
+    def found(job: Job, new: list[Row]) -> None:
+        case, gpus = jobs[job]
+        own = case.facts | {"gpus": gpus}
+        rows[:] = [row for row in rows if not own.items() <= row.items()]
+        rows.extend(row | own for row in new)
+        write_json(options.out, {**facts, "rows": compared(rows)}, indent=1)
+        for row in new:
+            short = {k: v for k, v in row.items() if not isinstance(v, (list, dict))}
+            print(json.dumps(own | short), flush=True)
+
+    run_jobs(list(jobs), Host.here(there), options.folder, options.seconds, options.limit, found)
 
 
 if __name__ == "__main__":

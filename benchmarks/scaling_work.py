@@ -1,6 +1,6 @@
 """The work of each process of scaling.py for samples and for features, started by torchrun.
 
-torchrun --nproc-per-node 8 benchmarks/scaling_work.py samples OUT.json --folder SHARED
+torchrun --nproc-per-node 8 benchmarks/scaling_work.py OUT.json samples --folder SHARED
 """
 
 import argparse
@@ -17,6 +17,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from diffusers import DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
 from rows import machine
+from sharing import Alone, turns
 from steps import synchronize
 
 from mhla_gen import ClassConditionalPipeline, MHLAConfig, inject
@@ -39,16 +40,18 @@ _SIDE = 64
 def main() -> None:
     """Do one of the two, and write the results of the main process."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("work", choices=WORK)
     parser.add_argument("out", type=Path)
+    parser.add_argument("work", choices=WORK)
     parser.add_argument("--folder", type=Path, required=True, help="that all processes share")
     parser.add_argument("--count", type=int, default=50_000)
     parser.add_argument("--batch-size", type=int, help="of each process; by default 625 and 256")
     parser.add_argument("--attention", default="mhla")
     parser.add_argument("--tiny", action="store_true", help="a small model, to try the script")
+    parser.add_argument("--locks", nargs="*", default=[], help="see sharing.turns")
     options = parser.parse_args()
     state = join_processes("auto")
-    row = WORK[options.work](options, state)
+    with turns(*options.locks) as alone:
+        row = WORK[options.work](options, state, alone)
     if state.is_main_process:
         rate = round(options.count / row["seconds"], 1)
         row = {"devices": state.num_processes, "images": options.count} | row
@@ -56,17 +59,18 @@ def main() -> None:
     part_processes()
 
 
-def timed(state: PartialState, run: Callable[[], Any]) -> tuple[float, Any]:
+def timed(state: PartialState, alone: Alone, run: Callable[[], Any]) -> tuple[float, Any]:
     """Seconds of work that all processes do together, and this process's result."""
-    state.wait_for_everyone()
-    began = time.perf_counter()
-    result = run()
-    synchronize()
-    state.wait_for_everyone()
-    return time.perf_counter() - began, result
+    with alone():
+        state.wait_for_everyone()
+        began = time.perf_counter()
+        result = run()
+        synchronize()
+        state.wait_for_everyone()
+        return time.perf_counter() - began, result
 
 
-def samples(options: argparse.Namespace, state: PartialState) -> dict[str, Any]:
+def samples(options: argparse.Namespace, state: PartialState, alone: Alone) -> dict[str, Any]:
     """Class-conditional samples of 32 × 32 pixels in 25 steps, as `mhla-gen sample` draws them.
 
     No files are written: every process keeps the digests of its units.
@@ -99,13 +103,13 @@ def samples(options: argparse.Namespace, state: PartialState) -> dict[str, Any]:
 
     # Compiles, and records.
     draw(mine[:1])
-    seconds, digests = timed(state, lambda: draw(mine))
+    seconds, digests = timed(state, alone, lambda: draw(mine))
     together = sorted(gather_object(digests))
     whole = hashlib.sha256("".join(digest for _, digest in together).encode()).hexdigest()
     return {"attention": options.attention, "seconds": seconds, "sha256": whole}
 
 
-def features(options: argparse.Namespace, state: PartialState) -> dict[str, Any]:
+def features(options: argparse.Namespace, state: PartialState, alone: Alone) -> dict[str, Any]:
     """Inception's three features of random images in an npz file, as `mhla-gen evaluate` does."""
     on_main(lambda: _write_images(options))
     extractor = InceptionExtractor(options.folder / "weights.pth").to(state.device)
@@ -129,7 +133,7 @@ def features(options: argparse.Namespace, state: PartialState) -> dict[str, Any]
 
     on_main(lambda: _write_first(options, start))
     extract("start", start)
-    seconds, found = timed(state, lambda: extract("all", options.count))
+    seconds, found = timed(state, alone, lambda: extract("all", options.count))
     row: dict[str, Any] = {"seconds": seconds}
     if state.is_main_process:
         pool, alone = found.load("pool"), options.folder / "pool.npy"

@@ -1,4 +1,4 @@
-"""One benchmark in several processes on one GPU: they compile in parallel and time in turns."""
+"""Benchmarks side by side on the GPUs of a host: they compile in parallel and time in turns."""
 
 import fcntl
 import json
@@ -8,10 +8,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from rows import machine
 
 from mhla_gen.files import write_json
@@ -19,33 +20,49 @@ from mhla_gen.files import write_json
 _POLL_SECONDS = 0.5
 
 Alone = Callable[[], AbstractContextManager[Any]]
-"""Context in which a process has the GPU to itself."""
+"""Context in which a benchmark has its GPUs to itself."""
 
 
 @contextmanager
-def turns(lock: str | Path | None) -> Iterator[Alone]:
-    """Yield a context in which a process has the GPU to itself.
+def turns(*locks: str | Path) -> Iterator[Alone]:
+    """Yield a context in which a benchmark has its GPUs to itself.
 
-    Processes share the lock while they compile. A process that wants it exclusively waits until all
-    others are waiting, too, so that nothing else runs while it times.
+    Benchmarks share the locks of their GPUs while they compile. One that wants them exclusively
+    waits until all others are waiting, too, so that nothing else runs while it times. Processes
+    that train together enter together: the first one waits for the locks, the others for it.
 
     Args:
-        lock: A file shared by the processes; None for a single process.
+        locks: A file for each GPU that this benchmark uses, in an order that is the same for all
+            benchmarks; none for one that has the machine to itself.
     """
-    if lock is None:
+    if not locks:
         yield nullcontext
         return
-    with open(lock, "a") as file:
+    together = dist.is_initialized() and dist.get_world_size() > 1
+    # Waits on the CPU: NCCL would wait on the GPU, which another benchmark may be using.
+    group = dist.new_group(backend="gloo") if together else None
+    with ExitStack() as stack:
+        first = not together or dist.get_rank() == 0
+        files = [stack.enter_context(open(lock, "a")) for lock in locks if first]
+
+        def hold(how: int) -> None:
+            # Whoever waits for a lock has none of a later GPU, so no two wait for each other.
+            for file in files:
+                fcntl.flock(file, fcntl.LOCK_UN)
+            for file in files:
+                fcntl.flock(file, how)
+            if group is not None:
+                dist.barrier(group)
 
         @contextmanager
         def alone() -> Iterator[None]:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            try:
-                yield
-            finally:
-                fcntl.flock(file, fcntl.LOCK_SH)
+            hold(fcntl.LOCK_EX)
+            yield
+            if group is not None:
+                dist.barrier(group)
+            hold(fcntl.LOCK_SH)
 
-        fcntl.flock(file, fcntl.LOCK_SH)
+        hold(fcntl.LOCK_SH)
         yield alone
 
 

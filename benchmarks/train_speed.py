@@ -105,6 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--profile", action="store_true", help="list the longest kernels")
     parser.add_argument("--processes", type=int, default=1, help="that compile side by side")
     parser.add_argument("--part", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--locks", nargs="*", default=[], help="see sharing.turns")
     options = parser.parse_args(arguments)
     if options.processes > 1:
         spread(__file__, list(arguments or sys.argv[1:]), options.out, options.processes)
@@ -119,10 +120,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # Without a GPU, accelerate starts a process group only if told to.
     PartialState(cpu=not torch.cuda.is_available())
     found: list[dict[str, Any]] = []
-    first, step, out, lock = options.part or (0, 1, options.out, None)
+    first, step, out, *locks = options.part or (0, 1, options.out, *options.locks)
     for number in range(int(first), len(rows), int(step)):
         # Other processes need not wait between rows.
-        with turns(lock) as alone:
+        with turns(*locks) as alone:
             result = {"number": number, **measure(rows[number], options, alone)}
         if PartialState().is_main_process:
             found.append(result)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from rows import machine
+from sharing import Alone, turns
 from steps import RandomSamples, attention_kernel, fresh, timed
 from train_speed import build_on_device
 
@@ -63,12 +64,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tiny", action="store_true", help="a narrow model, to try the script")
     parser.add_argument("--seconds", type=float, default=6.0, help="measured time of a row")
     parser.add_argument("--profile", action="store_true", help="list the longest kernels")
+    parser.add_argument("--locks", nargs="*", default=[], help="see sharing.turns")
     options = parser.parse_args(arguments)
     PartialState(cpu=not torch.cuda.is_available())
     found: list[dict[str, Any]] = []
     for attention in options.attention:
-        with fresh(), attention_kernel(attention):
-            result = measure(attention, options)
+        with turns(*options.locks) as alone, fresh(), attention_kernel(attention):
+            result = measure(attention, options, alone)
         if PartialState().is_main_process:
             found.append(result)
             write_json(options.out, {**machine(), "rows": found}, indent=1)
@@ -76,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     part_processes()
 
 
-def measure(attention: str, options: argparse.Namespace) -> dict[str, Any]:
+def measure(attention: str, options: argparse.Namespace, alone: Alone) -> dict[str, Any]:
     """Build the run and time its steps."""
     name, *settings = attention.split()
     processes = PartialState().num_processes
@@ -109,7 +111,7 @@ def measure(attention: str, options: argparse.Namespace) -> dict[str, Any]:
         "devices": processes,
     }
     try:
-        return named | timed(build_run(config, build_on_device, RandomClips(shape)), options)
+        return named | timed(build_run(config, build_on_device, RandomClips(shape)), options, alone)
     except torch.OutOfMemoryError:
         return named | {"error": "out of memory"}
 

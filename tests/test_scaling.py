@@ -1,0 +1,178 @@
+"""Benchmarks share GPUs: they time in turns, start as there is room, and end in time."""
+
+import json
+import multiprocessing
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def benchmarks(monkeypatch):
+    """Modules that the scripts import, by name."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    before = set(sys.modules)
+    yield __import__
+    for name in set(sys.modules) - before:
+        if Path(getattr(sys.modules[name], "__file__", None) or "").parent == BENCHMARKS:
+            del sys.modules[name]
+
+
+def compile_and_time(turns, name, locks, log):
+    def note(what):
+        with log.open("a") as file:
+            file.write(json.dumps([time.monotonic(), name, what, len(locks)]) + "\n")
+
+    for _ in range(3):
+        with turns(*locks) as alone:
+            note("compiles")
+            time.sleep(0.01)
+            note("waits")
+            with alone():
+                note("times")
+                time.sleep(0.01)
+                note("waits")
+
+
+def test_a_benchmark_times_while_nothing_else_uses_its_gpus(benchmarks, tmp_path):
+    turns = benchmarks("sharing").turns
+    first, second = tmp_path / "gpu-0.lock", tmp_path / "gpu-1.lock"
+    uses = {"a": [first], "b": [second], "c": [first, second], "d": [first, second], "e": [first]}
+    fork = multiprocessing.get_context("fork")
+    started = [
+        fork.Process(target=compile_and_time, args=(turns, name, locks, tmp_path / "log"))
+        for name, locks in uses.items()
+    ]
+    for process in started:
+        process.start()
+    for process in started:
+        # Processes that wait for each other would never end.
+        process.join(60)
+        assert process.exitcode == 0
+    busy = {}
+    for _, name, what, _ in sorted(map(json.loads, (tmp_path / "log").read_text().splitlines())):
+        busy[name] = what
+        for timing in (name for name, what in busy.items() if what == "times"):
+            others = {n for n in busy if n != timing and set(uses[n]) & set(uses[timing])}
+            assert all(busy[other] == "waits" for other in others), busy
+
+
+@pytest.fixture
+def jobs(benchmarks, tmp_path):
+    """The module, and a function that makes jobs of small scripts."""
+    module = benchmarks("jobs")
+
+    def make(name, code, gpus=1, gib=1.0):
+        path = tmp_path / f"{name}.py"
+        path.write_text("import json, os, sys, time\n" + code)
+        return module.Job(name, str(path), ("said",), gpus, gib)
+
+    return module, make
+
+
+ROW = "json.dump({'rows': [{'argv': sys.argv[2:]}]}, open(sys.argv[1], 'w'))\n"
+
+
+def run(module, jobs, folder, host=None, seconds=60, limit=60):
+    found = {}
+    host = host or module.Host(2, 10, 8)
+    module.run_jobs(
+        jobs, host, folder, seconds, limit, lambda job, rows: found.update({job.name: rows})
+    )
+    return found
+
+
+def test_jobs_give_their_rows_and_say_why_they_failed(jobs, tmp_path):
+    module, make = jobs
+    good = make("good", ROW)
+    bad = make("bad", ROW + "print('noise', file=sys.stderr)\nraise ValueError('too small')\n")
+    found = run(module, [good, bad], tmp_path)
+    ((row,), (kept, error)) = found["good"], found["bad"]
+    assert row["argv"] == [*kept["argv"][:2], row["argv"][2]]
+    assert row["argv"][:2] == ["said", "--locks"] and row["argv"][2].endswith(".lock")
+    assert error["error"] == "ValueError: too small"
+
+
+def test_a_job_that_hangs_is_ended_and_the_next_one_runs(jobs, tmp_path):
+    module, make = jobs
+    hangs = make("hangs", ROW + "time.sleep(100)\n", gib=10)
+    found = run(
+        module, [hangs, make("next", ROW, gib=10)], tmp_path, module.Host(1, 10, 8), limit=2
+    )
+    assert [row.get("error") for row in found["hangs"]] == [None, "did not end in time"]
+    assert "error" not in found["next"][0]
+
+
+def test_nothing_begins_after_the_time_and_what_runs_is_ended(jobs, tmp_path):
+    module, make = jobs
+    many = [make(f"job{n}", "time.sleep(100)", gib=10) for n in range(4)]
+    found = run(module, many, tmp_path, seconds=1)
+    assert sorted(found) == ["job0", "job1"]
+    assert all(rows[0]["error"] == "did not end in time" for rows in found.values())
+
+
+def test_jobs_take_the_gpus_with_most_memory_left(jobs):
+    module, make = jobs
+    host = module.Host(2, 10, 3)
+    one, two, large = (
+        make("one", "", gib=4),
+        make("two", "", gpus=2, gib=5),
+        make("large", "", 1, 99),
+    )
+    assert host.take(one) == [0] and host.take(two) == [0, 1]
+    assert host.take(two) is None and host.take(one) == [1]
+    # There is memory for a fourth, but no core.
+    small = make("small", "", gib=0.5)
+    assert host.take(small) is None
+    host.give_back(one, [0])
+    assert host.take(small) == [0]
+    for job, gpus in ((small, [0]), (one, [1]), (two, [0, 1])):
+        assert host.take(large) is None
+        host.give_back(job, gpus)
+    assert host.take(large) == [0]
+
+
+def test_speeds_are_compared_with_one_gpu_and_missing_rows_are_known(benchmarks, tmp_path, capsys):
+    scaling = benchmarks("scaling")
+    facts = {"attention": "mhla", "pixels": 512, "model": "DiT-XL/2"}
+    rows = [
+        {"part": "dit-ddp", "gpus": 1, "images_per_second": 100.0, **facts},
+        {"part": "dit-ddp", "gpus": 2, "images_per_second": 190.0, **facts},
+        {"part": "dit-fsdp", "gpus": 2, "images_per_second": 180.0, **facts},
+        {"part": "features", "gpus": 1, "error": "out of memory"},
+        {
+            "part": "samples",
+            "attention": "mhla",
+            "gpus": 1,
+            "images_per_second": 9.0,
+            "sha256": "a",
+        },
+        {
+            "part": "samples",
+            "attention": "mhla",
+            "gpus": 2,
+            "images_per_second": 18.0,
+            "sha256": "b",
+        },
+    ]
+    ddp, fsdp = scaling.compared(rows)[1:3]
+    assert (ddp["times"], ddp["share"]) == (1.9, 0.95)
+    assert (fsdp["times"], fsdp["share"]) == (1.8, 0.9)
+    path = tmp_path / "scaling.json"
+    path.write_text(json.dumps({"rows": rows, "device": "another", "torch": "1"}))
+    scaling.main([str(path), "--table"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].startswith("| dit-ddp 512 px | mhla | 100/s | 190/s, 1.90× |")
+    assert any(line.startswith("| dit-fsdp 512 px | mhla |  | 180/s, 1.80× |") for line in lines)
+    assert any("other bytes" in line for line in lines if line.startswith("| samples"))
+    options = type("Options", (), {"parts": ["dit-ddp", "dit-fsdp", "features"]})
+    left = list(scaling.missing(options, [1, 2], rows))
+    assert (scaling.Case("features"), 1) in left
+    assert not [case for case, gpus in left if case.attention == "mhla" and case.pixels == 512]
+    assert (scaling.Case("dit-fsdp", "mhla", 256), 1) not in left
+    with pytest.raises(SystemExit, match="was measured on another"):
+        scaling.main([str(path)])

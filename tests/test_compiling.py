@@ -4,6 +4,7 @@ import functools
 
 import pytest
 import torch
+import torch.distributed as dist
 from tiny import (
     dit_inputs,
     tiny_clip_cache,
@@ -13,11 +14,12 @@ from tiny import (
     wan_inputs,
 )
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.parallel import DistributedDataParallel
 
 import mhla_gen
 from mhla_gen import MHLAConfig
 from mhla_gen.config import TrainConfig, load_config
-from mhla_gen.runtime.compiling import compile_blocks
+from mhla_gen.runtime.compiling import compile_blocks, compile_model
 from mhla_gen.training import train
 
 # More than torch makes by itself, which is 8.
@@ -109,3 +111,17 @@ def test_a_run_on_clips_of_ten_sizes_samples_and_resumes(forms, tmp_path):
     # Every size in training, and that of the previews without gradients; then anew.
     assert first > 10 and forms.frame_count > 2 * 10
     assert (tmp_path / "run" / "pipeline").is_dir()
+
+
+@pytest.mark.parametrize("how", ["regional", "whole"])
+def test_buckets_of_gradients_cut_a_whole_model_but_no_block(how, forms, monkeypatch):
+    monkeypatch.setattr(dist, "_DEFAULT_FIRST_BUCKET_BYTES", 1000)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = tiny_dit(num_layers=3, dropout=0.0)
+        compile_model(model, how)
+        shared = DistributedDataParallel(model, bucket_cap_mb=0.001)
+        shared(**dit_inputs(), return_dict=False)[0].sum().backward()
+        assert (len(forms.graphs) == 1) == (how == "regional")
+    finally:
+        dist.destroy_process_group()

@@ -40,6 +40,10 @@ def compile_model(model: nn.Module, how: str) -> None:
         model: A transformer.
         how: none; regional, each of its blocks, which compile once for all; or whole.
     """
+    # DistributedDataParallel has torch cut what it compiles where a bucket of gradients is full, so
+    # that they travel while the rest is computed. Blocks are small enough: cut, they take longer to
+    # compile and to compute.
+    torch._dynamo.config.optimize_ddp = how == "whole"
     if how == "whole":
         model.compile(**_limit_forms())
     elif how == "regional":

@@ -35,7 +35,10 @@ _SAMPLING_STEPS = 20
 
 @dataclass(frozen=True)
 class RandomSamples:
-    """Latents or images in memory, so that only the step is measured, not reading."""
+    """Latents or images in memory, so that only the step is measured, not reading.
+
+    On the CPU, as those that are read, also where a model is built on another device.
+    """
 
     shape: tuple[int, ...]
     num_classes: int
@@ -44,7 +47,7 @@ class RandomSamples:
     @cached_property
     def samples(self) -> torch.Tensor:
         """All samples."""
-        return torch.randn(self.count, *self.shape)
+        return torch.randn(self.count, *self.shape, device="cpu")
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -66,7 +69,7 @@ class RandomSamples:
 
     def read(self, indices: Sequence[int]) -> Batch:
         """A batch, with classes in turn."""
-        chosen = torch.tensor(indices)
+        chosen = torch.tensor(indices, device="cpu")
         return {"samples": self.samples[chosen], "labels": chosen % self.num_classes}
 
     def describe(self, index: int) -> str:

@@ -41,12 +41,15 @@ class RandomClips(RandomSamples):
     @cached_property
     def empty_prompt_embeds(self) -> torch.Tensor:
         """The embedded empty caption."""
-        return torch.randn(_TEXT_LENGTH, _TEXT_DIM)
+        return torch.randn(_TEXT_LENGTH, _TEXT_DIM, device="cpu")
 
     def read(self, indices: Sequence[int]) -> Batch:
         """A batch, in which all clips have the same caption."""
         captions = self.empty_prompt_embeds.expand(len(indices), -1, -1)
-        return {"samples": self.samples[torch.tensor(indices)], "prompt_embeds": captions}
+        return {
+            "samples": self.samples[torch.tensor(indices, device="cpu")],
+            "prompt_embeds": captions,
+        }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -77,16 +77,18 @@ class Worker:
         return [run.name for run in self.runs if self._failed(run.name)]
 
     def _todo(self) -> list[Run]:
-        """Runs that can be done and lack a result, or whose weights other runs still need."""
-        missing = [run for run in self.runs if not self._result(run).is_file()]
+        """Runs that can be done and lack a result, each after the run that it starts from."""
         lost = {run.name for run in self.runs if self._failed(run.name)}
-        missing = [run for run in missing if not {run.name, run.setting.start} & lost]
-        needed = {run.setting.start for run in missing}
-        return [
-            run
-            for run in self.runs
-            if run in missing or (run.name in needed and not self._weights(run).is_dir())
-        ]
+        named = {run.name: run for run in self.runs}
+        todo: dict[str, Run] = {}
+        for run in self.runs:
+            start = run.setting.start
+            if self._result(run).is_file() or {run.name, start} & lost:
+                continue
+            if start is not None and not self._weights(named[start]).is_dir():
+                todo[start] = named[start]
+            todo[run.name] = run
+        return list(todo.values())
 
     def _failed(self, name: str) -> bool:
         """Whether any process has failed at a run since this process began."""

@@ -73,6 +73,14 @@ def alike(found, expected):
         assert found == expected
 
 
+@pytest.mark.parametrize("name", CALLED)
+def test_sizes_of_samples_and_of_latents_belong_together(name):
+    call, _ = assembled(name)
+    for sides in ((2, 3, 4), (5, 6, 2), (1, 1, 7)):
+        latents = torch.empty(1, 1, *sides[-call.rank :], device="meta")
+        assert call.latent_sizes(call.sizes(latents)) == sides[-call.rank :]
+
+
 DRAWN = [name for name in CALLED if name not in ("ltx2", "wan_animate", "cosmos")]
 # Theirs alone, and not needed: what is the default of `forward`, or says nothing.
 NOTHING = {"joint_attention_kwargs", "attention_kwargs", "control_hidden_states_scale"}

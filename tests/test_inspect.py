@@ -14,7 +14,16 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from safetensors.torch import load_file
-from tiny import disturb, dit_inputs, tiny_dit, tiny_dit_pipeline, tiny_wan, wan_inputs
+from tiny import (
+    disturb,
+    dit_inputs,
+    tiny_dit,
+    tiny_dit_pipeline,
+    tiny_wan,
+    tiny_wan22_autoencoder,
+    tiny_wan_pipeline,
+    wan_inputs,
+)
 
 import mhla_gen
 from mhla_gen import MHLAConfig
@@ -275,6 +284,38 @@ def test_wan_pages_have_a_column_per_frame(tmp_path):
     assert {path.stem for path in (tmp_path / "out").glob("*.png")} == {
         "statistics", "mixing_00", "attention_00",
     }  # fmt: skip
+
+
+def test_the_size_is_that_of_the_run(tmp_path, capsys):
+    run = tmp_path / "run" / "pipeline"
+    pipeline = tiny_wan_pipeline()
+    pipeline.register_modules(vae=tiny_wan22_autoencoder())  # 16 pixels a latent, not 8
+    pipeline.save_pretrained(run)
+    scan = ["mhla.layout=[1,2,2]", "timesteps=[500]", f"output_dir={tmp_path / 'scan'}"]
+    own = "21 × 30 × 52 = 32760, the model's own size"
+
+    def said(*arguments):
+        assert main(["inspect", *arguments, "num_inputs=1", "device=cpu"]) == 0
+        return capsys.readouterr().out
+
+    assert own in said(str(run), "--dry-run")
+    (run / "sampling.json").write_text('{"fps": 16.0, "num_inference_steps": 2}')
+    assert own in said(str(run), "--dry-run")
+    size = {"height": 64, "width": 96, "num_frames": 9}
+    (run / "sampling.json").write_text(json.dumps(size))
+    tokens = "3 × 2 × 3 = 18, the size of its run, 9 frames of 64 × 96 pixels"
+    assert tokens in said(str(tmp_path / "run"), f"output_dir={tmp_path / 'page'}")
+    assert tokens in (tmp_path / "page" / "index.html").read_text(encoding="utf-8")
+    assert f"tokens {tokens}, and write" in said("sensitivity", str(run), *scan, "--dry-run")
+    assert tokens in said("sensitivity", str(run), *scan)
+    facts = json.loads((tmp_path / "scan" / "sensitivity.json").read_text())["facts"]
+    assert facts["tokens"] == tokens
+    (run / "sampling.json").unlink()
+    assert main(["inspect", "sensitivity", str(run), *scan, "num_inputs=1", "device=cpu"]) == 2
+    assert "was measured on [3, 2, 3] tokens, but" in capsys.readouterr().err
+    (run / "sampling.json").write_text(json.dumps(size))
+    asked = said(str(run), "grid=[2,2,2]", "--dry-run")
+    assert "2 × 2 × 2 = 8, as grid asks" in asked
 
 
 @pytest.mark.parametrize(("make", "grid"), [(tiny_dit, None), (tiny_wan, [7, 4, 6])])

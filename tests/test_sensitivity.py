@@ -189,7 +189,8 @@ def test_refusals_come_before_anything_is_written(tmp_path, softmax):
 def test_the_command_has_two_words(tmp_path, softmax, capsys):
     arguments = [str(softmax / "dit"), f"output_dir={tmp_path / 'scan'}", "mhla.layout=[2,2]"]
     assert main(["inspect", "sensitivity", *arguments, "--dry-run"]) == 0
-    assert "would measure 3 layers on 20 inputs" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "3 layers on 20 inputs, of tokens 8 × 8 = 64, the model's own size, and write" in said
     assert not (tmp_path / "scan").exists()
     assert main(["inspect", "sensitivity", *arguments, "num_inputs=1", "softmax_layers=1"]) == 0
     assert "stay softmax: 'model.mhla.layers=[" in capsys.readouterr().out

@@ -152,6 +152,8 @@ def test_stable_diffusion_3_from_cache_to_sample(sd3, tmp_path, capsys):
     (picture,) = (tmp_path / "samples").rglob("0*.png")
     with Image.open(picture) as image:
         assert image.size == (64, 64)
+    done("inspect", str(tmp_path / "run"), f"output_dir={tmp_path / 'page'}", "--dry-run")
+    assert "4 × 4 = 16, the size of its run, 64 × 64 pixels" in capsys.readouterr().out
     # What was learned, on the base with its own text encoders, of the run's size.
     beside = shutil.copytree(tmp_path / "run" / "pipeline" / "adapter", tmp_path / "beside")
     for number, adapter in enumerate((tmp_path / "run", beside)):

@@ -266,5 +266,13 @@ class Call:
             return height, width
         return (latents.shape[2] - 1) * self._scale(_TEMPORAL, 4) + 1, height, width
 
+    def latent_sizes(self, sizes: Sequence[int]) -> tuple[int, ...]:
+        """Latents along each axis of samples of these sizes; undoes `sizes`."""
+        frames, *sides = self.sizes(torch.empty(1, 1, *(2,) * self.rank, device="meta"))
+        if self.rank == 2:
+            return tuple(2 * size // n for size, n in zip(sizes, (frames, *sides), strict=True))
+        pixels = (2 * size // n for size, n in zip(sizes[1:], sides, strict=True))
+        return (sizes[0] - 1) // (frames - 1) + 1, *pixels
+
     def _scale(self, names: tuple[str, ...], usual: int) -> int:
         return next((getattr(self.pipe, name) for name in names if hasattr(self.pipe, name)), usual)

@@ -47,7 +47,7 @@ class InputsConfig(Settings):
     """Noise levels in [0, 1000). Empty: 999 for pure noise, where sampling starts; 500 for data."""
     grid: Any = None
     """Tokens along each axis; for Wan: latent frames, height and width after patching. None: the
-    model's own resolution."""
+    size of the run that trained the model, or else the model's own."""
     seed: Seed = 0
     """Fixes noise, text embeddings, and the choice of data."""
     dtype: Literal["float32", "bfloat16"] = "float32"

@@ -100,25 +100,6 @@ class _Start:
     label: int
 
 
-def token_grid(subject: Subject, config: InputsConfig) -> tuple[int, ...]:
-    """The grid that the model is inspected on.
-
-    Raises:
-        ValueError: If the grid asked for does not fit the model.
-    """
-    native = subject.family.native_grid(subject.model)
-    if config.grid is None:
-        return native
-    if len(config.grid) != len(native):
-        raise UserError(
-            f"grid needs {len(native)} entries for a {type(subject.model).__name__}, "
-            f"found {list(config.grid)}"
-        )
-    if isinstance(subject.model, DiTTransformer2DModel) and len(set(config.grid)) > 1:
-        raise UserError(f"DiT's token grid is square, found grid={list(config.grid)}")
-    return config.grid
-
-
 def make_inputs(
     subject: Subject,
     config: InputsConfig,

@@ -13,6 +13,7 @@ from mhla_gen.errors import UserError
 from mhla_gen.files import remove_leftovers, written_whole
 from mhla_gen.inspection.examination import Examination, Focus, Layer, examine
 from mhla_gen.inspection.figures import Picture, draw_statistics
+from mhla_gen.inspection.grids import TokenGrid, token_grid
 from mhla_gen.inspection.inputs import (
     Input,
     latent_shape,
@@ -20,7 +21,6 @@ from mhla_gen.inspection.inputs import (
     query_tokens,
     row_of,
     statistics_rows,
-    token_grid,
 )
 from mhla_gen.inspection.map_figures import draw_maps
 from mhla_gen.inspection.mixing_figures import draw_mixing, draw_mixing_heads
@@ -56,7 +56,8 @@ def inspect(config: InspectConfig, dry_run: bool = False) -> Path:
     check_writable(folder.parent)
     remove_leftovers(folder.parent)
     subjects = _load(config)
-    grid = token_grid(subjects["model"], config)
+    chosen = token_grid(subjects["model"], config)
+    grid = chosen.axes
     queries = query_tokens(config, grid)
     inputs = make_inputs(subjects["model"], config, grid)
     focus = Focus(
@@ -65,11 +66,12 @@ def inspect(config: InspectConfig, dry_run: bool = False) -> Path:
         rows=statistics_rows(config, grid),
         head=config.head,
     )
-    facts = _facts(config, subjects, inputs, focus)
+    facts = _facts(config, subjects, inputs, chosen, focus)
     if dry_run:
         print(f"would write {folder / PAGE_NAME}")
         print("\n".join(f"  {term}: {text}" for term, text in facts))
         return folder / PAGE_NAME
+    print(f"inspecting {subjects['model'].source}: tokens {chosen}", flush=True)
     device = resolve_device(config.device)
     examinations = []
     for title, subject in subjects.items():
@@ -124,7 +126,11 @@ def _check_teacher(model: Subject, teacher: Subject) -> None:
 
 
 def _facts(
-    config: InspectConfig, subjects: dict[str, Subject], inputs: list[Input], focus: Focus
+    config: InspectConfig,
+    subjects: dict[str, Subject],
+    inputs: list[Input],
+    chosen: TokenGrid,
+    focus: Focus,
 ) -> list[tuple[str, str]]:
     """What was inspected and how, for the head of the page."""
     facts = []
@@ -132,7 +138,6 @@ def _facts(
         millions = sum(p.numel() for p in subject.model.parameters()) / 1e6
         kind = type(subject.model).__name__
         facts.append((title, f"{subject.source}, {kind}, {millions:.1f} M parameters"))
-    tokens = f"{' × '.join(map(str, focus.grid))} = {_seq_len(focus)}"
     rows = len(focus.rows)
     measured = "all queries" if rows == _seq_len(focus) else f"{rows} queries drawn at random"
     shown = "; ".join(item.title for item in inputs[:4])
@@ -140,7 +145,7 @@ def _facts(
     more = f"; and {len(inputs) - 4} more" if len(inputs) > 4 else ""
     return [
         *facts,
-        ("tokens", tokens),
+        ("tokens", str(chosen)),
         ("inputs", shown + more),
         ("rank and entropy", f"of {measured}, each head, averaged over all inputs ({len(inputs)})"),
         ("attention maps", f"of the first input, {which}"),

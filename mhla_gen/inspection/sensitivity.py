@@ -36,10 +36,11 @@ def sensitivity(config: SensitivityConfig, dry_run: bool = False) -> Path:
     scan = Scan.prepare(config)
     if dry_run:
         print(
-            f"would measure {len(scan.layers)} layers on {len(scan.inputs)} inputs "
-            f"and write {folder}"
+            f"would measure {len(scan.layers)} layers on {len(scan.inputs)} inputs, of tokens "
+            f"{scan.grid}, and write {folder}"
         )
         return folder
+    print(f"measuring {scan.source}: tokens {scan.grid}", flush=True)
     with claimed(folder):
         return _measure(config, scan, folder)
 

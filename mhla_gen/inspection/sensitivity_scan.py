@@ -1,7 +1,6 @@
 """One pass over the layers of a softmax model: how each, as MHLA, changes the output."""
 
 import json
-import math
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,7 +20,8 @@ from mhla_gen.distillation.teacher import mhla_attentions, softmax_twin, train_o
 from mhla_gen.errors import OccupiedError, UserError
 from mhla_gen.files import append_line, write_lines, write_tensors
 from mhla_gen.files.digests import tensors_digest
-from mhla_gen.inspection.inputs import Input, joined, make_inputs, token_grid
+from mhla_gen.inspection.grids import TokenGrid, token_grid
+from mhla_gen.inspection.inputs import Input, joined, make_inputs
 from mhla_gen.inspection.sensitivity_plan import plan_by_count
 from mhla_gen.inspection.sensitivity_report import LayerSensitivity
 from mhla_gen.inspection.subject import load_subject
@@ -61,7 +61,7 @@ class Scan:
     student: Any
     digest: str
     """Of the softmax model's weights."""
-    grid: tuple[int, ...]
+    grid: TokenGrid
     inputs: Sequence[Input]
     draw: Any
     """Step → the inputs of one step of distillation."""
@@ -81,7 +81,7 @@ class Scan:
             raise UserError(f"{config.model} already has MHLA layers; give the softmax model")
         grid = token_grid(subject, config)
         images = None if config.data is None else open_images(config.data)
-        inputs = make_inputs(subject, config, grid, images)
+        inputs = make_inputs(subject, config, grid.axes, images)
 
         def draw(step: int) -> list[Input]:
             seed = derived_seed(config.seed, 1, step)
@@ -89,7 +89,7 @@ class Scan:
             time = int(torch.randint(_NUM_TIMESTEPS, (), generator=generator))
             size = config.distill_batch_size
             fresh = replace(config, seed=seed, timesteps=(time,), num_inputs=size)
-            return make_inputs(subject, fresh, grid, images)
+            return make_inputs(subject, fresh, grid.axes, images)
 
         digest = tensors_digest(subject.model.state_dict())
         with unmentioned():
@@ -111,7 +111,7 @@ class Scan:
         """Claim the output folder, or resume it.
 
         Raises:
-            FileExistsError: If it was measured on other weights.
+            FileExistsError: If it was measured on other weights, or at another size.
         """
         save_config(self.config, folder / CONFIG_NAME)
         file = folder / LAYERS_NAME
@@ -121,8 +121,14 @@ class Scan:
                 f"output_dir {folder} was measured on other weights of {self.config.model}; "
                 "choose another one"
             )
+        tokens = list(self.grid.axes)
+        if lines and lines[0].get("tokens", tokens) != tokens:
+            raise OccupiedError(
+                f"output_dir {folder} was measured on {lines[0]['tokens']} tokens, but "
+                f"{self.config.model} now has {tokens}, {self.grid.origin}; choose another one"
+            )
         # Without the half of a line that a killed scan may have left.
-        lines = lines or [{"weights": self.digest}]
+        lines = lines or [{"weights": self.digest, "tokens": tokens}]
         write_lines(file, lines)
 
     def distill(self, file: Path) -> None:
@@ -229,7 +235,7 @@ class Scan:
             "model": self.source,
             "class": self.student.family.softmax_class(self.student).__name__,
             "weights": self.digest,
-            "tokens": f"{' × '.join(map(str, self.grid))} = {math.prod(self.grid)}",
+            "tokens": str(self.grid),
             "inputs": len(self.inputs),
             "of": "noise" if self.config.data is None else self.config.data.source,
             "distill_steps": self.config.distill_steps,

@@ -18,8 +18,10 @@ class Subject:
 
     model: Any
     family: Family
+    place: str
+    """Folder of the model or its pipeline, or name on the hub."""
     source: str
-    """Folder that the weights came from, or name on the hub."""
+    """The same, with the folder of the weights in a pipeline."""
     scheduler: Any | None = None
     """The pipeline's scheduler, which says how noise is added; None where none was saved."""
 
@@ -41,7 +43,7 @@ def load_subject(path: str, component: str, dtype: torch.dtype) -> Subject:
     place, location = locate_part(locate(path, newest=True), component)
     model = load_transformer(place, component, dtype)
     source = "/".join([place, *location.values()])
-    return Subject(model.eval(), family_of(model), source, _scheduler(place))
+    return Subject(model.eval(), family_of(model), place, source, _scheduler(place))
 
 
 def _scheduler(place: str) -> Any | None:

@@ -169,6 +169,7 @@ def test_without_settings_a_pretrained_model_gets_what_is_recommended_and_a_new_
     kept = mhla_gen.MHLADiTTransformer2DModel.from_base(base)
     assert kept.mhla_config == mhla_gen.inject(base).mhla_config
     assert (kept.mhla_config.exact, kept.mhla_config.exact_start) == (0.125, 0.98)
+    assert kept.mhla_config.learned_features and kept.mhla_config.feature_map == "softmax"
     new = mhla_gen.MHLADiTTransformer2DModel(**sizes)
     assert new.mhla_config.exact == MHLAConfig().exact == 0
 

@@ -201,5 +201,5 @@ class MHLAConfig(Settings):
 
 _TILE_SETTINGS = ("exact_tile", "exact_group", "exact_window", "exact_top")
 
-FOR_PRETRAINED = MHLAConfig(exact=0.125)
+FOR_PRETRAINED = MHLAConfig(exact=0.125, feature_map="softmax", learned_features=True)
 """What docs/evidence.md recommends for a pretrained model; `MHLAConfig()` is the paper's MHLA."""

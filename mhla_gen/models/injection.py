@@ -105,8 +105,9 @@ def inject(
             that holds one or more of them (both experts of Wan 2.2), or a language model of
             transformers (`docs/language.md`), or a ViT of timm (`docs/classification.md`).
         config: Settings of MHLA or Linformer, for a language model a `CausalMHLAConfig`. None is
-            what docs/evidence.md recommends for a pretrained model, `MHLAConfig(exact=0.125)`, for
-            a language model `CausalMHLAConfig(window=256)`; without arguments both are the paper's.
+            what docs/evidence.md recommends for a pretrained model (an eighth of the pairs exact,
+            learned feature maps), for a language model `CausalMHLAConfig(window=256)`; without
+            arguments both classes are the paper's MHLA.
 
     Returns:
         `pipe_or_transformer`.

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import mhla_gen
 from mhla_gen import MHLAConfig
 from mhla_gen.models.gates import _SILU_ONE
-from mhla_gen.ops.depthwise import depthwise_conv, gated_conv
+from mhla_gen.ops.depthwise import Blend, depthwise_conv, gated_conv
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # By lines and by taps; heads that fill tiles of 64 channels, cross them and are many to one.
@@ -20,8 +20,11 @@ CASES = [
     ((11,), (3,), 3, 6),
 ]
 
+COMBINATIONS = ("gate", "denominator", "projection")
 
-def make_inputs(case, gate, dtype):
+
+def make_inputs(case, gate, dtype, blend=False):
+    """Attention's output (or two, and logits of the first one's weight), value, weight, …"""
     grid, sizes, heads, head_dim = case
     channels, tokens = heads * head_dim, math.prod(grid)
     # Views of one product, as in a model.
@@ -36,37 +39,49 @@ def make_inputs(case, gate, dtype):
     bias = torch.randn(channels, device=DEVICE, dtype=dtype)
     added = torch.randn(2, tokens, channels, device=DEVICE, dtype=dtype)
     given = [added, value, weight, bias, *([] if logits is None else [logits])]
+    if blend:
+        beside = torch.randn(2, tokens, 3 * channels, device=DEVICE, dtype=dtype)
+        shares = joined[..., 2 * channels + 3 : 2 * channels + 3 + heads]
+        given += [beside[..., channels : 2 * channels], shares]
     return [x.detach().requires_grad_() for x in given]
 
 
-def outputs_and_gradients(tensors, case, implementation):
-    logits = tensors[4] if len(tensors) == 5 else None
+def outputs_and_gradients(tensors, case, implementation, blend=False):
+    *given, beside, shares = tensors if blend else (*tensors, None, None)
+    logits = given[4] if len(given) == 5 else None
+    added = given[0]
+    if blend:
+        first, second = (x.unflatten(2, (case[2], -1)) for x in (added, beside))
+        added = Blend(first, second, shares)
     out = gated_conv(
-        *tensors[:4], logits, grid=case[0], num_heads=case[2], implementation=implementation
+        added, *given[1:4], logits, grid=case[0], num_heads=case[2], implementation=implementation
     )
     direction = (torch.arange(out.numel(), device=DEVICE) % 8 + 1) / 8
     loss = (out.double().flatten() * direction).sum()
     return out, *torch.autograd.grad(loss, tensors)
 
 
+@pytest.mark.parametrize("blend", [False, True])
 @pytest.mark.parametrize("gate", ["none", "channel", "head"])
 @pytest.mark.parametrize("case", CASES)
-def test_one_pass_equals_the_definition(case, gate):
-    tensors = make_inputs(case, gate, torch.float32)
+def test_one_pass_equals_the_definition(case, gate, blend):
+    tensors = make_inputs(case, gate, torch.float32, blend)
     doubles = [x.detach().double().requires_grad_() for x in tensors]
-    expected = outputs_and_gradients(doubles, case, "torch")
-    actual = outputs_and_gradients(tensors, case, "fused")
+    expected = outputs_and_gradients(doubles, case, "torch", blend)
+    actual = outputs_and_gradients(tensors, case, "fused", blend)
     for a, e in zip(actual, expected, strict=True):
         assert a.dtype == torch.float32
         assert (a.double() - e).norm() < 1e-6 * e.norm()
 
 
 @pytest.mark.parametrize("gate", ["channel", "head"])
-def test_half_precision_is_rounded_once(gate):
-    tensors = make_inputs(CASES[0], gate, torch.float16)
+@pytest.mark.parametrize("blend", [False, True])
+def test_half_precision_is_rounded_once(gate, blend):
+    tensors = make_inputs(CASES[0], gate, torch.float16, blend)
     doubles = [x.detach().double().requires_grad_() for x in tensors]
-    expected = outputs_and_gradients(doubles, CASES[0], "torch")
-    for a, e in zip(outputs_and_gradients(tensors, CASES[0], "fused"), expected, strict=True):
+    expected = outputs_and_gradients(doubles, CASES[0], "torch", blend)
+    actual = outputs_and_gradients(tensors, CASES[0], "fused", blend)
+    for a, e in zip(actual, expected, strict=True):
         assert (a.double() - e).norm() < torch.finfo(torch.float16).eps * e.norm()
 
 
@@ -77,6 +92,14 @@ def test_a_gate_at_its_start_changes_no_bit(gate, dtype):
     options = {"grid": CASES[0][0], "num_heads": CASES[0][2], "implementation": "fused"}
     logits = torch.full_like(logits, _SILU_ONE)
     assert torch.equal(gated_conv(*given, logits, **options), gated_conv(*given, None, **options))
+
+
+def test_a_blend_in_words():
+    first, second = torch.randn(2, 1, 15, 2, 4, dtype=torch.float64)
+    logits = torch.randn(1, 15, 2, dtype=torch.float64)
+    share = logits.sigmoid()[..., None]
+    found = Blend(first, second, logits).combined()
+    torch.testing.assert_close(found, share * first + (1 - share) * second)
 
 
 def test_the_definition_in_words():
@@ -91,7 +114,7 @@ def test_without_gradients_nothing_is_kept():
     from mhla_gen.ops.kernels import gated_conv as kernels
 
     tensors = make_inputs(CASES[0], "head", torch.float32)
-    call = (*tensors, [3, 5], 2)
+    call = (tensors[0], None, None, *tensors[1:], [3, 5], 2)
     with torch.no_grad():
         out, kept = kernels.gated_conv_tokens(*call, False)
         again, more = kernels.gated_conv_tokens(*call, True)
@@ -100,13 +123,16 @@ def test_without_gradients_nothing_is_kept():
 
 
 @pytest.mark.parametrize("gate", ["none", "channel", "head"])
-def test_registration_is_sound(gate):
+@pytest.mark.parametrize("blend", [False, True])
+def test_registration_is_sound(gate, blend):
     from mhla_gen.ops.kernels.gated_conv import gated_conv_tokens
 
-    tensors = make_inputs(((3, 4), (3, 3), 2, 4), gate, torch.float32)
+    tensors = make_inputs(((3, 4), (3, 3), 2, 4), gate, torch.float32, blend)
+    *tensors, beside, shares = tensors if blend else (*tensors, None, None)
     logits = tensors[4] if len(tensors) == 5 else None
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    call = (*tensors[:4], logits, [3, 4], 2, logits is not None)
+    given = tensors[0], beside, shares, *tensors[1:4], logits
+    call = (*given, [3, 4], 2, logits is not None)
     torch.library.opcheck(gated_conv_tokens, call, test_utils=checks)
 
 
@@ -116,12 +142,16 @@ def test_wrong_logits_are_named():
         gated_conv(*tensors[:4], torch.randn(2, 15, 3), grid=(3, 5), num_heads=2)
 
 
-@pytest.mark.parametrize("gate", [False, True, "head", 4])
-def test_a_layer_in_kernels_equals_one_in_torch(gate, monkeypatch):
+@pytest.mark.parametrize(
+    "settings",
+    [{"gate": gate} for gate in (False, True, "head", 4)]
+    + [{"gate": gate, "exact": 0.5, "combine": c} for gate in (True, False) for c in COMBINATIONS],
+)
+def test_a_layer_in_kernels_equals_one_in_torch(settings, monkeypatch):
     from mhla_gen.ops import depthwise
 
     torch.manual_seed(0)
-    config = MHLAConfig(layout=(2, 2), gate=gate)
+    config = MHLAConfig(layout=(2, 2), **settings)
     layer = mhla_gen.MHLA(2, 8, 12, config).to(DEVICE)
     with torch.no_grad():
         for name, parameter in layer.named_parameters():
@@ -130,7 +160,8 @@ def test_a_layer_in_kernels_equals_one_in_torch(gate, monkeypatch):
     query, key, value = (torch.randn(2, 20, 2, 8, device=DEVICE) for _ in range(3))
     hidden = torch.randn(2, 20, 12, device=DEVICE).requires_grad_()
     value.requires_grad_()
-    trained = [value, *([hidden] if gate else []), *layer.parameters()]
+    reads = config.gate or (config.exact and config.combine == "gate")
+    trained = [value, *([hidden] if reads else []), *layer.parameters()]
     found = []
     for fused in (False, True):
         monkeypatch.setattr(depthwise, "_fused_can_run", lambda tokens, fused=fused: fused)
@@ -142,10 +173,12 @@ def test_a_layer_in_kernels_equals_one_in_torch(gate, monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("gate", ["none", "channel", "head"])
+@pytest.mark.parametrize("blend", [False, True])
 @pytest.mark.parametrize("case", [*CASES, ((32, 32), (3, 3), 16, 72)])
-def test_bfloat16_on_a_gpu(case, gate):
-    tensors = make_inputs(case, gate, torch.bfloat16)
+def test_bfloat16_on_a_gpu(case, gate, blend):
+    tensors = make_inputs(case, gate, torch.bfloat16, blend)
     doubles = [x.detach().double().requires_grad_() for x in tensors]
-    expected = outputs_and_gradients(doubles, case, "torch")
-    for a, e in zip(outputs_and_gradients(tensors, case, "fused"), expected, strict=True):
+    expected = outputs_and_gradients(doubles, case, "torch", blend)
+    actual = outputs_and_gradients(tensors, case, "fused", blend)
+    for a, e in zip(actual, expected, strict=True):
         assert (a.double() - e).norm() < 2 * torch.finfo(torch.bfloat16).eps * e.norm()

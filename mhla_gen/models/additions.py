@@ -10,7 +10,7 @@ from mhla_gen.config import AttentionConfig
 from mhla_gen.errors import UserError
 from mhla_gen.models.gates import gate_logits, input_layer, make_gate, reset_gate
 from mhla_gen.models.projections import products
-from mhla_gen.ops.depthwise import depthwise_conv, gated_conv, times_silu
+from mhla_gen.ops.depthwise import Blend, depthwise_conv, gated_conv, times_silu
 from mhla_gen.ops.halo import begin_halo, sharded_depthwise_conv
 
 
@@ -37,7 +37,7 @@ class DepthwiseConv(nn.Module):
         grid: tuple[int, ...],
         group: Any = None,
         halo: Callable[[], Tensor] | None = None,
-        after: tuple[Tensor, Tensor | None, int] | None = None,
+        after: tuple[Tensor | Blend, Tensor | None, int] | None = None,
     ) -> Tensor:
         """Convolve tokens `[batch, seq_len, channels]` in raster order of `grid`.
 
@@ -160,7 +160,8 @@ class AddedAttention(nn.Module):
         logits = None if self.gate is None else gate_logits(self.gate, of_input[0])
         given = Inputs(query, key, value, of_input, grid, rotary, group, extra)
         if self.conv is not None and group is None:
-            out = self._begin(given)().flatten(2)
+            out = self._begin(given)()
+            out = out if isinstance(out, Blend) else out.flatten(2)
             return self.conv(value.flatten(2), grid, after=(out, logits, self.num_heads))
         halo = None
         if self.conv is not None:
@@ -168,13 +169,17 @@ class AddedAttention(nn.Module):
         attend = self._begin(given)
         # This overlaps with the communication between the processes that share the sequence.
         convolved = None if self.conv is None else self.conv(value.flatten(2), grid, group, halo)
-        out = attend().flatten(2)
+        out = attend()
+        out = (out.combined() if isinstance(out, Blend) else out).flatten(2)
         if convolved is not None:
             out = out + convolved
         return out if logits is None else times_silu(out, logits, self.num_heads)
 
-    def _begin(self, given: Inputs) -> Callable[[], Tensor]:
-        """Start the attention that precedes convolution and gate; calling the result ends it."""
+    def _begin(self, given: Inputs) -> Callable[[], Tensor | Blend]:
+        """Start the attention that precedes convolution and gate; calling the result ends it.
+
+        The output is `[batch, seq_len, num_heads, head_dim]`.
+        """
         raise NotImplementedError
 
     @property

@@ -16,6 +16,7 @@ from mhla_gen.models.exact import exact_attention, log_denominator, make_combina
 from mhla_gen.models.features import Features, with_magnitude
 from mhla_gen.models.head_rotary import mhla_rotated_by_head
 from mhla_gen.ops import FEATURE_MAPS, FRAME_MIXING_INITS, MIXING_INITS, mhla
+from mhla_gen.ops.depthwise import Blend
 from mhla_gen.ops.sharded import begin_sharded_mhla
 
 NEW_START = 0.5
@@ -92,7 +93,7 @@ class MHLA(AddedAttention):
         shares = () if self.combine is None else self.combine.input_layers()
         return (*super().input_layers(), *shares)
 
-    def _begin(self, given: Inputs) -> Callable[[], Tensor]:
+    def _begin(self, given: Inputs) -> Callable[[], Tensor | Blend]:
         """Start the attention; calling the result ends it.
 
         An axis with fewer tokens than blocks, such as the single frame of an image, uses as many
@@ -103,7 +104,7 @@ class MHLA(AddedAttention):
         if config.exact == 0 and extra is None:
             return self._begin_linear(given)
 
-        def attend() -> Tensor:
+        def attend() -> Tensor | Blend:
             query, key, value, of_input, grid, rotary, *_ = given
             exact, log_sum_exp = exact_attention(query, key, value, config, grid, rotary, extra)
             if self.combine is None:

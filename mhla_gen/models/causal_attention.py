@@ -129,7 +129,8 @@ class CausalMHLA(nn.Module):
             return exact
         linear = self._linear(late.query, late.key, late.value, late.rotary, late.mask, state)
         linear = late.completed(linear, exact)
-        return self.combine(exact, linear, logits=self.combine.to_share(hidden_states))
+        logits = self.combine.to_share(hidden_states)
+        return self.combine(exact, linear, logits=logits).combined()
 
     def _linear(
         self,

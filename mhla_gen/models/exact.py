@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mhla_gen.config import AttentionConfig, MHLAConfig
 from mhla_gen.models.head_rotary import rotated
 from mhla_gen.ops import TileLayout, auto_tiles, mhla, tile_attention, tile_share
+from mhla_gen.ops.depthwise import Blend
 
 # Cached, because all layers ask for the same few grids.
 _remembered_tiles = functools.lru_cache(maxsize=1024)(auto_tiles)
@@ -202,13 +203,20 @@ class Combination(nn.Module):
         """Reset the parameters to their initial values."""
         raise NotImplementedError
 
-    def forward(self, exact: Tensor, linear: Tensor, **weighed_by: Any) -> Tensor:
-        """The combined output, shaped like its two inputs."""
-        raise NotImplementedError
+    def forward(self, exact: Tensor, linear: Tensor, **weighed_by: Any) -> Tensor | Blend:
+        """The combined output, shaped like its two inputs, or what the next pass combines."""
+        logits = self.logits(**weighed_by)
+        assert logits is not None
+        return Blend(exact, linear, logits)
+
+    def logits(self, **weighed_by: Any) -> Tensor | None:
+        """Logits of the exact half's weight, `[batch, seq_len, num_heads]`; None without any."""
+        return None
 
     def shares(self, **weighed_by: Any) -> Tensor | None:
         """Weight of the exact half, `[batch, seq_len, num_heads]`; None without such a weight."""
-        return None
+        logits = self.logits(**weighed_by)
+        return None if logits is None else logits.sigmoid()
 
 
 class GateCombination(Combination):
@@ -238,13 +246,9 @@ class GateCombination(Combination):
         """The linear layer that gives the logits of `a`."""
         return (self.to_share,)
 
-    def forward(self, exact: Tensor, linear: Tensor, **weighed_by: Any) -> Tensor:
+    def logits(self, **weighed_by: Any) -> Tensor:
         """See `Combination`."""
-        return _weighed(exact, linear, weighed_by["logits"])
-
-    def shares(self, **weighed_by: Any) -> Tensor:
-        """`a`, `[batch, seq_len, num_heads]`."""
-        return weighed_by["logits"].sigmoid()
+        return weighed_by["logits"]
 
 
 class DenominatorCombination(Combination):
@@ -269,15 +273,8 @@ class DenominatorCombination(Combination):
         """Reset b to its initial value."""
         self.bias.fill_(_logit(self.start))
 
-    def forward(self, exact: Tensor, linear: Tensor, **weighed_by: Any) -> Tensor:
+    def logits(self, log_sum_exp: Tensor, log_denominator: Tensor, **_: Any) -> Tensor:
         """See `Combination`."""
-        return _weighed(exact, linear, self._logits(**weighed_by))
-
-    def shares(self, **weighed_by: Any) -> Tensor:
-        """`a`, `[batch, seq_len, num_heads]`."""
-        return self._logits(**weighed_by).sigmoid()
-
-    def _logits(self, log_sum_exp: Tensor, log_denominator: Tensor, **_: Any) -> Tensor:
         return log_sum_exp.transpose(1, 2) - log_denominator + self.bias.float()
 
 
@@ -317,12 +314,6 @@ def make_combination(
     if config.combine == "denominator":
         return DenominatorCombination(num_heads, config.exact_start)
     return GateCombination(num_heads, hidden_size, config.exact_start)
-
-
-def _weighed(exact: Tensor, linear: Tensor, logits: Tensor) -> Tensor:
-    # A small weight of the linear half keeps its precision in bfloat16; computed as 1 - a it would
-    # not.
-    return exact.lerp(linear, logits.neg().sigmoid().unsqueeze(-1).type_as(exact))
 
 
 def _logit(share: float) -> float:

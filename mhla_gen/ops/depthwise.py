@@ -7,6 +7,7 @@ such as queries and keys, in that order. The Triton kernels here read raster ord
 
 import importlib.util
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,24 @@ from torch import Tensor
 from mhla_gen.errors import UserError
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+class Blend(NamedTuple):
+    """Two tensors that are combined with one weight per token and head."""
+
+    first: Tensor
+    """`[batch, seq_len, num_heads, head_dim]`."""
+    second: Tensor
+    """Like `first`."""
+    logits: Tensor
+    """Logits of the weight of `first`, `[batch, seq_len, num_heads]`; `second` gets the rest."""
+
+    def combined(self) -> Tensor:
+        """`σ(logits) · first + σ(-logits) · second`."""
+        # A small weight of the second tensor keeps its precision in bfloat16; computed as 1 - σ it
+        # would not.
+        weight = self.logits.neg().sigmoid().unsqueeze(-1).type_as(self.first)
+        return self.first.lerp(self.second, weight)
 
 
 def depthwise_conv(
@@ -49,7 +68,7 @@ def depthwise_conv(
 
 
 def gated_conv(
-    added: Tensor,
+    added: Tensor | Blend,
     tokens: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -62,7 +81,7 @@ def gated_conv(
     """`(added + depthwise_conv(tokens)) · SiLU(logits)`: an attention layer's end in one pass.
 
     Args:
-        added: Attention's output, shaped like `tokens`.
+        added: Attention's output, shaped like `tokens`, or two outputs and their weights.
         tokens: Values, as in `depthwise_conv`.
         weight: Filters, as in `depthwise_conv`.
         bias: As in `depthwise_conv`.
@@ -84,14 +103,18 @@ def gated_conv(
         )
     implementation = _picked(tokens, weight, grid, implementation)
     if implementation == "torch":
+        added = added.combined().flatten(2) if isinstance(added, Blend) else added
         out = added + _torch_conv(tokens, weight, bias, grid)
         return out if logits is None else times_silu(out, logits, num_heads)
     from mhla_gen.ops.kernels.gated_conv import gated_conv_tokens
 
-    given = (added, tokens, weight, logits)
+    parts = (added, None, None)
+    if isinstance(added, Blend):
+        parts = added.first.flatten(2), added.second.flatten(2), added.logits
+    given = (*parts, tokens, weight, logits)
     keeps = logits is not None and torch.is_grad_enabled()
     keeps = keeps and any(x is not None and x.requires_grad for x in given)
-    return gated_conv_tokens(added, tokens, weight, bias, logits, list(grid), num_heads, keeps)[0]
+    return gated_conv_tokens(*parts, tokens, weight, bias, logits, list(grid), num_heads, keeps)[0]
 
 
 def times_silu(out: Tensor, logits: Tensor, num_heads: int) -> Tensor:

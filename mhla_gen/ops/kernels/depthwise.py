@@ -2,19 +2,21 @@
 
 Small filters within a frame are computed line by line (`depthwise_lines.py`): each token is read
 once for every column of the filter, and one pass over the gradient computes those of tokens, filter
-and bias. Other filters are computed tap by tap (`depthwise_taps.py`), where the gradient of the
-tokens is the same convolution with the filter flipped. Sums over tokens are taken in two steps, so
-that they do not depend on the order of programs.
+and bias. Small filters over frames are computed by lines of several frames (`depthwise_frames.py`),
+other ones tap by tap (`depthwise_taps.py`); there the gradient of the tokens is the same
+convolution with the filter flipped, and that of the filter is summed tap by tap. Sums over tokens
+are taken in two steps, so that they do not depend on the order of programs.
 """
 
 import math
 import os
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mhla_gen.ops.kernels.compiled import launch
+from mhla_gen.ops.kernels.depthwise_frames import conv_frames_kernel
 from mhla_gen.ops.kernels.depthwise_lines import backward_lines_kernel, conv_lines_kernel
 from mhla_gen.ops.kernels.depthwise_taps import conv_taps_kernel, sums_taps_kernel
 from mhla_gen.ops.kernels.launch import quotient_up
@@ -26,8 +28,11 @@ _TOKENS, _CHANNELS = 16, 64
 _WARPS, _STAGES = 4, 1
 # Number of taps per channel that fit into a thread's registers.
 _MOST_HELD_TAPS = 9
+# Kernel over frames: taps, frames, and columns of a program, which has one warp.
+_MOST_FRAME_TAPS, _FRAMES, _COLUMNS = 27, 3, 4
 # Programs that keep a large GPU busy: several for each of 132 multiprocessors.
 _ENOUGH_PROGRAMS = 1024
+_ENOUGH_WARPS = 4096
 # Minimum number of lines per program; the lines around them are read twice.
 _FEWEST_LINES = 8
 
@@ -37,6 +42,10 @@ class After(NamedTuple):
 
     added: Tensor
     """`[batch, seq_len, channels]`."""
+    beside: Tensor | None
+    """Like `added`, with which it is blended, or None."""
+    shares: Tensor | None
+    """Logits of the weight of `added` then, `[batch, seq_len, heads]`."""
     logits: Tensor | None
     """`[batch, seq_len, channels or heads]`."""
     num_heads: int
@@ -71,7 +80,8 @@ def depthwise_tokens_backward(
             found = _backward_by_lines(grad, tokens, weight.contiguous(), box, sizes)
             tokens_grad, partial, bias_partial = found
         else:
-            tokens_grad, _ = _conv_by_taps(grad, weight, None, box, sizes, sign=-1)
+            flipped = weight.flatten(1).flip(1).view(weight.shape)
+            tokens_grad, _ = convolve(grad, flipped, None, grid, None)
             partial, bias_partial = _sums_by_taps(grad, tokens, box, sizes)
         weight_grad = partial.sum(dim=0).view(weight.shape).to(weight.dtype)
         return tokens_grad, weight_grad, bias_partial.sum(dim=0)
@@ -105,7 +115,9 @@ def convolve(
     box, sizes = _box(weight, grid)
     if _by_lines(sizes):
         return _conv_by_lines(tokens, weight.contiguous(), bias, box, sizes, after)
-    return _conv_by_taps(tokens, weight, bias, box, sizes, sign=1, after=after)
+    if math.prod(sizes) <= _MOST_FRAME_TAPS:
+        return _conv_by_frames(tokens, weight, bias, box, sizes, after)
+    return _conv_by_taps(tokens, weight, bias, box, sizes, after)
 
 
 def _by_lines(sizes: list[int]) -> bool:
@@ -141,31 +153,31 @@ def _conv_by_lines(
             "num_warps": _WARPS,
         },
     )
-    return tensors[2], tensors[3]
+    return tensors[-2], tensors[-1]
 
 
-def _after(
-    tokens: Tensor, after: After | None
-) -> tuple[tuple[Tensor | None, Tensor | None, Tensor, Tensor], tuple[int, ...], dict]:
-    """Tensors (added, logits, out, kept), strides and constants of `finish`."""
+def _after(tokens: Tensor, after: After | None) -> tuple[tuple[Any, ...], tuple[int, ...], dict]:
+    """Tensors (added, beside, shares, logits, out, kept), strides and constants of `finish`."""
     out = tokens.new_empty(tokens.shape)
     if after is None:
-        constants = {"ADDS": False, "GATE": 0, "HEAD_DIM": 1, "SPAN": 1, "KEEPS": False}
-        return (None, None, out, out.new_empty(0)), (0, 0, 0, 0), constants
-    added, logits, num_heads, keeps = after
+        constants = {"ADDS": False, "BLENDS": False, "GATE": 0, "HEAD_DIM": 1, "SPAN": 1}
+        return (*[None] * 4, out, out.new_empty(0)), (0,) * 8, {**constants, "KEEPS": False}
+    *read, num_heads, keeps = after
+    logits = after.logits
     head_dim = tokens.shape[2] // num_heads
     gate = 0 if logits is None else 1 if logits.shape[2] == tokens.shape[2] else 2
     whole = _CHANNELS % head_dim == 0
     constants = {
         "ADDS": True,
+        "BLENDS": after.beside is not None,
         "GATE": gate,
         "HEAD_DIM": head_dim,
         "SPAN": _CHANNELS // head_dim if whole else (_CHANNELS - 2) // head_dim + 2,
         "KEEPS": keeps,
     }
-    strides = (*added.stride()[:2], *((0, 0) if logits is None else logits.stride()[:2]))
+    strides = tuple(s for x in read for s in ((0, 0) if x is None else x.stride()[:2]))
     kept = tokens.new_empty(tokens.shape if keeps else 0)
-    return (added, logits, out, kept), strides, constants
+    return (*read, out, kept), strides, constants
 
 
 def _backward_by_lines(
@@ -194,14 +206,52 @@ def _backward_by_lines(
     return tokens_grad, partial, bias_partial
 
 
+def _conv_by_frames(
+    tokens: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    box: list[int],
+    sizes: list[int],
+    after: After | None,
+) -> tuple[Tensor, Tensor]:
+    batch, _, channels = tokens.shape
+    tiles = quotient_up(channels, _CHANNELS)
+    frames = min(box[0], _FRAMES)
+    programs = batch * quotient_up(box[0], frames) * quotient_up(box[2], _COLUMNS)
+    wanted = quotient_up(_ENOUGH_WARPS, programs * tiles)
+    lines = max(min(box[1], _FEWEST_LINES), quotient_up(box[1], wanted))
+    line_parts = quotient_up(box[1], lines)
+    # Channels last, so that a tap's factors lie together, in whole tiles.
+    factors = weight.new_empty((math.prod(sizes), tiles * _CHANNELS), dtype=torch.float32)
+    factors[:, :channels] = weight.flatten(1).t()
+    tensors, strides, constants = _after(tokens, after)
+    num_heads = after.num_heads if after else 1
+    launch(
+        conv_frames_kernel,
+        (programs * line_parts, tiles),
+        (tokens, factors, bias, *tensors),
+        (channels, *box, line_parts, lines, num_heads, *tokens.stride()[:2], *strides),
+        {
+            **dict(zip(("KT", "KH", "KW"), sizes, strict=True)),
+            "HAS_BIAS": bias is not None,
+            **constants,
+            "ROW": factors.shape[1],
+            "F": frames,
+            "BT": _COLUMNS,
+            "BC": _CHANNELS,
+            "num_warps": 1,
+        },
+    )
+    return tensors[-2], tensors[-1]
+
+
 def _conv_by_taps(
     tokens: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     box: list[int],
     sizes: list[int],
-    sign: int,
-    after: After | None = None,
+    after: After | None,
 ) -> tuple[Tensor, Tensor]:
     batch, seq_len, channels = tokens.shape
     # Channels last, so that a tap's factors lie together.
@@ -216,12 +266,11 @@ def _conv_by_taps(
             **dict(zip(("KT", "KH", "KW"), sizes, strict=True)),
             "HAS_BIAS": bias is not None,
             **constants,
-            "SIGN": sign,
             "BT": 2 * _TOKENS,
             "BC": _CHANNELS,
         },
     )
-    return tensors[2], tensors[3]
+    return tensors[-2], tensors[-1]
 
 
 def _sums_by_taps(

@@ -63,12 +63,13 @@ def _filter(weight_ptr, channels, held, TAPS: tl.constexpr):
 
 @triton.jit
 def conv_lines_kernel(
-    x_ptr, weight_ptr, bias_ptr, added_ptr, logits_ptr, out_ptr, kept_ptr,
+    x_ptr, weight_ptr, bias_ptr, added_ptr, beside_ptr, shares_ptr, logits_ptr, out_ptr, kept_ptr,
     C, T, H, W, line_parts, lines, column_parts, columns, HEADS,
-    x_batch, x_token, added_batch, added_token, logits_batch, logits_token,
+    x_batch, x_token, added_batch, added_token, beside_batch, beside_token, shares_batch,
+    shares_token, logits_batch, logits_token,
     KH: tl.constexpr, KW: tl.constexpr, HAS_BIAS: tl.constexpr, ADDS: tl.constexpr,
-    GATE: tl.constexpr, HEAD_DIM: tl.constexpr, SPAN: tl.constexpr, KEEPS: tl.constexpr,
-    BT: tl.constexpr, BC: tl.constexpr, STAGES: tl.constexpr,
+    BLENDS: tl.constexpr, GATE: tl.constexpr, HEAD_DIM: tl.constexpr, SPAN: tl.constexpr,
+    KEEPS: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """out[n] = bias + Σ weight[tap] x[n + tap], and what `finish` makes of it."""
     PH: tl.constexpr = KH // 2
@@ -83,6 +84,9 @@ def conv_lines_kernel(
         kept_ptr += frame * H * W * C
     if ADDS:
         added_ptr += _frame_offset(frame, T, H, W, added_batch, added_token)
+    if BLENDS:
+        beside_ptr += _frame_offset(frame, T, H, W, beside_batch, beside_token)
+        shares_ptr += _frame_offset(frame, T, H, W, shares_batch, shares_token)
     if GATE > 0:
         logits_ptr += _frame_offset(frame, T, H, W, logits_batch, logits_token)
     factors = _filter(weight_ptr, channels, held, KH * KW)
@@ -104,9 +108,9 @@ def conv_lines_kernel(
             done = line - PH
             valid = (done >= first) & (done < last) & (here < W)
             finish(
-                added[0] + bias, out_ptr, kept_ptr, added_ptr, logits_ptr,
-                (done * W + here).to(tl.int64), valid, channels, held, added_token, logits_token,
-                C, HEADS, ADDS, GATE, HEAD_DIM, SPAN, KEEPS,
+                added[0] + bias, out_ptr, kept_ptr, added_ptr, beside_ptr, shares_ptr, logits_ptr,
+                (done * W + here).to(tl.int64), valid, channels, held, added_token, beside_token,
+                shares_token, logits_token, C, HEADS, ADDS, BLENDS, GATE, HEAD_DIM, SPAN, KEEPS,
             )  # fmt: skip
             totals = added[1:] + _zeros(1, BT, BC)
 

@@ -1,4 +1,4 @@
-"""What may follow a depthwise convolution in the same pass: a sum with other tokens and a gate."""
+"""What may follow a depthwise convolution in the same pass: a sum with attention and a gate."""
 
 import triton
 import triton.language as tl
@@ -6,14 +6,15 @@ import triton.language as tl
 
 @triton.jit
 def finish(
-    total, out_ptr, kept_ptr, added_ptr, logits_ptr, rows, valid, channels, held,
-    added_token, logits_token, C, HEADS,
-    ADDS: tl.constexpr, GATE: tl.constexpr, HEAD_DIM: tl.constexpr, SPAN: tl.constexpr,
-    KEEPS: tl.constexpr,
+    total, out_ptr, kept_ptr, added_ptr, beside_ptr, shares_ptr, logits_ptr, rows, valid, channels,
+    held, added_token, beside_token, shares_token, logits_token, C, HEADS,
+    ADDS: tl.constexpr, BLENDS: tl.constexpr, GATE: tl.constexpr, HEAD_DIM: tl.constexpr,
+    SPAN: tl.constexpr, KEEPS: tl.constexpr,
 ):  # fmt: skip
     """Store `total`, or (added + total) · SiLU(logits), of rows [BT, 1] and channels [1, BC].
 
     Rows count from the pointers' positions; `valid` and `held` tell which rows and channels exist.
+    With `BLENDS`, what is added is σ(shares) · added + σ(−shares) · beside, with a share per head.
     `GATE`: 0 for none, 1 for one number per channel, 2 for one per head of `HEAD_DIM` channels, of
     which a tile touches at most `SPAN`. With `KEEPS`, what the gate multiplies is also stored.
     """
@@ -21,27 +22,83 @@ def finish(
     mask = valid & held
     if ADDS:
         added = tl.load(added_ptr + rows * added_token + channels, mask=mask, other=0.0)
-        total += added.to(tl.float32)
+        added = float32(added)
+        if BLENDS:
+            beside = tl.load(beside_ptr + rows * beside_token + channels, mask=mask, other=0.0)
+            weights = _by_head(
+                shares_ptr, rows, shares_token, valid, channels, HEADS, HEAD_DIM, SPAN, False, dtype
+            )
+            added += (float32(beside) - added) * weights
+        total += added
     if KEEPS:
         tl.store(kept_ptr + rows * C + channels, total.to(dtype), mask=mask)
     if GATE == 1:
         logits = tl.load(logits_ptr + rows * logits_token + channels, mask=mask, other=0.0)
         total *= _silu(logits)
     elif GATE == 2:
-        heads = channels // HEAD_DIM
-        first = tl.min(heads, axis=1, keep_dims=True)
-        factors = tl.zeros(total.shape, tl.float32)
-        for index in tl.static_range(SPAN):
-            head = first + index
-            exists = valid & (head < HEADS)
-            logits = tl.load(logits_ptr + rows * logits_token + head, mask=exists, other=0.0)
-            factors = tl.where(heads == head, _silu(logits), factors)
-        total *= factors
+        total *= _by_head(
+            logits_ptr, rows, logits_token, valid, channels, HEADS, HEAD_DIM, SPAN, True, dtype
+        )
     tl.store(out_ptr + rows * C + channels, total.to(dtype), mask=mask)
+
+
+@triton.jit
+def _by_head(
+    x_ptr, rows, token_stride, valid, channels, HEADS, HEAD_DIM: tl.constexpr, SPAN: tl.constexpr,
+    GATE: tl.constexpr, dtype: tl.constexpr,
+):  # fmt: skip
+    """SiLU(x) if `GATE`, else σ(−x), of one number per row and head, for every channel."""
+    heads = channels // HEAD_DIM
+    first = tl.min(heads, axis=1, keep_dims=True)
+    factors = tl.zeros((rows.shape[0], channels.shape[1]), tl.float32)
+    for index in tl.static_range(SPAN):
+        head = first + index
+        exists = valid & (head < HEADS)
+        x = tl.load(x_ptr + rows * token_stride + head, mask=exists, other=0.0)
+        factor = _silu(x) if GATE else sigmoid(-x).to(dtype).to(tl.float32)
+        factors = tl.where(heads == head, factor, factors)
+    return factors
 
 
 @triton.jit
 def _silu(logits):
     """Float32, rounded as the logits are: a gate that starts at one is one in every dtype."""
-    x = logits.to(tl.float32)
-    return (x * tl.sigmoid(x)).to(logits.dtype).to(tl.float32)
+    return (float32(logits) * sigmoid(logits)).to(logits.dtype).to(tl.float32)
+
+
+@triton.jit
+def sigmoid(x):
+    """σ(x) in float32; for bfloat16 to about 22 bits, in four operations."""
+    if x.dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .f32 t;
+            mul.f32 t, $1, 0fBFB8AA3B;
+            ex2.approx.ftz.f32 t, t;
+            add.f32 t, t, 0f3F800000;
+            rcp.approx.ftz.f32 $0, t;
+            }""",
+            "=f,f",
+            [float32(x)],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        return tl.sigmoid(x.to(tl.float32))
+
+
+@triton.jit
+def float32(x):
+    """Float32 of any dtype; of bfloat16 in one operation for each number."""
+    if x.dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;",
+            "=f,=f,r",
+            [x],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        return x.to(tl.float32)

@@ -25,14 +25,15 @@ def _neighbours(
 
 @triton.jit
 def conv_taps_kernel(
-    x_ptr, weight_ptr, bias_ptr, added_ptr, logits_ptr, out_ptr, kept_ptr,
-    C, T, H, W, HEADS, x_batch, x_token, added_batch, added_token, logits_batch, logits_token,
+    x_ptr, weight_ptr, bias_ptr, added_ptr, beside_ptr, shares_ptr, logits_ptr, out_ptr, kept_ptr,
+    C, T, H, W, HEADS, x_batch, x_token, added_batch, added_token, beside_batch, beside_token,
+    shares_batch, shares_token, logits_batch, logits_token,
     KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
-    HAS_BIAS: tl.constexpr, ADDS: tl.constexpr, GATE: tl.constexpr, HEAD_DIM: tl.constexpr,
-    SPAN: tl.constexpr, KEEPS: tl.constexpr, SIGN: tl.constexpr, BT: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ADDS: tl.constexpr, BLENDS: tl.constexpr, GATE: tl.constexpr,
+    HEAD_DIM: tl.constexpr, SPAN: tl.constexpr, KEEPS: tl.constexpr, BT: tl.constexpr,
     BC: tl.constexpr,
 ):  # fmt: skip
-    """out[n] = bias + Σ weight[tap] x[n + SIGN tap], and what `finish` makes of it.
+    """out[n] = bias + Σ weight[tap] x[n + tap], and what `finish` makes of it.
 
     `weight` is [taps, channels].
     """
@@ -47,20 +48,22 @@ def conv_taps_kernel(
         kept_ptr += batch * seq_len * C
     if ADDS:
         added_ptr += batch * added_batch
+    if BLENDS:
+        beside_ptr += batch * beside_batch
+        shares_ptr += batch * shares_batch
     if GATE > 0:
         logits_ptr += batch * logits_batch
     total = tl.zeros((BT, BC), tl.float32)
     if HAS_BIAS:
         total += tl.load(bias_ptr + channels, mask=held, other=0.0).to(tl.float32)
     for tap in tl.static_range(KT * KH * KW):
-        x = _neighbours(
-            x_ptr, x_token, tokens, valid, channels, held, T, H, W, tap, KT, KH, KW, SIGN
-        )
+        x = _neighbours(x_ptr, x_token, tokens, valid, channels, held, T, H, W, tap, KT, KH, KW, 1)
         factor = tl.load(weight_ptr + tap * C + channels, mask=held, other=0.0)
         total += x * factor.to(tl.float32)
     finish(
-        total, out_ptr, kept_ptr, added_ptr, logits_ptr, tokens.to(tl.int64), valid, channels,
-        held, added_token, logits_token, C, HEADS, ADDS, GATE, HEAD_DIM, SPAN, KEEPS,
+        total, out_ptr, kept_ptr, added_ptr, beside_ptr, shares_ptr, logits_ptr,
+        tokens.to(tl.int64), valid, channels, held, added_token, beside_token, shares_token,
+        logits_token, C, HEADS, ADDS, BLENDS, GATE, HEAD_DIM, SPAN, KEEPS,
     )  # fmt: skip
 
 

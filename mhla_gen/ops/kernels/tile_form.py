@@ -21,7 +21,7 @@ from mhla_gen.ops.kernels.tile_call import (
     three_axes,
     without,
 )
-from mhla_gen.ops.kernels.tile_lists import entries_kernel, list_kernel
+from mhla_gen.ops.kernels.tile_lists import entries_kernel, list_kernel, products_kernel
 from mhla_gen.ops.kernels.tile_reads import pack_tiles, read_groups, read_tiles
 
 
@@ -187,9 +187,7 @@ def tile_lists(mean_queries: Tensor | None, mean_keys: Tensor | None, call: Tile
     )
     products = None
     if mean_queries is not None and mean_keys is not None:
-        # Autocast would choose tiles by bfloat16 products.
-        with torch.autocast(mean_queries.device.type, enabled=False):
-            products = mean_queries @ mean_keys.mT
+        products = mean_products(mean_queries, mean_keys)
     launch(
         list_kernel,
         (placed.num_groups * call.batch_heads,),
@@ -208,10 +206,26 @@ def tile_lists(mean_queries: Tensor | None, mean_keys: Tensor | None, call: Tile
             "RANK": call.rank,
             "BW": padded(placed.window_size),
             "BT": padded(placed.num_tiles),
-            "num_warps": max(1, min(8, padded(placed.num_tiles) // 512)),
+            # Warps would have to wait for each other at every bit.
+            "num_warps": max(1, min(8, padded(placed.num_tiles) // 2048)),
         },
     )
     return lists
+
+
+def mean_products(mean_queries: Tensor, mean_keys: Tensor) -> Tensor:
+    """Products of all groups with all tiles of a head, float32 `[batch · heads, groups, tiles]`."""
+    rows, num_groups, dim = mean_queries.shape
+    num_tiles = mean_keys.shape[1]
+    products = mean_queries.new_empty((rows, num_groups, num_tiles))
+    launch(
+        products_kernel,
+        (quotient_up(num_groups, 64), quotient_up(num_tiles, 64), rows),
+        (mean_queries, mean_keys, products),
+        (num_groups, num_tiles),
+        {"D": dim, "BG": 64, "BT": 64, "BD": min(padded(dim), 64), "num_warps": 4},
+    )
+    return products
 
 
 def forward_loop(call: TileCall) -> Loop:
@@ -220,7 +234,8 @@ def forward_loop(call: TileCall) -> Loop:
         return Loop(call.block(32), 32, 4, 1)
     rows, dim = call.block(128), max(call.query.shape[3], call.value.shape[3])
     if worth_packing(call):
-        return Loop(rows, 64, 8 if rows == 128 else 4, 3, packed=True)
+        # So small that one program computes weights while another one multiplies.
+        return Loop(rows, 64, 4, 2, packed=True)
     # A program of few queries is short of work for one warp, let alone four.
     warps = 4 if rows > 32 else 1
     if dim > 64:

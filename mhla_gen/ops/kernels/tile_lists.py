@@ -35,6 +35,7 @@ def read_boxes_kernel(
     D: tl.constexpr,
     BD: tl.constexpr,
     BT: tl.constexpr,
+    HEADS: tl.constexpr,
     SLOTS: tl.constexpr,
     RANK: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -43,52 +44,56 @@ def read_boxes_kernel(
     MEAN: tl.constexpr,
     LONGEST: tl.constexpr,
 ):
-    """Read one tile (or group, where `groups` is given) of one head, rotated.
+    """Read one tile (or group, where `groups` is given) of `HEADS` heads, rotated.
 
     `STORE` says where to: "raster" to the tokens' own places, "pack" to `SLOTS` consecutive rows
     a box, zeros where it has fewer tokens, or "nowhere". `MEAN` keeps its mean, `LONGEST`
-    the largest squared length of its tokens.
+    the largest squared length of its tokens. Heads share their angles, which stay in cache.
     """
-    head = tl.program_id(0) % num_heads
-    index = tl.program_id(0) // num_heads % num_boxes
-    batch = (tl.program_id(0) // num_heads // num_boxes).to(tl.int64)
+    parts = num_heads // HEADS
+    first_head = tl.program_id(0) % parts * HEADS
+    index = tl.program_id(0) // parts % num_boxes
+    batch = (tl.program_id(0) // parts // num_boxes).to(tl.int64)
     if groups is None:
         first_t, first_h, first_w, size_t, size_h, size_w = block_box(
             index, box[0], box[1], box[2], box[3], box[4], box[5], RANK
         )
     else:
         first_t, first_h, first_w, size_t, size_h, size_w = group_box(index, box, groups, RANK)
-    x_ptr += head_offset(strides, batch, head, ALIGN)
-    row = (batch * num_heads + head) * num_boxes + index
-    total = tl.zeros((BD,), tl.float32)
-    longest = 0.0
-    for start in range(0, SLOTS, BT):
-        slots = start + tl.arange(0, BT)
-        valid = slots < size_t * size_h * size_w
-        tokens = box_tokens(slots, first_t, first_h, first_w, size_h, size_w, box[1], box[2], RANK)
-        x, _x = load_pieces(x_ptr, tokens, valid, strides, D, BD, 0, ALIGN)
-        x = x.to(tl.float32)
-        if ROTARY:
-            cos, sin = load_angles(cos_ptr, sin_ptr, tokens, valid, D, 0, BD)
-            x = rotate(x, cos, sin)
-        if MEAN:
-            total += tl.sum(x, axis=0)
-        if LONGEST:
-            longest = tl.maximum(longest, tl.max(tl.sum(x * x, axis=1)))
-        if STORE == "raster":
-            place = rotated_ptr + head_offset(rotated_strides, batch, head, ALIGN)
-            store_pieces(place, x, x, tokens, valid, rotated_strides, D, BD, 0, ALIGN)
-        elif STORE == "pack":
-            rows, exists = row * SLOTS + slots, slots < SLOTS
-            store_pieces(
-                rotated_ptr, x, x, rows, exists, (0, D, 0, 1), D, BD, 0, 16 if D % 16 == 0 else 1
+    for beside in range(HEADS):
+        head = first_head + beside
+        head_ptr = x_ptr + head_offset(strides, batch, head, ALIGN)
+        row = (batch * num_heads + head) * num_boxes + index
+        total = tl.zeros((BD,), tl.float32)
+        longest = 0.0
+        for start in range(0, SLOTS, BT):
+            slots = start + tl.arange(0, BT)
+            valid = slots < size_t * size_h * size_w
+            tokens = box_tokens(
+                slots, first_t, first_h, first_w, size_h, size_w, box[1], box[2], RANK
             )
-    if LONGEST:
-        tl.store(longest_ptr + row, longest)
-    if MEAN:
-        channels = tl.arange(0, BD)
-        mean = total / (size_t * size_h * size_w)
-        tl.store(means_ptr + row * D + channels, mean, mask=channels < D)
+            x, _x = load_pieces(head_ptr, tokens, valid, strides, D, BD, 0, ALIGN)
+            x = x.to(tl.float32)
+            if ROTARY:
+                cos, sin = load_angles(cos_ptr, sin_ptr, tokens, valid, D, 0, BD)
+                x = rotate(x, cos, sin)
+            if MEAN:
+                total += tl.sum(x, axis=0)
+            if LONGEST:
+                longest = tl.maximum(longest, tl.max(tl.sum(x * x, axis=1)))
+            if STORE == "raster":
+                place = rotated_ptr + head_offset(rotated_strides, batch, head, ALIGN)
+                store_pieces(place, x, x, tokens, valid, rotated_strides, D, BD, 0, ALIGN)
+            elif STORE == "pack":
+                rows, exists = row * SLOTS + slots, slots < SLOTS
+                align: tl.constexpr = 16 if D % 16 == 0 else 1
+                store_pieces(rotated_ptr, x, x, rows, exists, (0, D, 0, 1), D, BD, 0, align)
+        if LONGEST:
+            tl.store(longest_ptr + row, longest)
+        if MEAN:
+            channels = tl.arange(0, BD)
+            mean = total / (size_t * size_h * size_w)
+            tl.store(means_ptr + row * D + channels, mean, mask=channels < D)
 
 
 @triton.jit
@@ -114,6 +119,44 @@ def entries_kernel(
     if RANK > 2:
         short += tl.where(size_t < SLOT_T, 4, 0)
     tl.store(entries_ptr + tiles, token * 16 + 8 + short, mask=tiles < num_tiles)
+
+
+@triton.jit
+def products_kernel(
+    groups_ptr,
+    tiles_ptr,
+    products_ptr,
+    num_groups,
+    num_tiles,
+    D: tl.constexpr,
+    BG: tl.constexpr,
+    BT: tl.constexpr,
+    BD: tl.constexpr,
+):
+    """Products of the means of BG groups with those of BT tiles, of one head."""
+    row = tl.program_id(2).to(tl.int64)
+    groups = tl.program_id(0) * BG + tl.arange(0, BG)
+    tiles = tl.program_id(1) * BT + tl.arange(0, BT)
+    groups_ptr += row * num_groups * D
+    tiles_ptr += row * num_tiles * D
+    products = tl.zeros((BG, BT), tl.float32)
+    for start in range(0, D, BD):
+        channels = start + tl.arange(0, BD)
+        held = (channels < D)[None, :]
+        q = tl.load(
+            groups_ptr + groups[:, None] * D + channels[None, :],
+            mask=(groups < num_groups)[:, None] & held,
+            other=0.0,
+        )
+        k = tl.load(
+            tiles_ptr + tiles[:, None] * D + channels[None, :],
+            mask=(tiles < num_tiles)[:, None] & held,
+            other=0.0,
+        )
+        products = tl.dot(q, tl.trans(k), products, input_precision="tf32x3")
+    places = groups[:, None] * num_tiles + tiles[None, :]
+    exist = (groups < num_groups)[:, None] & (tiles < num_tiles)[None, :]
+    tl.store(products_ptr + row * num_groups * num_tiles + places, products, mask=exist)
 
 
 @triton.jit
@@ -157,7 +200,8 @@ def list_kernel(
 ):
     """The list of one group and head: its window, then the `top` largest products, by index.
 
-    The top-th largest product is found bit by bit; ties are broken by index.
+    The top-th largest product is found bit by bit, until as many are as large as are wanted; ties
+    are broken by index.
     """
     row = tl.program_id(0).to(tl.int64)
     group = tl.program_id(0) % num_groups
@@ -182,10 +226,12 @@ def list_kernel(
             free = free & ~_in_window(tiles, group, box, groups, reach, before, RANK)
         order = tl.where(free, order, _TAKEN)
         threshold = tl.where(tl.sum((order >= 0).to(tl.int32)) >= top, 0, _TAKEN)
-        for bit in range(30, -1, -1):
+        bit = 30
+        while bit >= 0:
             larger = threshold | (1 << bit)
-            enough = tl.sum((order >= larger).to(tl.int32)) >= top
-            threshold = tl.where(enough, larger, threshold)
+            number = tl.sum((order >= larger).to(tl.int32))
+            threshold = tl.where(number >= top, larger, threshold)
+            bit = tl.where(number == top, -1, bit - 1)
         above = order > threshold
         equal = (order == threshold).to(tl.int32)
         wanted = top - tl.sum(above.to(tl.int32))

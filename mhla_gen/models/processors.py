@@ -195,4 +195,5 @@ class PatchGridCarrier:
 
 def pairs(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Tables `[seq_len, head_dim / 2]` from tables that repeat every angle for both channels."""
-    return cos[..., 0::2], sin[..., 0::2]
+    # Contiguous, or every operator of a layer would copy them.
+    return cos[..., 0::2].contiguous(), sin[..., 0::2].contiguous()

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from matplotlib.figure import Figure
 from PIL import Image
 from safetensors.torch import load_file
 from tiny import (
@@ -30,6 +31,7 @@ from mhla_gen import MHLAConfig
 from mhla_gen.cli import main
 from mhla_gen.config import DataConfig, InspectConfig, ModelConfig, TrainConfig
 from mhla_gen.inspection import inspect, watch
+from mhla_gen.inspection.figures import mark_layers
 from mhla_gen.inspection.inputs import add_noise
 from mhla_gen.inspection.mixing_figures import on_block_grid
 from mhla_gen.inspection.statistics import (
@@ -284,6 +286,16 @@ def test_wan_pages_have_a_column_per_frame(tmp_path):
     assert {path.stem for path in (tmp_path / "out").glob("*.png")} == {
         "statistics", "mixing_00", "attention_00",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("layers", [[0], [7], [0, 1], [3, 5], [*range(28)]])
+def test_layers_are_whole_numbers_on_the_axis(layers):
+    axes = Figure().subplots()
+    axes.plot(layers, layers)
+    mark_layers(axes, layers)
+    left, right = axes.get_xlim()
+    ticks = [tick for tick in axes.get_xticks() if left <= tick <= right]
+    assert ticks and set(ticks) <= set(range(min(layers), max(layers) + 1))
 
 
 def test_the_size_is_that_of_the_run(tmp_path, capsys):

@@ -74,8 +74,7 @@ def draw_statistics(examinations: Sequence[Examination], num_rows: int, seq_len:
             for seen, *style in zip(examinations, colours, _MARKERS, strict=False):
                 _draw_curve(axes, seen, quantity, *style)
             axes.set(title=_QUANTITIES[quantity], xlabel="layer")
-            axes.xaxis.get_major_locator().set_params(integer=True)
-            axes.grid(alpha=0.25)
+            mark_layers(axes, list(examinations[0].layers))
         _draw_limits(panels, examinations[0], num_rows, seq_len)
         entries = {
             label: handle
@@ -102,8 +101,18 @@ def _draw_curve(axes: Any, seen: Examination, quantity: str, colour: str, marker
     x = list(seen.layers)
     lowest, highest = [h.min() for h in per_head], [h.max() for h in per_head]
     axes.fill_between(x, lowest, highest, color=colour, alpha=0.2, linewidth=0)
+    if len(x) == 1:
+        # A band of one layer has no width.
+        axes.vlines(x, lowest, highest, color=colour, alpha=0.2, linewidth=8)
     means = [heads.mean() for heads in per_head]
     axes.plot(x, means, color=colour, marker=marker, markersize=4, label=seen.title)
+
+
+def mark_layers(axes: Any, layers: Sequence[int]) -> None:
+    """Whole numbers below the layers, room beside the first and the last, and a grid."""
+    axes.set_xlim(min(layers) - 0.5, max(layers) + 0.5)
+    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    axes.grid(alpha=0.25)
 
 
 def _draw_limits(panels: dict[str, Any], model: Examination, num_rows: int, seq_len: int) -> None:

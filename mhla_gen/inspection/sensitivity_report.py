@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from mhla_gen.config import SensitivityConfig
 from mhla_gen.files import write_json, write_text, written_whole
-from mhla_gen.inspection.figures import render
+from mhla_gen.inspection.figures import mark_layers, render
 from mhla_gen.inspection.sensitivity_plan import Plan
 from mhla_gen.version import __version__
 
@@ -95,8 +95,7 @@ def draw_sensitivity(rows: Sequence[LayerSensitivity], plan: Plan | None) -> byt
             xlabel="the one layer that is replaced",
             ylabel="error of the output,\nshare of its squares",
         )
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.grid(alpha=0.25)
+        mark_layers(axes, layers)
         figure.legend(loc="outside lower center", ncols=4, fontsize=8)
         return figure
 

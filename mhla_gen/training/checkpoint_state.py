@@ -24,6 +24,7 @@ from mhla_gen.errors import UserError
 from mhla_gen.files import errors_naming, flush, write_json
 from mhla_gen.files.digests import file_digest
 from mhla_gen.files.saved import DamagedFileError, read_json
+from mhla_gen.training.parts import as_shared
 from mhla_gen.training.training_run import Run
 
 STATE_NAME = "state.json"
@@ -331,14 +332,8 @@ def _as_shared(saved: SavedTensors, name: str, parameter: Tensor) -> Tensor:
     if not isinstance(parameter, DTensor) or saved.shapes[name] != list(parameter.shape):
         return saved.rows(name)
     rows = Rows.of(parameter)
-    return DTensor.from_local(
-        saved.rows(name, rows.start, len(rows.local)).to(rows.local.device),
-        parameter.device_mesh,
-        parameter.placements,
-        run_check=False,
-        shape=parameter.shape,
-        stride=parameter.stride(),
-    )
+    own = saved.rows(name, rows.start, len(rows.local)).to(rows.local.device)
+    return as_shared(own, parameter)
 
 
 def _random_state() -> dict[str, Any]:

@@ -10,6 +10,8 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from mhla_gen.training.parts import held
+
 
 class WeightAverage(EMAModel):
     """diffusers' `EMAModel` of a model that processes may share: each averages its part.
@@ -24,7 +26,7 @@ class WeightAverage(EMAModel):
     def __init__(self, model: nn.Module, decay: float, width: float | None = None):
         self._weights = list(model.parameters())
         self._exponent = None if width is None else profile_exponent(width)
-        super().__init__(_local(self._weights), decay=decay, foreach=True)
+        super().__init__(held(self._weights), decay=decay, foreach=True)
 
     def get_decay(self, optimization_step: int) -> float:
         """The decay of a step, the first of which is 1."""
@@ -46,11 +48,11 @@ class WeightAverage(EMAModel):
             if pair[1].requires_grad
         ]
         averages, weights = zip(*trained, strict=True)
-        torch._foreach_lerp_(averages, _local(weights), 1 - self.cur_decay_value)
+        torch._foreach_lerp_(averages, held(weights), 1 - self.cur_decay_value)
 
     def copy_to(self, parameters: Iterable[nn.Parameter]) -> None:
         """Give parameters their averages."""
-        super().copy_to(_local(parameters))
+        super().copy_to(held(parameters))
 
     def settings(self) -> dict[str, Any]:
         """All of its state but the averages, as plain values."""
@@ -70,12 +72,12 @@ class WeightAverage(EMAModel):
     def applied(self, model: nn.Module) -> Iterator[None]:
         """Give a model the averaged weights inside, and its own afterwards, bit for bit."""
         parameters = list(model.parameters())
-        kept = [tensor.detach().clone() for tensor in _local(parameters)]
+        kept = [tensor.detach().clone() for tensor in held(parameters)]
         self.copy_to(parameters)
         try:
             yield
         finally:
-            for parameter, old in zip(_local(parameters), kept, strict=True):
+            for parameter, old in zip(held(parameters), kept, strict=True):
                 parameter.data.copy_(old)
 
 
@@ -95,14 +97,9 @@ def profile_exponent(width: float) -> float:
     return float(roots.real.max())
 
 
-def _local(parameters: Iterable[Tensor]) -> list[Any]:
-    """What this process has of each, in the same memory."""
-    return [p.to_local() if isinstance(p, DTensor) else p for p in parameters]
-
-
 def _part(whole: Tensor, weight: Tensor) -> Tensor:
     """What this process has of a tensor that is shared as `weight` is, on its device."""
     whole = whole.to(weight.device)
     if not isinstance(weight, DTensor):
         return whole
-    return distribute_tensor(whole, weight.device_mesh, weight.placements).to_local()
+    return distribute_tensor(whole, weight.device_mesh, weight.placements).toheld()

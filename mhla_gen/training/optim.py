@@ -11,6 +11,7 @@ from torch import nn
 
 from mhla_gen.errors import UserError
 from mhla_gen.models.additions import AddedAttention
+from mhla_gen.training.parts import held
 
 # They want sparse gradients, or the loss again and again within a step.
 _UNUSABLE = ("Optimizer", "SparseAdam", "LBFGS")
@@ -150,8 +151,8 @@ def keep_mixing_in_range(optimizer: torch.optim.Optimizer, model: nn.Module) -> 
 
     @torch.no_grad()
     def clip(*_: Any) -> None:
-        for layer in layers:
-            layer.mixing.clamp_(0, 1)
+        for mixing in held(layer.mixing for layer in layers):
+            mixing.clamp_(0, 1)
 
     if layers:
         optimizer.register_step_post_hook(clip)

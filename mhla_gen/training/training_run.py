@@ -1,18 +1,17 @@
 """A run: data, model, optimizer and EMA, and a step of training."""
 
 import copy
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, set_seed
 from diffusers.optimization import get_scheduler
-from torch import Tensor, nn
+from torch import nn
 
 from mhla_gen.config import TrainConfig
 from mhla_gen.data import Batch, BatchOrder, TrainingData, batches, load_data
@@ -32,10 +31,10 @@ from mhla_gen.training.parallel import (
     gather_ahead,
     keep_gathered,
     shard_by,
-    whole,
     whole_state,
     without_weights,
 )
+from mhla_gen.training.parts import clip_gradients, step_on_parts
 from mhla_gen.training.randomness import step_randomness
 from mhla_gen.training.recent import RecentSteps
 from mhla_gen.training.softmax import AttentionLengths, avoid_faulty_softmax
@@ -113,8 +112,7 @@ class Run:
             losses.append({name: values.detach() for name, values in found.items()})
         # Looked for once: a model has many modules.
         parameters = list(self.model.parameters())
-        limit = self.config.max_grad_norm
-        norm = self.accelerator.clip_grad_norm_(parameters, math.inf if limit is None else limit)
+        norm = clip_gradients(parameters, self.config.max_grad_norm)
         self.optimizer.step()
         self.learning_rate.step()
         self.optimizer.zero_grad()
@@ -123,7 +121,7 @@ class Run:
         return StepResult(
             {name: torch.cat([part[name] for part in losses]) for name in losses[0]},
             timesteps.reshape(len(timesteps), -1)[:, -1],
-            whole(cast(Tensor, norm)),
+            norm,
         )
 
     @contextmanager
@@ -226,8 +224,11 @@ def build_run(
     # What is recorded must stay on the stream on which gradients arrive, which is that on which
     # DistributedDataParallel was made; the default one cannot be recorded.
     stream = torch.cuda.Stream() if recorded else None
+    own_optimizer = optimizer
     with torch.cuda.stream(stream):
         model, optimizer = accelerator.prepare(model, optimizer)
+    if accelerator.is_fsdp2:
+        step_on_parts(own_optimizer)
     keep_gathered(accelerator, model, task.reused)
     gather_ahead(accelerator, model)
     autocast_shared(accelerator, model)

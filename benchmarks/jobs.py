@@ -37,6 +37,8 @@ class Job:
     """Memory that it takes of each of its GPUs, at most."""
     grouped: bool = False
     """Whether it needs a process group on one GPU, too."""
+    variables: tuple[str, ...] = ()
+    """`NAME=VALUE`, of its environment."""
 
 
 class Host:
@@ -97,7 +99,10 @@ class _Running:
             start += [f"--nproc-per-node={job.gpus}"]
         locks = [str(folder / f"gpu-{gpu}.lock") for gpu in gpus]
         command = [*start, str(HERE / job.script), str(self._out), *job.arguments]
-        environment = os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))}
+        # All processes are on this host, whose name may lead nowhere.
+        environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo"}
+        environment |= {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))}
+        environment |= dict(variable.split("=", 1) for variable in job.variables)
         if not torch.cuda.is_available():
             environment |= {"ACCELERATE_USE_CPU": "true"}
         self._began, self._limit, self._hung = time.perf_counter(), limit, False

@@ -14,9 +14,10 @@ relative to one GPU in the same JSON (for FSDP2, which needs two GPUs, relative 
 import argparse
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,19 +37,26 @@ class Case:
     part: str
     attention: str = ""
     pixels: int | None = None
+    variable: str = ""
+    """`NAME=VALUE` in the environment, of a case that is compared with the one without."""
 
     @property
     def facts(self) -> dict[str, Any]:
         """What tells its rows from all others, but for the number of GPUs."""
-        facts = {"part": self.part, "attention": self.attention, "pixels": self.pixels}
-        return {name: value for name, value in facts.items() if value}
+        return {name: value for name, value in asdict(self).items() if value}
+
+    @property
+    def name(self) -> str:
+        """For a table; the kind of attention has its own column."""
+        size = f"{self.pixels} px" if self.pixels else ""
+        return " ".join(word for word in (self.part, size, self.variable) if word)
 
     def job(self, gpus: int, options: argparse.Namespace) -> Job:
         """The benchmark that measures it."""
         script, arguments, gib = PARTS[self.part](self, gpus, options)
-        words = (self.part, self.attention, str(self.pixels or ""), f"{gpus}gpu")
-        name = "-".join(word for word in " ".join(words).replace(",", "").split())
-        return Job(name, script, tuple(arguments), gpus, gib, self.part == "sequence")
+        name = re.sub("[^A-Za-z0-9.]+", "-", f"{self.name} {self.attention} {gpus}")
+        grouped, variables = self.part == "sequence", tuple(filter(None, [self.variable]))
+        return Job(name, script, tuple(arguments), gpus, gib, grouped, variables)
 
 
 def dit(case: Case, gpus: int, options: argparse.Namespace) -> tuple[str, list[str], float]:
@@ -57,7 +65,8 @@ def dit(case: Case, gpus: int, options: argparse.Namespace) -> tuple[str, list[s
     arguments = ["--parallelism", how, *_timing(options), "--attention", case.attention]
     arguments += ["--pixels", str(case.pixels), *["--no-cuda-graphs"] * options.no_cuda_graphs]
     small = ["--models", "DiT-S/8", "--num-layers", "1", "--batch-size", "2", "--compile", "none"]
-    return "train_speed.py", arguments + (small if options.tiny else ["--models", "DiT-XL/2"]), 38
+    arguments += small if options.tiny else ["--models", "DiT-XL/2"]
+    return "train_speed.py", arguments, 30 if how == "fsdp" else 34
 
 
 def wan(case: Case, gpus: int, options: argparse.Namespace) -> tuple[str, list[str], float]:
@@ -109,9 +118,13 @@ CASES = (
     *(Case("dit-fsdp", kind, 512) for kind in (MHLA, SOFTMAX)),
     Case("wan", MHLA),
     Case("sequence", MHLA),
+    Case("dit-ddp", EXACT, 512),
     Case("samples", MHLA),
     Case("features"),
-    *(Case("dit-ddp", EXACT, pixels) for pixels in (512, 256)),
+    # NCCL sums with fewer multiprocessors, and before what else is waiting.
+    Case("dit-ddp", MHLA, 512, "NCCL_MAX_CTAS=8"),
+    Case("dit-ddp", MHLA, 512, "TORCH_NCCL_HIGH_PRIORITY=1"),
+    Case("dit-ddp", EXACT, 256),
     *(Case("dit-fsdp", kind, 256) for kind in (MHLA, SOFTMAX)),
     Case("wan", SOFTMAX),
     Case("sequence", "softmax, ring"),
@@ -130,13 +143,20 @@ def missing(options: argparse.Namespace, counts: Sequence[int], rows: list[Row])
     for case in CASES:
         if case.part not in options.parts:
             continue
-        # The sequence is also measured alone, in the same run, and one GPU needs no FSDP2.
-        least = 2 if case.part == "sequence" or (case.part == "dit-fsdp" and ddp) else 1
+        # The sequence is also measured alone, in the same run; one GPU needs no FSDP2, and sends
+        # nothing.
+        sends = case.part == "sequence" or case.variable
+        least = 2 if sends or (case.part == "dit-fsdp" and ddp) else 1
         for gpus in counts:
             facts = case.facts | {"gpus": gpus}
-            done = any(facts.items() <= row.items() for row in rows if "error" not in row)
+            done = any(_is_of(row, facts) for row in rows if "error" not in row)
             if gpus >= least and not done:
                 yield case, gpus
+
+
+def _is_of(row: Row, facts: Row) -> bool:
+    """Whether a row is of this case, and not of one with a variable more."""
+    return facts.items() <= row.items() and row.get("variable") == facts.get("variable")
 
 
 def rate(row: Row) -> float | None:
@@ -176,13 +196,11 @@ def table(rows: list[Row]) -> str:
     header += ["a step waits for messages", "for the host"]
     lines = []
     for case in CASES:
-        own = [r for r in rows if case.facts.items() <= r.items()]
-        own = {row["gpus"]: row for row in own if row.get("pixels") == case.pixels}
+        own = {row["gpus"]: row for row in rows if _is_of(row, case.facts)}
         if not own:
             continue
         last = own[max(own)]
-        name = " ".join(map(str, [case.part, *([f"{case.pixels} px"] if case.pixels else [])]))
-        cells = [name, case.attention, *(_cell(own.get(n)) for n in counts)]
+        cells = [case.name, case.attention, *(_cell(own.get(n)) for n in counts)]
         cells.append(f"{100 * last['mfu']:.1f} %" if "mfu" in last else "")
         lines.append(cells + _waits(last))
     return markdown(header, lines)
@@ -261,7 +279,7 @@ def measure(options: argparse.Namespace, rows: list[Row]) -> None:
     def found(job: Job, new: list[Row]) -> None:
         case, gpus = jobs[job]
         own = case.facts | {"gpus": gpus}
-        rows[:] = [row for row in rows if not own.items() <= row.items()]
+        rows[:] = [row for row in rows if not _is_of(row, own)]
         rows.extend(row | own for row in new)
         write_json(options.out, {**facts, "rows": compared(rows)}, indent=1)
         for row in new:

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -88,7 +89,7 @@ def run(module, jobs, folder, host=None, seconds=60, limit=60):
 
 def test_jobs_give_their_rows_and_say_why_they_failed(jobs, tmp_path):
     module, make = jobs
-    good = make("good", ROW)
+    good = replace(make("good", "assert os.environ['A'] == 'b=c'\n" + ROW), variables=("A=b=c",))
     bad = make("bad", ROW + "print('noise', file=sys.stderr)\nraise ValueError('too small')\n")
     found = run(module, [good, bad], tmp_path)
     ((row,), (kept, error)) = found["good"], found["bad"]
@@ -172,7 +173,9 @@ def test_speeds_are_compared_with_one_gpu_and_missing_rows_are_known(benchmarks,
     options = type("Options", (), {"parts": ["dit-ddp", "dit-fsdp", "features"]})
     left = list(scaling.missing(options, [1, 2], rows))
     assert (scaling.Case("features"), 1) in left
-    assert not [case for case, gpus in left if case.attention == "mhla" and case.pixels == 512]
+    plain = [case for case, _ in left if not case.variable]
+    assert not [case for case in plain if case.attention == "mhla" and case.pixels == 512]
     assert (scaling.Case("dit-fsdp", "mhla", 256), 1) not in left
+    assert [gpus for case, gpus in left if case.variable == "NCCL_MAX_CTAS=8"] == [2]
     with pytest.raises(SystemExit, match="was measured on another"):
         scaling.main([str(path)])

@@ -104,7 +104,7 @@ class BatchedSampler:
     def _counted(self, on_step: OnStep | None, done: int, piece: Sequence[int]) -> OnStep | None:
         if on_step is None:
             return None
-        return lambda step: on_step(done + len(piece) * step // self.steps)
+        return lambda step: on_step(done + len(piece) * step / self.steps)
 
     def _halve(self) -> None:
         # The failed call's tensors are free only now, without the error that held its frames.

@@ -53,7 +53,7 @@ def timed(
 def _seconds_of_a_unit(sampler: Sampler, units: Units, steps: int, reproducible: bool) -> float:
     ends: list[float] = []
 
-    def end_step(_: int) -> None:
+    def end_step(_: float) -> None:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         ends.append(time.perf_counter())

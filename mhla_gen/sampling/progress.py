@@ -6,6 +6,7 @@ from collections.abc import Callable
 from tqdm import tqdm
 
 _SECONDS = 0.5
+_FEW = 10
 
 
 class Progress:
@@ -33,13 +34,17 @@ class Progress:
             self._show(self._count())
         self._bar.close()
 
-    def step(self, in_work: int) -> None:
+    def step(self, in_work: float) -> None:
         """Samples in work, counted by the share of their steps that is done."""
         if self._bar.disable or time.monotonic() - self._looked < _SECONDS:
             return
         self._looked, self._done = time.monotonic(), self._count()
         self._show(self._done + in_work)
 
-    def _show(self, done: int) -> None:
+    def _show(self, done: float) -> None:
+        # A clip may take hours: a few samples are shown with their fractions.
+        done = round(done, 2) if done < _FEW else int(done)
+        done = int(done) if done == int(done) else done
         # Steps are counted before their unit is done; the bar never goes back.
-        self._bar.update(max(0, min(done, self._bar.total) - self._bar.n))
+        self._bar.n = max(self._bar.n, min(done, self._bar.total))
+        self._bar.refresh()

@@ -133,9 +133,8 @@ class PromptSampler:
         assert self.num_chunks is not None
         texts = self._texts([number], [self.prompts[number // self.samples_per_prompt]])
         texts = {k: v[0] if isinstance(v, list) else v for k, v in texts.items()}
-        all_steps = steps * self.num_chunks
-        offset = steps * len(finished)
-        done = None if on_step is None else lambda i: on_step((offset + i) * steps // all_steps)
+        count, offset = self.num_chunks, steps * len(finished)
+        done = None if on_step is None else lambda i: on_step((offset + i) / count)
         for latents, frames in stream_clip(
             self.pipeline,
             **texts,

@@ -11,7 +11,8 @@ from mhla_gen.errors import NotFiniteError, one_line
 from mhla_gen.pipelines.class_conditional import ClassConditionalPipeline
 from mhla_gen.pipelines.noise import generator_of, sample_seed
 
-OnStep = Callable[[int], None]
+# Called with what is done: steps of a call, or samples of a set. Either may be a fraction.
+OnStep = Callable[[float], None]
 
 
 class Sampler(Protocol):

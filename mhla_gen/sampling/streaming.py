@@ -51,7 +51,7 @@ def keep_clips(
         pictures, count = [], 0
         with video_writer(files[-1], height, width, fps) as write:
             stream = sampler.stream(
-                number, steps, latents.read(), lambda step, done=done: on_step(done + step // steps)
+                number, steps, latents.read(), lambda step, done=done: on_step(done + step / steps)
             )
             for chunk, (clean, frames) in enumerate(stream):
                 latents.keep(chunk, clean)

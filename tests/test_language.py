@@ -7,11 +7,13 @@ import peft
 import pytest
 import torch
 import transformers
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 import mhla_gen
 from mhla_gen import CausalMHLAConfig, LinformerConfig, MHLAConfig, inject, restore, summary
 from mhla_gen.models.language import CACHE, LANGUAGE_CLASSES
+from mhla_gen.runtime.recorded_training import RecordedTraining
 
 SIZES = {
     "vocab_size": 50,
@@ -184,6 +186,21 @@ def test_trains_with_checkpointing_as_without(config):
     torch.testing.assert_close(*grads)
 
 
+class NoReads(TorchDispatchMode):
+    """Refuses to read a value: on a GPU that waits for it, and a recording cannot."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert "local_scalar_dense" not in str(function)
+        return function(*args, **(kwargs or {}))
+
+
+@ATTENTIONS
+def test_training_reads_no_values(config):
+    model, ids = mhla_model(config).train(), prompt()
+    with NoReads():
+        model(ids, labels=ids).loss.backward()
+
+
 @pytest.mark.parametrize("linear", [True, False])
 def test_a_window_as_long_as_the_sequence_is_softmax(linear):
     config = replace(CONFIG, window=21, linear=linear)
@@ -337,3 +354,23 @@ def test_trains_on_gpu_as_on_the_cpu(config):
         grads.append({name: p.grad.cpu() for name, p in model.named_parameters()})
     for name, grad in grads[0].items():
         assert (grads[1][name] - grad).norm() < 1e-3 * grad.norm() + 1e-6, name
+
+
+@pytest.mark.gpu
+@ATTENTIONS
+def test_recorded_training_is_launched_training_on_gpu(config):
+    model = mhla_model(config, hidden_size=64, head_dim=16).train().cuda()
+
+    def loss(ids):
+        return model(ids, labels=ids).loss
+
+    recorded, found = RecordedTraining(model, loss), []
+    for compute in (loss, recorded, recorded):
+        ids = prompt(seq_len=70, seed=3).cuda()
+        model.zero_grad()
+        compute(ids).backward()
+        found.append([p.grad.clone() for p in model.parameters()])
+    assert recorded.replays
+    for grads in found[1:]:
+        for grad, expected in zip(grads, found[0], strict=True):
+            torch.testing.assert_close(grad, expected)

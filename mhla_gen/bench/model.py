@@ -71,6 +71,8 @@ def _prepare(
         defaults.append(f"implementation={'auto' if name == 'linear' else name}")
         with unmentioned():
             inject(model, load_config(None, [*defaults, *settings], MHLAConfig))
+    if config.backward and config.checkpointing:
+        recompute_activations(model, config.checkpointing)
     if config.compile == "whole":
         model.compile(fullgraph=True)
     elif config.compile:
@@ -104,8 +106,6 @@ def _measure(
     if not config.backward:
         return row
     model.train()
-    if config.checkpointing:
-        recompute_activations(model, float(config.checkpointing))
 
     def train(model_or_recording: Callable[..., Any]) -> None:
         output = model_or_recording(**inputs, return_dict=False)[0]

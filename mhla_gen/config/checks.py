@@ -41,10 +41,12 @@ def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
         raise UserError(f"{name} must be one of {', '.join(map(str, choices))}, found {value!r}")
 
 
-def check_share(name: str, share: Any) -> None:
-    """Raise unless `share` is true, false or a number from 0 to 1."""
-    if not isinstance(share, int | float) or not 0 <= share <= 1:
-        raise UserError(f"{name} must be true, false or a number from 0 to 1, found {share!r}")
+def check_checkpointing(name: str, value: Any) -> None:
+    """Raise unless `value` is true, false, selective or a number from 0 to 1."""
+    if value != "selective" and not (isinstance(value, int | float) and 0 <= value <= 1):
+        raise UserError(
+            f"{name} must be true, false, selective or a number from 0 to 1, found {value!r}"
+        )
 
 
 def check_additions(gate: Any, kernel_size: int) -> None:

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mhla_gen.config.checks import (
+    check_checkpointing,
     check_choice,
-    check_share,
     elements,
     normalize_integers,
     normalize_layout,
@@ -118,8 +118,8 @@ class BenchConfig(Settings):
     backward: bool = True
     """Also time forward and backward together."""
     checkpointing: Any = True
-    """Use gradient checkpointing in the backward pass of a model: true, false, or the share of its
-    blocks."""
+    """Use gradient checkpointing in the backward pass of a model: true, false, selective, or the
+    share of its blocks; see training."""
     model: Literal["dit", "flux", "wan"] = "dit"
     """DiT-XL/2, FLUX.1-dev or Wan2.1-1.3B, random weights."""
     num_layers: Count | None = None
@@ -167,7 +167,7 @@ class BenchConfig(Settings):
                         f"learned_features, magnitude), found {method!r}"
                     )
             self._settle(methods=listed)
-        check_share("checkpointing", self.checkpointing)
+        check_checkpointing("checkpointing", self.checkpointing)
         for name in ("cuda_graphs", "profile"):
             if getattr(self, name) and self.subject == "ops":
                 raise UserError(f"{name} is for subject=model")

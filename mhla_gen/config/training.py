@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from mhla_gen.config.checks import check_share
+from mhla_gen.config.checks import check_checkpointing
 from mhla_gen.config.data import DataConfig
 from mhla_gen.config.distillation import DistillConfig
 from mhla_gen.config.fields import (
@@ -123,7 +123,9 @@ class TrainConfig(Settings):
     parallelism=fsdp, which moves the weights."""
     gradient_checkpointing: Any = False
     """Recompute activations in the backward pass: less memory, more time. true, for all blocks;
-    a number from 0 to 1, for this share of them; false, for none."""
+    a number from 0 to 1, for this share of them; false, for none; selective, for all blocks, but
+    keep the outputs that take longest to compute for their size, those of softmax on many keys and
+    of each feed-forward layer."""
     ema_decay: Fraction = 0.9999
     """Decay of the EMA weights, with which the pipeline is saved."""
     ema_width: ProfileWidth | None = None
@@ -155,7 +157,7 @@ class TrainConfig(Settings):
 
     def __post_init__(self):
         super().__post_init__()
-        check_share("gradient_checkpointing", self.gradient_checkpointing)
+        check_checkpointing("gradient_checkpointing", self.gradient_checkpointing)
         if self.data.source == "clips":
             raise UserError(
                 "data.source=clips must be cached first: run `mhla-gen cache`, then train with "

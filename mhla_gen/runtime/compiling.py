@@ -61,9 +61,11 @@ def compile_blocks(model: nn.Module) -> None:
     limit = _limit_forms()
     for name in repeated_blocks(model):
         blocks = [module for module in model.modules() if type(module).__name__ == name]
-        own = _own_code(blocks[0].forward) if blocks else None
+        own: dict[int, FunctionType | None] = {}
         for block in blocks:
-            forward = block.forward if own is None else MethodType(own, block)
+            function = getattr(block.forward, "__func__", None)
+            code = own.setdefault(id(function), _own_code(function))
+            forward = block.forward if code is None else MethodType(code, block)
             # What FSDP2 hooks to a block then runs around the compiled code, not inside.
             block.forward = torch.compile(forward, fullgraph=True, **limit)
         for block in blocks[:1]:
@@ -82,13 +84,12 @@ def _limit_forms() -> dict[str, Any]:
     return {}
 
 
-def _own_code(method: Any) -> FunctionType | None:
-    """A copy of a method's function, with a code object that no other model has.
+def _own_code(function: Any) -> FunctionType | None:
+    """A copy of a function, with a code object that no other model has.
 
     torch keeps what it compiled by code object, so that otherwise the limit would be for all models
-    of a process together. None where a forward is no plain method.
+    of a process together. None for anything else.
     """
-    function = getattr(method, "__func__", None)
     if not isinstance(function, FunctionType):
         return None
     own = FunctionType(

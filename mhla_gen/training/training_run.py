@@ -201,7 +201,7 @@ def build_run(
     if config.float8:
         use_float8(model)
     if config.gradient_checkpointing:
-        recompute_activations(model, float(config.gradient_checkpointing))
+        recompute_activations(model, config.gradient_checkpointing)
     model.train()
     compile_model(model, config.compile)
     optimizer = build_optimizer(

@@ -18,6 +18,7 @@ from torch import Tensor
 from mhla_gen.ops.kernels.compiled import launch
 from mhla_gen.ops.kernels.depthwise_frames import conv_frames_kernel
 from mhla_gen.ops.kernels.depthwise_lines import backward_lines_kernel, conv_lines_kernel
+from mhla_gen.ops.kernels.depthwise_sums import sums_columns_kernel
 from mhla_gen.ops.kernels.depthwise_taps import conv_taps_kernel, sums_taps_kernel
 from mhla_gen.ops.kernels.launch import quotient_up
 
@@ -28,8 +29,10 @@ _TOKENS, _CHANNELS = 16, 64
 _WARPS, _STAGES = 4, 1
 # Number of taps per channel that fit into a thread's registers.
 _MOST_HELD_TAPS = 9
-# Kernel over frames: taps, frames, and columns of a program, which has one warp.
+# Most taps of the kernels over frames, whose programs have one warp; frames and columns of a
+# program of the convolution, frames and lines of one of the filter's gradient.
 _MOST_FRAME_TAPS, _FRAMES, _COLUMNS = 27, 3, 4
+_SUM_FRAMES, _SUM_LINES = 2, 2
 # Programs that keep a large GPU busy: several for each of 132 multiprocessors.
 _ENOUGH_PROGRAMS = 1024
 _ENOUGH_WARPS = 4096
@@ -82,7 +85,8 @@ def depthwise_tokens_backward(
         else:
             flipped = weight.flatten(1).flip(1).view(weight.shape)
             tokens_grad, _ = convolve(grad, flipped, None, grid, None)
-            partial, bias_partial = _sums_by_taps(grad, tokens, box, sizes)
+            sums = _sums_by_columns if math.prod(sizes) <= _MOST_FRAME_TAPS else _sums_by_taps
+            partial, bias_partial = sums(grad, tokens, box, sizes)
         weight_grad = partial.sum(dim=0).view(weight.shape).to(weight.dtype)
         return tokens_grad, weight_grad, bias_partial.sum(dim=0)
 
@@ -296,6 +300,43 @@ def _sums_by_taps(
             "GROUP": group,
             "BT": _TOKENS,
             "BC": _CHANNELS,
+        },
+    )
+    return partial, bias_partial
+
+
+def _sums_by_columns(
+    grad: Tensor, tokens: Tensor, box: list[int], sizes: list[int]
+) -> tuple[Tensor, Tensor]:
+    """As `_sums_by_taps`, for a small filter."""
+    batch, _, channels = tokens.shape
+    tiles = quotient_up(channels, _CHANNELS)
+    frames, held = min(box[0], _SUM_FRAMES), min(box[1], _SUM_LINES)
+    frame_parts = quotient_up(box[0], frames)
+    wanted = quotient_up(_ENOUGH_WARPS, batch * frame_parts * tiles)
+    lines = quotient_up(quotient_up(box[1], wanted), held) * held
+    line_parts = quotient_up(box[1], lines)
+    rows = batch * frame_parts * line_parts
+    partial, bias_partial = _partial_sums(tokens, rows, sizes)
+    launch(
+        sums_columns_kernel,
+        (rows, tiles),
+        (tokens, grad, partial, bias_partial),
+        (
+            channels,
+            *box,
+            frame_parts,
+            line_parts,
+            lines,
+            *tokens.stride()[:2],
+            *grad.stride()[:2],
+        ),
+        {
+            **dict(zip(("KT", "KH", "KW"), sizes, strict=True)),
+            "F": frames,
+            "R": held,
+            "BC": _CHANNELS,
+            "num_warps": 1,
         },
     )
     return partial, bias_partial

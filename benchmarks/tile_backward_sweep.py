@@ -2,10 +2,10 @@
 
 python benchmarks/tile_backward_sweep.py OUT.json [--seconds S]        needs CUDA
 
-Rows `dk dv` and `dq`: milliseconds of one kernel, its registers and spills, and how far gradients
-are from those of the kernel that reads tokens in place, in parts of the largest entry. A form that
-does not compile or launch has an `error` instead. Rows `pass`: every kernel of the backward pass,
-from torch's profiler. Rows are written as they come. Kernels are compiled first, in parallel.
+Milliseconds of one kernel, its registers and spills, and how far gradients are from those of the
+kernel that reads tokens in place, in parts of the largest entry. A form that does not compile or
+launch has an `error` instead. Rows `pass`: every kernel of the backward pass, from torch's
+profiler. Rows are written as they come. Kernels are compiled first, in parallel.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import multiprocessing
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -38,71 +38,23 @@ WAN_720 = Case(1, 12, (21, 45, 80), 128, (3, 5, 10), True)
 PLACES = ((WAN_480, 0.05), (WAN_480, 0.125), (WAN_720, 0.05))
 
 
-@dataclass(frozen=True)
-class Form:
-    """A kernel and how it is launched."""
-
-    kernel: str
-    rows: int
-    keys: int
-    warps: int
-    stages: int
-    form: str = ""
-    registers: int | None = None
-    held: bool = False
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """Compile-time arguments."""
-        found: dict[str, Any] = {"BM": self.rows, "BN": self.keys}
-        found |= {"HELD": True} if self.held else {}
-        found |= {"num_warps": self.warps, "num_stages": self.stages}
-        if self.registers is not None:
-            found["maxnreg"] = self.registers
-        return found
-
-
-class Capped(Loop):
-    """A loop with any options."""
-
-    def __init__(self, form: Form):
-        super().__init__(form.rows, form.keys, form.warps, form.stages, packed=True)
-        object.__setattr__(self, "found", form.options)
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """Compile-time arguments."""
-        return vars(self)["found"]
-
-
-FORMS = (
-    Form("dk dv", 64, 64, 4, 2),
-    Form("dk dv", 64, 64, 4, 2, "rows"),
-    Form("dk dv", 64, 64, 4, 3, "rows"),
-    Form("dk dv", 32, 64, 4, 3, "rows"),
-    Form("dk dv", 32, 64, 4, 4, "rows"),
-    Form("dk dv", 32, 64, 4, 2, "rows", 168),
-    Form("dk dv", 64, 64, 8, 2, "rows", 128),
-    Form("dk dv", 64, 64, 4, 2, "rows", None, True),
-    Form("dk dv", 32, 64, 4, 3, "rows", None, True),
-    Form("dk dv", 64, 64, 4, 2, "columns"),
-    Form("dk dv", 64, 64, 4, 3, "columns"),
-    Form("dk dv", 128, 64, 8, 2, "columns"),
-    Form("dk dv", 64, 64, 8, 2, "columns", 128),
-    Form("dk dv", 64, 64, 8, 3, "columns"),
-    Form("dk dv", 64, 64, 4, 2, "turned"),
-    Form("dk dv", 128, 64, 8, 2, "turned"),
-    Form("dq", 128, 64, 8, 3),
-    Form("dq", 128, 64, 8, 2, "", 128),
-    Form("dq", 128, 64, 8, 4),
-    Form("dq", 128, 64, 8, 3, "", None, True),
-    Form("dq", 64, 64, 4, 2, "", None, True),
-    Form("dq", 64, 64, 4, 3),
-    Form("dq", 128, 64, 4, 2),
-)
-NAMES = {"dk dv": "tile_backward_packed_keys_kernel", "dq": "tile_backward_queries_kernel"}
-Job = tuple[Case, float, Form]
-_NARROW = {"BM": 64, "BN": 64, "num_warps": 4, "num_stages": 2}
+# How many queries and keys a program handles, with how many warps and stages; in place, or packed.
+FORMS = {
+    "tile_backward_keys_kernel": (Loop(64, 64, 4, 2),),
+    "tile_backward_packed_keys_kernel": (
+        Loop(64, 64, 4, 2, packed=True),
+        Loop(64, 64, 4, 3, packed=True),
+        Loop(32, 64, 4, 3, packed=True),
+    ),
+    "tile_backward_queries_kernel": (
+        Loop(64, 64, 4, 2),
+        Loop(128, 64, 8, 3, packed=True),
+        Loop(128, 32, 4, 2, packed=True),
+        Loop(128, 32, 4, 3, packed=True),
+        Loop(128, 32, 8, 3, packed=True, max_registers=128),
+    ),
+}
+Job = tuple[Case, float, str, Loop]
 
 
 class Problem:
@@ -121,25 +73,20 @@ class Problem:
         self.rotated = tile_reads.read_tiles(inputs.key, call)[0]
         self.owners = owners_of_tiles(self.lists, call.placed.num_tiles)
 
-    def run(self, form: Form) -> tuple[Tensor, ...]:
+    def run(self, name: str, loop: Loop) -> tuple[Tensor, ...]:
         """Gradients by one kernel."""
-        call, value = self.inputs.call, self.inputs.value
-        if form.kernel == "dq":
-            loop = Capped(form)
+        call = self.inputs.call
+        keys = self.keys if loop.packed else self.rotated
+        values = self.values if loop.packed else self.inputs.value
+        if name == "tile_backward_queries_kernel":
             packs = self.packs
             return (
-                tile_gradients.backward_queries(
-                    packs, self.keys, self.values, self.lists, None, call, loop
-                ),
+                tile_gradients.backward_queries(packs, keys, values, self.lists, None, call, loop),
             )
-        if form.form == "":
-            return tile_gradients.backward_keys(
-                self.packs, self.rotated, value, self.owners, form.options, call
-            )
-        options = form.options | {"FORM": form.form}
-        return tile_gradients.backward_packed_keys(
-            self.packs, self.keys, self.values, self.owners, call, options
-        )
+        gradients = tile_gradients.backward_keys
+        if loop.packed:
+            gradients = tile_gradients.backward_packed_keys
+        return gradients(self.packs, keys, values, self.owners, loop.options, call)
 
     def whole(self) -> tuple[Tensor, ...]:
         """The whole pass."""
@@ -151,16 +98,15 @@ class Problem:
 
 def compile_form(job: Job) -> dict[str, Any]:
     """Compile one form, without a GPU, into Triton's cache; figures from its machine code."""
-    case, share, form = job
+    case, share, name, loop = job
     driver.set_active(AbsentCard(90))  # pyright: ignore[reportArgumentType]
     found: dict[str, Any] = {}
-    name = "tile_backward_keys_kernel" if form == FORMS[0] else NAMES[form.kernel]
     watch(lambda _name, figures: found.update(figures), name)
     try:
-        Problem(case, share, "meta").run(form)
+        Problem(case, share, "meta").run(name, loop)
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}"[:400]}
-    return {figure: found[figure] for figure in ("registers", "spills", "programs", "in line")}
+    return {figure: found[figure] for figure in ("registers", "spills", "programs")}
 
 
 class Bench:
@@ -173,20 +119,22 @@ class Bench:
         """The problem of a place."""
         if self.place != (case, share):
             self.place, self.problem = (case, share), Problem(case, share, "cuda")
-            keys = Form("dk dv", 64, 64, 4, 2)
-            queries = Form("dq", 64, 64, 4, 2)
-            self.expected = {form.kernel: self.problem.run(form) for form in (keys, queries)}
+            self.expected: dict[str, tuple[Tensor, ...]] = {}
         return self.problem
 
     def __call__(self, job: Job) -> dict[str, Any]:
         """Time and error of a form, or why there are none."""
-        case, share, form = job
+        case, share, name, loop = job
         problem = self.at(case, share)
         try:
-            pairs = zip(problem.run(form), self.expected[form.kernel], strict=True)
+            found = problem.run(name, loop)
+            # The first form of a kernel reads in place.
+            expected = self.expected.setdefault("queries" if "queries" in name else "keys", found)
+            pairs = zip(found, expected, strict=True)
             errors = [float((a - e).abs().max() / e.abs().max()) for a, e in pairs]
-            same = all(map(torch.equal, problem.run(form), problem.run(form)))
-            return {"ms": time_ms(lambda: problem.run(form)), "errors": errors, "same": same}
+            same = all(map(torch.equal, found, problem.run(name, loop)))
+            ms = time_ms(lambda: problem.run(name, loop))
+            return {"ms": ms, "errors": errors, "same": same}
         except Exception as error:
             return {"error": f"{type(error).__name__}: {error}"[:400]}
 
@@ -213,7 +161,12 @@ def main() -> None:
         print(json.dumps(row), flush=True)
         options.out.write_text(json.dumps(found, indent=1) + "\n")
 
-    jobs: list[Job] = [(case, share, form) for case, share in PLACES for form in FORMS]
+    jobs: list[Job] = [
+        (case, share, name, loop)
+        for case, share in PLACES
+        for name, loops in FORMS.items()
+        for loop in loops
+    ]
     pool = ProcessPoolExecutor(options.processes, multiprocessing.get_context("spawn"))
     compiled = {job: pool.submit(compile_form, job) for job in jobs}
     bench = Bench()
@@ -221,13 +174,14 @@ def main() -> None:
         if time.monotonic() > end:
             print("out of time")
             break
-        case, share, form = job
+        case, share, name, loop = job
         shape = [case.batch, case.heads, math.prod(case.grid), case.head_dim]
-        row = {"shape": shape, "share": share, **vars(form), **figures.result()}
+        row = {"shape": shape, "share": share, "kernel": name, **asdict(loop)}
+        row |= figures.result()
         if found["device"] != "none" and "error" not in row:
             row |= bench(job)
         keep(row)
-        if found["device"] != "none" and form == FORMS[-1]:
+        if found["device"] != "none" and loop is list(FORMS.values())[-1][-1]:
             problem = bench.at(case, share)
             run: Callable[[], object] = problem.whole
             keep({"shape": shape, "share": share, "kernel": "pass", "ms": time_ms(run)})

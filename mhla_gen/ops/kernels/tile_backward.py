@@ -137,7 +137,6 @@ def tile_backward_queries_kernel(
     PACKED: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
-    HELD: tl.constexpr = False,
 ):
     """Gradient dq of BM slots of one group and head, rotated back."""
     batch, head, group, slots, tokens, q_valid = locate_group(
@@ -152,9 +151,6 @@ def tile_backward_queries_kernel(
     rows = group * (blocks * BM) + slots
     q0, q1 = load_rows(q_ptr + packed * D, rows, D, D0, D1)
     do0, do1 = load_rows(grad_ptr + packed * V, rows, V, V0, V1)
-    if HELD:
-        q0 = (q0.to(tl.float32) * (scale / scale)).to(OPERAND)
-        do0 = (do0.to(tl.float32) * (scale / scale)).to(OPERAND)
     lse = tl.load(packed_lse_ptr + packed + rows)[:, None]
     delta = tl.load(delta_ptr + packed + rows)[:, None]
     dq0 = tl.zeros((BM, D0), tl.float32)

@@ -47,15 +47,14 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value, and of the keys and values of `extra` (empty without)."""
     loop = queries_loop(call) if loop is None else loop
-    options = _backward_options(call, loop.rows)
+    options = _backward_options(call, loop)
     packs = pack_queries(grad, grad_lse, query, out, lse, call, loop.rows)
-    keys, _, _ = read_tiles(key, call)
-    listed = keys, value
-    if loop.packed:
-        listed = read_tiles(key, call, pack=True)[0], pack_tiles(value, call)
-    dquery = backward_queries(packs, *listed, lists, extra, call, loop)
+    keys, _, _ = read_tiles(key, call, pack=loop.packed)
+    values = pack_tiles(value, call) if loop.packed else value
+    dquery = backward_queries(packs, keys, values, lists, extra, call, loop)
     owners = owners_of_tiles(lists, call.placed.num_tiles)
-    dkey, dvalue = backward_keys(packs, keys, value, owners, options["keys"], call)
+    gradients = backward_packed_keys if loop.packed else backward_keys
+    dkey, dvalue = gradients(packs, keys, values, owners, options["keys"], call)
     dextra = _backward_extra(packs, extra, options["extra"], call)
     return dquery, dkey, dvalue, *dextra
 
@@ -186,8 +185,8 @@ def backward_packed_keys(
     keys: Tensor,
     values: Tensor,
     owners: tuple[Tensor, Tensor],
-    call: TileCall,
     options: dict,
+    call: TileCall,
 ) -> tuple[Tensor, Tensor]:
     """Launch `tile_backward_packed_keys_kernel`."""
     dkey, dvalue = call.query.new_empty(call.query.shape), call.value.new_empty(call.value.shape)
@@ -274,19 +273,27 @@ def queries_loop(call: TileCall) -> Loop:
     return Loop(rows, 64, 4 if rows > 32 else 1, 2)
 
 
-def _backward_options(call: TileCall, rows: int) -> dict[str, dict]:
-    """As `forward_loop`, for gradients of keys on and off the grid; packs have blocks of `rows`."""
-    if call.operand["OPERAND"] == tl.float32:
-        common = {"num_warps": 4, "num_stages": 1}
-        keys = min(padded(call.slots), 32)
-        return {
-            "keys": common | {"BM": 32, "BN": keys},
-            "extra": common | {"BM": min(rows, 32), "BN": 32},
-        }
-    keys = min(padded(call.slots), 64)
+def _backward_options(call: TileCall, loop: Loop) -> dict[str, dict]:
+    """As `forward_loop`, for gradients of keys on and off the grid; `loop` is that of queries.
+
+    Packs have blocks of `loop.rows`, of which a step takes all or a part, if it copies them whole.
+    """
+    single = call.operand["OPERAND"] == tl.float32
+    rows, most = loop.rows, 32 if single else 64
+    keys = min(padded(call.slots), most)
     warps = max(1, min(4, keys * max(call.pieces["D"], call.pieces["V"]) // 1024))
     return {
-        # Few keys need no more warps: they would wait for one another's weights.
-        "keys": {"BM": max(32, min(rows, 64)), "BN": keys, "num_warps": warps, "num_stages": 2},
-        "extra": {"BM": min(rows, 64), "BN": 64, "num_warps": 4, "num_stages": 2},
+        "keys": {
+            "BM": min(rows, most) if loop.packed else max(32, min(rows, most)),
+            "BN": min(keys, call.slot_sizes["SLOTS"]) if loop.packed else keys,
+            # Few keys need no more warps: they would wait for one another's weights.
+            "num_warps": 4 if single else warps,
+            "num_stages": 1 if single else 2,
+        },
+        "extra": {
+            "BM": min(rows, most),
+            "BN": most,
+            "num_warps": 4,
+            "num_stages": 1 if single else 2,
+        },
     }

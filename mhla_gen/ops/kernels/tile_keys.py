@@ -10,6 +10,7 @@ import triton.language as tl
 from mhla_gen.ops.kernels.boxes import block_box, box_tokens
 from mhla_gen.ops.kernels.linear import rotate_pieces
 from mhla_gen.ops.kernels.pieces import dot, head_offset, store_pieces
+from mhla_gen.ops.kernels.tile_backward import score_gradients
 
 
 @triton.jit
@@ -49,8 +50,6 @@ def tile_backward_packed_keys_kernel(
     ROTARY: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
-    FORM: tl.constexpr,
-    HELD: tl.constexpr = False,
 ):
     """Gradients dk, rotated back, and dv of BN slots of one tile and head."""
     blocks: tl.constexpr = SLOTS // BN
@@ -62,19 +61,12 @@ def tile_backward_packed_keys_kernel(
     keys = ((row * num_tiles + tile) * SLOTS + block * BN).to(tl.int32)
     k = k_tiles.load([keys, 0])
     v = v_tiles.load([keys, 0])
-    if HELD:
-        k = (k.to(tl.float32) * (scale / scale)).to(OPERAND)
-        v = (v.to(tl.float32) * (scale / scale)).to(OPERAND)
     parts: tl.constexpr = PACK // BM
     first = (row * num_groups * PACK).to(tl.int32)
     owners_ptr += (row * num_tiles + tile) * num_groups
     steps = tl.load(counts_ptr + row * num_tiles + tile) * parts
-    if FORM == "columns":
-        dk = tl.zeros((D0, BN), tl.float32)
-        dv = tl.zeros((V0, BN), tl.float32)
-    else:
-        dk = tl.zeros((BN, D0), tl.float32)
-        dv = tl.zeros((BN, V0), tl.float32)
+    dk = tl.zeros((BN, D0), tl.float32)
+    dv = tl.zeros((BN, V0), tl.float32)
     # The owner is loaded a step ahead, because a program waits for every scalar.
     owner = tl.load(owners_ptr)
     for step in range(0, steps):
@@ -82,27 +74,12 @@ def tile_backward_packed_keys_kernel(
         q = q_tiles.load([start, 0])
         do = grad_tiles.load([start, 0])
         rows = start + tl.arange(0, BM)
-        lse = tl.load(packed_lse_ptr + rows)
-        delta = tl.load(delta_ptr + rows)
+        lse = tl.load(packed_lse_ptr + rows)[None, :]
+        delta = tl.load(delta_ptr + rows)[None, :]
         owner = tl.load(owners_ptr + tl.minimum(step + 1, steps - 1) // parts)
-        if FORM == "rows":
-            zeros = tl.zeros((BN, BM), tl.float32)
-            p = tl.exp2(dot(k, tl.trans(q), zeros, PRECISION) * scale - lse[None, :])
-            ds = p * (dot(v, tl.trans(do), zeros, PRECISION) - delta[None, :])
-            dv = dot(p.to(OPERAND), do, dv, PRECISION)
-            dk = dot(ds.to(OPERAND), q, dk, PRECISION)
-        else:
-            zeros = tl.zeros((BM, BN), tl.float32)
-            p = tl.exp2(dot(q, tl.trans(k), zeros, PRECISION) * scale - lse[:, None])
-            ds = p * (dot(do, tl.trans(v), zeros, PRECISION) - delta[:, None])
-            if FORM == "columns":
-                dv = dot(tl.trans(do), p.to(OPERAND), dv, PRECISION)
-                dk = dot(tl.trans(q), ds.to(OPERAND), dk, PRECISION)
-            else:
-                dv = dot(tl.trans(p.to(OPERAND)), do, dv, PRECISION)
-                dk = dot(tl.trans(ds.to(OPERAND)), q, dk, PRECISION)
-    if FORM == "columns":
-        dk, dv = tl.trans(dk), tl.trans(dv)
+        p, ds = score_gradients(k, k, q, q, v, v, do, do, lse, delta, scale, 0, 0, PRECISION)
+        dv = dot(p.to(OPERAND), do, dv, PRECISION)
+        dk = dot(ds.to(OPERAND), q, dk, PRECISION)
     slots = block * BN + tl.arange(0, BN)
     first_t, first_h, first_w, size_t, size_h, size_w = block_box(
         tile, box[0], box[1], box[2], box[3], box[4], box[5], RANK
@@ -111,7 +88,7 @@ def tile_backward_packed_keys_kernel(
     tokens = box_tokens(slots, first_t, first_h, first_w, size_h, size_w, box[1], box[2], RANK)
     dk = dk * factor
     if ROTARY:
-        dk, _dk = rotate_pieces(dk, dk, cos_ptr, sin_ptr, tokens, valid, D, D0, D1, -1)
+        dk, _ = rotate_pieces(dk, dk, cos_ptr, sin_ptr, tokens, valid, D, D0, D1, -1)
     dk_ptr += head_offset(dk_strides, batch, head, ALIGN)
     dv_ptr += head_offset(dv_strides, batch, head, ALIGN)
     store_pieces(dk_ptr, dk, dk, tokens, valid, dk_strides, D, D0, D1, ALIGN)

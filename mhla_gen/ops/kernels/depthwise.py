@@ -3,9 +3,10 @@
 Small filters within a frame are computed line by line (`depthwise_lines.py`): each token is read
 once for every column of the filter, and one pass over the gradient computes those of tokens, filter
 and bias. Small filters over frames are computed by lines of several frames (`depthwise_frames.py`),
-other ones tap by tap (`depthwise_taps.py`); there the gradient of the tokens is the same
-convolution with the filter flipped, and that of the filter is summed tap by tap. Sums over tokens
-are taken in two steps, so that they do not depend on the order of programs.
+and their gradient along the columns of a few lines (`depthwise_sums.py`); other filters are
+computed tap by tap (`depthwise_taps.py`). There the gradient of the tokens is the same convolution
+with the filter flipped. Sums over tokens are taken in two steps, so that they do not depend on the
+order of programs.
 """
 
 import math

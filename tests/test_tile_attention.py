@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from mhla_gen.ops import auto_tiles, tile_attention, tile_share
 from mhla_gen.ops.partition import block_of_tokens
-from mhla_gen.ops.tiles import group_slots, tiling, token_places, window_tiles
+from mhla_gen.ops.tiles import group_slots, tile_lists, tiling, token_places, window_tiles
 
 # Lengths that do not divide, windows and tops larger than the grid, groups, no window at all.
 LAYOUTS = [
@@ -130,6 +130,23 @@ def test_ties_go_to_the_first_tiles():
         read = out[0, :, 0] > 0
         assert read[0].nonzero()[:, 0].tolist() == [0, 1, 2, 3, 4, 5]
         assert read[11].nonzero()[:, 0].tolist() == [0, 1, 2, 3, 10, 11]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_the_choice_does_not_depend_on_the_precision_of_float32_products(precision, device):
+    placed = tiling((6,), (1,), (0,), 1)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision(precision)
+        for large, small in ((1e4, 1.0), (1.0, 2**-13)):
+            # Products that differ by less than float32, or TF32, can tell.
+            key = torch.tensor([[large, 0.0]] * 6, device=device)
+            key[4, 1] = small
+            query = torch.tensor([[large, 1.0]] * 6, device=device)
+            assert tile_lists(query[None, None], key[None, None], placed).eq(4).all()
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def test_every_query_reads_equally_many_tiles_and_its_own():

@@ -254,7 +254,10 @@ def tile_lists(mean_query: Tensor, mean_key: Tensor, placed: Tiling) -> Tensor:
     near = window.expand(shape)
     if placed.top == 0:
         return near
-    products = mean_query @ mean_key.transpose(-1, -2)
+    # Products of float32 would depend on `torch.set_float32_matmul_precision`, which may make them
+    # TF32 or bfloat16, and the choice with them. Apple's GPUs have no float64.
+    wide = torch.float32 if mean_query.device.type == "mps" else torch.float64
+    products = mean_query.to(wide) @ mean_key.to(wide).transpose(-1, -2)
     products = products.scatter(-1, near, float("-inf"))
     order = products.sort(dim=-1, descending=True, stable=True).indices
     return torch.cat((near, order[..., : placed.top]), dim=-1)

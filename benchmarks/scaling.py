@@ -47,16 +47,21 @@ class Case:
 
     @property
     def name(self) -> str:
-        """For a table; the kind of attention has its own column."""
-        size = f"{self.pixels} px" if self.pixels else ""
-        return " ".join(word for word in (self.part, size, self.variable) if word)
+        """For a table, in which the kind of attention has its own column."""
+        return (
+            TITLES[self.part].format(pixels=self.pixels)
+            + ", " * bool(self.variable)
+            + self.variable
+        )
 
     def job(self, gpus: int, options: argparse.Namespace) -> Job:
         """The benchmark that measures it."""
         script, arguments, gib = PARTS[self.part](self, gpus, options)
-        name = re.sub("[^A-Za-z0-9.]+", "-", f"{self.name} {self.attention} {gpus}")
+        name = re.sub("[^A-Za-z0-9.]+", "-", f"{self.part} {self.variable} {self.attention}")
         grouped, variables = self.part == "sequence", tuple(filter(None, [self.variable]))
-        return Job(name, script, tuple(arguments), gpus, gib, grouped, variables)
+        return Job(
+            f"{name}-{self.pixels}-{gpus}", script, tuple(arguments), gpus, gib, grouped, variables
+        )
 
 
 def dit(case: Case, gpus: int, options: argparse.Namespace) -> tuple[str, list[str], float]:
@@ -113,6 +118,15 @@ PARTS = {
     "samples": work,
     "features": work,
 }
+TITLES = {
+    "dit-ddp": "DiT-XL/2, {pixels} px, DDP",
+    "dit-fsdp": "DiT-XL/2, {pixels} px, FSDP2",
+    "wan": "Wan2.1-1.3B, 480 × 832 × 81, FSDP2",
+    "sequence": "Wan2.1-1.3B, one sequence of 720 × 1280 × 81",
+    "samples": "samples of 32 × 32 pixels",
+    "features": "Inception features",
+}
+NAMES = {MHLA: "MHLA", EXACT: "MHLA, 5 % exact"}
 CASES = (
     *(Case("dit-ddp", kind, pixels) for pixels in (512, 256) for kind in (MHLA, SOFTMAX)),
     *(Case("dit-fsdp", kind, 512) for kind in (MHLA, SOFTMAX)),
@@ -200,7 +214,11 @@ def table(rows: list[Row]) -> str:
         if not own:
             continue
         last = own[max(own)]
-        cells = [case.name, case.attention, *(_cell(own.get(n)) for n in counts)]
+        cells = [
+            case.name,
+            NAMES.get(case.attention, case.attention),
+            *(_cell(own.get(n)) for n in counts),
+        ]
         cells.append(f"{100 * last['mfu']:.1f} %" if "mfu" in last else "")
         lines.append(cells + _waits(last))
     return markdown(header, lines)

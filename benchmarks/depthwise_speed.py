@@ -10,10 +10,13 @@ numbers of warps and lines in flight, to choose `_TOKENS`, `_CHANNELS`, `_WARPS`
 import argparse
 import math
 import time
+from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 
 import torch
 import triton
+from kernel_speed import time_ms as kernel_ms
 from rows import machine
 
 from mhla_gen.files import write_json
@@ -22,14 +25,20 @@ from mhla_gen.ops.kernels import depthwise as kernels
 
 # (batch, grid, channels): Wan-1.3B at 480p, DiT-XL/2 at 512 and 256 px.
 SHAPES = [(1, (21, 30, 50), 1536), (16, (32, 32), 1152), (64, (16, 16), 1152)]
-# Tokens and channels of a tile, warps.
-TILES = [(16, 64, 4), (16, 64, 8), (8, 64, 2), (8, 64, 4), (32, 64, 8), (16, 128, 8), (16, 32, 2)]
+# Tokens and channels of a tile, warps, lines in flight: those in use, then others.
+FORWARD = [
+    (16, 64, 4, 1), (16, 64, 4, 3), (8, 64, 4, 1), (8, 64, 4, 4), (4, 64, 4, 4), (8, 64, 2, 4),
+]  # fmt: skip
+BACKWARD = [
+    (8, 64, 4, 4), (16, 64, 4, 1), (4, 64, 4, 4), (8, 64, 4, 1), (8, 64, 4, 6), (4, 64, 4, 6),
+    (16, 64, 8, 4), (4, 128, 4, 4), (4, 64, 2, 4),
+]  # fmt: skip
+PROGRAMS = (1024, 4096)
 
 
-def time_ms(function, brief: bool = False) -> float:
-    """Median milliseconds of a call."""
-    warmup, rep = (5, 20) if brief else (50, 200)
-    return triton.testing.do_bench(function, warmup=warmup, rep=rep, return_mode="median")
+def time_ms(function) -> float:
+    """Median milliseconds of a call, with its launches."""
+    return triton.testing.do_bench(function, warmup=50, rep=200, return_mode="median")
 
 
 def inputs(batch, grid, channels) -> tuple:
@@ -92,33 +101,41 @@ def times_of(forward, trained, grad) -> dict:
     }
 
 
-def sweep(batch, grid, channels) -> list[dict]:
-    """Both line kernels with other constants: forward only, and backward only."""
+def sweep(batch, grid, channels) -> Iterator[dict]:
+    """Both line kernels with other constants: the pass that ends a layer, and the backward pass."""
     tokens, weight, bias, grad = inputs(batch, grid, channels)
-    rows = []
-    kept = kernels._TOKENS, kernels._CHANNELS, kernels._WARPS, kernels._STAGES
+    logits = torch.randn_like(grad)
 
     @torch.no_grad()
     def forward() -> None:
-        kernels.depthwise_tokens(tokens, weight, bias, list(grid))
+        gated_conv(grad, tokens, weight, bias, logits, grid=grid, num_heads=16)
 
     def backward() -> None:
         kernels.depthwise_tokens_backward(grad, tokens, weight, list(grid))
 
-    for size, width, warps in TILES:
-        kernels._TOKENS, kernels._CHANNELS, kernels._WARPS = size, width, warps
-        row = {"tokens": size, "channels": width, "warps": warps}
-        try:
-            row["backward_ms"] = time_ms(backward, brief=True)
-            for stages in (1, 3):
-                kernels._STAGES = stages
-                row[f"forward_ms_{stages}_stages"] = time_ms(forward, brief=True)
-        except Exception as error:
-            # These constants need too many registers or too much shared memory.
-            row["error"] = str(error).splitlines()[0][:100]
-        rows.append(row)
-    kernels._TOKENS, kernels._CHANNELS, kernels._WARPS, kernels._STAGES = kept
-    return rows
+    names = "_TOKENS", "_CHANNELS", "_WARPS", "_STAGES", "_BACKWARD", "_ENOUGH_PROGRAMS"
+    kept = {name: getattr(kernels, name) for name in names}
+    for programs, tile in product(PROGRAMS, BACKWARD):
+        kernels._ENOUGH_PROGRAMS, kernels._BACKWARD = programs, tile
+        yield {"kernel": "backward", **timed(tile, programs, backward)}
+    for programs, tile in product(PROGRAMS, FORWARD):
+        kernels._ENOUGH_PROGRAMS = programs
+        kernels._TOKENS, kernels._CHANNELS, kernels._WARPS, kernels._STAGES = tile
+        yield {"kernel": "forward", **timed(tile, programs, forward)}
+    for name, value in kept.items():
+        setattr(kernels, name, value)
+
+
+def timed(tile, programs, function) -> dict:
+    """A row of the sweep."""
+    row = dict(zip(("tokens", "channels", "warps", "lines"), tile, strict=True))
+    row["programs"] = programs
+    try:
+        row["ms"] = kernel_ms(function)
+    except Exception as error:
+        # These constants need too many registers or too much shared memory.
+        row["error"] = str(error).splitlines()[0][:100]
+    return row
 
 
 def main() -> None:
@@ -138,16 +155,18 @@ def main() -> None:
         for way in ("gated", "apart")
     ]
     if options.sweep:
-        work = [(sweep, shape, ()) for shape in SHAPES[1:]] + work
+        work = [(sweep, SHAPES[1], ()), *work]
     for function, shape, others in work:
         if time.perf_counter() - began > options.seconds:
             break
         found = function(*shape, *others)
-        for row in found if isinstance(found, list) else [found]:
+        for row in [found] if isinstance(found, dict) else found:
             row = dict(zip(("batch", "grid", "channels_of_tokens"), shape, strict=True)) | row
             print(row, flush=True)
             report["rows"].append(row)
-        write_json(options.out, report, indent=1)
+            write_json(options.out, report, indent=1)
+            if time.perf_counter() - began > options.seconds:
+                break
 
 
 if __name__ == "__main__":

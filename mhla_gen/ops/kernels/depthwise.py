@@ -28,6 +28,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _TOKENS, _CHANNELS = 16, 64
 # Line kernels: warps of a program, and lines in flight in the forward pass.
 _WARPS, _STAGES = 4, 1
+# In the backward pass, which holds more in registers: tokens and channels of a tile, warps, lines.
+_BACKWARD = (8, 64, 4, 4)
 # Number of taps per channel that fit into a thread's registers.
 _MOST_HELD_TAPS = 9
 # Most taps of the kernels over frames, whose programs have one warp; frames and columns of a
@@ -140,7 +142,7 @@ def _conv_by_lines(
     batch, _, channels = tokens.shape
     tiles = quotient_up(channels, _CHANNELS)
     frames = batch * box[0]
-    parts, extent = _line_parts(box, frames * tiles)
+    parts, extent = _line_parts(box, frames * tiles, _TOKENS)
     tensors, strides, constants = _after(tokens, after)
     launch(
         conv_lines_kernel,
@@ -190,9 +192,10 @@ def _backward_by_lines(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradient of the tokens; partial sums of those of weight and bias."""
     batch, _, channels = tokens.shape
-    tiles = quotient_up(channels, _CHANNELS)
+    width, block, warps, stages = _BACKWARD
+    tiles = quotient_up(channels, block)
     frames = batch * box[0]
-    parts, extent = _line_parts(box, frames * tiles)
+    parts, extent = _line_parts(box, frames * tiles, width)
     partial, bias_partial = _partial_sums(tokens, frames * parts, sizes)
     tokens_grad = tokens.new_empty(tokens.shape)
     launch(
@@ -203,9 +206,10 @@ def _backward_by_lines(
         {
             "KH": sizes[1],
             "KW": sizes[2],
-            "BT": _TOKENS,
-            "BC": _CHANNELS,
-            "num_warps": _WARPS,
+            "BT": width,
+            "BC": block,
+            "STAGES": stages,
+            "num_warps": warps,
         },
     )
     return tokens_grad, partial, bias_partial
@@ -343,13 +347,15 @@ def _sums_by_columns(
     return partial, bias_partial
 
 
-def _line_parts(box: list[int], programs: int) -> tuple[int, tuple[int, int, int, int]]:
+def _line_parts(
+    box: list[int], programs: int, tokens: int
+) -> tuple[int, tuple[int, int, int, int]]:
     """Parts to cut each frame into: how many, and (parts, size) along lines, then columns."""
     _, height, width = box
     wanted = quotient_up(_ENOUGH_PROGRAMS, programs)
     # Columns first: what lies around them comes from cache.
-    tiles = quotient_up(width, _TOKENS)
-    columns = quotient_up(tiles, min(tiles, wanted)) * _TOKENS
+    tiles = quotient_up(width, tokens)
+    columns = quotient_up(tiles, min(tiles, wanted)) * tokens
     column_parts = quotient_up(width, columns)
     lines = max(_FEWEST_LINES, quotient_up(height, quotient_up(wanted, column_parts)))
     line_parts = quotient_up(height, lines)

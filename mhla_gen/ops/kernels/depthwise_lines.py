@@ -119,7 +119,7 @@ def conv_lines_kernel(
 def backward_lines_kernel(
     x_ptr, grad_ptr, weight_ptr, dx_ptr, partial_ptr, bias_partial_ptr,
     C, T, H, W, line_parts, lines, column_parts, columns, x_batch, x_token, grad_batch, grad_token,
-    KH: tl.constexpr, KW: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
+    KH: tl.constexpr, KW: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dx[m] = Σ weight[tap] grad[m - tap]; sums over the part of x[m] grad[m - tap] and grad[m]."""
     TAPS: tl.constexpr = KH * KW
@@ -140,9 +140,14 @@ def backward_lines_kernel(
         # Of the lines from PH before to PH after the one of which the gradient is read.
         totals = _zeros(KH, BT, BC)
         xs = _zeros(KH, BT, BC)
-        for line in range(first - PH, last + PH):
+        for line in tl.range(first - PH, last + PH, num_stages=STAGES):
             next_x = _load(x_ptr, x_token, line + PH, here, channels, held, first, last, W)
-            xs = xs[1:]
+            # Lines before the first are 0 anyway; but Triton issues no loads ahead in a loop that
+            # hands on a value as it is.
+            kept = ()
+            for j in tl.static_range(KH - 1):
+                kept += (tl.where(line + j >= first + PH, xs[j + 1], 0.0),)
+            xs = kept
             xs += (next_x,)
             for kw in tl.static_range(KW):
                 grad = _load(

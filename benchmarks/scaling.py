@@ -138,6 +138,7 @@ CASES = (
     # NCCL sums with fewer multiprocessors, and before what else is waiting.
     Case("dit-ddp", MHLA, 512, "NCCL_MAX_CTAS=8"),
     Case("dit-ddp", MHLA, 512, "TORCH_NCCL_HIGH_PRIORITY=1"),
+    Case("dit-fsdp", MHLA, 512, "NCCL_MAX_CTAS=8"),
     Case("dit-ddp", EXACT, 256),
     *(Case("dit-fsdp", kind, 256) for kind in (MHLA, SOFTMAX)),
     Case("wan", SOFTMAX),

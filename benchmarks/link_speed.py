@@ -11,13 +11,14 @@ import argparse
 import json
 import os
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from rows import machine
+from rows import Row, machine
+from sharing import turns
 from steps import median_seconds
 
 from mhla_gen.files import write_json
@@ -28,14 +29,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--megabytes", type=float, nargs="+", default=[1, 25, 90, 180, 1000])
+    parser.add_argument("--locks", nargs="*", default=[], help="see sharing.turns")
     options = parser.parse_args()
     gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpu else torch.device("cpu")
     if gpu:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if gpu else "gloo")
+    with turns(*options.locks) as alone, alone():
+        rows = measure(options.megabytes, device)
+    if dist.get_rank() == 0:
+        facts = machine() | {"gpus": dist.get_world_size(), "links": links() if gpu else None}
+        write_json(options.out, facts | {"rows": rows}, indent=1)
+    dist.destroy_process_group()
+
+
+def measure(sizes: Sequence[float], device: torch.device) -> list[Row]:
+    """Each collective at each of these sizes in MB."""
     rows = []
-    for megabytes in options.megabytes:
+    for megabytes in sizes:
         for name, (call, sent) in collectives(int(megabytes * 1e6), device).items():
             median_seconds(call, 3)
             seconds = median_seconds(call, 10)
@@ -44,10 +56,7 @@ def main() -> None:
             rows[-1] |= {"gb_per_s": rate, "sent_gb_per_s": rate * sent}
             if dist.get_rank() == 0:
                 print(json.dumps(rows[-1]), flush=True)
-    if dist.get_rank() == 0:
-        facts = machine() | {"gpus": dist.get_world_size(), "links": links() if gpu else None}
-        write_json(options.out, facts | {"rows": rows}, indent=1)
-    dist.destroy_process_group()
+    return rows
 
 
 def collectives(size: int, device: torch.device) -> dict[str, tuple[Callable[[], Any], float]]:

@@ -152,7 +152,9 @@ CASES = (
 """All cases, those first that say most."""
 
 
-def missing(options: argparse.Namespace, counts: Sequence[int], rows: list[Row]) -> Iterator[tuple]:
+def missing(
+    options: argparse.Namespace, counts: Sequence[int], rows: list[Row]
+) -> Iterator[tuple[Case, int]]:
     """The cases, and numbers of GPUs, that have no row without an error."""
     ddp = "dit-ddp" in options.parts
     for case in CASES:
@@ -247,7 +249,7 @@ def _cell(row: Row | None) -> str:
         text += f", {row['times']:.2f}×"
     if "same_bytes" in row:
         text += ", same bytes" if row["same_bytes"] else ", other bytes"
-    if "relative_difference" in row:
+    if row["gpus"] > 1 and "relative_difference" in row:
         text += f", difference {row['relative_difference']:.1g}"
     return text
 

@@ -78,13 +78,17 @@ def samples(options: argparse.Namespace, state: PartialState, alone: Alone) -> d
     on_gpu = state.device.type == "cuda"
     torch.manual_seed(0)
     sizes = {"in_channels": 3, "sample_size": 32, "num_embeds_ada_norm": 1000}
-    model = DiTTransformer2DModel(**(_TINY if options.tiny else _MODEL), **sizes).eval()
+    model: Any = DiTTransformer2DModel(**(_TINY if options.tiny else _MODEL), **sizes).eval()
     name, *settings = options.attention.split()
     if name == "mhla":
         inject(model, load_config(None, ["layout=[2,2]", *settings], MHLAConfig))
     pipeline = ClassConditionalPipeline(model, FlowMatchEulerDiscreteScheduler())
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(state.device, torch.bfloat16 if on_gpu else torch.float32)
+    for parameter_name, parameter in model.named_parameters():
+        if parameter_name.endswith("mixing"):
+            # The state in which from_pretrained leaves a model.
+            parameter.data = parameter.data.float()
     place(SampleConfig(pipeline="", output_dir="", compile=on_gpu), pipeline, state.device)
     labels = np.arange(options.count) % 1000
     sampler = ClassSampler(pipeline, labels, seed=0, guidance_scale=1.5)
@@ -136,11 +140,11 @@ def features(options: argparse.Namespace, state: PartialState, alone: Alone) -> 
     seconds, found = timed(state, alone, lambda: extract("all", options.count))
     row: dict[str, Any] = {"seconds": seconds}
     if state.is_main_process:
-        pool, alone = found.load("pool"), options.folder / "pool.npy"
+        pool, of_one = found.load("pool"), options.folder / "pool.npy"
         if state.num_processes == 1:
-            np.save(alone, pool.numpy())
-        if alone.is_file():
-            expected = torch.from_numpy(np.load(alone))
+            np.save(of_one, pool.numpy())
+        if of_one.is_file():
+            expected = torch.from_numpy(np.load(of_one))
             row["relative_difference"] = float((pool - expected).norm() / expected.norm())
     return row
 

@@ -40,7 +40,7 @@ def turns(*locks: str | Path) -> Iterator[Alone]:
         return
     together = dist.is_initialized() and dist.get_world_size() > 1
     # Waits on the CPU: NCCL would wait on the GPU, which another benchmark may be using.
-    group = dist.new_group(backend="gloo") if together else None
+    group: Any = dist.new_group(backend="gloo") if together else None
     with ExitStack() as stack:
         first = not together or dist.get_rank() == 0
         files = [stack.enter_context(open(lock, "a")) for lock in locks if first]

@@ -123,7 +123,7 @@ class _Parts:
     def _each(self) -> Iterator[nn.Parameter]:
         return (shared for group in self._shared for shared in group)
 
-    def _part(self, shared: nn.Parameter) -> nn.Parameter:
+    def _part(self, shared: Tensor) -> nn.Parameter:
         if id(shared) not in self._parts:
             (part,) = held([shared])
             self._parts[id(shared)] = nn.Parameter(part.detach(), shared.requires_grad)

@@ -171,6 +171,23 @@ def test_sets_that_cannot_be_used_say_why(tmp_path, make, message):
         load_images(make(tmp_path))
 
 
+def test_sets_of_another_kind_are_refused_with_the_way_to_measure_them(tmp_path):
+    # As `sample` writes a set of videos: with a picture of all beside them.
+    made = tmp_path / "made"
+    (made / "videos").mkdir(parents=True)
+    (made / "manifest.json").write_text("{}")
+    (made / "videos" / "000000.mp4").write_bytes(b"")
+    Image.new("RGB", (8, 8)).save(made / "sheet.png")
+    with pytest.raises(EvaluationError, match=r"a set of videos, .*extractor=i3d metrics=\[fvd\]"):
+        load_images(made)
+    assert len(load_images(made, clip=ClipRule())) == 1
+    with pytest.raises(EvaluationError, match=r"has no images .*1 × \.mp4; videos are measured by"):
+        load_images(made / "videos")
+    (made / "videos").rename(made / "images")
+    with pytest.raises(EvaluationError, match="a set of images, not of videos; metrics of images"):
+        load_images(made, clip=ClipRule())
+
+
 def test_truncated_npz_says_so(tmp_path):
     whole = npz(tmp_path / "whole.npz", arr_0=PIXELS).read_bytes()
     (tmp_path / "cut.npz").write_bytes(whole[: len(whole) // 2])

@@ -458,7 +458,7 @@ def test_the_command_takes_a_pipeline_and_goes_to_its_folder(pipeline, tmp_path,
     rest = [f"output_dir={tmp_path / 'set'}", "num_samples=4", "num_inference_steps=1"]
     assert main(["sample", str(pipeline), "classes=dog", *rest]) == 0
     printed = capsys.readouterr()
-    assert "wrote 4 images of 1 classes" in printed.out and "4/4" in printed.err
+    assert "wrote 4 images of 1 class" in printed.out and "4/4" in printed.err
     assert "sample/s" in printed.err
     assert main(["sample", str(pipeline), "classes=[cow]", *rest]) == 2
     assert "settings (classes: found ('dog',), asked for ('cow',))" in capsys.readouterr().err

@@ -118,7 +118,7 @@ def test_a_run_is_sampled_with_its_own_settings(run, tmp_path, capsys):
     assert {name: made["settings"][name] for name in expected} == expected
     assert made["shape"] == [9, 32, 48, 3] and made["scheduler"]["flow_shift"] == 4.0
     said = capsys.readouterr().out
-    assert "writing 1 videos from prompts" in said and "3 steps each: 9 × 32 × 48 × 3" in said
+    assert "writing 1 video from prompts" in said and "3 steps each: 9 × 32 × 48 × 3" in said
     assert "16 frames per second, guidance 2, float32" in said and "about" not in said
     # A second start finds the set complete; another number of steps is another set.
     sample(videos_of(tmp_path / "own", run, formats=["npz", "mp4"]))

@@ -14,7 +14,7 @@ from mhla_gen.evaluation.npz import npz_keys, open_array
 from mhla_gen.evaluation.video import ClipRule, read_clip
 from mhla_gen.files.digests import file_digest
 from mhla_gen.media.folders import files_below, passed_over
-from mhla_gen.media.frames import MOVING_SUFFIXES
+from mhla_gen.media.frames import MOVING_SUFFIXES, VIDEO_SUFFIXES
 from mhla_gen.media.patience import read_file_patiently
 from mhla_gen.media.pictures import (
     IMAGE_SUFFIXES,
@@ -27,6 +27,10 @@ from mhla_gen.runtime.processes import tell
 SAMPLES_NAME = "samples.npz"
 MANIFEST_NAME = "manifest.json"
 
+_MEASURED = {
+    "images": "metrics of images need another features.extractor, such as inception",
+    "videos": "videos are measured by features.extractor=i3d metrics=[fvd]",
+}
 # Images of an array that are hashed together.
 _HASHED = 64
 
@@ -92,8 +96,10 @@ def load_images(
         return ArraySource(path / SAMPLES_NAME, size, clip)
     if (path / MANIFEST_NAME).is_file():
         # The picture of a sample set lies beside the folder of its samples.
-        samples = path / ("videos" if clip else "images")
-        path = samples if samples.is_dir() else path
+        kind, other = ("videos", "images") if clip else ("images", "videos")
+        if (path / other).is_dir() and not (path / kind).is_dir():
+            raise EvaluationError(f"{path} is a set of {other}, not of {kind}; {_MEASURED[other]}")
+        path = path / kind if (path / kind).is_dir() else path
     if path.suffix.lower() == ".npz":
         return ArraySource(path, size, clip)
     if not path.exists():
@@ -113,9 +119,10 @@ class FileSource:
         found = files_below(path, suffixes)
         self._files, others = found.paths, passed_over(found.others)
         if not self._files:
+            videos = clip is None and any(suffix in VIDEO_SUFFIXES for suffix in found.others)
             raise EvaluationError(
                 f"{path} has no {kind} ({' '.join(sorted(suffixes))}); found "
-                f"{others or 'no other files'}"
+                f"{others or 'no other files'}" + (f"; {_MEASURED['videos']}" if videos else "")
             )
         if others:
             tell(f"{path}: ignored {others}")

@@ -119,9 +119,12 @@ class Job:
     @property
     def summary(self) -> str:
         """The set in words."""
+        count, kind = len(self.sampler), "video" if self.sampler.is_video else "image"
+        what = f"{count} {kind}{'s' if count > 1 else ''}"
         if isinstance(self.sampler, ClassSampler):
-            return f"{len(self.sampler)} images of {len(np.unique(self.sampler.labels))} classes"
-        return f"{len(self.sampler)} {'videos' if self.sampler.is_video else 'images'} from prompts"
+            classes = len(np.unique(self.sampler.labels))
+            return f"{what} of {classes} class{'es' if classes > 1 else ''}"
+        return f"{what} from prompts"
 
     @property
     def described(self) -> str:

@@ -190,7 +190,7 @@ def test_the_hint_after_training_on_clips_works(run, tmp_path, monkeypatch, caps
     hint = hint_of([str(run / "config.yaml"), "resume=latest"], capsys)
     monkeypatch.chdir(tmp_path)
     assert main(hint) == 0
-    made = json.loads((tmp_path / "runs" / "samples" / "manifest.json").read_text())
+    made = json.loads((run.parent / f"{run.name}-samples" / "manifest.json").read_text())
     assert made["samples"][0]["prompt"].startswith("a red square moves")
     assert made["shape"] == [9, 32, 48, 3]
 
@@ -205,7 +205,7 @@ def test_the_hint_works_without_a_text_encoder(clips, image, tmp_path, monkeypat
     hint = hint_of(settings, capsys)
     monkeypatch.chdir(tmp_path)
     assert main(hint) == 0
-    (video,) = (tmp_path / "runs" / "samples" / "videos").iterdir()
+    (video,) = (tmp_path / "run-samples" / "videos").iterdir()
     assert video.stat().st_size > 0
 
 
@@ -215,7 +215,7 @@ def test_the_hint_after_training_on_classes_works(tmp_path, monkeypatch, capsys)
     settings += ["model.num_attention_heads=2", "model.attention_head_dim=8", "batch_size=2"]
     settings += ["model.mhla.layout=[2,2]", "report_to=none", "sample_every=0"]
     hint = hint_of([*settings, "samples.num_inference_steps=1"], capsys)
-    assert main(hint) == 0 and (tmp_path / "runs" / "samples" / "samples.npz").is_file()
+    assert main(hint) == 0 and (tmp_path / "runs" / "train-samples" / "samples.npz").is_file()
 
 
 @pytest.mark.parametrize(
@@ -241,4 +241,5 @@ def test_recipes_take_a_folder_of_images(recipe, changes, tmp_path, monkeypatch,
     settings = ["num_inference_steps=1", "num_samples=1", "device=cpu"]
     assert main([*hint, *settings]) == 0
     side = 32 if recipe == "train_cpu.yaml" else 128
-    assert arrays_of(tmp_path / "runs" / "samples")["arr_0"].shape == (1, side, side, 3)
+    made = tmp_path / "runs" / f"{recipe.removeprefix('train_').removesuffix('.yaml')}-samples"
+    assert arrays_of(made)["arr_0"].shape == (1, side, side, 3)

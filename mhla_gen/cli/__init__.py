@@ -73,7 +73,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "convert": Command(
         "import or export DiT and Wan checkpoints of other code",
-        "mhla_gen.conversion.conversion:convert",
+        "mhla_gen.cli.commands:convert",
     ),
     "bench": Command(
         "measure latency and memory of attention operators or whole models",

@@ -1,8 +1,7 @@
 """Commands that do more than one call. What they need is imported when they run."""
 
-import shlex
-
-from mhla_gen.config import BenchConfig, CacheConfig, DoctorConfig, TrainConfig
+from mhla_gen.cli import pointers
+from mhla_gen.config import BenchConfig, CacheConfig, ConvertConfig, DoctorConfig, TrainConfig
 from mhla_gen.errors import UserError
 
 
@@ -11,15 +10,14 @@ def train(config: TrainConfig, dry_run: bool) -> None:
     from accelerate import PartialState
 
     from mhla_gen.distillation import distill, rehearse_distillation
-    from mhla_gen.hub import example_settings
     from mhla_gen.training import rehearse, train
 
     if dry_run:
         said = rehearse(config) if config.distill is None else rehearse_distillation(config)
     else:
         pipeline = train(config) if config.distill is None else distill(config)
-        command = ["mhla-gen", "sample", str(pipeline), *example_settings(pipeline)]
-        said = f"trained pipeline: {pipeline}; to sample from it: {shlex.join(command)}"
+        following = pointers.after_training(pipeline)
+        said = f"trained pipeline: {pipeline}; to sample from it: {following}"
     if PartialState().is_main_process:
         print(said)
 
@@ -33,6 +31,19 @@ def cache(config: CacheConfig, dry_run: bool) -> None:
     line = build_cache(config, dry_run=dry_run)
     if PartialState().is_main_process:
         print(line)
+        following = None if dry_run or config.verify else pointers.after_caching(config)
+        if following is not None:
+            print(f"to train on it: {following}")
+
+
+def convert(config: ConvertConfig, dry_run: bool) -> None:
+    """Import or export a checkpoint, or say that this was done."""
+    from mhla_gen.conversion.conversion import convert
+
+    convert(config, dry_run)
+    following = pointers.after_importing(config) if config.direction == "import" else None
+    if following is not None and not dry_run:
+        print(f"to tune it on what `mhla-gen cache` made: {following}")
 
 
 def bench(config: BenchConfig, dry_run: bool) -> None:

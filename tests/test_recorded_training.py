@@ -132,6 +132,19 @@ def test_tapes_in_place_of_graphs_lead_to_the_gradients_of_the_model(recompute, 
     assert_equal_gradients(model, model.forward, recorded)
 
 
+def test_gradients_set_after_the_forward_pass_are_refused(monkeypatch):
+    """They would be added to: the recorded pass does not look at them."""
+    stand_in(monkeypatch.setattr)
+    model = a_dit()
+    recorded = RecordedTraining(model, model.forward)
+    inputs = inputs_of(model, 4, "cpu")
+    recorded(**inputs)[0].square().mean().backward()
+    loss = recorded(**inputs)[0].square().mean()
+    model.zero_grad()
+    with pytest.raises(RuntimeError, match="call zero_grad before the forward pass"):
+        loss.backward()
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there it records")
 def test_two_processes_average_gradients_inside_a_tape():
     torchrun(2, __file__)

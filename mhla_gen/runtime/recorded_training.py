@@ -34,8 +34,9 @@ class RecordedTraining:
     Gradients and results are those of the model, also where the gradients of several calls add up,
     and where DistributedDataParallel averages them. The memory of both passes stays taken; weights
     may change in place, but not move. What a call returns is written over by the next call, so each
-    call's backward pass comes before the next call. Calls that autograd does not watch, and such
-    with other shapes than the first, are not replayed.
+    call's backward pass comes before the next call, and gradients are set to None before a call,
+    not between it and its backward pass. Calls that autograd does not watch, and such with other
+    shapes than the first, are not replayed.
 
     Args:
         model: In training mode, on its GPU, as processes share it.
@@ -218,7 +219,17 @@ class _Passes:
         return tree_unflatten(outputs, self._structure)
 
     def backward(self, gradients: Sequence[Tensor]) -> None:
-        """The gradients of all parameters, for those of the watched results."""
+        """The gradients of all parameters, for those of the watched results.
+
+        Raises:
+            RuntimeError: If the parameters' gradients are not those of the forward pass, to which
+                this pass was recorded to add.
+        """
+        if not _same([p.grad for p in self._parameters], self.before):
+            raise RuntimeError(
+                "gradients were set between a recorded forward pass and its backward pass, which "
+                "adds to those before; call zero_grad before the forward pass"
+            )
         for own, value in zip(self._gradients, gradients, strict=True):
             own.copy_(value)
         self._backward.replay()

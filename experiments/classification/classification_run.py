@@ -159,8 +159,9 @@ def train(job: Job) -> dict[str, Any] | None:
     losses = []
     for index in batches(len(known), job.batch, job.epochs, device, job.seed):
         pixels = augmented(known[index], generator)
-        loss = F.cross_entropy(passes(pixels), targets[index], label_smoothing=0.1)
+        # A recorded forward pass is that of the gradients that it finds.
         optimizer.zero_grad()
+        loss = F.cross_entropy(passes(pixels), targets[index], label_smoothing=0.1)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

@@ -210,7 +210,8 @@ def draw_shares(plan: Plan, groups: Sequence[Group], path: Path) -> None:
     kinds = [
         name for name, s in plan.settings.items() if s.kind != "converted" and name != _TEACHER
     ]
-    shown = [name for name in kinds if any(g.setting == name for g in groups)]
+    # Without its control, a setting has nothing to draw.
+    shown = [n for n in kinds if any((g.setting, g.arm) == (n, plan.control) for g in groups)]
     if not shown:
         return
     figure = Figure(figsize=(5.2 * len(shown), 4.2), layout="constrained")

@@ -96,6 +96,12 @@ def test_a_plan_is_a_setting_of_training(tmp_path, softmax):
     assert written["model"]["mhla"]["layers"] == plan["mhla_layers"]
     config = load_config(overrides=[plan["override"]], schema=mhla_gen.config.TrainConfig)
     assert config.model == ModelConfig(mhla=MHLAConfig(layers=plan["mhla_layers"]))
+    # Or all are converted, and the worst alone have exact pairs.
+    overrides = ["model.mhla.exact=0.25", plan["exact_override"]]
+    mhla = load_config(overrides=overrides, schema=mhla_gen.config.TrainConfig).model.mhla
+    model = mhla_gen.inject(tiny_dit(num_layers=3), replace(mhla, layout=(2, 2)))
+    shares = [row.exact for row in mhla_gen.summary(model)]
+    assert [i for i, share in enumerate(shares) if share] == plan["softmax_layers"]
 
 
 def test_an_interrupted_scan_goes_on_and_a_finished_one_answers_for_other_budgets(
@@ -193,7 +199,9 @@ def test_the_command_has_two_words(tmp_path, softmax, capsys):
     assert "3 layers on 20 inputs, of tokens 8 × 8 = 64, the model's own size, and write" in said
     assert not (tmp_path / "scan").exists()
     assert main(["inspect", "sensitivity", *arguments, "num_inputs=1", "softmax_layers=1"]) == 0
-    assert "stay softmax: 'model.mhla.layers=[" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "stay softmax: 'model.mhla.layers=[" in said
+    assert "with model.mhla.exact: 'model.mhla.exact_layers=[" in said
     # A folder is still what `inspect` alone takes.
     assert main(["inspect", str(softmax / "dit"), "--dry-run"]) == 0
 

@@ -55,6 +55,8 @@ def _measure(config: SensitivityConfig, scan: Scan, folder: Path) -> Path:
     print(f"wrote {folder / 'sensitivity.json'} and {folder / 'sensitivity.png'}")
     if plan is not None:
         print(f"layers {list(plan.softmax_layers)} stay softmax: '{plan.override}'")
+        if config.mhla.exact == 0 and plan.exact_override is not None:
+            print(f"or a share of their pairs, with model.mhla.exact: '{plan.exact_override}'")
     return folder
 
 

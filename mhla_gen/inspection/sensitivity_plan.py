@@ -22,6 +22,16 @@ class Plan:
         """The setting that makes a model of this plan."""
         return f"model.mhla.layers=[{', '.join(map(str, self.mhla_layers))}]"
 
+    @property
+    def exact_override(self) -> str | None:
+        """The setting that instead converts all layers, with exact pairs in the worst ones alone.
+
+        The plan has to come from MHLA without exact pairs. None if it keeps no layer.
+        """
+        if not self.softmax_layers:
+            return None
+        return f"model.mhla.exact_layers=[{', '.join(map(str, self.softmax_layers))}]"
+
 
 def plan_by_count(errors: Mapping[int, float], softmax_layers: int) -> Plan:
     """Keep this many layers softmax, those with the largest errors.

@@ -66,6 +66,7 @@ def write_report(
             **asdict(plan),
             "joint_error": joint_error,
             "override": plan.override,
+            "exact_override": plan.exact_override,
         }
         write_text(folder / PLAN_NAME, _snippet(config, plan))
     write_json(folder / RESULTS_NAME, content)

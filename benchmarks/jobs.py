@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,8 @@ _POLL_SECONDS = 0.2
 _GRACE_SECONDS = 40
 # Beside compilation a benchmark has a thread or two for each of its processes.
 _CORES_PER_JOB = 3
+HUNG = "did not end in time"
+"""The error of a job that was ended."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,7 @@ class _Running:
 
     def _error(self) -> str | None:
         if self._hung:
-            return "did not end in time"
+            return HUNG
         if self._process.returncode == 0:
             return None
         lines = self._log.read_text(errors="replace").splitlines()
@@ -148,7 +150,7 @@ class _Running:
 
 
 def run_jobs(
-    jobs: Sequence[Job],
+    jobs: Iterable[Job],
     host: Host,
     folder: Path,
     seconds: float,
@@ -158,7 +160,7 @@ def run_jobs(
     """Run jobs, in their order as soon as there is room for the next one.
 
     Args:
-        jobs: Those that come first are started first.
+        jobs: Those that come first are started first; asked for when there may be room for one.
         host: Where they run.
         folder: Gets what each job prints, as `NAME.txt`.
         seconds: After which no job begins, and those that run are ended.
@@ -166,14 +168,16 @@ def run_jobs(
         found: Called with the rows of each job when it has ended.
     """
     stop = time.perf_counter() + seconds
-    waiting, running = list(jobs), list[_Running]()
+    waiting, running = iter(jobs), list[_Running]()
+    following = next(waiting, None)
     try:
-        while waiting or running:
-            while waiting and (gpus := host.take(waiting[0])):
-                running.append(_Running(waiting.pop(0), gpus, folder, limit))
+        while following or running:
+            while following and (gpus := host.take(following)):
+                running.append(_Running(following, gpus, folder, limit))
+                following = next(waiting, None)
             time.sleep(_POLL_SECONDS)
             if time.perf_counter() > stop:
-                waiting.clear()
+                following = None
                 for each in running:
                     each.stop()
             for each in [each for each in running if each.has_ended()]:

@@ -16,6 +16,7 @@ import statistics
 import time
 import traceback
 from collections import defaultdict
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -80,21 +81,27 @@ def measure(grid, method, options, device, alone) -> dict:
     world = dist.get_world_size()
     row = {"grid": grid, "method": method, "gpus": world, "layers": options.layers}
     row["compiled"] = options.compile
-    expected = forward()
-    with alone():
-        row["alone_forward_s"] = seconds(forward, device)
     trains = "x".join(map(str, grid)) in options.train
-    if trains:
-        row |= trained("alone", model, training_step, device, alone)
+
+    def time_steps(name):
+        if trains:
+            # Compiles, before others have to wait.
+            with training(model):
+                training_step()
+        with alone():
+            row[f"{name}_forward_s"] = seconds(forward, device)
+            if trains:
+                with training(model):
+                    row.update(trained(name, training_step, device))
+
+    expected = forward()
+    time_steps("alone")
     mesh = init_device_mesh(device.type, mesh_shape(degree), mesh_dim_names=("ring", "ulysses"))
     model.enable_parallelism(config=ContextParallelConfig(**{f"{degree}_degree": world}, mesh=mesh))
     row["received_mib"] = received_mib(forward)
     difference = (forward().float() - expected.float()).norm() / expected.float().norm()
     row["relative_difference"] = difference.item()
-    with alone():
-        row["shared_forward_s"] = seconds(forward, device)
-    if trains:
-        row |= trained("shared", model, training_step, device, alone)
+    time_steps("shared")
     row["speed_up"] = row["alone_forward_s"] / row["shared_forward_s"]
     if trains:
         row["training_speed_up"] = row["alone_training_s"] / row["shared_training_s"]
@@ -130,18 +137,21 @@ def synchronize(device) -> None:
         torch.cuda.synchronize(device)
 
 
-def trained(name: str, model, step, device, alone) -> dict:
-    """Seconds and peak memory of a training step with gradient checkpointing."""
+@contextmanager
+def training(model):
+    """The model as in training, with gradient checkpointing."""
     model.train().enable_gradient_checkpointing()
+    yield
+    model.eval().disable_gradient_checkpointing()
+
+
+def trained(name: str, step, device) -> dict:
+    """Seconds and peak memory of a training step."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    # Compiles.
-    step()
-    with alone():
-        row = {f"{name}_training_s": seconds(step, device)}
+    row = {f"{name}_training_s": seconds(step, device)}
     if device.type == "cuda":
         row[f"{name}_training_peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-    model.eval().disable_gradient_checkpointing()
     return row
 
 

@@ -41,6 +41,8 @@ class Job:
     """Whether it needs a process group on one GPU, too."""
     variables: tuple[str, ...] = ()
     """`NAME=VALUE`, of its environment."""
+    patience: float = 1.0
+    """Times the limit of other jobs after which it is ended."""
 
 
 class Host:
@@ -173,7 +175,7 @@ def run_jobs(
     try:
         while following or running:
             while following and (gpus := host.take(following)):
-                running.append(_Running(following, gpus, folder, limit))
+                running.append(_Running(following, gpus, folder, limit * following.patience))
                 following = next(waiting, None)
             time.sleep(_POLL_SECONDS)
             if time.perf_counter() > stop:

@@ -58,9 +58,16 @@ class Case:
         """The benchmark that measures it."""
         script, arguments, gib = PARTS[self.part](self, gpus, options)
         name = re.sub("[^A-Za-z0-9.]+", "-", f"{self.part} {self.variable} {self.attention}")
-        grouped, variables = self.part == "sequence", tuple(filter(None, [self.variable]))
         return Job(
-            f"{name}-{self.pixels}-{gpus}", script, tuple(arguments), gpus, gib, grouped, variables
+            f"{name}-{self.pixels}-{gpus}",
+            script,
+            tuple(arguments),
+            gpus,
+            gib,
+            grouped=self.part == "sequence",
+            variables=tuple(filter(None, [self.variable])),
+            # It compiles two models, each for two kinds of steps.
+            patience=2.0 if self.part == "sequence" else 1.0,
         )
 
 

@@ -29,18 +29,14 @@ ODD = 72
 # Tokens of a tile, warps, pipeline stages, registers; by padded channels, as in `_TILES`.
 SWEEP: dict[int, dict[str, list[tuple]]] = {
     80: {
-        "backward_queries": [
-            (64, 4, 1, 168), (64, 4, 1, None), (32, 4, 2, 168), (64, 8, 1, 128), (32, 4, 1, 128),
-        ],
-        "summarise": [
-            (64, 8, 1, 128), (64, 8, 1, None), (32, 8, 1, 128), (64, 4, 1, None), (32, 4, 1, 168),
-        ],
-        "backward_keys": [(64, 4, 2, 168), (64, 4, 1, 168), (64, 4, 1, 128), (64, 8, 1, 128)],
-        "apply": [(64, 4, 1, 128), (64, 4, 1, None), (64, 8, 1, 128), (32, 4, 1, 128)],
+        "summarise": [(32, 4, 1, 168), (32, 4, 1, 128), (16, 4, 1, 128), (16, 2, 1, None)],
+        "backward_queries": [(64, 4, 1, 168), (64, 4, 1, None)],
+        "backward_keys": [(64, 4, 1, 168), (64, 4, 1, None)],
     },
-    128: {
-        "backward_queries": [(32, 8, 3, 128), (32, 8, 2, 128), (64, 8, 1, None), (64, 8, 2, None)],
-        "summarise": [(32, 4, 4, None), (32, 8, 3, 128), (64, 8, 2, None)],
+    64: {
+        "backward_queries": [
+            (64, 4, 2, 168), (64, 4, 2, None), (64, 4, 1, None), (32, 4, 2, None),
+        ],
     },
 }  # fmt: skip
 
@@ -112,7 +108,7 @@ def _linear(
 def variants(case: Case) -> Iterator[dict[str, Any]]:
     """Times of kernels of the linear form with other constants."""
     _, functions = kernels(case)
-    width = 80 if case.head_dim == ODD else 128
+    width = 80 if case.head_dim == ODD else 64
     for name, choices in SWEEP[width].items():
         ordinary = linear_form._TILES[name][width]
         for tile in choices:
@@ -147,7 +143,7 @@ def main() -> None:
         times = {name: time_ms(function) for name, function in functions.items()}
         keep({**case._asdict(), "form": form, "ms": times})
     if options.sweep:
-        for case in (MODELS[1], MODELS[3]):
+        for case in (MODELS[1], MODELS[2]):
             for row in variants(case):
                 keep(row)
 

@@ -1,4 +1,4 @@
-"""Time tile attention's forward and dq kernels in several forms, and check each against softmax.
+"""Time the kernels of tile attention in several forms, and check each against softmax.
 
 python benchmarks/tile_sweep.py OUT.json [--seconds S] [--only WORD]        needs CUDA
 
@@ -33,6 +33,7 @@ from mhla_gen.ops.kernels import tile_form, tile_gradients, tile_reads
 from mhla_gen.ops.kernels.launch import quotient_up
 from mhla_gen.ops.kernels.tile_call import TileCall
 from mhla_gen.ops.kernels.tile_form import Loop
+from mhla_gen.ops.kernels.tile_owners import owners_of_tiles
 from mhla_gen.ops.tiles import group_slots, tiling
 
 WAN_480 = Case(1, 12, (21, 30, 50), 128, (3, 5, 10), True)
@@ -50,9 +51,16 @@ FORMS = {
     ),
     "tile_backward_queries_kernel": (
         Loop(128, 64, 8, 3, packed=True),
-        Loop(128, 64, 8, 2, packed=True),
-        Loop(64, 64, 4, 2, packed=True),
+        Loop(128, 32, 4, 2, packed=True),
+        Loop(128, 32, 4, 3, packed=True),
+        Loop(128, 32, 8, 3, packed=True, max_registers=128),
         Loop(64, 64, 4, 2),
+    ),
+    "tile_backward_keys_kernel": (Loop(64, 64, 4, 2),),
+    "tile_backward_packed_keys_kernel": (
+        Loop(64, 64, 4, 2, packed=True),
+        Loop(64, 64, 4, 3, packed=True),
+        Loop(32, 64, 4, 3, packed=True),
     ),
 }
 Job = tuple[Case, float, str, Loop]
@@ -93,7 +101,7 @@ class Inputs:
 
     def kernel(
         self, name: str, loop: Loop, results: Results, lists: Tensor
-    ) -> Callable[[], Tensor | None]:
+    ) -> Callable[[], Tensor | tuple[Tensor, Tensor] | None]:
         """One kernel, ready to be called; that of the forward pass takes the bound of scores."""
         call = self.call
         keys, _, longest = tile_reads.read_tiles(self.key, call, lengths=True, pack=loop.packed)
@@ -103,8 +111,16 @@ class Inputs:
             queries, _ = tile_reads.read_groups(self.query, call, slots=slots)
             read = queries, keys, values, lists
             return lambda: tile_form.attend(read, longest, None, None, results, call, loop)
-        packs = tile_gradients.pack_queries(self.grad, None, self.query, *results, call, loop.rows)
-        return lambda: tile_gradients.backward_queries(packs, keys, values, lists, None, call, loop)
+        packs = tile_gradients.pack_queries(self.grad, None, self.query, *results, call, 128)
+        if name == "tile_backward_queries_kernel":
+            return lambda: tile_gradients.backward_queries(
+                packs, keys, values, lists, None, call, loop
+            )
+        gradients = tile_gradients.backward_keys
+        if loop.packed:
+            gradients = tile_gradients.backward_packed_keys
+        owners = owners_of_tiles(lists, self.placed.num_tiles)
+        return lambda: gradients(packs, keys, values, owners, loop.options, call)
 
 
 def compile_form(job: Job) -> dict[str, Any]:
@@ -155,10 +171,49 @@ class Reference:
             "error_lse": _worst([(lse[b, h, at], x) for (b, h, at), _, x, _ in self.expected]),
         }
 
-    def gradient_errors(self, dquery: Tensor) -> dict[str, float]:
+    def query_errors(self, dquery: Tensor) -> dict[str, float]:
         """Of dq."""
         found = [(dquery[b, at, h], x) for (b, h, at), _, _, x in self.expected]
         return {"error_dq": _worst(found)}
+
+
+class KeysReference:
+    """Gradients of the keys and values of a few tiles, in float32."""
+
+    def __init__(self, inputs: Inputs, lists: Tensor, out: Tensor, lse: Tensor):
+        placed, heads, device = inputs.placed, inputs.query.shape[2], inputs.query.device
+        groups, group_filled = group_slots(placed, device)
+        tiles, tile_filled = group_slots(placed._replace(groups=placed.tiles), device)
+        cos, sin = inputs.rotary
+        scale = inputs.call.scale
+        self.expected: list[tuple[tuple[Any, Any, Any], Tensor, Tensor]] = []
+
+        def rotated(x: Tensor, tokens: Tensor, sign: int = 1) -> Tensor:
+            return rotate(x[None, :, None], (cos[tokens], sign * sin[tokens]))[0, :, 0]
+
+        for _ in range(_SAMPLES):
+            row, tile = (int(torch.randint(n, ())) for n in (len(lists), len(tiles)))
+            readers = (lists[row, :, 0] == tile).any(dim=1)
+            at, there = groups[readers][group_filled[readers]], tiles[tile][tile_filled[tile]]
+            batch, head = divmod(row, heads)
+            key, value = (x[batch, there, head].float() for x in (inputs.key, inputs.value))
+            query, grad, found = (
+                x[batch, at, head].float() for x in (inputs.query, inputs.grad, out)
+            )
+            queries = rotated(query, at)
+            scores = queries @ rotated(key, there).mT * scale
+            weights = (scores - lse[batch, head, at][:, None]).exp()
+            delta = (grad * found).sum(-1, keepdim=True)
+            dscores = weights * (grad @ value.mT - delta) * scale
+            dkey = rotated(dscores.mT @ queries, there, -1)
+            self.expected.append(((batch, head, there), dkey, weights.mT @ grad))
+
+    def errors(self, dkey: Tensor, dvalue: Tensor) -> dict[str, float]:
+        """Of dk and dv."""
+        return {
+            "error_dk": _worst([(dkey[b, at, h], x) for (b, h, at), x, _ in self.expected]),
+            "error_dv": _worst([(dvalue[b, at, h], x) for (b, h, at), _, x in self.expected]),
+        }
 
 
 def _worst(pairs: list[tuple[Tensor, Tensor]]) -> float:
@@ -179,18 +234,21 @@ class Bench:
             self.place, self.inputs = (case, share), Inputs(case, share, "cuda")
             *self.saved, self.lists = self.inputs.forward()
             self.reference = Reference(self.inputs, self.lists)
+            self.keys_reference = KeysReference(self.inputs, self.lists, *self.saved)
         out, lse = (torch.full_like(x, math.nan) for x in self.saved)
         if name != "tile_attend_kernel":
             out, lse = self.saved
         try:
             run = self.inputs.kernel(name, loop, (out, lse), self.lists)
-            dquery = run()
+            gradients = run()
             ms = time_ms(run)
         except Exception as error:
             return {"error": f"{type(error).__name__}: {error}"[:400]}
-        if name == "tile_attend_kernel" or dquery is None:
-            return {"ms": ms, **self.reference.errors(out, lse)}
-        return {"ms": ms, **self.reference.gradient_errors(dquery)}
+        if isinstance(gradients, tuple):
+            return {"ms": ms, **self.keys_reference.errors(*gradients)}
+        if name == "tile_backward_queries_kernel" and gradients is not None:
+            return {"ms": ms, **self.reference.query_errors(gradients)}
+        return {"ms": ms, **self.reference.errors(out, lse)}
 
 
 def main() -> None:

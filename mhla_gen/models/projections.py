@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mhla_gen.runtime.linear_gelu import is_plain
+
 # With this alignment, rows of the product begin at 128-byte lines in half precision.
 _ROW = 64
 
@@ -43,7 +45,7 @@ def products(layers: Sequence[Any], inputs: Tensor) -> list[Tensor]:
 
 def _joinable(layers: Sequence[Any]) -> bool:
     """Whether layers are plain and agree in dtype, device and whether they are trained."""
-    if not all(_is_plain(layer) for layer in layers):
+    if not all(is_plain(layer) for layer in layers):
         return False
     first = layers[0].weight
     return all(
@@ -51,17 +53,6 @@ def _joinable(layers: Sequence[Any]) -> bool:
         and layer.weight.dtype == first.dtype
         and layer.weight.device == first.device
         for layer in layers[1:]
-    )
-
-
-def _is_plain(layer: Any) -> bool:
-    # Offloading replaces `forward`; adapters and quantisation replace the layer or the class of
-    # its weight.
-    return (
-        type(layer) is nn.Linear
-        and type(layer.weight) is nn.Parameter
-        and "forward" not in layer.__dict__
-        and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks)
     )
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mhla_gen.errors import UserError
+from mhla_gen.runtime.linear_gelu import join_gelu
 
 # Forms of one block that torch compiles: for training and for sampling, and for every size of a
 # data set, where it finds no form for several. Its own limit is 8, after which it raises.
@@ -45,6 +46,7 @@ def compile_model(model: nn.Module, how: str) -> None:
     # compile and to compute.
     torch._dynamo.config.optimize_ddp = how == "whole"
     if how == "whole":
+        join_gelu(model)
         model.compile(**_limit_forms())
     elif how == "regional":
         compile_blocks(model)
@@ -54,11 +56,13 @@ def compile_blocks(model: nn.Module) -> None:
     """Compile the blocks of a transformer in place, each class once for all of its blocks.
 
     Any number of models may be compiled in one process, each for as many sizes as its data have.
+    Without gradients, GELU is part of the matrix product before it.
 
     Raises:
         ValueError: If it repeats none.
     """
     limit = _limit_forms()
+    join_gelu(model)
     for name in repeated_blocks(model):
         blocks = [module for module in model.modules() if type(module).__name__ == name]
         own: dict[int, FunctionType | None] = {}

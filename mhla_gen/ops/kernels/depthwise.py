@@ -318,7 +318,7 @@ def _sums_by_columns(
     tiles = quotient_up(channels, _CHANNELS)
     frames, held = min(box[0], _SUM_FRAMES), min(box[1], _SUM_LINES)
     frame_parts = quotient_up(box[0], frames)
-    wanted = quotient_up(_ENOUGH_WARPS, batch * frame_parts * tiles)
+    wanted = quotient_up(_ENOUGH_WARPS // 2, batch * frame_parts * tiles)
     lines = quotient_up(quotient_up(box[1], wanted), held) * held
     line_parts = quotient_up(box[1], lines)
     rows = batch * frame_parts * line_parts

@@ -31,27 +31,31 @@ def sums_columns_kernel(
     bias_sum = tl.zeros((BC,), tl.float32)
     sums = _zeros(TAPS, BC)
     for top in range(first, last, R):
-        # By frame, line and column, the last of which is about to be read.
+        near, exists, own, owned = (), (), (), ()
+        for index in tl.static_range((F + KT - 1) * NEAR):
+            t, h = frame + index // NEAR - KT // 2, top + index % NEAR - KH // 2
+            near += (((t * H + h) * W).to(tl.int64) * x_token,)
+            exists += ((t >= 0) & (t < T) & (h >= 0) & (h < H),)
+        for index in tl.static_range(F * R):
+            t, h = frame + index // R, top + index % R
+            own += (((t * H + h) * W).to(tl.int64) * grad_token,)
+            owned += ((t < T) & (h < last),)
+        # By frame, line and column; a column is loaded a step before the filter reaches it.
         window = _zeros((F + KT - 1) * NEAR * KW, BC)
+        ahead = _column(x_ptr, near, exists, 0, x_token, W, held)
         for column in range(0, W + KW // 2):
             moved = ()
             for index in tl.static_range((F + KT - 1) * NEAR):
-                t, h = frame + index // NEAR - KT // 2, top + index % NEAR - KH // 2
-                inside = (t >= 0) & (t < T) & (h >= 0) & (h < H) & (column < W)
-                offset = ((t * H + h) * W + column).to(tl.int64) * x_token
-                x = tl.load(x_ptr + offset, mask=inside & held, other=0.0).to(tl.float32)
                 moved += window[index * KW + 1 : index * KW + KW]
-                moved += (x,)
+                moved += (ahead[index].to(tl.float32),)
             window = moved
+            ahead = _column(x_ptr, near, exists, column + 1, x_token, W, held)
             here = column - KW // 2
+            found = _column(grad_ptr, own, owned, here, grad_token, W, held)
             grads = ()
             for index in tl.static_range(F * R):
-                t, h = frame + index // R, top + index % R
-                inside = (t < T) & (h < last) & (here >= 0)
-                offset = ((t * H + h) * W + here).to(tl.int64) * grad_token
-                grad = tl.load(grad_ptr + offset, mask=inside & held, other=0.0).to(tl.float32)
-                bias_sum += grad
-                grads += (grad,)
+                grads += (found[index].to(tl.float32),)
+                bias_sum += grads[index]
             added = ()
             for tap in tl.static_range(TAPS):
                 total = sums[tap]
@@ -67,6 +71,17 @@ def sums_columns_kernel(
     for tap in tl.static_range(TAPS):
         tl.store(partial_ptr + row * TAPS + tap, sums[tap], mask=held)
     tl.store(bias_partial_ptr + row, bias_sum, mask=held)
+
+
+@triton.jit
+def _column(x_ptr, lines, exists, column, x_token, W, held):
+    """Tokens of one column in several lines, 0 where there is none."""
+    inside = (column >= 0) & (column < W)
+    found = ()
+    for index in tl.static_range(len(lines)):
+        offset = lines[index] + column * x_token
+        found += (tl.load(x_ptr + offset, mask=exists[index] & inside & held, other=0.0),)
+    return found
 
 
 @triton.jit

@@ -23,10 +23,10 @@ from mhla_gen.ops.kernels.mixing import coefficients_kernel, correlate_kernel, m
 # Tokens of a tile, warps, pipeline stages and registers of a thread for 16-bit operands, by the
 # padded channels (80: two pieces); measured on an H100, see docs/results/kernels-h100.json.
 _TILES = {
-    "summarise": {64: (64, 4, 2, None), 80: (32, 4, 1, 168), 128: (32, 4, 4, None)},
+    "summarise": {64: (64, 4, 2, None), 80: (64, 8, 1, 128), 128: (32, 4, 4, None)},
     "apply": {64: (64, 4, 3, None), 80: (64, 4, 1, 128), 128: (64, 8, 1, 128)},
-    "backward_queries": {64: (64, 4, 2, 168), 80: (64, 4, 1, 168), 128: (32, 8, 3, 128)},
-    "backward_keys": {64: (64, 4, 2, None), 80: (64, 4, 1, 168), 128: (32, 4, 1, None)},
+    "backward_queries": {64: (64, 4, 2, None), 80: (64, 4, 1, 168), 128: (32, 8, 3, 128)},
+    "backward_keys": {64: (64, 4, 2, None), 80: (64, 4, 2, 168), 128: (32, 4, 1, None)},
 }
 # The same for blocks of one tile, where nothing can be loaded ahead.
 _SMALL_BLOCKS = {"summarise": (64, 4, 1, None)}

@@ -72,6 +72,13 @@ def _store_piece(ptr, piece, D: tl.constexpr, V: tl.constexpr, COLUMN: tl.conste
 
 
 @triton.jit
+def _largest(summary, D: tl.constexpr):
+    """The largest magnitude; φ(0) of channels that do not exist must not set the scale."""
+    by_row = tl.max(tl.abs(summary), axis=1)
+    return tl.max(tl.where(tl.arange(0, summary.shape[0]) < D, by_row, 0.0), axis=0)
+
+
+@triton.jit
 def store_summary(
     summaries_ptr, scales_ptr, matrix, s0, s1, D: tl.constexpr, V: tl.constexpr,
     V0: tl.constexpr, V1: tl.constexpr,
@@ -81,11 +88,9 @@ def store_summary(
     Float32 with all rows in one tile, and columns in pieces of V0 and V1; V1 may be 0.
     """
     if summaries_ptr.dtype.element_ty == tl.float16:
-        by_row = tl.max(tl.abs(s0), axis=1)
+        scale = _largest(s0, D)
         if V1 > 0:
-            by_row = tl.maximum(by_row, tl.max(tl.abs(s1), axis=1))
-        # φ(0) of channels that do not exist must not set the scale.
-        scale = tl.max(tl.where(tl.arange(0, s0.shape[0]) < D, by_row, 0.0), axis=0)
+            scale = tl.maximum(scale, _largest(s1, D))
         # A scale of 0 keeps an empty matrix out of the bound that scales what it is mixed into.
         scale = tl.where(scale > TINY, scale, 0.0)
         tl.store(scales_ptr + matrix, scale)

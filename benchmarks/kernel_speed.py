@@ -1,14 +1,13 @@
 """Time every fused kernel alone, and both passes of the form that runs, at the shapes of models.
 
-python benchmarks/kernel_speed.py OUT.json [--sweep]        needs CUDA
+python benchmarks/kernel_speed.py OUT.json        needs CUDA
 
-Medians over replays of a CUDA graph with a flushed cache; bfloat16. --sweep also times kernels with
-other constants, to choose those of `linear_form._TILES`.
+Medians over replays of a CUDA graph with a flushed cache; bfloat16.
 """
 
 import argparse
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,22 +22,6 @@ from mhla_gen.ops import locality_mixing
 from mhla_gen.ops.fused import attention_form_is_cheaper
 from mhla_gen.ops.kernels import attention_form, linear_form
 from mhla_gen.ops.kernels.launch import Call, merge_axes, stored_dtype
-
-ODD = 72
-"""Channels that come in two pieces."""
-# Tokens of a tile, warps, pipeline stages, registers; by padded channels, as in `_TILES`.
-SWEEP: dict[int, dict[str, list[tuple]]] = {
-    80: {
-        "summarise": [(32, 4, 1, 168), (32, 4, 1, 128), (16, 4, 1, 128), (16, 2, 1, None)],
-        "backward_queries": [(64, 4, 1, 168), (64, 4, 1, None)],
-        "backward_keys": [(64, 4, 1, 168), (64, 4, 1, None)],
-    },
-    64: {
-        "backward_queries": [
-            (64, 4, 2, 168), (64, 4, 2, None), (64, 4, 1, None), (32, 4, 2, None),
-        ],
-    },
-}  # fmt: skip
 
 
 def time_ms(function: Callable[[], object]) -> float:
@@ -105,47 +88,18 @@ def _linear(
     }
 
 
-def variants(case: Case) -> Iterator[dict[str, Any]]:
-    """Times of kernels of the linear form with other constants."""
-    _, functions = kernels(case)
-    width = 80 if case.head_dim == ODD else 64
-    for name, choices in SWEEP[width].items():
-        ordinary = linear_form._TILES[name][width]
-        for tile in choices:
-            linear_form._TILES[name][width] = tile
-            linear_form._CONSTANTS.clear()
-            row = {**case._asdict(), "kernel": name, "tile": tile}
-            try:
-                row["ms"] = time_ms(functions[name])
-            except Exception as error:
-                # Too much shared memory, or too few registers.
-                row["error"] = str(error).splitlines()[0][:100]
-            yield row
-        linear_form._TILES[name][width] = ordinary
-    linear_form._CONSTANTS.clear()
-
-
 def main() -> None:
     """Measure every shape; print and write each row when it is done."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--sweep", action="store_true")
-    options = parser.parse_args()
+    out = parser.parse_args().out
     found: dict[str, Any] = {**machine(), "rows": []}
-
-    def keep(row: dict[str, Any]) -> None:
-        found["rows"].append(row)
-        print(row, flush=True)
-        write_json(options.out, found, indent=1)
-
     for case in MODELS:
         form, functions = kernels(case)
-        times = {name: time_ms(function) for name, function in functions.items()}
-        keep({**case._asdict(), "form": form, "ms": times})
-    if options.sweep:
-        for case in (MODELS[1], MODELS[2]):
-            for row in variants(case):
-                keep(row)
+        row = {**case._asdict(), "form": form, "ms": {k: time_ms(f) for k, f in functions.items()}}
+        found["rows"].append(row)
+        print(row, flush=True)
+        write_json(out, found, indent=1)
 
 
 if __name__ == "__main__":

@@ -143,7 +143,7 @@ def causal_backward_queries_kernel(
         dq = dfeatures * phi_grad(q, FEATURE_MAP)
         store_pieces(dq_ptr, dq, dq, tokens, valid, dq_strides, D, BD, 0, ALIGN)
 
-    store_summary(dmixed_ptr, dmixed_scales_ptr, matrix, dmixed, dmixed, D, V, BV, 0)
+    store_summary(dmixed_ptr, dmixed_scales_ptr, matrix, dmixed, D, V)
     tl.store(down_ptr + matrix, tl.sum(down, axis=0))
     if NORMALIZE:
         store_vector(dmixed_key_sums_ptr + matrix * D, dkey_sum, D, 0)

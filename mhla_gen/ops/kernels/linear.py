@@ -44,8 +44,6 @@ def summarise_kernel(
     v_ptr,
     cos_ptr,
     sin_ptr,
-    inverse_ptr,
-    delta_ptr,
     summaries_ptr,
     scales_ptr,
     key_sums_ptr,
@@ -55,12 +53,10 @@ def summarise_kernel(
     window,
     num_heads,
     num_parts,
-    seq_len,
     D: tl.constexpr,
     V: tl.constexpr,
     BD: tl.constexpr,
-    V0: tl.constexpr,
-    V1: tl.constexpr,
+    BV: tl.constexpr,
     BT: tl.constexpr,
     WAVE: tl.constexpr,
     RANK: tl.constexpr,
@@ -69,15 +65,10 @@ def summarise_kernel(
     FEATURE_MAP: tl.constexpr,
     ROTARY: tl.constexpr,
     NORMALIZE: tl.constexpr,
-    WEIGHTED: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """S = Σ R(φ(k)) vᵀ and z = Σ φ(k) over one part of one block: one program a part and head.
-
-    WEIGHTED, each v is multiplied by its entry of `inverse`, and each φ(k) in z by that of -`delta`
-    ([batch, num_heads, seq_len]); from queries and the gradient of the output this makes dS̃ and dz̃.
-    """
+    """S = Σ R(φ(k)) vᵀ and z = Σ φ(k) over one part of one block: one program a part and head."""
     _T, H, W, LT, LH, LW = box
     batch, head, row, block = locate_part(box, num_heads, num_parts, RANK, GROUP)
     first_t, first_h, first_w, size_t, size_h, size_w = held_box(block, box, window, RANK)
@@ -85,15 +76,7 @@ def summarise_kernel(
     k_ptr += head_offset(k_strides, batch, head, ALIGN)
     v_ptr += head_offset(v_strides, batch, head, ALIGN)
 
-    if WEIGHTED:
-        first_row = (batch * num_heads + head) * seq_len
-        inverse_ptr += first_row
-        delta_ptr += first_row
-
-    s0 = tl.zeros((BD, V0), tl.float32)
-    s1 = s0
-    if V1 > 0:
-        s1 = tl.zeros((BD, V1), tl.float32)
+    summary = tl.zeros((BD, BV), tl.float32)
     key_sums = tl.zeros((WAVE, BD), tl.float32)
     for start in range(first, last, BT):
         slots = start + tl.arange(0, BT)
@@ -101,26 +84,18 @@ def summarise_kernel(
         tokens = box_tokens(slots, first_t, first_h, first_w, size_h, size_w, H, W, RANK)
         tokens, valid = in_window(tokens, valid, window)
         k, _k = load_pieces(k_ptr, tokens, valid, k_strides, D, BD, 0, ALIGN)
-        v0, v1 = load_pieces(v_ptr, tokens, valid, v_strides, V, V0, V1, ALIGN)
+        v, _v = load_pieces(v_ptr, tokens, valid, v_strides, V, BV, 0, ALIGN)
         # Rows past the end hold φ(0), which their values of 0 keep out of the summary.
         features = phi(k.to(tl.float32), FEATURE_MAP)
-        if WEIGHTED:
-            inverse = tl.load(inverse_ptr + tokens, mask=valid, other=0.0)[:, None]
-            delta = tl.load(delta_ptr + tokens, mask=valid, other=0.0)[:, None]
-            v0, v1 = v0.to(tl.float32) * inverse, v1.to(tl.float32) * inverse
-            key_sums -= sum_waves(features * delta, WAVE)
-        elif NORMALIZE:
+        if NORMALIZE:
             key_sums += sum_waves(tl.where(valid[:, None], features, 0.0), WAVE)
         if ROTARY:
             cos, sin = load_angles(cos_ptr, sin_ptr, tokens, valid, D, 0, BD)
             features = rotate(features, cos, sin)
-        features = tl.trans(features.to(OPERAND))
-        s0 = dot(features, v0.to(OPERAND), s0, PRECISION)
-        if V1 > 0:
-            s1 = dot(features, v1.to(OPERAND), s1, PRECISION)
+        summary = dot(tl.trans(features.to(OPERAND)), v.to(OPERAND), summary, PRECISION)
 
     matrix = (batch * (LT * LH * LW * num_parts) + row) * num_heads + head
-    store_summary(summaries_ptr, scales_ptr, matrix, s0, s1, D, V, V0, V1)
+    store_summary(summaries_ptr, scales_ptr, matrix, summary, D, V)
     if NORMALIZE:
         store_vector(key_sums_ptr + matrix * D, tl.sum(key_sums, axis=0), D, 0)
 

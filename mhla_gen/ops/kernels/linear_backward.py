@@ -8,17 +8,19 @@ import triton
 import triton.language as tl
 
 from mhla_gen.ops.kernels.boxes import box_tokens, held_box, in_window, locate_part, part_slots
-from mhla_gen.ops.kernels.features import phi, phi_grad
+from mhla_gen.ops.kernels.features import load_angles, phi, phi_grad, rotate
 from mhla_gen.ops.kernels.linear import rotate_pieces
 from mhla_gen.ops.kernels.pieces import (
     clear_padding,
+    dot,
     head_offset,
     load_pieces,
     load_vector,
     scale_rows,
     store_pieces,
+    store_vector,
 )
-from mhla_gen.ops.kernels.summaries import load_summary, times_summary
+from mhla_gen.ops.kernels.summaries import load_summary, store_summary, times_summary
 
 
 @triton.jit
@@ -31,8 +33,9 @@ def backward_queries_kernel(
     mixed_scales_ptr,
     mixed_key_sums_ptr,
     dq_ptr,
-    inverse_ptr,
-    delta_ptr,
+    dmixed_ptr,
+    dmixed_scales_ptr,
+    dmixed_key_sums_ptr,
     q_strides,
     do_strides,
     dq_strides,
@@ -40,14 +43,11 @@ def backward_queries_kernel(
     window,
     num_heads,
     num_parts,
-    seq_len,
     eps,
     D: tl.constexpr,
     V: tl.constexpr,
-    D0: tl.constexpr,
-    D1: tl.constexpr,
-    V0: tl.constexpr,
-    V1: tl.constexpr,
+    BD: tl.constexpr,
+    BV: tl.constexpr,
     BT: tl.constexpr,
     RANK: tl.constexpr,
     GROUP: tl.constexpr,
@@ -58,11 +58,7 @@ def backward_queries_kernel(
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Gradient dq of one part of one block and head.
-
-    And by row, [batch, num_heads, seq_len], what `summarise_kernel` makes dS̃ and dz̃ from: the
-    inverse denominators, and δ = do·o times these.
-    """
+    """Gradient dq, and dS̃ = Σ R(φ(q)) gᵀ, dz̃ = -Σ δ φ(q) over one part of one block and head."""
     _T, H, W, LT, LH, LW = box
     batch, head, row, block = locate_part(box, num_heads, num_parts, RANK, GROUP)
     first_t, first_h, first_w, size_t, size_h, size_w = held_box(block, box, window, RANK)
@@ -72,63 +68,57 @@ def backward_queries_kernel(
     dq_ptr += head_offset(dq_strides, batch, head, ALIGN)
 
     matrix = (batch * (LT * LH * LW) + block) * num_heads + head
-    s00, s01, s10, s11, mixed_scale = load_summary(
-        mixed_ptr, mixed_scales_ptr, matrix, D, V, D0, D1, V0, V1
+    mixed, _s01, _s10, _s11, mixed_scale = load_summary(
+        mixed_ptr, mixed_scales_ptr, matrix, D, V, BD, 0, BV, 0
     )
     if NORMALIZE:
-        mixed_key_sums_ptr += matrix * D
-        z0 = load_vector(mixed_key_sums_ptr, D, 0, D0)[None, :]
-        z1 = z0
-        if D1 > 0:
-            z1 = load_vector(mixed_key_sums_ptr, D, D0, D1)[None, :]
-        first_row = (batch * num_heads + head) * seq_len
-        inverse_ptr += first_row
-        delta_ptr += first_row
+        key_sum = load_vector(mixed_key_sums_ptr + matrix * D, D, 0, BD)[None, :]
+    dmixed = tl.zeros((BD, BV), tl.float32)
+    dkey_sum = tl.zeros((BD,), tl.float32)
     for start in range(first, last, BT):
         slots = start + tl.arange(0, BT)
         valid = slots < last
         tokens = box_tokens(slots, first_t, first_h, first_w, size_h, size_w, H, W, RANK)
         tokens, valid = in_window(tokens, valid, window)
-        q0, q1 = load_pieces(q_ptr, tokens, valid, q_strides, D, D0, D1, ALIGN)
-        g0, g1 = load_pieces(do_ptr, tokens, valid, do_strides, V, V0, V1, ALIGN)
-        q0, q1, g0, g1 = (
-            q0.to(tl.float32), q1.to(tl.float32), g0.to(tl.float32), g1.to(tl.float32),
-        )  # fmt: skip
-        factors = tl.full((BT,), mixed_scale, tl.float32)
+        q, _q = load_pieces(q_ptr, tokens, valid, q_strides, D, BD, 0, ALIGN)
+        grad, _g = load_pieces(do_ptr, tokens, valid, do_strides, V, BV, 0, ALIGN)
+        q, grad = q.to(tl.float32), grad.to(tl.float32)
+        # Rows past the end hold φ(0), which their gradients of 0 keep out of every sum.
+        features = phi(q, FEATURE_MAP)
+        rotated = features
+        if ROTARY:
+            cos, sin = load_angles(cos_ptr, sin_ptr, tokens, valid, D, 0, BD)
+            rotated = rotate(features, cos, sin)
         if NORMALIZE:
-            denominators = tl.sum(phi(q0, FEATURE_MAP) * z0, axis=1) + eps
-            if D1 > 0:
-                denominators += tl.sum(phi(q1, FEATURE_MAP) * z1, axis=1)
+            denominators = tl.sum(features * key_sum, axis=1) + eps
             # Past the end no gradient may become 0 / 0.
             inverse = 1 / tl.where(valid, denominators, 1.0)
-            factors *= inverse
+            grad *= inverse[:, None]
 
-        # du = S̃ g; the pieces of a transpose change places.
+        # du = S̃ g
+        zeros = tl.zeros((BT, BD), tl.float32)
         if mixed_ptr.dtype.element_ty == tl.float16:
-            g0, g1, scales = scale_rows(g0, g1, V1)
-            factors *= scales
-        du0, du1 = times_summary(
-            g0, g1, tl.trans(s00), tl.trans(s10), tl.trans(s01), tl.trans(s11), V1, D1, PRECISION
-        )
-        # du is rotated back, and so is R(φ(q))·du: φ(q)·Rᵀdu.
-        du0, du1 = du0 * factors[:, None], du1 * factors[:, None]
+            scaled, _scaled, scales = scale_rows(grad, grad, 0)
+            du = dot(scaled, tl.trans(mixed), zeros, PRECISION)
+            du *= (scales * mixed_scale)[:, None]
+        else:
+            du = dot(grad, tl.trans(mixed), zeros, PRECISION)
+        dmixed = dot(tl.trans(rotated.to(OPERAND)), grad.to(OPERAND), dmixed, PRECISION)
+        dfeatures = du
         if ROTARY:
-            du0, du1 = rotate_pieces(du0, du1, cos_ptr, sin_ptr, tokens, valid, D, D0, D1, -1)
+            dfeatures = rotate(du, cos, -sin)
         if NORMALIZE:
             # δ = do·o / denominator, and g·numerator = u·du.
-            delta = tl.sum(phi(q0, FEATURE_MAP) * du0, axis=1)
-            if D1 > 0:
-                delta += tl.sum(phi(q1, FEATURE_MAP) * du1, axis=1)
-            delta *= inverse
-            tl.store(inverse_ptr + tokens, inverse, mask=valid)
-            tl.store(delta_ptr + tokens, delta, mask=valid)
-            du0 -= delta[:, None] * z0
-            if D1 > 0:
-                du1 -= delta[:, None] * z1
-        dq0, dq1 = du0 * phi_grad(q0, FEATURE_MAP), du1
-        if D1 > 0:
-            dq1 = du1 * phi_grad(q1, FEATURE_MAP)
-        store_pieces(dq_ptr, dq0, dq1, tokens, valid, dq_strides, D, D0, D1, ALIGN)
+            delta = (tl.sum(rotated * du, axis=1) * inverse)[:, None]
+            dfeatures -= delta * key_sum
+            dkey_sum -= tl.sum(features * delta, axis=0)
+        dq = dfeatures * phi_grad(q, FEATURE_MAP)
+        store_pieces(dq_ptr, dq, dq, tokens, valid, dq_strides, D, BD, 0, ALIGN)
+
+    matrix = (batch * (LT * LH * LW * num_parts) + row) * num_heads + head
+    store_summary(dmixed_ptr, dmixed_scales_ptr, matrix, dmixed, D, V)
+    if NORMALIZE:
+        store_vector(dmixed_key_sums_ptr + matrix * D, dkey_sum, D, 0)
 
 
 @triton.jit

@@ -21,15 +21,15 @@ from mhla_gen.ops.kernels.linear_backward import backward_keys_kernel, backward_
 from mhla_gen.ops.kernels.mixing import coefficients_kernel, correlate_kernel, mix_kernel
 
 # Tokens of a tile, warps, pipeline stages and registers of a thread for 16-bit operands, by the
-# padded channels (80: two pieces); measured on an H100, see docs/results/kernels-h100.json.
+# padded channels; measured on an H100, see docs/results/kernels-h100.json.
 _TILES = {
-    "summarise": {64: (64, 4, 2, None), 80: (64, 8, 1, 128), 128: (32, 4, 4, None)},
+    "summarise": {64: (64, 4, 2, None), 128: (32, 4, 4, None)},
     "apply": {64: (64, 4, 3, None), 80: (64, 4, 1, 128), 128: (64, 8, 1, 128)},
-    "backward_queries": {64: (64, 4, 2, None), 80: (64, 4, 1, 168), 128: (32, 8, 3, 128)},
+    "backward_queries": {64: (64, 4, 2, None), 128: (32, 8, 3, None)},
     "backward_keys": {64: (64, 4, 2, None), 80: (64, 4, 2, 168), 128: (32, 4, 1, None)},
 }
 # The same for blocks of one tile, where nothing can be loaded ahead.
-_SMALL_BLOCKS = {"summarise": (64, 4, 1, None)}
+_SMALL_BLOCKS = {"summarise": (64, 4, 1, None), "backward_queries": (32, 4, 1, None)}
 
 # Compile-time arguments of the kernels over tokens, by name, kind of call and strides.
 _CONSTANTS: dict[tuple, dict] = {}
@@ -94,18 +94,9 @@ def _empty(call: Call, rows: int) -> Summaries:
 
 def summarise(key: Tensor, value: Tensor, call: Call) -> Summaries:
     """Summaries and key sums of every part of every block."""
-    return _summarise(key, value, call, (None, None))
-
-
-def _summarise(
-    rows: Tensor, columns: Tensor, call: Call, weights: tuple[Tensor | None, Tensor | None]
-) -> Summaries:
-    """Sums of products of features of `rows` and of `columns`; see the kernel for weights."""
     summaries = _empty(call, call.num_blocks * call.num_parts)
-    tensors = rows, columns, call.cos, call.sin, *weights, *summaries
-    strides = rows.stride(), columns.stride()
-    name = "summarise" if weights[0] is None else "summarise_weighted"
-    _over_tokens(summarise_kernel, name, call, tensors, strides, rows.shape[1])
+    tensors = key, value, call.cos, call.sin, *summaries
+    _over_tokens(summarise_kernel, "summarise", call, tensors, (key.stride(), value.stride()))
     return summaries
 
 
@@ -161,16 +152,11 @@ def backward_queries(
 ) -> tuple[Tensor, Summaries]:
     """Gradients of the queries and, by part, of the mixed summaries."""
     dquery = query.new_empty(query.shape)
-    batch, seq_len, heads, _ = query.shape
-    weights = None, None
-    if call.normalize:
-        inverse, delta = query.new_empty((2, batch, heads, seq_len), dtype=torch.float32)
-        weights = inverse, delta
-    tensors = query, grad, call.cos, call.sin, *mixed, dquery, *weights
+    dmixed = _empty(call, call.num_blocks * call.num_parts)
+    tensors = query, grad, call.cos, call.sin, *mixed, dquery, *dmixed
     strides = query.stride(), grad.stride(), dquery.stride()
-    options = seq_len, call.eps
-    _over_tokens(backward_queries_kernel, "backward_queries", call, tensors, strides, *options)
-    return dquery, _summarise(query, grad, call, weights)
+    _over_tokens(backward_queries_kernel, "backward_queries", call, tensors, strides, call.eps)
+    return dquery, dmixed
 
 
 def correlate(
@@ -225,16 +211,12 @@ def _over_tokens(
 
 def tile_options(kernel: str, call: Call) -> dict:
     """Compile-time sizes of one of the kernels over tokens."""
-    channels = call.pieces
-    if kernel.startswith("summarise"):
-        # The rows of a summary in one tile: a second piece has too few for a product.
-        channels = {"BD": padded(call.query.shape[3]), "V0": channels["V0"], "V1": channels["V1"]}
-    tiles = token_tiles(kernel.removesuffix("_weighted"), call, max(channels.values()))
-    options = call.options | channels | tiles
+    whole = kernel in ("summarise", "backward_queries")
+    channels = call.tile if whole else call.pieces
+    options = call.options | channels | token_tiles(kernel, call, max(channels.values()))
     # Up to this many heads are neighbours in the launch grid.
     options["GROUP"] = call.num_heads if call.num_heads <= 16 else math.gcd(call.num_heads, 8)
-    if kernel.startswith("summarise"):
-        options["WEIGHTED"] = kernel == "summarise_weighted"
+    if kernel == "summarise":
         # A thread loads eight channels at once, so this many rows come with one instruction.
         options["WAVE"] = min(options["BT"], options["num_warps"] * 32 * 8 // options["BD"])
     return options
@@ -248,10 +230,13 @@ def token_tiles(kernel: str, call: Call, columns: int) -> dict:
         tokens = 16 if columns > 64 else 32
         return {"BT": tokens, "PRECISION": precision, "num_warps": 8, "num_stages": 1}
     tiles = _TILES[kernel]
-    odd = any(call.pieces[second] for second in ("D1", "V1"))
-    chosen = tiles[80 if odd else 64 if columns <= 64 else 128]
-    if columns > 64 and not odd and call.block_size <= 64:
-        chosen = _SMALL_BLOCKS.get(kernel, chosen)
+    if columns > 64 and call.block_size <= 64 and kernel in _SMALL_BLOCKS:
+        chosen = _SMALL_BLOCKS[kernel]
+    elif columns <= 64:
+        odd = any(call.pieces[second] for second in ("D1", "V1"))
+        chosen = tiles.get(80, tiles[64]) if odd else tiles[64]
+    else:
+        chosen = tiles[128]
     tokens, warps, stages, registers = chosen
     return {
         "BT": tokens,

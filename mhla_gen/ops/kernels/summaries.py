@@ -66,42 +66,20 @@ def load_summary(
 
 
 @triton.jit
-def _store_piece(ptr, piece, D: tl.constexpr, V: tl.constexpr, COLUMN: tl.constexpr):
-    offsets, mask = _piece(D, V, 0, COLUMN, piece.shape[0], piece.shape[1])
-    tl.store(ptr + offsets, piece.to(ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _largest(summary, D: tl.constexpr):
-    """The largest magnitude; φ(0) of channels that do not exist must not set the scale."""
-    by_row = tl.max(tl.abs(summary), axis=1)
-    return tl.max(tl.where(tl.arange(0, summary.shape[0]) < D, by_row, 0.0), axis=0)
-
-
-@triton.jit
-def store_summary(
-    summaries_ptr, scales_ptr, matrix, s0, s1, D: tl.constexpr, V: tl.constexpr,
-    V0: tl.constexpr, V1: tl.constexpr,
-):  # fmt: skip
-    """Write matrix number `matrix` (int64), with its scale if in float16.
-
-    Float32 with all rows in one tile, and columns in pieces of V0 and V1; V1 may be 0.
-    """
+def store_summary(summaries_ptr, scales_ptr, matrix, summary, D: tl.constexpr, V: tl.constexpr):
+    """Write a float32 tile as matrix number `matrix` (int64), with its scale if in float16."""
+    BD: tl.constexpr = summary.shape[0]
     if summaries_ptr.dtype.element_ty == tl.float16:
-        scale = _largest(s0, D)
-        if V1 > 0:
-            scale = tl.maximum(scale, _largest(s1, D))
+        by_row = tl.max(tl.abs(summary), axis=1)
+        # φ(0) of channels that do not exist must not set the scale.
+        scale = tl.max(tl.where(tl.arange(0, BD) < D, by_row, 0.0), axis=0)
         # A scale of 0 keeps an empty matrix out of the bound that scales what it is mixed into.
         scale = tl.where(scale > TINY, scale, 0.0)
         tl.store(scales_ptr + matrix, scale)
-        factor = 1.0 / tl.where(scale > 0, scale, 1.0)
-        s0 *= factor
-        if V1 > 0:
-            s1 *= factor
-    summaries_ptr += matrix * (D * V)
-    _store_piece(summaries_ptr, s0, D, V, 0)
-    if V1 > 0:
-        _store_piece(summaries_ptr, s1, D, V, V0)
+        summary *= 1.0 / tl.where(scale > 0, scale, 1.0)
+    offsets, mask = _piece(D, V, 0, 0, BD, summary.shape[1])
+    dtype: tl.constexpr = summaries_ptr.dtype.element_ty
+    tl.store(summaries_ptr + matrix * (D * V) + offsets, summary.to(dtype), mask=mask)
 
 
 @triton.jit

@@ -108,9 +108,11 @@ class Inputs:
         values = tile_reads.pack_tiles(self.value, call) if loop.packed else self.value
         if name == "tile_attend_kernel":
             slots = quotient_up(call.queries, loop.rows) * loop.rows if loop.packed else None
-            queries, _ = tile_reads.read_groups(self.query, call, slots=slots)
-            read = queries, keys, values, lists
-            return lambda: tile_form.attend(read, longest, None, None, results, call, loop)
+            queries, _, lengths = tile_reads.read_groups(
+                self.query, call, lengths=loop.packed, slots=slots
+            )
+            read, bound = (queries, keys, values, lists), (longest, lengths)
+            return lambda: tile_form.attend(read, bound, None, None, results, call, loop)
         packs = tile_gradients.pack_queries(self.grad, None, self.query, *results, call, 128)
         if name == "tile_backward_queries_kernel":
             return lambda: tile_gradients.backward_queries(

@@ -224,6 +224,7 @@ def tile_attend_kernel(
     v_ptr,
     lists_ptr,
     longest_ptr,
+    lengths_ptr,
     flags_ptr,
     extra_k_ptr,
     extra_v_ptr,
@@ -271,8 +272,8 @@ def tile_attend_kernel(
     """Output and log-sum-exp of up to BM queries of one group and head.
 
     Queries and keys are rotated beforehand: matrix products with operands in registers would run
-    one after the other, each waiting for the previous one. If `PACKED`, queries are packed by group
-    and keys and values are descriptors of packed tiles.
+    one after the other, each waiting for the previous one. If `PACKED`, queries,
+    keys and values are descriptors of packed groups and tiles.
 
     If `BOUNDED`, the softmax subtracts the product of norms, which no score exceeds, instead of the
     largest score. If this is so loose that weights vanish, the program sets its flag. Without a
@@ -281,15 +282,17 @@ def tile_attend_kernel(
     if flags_ptr is not None and not BOUNDED:  # noqa: SIM102 - known when compiled, then when run
         if tl.load(flags_ptr + tl.program_id(0)) == 0:
             return
-    batch, head, group, slots, tokens, q_valid = locate_group(
+    batch, head, group, _slots, tokens, q_valid = locate_group(
         box, groups, num_heads, num_groups, blocks, BM, RANK
     )
     row = batch * num_heads + head
     entries_ptr = lists_ptr + (row * num_groups + group) * (2 * list_size) + list_size
     out_ptr += head_offset(out_strides, batch, head, ALIGN)
     if PACKED:
-        packed = (row * num_groups + group) * (blocks * BM)
-        q0, q1 = load_rows(q_ptr + packed * D, slots, D, D0, D1)
+        # Programs are in the order of packed blocks.
+        packed = tl.program_id(0) * BM
+        q0 = q_ptr.load([packed, 0])
+        q1 = q0
     else:
         q_ptr += head_offset(q_strides, batch, head, ALIGN)
         k_ptr += head_offset(k_strides, batch, head, ALIGN)
@@ -301,7 +304,11 @@ def tile_attend_kernel(
         extra_mask_ptr += batch * extra_len
     peak = tl.full((BM,), float("-inf"), tl.float32)
     if BOUNDED:
-        peak = tl.sqrt(squared_norms(q0, q1, D1) * tl.load(longest_ptr + row)) * scale
+        if PACKED:
+            lengths = tl.load(lengths_ptr + packed + tl.arange(0, BM))
+        else:
+            lengths = squared_norms(q0, q1, D1)
+        peak = tl.sqrt(lengths * tl.load(longest_ptr + row)) * scale
     peak, total, out0, out1 = attend_to_list(
         q0, q1, k_ptr, v_ptr, entries_ptr, extra_k_ptr, extra_v_ptr, extra_mask_ptr,
         k_strides, v_strides, extra_k_strides, extra_v_strides, box, peak,

@@ -72,7 +72,9 @@ def forward(
         beside = extra[0].float().square().sum(-1).amax(dim=1).flatten()
         longest = beside if longest is None else torch.maximum(longest, beside)
     slots = quotient_up(call.queries, loop.rows) * loop.rows if loop.packed else None
-    queries, query_means = read_groups(query, call, mean=choose, slots=slots)
+    queries, query_means, lengths = read_groups(
+        query, call, mean=choose, lengths=longest is not None, slots=slots
+    )
     lists = tile_lists(query_means, means, call)
     batch, seq_len, heads, _ = query.shape
     results = (
@@ -81,25 +83,26 @@ def forward(
     )
     sources, flags = (queries, keys, values, lists), None
     if longest is not None:
-        flags = attend(sources, longest, None, extra, results, call, loop)
+        flags = attend(sources, (longest, lengths), None, extra, results, call, loop)
     attend(sources, None, flags, extra, results, call, loop)
     return *results, lists
 
 
 def attend(
     sources: tuple[Tensor, Tensor, Tensor, Tensor],
-    longest: Tensor | None,
+    bound: tuple[Tensor, Tensor | None] | None,
     flags: Tensor | None,
     extra: Extra | None,
     results: tuple[Tensor, Tensor],
     call: TileCall,
     loop: Loop,
 ) -> Tensor | None:
-    """Launch `tile_attend_kernel`, with a bound of scores if the longest keys are given.
+    """Launch `tile_attend_kernel`, with a bound of scores or without.
 
     Args:
         sources: Rotated queries and keys, values, and lists.
-        longest: Largest squared length of a key, of every head.
+        bound: Largest squared length of a key, of every head, and squared lengths of queries if
+            they are packed. None for no bound.
         flags: Without a bound, which programs have to run; None for all.
         extra: Keys, values and mask off the grid.
         results: Room for output and log-sum-exp.
@@ -116,16 +119,17 @@ def attend(
     read = queries, keys, values
     if loop.packed:
         places = ((0, 0, 0, 0),) * 3
-        read = queries, descriptor(keys, loop.keys), descriptor(values, loop.keys)
+        sizes = loop.rows, loop.keys, loop.keys
+        read = tuple(map(descriptor, read, sizes))
     else:
         places = tuple(x.stride() for x in read)
     programs = blocks * call.placed.num_groups * call.batch_heads
-    if longest is not None:
+    if bound is not None:
         flags = lists.new_empty(programs)
     launch(
         tile_attend_kernel,
         (programs,),
-        (*read, lists, longest, flags, *extra_tensors(extra), out, lse),
+        (*read, lists, *(bound or (None, None)), flags, *extra_tensors(extra), out, lse),
         (
             *places,
             out.stride(),
@@ -144,7 +148,7 @@ def attend(
         without(kernel_constants(call, loop.options, *places, *strides), "ROTARY")
         | {
             "WIDE": not loop.packed and numbered_wide(keys, values),
-            "BOUNDED": longest is not None,
+            "BOUNDED": bound is not None,
             "PACKED": loop.packed,
         },
     )

@@ -72,7 +72,7 @@ def pack_queries(
     placed = call.placed
     blocks = quotient_up(call.queries, rows)
     slots = blocks * rows
-    queries, _ = read_groups(query, call, slots=slots)
+    queries, _, _ = read_groups(query, call, slots=slots)
     grads = grad.new_empty((call.batch_heads, placed.num_groups, slots, grad.shape[3]))
     packed_lse = lse.new_empty((call.batch_heads, placed.num_groups, slots))
     delta = torch.empty_like(packed_lse)

@@ -25,7 +25,7 @@ def read_boxes_kernel(
     sin_ptr,
     rotated_ptr,
     means_ptr,
-    longest_ptr,
+    lengths_ptr,
     strides,
     rotated_strides,
     box,
@@ -42,13 +42,14 @@ def read_boxes_kernel(
     ROTARY: tl.constexpr,
     STORE: tl.constexpr,
     MEAN: tl.constexpr,
-    LONGEST: tl.constexpr,
+    LENGTHS: tl.constexpr,
 ):
     """Read one tile (or group, where `groups` is given) of `HEADS` heads, rotated.
 
     `STORE` says where to: "raster" to the tokens' own places, "pack" to `SLOTS` consecutive rows
-    a box, zeros where it has fewer tokens, or "nowhere". `MEAN` keeps its mean, `LONGEST`
-    the largest squared length of its tokens. Heads share their angles, which stay in cache.
+    a box, zeros where it has fewer tokens, or "nowhere". `MEAN` keeps its mean, `LENGTHS` squared
+    lengths: the largest one of its tokens ("longest"), those of its `SLOTS` rows ("each"), or
+    "none". Heads share their angles, which stay in cache.
     """
     parts = num_heads // HEADS
     first_head = tl.program_id(0) % parts * HEADS
@@ -79,8 +80,11 @@ def read_boxes_kernel(
                 x = rotate(x, cos, sin)
             if MEAN:
                 total += tl.sum(x, axis=0)
-            if LONGEST:
+            if LENGTHS == "longest":
                 longest = tl.maximum(longest, tl.max(tl.sum(x * x, axis=1)))
+            elif LENGTHS == "each":
+                place = lengths_ptr + row * SLOTS + slots
+                tl.store(place, tl.sum(x * x, axis=1), mask=slots < SLOTS)
             if STORE == "raster":
                 place = rotated_ptr + head_offset(rotated_strides, batch, head, ALIGN)
                 store_pieces(place, x, x, tokens, valid, rotated_strides, D, BD, 0, ALIGN)
@@ -88,8 +92,8 @@ def read_boxes_kernel(
                 rows, exists = row * SLOTS + slots, slots < SLOTS
                 align: tl.constexpr = 16 if D % 16 == 0 else 1
                 store_pieces(rotated_ptr, x, x, rows, exists, (0, D, 0, 1), D, BD, 0, align)
-        if LONGEST:
-            tl.store(longest_ptr + row, longest)
+        if LENGTHS == "longest":
+            tl.store(lengths_ptr + row, longest)
         if MEAN:
             channels = tl.arange(0, BD)
             mean = total / (size_t * size_h * size_w)

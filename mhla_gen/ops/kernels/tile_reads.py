@@ -51,24 +51,32 @@ def pack_tiles(x: Tensor, call: TileCall) -> Tensor:
 
 
 def read_groups(
-    query: Tensor, call: TileCall, *, mean: bool = False, slots: int | None = None
-) -> tuple[Tensor, Tensor | None]:
+    query: Tensor,
+    call: TileCall,
+    *,
+    mean: bool = False,
+    lengths: bool = False,
+    slots: int | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """As `read_tiles`: rotated queries, means of groups `[batch · heads, groups, head_dim]`.
 
-    With `slots`, queries of every group are consecutive, `[batch · heads, groups, slots, dim]`.
+    With `slots`, queries of every group are consecutive, `[batch · heads, groups, slots, dim]`;
+    then, on demand, also their squared lengths, float32 `[batch · heads, groups, slots]`.
     """
     rotary, groups = call.cos is not None, three_axes(call.placed.groups)
     shape = call.batch_heads, call.placed.num_groups
     means = query.new_empty((*shape, query.shape[3]), dtype=torch.float32) if mean else None
+    squares = None
     if slots is not None:
         queries = query.new_empty((*shape, slots, query.shape[3]))
-        read_boxes(query, call, queries, means, None, "pack", slots, groups)
+        squares = query.new_empty((*shape, slots), dtype=torch.float32) if lengths else None
+        read_boxes(query, call, queries, means, squares, "pack", slots, groups)
     elif rotary or mean:
         queries, store = (_rotated_like(query), "raster") if rotary else (query, "nowhere")
         read_boxes(query, call, queries, means, None, store, call.queries, groups)
     else:
         queries = query
-    return queries, means
+    return queries, means, squares
 
 
 def _rotated_like(x: Tensor) -> Tensor:
@@ -82,14 +90,17 @@ def read_boxes(
     call: TileCall,
     rotated: Tensor | None,
     means: Tensor | None,
-    longest: Tensor | None,
+    lengths: Tensor | None,
     store: str,
     slots: int,
     groups: tuple[int, ...] | None = None,
     *,
     rotary: bool = True,
 ) -> None:
-    """Launch `read_boxes_kernel` on all tiles, or on all `groups`."""
+    """Launch `read_boxes_kernel` on all tiles, or on all `groups`.
+
+    `lengths` has room for the largest one of every box, or for those of all its slots.
+    """
     num_boxes = call.placed.num_tiles if groups is None else call.placed.num_groups
     strides = x.stride(), rotated.stride() if store == "raster" else x.stride()
     rows = min(padded(slots), 64)
@@ -98,7 +109,7 @@ def read_boxes(
     launch(
         read_boxes_kernel,
         (num_boxes * call.batch_heads // heads,),
-        (x, call.cos, call.sin, rotated, means, longest),
+        (x, call.cos, call.sin, rotated, means, lengths),
         (*strides, call.box, groups, num_boxes, x.shape[2]),
         {
             "D": x.shape[3],
@@ -111,7 +122,7 @@ def read_boxes(
             "ROTARY": rotary and call.cos is not None,
             "STORE": store,
             "MEAN": means is not None,
-            "LONGEST": longest is not None,
+            "LENGTHS": "none" if lengths is None else "longest" if lengths.ndim == 2 else "each",
             "num_warps": 4 if rows > 16 else 2,
         },
     )

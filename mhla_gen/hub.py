@@ -90,7 +90,9 @@ def adapter_file(path: str | Path, subfolder: str = "") -> Path | None:
     places = [folder, folder / ADAPTER_FOLDER, *([Path(place) / ADAPTER_FOLDER] if place else [])]
     found = [each / ADAPTER_NAME for each in places if (each / ADAPTER_NAME).is_file()]
     if not found:
-        raise MissingError(f"{path} has no {ADAPTER_NAME}")
+        raise MissingError(
+            f"{path} has no {ADAPTER_NAME}; a run has one where model.trainable is mhla or lora"
+        )
     return found[0]
 
 

@@ -13,6 +13,12 @@ MISTAKES = [
     ("sample", "pipeline={0}/wan", "the WanPipeline in {0}/wan takes prompts; set prompts=TEXT"),
     ("sample", "pipeline={0}/wan adapter={0}/nowhere prompts=a", "there is no such folder"),
     ("sample", "pipeline={0}/wan adapter={0}/wan prompts=a", "has no mhla_adapter.safetensors"),
+    ("sample", "pipeline={0}/wan prompts={0}/clips", "names a folder that prompts are not read"),
+    (
+        "sample",
+        "pipeline={0}/wan prompts=a output_dir={0}/job",
+        "for `mhla-gen train`, not for",
+    ),
     ("sample", "pipeline={0}/wan prompts={0}/no.txt", "no.txt does not exist"),
     ("sample", "pipeline={0}/wan prompts={0}/images.jsonl", "no.png of prompt 0 does not exist"),
     (
@@ -54,6 +60,7 @@ MISTAKES = [
     ("cache", "output_dir={0}/no verify=true", "output_dir {0}/no does not exist"),
     ("evaluate", "samples={0}/no.npz reference={0}/wan", "samples {0}/no.npz does not exist"),
     ("evaluate", "", "samples=PATH is required"),
+    ("evaluate", "samples={0} reference={0} out={0}", "out {0} is a folder; name a file"),
     ("evaluate", "samples={0} reference={0} metrics=[fvd]", "fvd cannot be measured with"),
     (
         "evaluate",
@@ -114,6 +121,9 @@ def folder(tmp_path):
     (tmp_path / "run" / "config.yaml").write_text("job: train\nmax_steps: 7\n")
     (tmp_path / "clips").mkdir()
     tiny_video(tmp_path / "clips" / "dog.mp4", frames=2)
+    (tmp_path / "job").mkdir()
+    # The settings of two commands may have the same name and other values.
+    (tmp_path / "job" / "config.yaml").write_text("job: train\ncompile: none\n")
     (tmp_path / "measured").mkdir()
     (tmp_path / "measured" / "bench.json").write_text("{}")
     return tmp_path

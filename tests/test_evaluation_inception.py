@@ -278,9 +278,10 @@ def test_identity_names_the_weights(extractor):
 def test_missing_damaged_and_foreign_weights_are_one_sentence(tmp_path):
     with pytest.raises(EvaluationError, match=r"nothing\.pth does not exist"):
         InceptionExtractor(tmp_path / "nothing.pth")
-    (tmp_path / "cut.pth").write_bytes(b"PK\x03\x04 cut short")
-    with pytest.raises(EvaluationError, match="damaged or not a plain state dict"):
-        InceptionExtractor(tmp_path / "cut.pth")
+    for content in (b"PK\x03\x04 cut short", b"a red square\n", b"101", b""):
+        (tmp_path / "cut.pth").write_bytes(content)
+        with pytest.raises(EvaluationError, match="damaged or not a plain state dict"):
+            InceptionExtractor(tmp_path / "cut.pth")
     torch.save({"fc.weight": torch.zeros(2)}, tmp_path / "other.pth")
     with pytest.raises(EvaluationError, match="another network"):
         InceptionExtractor(tmp_path / "other.pth")

@@ -73,6 +73,15 @@ def test_a_cache_of_clips_without_captions_names_nothing(clips, tmp_path, capsys
     assert "mhla-gen train" not in capsys.readouterr().out
 
 
+def test_images_as_latents_of_clips_are_refused_and_named_nowhere(images, tmp_path, capsys):
+    tiny_wan_pipeline().save_pretrained(tmp_path / "wan")
+    assert main(["cache", *images, f"vae.path={tmp_path / 'wan'}"]) == 0
+    assert "mhla-gen train" not in capsys.readouterr().out
+    data = ["data.source=cache", f"data.path={tmp_path / 'cache'}"]
+    assert main(["train", *data, f"output_dir={tmp_path / 'run'}", *SMALL]) == 2
+    assert "a DiT learns images, the data are [16, 1, 8, 8]" in capsys.readouterr().err
+
+
 def test_an_imported_dit_names_how_to_tune_it(images, tmp_path, capsys):
     assert main(["cache", *images]) == 0
     state = {key: tensor.contiguous() for key, tensor in dit_state().items()}

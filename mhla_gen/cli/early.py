@@ -25,7 +25,7 @@ from mhla_gen.config import (
     TrainConfig,
 )
 from mhla_gen.config.inspection import FREE_OF_SCAN
-from mhla_gen.errors import MissingError, UserError
+from mhla_gen.errors import MissingError, OccupiedError, UserError
 from mhla_gen.hub import INDEX_NAME, PIPELINE_NAME, adapter_file, find, locate
 from mhla_gen.outputs.folders import CONFIG_NAME, check_writable, made_with
 
@@ -146,7 +146,7 @@ def _class_in(index: Path) -> str | None:
 
 def _evaluate(config: EvaluateConfig) -> _Checks:
     yield config.check_comparison
-    yield partial(check_writable, Path(config.out).parent, "out")
+    yield partial(_writable_file, "out", config.out)
     yield partial(_exist, "samples", config.samples)
     yield partial(_exist, "reference", config.reference)
     yield partial(_weights, "features", config.features)
@@ -154,7 +154,7 @@ def _evaluate(config: EvaluateConfig) -> _Checks:
 
 def _reference(config: ReferenceConfig) -> _Checks:
     yield config.check_files
-    yield partial(check_writable, Path(config.out).parent, "out")
+    yield partial(_writable_file, "out", config.out)
     yield partial(_exist, "data", config.data)
     yield partial(_weights, "features", config.features)
 
@@ -230,6 +230,12 @@ def _weights(name: str, features: FeaturesConfig) -> None:
     # DINOv2 also has a name on the hub.
     if features.extractor != "dinov2":
         _exist(f"{name}.weights", features.weights)
+
+
+def _writable_file(name: str, path: str) -> None:
+    if Path(path).is_dir():
+        raise OccupiedError(f"{name} {path} is a folder; name a file")
+    check_writable(Path(path).parent, name)
 
 
 def _exist(name: str, paths: Any) -> None:

@@ -28,7 +28,8 @@ def after_caching(config: CacheConfig) -> str | None:
     index = Index.read(folder)
     data = f"data.path={folder}"
     if not index.prompts or text is None:
-        return _command("train", "data.source=cache", data) if index.class_names else None
+        images = index.class_names and len(index.buckets[0].latents) == 3
+        return _command("train", "data.source=cache", data) if images else None
     library, name = pipeline_index(text).get("transformer") or (None, None)
     if library is None:
         return None

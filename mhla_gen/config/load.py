@@ -64,16 +64,12 @@ def load_config(
         path = Path(expand_home("the config file", path))
     values = {} if path is None else _read_yaml(path, schema)
     job = values.pop("job", None)
-    if not isinstance(job, str):
-        job = None if job is None else repr(job)
     if schema is None:
-        if job not in SCHEMAS:
+        if not isinstance(job, str) or job not in SCHEMAS:
             raise ConfigError(
                 f"{path or 'a config'} must start with job: {' | '.join(SCHEMAS)}; found {job!r}"
             )
         schema = SCHEMAS[job]
-    elif job is not None and SCHEMAS.get(job) is not schema:
-        raise ConfigError(f"{path} is a config for `mhla-gen {job}`, not for {_job_of(schema)}")
     given = copy.deepcopy(values)
     for override in overrides:
         put_override(given, override, schema)
@@ -120,10 +116,12 @@ def _read_yaml(path: Path, schema: type | None) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not valid YAML: it is not UTF-8 text") from error
     try:
+        # Which settings these are stands in the file itself.
+        job = read_yaml(text, None).get("job")
         if schema is None:
-            # Which settings these are stands in the file itself.
-            job = read_yaml(text, None).get("job")
             schema = SCHEMAS.get(job) if isinstance(job, str) else None
+        elif job is not None and (not isinstance(job, str) or SCHEMAS.get(job) is not schema):
+            raise ConfigError(f"is a config for `mhla-gen {job}`, not for {_job_of(schema)}")
         return read_yaml(text, schema)
     except ConfigError as error:
         raise ConfigError(f"{path} {error}") from error

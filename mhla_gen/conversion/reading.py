@@ -12,7 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mhla_gen.errors import MissingError, UserError
+from mhla_gen.errors import MissingError, UserError, one_line
+from mhla_gen.files.saved import NO_STATE
 
 # What training scripts put around a model's weights, in the order of preference of `auto`.
 _ENTRIES = ("ema", "state_dict_ema", "model", "state_dict")
@@ -88,8 +89,8 @@ def _read_torch(path: Path) -> Any:
                 f"{path} contains more than tensors or is not a file of torch.save; it is not "
                 "unpickled, because that would run its code: ask for a safetensors file"
             ) from error
-        except (RuntimeError, EOFError, KeyError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        except NO_STATE as error:
+            reason = one_line(str(error) or type(error).__name__, 200)
             raise UserError(f"{path} is not a complete file of torch.save: {reason}") from error
 
 

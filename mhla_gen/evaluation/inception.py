@@ -2,7 +2,6 @@
 
 import copy
 import io
-import pickle
 from pathlib import Path
 from typing import Any, cast
 from urllib.error import URLError
@@ -17,9 +16,11 @@ from torch_fidelity.feature_extractor_inceptionv3 import (  # pyright: ignore[re
     FeatureExtractorInceptionV3,
 )
 
+from mhla_gen.errors import one_line
 from mhla_gen.evaluation.errors import EvaluationError
 from mhla_gen.evaluation.extractor import Extractor, ExtractorIdentity
 from mhla_gen.files.digests import file_digest
+from mhla_gen.files.saved import NO_STATE
 
 # The released file's SHA-256 starts with the digits in its name, as torch.hub checks them too.
 OFFICIAL_SHA256_PREFIX = "6726825d"
@@ -112,10 +113,10 @@ def load_tensors(path: str | Path) -> dict[str, Tensor]:
         found: object = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise EvaluationError(f"weights file {path} does not exist") from None
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError) as error:
+    except (*NO_STATE, OSError) as error:
+        reason = one_line(str(error).partition("\n")[0] or type(error).__name__, 200)
         raise EvaluationError(
-            f"{path} is damaged or not a plain state dict ({str(error).splitlines()[0]}); "
-            "download it again"
+            f"{path} is damaged or not a plain state dict ({reason}); download it again"
         ) from error
     state = cast(dict[str, Any], found)
     if not isinstance(found, dict) or not all(isinstance(x, Tensor) for x in state.values()):

@@ -1,7 +1,9 @@
 """Reading files that this package wrote, with errors that name truncated or changed ones."""
 
 import json
+import pickle
 import re
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +18,13 @@ from mhla_gen.errors import UserError
 _WEIGHTS = re.compile(
     r"(?:diffusion_pytorch_model|pytorch_model|model)(\.\w+?)?(-\d+-of-\d+)?\.(safetensors|bin)"
 )
+
+
+NO_STATE = (
+    *(pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError, TypeError),
+    *(AttributeError, AssertionError, struct.error),
+)
+"""What `torch.load(weights_only=True)` raises for bytes that are no saved tensors, such as text."""
 
 
 class DamagedFileError(UserError):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from diffusers.utils import is_ftfy_available
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -316,8 +317,13 @@ def read_embeds(path: str, num_prompts: int | None, names: Mapping[str, int]) ->
         ValueError: If it holds other tensors, or embeddings of another number of prompts.
     """
     if not Path(path).is_file():
-        raise MissingError(f"prompt_embeds={path} does not exist")
-    tensors = load_file(path)
+        raise MissingError(f"prompt_embeds={path} is not a file")
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise UserError(
+            f"prompt_embeds={path} is not a complete safetensors file: {error}"
+        ) from error
     num_prompts = num_prompts or len(tensors.get(next(iter(names)), ()))
     for key, axes in names.items():
         found = tensors.get(key, torch.empty(0))

@@ -59,14 +59,16 @@ def _file_of(prompts: str) -> Path | None:
         return Path(expand_home("prompts", prompts))
     looks_like_one = Path(prompts).suffix.lower() in _OTHER and not re.search(r"\s", prompts)
     try:
-        is_file = Path(prompts).is_file()
+        # One word may be both a prompt and a folder here, a path only a folder.
+        is_path = Path(prompts).is_file() or ("/" in prompts and Path(prompts).is_dir())
     except (OSError, ValueError):
         # Longer than a name can be, or with characters that no name has.
-        is_file = False
-    if is_file or looks_like_one:
+        is_path = False
+    if is_path or looks_like_one:
+        kind = "a folder" if Path(prompts).is_dir() else "a file of a kind"
         raise UserError(
-            f"prompts={prompts} names a file of a kind that prompts are not read from; they are "
-            "read from .txt, one per line, and .jsonl"
+            f"prompts={prompts} names {kind} that prompts are not read from; they are read from "
+            ".txt, one per line, and .jsonl"
         )
     return None
 

@@ -95,6 +95,11 @@ def build_task(config: TrainConfig, data: TrainingData) -> Task:
             "the data have no class labels, which a DiT needs; a model that learns from captions "
             "has wan or transformer in its config"
         )
+    if len(data.sample_shapes[0]) != 3:
+        raise UserError(
+            f"a DiT learns images, the data are {list(data.sample_shapes[0])}, latents of clips: "
+            "cache images with an autoencoder of images"
+        )
     return _class_conditional(config, data, data.class_names)
 
 

@@ -47,7 +47,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
     """Draw loss by position, and loss of the same bytes by context, as means over seeds."""
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(11, 3.6), layout="constrained")
     names = dict.fromkeys(arm["arm"] for arm in report["arms"])
     for name in names:
         arms = [a for a in report["arms"] if a["arm"] == name and not a["converted"]]
@@ -70,6 +70,6 @@ def draw(report: dict[str, Any], path: Path) -> None:
         low = min(min(line.get_ydata()) for line in axis.lines if len(line.get_ydata()) > 2)
         axis.set_ylim(low - 0.05, low + 1.5)
         axis.grid(alpha=0.3)
-    axes[0].legend()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper")
     with written_whole(path) as partial:
         figure.savefig(partial, dpi=150, format="png")

@@ -109,9 +109,10 @@ def _cell(row: Row | None) -> str:
 
 def _waits(row: Row) -> list[str]:
     found = row.get("kernels")
-    if not found or "idle_ms" not in found:
+    # Where the host is the limit, a step takes longer in a profile.
+    step = found and found.get("step_ms", row["milliseconds_per_step"] if row["recorded"] else None)
+    if not found or step is None:
         return ["", ""]
-    step = row["milliseconds_per_step"]
     return [f"{found[f'{k}_ms']:.1f} of {step:.0f} ms" for k in ("communication_alone", "idle")]
 
 
@@ -136,7 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with tempfile.TemporaryDirectory() as temporary:
             options.folder = options.folder or Path(temporary)
             measure(options, rows)
-    print(table(compared(rows)))
+    print(table([row for row in compared(rows) if row["part"] in options.parts]))
 
 
 def measure(options: argparse.Namespace, rows: list[Row]) -> None:

@@ -87,9 +87,13 @@ def test_time_in_which_no_kernel_computes_is_communication_or_nothing():
     computing = [(10.0, 20.0, False), (12.0, 15.0, False), (30.0, 31.0, False), (20.0, 22.0, False)]
     found = unused_time([*computing, (18.0, 25.0, True), (24.0, 28.0, True), (40.0, 41.0, True)])
     # Messages alone from 22 to 28 and from 40 on; nothing from 28 to 30 and from 31 to 40.
-    assert found == {"communication_alone_ms": 7.0, "idle_ms": 11.0}
-    assert unused_time(computing) == {"communication_alone_ms": 0.0, "idle_ms": 8.0}
-    assert unused_time([]) == {"communication_alone_ms": 0.0, "idle_ms": 0.0}
+    assert found == {"step_ms": 31.0, "communication_alone_ms": 7.0, "idle_ms": 11.0}
+    assert unused_time(computing) == {
+        "step_ms": 21.0,
+        "communication_alone_ms": 0.0,
+        "idle_ms": 8.0,
+    }
+    assert not any(unused_time([]).values())
 
 
 KINDS = {

@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from mhla_gen.training.ema import WeightAverage
 from mhla_gen.training.optim import build_optimizer
 from mhla_gen.training.parts import clip_gradients, step_on_parts
 
@@ -79,6 +80,21 @@ def test_steps_are_those_of_whole_tensors(name, options, limit, mesh):
         assert {id(p) for p in named} <= {id(p) for p in shared.parameters()}
         # As resuming does, into an optimizer that has taken steps.
         optimizers[1].load_state_dict(copy.deepcopy(optimizers[1].state_dict()))
+
+
+def test_whole_averages_are_read_in_parts(mesh):
+    """As a checkpoint of an earlier version has them."""
+    plain, shared = a_model(), a_model()
+    fully_shard(shared, mesh=mesh)
+    averages = [WeightAverage(model, 0.9) for model in (plain, shared)]
+    saved = averages[0].state_dict()
+    saved["shadow_params"] = [x + 1 for x in saved["shadow_params"]]
+    averages[1].load_state_dict(saved)
+    for mine, wanted in zip(averages[1].shadow_params, saved["shadow_params"], strict=True):
+        assert not isinstance(mine, DTensor) and torch.equal(mine, wanted)
+    with averages[1].applied(shared):
+        for weight, wanted in zip(shared.parameters(), saved["shadow_params"], strict=True):
+            assert torch.equal(whole(weight), wanted)
 
 
 def test_clipping_returns_the_norm_of_all_gradients():

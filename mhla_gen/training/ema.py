@@ -102,4 +102,4 @@ def _part(whole: Tensor, weight: Tensor) -> Tensor:
     whole = whole.to(weight.device)
     if not isinstance(weight, DTensor):
         return whole
-    return distribute_tensor(whole, weight.device_mesh, weight.placements).toheld()
+    return distribute_tensor(whole, weight.device_mesh, weight.placements).to_local()

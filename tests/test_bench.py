@@ -11,7 +11,7 @@ from mhla_gen.bench import benchmark
 from mhla_gen.bench.benchmark import find_crossover
 from mhla_gen.bench.model import bench_model
 from mhla_gen.bench.ops import Case, attention
-from mhla_gen.bench.profiles import unused_time
+from mhla_gen.bench.profiles import kind_of, unused_time
 from mhla_gen.cli import main
 from mhla_gen.config import BenchConfig, ConfigError, load_config
 
@@ -20,6 +20,25 @@ from mhla_gen.config import BenchConfig, ConfigError, load_config
 def briefly(monkeypatch):
     """Times are taken as ever, for a shorter while."""
     monkeypatch.setattr("mhla_gen.bench.measure._CPU_SECONDS", 0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("apply_kernel", "MHLA"),
+        (
+            "void at::native::multi_tensor_apply_kernel<FusedOptimizerTensorListMetadata<4>",
+            "optimizer",
+        ),
+        ("triton_poi_fused_linear_mhla_backward_mul_sigmoid_view_12", "fused elementwise"),
+        ("void cudnn::fusion::compute_dot_do_o<true>(void const*", "softmax attention"),
+        ("nvjet_sm90_tst_192x192_64x4_2x1_v_bz_coopB_bias_TNN", "products"),
+        ("conv_frames_kernel", "depthwise convolution"),
+        ("void at::native::reduce_kernel<128, 4>", "others"),
+    ],
+)
+def test_kernels_are_told_apart_by_their_names(name, kind):
+    assert kind_of(name) == kind
 
 
 def test_operators_are_measured_side_by_side(tmp_path, capsys):

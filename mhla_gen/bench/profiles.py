@@ -12,19 +12,20 @@ _STEPS = 3
 _LISTED = 40
 # By part of a kernel's name; the first that fits.
 _KINDS = (
+    # Their names list all that was fused.
+    ("fused elementwise", r"^triton_"),
     ("communication", r"nccl"),
-    ("softmax attention", r"fmha|flash|cudnn_generated|sdpa|attention_fwd|attention_bwd"),
+    ("optimizer", r"multi_tensor|fused_adam|lerp|foreach|adamw"),
+    ("softmax attention", r"fmha|flash|cudnn_generated|cudnn::fusion|sdpa|attention_[fb]wd"),
     ("exact tiles", r"tile_|prepare_kernel|entries_kernel|list_kernel|read_boxes"),
-    ("depthwise convolution", r"conv_lines|backward_lines|conv_taps|sums_taps|finish_"),
+    ("depthwise convolution", r"conv_lines|backward_lines|conv_frames|conv_taps|sums_|finish_"),
     (
         "MHLA",
         r"summarise_|apply_kernel|coefficients_|mix_kernel|correlate_|backward_queries|backward_keys"
         r"|attend_kernel|linear_mhla|attention_mhla",
     ),
     ("products", r"gemm|nvjet|cutlass|xmma|cublas|splitk|addmm|aten::mm|aten::bmm|scaled_mm"),
-    ("optimizer", r"multi_tensor|fused_adam|lerp|foreach|adamw"),
     ("copies", r"memcpy|memset|copy_kernel|aten::copy_"),
-    ("fused elementwise", r"triton_"),
 )
 
 
@@ -55,7 +56,7 @@ def kernel_times(step: Callable[[], Any], device: torch.device) -> dict[str, Any
             kernels.append(
                 {
                     "name": event.key[:120],
-                    "kind": _kind(event.key),
+                    "kind": kind_of(event.key),
                     "ms": round(microseconds / 1e3 / _STEPS, 4),
                     "calls": round(event.count / _STEPS, 1),
                 }
@@ -67,7 +68,7 @@ def kernel_times(step: Callable[[], Any], device: torch.device) -> dict[str, Any
     unused = {}
     if gpu:
         spans = [
-            (event.time_range.start, event.time_range.end, _kind(event.name) == "communication")
+            (event.time_range.start, event.time_range.end, kind_of(event.name) == "communication")
             for event in profiled.events() or ()
             if event.device_type == DeviceType.CUDA and not event.is_user_annotation
         ]
@@ -124,6 +125,7 @@ def as_table(found: dict[str, Any], lines: int = 15) -> str:
     return "\n".join([*parts, *longest])
 
 
-def _kind(name: str) -> str:
+def kind_of(name: str) -> str:
+    """The kind of a kernel or operator, by its name."""
     found = (kind for kind, names in _KINDS if re.search(names, name, re.IGNORECASE))
     return next(found, "others")

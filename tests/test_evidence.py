@@ -386,10 +386,14 @@ def test_clips_of_moving_images_follow_their_rule(scripts):
         assert np.abs(np.diff(places)).max() <= 2.5 + 1e-9
 
 
-def test_the_page_has_the_tables_of_the_results(scripts):
+@pytest.mark.parametrize(
+    ("name", "results", "tables"),
+    [("arms", "evidence", "mixing_tables"), ("gates", "gates", "loss_tables")],
+)
+def test_the_page_has_the_tables_of_the_results(name, results, tables, scripts):
     report = scripts("evidence_report")
-    folder = ROOT / "docs" / "results" / "evidence"
-    plan = scripts("evidence_plan").Plan()
-    text = report.mixing_tables(plan, report.load_groups(folder, plan), folder)
+    folder = ROOT / "docs" / "results" / results
+    plan = scripts("evidence_plan").Plan(EVIDENCE / f"{name}.yaml")
+    text = getattr(report, tables)(plan, report.load_groups(folder, plan), folder)
     assert text == (folder / "tables.md").read_text()
     assert text in (ROOT / "docs" / "mixing.md").read_text()

@@ -92,9 +92,9 @@ class Plan:
         self._values = _read(self.path)
         self.control: str = self._values["control"]
         """The arm that the others are compared with."""
-        self.tables: Literal["mixing", "exact"] = self._values["tables"]
+        self.tables: Literal["mixing", "exact", "losses"] = self._values["tables"]
         """Subject of the report: mixing matrices, for which the attention of trained models is
-        inspected, or exact pairs."""
+        inspected, exact pairs, or losses alone."""
         self.speed = [self._run(f"{line} 0") for line in self._values.get("speed", ())]
         """What the speed is measured of."""
         self.probe: tuple[str, ...] = tuple(self._values.get("probe", ()))

@@ -22,7 +22,15 @@ from evidence_figures import (
     draw_samples,
 )
 from evidence_plan import PLAN, Plan
-from evidence_table import Group, cost_table, load_groups, quality_table
+from evidence_table import (
+    Group,
+    against_control,
+    cost_table,
+    each,
+    load_groups,
+    markdown,
+    quality_table,
+)
 
 from mhla_gen.files import write_text
 
@@ -43,20 +51,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if probes:
         draw_probe(probes, folder / "probe.png")
     groups = load_groups(folder, plan)
-    make = exact_tables if plan.tables == "exact" else mixing_tables
-    text = make(plan, groups, folder)
+    makers = {"exact": exact_tables, "mixing": mixing_tables, "losses": loss_tables}
+    text = makers[plan.tables](plan, groups, folder)
     write_text(folder / "tables.md", text)
     if options.page:
         replace_tables(options.page, options.plan.stem, text)
     if plan.tables == "exact":
         draw_shares(plan, groups, folder / "shares.png")
-    else:
+    elif plan.tables == "mixing":
         draw_curves(groups, folder / "curves.png")
         draw_layers(groups, folder / "layers.png")
         draw_quality_and_speed(groups, folder / "quality-speed.png")
     for setting in dict.fromkeys(group.setting for group in groups):
         same = [group for group in groups if group.setting == setting]
-        draw_samples(same, folder, folder / f"samples-{setting}.png")
+        if plan.tables != "losses":
+            draw_samples(same, folder, folder / f"samples-{setting}.png")
     print(text)
 
 
@@ -80,6 +89,28 @@ def mixing_tables(plan: Plan, groups: Sequence[Group], folder: Path) -> str:
         f"Real images: two halves are {real['frechet_halves']:.1f} apart in Fréchet distance; of "
         f"those held out the classifier recognises {real['recognised_held_out']:.1%}."
     )
+    return "\n\n".join(parts) + "\n"
+
+
+def loss_tables(plan: Plan, groups: Sequence[Group], _: Path) -> str:
+    """Held-out losses alone, of every seed and against the control's."""
+    parts = []
+    for setting in dict.fromkeys(group.setting for group in groups):
+        same = [group for group in groups if group.setting == setting]
+        first = same[0].results[0]
+        rows = [
+            [
+                group.title,
+                each(group.values("held_out", "mean"), ".5f"),
+                against_control(group, same, plan.control),
+            ]
+            for group in same
+        ]
+        parts += [
+            f"**{first['tokens']} tokens**: {first['steps']} steps of {first['batch_size']} images "
+            f"on one {first['machine']['device']}.",
+            markdown(("arm", "held-out loss", "against control"), rows),
+        ]
     return "\n\n".join(parts) + "\n"
 
 

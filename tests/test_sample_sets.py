@@ -20,6 +20,7 @@ from mhla_gen.cli import main
 from mhla_gen.config import ConfigError, SampleConfig, load_config, save_config
 from mhla_gen.errors import UserError
 from mhla_gen.evaluation import load_images
+from mhla_gen.evaluation.errors import EvaluationError
 from mhla_gen.pipelines.classes import class_numbers
 from mhla_gen.pipelines.noise import sample_seed
 from mhla_gen.sampling import class_labels, generate, sample
@@ -71,6 +72,8 @@ def test_a_set_is_the_same_for_any_batch_and_any_starts(model, count, request, t
         interrupt(config, after=1)
         assert not (tmp_path / "parts" / "samples.npz").exists()
         assert len(list((tmp_path / "parts" / ".work" / "done").iterdir())) == start + 1
+        with pytest.raises(EvaluationError, match=r"unfinished .* sample .*config\.yaml"):
+            load_images(tmp_path / "parts")
     sample(set_of(tmp_path / "parts", saved, batch_size=23, **options))
     assert bytes_of(tmp_path / "parts") == bytes_of(tmp_path / "one")
     assert not (tmp_path / "parts" / ".work").exists()

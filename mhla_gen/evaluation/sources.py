@@ -22,6 +22,7 @@ from mhla_gen.media.pictures import (
     UnreadableImageError,
     crop_array,
 )
+from mhla_gen.outputs.folders import CONFIG_NAME, WORK_NAME
 from mhla_gen.runtime.processes import tell
 
 SAMPLES_NAME = "samples.npz"
@@ -92,6 +93,10 @@ def load_images(
             raise EvaluationError("expected at least one path to images, found none")
         return parts[0] if len(parts) == 1 else JoinedSource(parts)
     path = Path(path)
+    if (path / WORK_NAME).is_dir() and not (path / MANIFEST_NAME).is_file():
+        raise EvaluationError(
+            f"{path} is an unfinished sample set; finish it: mhla-gen sample {path / CONFIG_NAME}"
+        )
     if (path / SAMPLES_NAME).is_file():
         return ArraySource(path / SAMPLES_NAME, size, clip)
     if (path / MANIFEST_NAME).is_file():

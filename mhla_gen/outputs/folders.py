@@ -15,6 +15,8 @@ from mhla_gen.files import is_temporary
 
 CONFIG_NAME = "config.yaml"
 LOCK_NAME = ".lock"
+WORK_NAME = ".work"
+"""Folder inside an unfinished sample set, which may have some of its samples already."""
 
 _DIGEST = re.compile(r"[0-9a-f]{32,64}")
 

@@ -12,8 +12,7 @@ import numpy as np
 from mhla_gen.errors import UserError
 from mhla_gen.files import write_json, written_whole
 from mhla_gen.files.saved import DamagedFileError, read_array, read_json
-
-WORK_NAME = ".work"
+from mhla_gen.outputs.folders import WORK_NAME
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -127,8 +128,8 @@ def sweep(batch, grid, channels) -> Iterator[dict]:
 
 def timed(tile, programs, function) -> dict:
     """A row of the sweep."""
-    row = dict(zip(("tokens", "channels", "warps", "lines"), tile, strict=True))
-    row["programs"] = programs
+    names = "tokens", "channels", "warps", "lines", "programs"
+    row: dict[str, Any] = dict(zip(names, (*tile, programs), strict=True))
     try:
         row["ms"] = kernel_ms(function)
     except Exception as error:

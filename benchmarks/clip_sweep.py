@@ -31,23 +31,20 @@ FORMS: dict[str, list[tuple[dict[str, int], dict[str, int]]]] = {
     "conv": [
         ({"_FRAMES": 3, "_COLUMNS": 4}, {}),
         ({"_FRAMES": 3, "_COLUMNS": 4}, {"maxnreg": 168}),
-        ({"_FRAMES": 3, "_COLUMNS": 4, "_ENOUGH_WARPS": 8192}, {}),
+        ({"_FRAMES": 3, "_COLUMNS": 4}, {"maxnreg": 128}),
+        ({"_FRAMES": 3, "_COLUMNS": 4, "_ENOUGH_WARPS": 8192}, {"maxnreg": 168}),
         ({"_FRAMES": 2, "_COLUMNS": 4}, {}),
         ({"_FRAMES": 2, "_COLUMNS": 4}, {"maxnreg": 128}),
         ({"_FRAMES": 3, "_COLUMNS": 8}, {"num_warps": 2}),
+        ({"_FRAMES": 3, "_COLUMNS": 16}, {"num_warps": 4, "maxnreg": 168}),
         ({"_FRAMES": 1, "_COLUMNS": 8}, {}),
-        ({"_FRAMES": 1, "_COLUMNS": 4}, {}),
     ],
     "read": [
-        ({"_HEADS": 1}, {}),
-        ({"_HEADS": 1}, {"BT": 32}),
-        *[
-            ({"_HEADS": heads}, {"STAGES": stages})
-            for heads, stages in ((4, 2), (4, 1), (4, 3), (2, 2), (6, 2), (12, 2), (12, 3))
-        ],
-        ({"_HEADS": 4}, {"STAGES": 2, "num_warps": 4}),
-        ({"_HEADS": 12}, {"STAGES": 2, "num_warps": 4}),
-    ],
+        ({"_HEADS": heads}, {"BT": rows, "num_warps": warps})
+        for heads in (1, 4, 12)
+        for rows, warps in ((64, 4), (32, 4), (64, 8))
+    ]
+    + [({"_HEADS": 2}, {"BT": 64, "num_warps": 4}), ({"_HEADS": 4}, {"BT": 16, "num_warps": 4})],
 }
 Job = tuple[str, dict[str, int], dict[str, int]]
 

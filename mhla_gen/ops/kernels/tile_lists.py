@@ -36,7 +36,6 @@ def read_boxes_kernel(
     BD: tl.constexpr,
     BT: tl.constexpr,
     HEADS: tl.constexpr,
-    STAGES: tl.constexpr,
     SLOTS: tl.constexpr,
     RANK: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -50,7 +49,7 @@ def read_boxes_kernel(
     `STORE` says where to: "raster" to the tokens' own places, "pack" to `SLOTS` consecutive rows
     a box, zeros where it has fewer tokens, or "nowhere". `MEAN` keeps its mean, `LENGTHS` squared
     lengths: the largest one of its tokens ("longest"), those of its `SLOTS` rows ("each"), or
-    "none". Heads share what a box of up to `BT` slots needs: places and angles.
+    "none". Heads share their angles, which stay in cache.
     """
     parts = num_heads // HEADS
     first_head = tl.program_id(0) % parts * HEADS
@@ -62,27 +61,22 @@ def read_boxes_kernel(
         )
     else:
         first_t, first_h, first_w, size_t, size_h, size_w = group_box(index, box, groups, RANK)
-    whole: tl.constexpr = SLOTS <= BT
-    if whole:
-        slots, valid, tokens, cos, sin = _box_rows(
-            0, first_t, first_h, first_w, size_t, size_h, size_w, cos_ptr, sin_ptr, box,
-            D, BD, BT, RANK, ROTARY,
-        )  # fmt: skip
-    for beside in tl.range(HEADS, num_stages=STAGES):
+    for beside in range(HEADS):
         head = first_head + beside
         head_ptr = x_ptr + head_offset(strides, batch, head, ALIGN)
         row = (batch * num_heads + head) * num_boxes + index
         total = tl.zeros((BD,), tl.float32)
         longest = 0.0
         for start in range(0, SLOTS, BT):
-            if not whole:
-                slots, valid, tokens, cos, sin = _box_rows(
-                    start, first_t, first_h, first_w, size_t, size_h, size_w, cos_ptr, sin_ptr, box,
-                    D, BD, BT, RANK, ROTARY,
-                )  # fmt: skip
+            slots = start + tl.arange(0, BT)
+            valid = slots < size_t * size_h * size_w
+            tokens = box_tokens(
+                slots, first_t, first_h, first_w, size_h, size_w, box[1], box[2], RANK
+            )
             x, _x = load_pieces(head_ptr, tokens, valid, strides, D, BD, 0, ALIGN)
             x = x.to(tl.float32)
             if ROTARY:
+                cos, sin = load_angles(cos_ptr, sin_ptr, tokens, valid, D, 0, BD)
                 x = rotate(x, cos, sin)
             if MEAN:
                 total += tl.sum(x, axis=0)
@@ -104,21 +98,6 @@ def read_boxes_kernel(
             channels = tl.arange(0, BD)
             mean = total / (size_t * size_h * size_w)
             tl.store(means_ptr + row * D + channels, mean, mask=channels < D)
-
-
-@triton.jit
-def _box_rows(
-    start, first_t, first_h, first_w, size_t, size_h, size_w, cos_ptr, sin_ptr, box,
-    D: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr, RANK: tl.constexpr, ROTARY: tl.constexpr,
-):  # fmt: skip
-    """Slots of a box from `start` on, which exist, their tokens, and angles (zeros without)."""
-    slots = start + tl.arange(0, BT)
-    valid = slots < size_t * size_h * size_w
-    tokens = box_tokens(slots, first_t, first_h, first_w, size_h, size_w, box[1], box[2], RANK)
-    cos, sin = 0.0, 0.0
-    if ROTARY:
-        cos, sin = load_angles(cos_ptr, sin_ptr, tokens, valid, D, 0, BD)
-    return slots, valid, tokens, cos, sin
 
 
 @triton.jit

@@ -10,7 +10,7 @@ from mhla_gen.ops.kernels.launch import alignment, padded
 from mhla_gen.ops.kernels.tile_call import TileCall, three_axes
 from mhla_gen.ops.kernels.tile_lists import read_boxes_kernel
 
-# Most heads that a program rotates by the same angles, the next one loaded meanwhile.
+# Most heads that a program rotates by the same angles.
 _HEADS = 4
 
 
@@ -103,10 +103,9 @@ def read_boxes(
     """
     num_boxes = call.placed.num_tiles if groups is None else call.placed.num_groups
     strides = x.stride(), rotated.stride() if store == "raster" else x.stride()
-    dim = padded(x.shape[3])
-    rows, heads = min(padded(slots), 64), 1
-    if rotary and call.cos is not None and slots <= 128 and dim <= 128:
-        rows, heads = padded(slots), math.gcd(x.shape[2], _HEADS)
+    rows = min(padded(slots), 64)
+    # Angles of 64 tokens take as many bytes as these tokens in two heads.
+    heads = math.gcd(x.shape[2], _HEADS) if rotary and call.cos is not None else 1
     launch(
         read_boxes_kernel,
         (num_boxes * call.batch_heads // heads,),
@@ -114,10 +113,9 @@ def read_boxes(
         (*strides, call.box, groups, num_boxes, x.shape[2]),
         {
             "D": x.shape[3],
-            "BD": dim,
+            "BD": padded(x.shape[3]),
             "BT": rows,
             "HEADS": heads,
-            "STAGES": min(heads, 2),
             "SLOTS": slots,
             "RANK": call.rank,
             "ALIGN": alignment(*strides),
@@ -125,7 +123,6 @@ def read_boxes(
             "STORE": store,
             "MEAN": means is not None,
             "LENGTHS": "none" if lengths is None else "longest" if lengths.ndim == 2 else "each",
-            # With several heads, threads hold angles, too.
-            "num_warps": (4 if rows > 16 else 2) if heads == 1 else max(2, rows // 8),
+            "num_warps": 4 if rows > 16 else 2,
         },
     )

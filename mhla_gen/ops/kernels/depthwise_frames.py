@@ -10,7 +10,7 @@ read again at every line, for all frames.
 import triton
 import triton.language as tl
 
-from mhla_gen.ops.kernels.depthwise_output import finish, float32, read_after
+from mhla_gen.ops.kernels.depthwise_output import finish, float32
 
 
 @triton.jit
@@ -58,18 +58,6 @@ def conv_frames_kernel(
     for _ in tl.static_range(F * KH):
         totals += (tl.zeros((BT, BC), tl.float32),)
     for line in range(first - PH, last + PH):
-        done = line - PH
-        # Asked for before the sums are computed, because it takes as long to arrive.
-        afters = ()
-        for index in tl.static_range(F):
-            rows = (((frame + index) * H + done) * W + here).to(tl.int64)
-            valid = (done >= first) & (frame + index < T) & (here < W)
-            after = read_after(
-                added_ptr, beside_ptr, shares_ptr, logits_ptr, rows, valid, channels, held,
-                added_token, beside_token, shares_token, logits_token, HEADS, ADDS, BLENDS, GATE,
-                HEAD_DIM, SPAN,
-            )  # fmt: skip
-            afters += (after,)
         x_line = x_ptr + ((frame * H + line) * W + here).to(tl.int64) * x_token + channels
         for kw in tl.static_range(KW):
             columns = here + (kw - KW // 2)
@@ -92,13 +80,15 @@ def conv_frames_kernel(
                     x, factor = xs[index // KH + kt], factors[KH - 1 - index % KH]
                     added += (totals[index] + x * factor,)
                 totals = added
+        done = line - PH
         moved = ()
         for index in tl.static_range(F):
-            rows = (((frame + index) * H + done) * W + here).to(tl.int64)
             valid = (done >= first) & (frame + index < T) & (here < W)
             finish(
-                totals[index * KH] + bias, afters[index], out_ptr, kept_ptr, rows, valid, channels,
-                held, C, ADDS, BLENDS, GATE, HEAD_DIM, SPAN, KEEPS,
+                totals[index * KH] + bias, out_ptr, kept_ptr, added_ptr, beside_ptr, shares_ptr,
+                logits_ptr, (((frame + index) * H + done) * W + here).to(tl.int64), valid, channels,
+                held, added_token, beside_token, shares_token, logits_token, C, HEADS, ADDS, BLENDS,
+                GATE, HEAD_DIM, SPAN, KEEPS,
             )  # fmt: skip
             for j in tl.static_range(1, KH):
                 moved += (totals[index * KH + j],)

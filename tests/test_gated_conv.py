@@ -28,7 +28,7 @@ def make_inputs(case, gate, dtype, blend=False):
     grid, sizes, heads, head_dim = case
     channels, tokens = heads * head_dim, math.prod(grid)
     # Views of one product, as in a model.
-    joined = torch.randn(2, tokens, 2 * channels + 16, device=DEVICE, dtype=dtype)
+    joined = torch.randn(2, tokens, 2 * channels + 32, device=DEVICE, dtype=dtype)
     value = joined[..., channels : 2 * channels]
     logits = {
         "none": None,
@@ -41,7 +41,7 @@ def make_inputs(case, gate, dtype, blend=False):
     given = [added, value, weight, bias, *([] if logits is None else [logits])]
     if blend:
         beside = torch.randn(2, tokens, 3 * channels, device=DEVICE, dtype=dtype)
-        shares = joined[..., 2 * channels + 3 : 2 * channels + 3 + heads]
+        shares = joined[..., 2 * channels + 16 : 2 * channels + 16 + heads]
         given += [beside[..., channels : 2 * channels], shares]
     return [x.detach().requires_grad_() for x in given]
 

@@ -35,7 +35,6 @@ def read_boxes_kernel(
     D: tl.constexpr,
     BD: tl.constexpr,
     BT: tl.constexpr,
-    HEADS: tl.constexpr,
     SLOTS: tl.constexpr,
     RANK: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -44,60 +43,56 @@ def read_boxes_kernel(
     MEAN: tl.constexpr,
     LENGTHS: tl.constexpr,
 ):
-    """Read one tile (or group, where `groups` is given) of `HEADS` heads, rotated.
+    """Read one tile (or group, where `groups` is given) of one head, rotated.
 
     `STORE` says where to: "raster" to the tokens' own places, "pack" to `SLOTS` consecutive rows
     a box, zeros where it has fewer tokens, or "nowhere". `MEAN` keeps its mean, `LENGTHS` squared
     lengths: the largest one of its tokens ("longest"), those of its `SLOTS` rows ("each"), or
-    "none". Heads share their angles, which stay in cache.
+    "none".
     """
-    parts = num_heads // HEADS
-    first_head = tl.program_id(0) % parts * HEADS
-    index = tl.program_id(0) // parts % num_boxes
-    batch = (tl.program_id(0) // parts // num_boxes).to(tl.int64)
+    head = tl.program_id(0) % num_heads
+    index = tl.program_id(0) // num_heads % num_boxes
+    batch = (tl.program_id(0) // num_heads // num_boxes).to(tl.int64)
     if groups is None:
         first_t, first_h, first_w, size_t, size_h, size_w = block_box(
             index, box[0], box[1], box[2], box[3], box[4], box[5], RANK
         )
     else:
         first_t, first_h, first_w, size_t, size_h, size_w = group_box(index, box, groups, RANK)
-    for beside in range(HEADS):
-        head = first_head + beside
-        head_ptr = x_ptr + head_offset(strides, batch, head, ALIGN)
-        row = (batch * num_heads + head) * num_boxes + index
-        total = tl.zeros((BD,), tl.float32)
-        longest = 0.0
-        for start in range(0, SLOTS, BT):
-            slots = start + tl.arange(0, BT)
-            valid = slots < size_t * size_h * size_w
-            tokens = box_tokens(
-                slots, first_t, first_h, first_w, size_h, size_w, box[1], box[2], RANK
-            )
-            x, _x = load_pieces(head_ptr, tokens, valid, strides, D, BD, 0, ALIGN)
-            x = x.to(tl.float32)
-            if ROTARY:
-                cos, sin = load_angles(cos_ptr, sin_ptr, tokens, valid, D, 0, BD)
-                x = rotate(x, cos, sin)
-            if MEAN:
-                total += tl.sum(x, axis=0)
-            if LENGTHS == "longest":
-                longest = tl.maximum(longest, tl.max(tl.sum(x * x, axis=1)))
-            elif LENGTHS == "each":
-                place = lengths_ptr + row * SLOTS + slots
-                tl.store(place, tl.sum(x * x, axis=1), mask=slots < SLOTS)
-            if STORE == "raster":
-                place = rotated_ptr + head_offset(rotated_strides, batch, head, ALIGN)
-                store_pieces(place, x, x, tokens, valid, rotated_strides, D, BD, 0, ALIGN)
-            elif STORE == "pack":
-                rows, exists = row * SLOTS + slots, slots < SLOTS
-                align: tl.constexpr = 16 if D % 16 == 0 else 1
-                store_pieces(rotated_ptr, x, x, rows, exists, (0, D, 0, 1), D, BD, 0, align)
-        if LENGTHS == "longest":
-            tl.store(lengths_ptr + row, longest)
+    x_ptr += head_offset(strides, batch, head, ALIGN)
+    row = (batch * num_heads + head) * num_boxes + index
+    total = tl.zeros((BD,), tl.float32)
+    longest = 0.0
+    for start in range(0, SLOTS, BT):
+        slots = start + tl.arange(0, BT)
+        valid = slots < size_t * size_h * size_w
+        tokens = box_tokens(slots, first_t, first_h, first_w, size_h, size_w, box[1], box[2], RANK)
+        x, _x = load_pieces(x_ptr, tokens, valid, strides, D, BD, 0, ALIGN)
+        x = x.to(tl.float32)
+        if ROTARY:
+            cos, sin = load_angles(cos_ptr, sin_ptr, tokens, valid, D, 0, BD)
+            x = rotate(x, cos, sin)
         if MEAN:
-            channels = tl.arange(0, BD)
-            mean = total / (size_t * size_h * size_w)
-            tl.store(means_ptr + row * D + channels, mean, mask=channels < D)
+            total += tl.sum(x, axis=0)
+        if LENGTHS == "longest":
+            longest = tl.maximum(longest, tl.max(tl.sum(x * x, axis=1)))
+        elif LENGTHS == "each":
+            place = lengths_ptr + row * SLOTS + slots
+            tl.store(place, tl.sum(x * x, axis=1), mask=slots < SLOTS)
+        if STORE == "raster":
+            place = rotated_ptr + head_offset(rotated_strides, batch, head, ALIGN)
+            store_pieces(place, x, x, tokens, valid, rotated_strides, D, BD, 0, ALIGN)
+        elif STORE == "pack":
+            rows, exists = row * SLOTS + slots, slots < SLOTS
+            store_pieces(
+                rotated_ptr, x, x, rows, exists, (0, D, 0, 1), D, BD, 0, 16 if D % 16 == 0 else 1
+            )
+    if LENGTHS == "longest":
+        tl.store(lengths_ptr + row, longest)
+    if MEAN:
+        channels = tl.arange(0, BD)
+        mean = total / (size_t * size_h * size_w)
+        tl.store(means_ptr + row * D + channels, mean, mask=channels < D)
 
 
 @triton.jit

@@ -1,7 +1,5 @@
 """What tile attention reads first: rotated or packed tokens, their means and largest lengths."""
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -9,9 +7,6 @@ from mhla_gen.ops.kernels.compiled import launch
 from mhla_gen.ops.kernels.launch import alignment, padded
 from mhla_gen.ops.kernels.tile_call import TileCall, three_axes
 from mhla_gen.ops.kernels.tile_lists import read_boxes_kernel
-
-# Most heads that a program rotates by the same angles.
-_HEADS = 4
 
 
 def read_tiles(
@@ -104,18 +99,15 @@ def read_boxes(
     num_boxes = call.placed.num_tiles if groups is None else call.placed.num_groups
     strides = x.stride(), rotated.stride() if store == "raster" else x.stride()
     rows = min(padded(slots), 64)
-    # Angles of 64 tokens take as many bytes as these tokens in two heads.
-    heads = math.gcd(x.shape[2], _HEADS) if rotary and call.cos is not None else 1
     launch(
         read_boxes_kernel,
-        (num_boxes * call.batch_heads // heads,),
+        (num_boxes * call.batch_heads,),
         (x, call.cos, call.sin, rotated, means, lengths),
         (*strides, call.box, groups, num_boxes, x.shape[2]),
         {
             "D": x.shape[3],
             "BD": padded(x.shape[3]),
             "BT": rows,
-            "HEADS": heads,
             "SLOTS": slots,
             "RANK": call.rank,
             "ALIGN": alignment(*strides),

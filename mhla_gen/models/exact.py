@@ -273,8 +273,9 @@ class DenominatorCombination(Combination):
         """Reset b to its initial value."""
         self.bias.fill_(_logit(self.start))
 
-    def logits(self, log_sum_exp: Tensor, log_denominator: Tensor, **_: Any) -> Tensor:
+    def logits(self, **weighed_by: Any) -> Tensor:
         """See `Combination`."""
+        log_sum_exp, log_denominator = weighed_by["log_sum_exp"], weighed_by["log_denominator"]
         return log_sum_exp.transpose(1, 2) - log_denominator + self.bias.float()
 
 

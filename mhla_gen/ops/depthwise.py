@@ -108,9 +108,10 @@ def gated_conv(
         return out if logits is None else times_silu(out, logits, num_heads)
     from mhla_gen.ops.kernels.gated_conv import gated_conv_tokens
 
-    parts = (added, None, None)
+    beside = shares = None
     if isinstance(added, Blend):
-        parts = added.first.flatten(2), added.second.flatten(2), added.logits
+        added, beside, shares = added.first.flatten(2), added.second.flatten(2), added.logits
+    parts = added, beside, shares
     given = (*parts, tokens, weight, logits)
     keeps = logits is not None and torch.is_grad_enabled()
     keeps = keeps and any(x is not None and x.requires_grad for x in given)

@@ -17,7 +17,10 @@ _KINDS = (
     ("communication", r"nccl"),
     ("optimizer", r"multi_tensor|fused_adam|lerp|foreach|adamw"),
     ("softmax attention", r"fmha|flash|cudnn_generated|cudnn::fusion|sdpa|attention_[fb]wd"),
-    ("exact tiles", r"tile_|prepare_kernel|entries_kernel|list_kernel|read_boxes"),
+    (
+        "exact tiles",
+        r"tile_|read_boxes|(prepare|entries|products|list|reads|owners)_kernel",
+    ),
     ("depthwise convolution", r"conv_lines|backward_lines|conv_frames|conv_taps|sums_|finish_"),
     (
         "MHLA",

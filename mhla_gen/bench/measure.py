@@ -22,7 +22,7 @@ _CPU_SECONDS = 0.3
 _LONG_MS = 50
 
 
-def kernels_of(method: str, device: torch.device) -> AbstractContextManager[None]:
+def kernels_of(method: str, device: torch.device) -> AbstractContextManager[Any]:
     """Let softmax attention run on the kernels that a method names alone, inside.
 
     Raises:

@@ -31,7 +31,7 @@ from mhla_gen.outputs.folders import CONFIG_NAME, check_writable, made_with
 
 # The pipelines of classes; all others take prompts.
 _OF_CLASSES = ("ClassConditionalPipeline", "DiTPipeline")
-_Checks = Iterator[Callable[[], None]]
+_Checks = Iterator[Callable[[], Any]]
 
 
 def check_early(config: Any) -> None:

@@ -54,7 +54,8 @@ def open_images(config: DataConfig) -> ArrayImages | EncodedImages:
     elif config.source == "huggingface":
         store = saved_dataset(config)
     else:
-        raise UserError(f"data.source={config.source} does not contain images in pixels")
+        cached = "; run `mhla-gen cache` to train on clips" if config.source == "clips" else ""
+        raise UserError(f"data.source={config.source} does not contain images in pixels{cached}")
     assert config.image_size is not None
     return EncodedImages(store, config.image_size, config.failed_reads)
 

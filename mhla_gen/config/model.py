@@ -78,7 +78,8 @@ class ModelConfig(Settings, prefix="model."):
                 )
         if self.new_classes and self.pretrained is None:
             raise UserError(
-                "model.new_classes needs model.pretrained; a new model has the classes of the data"
+                "model.new_classes needs model.pretrained: a new model has the classes of the "
+                "data, and a teacher has to know them before it teaches"
             )
         if self.trainable == "mhla" and self.attention == "softmax":
             raise UserError("model.trainable=mhla trains nothing with model.attention=softmax")

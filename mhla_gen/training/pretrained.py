@@ -133,7 +133,11 @@ def pretrained_dit(
         "in_channels": (sample_shape[0], "the channels of the data"),
         "sample_size": (sample_shape[-1], "the side of the data"),
         "out_channels": (out_channels, "the channels that the objective needs"),
-        "num_embeds_ada_norm": (num_classes, "the classes of the data; see model.new_classes"),
+        "num_embeds_ada_norm": (
+            num_classes,
+            "the classes of the data: train it with model.new_classes=true (a teacher beforehand, "
+            "with model.attention=softmax)",
+        ),
     }
     sizes = {**found, "out_channels": found.out_channels or found.in_channels}
     wrong = [

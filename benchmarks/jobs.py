@@ -109,6 +109,8 @@ class _Running:
         environment |= dict(variable.split("=", 1) for variable in job.variables)
         if not torch.cuda.is_available():
             environment |= {"ACCELERATE_USE_CPU": "true"}
+        # Of an earlier job of this name: this one may fail before it writes.
+        self._out.unlink(missing_ok=True)
         self._began, self._limit, self._hung = time.perf_counter(), limit, False
         with self._log.open("w") as log:
             self._process = subprocess.Popen(

@@ -96,6 +96,9 @@ def test_jobs_give_their_rows_and_say_why_they_failed(jobs, tmp_path):
     assert row["argv"] == [*kept["argv"][:2], row["argv"][2]]
     assert row["argv"][:2] == ["said", "--locks"] and row["argv"][2].endswith(".lock")
     assert error["error"] == "ValueError: too small"
+    # Rows of an earlier try are not those of one that measures nothing.
+    again = run(module, [make("bad", "raise ValueError('too large')\n")], tmp_path)
+    assert [row.get("error") for row in again["bad"]] == ["ValueError: too large"]
 
 
 def test_a_job_that_hangs_is_ended_and_the_next_one_runs(jobs, tmp_path):

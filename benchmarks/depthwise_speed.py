@@ -4,7 +4,8 @@ python benchmarks/depthwise_speed.py OUT.json [--sweep]        needs CUDA
 
 `gated` is convolution, sum and gate in one pass (`gated_conv`); `apart` is the same compiled by
 torch, with only the convolution as our kernel. --sweep times the line kernels with other tiles,
-numbers of warps and lines in flight, to choose `_TOKENS`, `_CHANNELS`, `_WARPS` and `_STAGES`.
+numbers of warps and lines in flight, to choose `_TOKENS`, `_CHANNELS`, `_WARPS`, `_STAGES` and
+`_BACKWARD`.
 """
 
 import argparse
@@ -115,15 +116,17 @@ def sweep(batch, grid, channels) -> Iterator[dict]:
 
     names = "_TOKENS", "_CHANNELS", "_WARPS", "_STAGES", "_BACKWARD", "_ENOUGH_PROGRAMS"
     kept = {name: getattr(kernels, name) for name in names}
-    for programs, tile in product(PROGRAMS, BACKWARD):
-        kernels._ENOUGH_PROGRAMS, kernels._BACKWARD = programs, tile
-        yield {"kernel": "backward", **timed(tile, programs, backward)}
-    for programs, tile in product(PROGRAMS, FORWARD):
-        kernels._ENOUGH_PROGRAMS = programs
-        kernels._TOKENS, kernels._CHANNELS, kernels._WARPS, kernels._STAGES = tile
-        yield {"kernel": "forward", **timed(tile, programs, forward)}
-    for name, value in kept.items():
-        setattr(kernels, name, value)
+    try:
+        for programs, tile in product(PROGRAMS, BACKWARD):
+            kernels._ENOUGH_PROGRAMS, kernels._BACKWARD = programs, tile
+            yield {"kernel": "backward", **timed(tile, programs, backward)}
+        for programs, tile in product(PROGRAMS, FORWARD):
+            kernels._ENOUGH_PROGRAMS = programs
+            kernels._TOKENS, kernels._CHANNELS, kernels._WARPS, kernels._STAGES = tile
+            yield {"kernel": "forward", **timed(tile, programs, forward)}
+    finally:
+        for name, value in kept.items():
+            setattr(kernels, name, value)
 
 
 def timed(tile, programs, function) -> dict:

@@ -52,10 +52,11 @@ def measure(sizes: Sequence[float], device: torch.device) -> list[Row]:
             median_seconds(call, 3)
             seconds = median_seconds(call, 10)
             rate = megabytes / 1e3 / seconds
-            rows.append({"collective": name, "megabytes": megabytes, "ms": 1e3 * seconds})
-            rows[-1] |= {"gb_per_s": rate, "sent_gb_per_s": rate * sent}
+            row = {"collective": name, "megabytes": megabytes, "ms": 1e3 * seconds}
+            row |= {"gb_per_s": rate, "sent_gb_per_s": rate * sent}
+            rows.append(row)
             if dist.get_rank() == 0:
-                print(json.dumps(rows[-1]), flush=True)
+                print(json.dumps(row), flush=True)
     return rows
 
 

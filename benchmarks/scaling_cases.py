@@ -30,11 +30,8 @@ class Case:
     @property
     def name(self) -> str:
         """For a table, in which the kind of attention has its own column."""
-        return (
-            TITLES[self.part].format(pixels=self.pixels)
-            + ", " * bool(self.variable)
-            + self.variable
-        )
+        title = TITLES[self.part].format(pixels=self.pixels)
+        return f"{title}, {self.variable}" if self.variable else title
 
     def job(self, gpus: int, options: argparse.Namespace) -> Job:
         """The benchmark that measures it."""
@@ -78,19 +75,15 @@ def sequence(case: Case, gpus: int, options: argparse.Namespace) -> tuple[str, l
     """
     grid = "3x8x10" if options.tiny else "21x45x80"
     arguments = ["--grids", grid, "--train", grid, "--methods", case.attention]
-    return (
-        "context_parallel.py",
-        arguments + (["--layers=1"] if options.tiny else ["--compile"]),
-        45,
-    )
+    arguments += ["--layers=1"] if options.tiny else ["--compile"]
+    return "context_parallel.py", arguments, 45
 
 
 def work(case: Case, gpus: int, options: argparse.Namespace) -> tuple[str, list[str], float]:
     """Samples or features computed by all GPUs."""
-    count = (
-        ["--tiny", "--count=12", "--batch-size=3"] if options.tiny else [f"--count={options.count}"]
-    )
-    arguments = [case.part, "--folder", str(options.folder), *count]
+    arguments = [case.part, "--folder", str(options.folder)]
+    small = ["--tiny", "--count=12", "--batch-size=3"]
+    arguments += small if options.tiny else [f"--count={options.count}"]
     arguments += ["--attention", case.attention] if case.attention else []
     return "scaling_work.py", arguments, 12
 

@@ -113,6 +113,12 @@ def test_a_run_on_clips_of_ten_sizes_samples_and_resumes(forms, tmp_path):
     assert (tmp_path / "run" / "pipeline").is_dir()
 
 
+def test_a_model_that_is_not_compiled_leaves_torchs_settings_alone():
+    with torch._dynamo.config.patch(optimize_ddp="python_reducer"):
+        compile_model(tiny_dit(num_layers=1), "none")
+        assert torch._dynamo.config.optimize_ddp == "python_reducer"
+
+
 @pytest.mark.parametrize("how", ["regional", "whole"])
 def test_buckets_of_gradients_cut_a_whole_model_but_no_block(how, forms, monkeypatch):
     monkeypatch.setattr(dist, "_DEFAULT_FIRST_BUCKET_BYTES", 1000)

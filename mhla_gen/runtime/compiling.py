@@ -41,6 +41,8 @@ def compile_model(model: nn.Module, how: str) -> None:
         model: A transformer.
         how: none; regional, each of its blocks, which compile once for all; or whole.
     """
+    if how == "none":
+        return
     # DistributedDataParallel has torch cut what it compiles where a bucket of gradients is full, so
     # that they travel while the rest is computed. Blocks are small enough: cut, they take longer to
     # compile and to compute.
@@ -48,7 +50,7 @@ def compile_model(model: nn.Module, how: str) -> None:
     if how == "whole":
         join_gelu(model)
         model.compile(**_limit_forms())
-    elif how == "regional":
+    else:
         compile_blocks(model)
 
 

@@ -128,7 +128,7 @@ def _prompts(config: SampleConfig) -> None:
     """Raise if a pipeline here takes prompts, and there are none."""
     from mhla_gen.sampling.prompts import missing_prompts
 
-    place = find(config.pipeline, newest=True) if Path(config.pipeline).exists() else None
+    place = find(config.pipeline, newest=True) if Path(config.pipeline).is_dir() else None
     index = None if place is None else Path(place) / INDEX_NAME
     if index is not None and index.is_file():
         name = _class_in(index)

@@ -1,12 +1,15 @@
 """`mhla-gen bench` on a CPU: rows, files, and where MHLA overtakes softmax."""
 
 import json
+import re
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
 from tape import Tape, stand_in
 
+from mhla_gen import ops
 from mhla_gen.bench import benchmark
 from mhla_gen.bench.benchmark import find_crossover
 from mhla_gen.bench.model import bench_model
@@ -39,6 +42,14 @@ def briefly(monkeypatch):
 )
 def test_kernels_are_told_apart_by_their_names(name, kind):
     assert kind_of(name) == kind
+
+
+def test_each_of_our_kernels_has_a_kind():
+    for path in (Path(ops.__file__).parent / "kernels").glob("*.py"):
+        prefix = path.stem.partition("_")[0]
+        kind = {"tile": "exact tiles", "depthwise": "depthwise convolution"}.get(prefix, "MHLA")
+        for name in re.findall(r"def (\w+_kernel)\(", path.read_text()):
+            assert kind_of(name) == kind, name
 
 
 def test_operators_are_measured_side_by_side(tmp_path, capsys):

@@ -21,11 +21,11 @@ _KINDS = (
         "exact tiles",
         r"tile_|read_boxes|(prepare|entries|products|list|reads|owners)_kernel",
     ),
-    ("depthwise convolution", r"conv_lines|backward_lines|conv_frames|conv_taps|sums_|finish_"),
+    ("depthwise convolution", r"conv_lines|backward_lines|conv_frames|conv_taps|sums_"),
     (
         "MHLA",
         r"summarise_|apply_kernel|coefficients_|mix_kernel|correlate_|backward_queries|backward_keys"
-        r"|attend_kernel|linear_mhla|attention_mhla",
+        r"|attend_kernel|causal_step|linear_mhla|attention_mhla",
     ),
     ("products", r"gemm|nvjet|cutlass|xmma|cublas|splitk|addmm|aten::mm|aten::bmm|scaled_mm"),
     ("copies", r"memcpy|memset|copy_kernel|aten::copy_"),

@@ -346,3 +346,11 @@ def test_scores_bounded_by_lengths(poisoned, monkeypatch, far):
         max(errors(outputs_and_gradients(tensors, options, "fused", torch.float32), expected))
         < 1e-5
     )
+
+
+def test_products_of_means_take_any_number_of_heads(monkeypatch):
+    # CUDA launches so many programs along an axis.
+    monkeypatch.setattr(tile_form, "_MOST_PROGRAMS", 2)
+    queries, keys = torch.randn(5, 3, 20, device=DEVICE), torch.randn(5, 70, 20, device=DEVICE)
+    found = tile_form.mean_products(queries, keys)
+    torch.testing.assert_close(found, queries @ keys.mT, rtol=1e-4, atol=1e-4)

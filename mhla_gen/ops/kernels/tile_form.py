@@ -24,6 +24,9 @@ from mhla_gen.ops.kernels.tile_call import (
 from mhla_gen.ops.kernels.tile_lists import entries_kernel, list_kernel, products_kernel
 from mhla_gen.ops.kernels.tile_reads import pack_tiles, read_groups, read_tiles
 
+# CUDA's limit for the third axis of a launch.
+_MOST_PROGRAMS = 65_535
+
 
 @dataclass(frozen=True)
 class Loop:
@@ -222,13 +225,15 @@ def mean_products(mean_queries: Tensor, mean_keys: Tensor) -> Tensor:
     rows, num_groups, dim = mean_queries.shape
     num_tiles = mean_keys.shape[1]
     products = mean_queries.new_empty((rows, num_groups, num_tiles))
-    launch(
-        products_kernel,
-        (quotient_up(num_groups, 64), quotient_up(num_tiles, 64), rows),
-        (mean_queries, mean_keys, products),
-        (num_groups, num_tiles),
-        {"D": dim, "BG": 64, "BT": 64, "BD": min(padded(dim), 64), "num_warps": 4},
-    )
+    parts = (x.split(_MOST_PROGRAMS) for x in (mean_queries, mean_keys, products))
+    for part in zip(*parts, strict=True):
+        launch(
+            products_kernel,
+            (quotient_up(num_groups, 64), quotient_up(num_tiles, 64), len(part[0])),
+            part,
+            (num_groups, num_tiles),
+            {"D": dim, "BG": 64, "BT": 64, "BD": min(padded(dim), 64), "num_warps": 4},
+        )
     return products
 
 

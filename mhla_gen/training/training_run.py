@@ -219,24 +219,7 @@ def build_run(
         num_warmup_steps=config.warmup_steps,
         num_training_steps=config.max_steps,
     )
-    shard_by(accelerator, model, (*repeated_blocks(model), *task.gathered))
-    recorded = task.losses is None and can_record(accelerator, model, config)
-    # What is recorded must stay on the stream on which gradients arrive, which is that on which
-    # DistributedDataParallel was made; the default one cannot be recorded.
-    stream = torch.cuda.Stream() if recorded else None
-    own_optimizer = optimizer
-    with torch.cuda.stream(stream):
-        model, optimizer = accelerator.prepare(model, optimizer)
-    if accelerator.is_fsdp2:
-        step_on_parts(own_optimizer)
-    keep_gathered(accelerator, model, task.reused)
-    gather_ahead(accelerator, model)
-    autocast_shared(accelerator, model)
-    if stream is not None:
-        torch.cuda.current_stream().wait_stream(stream)
-        model.forward = RecordedTraining(model, model.forward, stream)
-    ema = WeightAverage(model, config.ema_decay, config.ema_width)
-    recent = RecentSteps(accelerator, config.gradient_accumulation_steps)
+    model, optimizer = _shared(accelerator, config, task, optimizer)
     return Run(
         config=config,
         accelerator=accelerator,
@@ -246,10 +229,33 @@ def build_run(
         outline=outline,
         optimizer=optimizer,
         learning_rate=learning_rate,
-        ema=ema,
-        recent=recent,
+        ema=WeightAverage(model, config.ema_decay, config.ema_width),
+        recent=RecentSteps(accelerator, config.gradient_accumulation_steps),
         sample_flops=sample_flops,
     )
+
+
+def _shared(
+    accelerator: Accelerator, config: TrainConfig, task: Task, optimizer: torch.optim.Optimizer
+) -> tuple[Any, Any]:
+    """A task's model as processes share it, recorded where it can be, and its optimizer."""
+    model: Any = task.model
+    shard_by(accelerator, model, (*repeated_blocks(model), *task.gathered))
+    recorded = task.losses is None and can_record(accelerator, model, config)
+    # What is recorded must stay on the stream on which gradients arrive, which is that on which
+    # DistributedDataParallel was made; the default one cannot be recorded.
+    stream = torch.cuda.Stream() if recorded else None
+    with torch.cuda.stream(stream):
+        model, prepared = accelerator.prepare(model, optimizer)
+    if accelerator.is_fsdp2:
+        step_on_parts(optimizer)
+    keep_gathered(accelerator, model, task.reused)
+    gather_ahead(accelerator, model)
+    autocast_shared(accelerator, model)
+    if stream is not None:
+        torch.cuda.current_stream().wait_stream(stream)
+        model.forward = RecordedTraining(model, model.forward, stream)
+    return model, prepared
 
 
 def can_record(accelerator: Accelerator, model: nn.Module, config: TrainConfig) -> bool:

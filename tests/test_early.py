@@ -10,8 +10,13 @@ from tiny import tiny_video
 # Command, settings with {0} for a folder, and what is said.
 MISTAKES = [
     ("sample", "pipeline={0}/nowhere", "there is no such folder"),
-    # Said once, though two checks look for it.
+    # Said once, though two checks look at the place.
     ("sample", "pipeline={0}/images.jsonl", "with no folder called owner here)\n"),
+    (
+        "sample",
+        "pipeline=a/b prompts=a output_dir={0}/images.jsonl",
+        "is a file; choose another output_dir or move it away\n",
+    ),
     ("sample", "pipeline={0}/wan", "the WanPipeline in {0}/wan takes prompts; set prompts=TEXT"),
     ("sample", "pipeline={0}/wan adapter={0}/nowhere prompts=a", "there is no such folder"),
     ("sample", "pipeline={0}/wan adapter={0}/wan prompts=a", "has no mhla_adapter.safetensors"),

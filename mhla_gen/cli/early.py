@@ -4,7 +4,7 @@ The commands repeat them, in one process on behalf of all.
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -101,8 +101,7 @@ def _sample(config: SampleConfig) -> _Checks:
     from mhla_gen.sampling.own_settings import free_of
     from mhla_gen.sampling.prompts import read_prompts
 
-    yield lambda: _made_by(config, free_of(config))
-    yield partial(check_writable, config.output_dir)
+    yield lambda: _output(config, free_of(config))
     yield partial(_model, "pipeline", config.pipeline, newest=True)
     if config.adapter is not None:
         yield partial(_named, "adapter", config.adapter, adapter_file)
@@ -161,7 +160,7 @@ def _reference(config: ReferenceConfig) -> _Checks:
 
 def _inspect(config: InspectConfig) -> _Checks:
     yield config.require_model
-    yield lambda: _made_by(config)
+    yield partial(made_with, config.output_dir, config)
     yield partial(check_writable, Path(config.output_dir).parent)
     yield partial(_model, "model", config.model, newest=True)
     yield partial(_model, "teacher", config.teacher, newest=True)
@@ -171,17 +170,15 @@ def _inspect(config: InspectConfig) -> _Checks:
 
 def _sensitivity(config: SensitivityConfig) -> _Checks:
     yield config.require_model
-    yield lambda: _made_by(config, FREE_OF_SCAN)
-    yield partial(check_writable, config.output_dir)
+    yield partial(_output, config, FREE_OF_SCAN)
     yield partial(_model, "model", config.model, newest=True)
     if config.data is not None:
         yield partial(_data, config.data)
 
 
 def _convert(config: ConvertConfig) -> _Checks:
-    yield lambda: _made_by(config)
-    if not _is_ours(config):
-        yield partial(check_writable, config.output_dir)
+    yield partial(_output, config, is_done=True)
+    if not (Path(config.output_dir) / CONFIG_NAME).is_file():
         yield config.require_source
 
 
@@ -192,18 +189,17 @@ def _bench(config: BenchConfig) -> _Checks:
 
 
 def _quickstart(config: QuickstartConfig) -> _Checks:
-    yield lambda: _made_by(config)
-    if not _is_ours(config):
-        yield partial(check_writable, config.output_dir)
+    yield partial(_output, config, is_done=True)
 
 
-def _is_ours(config: Any) -> bool:
-    """Whether a command of ours wrote the output folder, which a finished one only reads."""
-    return (Path(config.output_dir) / CONFIG_NAME).is_file()
+def _output(config: Any, ignore: Sequence[str] = ("output_dir",), is_done: bool = False) -> None:
+    """Raise unless the output folder is free, or has these settings, and can be written.
 
-
-def _made_by(config: Any, ignore: tuple[str, ...] = ("output_dir",)) -> None:
-    made_with(config.output_dir, config, ignore)
+    `is_done`: where it has these settings, nothing more will be written.
+    """
+    ours = made_with(config.output_dir, config, ignore)
+    if not (ours and is_done):
+        check_writable(config.output_dir)
 
 
 def _data(config: DataConfig) -> None:

@@ -51,10 +51,10 @@ def token_grid(subject: Subject, config: InputsConfig) -> TokenGrid:
 
 def _of_run(subject: Subject) -> TokenGrid | None:
     """That of a run's samples; None if no run saved the model, or it saved no size."""
-    saved = settings_of_run(Path(subject.place)) if Path(subject.place).is_dir() else {}
     # A DiT has one size, and its pipeline takes no other.
     if isinstance(subject.model, DiTTransformer2DModel):
         return None
+    saved = settings_of_run(Path(subject.place)) if Path(subject.place).is_dir() else {}
     kind = call_class(subject.model)
     names = ("num_frames", "height", "width")[-kind.rank :]
     if not saved.keys() >= set(names):

@@ -51,7 +51,7 @@ def after_importing(config: ConvertConfig) -> str | None:
 
 
 def _settings(kind: Kind) -> list[str]:
-    file = _CONFIGS.get(kind, "")
+    file = _CONFIGS[kind]
     return [file] if Path(file).is_file() else [*_bare(kind), *_TUNING]
 
 

@@ -46,7 +46,8 @@ def evaluate(config: EvaluateConfig, dry_run: bool = False) -> list[Result]:
         The results, on the main process; nothing on the others or after a dry run.
 
     Raises:
-        EvaluationError: If something is missing, unusable or not comparable.
+        UserError: If settings are missing or do not fit, as an `EvaluationError` if images,
+            features or statistics are missing, unusable or not comparable.
     """
     config.check_comparison()
     check_writable(Path(config.out).parent, "out")

@@ -24,7 +24,8 @@ def build_reference(config: ReferenceConfig, dry_run: bool = False) -> Path | No
         The file; None after a dry run.
 
     Raises:
-        EvaluationError: If images or extractor are missing or unusable.
+        UserError: If settings are missing or do not fit, as an `EvaluationError` if images or
+            extractor are missing or unusable.
     """
     config.check_files()
     out = Path(config.out)

@@ -114,7 +114,12 @@ def summary(pipe_or_transformer: Any) -> Summary:
 
 
 def exact_pairs(transformer: Any, grid: tuple[int, ...]) -> float:
-    """The share of pairs that softmax computes on a token grid, the mean over layers."""
+    """The share of pairs that softmax computes on a token grid, the mean over layers.
+
+    Args:
+        transformer: Of a known class, with MHLA layers or without.
+        grid: Tokens along each axis.
+    """
     mhla_class = MHLA_CLASSES.get(type(transformer), type(transformer))
     named = mhla_class.family.attentions(transformer)
     rows = [_summarise(mhla_class.family, name, attention, grid) for name, attention in named]

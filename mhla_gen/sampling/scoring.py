@@ -40,7 +40,8 @@ class Scorer:
             labels: The class that each will be asked to show.
 
         Raises:
-            EvaluationError: If something is missing, unusable or not comparable.
+            UserError: If settings do not fit, as an `EvaluationError` if something is missing,
+                unusable or not comparable.
         """
         config = replace(config, samples=(str(folder),), out=str(folder / config.out))
         config.check_comparison()

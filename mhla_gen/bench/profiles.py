@@ -15,7 +15,7 @@ _KINDS = (
     # Their names list all that was fused.
     ("fused elementwise", r"^triton_"),
     ("communication", r"nccl"),
-    ("optimizer", r"multi_tensor|fused_adam|lerp|foreach|adamw"),
+    ("optimizer", r"multi_tensor|fused_adam|aten::lerp_|foreach|adamw"),
     ("softmax attention", r"fmha|flash|cudnn_generated|cudnn::fusion|sdpa|attention_[fb]wd"),
     (
         "exact tiles",

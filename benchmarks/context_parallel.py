@@ -42,9 +42,8 @@ TINY = {"num_attention_heads": 4, "attention_head_dim": 16, "ffn_dim": 64, "text
 LARGE = {"num_attention_heads": 12, "ffn_dim": 8960}
 
 
-def measure(grid, method, options, device, alone) -> dict:
-    """Measure one method at one size: alone, then shared by all processes."""
-    layers, degree = METHODS[method]
+def build(layers, options, device) -> WanTransformer3DModel:
+    """A model with random weights, with MHLA in these layers; None is softmax."""
     torch.manual_seed(0)
     sizes = TINY if device.type == "cpu" else LARGE
     with device:
@@ -57,6 +56,16 @@ def measure(grid, method, options, device, alone) -> dict:
                 parameter.data.add_(torch.randn_like(parameter), alpha=0.02)
     if device.type == "cuda":
         model.to(torch.bfloat16).set_attention_backend("_native_cudnn")
+    if options.compile:
+        # Collectives between them stay outside of the graphs.
+        model.compile_repeated_blocks(dynamic=False)
+    return model
+
+
+def measure(grid, method, options, device, alone) -> dict:
+    """Measure one method at one size: alone, then shared by all processes."""
+    layers, degree = METHODS[method]
+    model = build(layers, options, device)
     dtype = model.patch_embedding.weight.dtype
     frames, height, width = grid
     inputs = {
@@ -65,10 +74,6 @@ def measure(grid, method, options, device, alone) -> dict:
         "encoder_hidden_states": torch.randn(1, 512, 4096, device=device).to(dtype),
         "return_dict": False,
     }
-
-    if options.compile:
-        # Collectives between them stay outside of the graphs.
-        model.compile_repeated_blocks(dynamic=False)
 
     @torch.no_grad()
     def forward():

@@ -272,8 +272,8 @@ def tile_attend_kernel(
     """Output and log-sum-exp of up to BM queries of one group and head.
 
     Queries and keys are rotated beforehand: matrix products with operands in registers would run
-    one after the other, each waiting for the previous one. If `PACKED`, queries,
-    keys and values are descriptors of packed groups and tiles.
+    one after the other, each waiting for the previous one. If `PACKED`, queries, keys and values
+    are descriptors of packed groups and tiles.
 
     If `BOUNDED`, the softmax subtracts the product of norms, which no score exceeds, instead of the
     largest score. If this is so loose that weights vanish, the program sets its flag. Without a

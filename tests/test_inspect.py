@@ -323,8 +323,11 @@ def test_the_size_is_that_of_the_run(tmp_path, capsys):
     facts = json.loads((tmp_path / "scan" / "sensitivity.json").read_text())["facts"]
     assert facts["tokens"] == tokens
     (run / "sampling.json").unlink()
-    assert main(["inspect", "sensitivity", str(run), *scan, "num_inputs=1", "device=cpu"]) == 2
+    kept = (tmp_path / "scan" / "config.yaml").read_text()
+    other = [*scan, "max_error=0.5", "num_inputs=1", "device=cpu"]
+    assert main(["inspect", "sensitivity", str(run), *other]) == 2
     assert "was measured on [3, 2, 3] tokens, but" in capsys.readouterr().err
+    assert (tmp_path / "scan" / "config.yaml").read_text() == kept
     (run / "sampling.json").write_text(json.dumps(size))
     asked = said(str(run), "grid=[2,2,2]", "--dry-run")
     assert "2 × 2 × 2 = 8, as grid asks" in asked

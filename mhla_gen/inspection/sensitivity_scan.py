@@ -113,7 +113,6 @@ class Scan:
         Raises:
             FileExistsError: If it was measured on other weights, or at another size.
         """
-        save_config(self.config, folder / CONFIG_NAME)
         file = folder / LAYERS_NAME
         lines = read_log(file)
         if lines and lines[0].get("weights") != self.digest:
@@ -127,6 +126,7 @@ class Scan:
                 f"output_dir {folder} was measured on {lines[0]['tokens']} tokens, but "
                 f"{self.config.model} now has {tokens}, {self.grid.origin}; choose another one"
             )
+        save_config(self.config, folder / CONFIG_NAME)
         # Without the half of a line that a killed scan may have left.
         lines = lines or [{"weights": self.digest, "tokens": tokens}]
         write_lines(file, lines)

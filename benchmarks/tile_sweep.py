@@ -16,17 +16,18 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
 from kernel_resources import AbsentCard, watch
 from kernel_speed import time_ms
+from rows import machine
 from torch import Tensor
 from triton.runtime import driver
 
 from mhla_gen.bench.ops import Case
+from mhla_gen.files import write_json
 from mhla_gen.ops import auto_tiles
 from mhla_gen.ops.feature_maps import rotate
 from mhla_gen.ops.kernels import tile_form, tile_gradients, tile_reads
@@ -262,13 +263,6 @@ def main() -> None:
     options = parser.parse_args()
     started = time.monotonic()
     rows: list[dict[str, Any]] = []
-    found: dict[str, Any] = {
-        "command": f"python benchmarks/tile_sweep.py {options.out.name}",
-        "date": date.today().isoformat(),
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "rows": rows,
-    }
     jobs = [
         (case, share, name, loop)
         for case, share in PLACES
@@ -290,7 +284,7 @@ def main() -> None:
             row |= bench(job)
         rows.append(row)
         print(json.dumps(row), flush=True)
-        options.out.write_text(json.dumps(found, indent=1) + "\n")
+        write_json(options.out, {**machine(), "rows": rows}, indent=1)
     pool.shutdown(cancel_futures=True)
 
 

@@ -13,7 +13,7 @@ from mhla_gen.models.additions import DepthwiseConv, Inputs
 from mhla_gen.models.attention import MHLA, evenly_spaced
 from mhla_gen.models.head_rotary import rotated
 from mhla_gen.ops import FrameState, frame_causal_mhla, frame_mixing
-from mhla_gen.ops.depthwise import times_silu
+from mhla_gen.ops.depthwise import Blend, times_silu
 from mhla_gen.ops.frame_causal import check_next
 
 
@@ -89,7 +89,7 @@ class PastConv(DepthwiseConv):
         grid: tuple[int, ...],
         group: Any = None,
         halo: Callable[[], Tensor] | None = None,
-        after: tuple[Tensor, Tensor | None, int] | None = None,
+        after: tuple[Tensor | Blend, Tensor | None, int] | None = None,
     ) -> Tensor:
         """See `DepthwiseConv`."""
         assert group is None and halo is None
@@ -106,6 +106,8 @@ class PastConv(DepthwiseConv):
         if after is None:
             return out
         added, logits, heads = after
+        # A layer that is causal over frames has one half.
+        assert isinstance(added, Tensor)
         return added + out if logits is None else times_silu(added + out, logits, heads)
 
 

@@ -285,8 +285,9 @@ def run(out: Path, sizes: Sizes, seeds: int, seconds: float, processes: int = 1)
     done = [(arm["arm"], arm["seed"], arm["converted"]) for arm in report["arms"]]
     jobs = [Job(*arm, sizes, out, began + seconds) for arm in arms if arm not in done]
     new, converted = ([job for job in jobs if job.converted == kind] for kind in (False, True))
-    # The control comes last.
+    # The control comes last of the new ones; a window is what converts a pretrained model.
     new.sort(key=lambda job: job.name == "window")
+    converted.sort(key=lambda job: "window" not in job.name)
     missing = False
     with started(processes) as work:
         # The first converted arm may have to train its start, which the others read.

@@ -18,15 +18,15 @@ from kernel_speed import time_ms
 from rows import Row, make_parser, markdown, measure_rows
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mhla_gen.bench.measure import graph_latency_ms, latency_ms
+from mhla_gen.bench.measure import device_ms
 from mhla_gen.ops import causal_mhla, distance_mixing, locality_weights, window_attention
 from mhla_gen.ops.blockwise import blockwise_mhla
 from mhla_gen.ops.kernels import causal_form, linear_form
 from mhla_gen.ops.kernels.launch import Call, stored_dtype
 
-# [batch, heads, tokens, head_dim]
-SHAPES = ([32, 5, 1024, 64], [4, 16, 4096, 64], [1, 16, 16384, 64], [1, 16, 16384, 128],
-          [1, 16, 131072, 64])  # fmt: skip
+# [batch, heads, tokens, head_dim], in the order of what they decide
+SHAPES = ([1, 16, 16384, 64], [4, 16, 4096, 64], [1, 16, 131072, 64], [32, 5, 1024, 64],
+          [1, 16, 16384, 128])  # fmt: skip
 BLOCK = 64
 
 
@@ -84,20 +84,15 @@ def kernels(tokens: tuple[torch.Tensor, ...], rotary: Any) -> dict[str, Callable
     }
 
 
-def median_ms(function: Callable[[], object]) -> float:
-    """Median time of a call."""
-    device = torch.device("cuda")
-    return round(graph_latency_ms(function, device) or latency_ms(function, device), 4)
-
-
 def measure(shape: list[int]) -> Row:
     """One row."""
     batch, heads, seq_len, dim = shape
+    device = torch.device("cuda")
     query, key, value, grad = torch.randn(
-        4, batch, seq_len, heads, dim, dtype=torch.bfloat16, device="cuda"
+        4, batch, seq_len, heads, dim, dtype=torch.bfloat16, device=device
     )
-    positions = torch.arange(seq_len, device="cuda")[:, None]
-    angles = positions * 1e4 ** (-torch.arange(dim // 2, device="cuda") / (dim // 2))
+    positions = torch.arange(seq_len, device=device)[:, None]
+    angles = positions * 1e4 ** (-torch.arange(dim // 2, device=device) / (dim // 2))
     rotary = angles.cos(), angles.sin()
     row: Row = {"ms": {}}
     for name, function in arms((query, key, value), rotary).items():
@@ -108,8 +103,8 @@ def measure(shape: list[int]) -> Row:
 
         try:
             with torch.no_grad():
-                row["ms"][name] = [median_ms(lambda f=function: f(query, key, value))]
-            row["ms"][name].append(median_ms(both))
+                row["ms"][name] = [device_ms(lambda f=function: f(query, key, value), device)]
+            row["ms"][name].append(device_ms(both, device))
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
             row["ms"].setdefault(name, []).append(None)
@@ -120,7 +115,7 @@ def measure(shape: list[int]) -> Row:
 
 def table(rows: list[Row]) -> str:
     """Markdown for mhla_gen/ops/README.md: milliseconds forward, forward and backward."""
-    rows = [row for row in rows if "ms" in row]
+    rows = sorted((row for row in rows if "ms" in row), key=lambda row: row["shape"][2:])
     names = list(rows[0]["ms"]) if rows else []
     lines = [[str(row["shape"]), *(_both(row["ms"][name]) for name in names)] for row in rows]
     return markdown(["[batch, heads, tokens, head_dim]", *names], lines)

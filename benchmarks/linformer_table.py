@@ -20,7 +20,7 @@ from rows import Row, make_parser, markdown, measure_rows, number
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mhla_gen.bench.measure import graph_latency_ms, latency_ms, peak_memory_gib
+from mhla_gen.bench.measure import device_ms, peak_memory_gib
 from mhla_gen.ops import linformer_attention
 
 HEADS, HEAD_DIM = 12, 64
@@ -57,7 +57,7 @@ def plain(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 def measured(attend: Callable[[], Tensor], device: torch.device) -> dict[str, Any] | None:
     """Milliseconds and peak MiB of a call; None where it does not fit in memory."""
     try:
-        ms = graph_latency_ms(attend, device) or latency_ms(attend, device)
+        ms = device_ms(attend, device)
         gib = peak_memory_gib(attend, device)
     except torch.OutOfMemoryError:
         return None

@@ -62,17 +62,18 @@ def _event_ms(function: Callable[[], object]) -> float:
     return start.elapsed_time(end)
 
 
-def graph_latency_ms(function: Callable[[], object], device: torch.device) -> float | None:
-    """Median time of one call replayed as a CUDA graph: what the GPU takes, without Python.
+def device_ms(function: Callable[[], object], device: torch.device) -> float:
+    """Median time of one call, without what Python takes to launch it.
 
-    None on a CPU, and for calls so long that launching them does not count.
+    On a GPU the call is replayed as a CUDA graph, unless it is so long that launching it does not
+    count.
     """
     if device.type != "cuda":
-        return None
+        return latency_ms(function, device)
     # The first call compiles and loads kernels.
     function()
     if _event_ms(function) > _LONG_MS:
-        return None
+        return latency_ms(function, device)
     # Calls on this stream first allocate what a recording must find there, such as workspaces.
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

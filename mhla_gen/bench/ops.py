@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from mhla_gen.bench.measure import (
     SOFTMAX,
     copy_bandwidth,
-    graph_latency_ms,
+    device_ms,
     kernels_of,
-    latency_ms,
     peak_memory_gib,
 )
 from mhla_gen.config import (
@@ -107,12 +106,9 @@ def _measure(
     floor_ms = 4e3 * query.numel() * query.element_size() / bandwidth
 
     forward = torch.no_grad()(partial(attend, query, key, value))
-    eager = latency_ms(forward, device)
-    graph = graph_latency_ms(forward, device)
     row = {
         "floor_ms": floor_ms,
-        "forward_eager_ms": eager,
-        "forward_ms": eager if graph is None else graph,
+        "forward_ms": device_ms(forward, device),
         "forward_peak_gib": peak_memory_gib(forward, device),
     }
     row["floor_share"] = floor_ms / row["forward_ms"]
@@ -123,11 +119,8 @@ def _measure(
     def train() -> tuple[Tensor, ...]:
         return torch.autograd.grad(attend(*inputs), inputs, grad)
 
-    eager = latency_ms(train, device)
-    graph = graph_latency_ms(train, device)
     return row | {
-        "train_eager_ms": eager,
-        "train_ms": eager if graph is None else graph,
+        "train_ms": device_ms(train, device),
         "train_peak_gib": peak_memory_gib(train, device),
     }
 

@@ -1,8 +1,10 @@
 """The comparison of docs/evidence.md: its plan, its data, its numbers; a whole tiny one is slow."""
 
+import argparse
 import importlib
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -339,6 +341,21 @@ def test_tiny_conversions_go_on_where_they_were_stopped(scripts, tmp_path):
     table = scripts("evidence_report")
     table.main([str(stopped), "--plan", plan])
     assert "only what is new" in (stopped / "tables.md").read_text()
+
+
+def test_a_stop_waits_for_a_measurement(scripts, tmp_path):
+    def end(*_: object) -> None:
+        raise AssertionError("the measurement was interrupted")
+
+    shop = scripts("evidence_shop").Workshop(argparse.Namespace(out=tmp_path, work=None))
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        with shop.measuring():
+            signal.raise_signal(signal.SIGTERM)
+            assert shop.stopped
+        assert signal.getsignal(signal.SIGTERM) is end
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @pytest.mark.slow

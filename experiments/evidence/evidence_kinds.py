@@ -5,116 +5,34 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from evidence_clips import (
-    AsImages,
-    ClipClasses,
-    ClipJudge,
-    class_embeddings,
-    draw_clips,
-    train_clips,
-)
-from evidence_data import Real, load_clips, load_real, once
+from evidence_clips import AsImages, ClipClasses, class_embeddings, draw_clips, train_clips
 from evidence_measure import held_out_loss, layer_statistics, mixing_statistics
 from evidence_plan import Run
-from evidence_scores import Judge
-from PIL import Image
+from evidence_shop import Workshop
 
 from mhla_gen.config import TrainConfig
 from mhla_gen.data import load_data
 from mhla_gen.distillation import distill
-from mhla_gen.files import write_json, write_picture
+from mhla_gen.files import write_json
 from mhla_gen.hub import PIPELINE_NAME
 from mhla_gen.models.overview import exact_pairs
 from mhla_gen.models.saved_transformer import load_transformer
 from mhla_gen.pipelines.class_conditional import ClassConditionalPipeline
-from mhla_gen.runtime.devices import resolve_device
 from mhla_gen.sampling import generate
 from mhla_gen.training import train
 from mhla_gen.training.build import build_task
 from mhla_gen.training.log import LOG_NAME, read_log
+from mhla_gen.training.stopping import Stopped
 
 _INSPECTED = 2
 # Held-out images and clips whose loss is computed at a time.
 _LOSS_BATCH, _CLIP_LOSS_BATCH = 128, 32
 _SAMPLE_BATCH = 256
-
-
-class Workshop:
-    """Settings, data, judges and folders that all runs share; data are made when first needed.
-
-    Args:
-        options: Command-line options: `data`, `out`, `work`, `overrides`, and sizes.
-        inspect: Whether the attention of trained models is inspected.
-    """
-
-    def __init__(self, options: Any, inspect: bool = False):
-        self.options, self.inspect = options, inspect
-        self.out: Path = options.out
-        self.work: Path = options.work or options.out / "work"
-        self.device = resolve_device("auto")
-
-    def config(self, run: Run, *changes: str) -> TrainConfig:
-        """All settings of one run: those of the plan, with overrides from the command line."""
-        return run.config(
-            f"data.path={self.training_file(run.setting.kind)}",
-            f"output_dir={self.work / run.name}",
-            "report_to=none",
-            "sample_every=0",
-            "resume=latest",
-            *changes,
-            *self.options.overrides,
-        )
-
-    @cached_property
-    def images(self) -> Real:
-        """The images; their training part is written where `training_file` says."""
-        real = load_real(self.options.data)
-        once(self.training_file("new"), lambda: real.save_training(self.training_file("new")))
-        return real
-
-    @cached_property
-    def clips(self) -> Real:
-        """The clips, likewise."""
-        options, file = self.options, self.training_file("clips")
-        real = load_clips(
-            self.images, self.work / "clips.npz", options.clips, options.held_out_clips
-        )
-        once(file, lambda: real.save_training(file))
-        return real
-
-    @cached_property
-    def judge(self) -> Judge:
-        """Of images."""
-        kept = self.work / "features.pt"
-        return self._judge(Judge(self.images, self.device, kept), "real.json")
-
-    @cached_property
-    def clip_judge(self) -> ClipJudge:
-        """Of clips."""
-        kept = self.work / "clip-features.pt"
-        return self._judge(ClipJudge(self.clips, self.device, kept), "real-clips.json")
-
-    def _judge(self, judge: Any, name: str) -> Any:
-        path = self.out / name
-        once(path, lambda: write_json(path, judge.score_real()))
-        path.with_name(f"{name}.lock").unlink(missing_ok=True)
-        return judge
-
-    def training_file(self, kind: str) -> Path:
-        """Training data of a kind of runs."""
-        return self.work / ("train-clips.npz" if kind == "clips" else "train.npz")
-
-    def draw(self, name: str, samples: np.ndarray, labels: np.ndarray) -> None:
-        """The first sample of every class in one row: the same noise in every arm."""
-        firsts = [samples[labels == c][0] for c in np.unique(labels)]
-        picture = Image.fromarray(np.concatenate(firsts, axis=1))
-        write_picture(self.out / f"{name}.png", picture)
 
 
 def run_new(run: Run, config: TrainConfig, shop: Workshop) -> dict[str, Any]:
@@ -123,7 +41,8 @@ def run_new(run: Run, config: TrainConfig, shop: Workshop) -> dict[str, Any]:
     with timed("train"):
         saved = train_new(run, config, shop)
     tidy()
-    measured = measure_images(run, saved, shop, timed, shop.inspect)
+    with shop.measuring():
+        measured = measure_images(run, saved, shop, timed, shop.inspect)
     return {**trained_facts(config), **measured, "seconds": timed.seconds}
 
 
@@ -205,12 +124,15 @@ def run_converted(run: Run, config: TrainConfig, shop: Workshop) -> dict[str, An
             model = pipeline.transformer.to(shop.device)
         else:
             model = build_task(settings, load_data(settings.data)).model.to(shop.device).eval()
-        with timed("loss"):
+        with shop.measuring(), timed("loss"):
             loss = held_out_loss(model, *shop.images.held_out(), shop.device, _LOSS_BATCH)
         noted["points"].append({"steps": steps, "held_out": loss})
         write_json(notes, noted | {"seconds": timed.seconds})
+        if shop.stopped and steps < run.setting.points[-1]:
+            raise Stopped(f"stopped by SIGTERM, measured after {steps} steps")
     last = noted["points"][-1]["held_out"]
-    measured = measure_images(run, folder / PIPELINE_NAME, shop, timed, held_out=last)
+    with shop.measuring():
+        measured = measure_images(run, folder / PIPELINE_NAME, shop, timed, held_out=last)
     return {
         **trained_facts(config),
         "steps": run.setting.points[-1],
@@ -230,11 +152,19 @@ def teach_layers(run: Run, taught: Sequence[str], teacher: Path, shop: Workshop)
 
 def run_clips(run: Run, config: TrainConfig, shop: Workshop) -> dict[str, Any]:
     """Train on clips from scratch, and measure the result."""
-    timed, clips = Stopwatch(), shop.clips
+    timed = Stopwatch()
+    assert shop.clips
     with timed("train"):
         saved = train_clips(config, run.name)
     tidy()
-    transformer = load_transformer(str(saved)).to(shop.device).eval()
+    with shop.measuring():
+        measured = measure_clips(run, saved, shop, timed)
+    return {**trained_facts(config), **measured, "seconds": timed.seconds}
+
+
+def measure_clips(run: Run, saved: Path, shop: Workshop, timed: "Stopwatch") -> dict[str, Any]:
+    """Loss, and scores of samples, of a trained transformer."""
+    clips, transformer = shop.clips, load_transformer(str(saved)).to(shop.device).eval()
     model = AsImages(transformer, ClipClasses(class_embeddings(len(clips.class_names))))
     found = model_facts(transformer, run)
     with timed("loss"):
@@ -248,7 +178,7 @@ def run_clips(run: Run, config: TrainConfig, shop: Workshop) -> dict[str, Any]:
         shop.draw(run.name, samples, wanted)
         with timed("score"):
             found["scores"] = shop.clip_judge.score(samples, wanted)
-    return {**trained_facts(config), **found, "seconds": timed.seconds}
+    return found
 
 
 KINDS: dict[str, Callable[[Run, TrainConfig, Workshop], dict[str, Any]]] = {

@@ -1,13 +1,14 @@
 """Run a plan of docs/evidence.md with several processes per GPU, for a limited time.
 
     python experiments/evidence/evidence_launch.py DATA OUT [--seconds 520] [--processes 4]
-        [--plan PLAN.yaml] [--parts speed runs report] [key=value ...]
+        [--plan PLAN.yaml] [--parts speed probe runs report] [key=value ...]
 
-The parts are: `speed`, timings, each alone on its GPU; `runs`, all training runs, the most
-informative first, with the probe beside them on the CPU; `report`, the tables. Existing results are
-not computed again. After --seconds, training runs stop and write a checkpoint, from which the same
-command resumes; this needs OUT/work, otherwise interrupted runs restart. The output of the
-processes goes to OUT/work/*.log.
+The parts are: `speed`, timings, each alone on its GPU; `probe`, on the CPU, beside the next part;
+`runs`, all training runs, the most informative first; `report`, the tables. Existing results are
+not computed again. After --seconds, a run that trains writes a checkpoint and stops, and one that
+is being measured is measured first. The same command resumes from checkpoints, if OUT/work is kept:
+some 120 MB a run, for weights, their averages and AdamW's moments. The output of the processes goes
+to OUT/work/*.log.
 """
 
 import argparse
@@ -24,8 +25,10 @@ from evidence_plan import PLAN, Plan
 
 _HERE = Path(__file__).parent
 _BENCHMARKS = _HERE.parents[1] / "benchmarks"
-# Time that a run needs to finish its current step, which may compile, and write its checkpoint.
+# Time that a run needs to finish its current step, which may compile, and write its checkpoint, or
+# to be measured.
 _GRACE_SECONDS = 40.0
+_PARTS = ("speed", "probe", "runs", "report")
 _PROBES = 4
 # Speeds are timed in turns, so more processes only compile side by side.
 _SPEED_PROCESSES = 4
@@ -40,16 +43,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--plan", type=Path, default=PLAN)
     parser.add_argument("--seconds", type=float, default=float("inf"))
     parser.add_argument("--processes", type=int, default=4, help="of each GPU")
-    parser.add_argument("--parts", nargs="+", default=["speed", "runs", "report"])
+    parser.add_argument("--parts", nargs="+", default=list(_PARTS))
     parser.add_argument("--options", default="", help="of evidence_run.py, such as '--samples 64'")
     options = parser.parse_intermixed_args(arguments)
-    unknown = sorted(set(options.parts) - {"speed", "runs", "report"})
+    unknown = sorted(set(options.parts) - set(_PARTS))
     if unknown:
-        parser.error(f"no part {', '.join(unknown)}; there are speed, runs and report")
+        parser.error(f"no part {', '.join(unknown)}; there are {', '.join(_PARTS)}")
     launcher = Launcher(options)
     signal.signal(signal.SIGTERM, lambda *_: launcher.stop())
     for part in options.parts:
         getattr(launcher, part)()
+    launcher.wait()
 
 
 class Launcher:
@@ -87,21 +91,23 @@ class Launcher:
         for number in range(each):
             for gpu in self.gpus:
                 self._start("evidence_speed", f"speed-{gpu}-{number}", gpu, each, self._plan())
-        self._wait()
+        self.wait()
+
+    def probe(self) -> None:
+        """Start the probe on the CPU, without waiting for it."""
+        for number in range(_PROBES if self.plan.probe else 0):
+            self._start("evidence_probe", f"probe-{number}", "", 4 * _PROBES, self.plan.probe)
 
     def runs(self) -> None:
         """Train and measure."""
         if self.left <= 0:
             return
-        if self.plan.probe:
-            for number in range(_PROBES):
-                self._start("evidence_probe", f"probe-{number}", "", 4 * _PROBES, self.plan.probe)
         each = self.options.processes
         given = [*self._plan(), *self.options.options.split()]
         for number in range(each):
             for gpu in self.gpus:
                 self._start("evidence_run", f"run-{gpu}-{number}", gpu, each, given)
-        self._wait()
+        self.wait()
         missing = [r.name for r in self.plan.runs if not (self.out / f"{r.name}.json").is_file()]
         done = len(self.plan.runs) - len(missing)
         print(f"{done} of {len(self.plan.runs)} runs are done; missing: {' '.join(missing)}")
@@ -145,7 +151,7 @@ class Launcher:
             "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         }
 
-    def _wait(self) -> None:
+    def wait(self) -> None:
         """Wait for all processes; when the time is up, tell them to stop, and kill the rest."""
         if not self._all_end(self.left):
             self.stop()

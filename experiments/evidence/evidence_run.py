@@ -5,10 +5,11 @@
 DATA is an npz file with `arr_0` and `labels` (emoji_dataset.py makes one), or a folder with one
 sub-folder of images per class. OUT gets one JSON file and one picture for each run as soon as it is
 done; finished runs are not repeated. Any number of processes may share one OUT, on one GPU or
-several (CUDA_VISIBLE_DEVICES): each takes the next free run. On SIGTERM a run writes a checkpoint
-into the folder --work, from which the same command resumes. evidence_launch.py starts several
-processes for a limited time. Speeds are measured separately, by evidence_speed.py. key=value
-changes the training settings of all runs; see base.yaml.
+several (CUDA_VISIBLE_DEVICES): each takes the next free run. On SIGTERM a run that trains writes a
+checkpoint into the folder --work, from which the same command resumes; one that is being measured
+is measured first. evidence_launch.py starts several processes for a limited time. Speeds are
+measured separately, by evidence_speed.py. key=value changes the training settings of all runs; see
+base.yaml.
 """
 
 import argparse
@@ -23,8 +24,9 @@ from typing import Any
 
 import torch
 from evidence_data import claimed
-from evidence_kinds import KINDS, Workshop, tidy, train_new
+from evidence_kinds import KINDS, tidy, train_new
 from evidence_plan import PLAN, Plan, Run
+from evidence_shop import Workshop
 
 from mhla_gen.files import write_json
 from mhla_gen.hub import PIPELINE_NAME
@@ -139,7 +141,7 @@ class Worker:
             # Each run compiles its own code; after a few, torch.compile would stop compiling.
             torch.compiler.reset()
             tidy()
-        return False
+        return self.shop.stopped
 
     def _run(self, run: Run) -> dict[str, Any]:
         config = self.shop.config(run)

@@ -403,6 +403,9 @@ def test_dry_run_measures_nothing(settings, tmp_path, capsys):
     assert build_reference(plan, dry_run=True) is None
 
 
+PIXELS = ["features.extractor=pixels", "metrics=[fd]"]
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -411,7 +414,14 @@ def test_dry_run_measures_nothing(settings, tmp_path, capsys):
         (["samples=.", "reference=.", "metrics=[fvd]"], "fvd cannot be measured with"),
         (["samples=.", "reference=.", "metrics=[fd]"], "fd is the same distance on any other"),
         (["samples=.", "reference=.", "metrics=[fad]"], "metrics must be one of"),
+        (["samples=.", "reference=.", "metrics=[fvd]"], "give features.extractor=i3d, for"),
+        (["samples=.", "reference=.", "metrics=[fd]"], "give features.extractor=dinov2, for"),
+        (
+            ["samples=.", "reference=.", "features.extractor=pixels"],
+            "give metrics=[fd,precision,recall,kid], for",
+        ),
         (["samples=.", "reference=.", "features.extractor=i3d", "metrics=[fvd]"], "TorchScript"),
+        (["samples=.", "reference=.", "features.dtype=float64", *PIXELS], "is for inception"),
         (["sample=x"], "did you mean samples?"),
     ],
 )
@@ -419,6 +429,23 @@ def test_wrong_arguments_are_one_sentence(arguments, message, capsys):
     assert main(["evaluate", *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_videos_are_known_before_a_network_is_looked_for(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "no weights"))
+    (tmp_path / "films").mkdir()
+    (tmp_path / "films" / "0.mp4").write_bytes(b"")
+    np.savez(tmp_path / "clips.npz", arr_0=np.zeros((4, 3, 8, 8, 3), np.uint8))
+    np.savez(tmp_path / "images.npz", arr_0=np.zeros((40, 8, 8, 3), np.uint8))
+    here = f"features.cache_dir={tmp_path}/cache", f"out={tmp_path}/out.npz"
+    for videos in ("films", "clips.npz"):
+        for samples, reference in ((videos, videos), ("images.npz", videos)):
+            both = f"samples={tmp_path}/{samples}", f"reference={tmp_path}/{reference}"
+            assert main(["evaluate", *both, "metrics=[fid]", *here]) == 2
+            assert "are measured by features.extractor=i3d" in capsys.readouterr().err
+        assert main(["reference", f"data={tmp_path}/{videos}", *here]) == 2
+        assert "are measured by features.extractor=i3d" in capsys.readouterr().err
+    assert not (tmp_path / "no weights").exists()
 
 
 def fvd_of(folder, samples, reference, **features):
@@ -535,7 +562,7 @@ def test_features_that_were_damaged_are_computed_again(damage, settings, tmp_pat
 
 def test_a_program_wants_trust(settings):
     features = replace(settings.features, trust=False)
-    with pytest.raises(EvaluationError, match=r"is TorchScript, a program .*features\.trust=true"):
+    with pytest.raises(ValueError, match=r"is TorchScript, a program .*features\.trust=true"):
         evaluate(replace(settings, features=features))
 
 

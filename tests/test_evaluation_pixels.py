@@ -78,7 +78,7 @@ def test_labels_that_do_not_fit_are_refused(settings, tmp_path):
 
 
 def test_pixels_have_no_weights_and_dimensions_with_the_first_images():
-    with pytest.raises(EvaluationError, match="has no weights"):
+    with pytest.raises(ValueError, match="has no weights"):
         build_extractor(FeaturesConfig(extractor="pixels", weights="a.pth"))
     extractor = build_extractor(FeaturesConfig(extractor="pixels"))
     with pytest.raises(EvaluationError, match="needs an extractor, or dim"):

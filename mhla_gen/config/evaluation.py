@@ -49,6 +49,31 @@ class FeaturesConfig(Settings, prefix="features."):
     """Largest size of that folder. Beyond it the least recently used sets are removed, except those
     of the last day."""
 
+    def check_network(self) -> None:
+        """Raise unless the extractor has the settings that it needs, and no others.
+
+        Raises:
+            UserError: Naming what to change.
+        """
+        if self.extractor != "inception" and self.dtype != "float32":
+            raise UserError(
+                f"features.dtype={self.dtype} is for inception; {self.extractor} runs in float32"
+            )
+        if self.extractor == "pixels" and self.weights is not None:
+            raise UserError("features.extractor=pixels has no weights; leave them out")
+        if self.extractor not in ("torchscript", "i3d"):
+            return
+        if self.weights is None:
+            raise UserError(
+                f"features.extractor={self.extractor} needs features.weights=FILE, a TorchScript "
+                "file, and features.trust=true"
+            )
+        if not self.trust:
+            raise UserError(
+                f"{self.weights} is TorchScript, a program that can do anything that you can: if "
+                "you know where it comes from, set features.trust=true"
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(Settings):
@@ -106,7 +131,7 @@ class EvaluateConfig(Settings):
             raise UserError(f"metrics must name at least one of {', '.join(known)}")
 
     def check_comparison(self) -> None:
-        """Raise unless samples and reference are given, and the extractor has the metrics.
+        """Raise unless samples and reference are given, and the network that the metrics need.
 
         Raises:
             UserError: Naming what to change.
@@ -118,14 +143,21 @@ class EvaluateConfig(Settings):
         extractor = self.features.extractor
         wrong = [name for name in self.metrics if not _fits(name, extractor)]
         if wrong:
-            remedy = {"inception": "metrics=[fid]", "i3d": "metrics=[fvd]"}.get(
-                extractor, "metrics=[fd,precision,recall,kid]"
-            )
             raise UserError(
                 f"{', '.join(wrong)} cannot be measured with features.extractor={extractor}: fid, "
                 "sfid and is mean inception, fvd means i3d, fd is the same distance on any other "
-                f"network; give {remedy}, for example"
+                f"network; give {self._fitting()}, for example"
             )
+        self.features.check_network()
+
+    def _fitting(self) -> str:
+        """Settings that fit each other: those that were not chosen change."""
+        for extractor in ("inception", "i3d", "dinov2"):
+            chosen = self.metrics != EvaluateConfig().metrics
+            if chosen and all(_fits(name, extractor) for name in self.metrics):
+                return f"features.extractor={extractor}"
+        fitting = {"inception": "fid", "i3d": "fvd"}
+        return f"metrics=[{fitting.get(self.features.extractor, 'fd,precision,recall,kid')}]"
 
 
 def _fits(metric: str, extractor: str) -> bool:
@@ -173,3 +205,4 @@ class ReferenceConfig(Settings):
             raise UserError("data=FOLDER is required: the images to take statistics of")
         if not self.out.endswith(".npz"):
             raise UserError(f"out must be an npz file, found {self.out}")
+        self.features.check_network()

@@ -1,5 +1,6 @@
 """The evaluation command: samples and a reference → numbers with protocols and intervals."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -53,9 +54,9 @@ def evaluate(config: EvaluateConfig, dry_run: bool = False) -> list[Result]:
     check_writable(Path(config.out).parent, "out")
     measurer = Measurer.start(config.features, config.size, config.skip_corrupt)
     source = measurer.open(config.samples)
-    protocol = measurer.protocol(frame_shape(source))
     labels = source.labels() if need_labels(config.metrics) else None
-    scoring = Scoring.prepare(config, measurer, protocol, len(source), labels is not None)
+    shape = frame_shape(source)
+    scoring = Scoring.prepare(config, measurer, shape, len(source), labels is not None)
     if dry_run:
         print(f"would measure {len(source)} images of {source.name}: {scoring.protocol}")
         return []
@@ -81,7 +82,7 @@ class Scoring:
         cls,
         config: EvaluateConfig,
         measurer: Measurer,
-        protocol: EvaluationProtocol,
+        shape: Sequence[int],
         count: int,
         labelled: bool,
     ) -> "Scoring":
@@ -89,17 +90,19 @@ class Scoring:
 
         Args:
             config: What to measure.
-            measurer: With the extractor.
-            protocol: How the samples are measured.
+            measurer: How both are measured.
+            shape: Of a sample, `(…, height, width)`.
             count: How many samples there are, or will be.
             labelled: Whether they have labels.
 
         Raises:
             EvaluationError: If something is missing, unusable or not comparable.
         """
-        scoring = cls(config, measurer, protocol, *_open_reference(config, measurer))
-        if reference := scoring.reference_protocol:
-            protocol.require_same(reference)
+        # Before the extractor: what it measures may need another one.
+        reference = _open_reference(config, measurer)
+        scoring = cls(config, measurer, measurer.protocol(shape), *reference)
+        if protocol := scoring.reference_protocol:
+            scoring.protocol.require_same(protocol)
         _require_enough(config, count, "samples")
         if scoring.images is not None:
             _require_enough(config, len(scoring.images), "reference")

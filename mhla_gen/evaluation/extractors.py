@@ -23,31 +23,19 @@ def build_extractor(config: FeaturesConfig) -> Extractor:
     """The extractor of a config.
 
     Raises:
-        EvaluationError: If its weights or its packages are missing.
+        UserError: If its settings do not fit, as an `EvaluationError` if its weights or its
+            packages are missing.
     """
+    config.check_network()
     if config.extractor == "inception":
         return InceptionExtractor(config.weights, getattr(torch, config.dtype))
-    if config.dtype != "float32":
-        raise EvaluationError(
-            f"features.dtype={config.dtype} is for inception; {config.extractor} runs in float32"
-        )
     if config.extractor == "pixels":
-        if config.weights is not None:
-            raise EvaluationError("features.extractor=pixels has no weights; leave them out")
         return PixelExtractor()
     if config.extractor == "efficientnet-lite0":
         return EfficientNetLite0Extractor(config.weights)
     if config.extractor == "dinov2":
         return Dinov2Extractor(config.weights or "facebook/dinov2-large")
-    if config.weights is None:
-        raise EvaluationError(
-            f"features.extractor={config.extractor} needs features.weights=FILE, a TorchScript file"
-        )
-    if not config.trust:
-        raise EvaluationError(
-            f"{config.weights} is TorchScript, a program that can do anything that you can: if you "
-            "know where it comes from, set features.trust=true"
-        )
+    assert config.weights is not None
     scripted = I3DExtractor if config.extractor == "i3d" else TorchScriptExtractor
     return scripted(config.weights)
 

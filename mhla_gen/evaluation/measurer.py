@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -22,26 +23,34 @@ class Measurer:
     """Opens and measures sets of images, all with one extractor and one crop."""
 
     config: FeaturesConfig
-    extractor: Extractor
     size: int | None
     skip_corrupt: bool
 
     @classmethod
     def start(cls, config: FeaturesConfig, size: int | None, skip_corrupt: bool) -> "Measurer":
-        """Find the device, and load the extractor on it.
+        """Find the device; the extractor is loaded once it is used.
 
         Raises:
-            EvaluationError: If the device or the extractor is not there.
+            EvaluationError: If the device is not there.
         """
         if config.device == "cuda" and not torch.cuda.is_available():
             raise EvaluationError(
                 "features.device=cuda but PyTorch finds no CUDA device; use device=auto"
             )
-        state = join_processes(config.device)
+        join_processes(config.device)
+        return cls(config, size, skip_corrupt)
+
+    @cached_property
+    def extractor(self) -> Extractor:
+        """The network, on its device; all processes must ask for it together.
+
+        Raises:
+            EvaluationError: If it is not there.
+        """
         # One process per machine downloads; the others find the file.
-        with state.local_main_process_first():
-            extractor = build_extractor(config)
-        return cls(config, extractor.to(processes().device), size, skip_corrupt)
+        with join_processes(self.config.device).local_main_process_first():
+            extractor = build_extractor(self.config)
+        return extractor.to(processes().device)
 
     @property
     def clip(self) -> ClipRule | None:

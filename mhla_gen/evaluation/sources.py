@@ -30,7 +30,7 @@ MANIFEST_NAME = "manifest.json"
 
 _MEASURED = {
     "images": "metrics of images need another features.extractor, such as inception",
-    "videos": "videos are measured by features.extractor=i3d metrics=[fvd]",
+    "videos": "videos are measured by features.extractor=i3d features.weights=FILE metrics=[fvd]",
 }
 # Images of an array that are hashed together.
 _HASHED = 64
@@ -166,8 +166,10 @@ class ArraySource:
         axes += ", 3 or 1]"
         array, ndim = self._array, 5 if clip else 4
         if array.dtype != np.uint8 or array.ndim != ndim or array.shape[-1] not in (1, 3):
+            other = _MEASURED["images" if clip else "videos"]
+            meant = f"; {other}" if array.ndim == 9 - ndim else ""
             raise EvaluationError(
-                f"{path}: arr_0 must be uint8 {axes}, found {array.dtype} {list(array.shape)}"
+                f"{path}: arr_0 must be uint8 {axes}, found {array.dtype} {list(array.shape)}{meant}"
             )
         if not len(array):
             raise EvaluationError(f"{path}: arr_0 is empty")

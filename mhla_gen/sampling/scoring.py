@@ -50,14 +50,21 @@ class Scorer:
         clip, self._frame = self._measurer.clip, shape[-3:-1]
         if (clip is not None) != (len(shape) == 4):
             raise EvaluationError(
-                "evaluate.features.extractor=i3d measures videos; the others measure images"
+                "the samples are images, which evaluate.features.extractor=i3d does not measure; "
+                "give another one, such as inception"
+                if clip
+                else "the samples are videos, which evaluate.features.extractor="
+                f"{config.features.extractor} does not measure; give "
+                "evaluate.features.extractor=i3d evaluate.features.weights=FILE "
+                "evaluate.metrics=[fvd]"
             )
         if clip is not None:
             clip.indices(shape[0])
         elif config.size is not None:
             self._frame = config.size, config.size
-        protocol = self._measurer.protocol(self._frame)
-        self._scoring = Scoring.prepare(config, self._measurer, protocol, count, labels is not None)
+        self._scoring = Scoring.prepare(
+            config, self._measurer, self._frame, count, labels is not None
+        )
 
     def measure(self, unit: int, samples: Tensor) -> None:
         """Write the features of a unit.

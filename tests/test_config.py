@@ -202,6 +202,43 @@ def test_numbers_outside_their_range_are_refused(where):
             make(schema, **{name: value})
 
 
+def keys_below(schema, group=""):
+    """Every setting that an override reaches: its whole key and its kind."""
+    for name, kind in kinds_of(schema).items():
+        yield f"{group}{name}", kind
+        if dataclasses.is_dataclass(kind.base):
+            yield from keys_below(kind.base, f"{group}{name}.")
+
+
+@pytest.mark.parametrize("job", SCHEMAS)
+def test_mistakes_are_named_by_the_whole_key(job):
+    for key, kind in keys_below(SCHEMAS[job]):
+        if (limits := kind.mark(Range)) is None:
+            continue
+        given = [f"{key}={limits.low - 1 if kind.base is int else 'nan'}"]
+        if key.startswith("distill."):
+            given.append("distill.teacher=folder")
+        with pytest.raises(ConfigError) as found:
+            load_config(None, given, SCHEMAS[job])
+        assert str(found.value).startswith(f"{key} must be"), key
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("model.mhla.exact_tile=[4]", "model.mhla.exact_tile needs model.mhla.exact between"),
+        ("model.mhla.linear=false", "model.mhla.linear=false with model.mhla.exact=0 leaves no"),
+        ("model.mhla.layers=9/2", 'model.mhla.layers must be "all"'),
+        ("model.linformer.gate=x", "model.linformer.gate must be true"),
+        ("evaluation.metrics=[fod]", "evaluation.metrics must be one of"),
+    ],
+)
+def test_checks_of_several_settings_say_whole_keys_too(override, message):
+    with pytest.raises(ConfigError) as found:
+        load_config(None, [override], TrainConfig)
+    assert str(found.value).startswith(message)
+
+
 @pytest.mark.parametrize(
     "where", [w for w, f in ALL_KINDS.items() if get_origin(f[2].base) is Literal]
 )

@@ -52,6 +52,12 @@ MISTAKES = [
     ("train", "data.source=cache data.path={0}/no", "data.path {0}/no does not exist"),
     (
         "train",
+        "data.source=digits evaluate_every=5 evaluation.reference={0} evaluation.features.extractor"
+        "=torchscript evaluation.metrics=[fd]",
+        "evaluation.features.extractor=torchscript needs evaluation.features.weights=FILE",
+    ),
+    (
+        "train",
         "data.source=digits evaluate_every=5 evaluation.reference={0}/no.npz",
         "evaluation.reference {0}/no.npz does not exist",
     ),

@@ -178,7 +178,9 @@ def test_sets_of_another_kind_are_refused_with_the_way_to_measure_them(tmp_path)
     (made / "manifest.json").write_text("{}")
     (made / "videos" / "000000.mp4").write_bytes(b"")
     Image.new("RGB", (8, 8)).save(made / "sheet.png")
-    with pytest.raises(EvaluationError, match=r"a set of videos, .*extractor=i3d .* metrics=\[fvd\]"):
+    with pytest.raises(
+        EvaluationError, match=r"a set of videos, .*extractor=i3d .* metrics=\[fvd\]"
+    ):
         load_images(made)
     assert len(load_images(made, clip=ClipRule())) == 1
     with pytest.raises(EvaluationError, match=r"has no images .*1 × \.mp4; videos are measured by"):

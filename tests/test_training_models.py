@@ -6,12 +6,13 @@ import pytest
 import torch
 from diffusers import DiTTransformer2DModel
 from safetensors.torch import load_file
+from test_training_runs import tiny_run
 from tiny import disturb, dit_inputs, tiny_dit, tiny_dit_pipeline, tiny_wan
 
 import mhla_gen
-from mhla_gen.config import MHLAConfig, ModelConfig
+from mhla_gen.config import LinformerConfig, MHLAConfig, ModelConfig
 from mhla_gen.models.saved_transformer import load_transformer
-from mhla_gen.training import build_model, initialize_dit
+from mhla_gen.training import build_model, initialize_dit, rehearse
 
 LAYOUT = MHLAConfig(layout=(2, 2))
 
@@ -81,6 +82,23 @@ def test_a_converted_model_is_gone_on_with(tmp_path):
         build_model(pretrained(path, mhla=MHLAConfig(layout=(4, 4))), (4, 8, 8), 10)
     with pytest.raises(ValueError, match=r"has MHLA layers; set model\.attention=mhla"):
         build_model(pretrained(path, attention="softmax"), (4, 8, 8), 10)
+
+
+@pytest.mark.parametrize(
+    "given, key",
+    [
+        ({"mhla": MHLAConfig(layout=(9, 9))}, "model.mhla.layout"),
+        ({"mhla": MHLAConfig(feature_map="cos")}, "model.mhla.feature_map"),
+        (
+            {"attention": "linformer", "linformer": LinformerConfig(projected_len=900)},
+            "model.linformer.projected_len",
+        ),
+    ],
+)
+def test_what_does_not_fit_the_model_is_named_by_its_whole_key(given, key, tmp_path):
+    model = ModelConfig(patch_size=4, num_layers=1, num_attention_heads=1, **given)
+    with pytest.raises(ValueError, match=key.replace(".", r"\.")):
+        rehearse(tiny_run(tmp_path / "run", model=model))
 
 
 def test_the_class_is_the_one_that_was_saved(tmp_path):

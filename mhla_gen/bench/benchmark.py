@@ -42,11 +42,15 @@ _ON_GPU = (
 _ELSEWHERE = ("softmax", "linear", "blockwise", "blockwise exact=0.125")
 
 
-def bench(config: BenchConfig) -> dict[str, Any]:
+def bench(config: BenchConfig, dry_run: bool = False) -> dict[str, Any]:
     """Run the measurements of `config` and write `bench.json` and `bench.png`.
 
+    Args:
+        config: What to measure.
+        dry_run: Check the settings, print what would be measured, and stop.
+
     Returns:
-        What the JSON holds: `rows`, and how they were measured.
+        What the JSON holds: `rows`, and how they were measured; nothing after a dry run.
 
     Raises:
         OSError: If the folder holds an earlier measurement, or cannot be written.
@@ -58,6 +62,9 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     if config.cuda_graphs and device.type != "cuda":
         raise UserError("cuda_graphs=true needs a GPU, found none; leave it out")
     config = _resolve(config, device)
+    if dry_run:
+        print(f"would measure {config.subject}: {', '.join(config.methods)} on {config.grids}")
+        return {}
     folder.mkdir(parents=True, exist_ok=True)
     measure = bench_ops if config.subject == "ops" else bench_model
     rows: list[dict[str, Any]] = []

@@ -20,6 +20,7 @@ from mhla_gen.bench.measure import (
 from mhla_gen.config import (
     BenchConfig,
     CausalMHLAConfig,
+    ConfigError,
     LinformerConfig,
     MHLAConfig,
     load_config,
@@ -236,11 +237,14 @@ def settings_of(method: str) -> MHLAConfig | LinformerConfig | CausalMHLAConfig 
     name, *settings = method.split()
     if name in SOFTMAX:
         return None
-    if name in ("linformer", "causal"):
-        schema: Any = LinformerConfig if name == "linformer" else CausalMHLAConfig
-        return load_config(None, settings, schema)
-    implementation = name if name in IMPLEMENTATIONS else "auto"
-    return load_config(None, [f"implementation={implementation}", *settings], MHLAConfig)
+    schemas: dict[str, type] = {"linformer": LinformerConfig, "causal": CausalMHLAConfig}
+    if name not in schemas:
+        implementation = name if name in IMPLEMENTATIONS else "auto"
+        settings = [f"implementation={implementation}", *settings]
+    try:
+        return load_config(None, settings, schemas.get(name, MHLAConfig))
+    except ConfigError as error:
+        raise ConfigError(f"methods: {error}, in {method!r}") from error
 
 
 def _softmax(method: str, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -77,7 +77,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "bench": Command(
         "measure latency and memory of attention operators or whole models",
-        "mhla_gen.cli.commands:bench",
+        "mhla_gen.bench.benchmark:bench",
         folder_key="subject",
     ),
     "doctor": Command("test every part of the installation", "mhla_gen.cli.commands:doctor"),

@@ -1,7 +1,7 @@
 """Commands that do more than one call. What they need is imported when they run."""
 
 from mhla_gen.cli import pointers
-from mhla_gen.config import BenchConfig, CacheConfig, ConvertConfig, DoctorConfig, TrainConfig
+from mhla_gen.config import CacheConfig, ConvertConfig, DoctorConfig, TrainConfig
 from mhla_gen.errors import UserError
 
 
@@ -44,17 +44,6 @@ def convert(config: ConvertConfig, dry_run: bool) -> None:
     following = pointers.after_importing(config) if config.direction == "import" else None
     if following is not None and not dry_run:
         print(f"to tune it on what `mhla-gen cache` made: {following}")
-
-
-def bench(config: BenchConfig, dry_run: bool) -> None:
-    """Measure, or print what would be measured."""
-    if dry_run:
-        methods = "auto" if config.methods == "auto" else ", ".join(config.methods)
-        print(f"would measure {config.subject}: {methods} on {config.grids}")
-        return
-    from mhla_gen.bench.benchmark import bench
-
-    bench(config)
 
 
 def doctor(config: DoctorConfig, dry_run: bool) -> None:

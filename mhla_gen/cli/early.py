@@ -24,6 +24,7 @@ from mhla_gen.config import (
     SensitivityConfig,
     TrainConfig,
 )
+from mhla_gen.config.fields import in_group
 from mhla_gen.config.inspection import FREE_OF_SCAN
 from mhla_gen.errors import MissingError, OccupiedError, UserError
 from mhla_gen.hub import INDEX_NAME, PIPELINE_NAME, adapter_file, find, locate
@@ -75,6 +76,7 @@ def _train(config: TrainConfig) -> _Checks:
         yield partial(_model, "distill.teacher", config.distill.teacher)
         yield partial(_model, "distill.start", config.distill.start)
     if config.evaluate_every:
+        yield partial(_comparison, "evaluation.", config.evaluation.settings, config.output_dir)
         yield partial(_exist, "evaluation.reference", config.evaluation.reference)
         yield partial(_weights, "evaluation.features", config.evaluation.features)
 
@@ -112,9 +114,14 @@ def _sample(config: SampleConfig) -> _Checks:
     yield partial(_exist, "prompt_embeds", config.prompt_embeds)
     yield partial(_exist, "image", config.image)
     if config.evaluate is not None:
-        yield replace(config.evaluate, samples=config.output_dir).check_comparison
+        yield partial(_comparison, "evaluate.", config.evaluate, config.output_dir)
         yield partial(_exist, "evaluate.reference", config.evaluate.reference)
         yield partial(_weights, "evaluate.features", config.evaluate.features)
+
+
+def _comparison(group: str, config: EvaluateConfig, samples: str) -> None:
+    with in_group(group):
+        replace(config, samples=samples).check_comparison()
 
 
 def _images_of(prompts: Any) -> None:

@@ -50,7 +50,7 @@ class CausalMHLAConfig(Settings):
 
     def __post_init__(self):
         super().__post_init__()
-        self._settle(layers=normalize_layers(self.layers))
+        self._settle(layers=normalize_layers("layers", self.layers))
         if not self.linear and not self.window:
             raise UserError("linear=false leaves no attention at all with window=0; set window")
 

@@ -49,13 +49,19 @@ def check_checkpointing(name: str, value: Any) -> None:
         )
 
 
-def check_additions(gate: Any, kernel_size: int) -> None:
-    """Raise unless `gate` is true, false, "head" or a rank, and `kernel_size` is odd."""
+def check_gate(name: str, gate: Any) -> None:
+    """Raise unless `gate` is true, false, "head" or a rank."""
     rank = isinstance(gate, int) and gate >= 1
     if not (isinstance(gate, bool) or gate == "head" or rank):
-        raise UserError(f"gate must be true, false, head or its rank (at least 1), found {gate!r}")
-    if kernel_size % 2 == 0:
-        raise UserError(f"conv_kernel_size must be odd and positive, found {kernel_size}")
+        raise UserError(
+            f"{name} must be true, false, head or its rank (at least 1), found {gate!r}"
+        )
+
+
+def check_odd(name: str, number: int) -> None:
+    """Raise unless `number` is odd."""
+    if number % 2 == 0:
+        raise UserError(f"{name} must be odd and positive, found {number}")
 
 
 def normalize_integers(name: str, values: Any, least: int) -> tuple[int, ...]:
@@ -80,17 +86,17 @@ def normalize_paths(name: str, paths: Any) -> tuple[str, ...] | None:
     return tuple(str(path) for path in listed)
 
 
-def normalize_layout(layout: Any) -> Any:
+def normalize_layout(name: str, layout: Any) -> Any:
     """One to three block counts as a tuple, or "auto" as it is."""
     if isinstance(layout, str) and layout == "auto":
         return layout
     counts = elements(layout)
     if not counts or len(counts) > 3 or not all(is_whole(n, 1) for n in counts):
-        raise UserError(f'layout must be "auto" or 1 to 3 positive block counts, found {layout!r}')
+        raise UserError(f'{name} must be "auto" or 1 to 3 positive block counts, found {layout!r}')
     return counts
 
 
-def normalize_layers(layers: Any, name: str = "layers") -> Any:
+def normalize_layers(name: str, layers: Any) -> Any:
     """Indices as a sorted tuple; "all", a fraction like "2/3" or a function as it is."""
     if callable(layers):
         return layers

@@ -13,6 +13,7 @@ from mhla_gen.config.fields import (
     Seed,
     Settings,
     Whole,
+    in_group,
 )
 from mhla_gen.errors import UserError
 
@@ -57,21 +58,22 @@ class FeaturesConfig(Settings, prefix="features."):
         """
         if self.extractor != "inception" and self.dtype != "float32":
             raise UserError(
-                f"features.dtype={self.dtype} is for inception; {self.extractor} runs in float32"
+                f"{self.key('dtype')}={self.dtype} is for inception; {self.extractor} runs in "
+                "float32"
             )
         if self.extractor == "pixels" and self.weights is not None:
-            raise UserError("features.extractor=pixels has no weights; leave them out")
+            raise UserError(f"{self.key('extractor')}=pixels has no weights; leave them out")
         if self.extractor not in ("torchscript", "i3d"):
             return
         if self.weights is None:
             raise UserError(
-                f"features.extractor={self.extractor} needs features.weights=FILE, a TorchScript "
-                "file, and features.trust=true"
+                f"{self.key('extractor')}={self.extractor} needs {self.key('weights')}=FILE, a "
+                f"TorchScript file, and {self.key('trust')}=true"
             )
         if not self.trust:
             raise UserError(
                 f"{self.weights} is TorchScript, a program that can do anything that you can: if "
-                "you know where it comes from, set features.trust=true"
+                f"you know where it comes from, set {self.key('trust')}=true"
             )
 
 
@@ -112,7 +114,7 @@ class EvaluateConfig(Settings):
     def __post_init__(self):
         super().__post_init__()
         for name in ("samples", "reference"):
-            self._settle(**{name: normalize_paths(name, getattr(self, name))})
+            self._settle(**{name: normalize_paths(self.key(name), getattr(self, name))})
         known = (
             "fid",
             "sfid",
@@ -126,9 +128,9 @@ class EvaluateConfig(Settings):
             "copies",
         )
         for metric in self.metrics:
-            check_choice("metrics", metric, known)
+            check_choice(self.key("metrics"), metric, known)
         if not self.metrics:
-            raise UserError(f"metrics must name at least one of {', '.join(known)}")
+            raise UserError(f"{self.key('metrics')} must name at least one of {', '.join(known)}")
 
     def check_comparison(self) -> None:
         """Raise unless samples and reference are given, and the network that the metrics need.
@@ -137,27 +139,30 @@ class EvaluateConfig(Settings):
             UserError: Naming what to change.
         """
         if self.samples is None:
-            raise UserError("samples=PATH is required: the images to measure")
+            raise UserError(f"{self.key('samples')}=PATH is required: the images to measure")
         if self.reference is None and set(self.metrics) != {"is"}:
-            raise UserError("reference=PATH is required for every metric but is")
+            raise UserError(f"{self.key('reference')}=PATH is required for every metric but is")
         extractor = self.features.extractor
         wrong = [name for name in self.metrics if not _fits(name, extractor)]
         if wrong:
             raise UserError(
-                f"{', '.join(wrong)} cannot be measured with features.extractor={extractor}: fid, "
-                "sfid and is mean inception, fvd means i3d, fd is the same distance on any other "
-                f"network; give {self._fitting()}, for example"
+                f"{', '.join(wrong)} cannot be measured with "
+                f"{self.key('features.extractor')}={extractor}: fid, sfid and is mean inception, "
+                "fvd means i3d, fd is the same distance on any other network; give "
+                f"{self._fitting()}, for example"
             )
-        self.features.check_network()
+        with in_group(self.key("features.")):
+            self.features.check_network()
 
     def _fitting(self) -> str:
         """Settings that fit each other: those that were not chosen change."""
+        chosen = self.metrics != EvaluateConfig().metrics
         for extractor in ("inception", "i3d", "dinov2"):
-            chosen = self.metrics != EvaluateConfig().metrics
             if chosen and all(_fits(name, extractor) for name in self.metrics):
-                return f"features.extractor={extractor}"
+                return f"{self.key('features.extractor')}={extractor}"
         fitting = {"inception": "fid", "i3d": "fvd"}
-        return f"metrics=[{fitting.get(self.features.extractor, 'fd,precision,recall,kid')}]"
+        names = fitting.get(self.features.extractor, "fd,precision,recall,kid")
+        return f"{self.key('metrics')}=[{names}]"
 
 
 def _fits(metric: str, extractor: str) -> bool:

@@ -9,6 +9,9 @@ import functools
 import math
 import os
 import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import (
     Annotated,
@@ -155,6 +158,19 @@ def path_settings(schema: type) -> frozenset[str]:
     return frozenset(found)
 
 
+_GROUP: ContextVar[str | None] = ContextVar("group", default=None)
+
+
+@contextmanager
+def in_group(prefix: str) -> Iterator[None]:
+    """Name settings inside by their keys in a command's config, as in `model.mhla.exact`."""
+    before = _GROUP.set(prefix)
+    try:
+        yield
+    finally:
+        _GROUP.reset(before)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """Base of every config: checks numbers, choices and paths by their annotations.
@@ -164,7 +180,7 @@ class Settings:
     """
 
     def __init_subclass__(cls, prefix: str = "", **kwargs: Any) -> None:
-        """Set the key of these settings, for messages."""
+        """Set what the keys of these settings begin with where no `in_group` says it."""
         super().__init_subclass__(**kwargs)
         cls._prefix = prefix
 
@@ -172,9 +188,15 @@ class Settings:
         """Check every setting, and expand `~` in paths."""
         for name, kind in kinds_of(type(self)).items():
             value = getattr(self, name)
-            checked = _checked(f"{self._prefix}{name}", value, kind)
+            checked = _checked(self.key(name), value, kind)
             if checked is not value:
                 self._settle(**{name: checked})
+
+    @classmethod
+    def key(cls, name: str) -> str:
+        """What a message calls a setting."""
+        group = _GROUP.get()
+        return f"{cls._prefix if group is None else group}{name}"
 
     def _settle(self, **values: Any) -> None:
         """Replace settings by their normal forms, in `__post_init__` only."""

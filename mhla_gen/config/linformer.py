@@ -6,7 +6,8 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal, Self
 
 from mhla_gen.config.checks import (
-    check_additions,
+    check_gate,
+    check_odd,
     elements,
     is_whole,
     normalize_integers,
@@ -68,28 +69,33 @@ class LinformerConfig(Settings):
     def __post_init__(self):
         super().__post_init__()
         self._settle(
-            projected_len=_normalize_length("projected_len", self.projected_len),
-            layers=normalize_layers(self.layers),
+            projected_len=_normalize_length(self.key("projected_len"), self.projected_len),
+            layers=normalize_layers(self.key("layers"), self.layers),
         )
         if self.grid != "auto":
-            self._settle(grid=normalize_integers("grid", self.grid, 1))
-        check_additions(self.gate, self.conv_kernel_size)
+            self._settle(grid=normalize_integers(self.key("grid"), self.grid, 1))
+        check_gate(self.key("gate"), self.gate)
+        check_odd(self.key("conv_kernel_size"), self.conv_kernel_size)
         if self.projection.endswith("pool") and self.sharing != "headwise":
             raise UserError(
-                f"projection={self.projection} has no weights to share; leave sharing out"
+                f"{self.key('projection')}={self.projection} has no weights to share; leave "
+                f"{self.key('sharing')} out"
             )
         if self.projected_len_by_layer is not None:
             self._check_layers()
 
     def _check_layers(self) -> None:
-        name, lengths = "projected_len_by_layer", elements(self.projected_len_by_layer)
+        name = self.key("projected_len_by_layer")
+        lengths = elements(self.projected_len_by_layer)
         if not lengths:
             raise UserError(
                 f"{name} must be a list, one entry per converted layer, found "
                 f"{self.projected_len_by_layer!r}"
             )
         if self.sharing == "layerwise":
-            raise UserError(f"sharing=layerwise has one projected_len; leave {name} out")
+            raise UserError(
+                f"{self.key('sharing')}=layerwise has one projected_len; leave {name} out"
+            )
         lengths = tuple(_normalize_length(name, length) for length in lengths)
         self._settle(projected_len_by_layer=lengths)
 

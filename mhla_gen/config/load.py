@@ -10,9 +10,10 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from mhla_gen.config.checks import is_list, is_mapping
 from mhla_gen.config.data import CacheConfig
 from mhla_gen.config.evaluation import EvaluateConfig, ReferenceConfig
-from mhla_gen.config.fields import Settings, expand_home
+from mhla_gen.config.fields import Settings, expand_home, in_group, kind_of, kinds_of
 from mhla_gen.config.inspection import InspectConfig, SensitivityConfig
 from mhla_gen.config.reading import ConfigError, check_shapes, put_override, read_yaml, write_yaml
 from mhla_gen.config.retired import without_retired
@@ -94,7 +95,26 @@ def _structured(schema: type, values: dict[str, Any]) -> Any:
     # A frozen dataclass is read-only once structured: all values are merged in at once.
     values = without_retired(values)
     check_shapes(values, schema)
-    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values))
+    merged = OmegaConf.merge(OmegaConf.structured(schema), values)
+    plain = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
+    return _built(plain, schema)
+
+
+def _built(value: Any, annotation: Any, key: str = "") -> Any:
+    """A value with dataclasses for the mappings that stand for them.
+
+    Not OmegaConf's own, in which no message would know the whole key.
+    """
+    kind = kind_of(annotation)
+    if dataclasses.is_dataclass(kind.base) and is_mapping(value):
+        group = f"{key}." if key else ""
+        kinds = kinds_of(kind.base)
+        parts = {name: _built(part, kinds[name], f"{group}{name}") for name, part in value.items()}
+        with in_group(group):
+            return kind.base(**parts)
+    if is_list(value):
+        return [_built(part, kind.element, f"{key}[{i}]") for i, part in enumerate(value)]
+    return value
 
 
 def _at_fault(path: Path, values: dict[str, Any], schema: type) -> str:

@@ -5,7 +5,8 @@ from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from mhla_gen.config.checks import (
-    check_additions,
+    check_gate,
+    check_odd,
     normalize_integers,
     normalize_layers,
     normalize_layout,
@@ -97,54 +98,66 @@ class MHLAConfig(Settings):
         super().__post_init__()
         self._settle(
             share=repr(self.exact),
-            layout=normalize_layout(self.layout),
-            layers=normalize_layers(self.layers),
-            exact_layers=normalize_layers(self.exact_layers, "exact_layers"),
+            layout=normalize_layout(self.key("layout"), self.layout),
+            layers=normalize_layers(self.key("layers"), self.layers),
+            exact_layers=normalize_layers(self.key("exact_layers"), self.exact_layers),
         )
-        check_additions(self.gate, self.conv_kernel_size)
+        check_gate(self.key("gate"), self.gate)
+        check_odd(self.key("conv_kernel_size"), self.conv_kernel_size)
         self._check_exact()
+        self._check_linear()
         self._check_causal()
 
     def _check_exact(self) -> None:
+        key = self.key
         for name, least in (("exact_tile", 1), ("exact_group", 1), ("exact_window", 0)):
             if getattr(self, name) is not None:
-                self._settle(**{name: normalize_integers(name, getattr(self, name), least)})
+                self._settle(**{name: normalize_integers(key(name), getattr(self, name), least)})
         window = self.exact_window or (1,)
         if any(window) and any(side % 2 == 0 for side in window):
-            raise UserError(f"exact_window must be odd numbers or all zeros, found {window}")
+            raise UserError(f"{key('exact_window')} must be odd numbers or zeros, found {window}")
+        exact = key("exact")
         given = [name for name in _TILE_SETTINGS if getattr(self, name) is not None]
         if given and not self.has_tiles:
-            raise UserError(f"{given[0]} needs exact between 0 and 1, found {self.exact}")
+            raise UserError(f"{key(given[0])} needs {exact} between 0 and 1, found {self.exact}")
         if self.exact == 0 and self.exact_layers != "all":
-            raise UserError("exact_layers needs a share of exact pairs; set exact")
+            raise UserError(f"{key('exact_layers')} needs a share of exact pairs; set {exact}")
         if self.exact == 0 and not self.linear:
-            raise UserError("linear=false with exact=0 leaves no attention at all; set exact")
-        if self.output_norm and not self.has_linear:
-            raise UserError("output_norm needs MHLA's half, which is left out; set it to false")
-        if self.magnitude and not (self.has_linear and self.normalize):
-            raise UserError("magnitude needs an MHLA half with normalize=true; set it to false")
-        if self.learned_features and not self.has_linear:
             raise UserError(
-                "learned_features needs MHLA's half, which is left out; set it to false"
+                f"{key('linear')}=false with {exact}=0 leaves no attention at all; set {exact}"
             )
+
+    def _check_linear(self) -> None:
+        key = self.key
+        for name in ("output_norm", "magnitude", "learned_features"):
+            if getattr(self, name) and not self.has_linear:
+                raise UserError(
+                    f"{key(name)} needs MHLA's half, which is left out; set it to false"
+                )
+        if self.magnitude and not self.normalize:
+            raise UserError(f"{key('magnitude')} needs {key('normalize')}=true")
         if self.has_halves and self.combine == "denominator" and not self.normalize:
-            raise UserError("combine=denominator needs normalize=true")
+            raise UserError(f"{key('combine')}=denominator needs {key('normalize')}=true")
 
     def _check_causal(self) -> None:
         if self.causal_frames is None:
             return
+        key = self.key
         if self.layers != "all":
             raise UserError(
-                f"causal_frames needs layers=all: layers that stay softmax would read later "
-                f"frames; found layers={self.layers!r}"
+                f"{key('causal_frames')} needs {key('layers')}=all: layers that stay softmax would "
+                f"read later frames; found {self.layers!r}"
             )
         if self.has_tiles:
             raise UserError(
-                f"causal_frames takes exact=0 or 1, found {self.exact}: exact tiles are chosen "
-                "among those of all frames, later ones too"
+                f"{key('causal_frames')} takes {key('exact')}=0 or 1, found {self.exact}: exact "
+                "tiles are chosen among those of all frames, later ones too"
             )
         if self.magnitude:
-            raise UserError("causal_frames needs magnitude=false, which reads a mean of all frames")
+            raise UserError(
+                f"{key('causal_frames')} needs {key('magnitude')}=false, which reads a mean of all "
+                "frames"
+            )
 
     @property
     def has_tiles(self) -> bool:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mhla_gen.config.checks import check_choice, normalize_paths
-from mhla_gen.config.evaluation import FeaturesConfig
+from mhla_gen.config.evaluation import EvaluateConfig, FeaturesConfig
 from mhla_gen.config.fields import Count, FilePaths, Guidance, Seed, Settings
 
 
@@ -56,6 +56,13 @@ class RunEvaluationConfig(Settings, prefix="evaluation."):
 
     def __post_init__(self):
         super().__post_init__()
-        self._settle(reference=normalize_paths("evaluation.reference", self.reference))
+        self._settle(reference=normalize_paths(self.key("reference"), self.reference))
         for metric in self.metrics:
-            check_choice("evaluation.metrics", metric, ("fid", "sfid", "is", "fd", "kid"))
+            check_choice(self.key("metrics"), metric, ("fid", "sfid", "is", "fd", "kid"))
+
+    @property
+    def settings(self) -> EvaluateConfig:
+        """Those of `mhla-gen evaluate` for the samples of a run."""
+        return EvaluateConfig(
+            reference=self.reference, metrics=self.metrics, features=self.features
+        )

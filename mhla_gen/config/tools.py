@@ -171,7 +171,7 @@ class BenchConfig(Settings):
         for name in ("cuda_graphs", "profile"):
             if getattr(self, name) and self.subject == "ops":
                 raise UserError(f"{name} is for subject=model")
-        self._settle(layout=normalize_layout(self.layout))
+        self._settle(layout=normalize_layout("layout", self.layout))
         if self.grids == "squares":
             self._settle(grids=tuple((side, side) for side in (8, 16, 32, 64)))
         if self.grids != "models":

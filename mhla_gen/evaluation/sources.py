@@ -169,7 +169,8 @@ class ArraySource:
             other = _MEASURED["images" if clip else "videos"]
             meant = f"; {other}" if array.ndim == 9 - ndim else ""
             raise EvaluationError(
-                f"{path}: arr_0 must be uint8 {axes}, found {array.dtype} {list(array.shape)}{meant}"
+                f"{path}: arr_0 must be uint8 {axes}, found {array.dtype} "
+                f"{list(array.shape)}{meant}"
             )
         if not len(array):
             raise EvaluationError(f"{path}: arr_0 is empty")

@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mhla_gen.config import SensitivityConfig, save_config
+from mhla_gen.config.fields import in_group
 from mhla_gen.data import derived_seed, open_images
 from mhla_gen.distillation.layers import LayerErrors, relative_error
 from mhla_gen.distillation.teacher import mhla_attentions, softmax_twin, train_only, trained_names
@@ -92,7 +93,7 @@ class Scan:
             return make_inputs(subject, fresh, grid.axes, images)
 
         digest = tensors_digest(subject.model.state_dict())
-        with unmentioned():
+        with unmentioned(), in_group("mhla."):
             student = inject(subject.model, config.mhla)
         if config.softmax_layers is not None:
             plan_by_count(

@@ -35,14 +35,15 @@ def mhla_layers(config: AttentionConfig, names: Sequence[str]) -> tuple[int, ...
     Raises:
         ValueError: If an index is too large, or no layer is left to convert.
     """
-    return _chosen("layers", config.layers, names)
+    return _chosen(config.key("layers"), config.layers, names)
 
 
 def exact_layers(config: MHLAConfig, names: Sequence[str]) -> tuple[int, ...]:
     """Indices of the layers with an exact half, as `mhla_layers`."""
-    chosen = _chosen("exact_layers", config.exact_layers, names)
+    setting = config.key("exact_layers")
+    chosen = _chosen(setting, config.exact_layers, names)
     if not set(chosen) & set(mhla_layers(config, names)):
-        raise UserError("exact_layers names none of the layers that are converted")
+        raise UserError(f"{setting} names none of the layers that are converted")
     return chosen
 
 
@@ -125,17 +126,17 @@ def _resolve_linformer(
     by_layer = config.projected_len_by_layer
     if by_layer is not None and len(by_layer) != num_layers:
         raise UserError(
-            f"projected_len_by_layer needs an entry for each of {num_layers} converted layers, "
-            f"found {len(by_layer)}"
+            f"{config.key('projected_len_by_layer')} needs an entry for each of {num_layers} "
+            f"converted layers, found {len(by_layer)}"
         )
-    _check_rank(family, "grid", config.grid)
+    _check_rank(family, config.key("grid"), config.grid)
     for layer in map(config.of_layer, range(num_layers)):
         if layer.by_axis:
-            _check_rank(family, "projected_len", layer.projected)
+            _check_rank(family, config.key("projected_len"), layer.projected)
         if any(k > n for k, n in zip(layer.projected, layer.lengths, strict=True)):
             raise UserError(
-                f"projected_len={layer.projected_len} is more than the tokens of the grid "
-                f"{config.grid} that it projects; take at most "
+                f"{config.key('projected_len')}={layer.projected_len} is more than the tokens of "
+                f"the grid {config.grid} that it projects; take at most "
                 f"{layer.lengths if layer.by_axis else layer.lengths[0]}"
             )
     return config
@@ -155,30 +156,32 @@ def _resolve_mhla(family: Family, model: Any, config: MHLAConfig, new: bool) -> 
     names = (*FEATURE_MAPS, *WHOLE_HEAD_MAPS)
     if config.feature_map not in names:
         raise UserError(
-            f"feature_map must be one of {', '.join(names)}, found {config.feature_map!r}"
+            f"{config.key('feature_map')} must be one of {', '.join(names)}, found "
+            f"{config.feature_map!r}"
         )
     grid = family.native_grid(model)
     for name in ("exact_tile", "exact_group", "exact_window"):
         value = getattr(config, name)
         if value is not None:
-            _check_rank(family, name, value)
+            _check_rank(family, config.key(name), value)
     if config.exact > 0 and exact_share(config, grid) == 0:
         raise UserError(
-            f"exact_window and exact_top leave no exact pair on the model's token grid {grid}; "
-            "give one of them more tiles"
+            f"{config.key('exact_window')} and exact_top leave no exact pair on the model's token "
+            f"grid {grid}; give one of them more tiles"
         )
     if config.causal_frames is not None and not family.frame_causal:
         raise UserError(
-            f"causal_frames is for Wan's text-to-video transformers, found a {type(model).__name__}"
+            f"{config.key('causal_frames')} is for Wan's text-to-video transformers, found a "
+            f"{type(model).__name__}"
         )
     if config.layout == "auto":
         chunks = None if config.causal_frames is None else -(-grid[0] // config.causal_frames)
         return replace(config, layout=auto_layout(grid, chunks))
-    _check_rank(family, "layout", config.layout)
+    _check_rank(family, config.key("layout"), config.layout)
     if any(count > length for count, length in zip(config.layout, grid, strict=True)):
         raise UserError(
-            f"layout={config.layout} has more blocks than the model's own token grid {grid} has "
-            f"tokens along an axis; take at most {grid}, or layout='auto'"
+            f"{config.key('layout')}={config.layout} has more blocks than the model's own token "
+            f"grid {grid} has tokens along an axis; take at most {grid}, or layout='auto'"
         )
     return config
 
@@ -189,11 +192,14 @@ def _settle_start(family: Family, model: Any, config: MHLAConfig, new: bool) -> 
     if reads_text and without_exact and config.combine != "gate":
         if config.combine == "projection":
             raise UserError(
-                "combine=projection starts with the exact half alone, which without a share of "
-                "exact pairs is the text; take gate or denominator, or such a share in all layers"
+                f"{config.key('combine')}=projection starts with the exact half alone, which "
+                "without a share of exact pairs is the text; take gate or denominator, or such a "
+                "share in all layers"
             )
         if not config.normalize:
-            raise UserError("combine=denominator needs normalize=true")
+            raise UserError(
+                f"{config.key('combine')}=denominator needs {config.key('normalize')}=true"
+            )
     if config.exact_start is not None:
         return config
     if config.has_halves:

@@ -7,6 +7,7 @@ import numpy as np
 from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 
 from mhla_gen.config import ModelConfig, ObjectiveConfig, PreviewConfig, TrainConfig
+from mhla_gen.config.fields import in_group
 from mhla_gen.data import TrainingData
 from mhla_gen.data.caching.cached import CachedLatents
 from mhla_gen.errors import UserError
@@ -86,6 +87,11 @@ def build_task(config: TrainConfig, data: TrainingData) -> Task:
         raise UserError("settings with distill are run by mhla_gen.distillation.distill")
     if config.model.pretrained is not None and isinstance(data, CachedLatents):
         require_pipeline(data, config.model.pretrained)
+    with in_group(f"model.{'linformer' if config.model.attention == 'linformer' else 'mhla'}."):
+        return _task_of(config, data)
+
+
+def _task_of(config: TrainConfig, data: TrainingData) -> Task:
     if config.wan is not None:
         return wan_task(config, config.wan, data)
     if config.transformer is not None:

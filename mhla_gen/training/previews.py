@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mhla_gen.config import EvaluateConfig, PreviewConfig, TrainConfig
+from mhla_gen.config import PreviewConfig
 from mhla_gen.errors import NotFiniteError, UserError, not_worth_failing
 from mhla_gen.files import write_arrays, write_picture
 from mhla_gen.media.videos import shown_frames, write_video
@@ -104,16 +104,10 @@ def evaluate_samples(run: Run, step: int) -> None:
     assert samples is not None, "such a run does not start"
     folder = _scores(Path(run.config.output_dir), step)
     on_main(lambda: write_arrays(folder / "samples.npz", {"arr_0": samples}))
-    settings = evaluation_settings(run.config)
+    settings = run.config.evaluation.settings
     drawn, out = str(folder / "samples.npz"), str(folder / _METRICS_NAME)
     results = evaluate(replace(settings, samples=drawn, out=out))
     run.accelerator.log({f"evaluation/{r.metric}": r.value for r in results}, step=step)
-
-
-def evaluation_settings(config: TrainConfig) -> EvaluateConfig:
-    """Those of `mhla-gen evaluate` for the samples of a run."""
-    given = config.evaluation
-    return EvaluateConfig(reference=given.reference, metrics=given.metrics, features=given.features)
 
 
 def make_samples(run: Run, config: PreviewConfig) -> np.ndarray | None:

@@ -7,7 +7,6 @@ import numpy as np
 
 from mhla_gen.errors import UserError
 from mhla_gen.runtime.processes import on_main
-from mhla_gen.training.previews import evaluation_settings
 from mhla_gen.training.training_run import Run
 
 
@@ -40,4 +39,4 @@ def _try_evaluation(run: Run, pipeline: Any) -> None:
     count = run.config.evaluation.samples.num_images
     shape = ClassSampler(pipeline, np.zeros(1, np.int64), seed=0).shape
     folder = Path(run.config.output_dir)
-    Scorer(evaluation_settings(run.config), folder, folder, shape, count)
+    Scorer(run.config.evaluation.settings, folder, folder, shape, count)

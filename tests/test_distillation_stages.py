@@ -1,5 +1,6 @@
 """Distillation by stages: a teacher in a folder becomes an MHLA model in another, exactly again."""
 
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -153,13 +154,33 @@ def test_an_interrupted_distillation_resumes_exactly(tmp_path, teacher, steps_be
         assert logs[0] == logs[1]
 
 
-def test_a_finished_distillation_is_not_run_again(tmp_path, teacher, monkeypatch):
+def test_a_finished_distillation_is_not_run_again(tmp_path, teacher, monkeypatch, capsys):
     config = settings(tmp_path / "run", teacher, LAYERS, OUTPUT)
     distill(config)
     expected = weights(tmp_path, "run")
     monkeypatch.setattr(Run, "step", lambda *_: pytest.fail("a step was run"))
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    assert main(["train", str(tmp_path / "run" / "config.yaml"), "resume=latest"]) == 0
+    printed = capsys.readouterr()
+    assert "run is already finished: all stages are done; nothing was run" in printed.err
+    assert f"mhla-gen sample {tmp_path / 'run' / 'pipeline'}" in printed.out
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+
+    # Killed before the last pipeline was copied.
+    shutil.rmtree(tmp_path / "run" / "pipeline")
     distill(replace(config, resume="latest"))
+    assert "stage 2 of 2, output: already finished" in capsys.readouterr().err
     assert same(weights(tmp_path, "run"), expected)
+
+    shutil.rmtree(tmp_path / "run" / "stage-1-layers")
+    distill(replace(config, resume="latest"))
+    (tmp_path / "run/pipeline/transformer/diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"diffusion_pytorch_model\.safetensors"):
+        distill(replace(config, resume="latest"))
+    shutil.rmtree(tmp_path / "run" / "pipeline")
+    shutil.rmtree(tmp_path / "run" / "stage-2-output" / "pipeline" / "transformer")
+    with pytest.raises(ValueError, match=r"stage-2-output/pipeline"):
+        distill(replace(config, resume="latest"))
     with pytest.raises(FileExistsError, match="resume=latest"):
         distill(config)
     other = replace(config.distill, stages=[LAYERS])

@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,9 @@ from mhla_gen.models.transformer import MHLATransformerMixin
 from mhla_gen.outputs.folders import CONFIG_NAME, differing_values
 from mhla_gen.outputs.locks import claimed
 from mhla_gen.runtime.compiling import compile_model
-from mhla_gen.runtime.processes import on_main, processes
+from mhla_gen.runtime.processes import on_main, processes, tell
 from mhla_gen.training.build import build_task
+from mhla_gen.training.checkpoints import require_whole_pipeline
 from mhla_gen.training.loop import run_to_end
 from mhla_gen.training.parallel import build_accelerator
 from mhla_gen.training.rehearsal import rehearse
@@ -57,12 +59,16 @@ def distill(config: TrainConfig) -> Path:
     folder = Path(config.output_dir)
     with claimed(folder):
         on_main(lambda: check_output_dir(config))
-        last = folder
-        for stage in stages_of(config):
-            last = Path(stage.config.output_dir)
-            if (last / PIPELINE_NAME).is_dir():
-                continue
-            with claimed(last):
+        # Nobody needs the folders of the stages before one that is finished.
+        if _is_finished(folder):
+            tell(f"{folder} is already finished: all stages are done; nothing was run")
+            return folder / PIPELINE_NAME
+        stages = list(stages_of(config))
+        left = [*takewhile(lambda stage: not _is_finished(stage.folder), reversed(stages))]
+        if len(left) < len(stages):
+            tell(f"{stages[-1 - len(left)].title}: already finished")
+        for stage in reversed(left):
+            with claimed(stage.folder):
                 on_main(lambda stage=stage: check_output_dir(stage.config))
                 run = build_run(stage.config, stage.task)
                 # Not before: what does not fit leaves nothing behind.
@@ -72,10 +78,26 @@ def distill(config: TrainConfig) -> Path:
 
         def copy() -> None:
             with written_whole(folder / PIPELINE_NAME) as partial:
-                shutil.copytree(last / PIPELINE_NAME, partial)
+                shutil.copytree(stages[-1].folder / PIPELINE_NAME, partial)
 
         on_main(copy)
     return folder / PIPELINE_NAME
+
+
+def _is_finished(folder: Path) -> bool:
+    """Whether a folder has the pipeline of what was run in it.
+
+    Raises:
+        DamagedFileError: If files of that are missing.
+    """
+
+    def look() -> bool:
+        if not (folder / PIPELINE_NAME).is_dir():
+            return False
+        require_whole_pipeline(folder)
+        return True
+
+    return on_main(look)
 
 
 def rehearse_distillation(config: TrainConfig) -> str:
@@ -114,6 +136,11 @@ class Stage:
     """Of its run, in a folder of its own."""
     start: str | None
     """The pipeline of the student so far; None for the teacher's weights."""
+
+    @property
+    def folder(self) -> Path:
+        """That of its run."""
+        return Path(self.config.output_dir)
 
     def task(self, config: TrainConfig, data: TrainingData) -> Task:
         """A student and its teacher on this process's device, and what the student learns.

@@ -135,6 +135,9 @@ KINDS = {
     "linear feature_map=focused": 0.0,
     "linear feature_map=elu+1 magnitude=true": 0.0,
     "blockwise feature_map=softmax learned_features=true": 0.0,
+    # A window of 3 × 3 tokens and two more, of 35.
+    "blockwise exact=0.3 exact_tile=[1,1] exact_window=[3,3] exact_top=2 feature_map=softmax": 11
+    / 35,
     "linformer projected_len=9": 0.0,
     "linformer projected_len=[2,3]": 0.0,
     "causal block_size=4": 0.0,

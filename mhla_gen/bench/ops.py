@@ -200,7 +200,9 @@ def _as_in_models(
     _cast(layer, dtype, device)
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return layer(query, key, value, query, case.grid, rotary).unflatten(2, (case.heads, -1))
+        # Queries stand for the layer's input, by which the halves are weighed.
+        hidden = query.flatten(2)
+        return layer(query, key, value, hidden, case.grid, rotary).unflatten(2, (case.heads, -1))
 
     return attend
 

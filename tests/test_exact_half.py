@@ -192,10 +192,10 @@ def test_settings_replace_what_the_rule_picks():
     own = MHLAConfig(exact=0.1, exact_tile=(4, 4), exact_window=(5, 5), exact_top=8)
     assert tile_layout(own, grid) == ((4, 4), (1, 1), (5, 5), 8)
     assert exact_share(own, grid) == tile_share(grid, (4, 4), (5, 5), 8) == 33 / 64
-    by_content = MHLAConfig(exact=0.1, exact_window=(0, 0), exact_group=(2, 1))
-    assert tile_layout(by_content, grid) == rule._replace(
-        **tile_layout(MHLAConfig(exact=0.1), grid)._asdict() | {"window": (0, 0), "group": (2, 1)}
-    )
+    for part in ({"exact_tile": (8, 8)}, {"exact_window": (0, 0), "exact_group": (2, 1)}):
+        layout = tile_layout(MHLAConfig(exact=0.25, **part), grid)
+        assert all(getattr(layout, name[len("exact_") :]) == size for name, size in part.items())
+        assert exact_share(MHLAConfig(exact=0.25, **part), grid) == 0.25
 
 
 def test_summary_shows_the_share_of_each_layer():

@@ -176,6 +176,29 @@ def test_the_rule_keeps_to_the_share(grid, share):
     assert abs(found - share) <= max(one_tile / 2, one_tile - share) + 1e-9
 
 
+@pytest.mark.parametrize("grid", [(1, 30, 52), (5, 60, 60), (21, 45, 80), (9, 5, 90), (4096,)])
+@pytest.mark.parametrize("share", [0.25, 0.5, 0.9])
+def test_an_axis_that_the_window_covers_does_not_keep_it_from_growing(grid, share):
+    layout = auto_tiles(grid, share)
+    placed = tiling(grid, layout.tile, layout.window, layout.top, layout.group)
+    # Two more tiles along one axis are at most three times as many in all.
+    assert 3 * placed.window_size > placed.list_size // 2 >= placed.window_size
+
+
+def test_a_rule_with_given_sizes_keeps_to_the_share_as_far_as_they_allow():
+    grid, share = (64, 64), 0.125
+    for sizes in ({"tile": (8, 8)}, {"tile": (2, 2)}, {"window": (0, 0)}, {"group": (1, 4)}):
+        layout = auto_tiles(grid, share, **sizes)
+        assert sizes.items() <= layout._asdict().items()
+        assert tile_share(grid, layout.tile, layout.window, layout.top, layout.group) == share
+    large = auto_tiles(grid, share, window=(7, 7))
+    assert (large.window, large.top) == ((7, 7), 0)
+    with pytest.raises(ValueError, match="window needs one number per axis"):
+        auto_tiles(grid, share, window=(3, 3, 3))
+    with pytest.raises(ValueError, match="tile and group must be positive"):
+        auto_tiles(grid, share, tile=(0, 4))
+
+
 @pytest.mark.parametrize("grid", [(21, 30, 50), (21, 30, 52), (21, 45, 80), (7, 30, 52)])
 @pytest.mark.parametrize("share", [0.05, 0.125])
 def test_tiles_of_clips_fill_the_slots_of_keys_and_queries(grid, share):

@@ -38,7 +38,8 @@ class MHLAConfig(Settings):
     exact: Annotated[float, Range(0, 1)] = 0.0
     """Share of query-key pairs that softmax computes exactly, beside MHLA for all pairs. 0 is the
     paper's MHLA, 1 is softmax with MHLA's convolution and gate. `mhla_gen.ops.auto_tiles` picks the
-    tiles for each token grid; the next four settings override it."""
+    tiles for each token grid, with those of the next three settings that are given; exact_top
+    overrides it."""
     exact_tile: Any = None
     """Tokens of a tile along each axis, such as (4, 4)."""
     exact_group: Any = None

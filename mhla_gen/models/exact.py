@@ -20,8 +20,14 @@ _remembered_tiles = functools.lru_cache(maxsize=1024)(auto_tiles)
 
 # torch.compile calls this function instead of tracing its integer arithmetic.
 @torch.compiler.assume_constant_result
-def _auto_tiles(grid: tuple[int, ...], share: str) -> TileLayout:
-    return _remembered_tiles(grid, float(share))
+def _auto_tiles(
+    grid: tuple[int, ...],
+    share: str,
+    tile: tuple[int, ...] | None = None,
+    group: tuple[int, ...] | None = None,
+    window: tuple[int, ...] | None = None,
+) -> TileLayout:
+    return _remembered_tiles(grid, float(share), tile=tile, group=group, window=window)
 
 
 def tile_layout(config: MHLAConfig, grid: tuple[int, ...]) -> TileLayout:
@@ -36,16 +42,11 @@ def tile_layout(config: MHLAConfig, grid: tuple[int, ...]) -> TileLayout:
     if not config.has_tiles:
         picked = _auto_tiles(grid, "1")
         return TileLayout(picked.tile, picked.group, (0,) * len(grid), 0)
-    picked = _auto_tiles(grid, config.share)
-    group = config.exact_group
-    if group is None:
-        group = picked.group if config.exact_tile is None else (1,) * len(grid)
-    return TileLayout(
-        tile=config.exact_tile or picked.tile,
-        group=group,
-        window=config.exact_window or picked.window,
-        top=picked.top if config.exact_top is None else config.exact_top,
-    )
+    tile, group = config.exact_tile, config.exact_group
+    if tile is not None and group is None:
+        group = (1,) * len(grid)
+    picked = _auto_tiles(grid, config.share, tile, group, config.exact_window)
+    return picked if config.exact_top is None else picked._replace(top=config.exact_top)
 
 
 def exact_share(config: AttentionConfig, grid: tuple[int, ...]) -> float:

@@ -138,14 +138,21 @@ def tile_share(
     return placed.list_size / placed.num_tiles
 
 
-def auto_tiles(grid: tuple[int, ...], share: float) -> TileLayout:
+def auto_tiles(
+    grid: tuple[int, ...],
+    share: float,
+    *,
+    tile: tuple[int, ...] | None = None,
+    group: tuple[int, ...] | None = None,
+    window: tuple[int, ...] | None = None,
+) -> TileLayout:
     """The layout for a share of pairs: near ones in a window, and others chosen by content.
 
     - Tiles have at most 16 tokens on a line or an image (about 4×4) and at most 64 in a clip, with
       3 to 5 along each axis, or 7 frames; the lengths with the fewest empty slots are chosen.
     - An image first gets a window of 3×3 tiles, if the share allows it, since it loses most without
       one (docs/evidence.md). On a line and in a clip, the window grows by two tiles along its
-      shortest axis as long as it takes at most half of the share.
+      shortest axis that does not cover the grid, as long as it takes at most half of the share.
     - Groups double along an axis that they divide, or nearly so, the shortest first, up to 64
       queries in an image and 128 elsewhere, as long as the window around them stays within these
       bounds.
@@ -154,14 +161,17 @@ def auto_tiles(grid: tuple[int, ...], share: float) -> TileLayout:
     Args:
         grid: Tokens along each axis.
         share: Share of all pairs of a query and a key, in (0, 1]. At least one tile is read.
+        tile: Tile to use instead; see `TileLayout`, as the two below.
+        group: Group to use instead.
+        window: Window to use instead; it may take more than the share.
 
     Raises:
-        ValueError: If the share is out of range.
+        ValueError: If the share or a size is out of range.
     """
     if not 0 < share <= 1:
         raise UserError(f"the share of exact pairs must be in (0, 1], found {share}")
-    tile = _auto_tile(grid)
-    tiles = tuple(-(-n // size) for n, size in zip(grid, tile, strict=True))
+    tile = _auto_tile(grid) if tile is None else tile
+    tiles = tiling(grid, tile, (0,) * len(grid), 0).tiles
     num_tiles = math.prod(tiles)
     budget = max(1, round(share * num_tiles))
 
@@ -170,21 +180,37 @@ def auto_tiles(grid: tuple[int, ...], share: float) -> TileLayout:
 
     image = len(grid) == 2
     most = budget if image else max(1, budget // 2)
-    window = (1,) * len(grid)
-    if image:
-        squares = [(w, w) for w in range(_IMAGE_WINDOW, 0, -2)]
-        window = next(square for square in squares if near(square) <= most)
-    group = _auto_group(tile, tiles, lambda group: near(window, group) <= most)
-    if budget == num_tiles:
+    first = window
+    if first is None:
+        squares = [(w,) * len(grid) for w in range(_IMAGE_WINDOW if image else 1, 0, -2)]
+        first = next(square for square in squares if near(square) <= most)
+    if group is None:
+        group = _auto_group(tile, tiles, lambda group: near(first, group) <= most)
+    if window is None and budget == num_tiles:
         return TileLayout(tile, group, tuple(n + 1 - n % 2 for n in tiles), 0)
-    while not image:
-        reach = tiling(grid, tile, window, 0, group).reach
-        axis = min(range(len(grid)), key=lambda a: reach[a] * tile[a])
+    if window is None and not image:
+        first = _grown(grid, tile, first, group, most)
+    return TileLayout(tile, group, first, max(0, budget - near(first, group)))
+
+
+def _grown(
+    grid: tuple[int, ...],
+    tile: tuple[int, ...],
+    window: tuple[int, ...],
+    group: tuple[int, ...],
+    most: int,
+) -> tuple[int, ...]:
+    """The window, grown along its shortest axis to at most `most` tiles around a group."""
+    while True:
+        placed = tiling(grid, tile, window, 0, group)
+        free = [a for a, n in enumerate(placed.tiles) if placed.reach[a] < n]
+        if not free:
+            return window
+        axis = min(free, key=lambda a: placed.reach[a] * tile[a])
         larger = tuple(w + 2 * (a == axis) for a, w in enumerate(window))
-        if not near(window, group) < near(larger, group) <= most:
-            break
+        if tiling(grid, tile, larger, 0, group).window_size > most:
+            return window
         window = larger
-    return TileLayout(tile, group, window, max(0, budget - near(window, group)))
 
 
 def _auto_tile(grid: tuple[int, ...]) -> tuple[int, ...]:

@@ -107,6 +107,16 @@ def test_wrong_sizes_are_named(weight, grid, message):
         depthwise_conv(torch.randn(1, 12, 4), torch.randn(weight), None, grid=grid)
 
 
+def test_tokens_grid_and_bias_are_checked():
+    tokens, weight = torch.randn(1, 12, 4), torch.randn(4, 1, 3, 3)
+    with pytest.raises(ValueError, match="tokens must be"):
+        depthwise_conv(tokens[0], weight, None, grid=(3, 4))
+    with pytest.raises(ValueError, match="1 to 3 axes"):
+        depthwise_conv(tokens, torch.randn(4, 1, 3, 3, 3, 3), None, grid=(1, 1, 3, 4))
+    with pytest.raises(ValueError, match=r"bias must be \[4\], found \(1,\)"):
+        depthwise_conv(tokens, weight, torch.randn(1), grid=(3, 4))
+
+
 def test_unknown_implementations_are_refused():
     with pytest.raises(ValueError, match="auto, torch or fused"):
         depthwise_conv(

@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from mhla_gen.errors import UserError
-from mhla_gen.ops import FrameState, frame_causal_mhla, frame_locality, frame_mixing
+from mhla_gen.ops import (
+    FRAME_MIXING_INITS,
+    FrameState,
+    dispatch,
+    frame_causal_mhla,
+    frame_locality,
+    frame_mixing,
+)
 
 # Frames of a chunk, grid, blocks of a chunk along each axis but the first.
 SHAPES = [
@@ -116,6 +123,13 @@ def test_initial_weights_favour_near_chunks_and_blocks():
     assert weights[0].diagonal().eq(weights[0].amax(1)).all()
 
 
+@pytest.mark.parametrize("init", FRAME_MIXING_INITS.values())
+def test_initial_weights_need_blocks(init):
+    for layout in ((), (0, 2), (2, 0)):
+        with pytest.raises(ValueError, match="at least one block along every axis"):
+            init(layout)
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
@@ -141,6 +155,24 @@ def test_chunks_come_one_at_a_time():
     state.read(*tokens_of((1, 3, 4)), grid=(1, 3, 4), append=True)
     with pytest.raises(UserError, match="the clip's last"):
         state.read(*tokens_of((1, 3, 4)), grid=(1, 3, 4))
+
+
+def test_a_state_never_runs_another_implementation_than_asked_for(monkeypatch):
+    weights, grid = weights_of(2, (1, 2)), (1, 2, 5)
+    for name in ("naive", "fast"):
+        with pytest.raises(UserError, match="auto, blockwise or fused"):
+            FrameState(weights, chunk_frames=1, layout=(1, 2), implementation=name)
+    state = FrameState(weights, chunk_frames=1, layout=(1, 2), implementation="fused")
+    # Kernels take no float64, wherever they run.
+    with pytest.raises(UserError, match=r"implementation='fused' (takes float32|needs tensors)"):
+        state.read(*tokens_of(grid), grid=grid)
+    # They would not give rotary tables a gradient.
+    tables = tuple(table.requires_grad_() for table in rotary_of(10))
+    with pytest.raises(UserError, match="without gradients"):
+        state.read(*tokens_of(grid), grid=grid, rotary=tables)
+    monkeypatch.setattr(dispatch, "HAS_TRITON", False)
+    with pytest.raises(UserError, match="needs the package triton"):
+        state.read(*tokens_of(grid), grid=grid)
 
 
 KERNELS = [(torch.float32, True, 1e-5), (torch.float16, False, 1e-3)]

@@ -1,10 +1,14 @@
 """A sequence shared by several processes gives what one process gives: outputs and gradients."""
 
+from functools import partial
+from types import SimpleNamespace
+
 import pytest
 import ranks
 import ranks_of_wan
 import torch
 
+from mhla_gen.ops import sharded
 from mhla_gen.ops.halo import halo_size
 from mhla_gen.ops.kernels import linear_form
 from mhla_gen.ops.kernels.launch import Call
@@ -69,6 +73,14 @@ def test_a_block_without_tokens_has_no_scale():
     assert parts.matrices[0, 0].count_nonzero() == 0 == parts.key_sums[0, 0].count_nonzero()
     mixed = linear_form.mix(torch.ones(2, 2, device=device), parts, call)
     assert mixed.scales.allclose(parts.scales[:, 1:])
+
+
+def test_kernels_are_not_picked_where_rotary_tables_are_trained():
+    cuda = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16, shape=(1, 6, 2, 16))
+    tables = torch.ones(6, 8), torch.zeros(6, 8)
+    picked = partial(sharded._implementation, "auto", cuda, cuda, 4)
+    assert picked(tables) is not sharded._begin_blockwise_shard
+    assert picked((tables[0], tables[1].requires_grad_())) is sharded._begin_blockwise_shard
 
 
 LAYERS = [

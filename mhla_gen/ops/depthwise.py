@@ -5,7 +5,6 @@ needs a transposed copy each way, and a compiled model then also keeps other ten
 such as queries and keys, in that order. The Triton kernels here read raster order directly.
 """
 
-import importlib.util
 import math
 from typing import NamedTuple
 
@@ -14,8 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mhla_gen.errors import UserError
-
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
+from mhla_gen.ops.dispatch import HAS_TRITON, require_triton
 
 
 class Blend(NamedTuple):
@@ -60,7 +58,7 @@ def depthwise_conv(
     Raises:
         ValueError: If sizes do not fit, or `fused` is requested on another device than CUDA.
     """
-    if _picked(tokens, weight, grid, implementation) == "torch":
+    if _picked(tokens, weight, bias, grid, implementation) == "torch":
         return _torch_conv(tokens, weight, bias, grid)
     from mhla_gen.ops.kernels.depthwise import depthwise_tokens
 
@@ -101,7 +99,7 @@ def gated_conv(
         raise ValueError(
             f"logits need {tokens.shape[2]} or {num_heads} channels, found {logits.shape[2]}"
         )
-    implementation = _picked(tokens, weight, grid, implementation)
+    implementation = _picked(tokens, weight, bias, grid, implementation)
     if implementation == "torch":
         added = added.combined().flatten(2) if isinstance(added, Blend) else added
         out = added + _torch_conv(tokens, weight, bias, grid)
@@ -125,8 +123,19 @@ def times_silu(out: Tensor, logits: Tensor, num_heads: int) -> Tensor:
     return (torch.unflatten(out, 2, (num_heads, -1)) * F.silu(logits).unsqueeze(-1)).flatten(2)
 
 
-def _picked(tokens: Tensor, weight: Tensor, grid: tuple[int, ...], implementation: str) -> str:
+def _picked(
+    tokens: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    grid: tuple[int, ...],
+    implementation: str,
+) -> str:
     """`torch` or `fused`, after all checks."""
+    if tokens.ndim != 3 or not 1 <= len(grid) <= 3:
+        raise ValueError(
+            "tokens must be [batch, seq_len, channels] and grid must have 1 to 3 axes, found "
+            f"{tuple(tokens.shape)} and {grid}"
+        )
     sizes = weight.shape[2:]
     if len(sizes) != len(grid) or any(size % 2 == 0 for size in sizes):
         raise ValueError(
@@ -136,11 +145,14 @@ def _picked(tokens: Tensor, weight: Tensor, grid: tuple[int, ...], implementatio
         raise UserError(
             f"tokens {tuple(tokens.shape)} do not fit weight {tuple(weight.shape)} and grid={grid}"
         )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must be [{weight.shape[0]}], found {tuple(bias.shape)}")
     if implementation == "auto":
         implementation = "fused" if _fused_can_run(tokens) else "torch"
     if implementation not in ("torch", "fused"):
         raise UserError(f"implementation must be auto, torch or fused, found {implementation!r}")
     if implementation == "fused":
+        require_triton(instead="torch")
         from mhla_gen.ops.kernels.depthwise import INTERPRETED
 
         if not tokens.is_cuda and not INTERPRETED:
@@ -151,7 +163,7 @@ def _picked(tokens: Tensor, weight: Tensor, grid: tuple[int, ...], implementatio
 
 
 def _fused_can_run(tokens: Tensor) -> bool:
-    return tokens.is_cuda and tokens.dtype != torch.float64 and _HAS_TRITON
+    return tokens.is_cuda and tokens.dtype != torch.float64 and HAS_TRITON
 
 
 def _torch_conv(

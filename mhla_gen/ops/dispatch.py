@@ -19,9 +19,8 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 def _fused_mhla(
     query: Tensor, key: Tensor, value: Tensor, mixing: Tensor, **options: Any
 ) -> Tensor:
+    require_triton()
     # Imported on first use: Triton is neither needed nor installed everywhere.
-    if not HAS_TRITON:
-        raise UserError("implementation='fused' needs the package triton; use 'blockwise'")
     from mhla_gen.ops.fused import fused_mhla
 
     return fused_mhla(query, key, value, mixing, **options)
@@ -90,7 +89,6 @@ def mhla(
     check_tokens(query, key, value, grid)
     check_blocks(query, mixing, grid, layout)
     check_options(query, feature_map, rotary, causal, len(grid))
-    trainable_rotary = rotary is not None and any(table.requires_grad for table in rotary)
     implementation = resolve_implementation(
         implementation,
         device=query.device,
@@ -98,7 +96,7 @@ def mhla(
         head_dim=query.shape[3],
         value_dim=value.shape[3],
         num_blocks=math.prod(layout),
-        trainable_rotary=trainable_rotary,
+        trainable_rotary=trains(rotary),
     )
     return IMPLEMENTATIONS[implementation](
         query,
@@ -179,6 +177,35 @@ def resolve_implementation(
     return "fused" if reason is None else "blockwise"
 
 
+def trains(rotary: tuple[Tensor, Tensor] | None) -> bool:
+    """Whether there are rotary tables that require a gradient."""
+    return rotary is not None and any(table.requires_grad for table in rotary)
+
+
+def require_triton(instead: str = "blockwise") -> None:
+    """Raise `ValueError`, naming the implementation to use `instead`, if Triton is missing."""
+    if not HAS_TRITON:
+        raise UserError(f"implementation='fused' needs the package triton; use {instead!r}")
+
+
+def require_fused(
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    head_dim: int,
+    value_dim: int,
+    num_blocks: int,
+    trainable_rotary: bool = False,
+) -> None:
+    """Raise `ValueError` unless the fused kernels support a call; the message says why not."""
+    require_triton()
+    from mhla_gen.ops.fused import unsupported
+
+    reason = unsupported(device, dtype, head_dim, value_dim, num_blocks, trainable_rotary)
+    if reason is not None:
+        raise UserError(f"implementation='fused' {reason}; use 'blockwise' or 'auto'")
+
+
 def check_tokens(query: Tensor, key: Tensor, value: Tensor, grid: tuple[int, ...]) -> None:
     """Raise `ValueError` unless tokens share dtype and device and fill the grid."""
     if query.ndim != 4 or key.shape != query.shape:
@@ -256,5 +283,6 @@ def check_rotary(query: Tensor, rotary: tuple[Tensor, Tensor] | None) -> None:
             f"rotary must be (cos, sin), each [seq_len, head_dim / 2] = {shape} with an even "
             f"head_dim, found {found} for head_dim={query.shape[3]}"
         )
-    if any(table.device != query.device for table in rotary):
-        raise ValueError(f"rotary is on {rotary[0].device} but query on {query.device}")
+    for table in rotary:
+        if table.device != query.device:
+            raise ValueError(f"rotary is on {table.device} but query on {query.device}")

@@ -18,6 +18,7 @@ from torch import Tensor
 from mhla_gen.errors import UserError
 from mhla_gen.ops.dispatch import check_options, check_tokens, mhla
 from mhla_gen.ops.feature_maps import FEATURE_MAPS
+from mhla_gen.ops.mixing import check_axes
 from mhla_gen.ops.naive import naive_frame_causal_mhla
 
 
@@ -39,8 +40,7 @@ def frame_locality(layout: tuple[int, ...]) -> Tensor:
     Raises:
         ValueError: If an axis has no blocks.
     """
-    if not layout or min(layout) < 1:
-        raise UserError(f"layout needs at least one block along every axis, found {layout}")
+    check_axes(layout)
     places = list(itertools.product(*map(range, layout[1:])))
     blocks = torch.tensor(places, dtype=torch.float64).reshape(len(places), -1)
     space = (blocks.unsqueeze(1) - blocks).square().sum(-1)
@@ -51,7 +51,8 @@ def frame_locality(layout: tuple[int, ...]) -> Tensor:
 
 
 def frame_uniform(layout: tuple[int, ...]) -> Tensor:
-    """Equal weights; argument and result as for `frame_locality`."""
+    """Equal weights; argument, result and errors as for `frame_locality`."""
+    check_axes(layout)
     blocks = math.prod(layout[1:])
     return torch.full((layout[0], blocks, blocks), 1 / math.prod(layout))
 

@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mhla_gen.errors import UserError
 from mhla_gen.ops.blockwise import mix, to_blocks, to_tokens
-from mhla_gen.ops.dispatch import check_options, resolve_implementation
+from mhla_gen.ops.dispatch import check_options, require_fused, resolve_implementation
 from mhla_gen.ops.feature_maps import FEATURE_MAPS, rotate
 from mhla_gen.ops.frame_causal import check_frame_causal, check_next
 from mhla_gen.ops.partition import block_slots
@@ -29,8 +30,8 @@ class FrameState:
         feature_map: Name of φ.
         normalize: Divide by the denominator.
         eps: Added to the denominator.
-        implementation: `blockwise`, or `auto`: the kernels of `fused` where they can run, which is
-            in sampling without torch.compile.
+        implementation: `blockwise`, `fused` (the kernels, in sampling without torch.compile), or
+            `auto`: `fused` where it can run.
 
     Attributes:
         ended: Whether the last finished chunk was shorter than the others and so ended the clip.
@@ -50,6 +51,10 @@ class FrameState:
         eps: float = 1e-6,
         implementation: str = "auto",
     ):
+        if implementation not in ("auto", "blockwise", "fused"):
+            raise UserError(
+                f"implementation must be auto, blockwise or fused, found {implementation!r}"
+            )
         self.weights, self.chunk_frames, self.layout = weights, chunk_frames, layout
         self.feature_map, self.normalize, self.eps = feature_map, normalize, eps
         self.implementation = implementation
@@ -90,7 +95,7 @@ class FrameState:
         check_options(query, self.feature_map, rotary, False, len(grid))
         check_next(grid[0], self.chunk_frames, self.ended)
         layout, options = (1, *self.layout), (self.feature_map, rotary, self.normalize, self.eps)
-        summarised = _fused if self._can_fuse(query, key, value) else _blockwise
+        summarised = _fused if self._can_fuse(query, key, value, rotary) else _blockwise
         # Autocast would compute the float32 sums in bfloat16.
         with torch.autocast(query.device.type, enabled=False):
             summaries, key_sums, apply = summarised(query, key, value, grid, layout, *options)
@@ -103,9 +108,15 @@ class FrameState:
                 self._remember(summaries, key_sums, grid[0])
         return out.to(query.dtype)
 
-    def _can_fuse(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
+    def _can_fuse(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        rotary: tuple[Tensor, Tensor] | None,
+    ) -> bool:
         """Whether the kernels run: in sampling, on a GPU, without torch.compile."""
-        leaves = (query, key, value, self.weights)
+        leaves = (query, key, value, self.weights, *(rotary or ()))
         trains = torch.is_grad_enabled() and any(x.requires_grad for x in leaves)
         if trains or torch.compiler.is_compiling():
             if self.implementation == "fused":
@@ -114,15 +125,16 @@ class FrameState:
                     "'auto' or 'blockwise'"
                 )
             return False
-        found = resolve_implementation(
-            self.implementation,
-            device=query.device,
-            dtype=query.dtype,
-            head_dim=query.shape[3],
-            value_dim=value.shape[3],
-            num_blocks=math.prod(self.layout),
-        )
-        return found == "fused"
+        sizes: dict[str, Any] = {
+            "device": query.device,
+            "dtype": query.dtype,
+            "head_dim": query.shape[3],
+            "value_dim": value.shape[3],
+            "num_blocks": math.prod(self.layout),
+        }
+        if self.implementation == "fused":
+            require_fused(**sizes)
+        return resolve_implementation(self.implementation, **sizes) == "fused"
 
     def _remember(self, summaries: Tensor, key_sums: Tensor, frames: int) -> None:
         """Move every finished chunk one distance away; the last distance is a sum."""

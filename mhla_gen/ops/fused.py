@@ -13,8 +13,8 @@ import os
 import torch
 from torch import Tensor
 
-from mhla_gen.errors import UserError
 from mhla_gen.ops.causal_fused import fused_causal_mhla
+from mhla_gen.ops.dispatch import require_fused, trains
 from mhla_gen.ops.kernels import attention_form, linear_form
 from mhla_gen.ops.kernels.launch import Call, merge_axes, num_parts, stored_dtype
 from mhla_gen.ops.kernels.linear_form import Summaries
@@ -54,17 +54,14 @@ def fused_mhla(
     Raises:
         ValueError: If the kernels do not support the call; the message says why.
     """
-    trainable_rotary = rotary is not None and any(table.requires_grad for table in rotary)
-    reason = unsupported(
-        query.device,
-        query.dtype,
-        query.shape[3],
-        value.shape[3],
-        mixing.shape[-1],
-        trainable_rotary,
+    require_fused(
+        device=query.device,
+        dtype=query.dtype,
+        head_dim=query.shape[3],
+        value_dim=value.shape[3],
+        num_blocks=mixing.shape[-1],
+        trainable_rotary=trains(rotary),
     )
-    if reason is not None:
-        raise UserError(f"implementation='fused' {reason}; use 'blockwise' or 'auto'")
     if causal:
         return fused_causal_mhla(
             query, key, value, mixing, num_blocks=layout[0], most_blocks=MAX_BLOCKS,

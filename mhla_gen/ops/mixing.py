@@ -27,13 +27,13 @@ def locality_mixing(layout: tuple[int, ...]) -> Tensor:
     Source:
         Zhang et al. 2026, arXiv:2601.07832, Sec. 4.2.
     """
-    num_blocks = _count(layout)
+    check_axes(layout)
     axes = [range(blocks) for blocks in layout]
     centres = torch.tensor(list(itertools.product(*axes)), dtype=torch.float64)
     distances = torch.cdist(centres, centres, compute_mode="donot_use_mm_for_euclid_dist")
     # With a single block, distance and maximum are both 0; it counts as near.
     furthest = distances.amax(dim=1, keepdim=True)
-    weights = 1 - distances / furthest if num_blocks > 1 else torch.ones_like(distances)
+    weights = 1 - distances / furthest if len(distances) > 1 else torch.ones_like(distances)
     return (weights / weights.sum(dim=1, keepdim=True)).float()
 
 
@@ -49,14 +49,15 @@ def uniform_mixing(layout: tuple[int, ...]) -> Tensor:
     Raises:
         ValueError: If an axis has no blocks.
     """
-    num_blocks = _count(layout)
+    check_axes(layout)
+    num_blocks = math.prod(layout)
     return torch.full((num_blocks, num_blocks), 1 / num_blocks)
 
 
-def _count(layout: tuple[int, ...]) -> int:
+def check_axes(layout: tuple[int, ...]) -> None:
+    """Raise `ValueError` unless there is a block along every axis."""
     if not layout or min(layout) < 1:
         raise UserError(f"layout needs at least one block along every axis, found {layout}")
-    return math.prod(layout)
 
 
 MIXING_INITS = {"locality": locality_mixing, "uniform": uniform_mixing}

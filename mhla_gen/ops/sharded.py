@@ -23,7 +23,9 @@ from mhla_gen.ops.dispatch import (
     check_blocks,
     check_options,
     check_tokens,
+    require_triton,
     resolve_implementation,
+    trains,
 )
 from mhla_gen.ops.feature_maps import FEATURE_MAPS, rotate
 from mhla_gen.ops.halo import check_shard
@@ -97,7 +99,7 @@ def begin_sharded_mhla(
     check_blocks(query, mixing, grid, layout)
     check_options(query, feature_map, rotary, False, len(grid))
     num_parts = HeldBlocks.of_ranks(grid, layout, num_ranks).num_parts
-    begin = _implementation(implementation, query, value, num_parts)
+    begin = _implementation(implementation, query, value, num_parts, rotary)
     with torch.autocast(query.device.type, enabled=False):
         finish = begin(
             query,
@@ -122,7 +124,7 @@ def begin_sharded_mhla(
 
 
 def _implementation(
-    implementation: str, query: Tensor, value: Tensor, num_parts: int
+    implementation: str, query: Tensor, value: Tensor, num_parts: int, rotary: Rotary
 ) -> Callable[..., Callable[[], Tensor]]:
     chosen = resolve_implementation(
         implementation,
@@ -131,11 +133,13 @@ def _implementation(
         head_dim=query.shape[3],
         value_dim=value.shape[3],
         num_blocks=num_parts,
+        trainable_rotary=trains(rotary),
     )
     if chosen == "blockwise":
         return _begin_blockwise_shard
     if chosen != "fused":
         raise UserError(f"implementation={chosen!r} cannot share a sequence; use 'auto'")
+    require_triton()
     # Imported on first use: Triton is neither needed nor installed everywhere.
     from mhla_gen.ops.sharded_fused import begin_fused_shard
 

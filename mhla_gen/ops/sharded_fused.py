@@ -14,9 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mhla_gen.errors import UserError
 from mhla_gen.ops.collectives import gather_rows
-from mhla_gen.ops.fused import unsupported
+from mhla_gen.ops.dispatch import require_fused, trains
 from mhla_gen.ops.kernels import linear_form
 from mhla_gen.ops.kernels.launch import Call, stored_dtype
 from mhla_gen.ops.kernels.linear_form import Summaries
@@ -42,12 +41,15 @@ def begin_fused_shard(
     Raises:
         ValueError: If the kernels do not support the call; the message says why.
     """
-    trains = rotary is not None and any(table.requires_grad for table in rotary)
     blocks = HeldBlocks.of_ranks(shard.grid, layout, dist.get_world_size(group))
-    sizes = query.shape[3], value.shape[3], blocks.num_parts
-    reason = unsupported(query.device, query.dtype, *sizes, trains)
-    if reason is not None:
-        raise UserError(f"implementation='fused' {reason}; use 'blockwise' or 'auto'")
+    require_fused(
+        device=query.device,
+        dtype=query.dtype,
+        head_dim=query.shape[3],
+        value_dim=value.shape[3],
+        num_blocks=blocks.num_parts,
+        trainable_rotary=trains(rotary),
+    )
     sharing = _Sharing(shard, layout, group, blocks, feature_map, normalize, eps)
     tables = tuple(table.contiguous() for table in rotary or ())
     # Gradients of keys and values come from the function that ends the call.

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mhla_gen.errors import UserError
-from mhla_gen.ops.dispatch import HAS_TRITON, check_rotary, check_tokens
+from mhla_gen.ops.dispatch import HAS_TRITON, check_rotary, check_tokens, require_triton
 from mhla_gen.ops.naive import naive_tile_attention
 from mhla_gen.ops.tile_blockwise import blockwise_tile_attention
 from mhla_gen.ops.tiles import tiling
@@ -16,8 +16,7 @@ from mhla_gen.ops.tiles import tiling
 def _fused_tile_attention(
     query: Tensor, key: Tensor, value: Tensor, **options: Any
 ) -> tuple[Tensor, Tensor]:
-    if not HAS_TRITON:
-        raise UserError("implementation='fused' needs the package triton; use 'blockwise'")
+    require_triton()
     from mhla_gen.ops.tile_fused import fused_tile_attention
 
     return fused_tile_attention(query, key, value, **options)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mhla_gen.errors import UserError
 from mhla_gen.ops import fused
+from mhla_gen.ops.dispatch import trains
 from mhla_gen.ops.kernels import tile_form, tile_gradients
 from mhla_gen.ops.kernels.tile_call import TileCall
 from mhla_gen.ops.tiles import Tiling
@@ -56,9 +57,8 @@ def unsupported(
         return f"takes up to {MAX_TILES} tiles, found {num_tiles}"
     if query.shape[1] >= _MAX_TOKENS:
         return f"takes fewer than {_MAX_TOKENS} tokens, found {query.shape[1]}"
-    trains = rotary is not None and any(table.requires_grad for table in rotary)
     sizes = query.shape[3], value.shape[3], 0
-    return fused.unsupported(query.device, query.dtype, *sizes, trains)
+    return fused.unsupported(query.device, query.dtype, *sizes, trains(rotary))
 
 
 @torch.library.custom_op("mhla_gen::tile_attend", mutates_args=())

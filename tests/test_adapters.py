@@ -19,6 +19,7 @@ from tiny_sampling import arrays_of, set_of, tiny_pipeline
 import mhla_gen
 from mhla_gen import MHLAConfig
 from mhla_gen.hub import ADAPTER_NAME
+from mhla_gen.models.base_weights import BaseWeights
 from mhla_gen.sampling import sample
 
 TARGETS = ["to_q", "to_out.0", "net.2"]
@@ -119,6 +120,17 @@ def test_pipelines_with_two_experts_save_as_usual(tmp_path):
     assert index["transformer_2"] == ["diffusers", "WanTransformer3DModel"]
     with pytest.raises(ValueError, match="for transformer and transformer_2, but the model has"):
         mhla_gen.load_adapter(tiny_wan(), tmp_path / "adapter")
+
+
+def test_weights_of_any_size_have_digests():
+    # float32 cannot tell the last of 5120 × 5120 values, as in Wan 14B, from the one after it.
+    layer = torch.nn.Linear(5120, 5120, bias=False, dtype=torch.bfloat16, device="meta")
+    layer = layer.to_empty(device="cpu").requires_grad_(False)
+    layer.weight.zero_()
+    before = BaseWeights.of(layer).digests
+    assert before.keys() == {"weight"} and not BaseWeights.of(layer).different(before)
+    layer.weight[-1, -1] = 1
+    assert BaseWeights.of(layer).different(before) == ["weight"]
 
 
 def test_what_does_not_fit_is_refused_before_anything_changes(tmp_path):

@@ -55,7 +55,14 @@ def _own(path: str, module: Any) -> Iterator[tuple[str, Tensor]]:
 
 def _digest(tensor: Tensor) -> str:
     flat = tensor.reshape(-1)
-    places = torch.linspace(0, len(flat) - 1, min(_VALUES, len(flat)), device=flat.device).long()
-    values = flat[places].to(torch.bfloat16).cpu().contiguous().view(torch.int16)
+    # On the CPU, since a GPU may round otherwise; in float32, the last place may be one too large.
+    places = torch.linspace(0, len(flat) - 1, min(_VALUES, len(flat)), device="cpu").long()
+    values = (
+        flat[places.clamp(max=len(flat) - 1).to(flat.device)]
+        .to(torch.bfloat16)
+        .cpu()
+        .contiguous()
+        .view(torch.int16)
+    )
     shape = str(list(tensor.shape)).encode()
     return blake2s(shape + values.numpy().tobytes(), digest_size=4).hexdigest()

@@ -109,7 +109,7 @@ class MHLATransformerMixin:
 
         Args:
             base_model_or_path: A transformer of the family, or what its `from_pretrained` takes.
-            config: Settings; None is `MHLAConfig(exact=0.125)`, as for `inject`.
+            config: Settings; None is what `inject` takes.
             kwargs: Passed to `from_pretrained` of the base class (`subfolder`, `torch_dtype`, …).
 
         Returns:

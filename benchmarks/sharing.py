@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from rows import machine
 
@@ -29,11 +30,15 @@ def turns(*locks: str | Path) -> Iterator[Alone]:
 
     Benchmarks share the locks of their GPUs while they compile. One that wants them exclusively
     waits until all others are waiting, too, so that nothing else runs while it times. Processes
-    that train together enter together: the first one waits for the locks, the others for it.
+    that train together enter and leave together: the first one waits for the locks, the others for
+    it. If one of them leaves early, because it failed, the others get an error.
 
     Args:
         locks: A file for each GPU that this benchmark uses, in an order that is the same for all
             benchmarks; none for one that has the machine to itself.
+
+    Raises:
+        FailedElsewhereError: Where the context is entered or left.
     """
     if not locks:
         yield nullcontext
@@ -51,19 +56,48 @@ def turns(*locks: str | Path) -> Iterator[Alone]:
                 fcntl.flock(file, fcntl.LOCK_UN)
             for file in files:
                 fcntl.flock(file, how)
-            if group is not None:
-                dist.barrier(group)
+            _meet(group)
 
         @contextmanager
         def alone() -> Iterator[None]:
             hold(fcntl.LOCK_EX)
             yield
-            if group is not None:
-                dist.barrier(group)
+            _meet(group)
             hold(fcntl.LOCK_SH)
 
-        hold(fcntl.LOCK_SH)
-        yield alone
+        try:
+            hold(fcntl.LOCK_SH)
+            yield alone
+        finally:
+            _leave(group)
+
+
+class FailedElsewhereError(RuntimeError):
+    """Another process, which this one was to meet, has failed."""
+
+
+def _meet(group: Any) -> None:
+    """Wait for all processes of a group, of which none may be leaving."""
+    if group is not None and _leaving(group, 0):
+        raise FailedElsewhereError("another process of this benchmark failed; its error is above")
+
+
+def _leave(group: Any) -> None:
+    """Wait until all processes of a group leave."""
+    while group is not None and _leaving(group, 1) < dist.get_world_size(group):
+        pass
+
+
+def _leaving(group: Any, own: int) -> int:
+    """How many processes of a group leave, once all have said whether they do."""
+    count = torch.tensor(own, device="cpu")
+    try:
+        dist.all_reduce(count, group=group)
+    except RuntimeError as error:
+        raise FailedElsewhereError(
+            f"another process of this benchmark ended: {str(error).splitlines()[0]}"
+        ) from error
+    return int(count)
 
 
 def spread(script: str, arguments: Sequence[str], out: Path, processes: int) -> None:

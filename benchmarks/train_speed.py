@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from sharing import Alone, spread, turns
+from sharing import Alone, FailedElsewhereError, spread, turns
 from steps import RandomSamples, attention_kernel, fresh, machine, sampling, timed
 
 from mhla_gen.config import MHLAConfig, ModelConfig, ObjectiveConfig, TrainConfig, load_config
@@ -153,8 +153,11 @@ def measure(row: Row, options: argparse.Namespace, alone: Alone) -> dict[str, An
         with fresh(), attention_kernel(row.attention):
             try:
                 named |= time_steps(config, data, options, alone)
-            except torch.OutOfMemoryError:
-                named["error"] = "out of memory"
+            except (torch.OutOfMemoryError, FailedElsewhereError) as error:
+                full = isinstance(error, torch.OutOfMemoryError)
+                named["error"] = "out of memory" if full else str(error)
+        if "error" in named:
+            break
     return named
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from rows import machine
-from sharing import Alone, turns
+from sharing import Alone, FailedElsewhereError, turns
 from steps import RandomSamples, attention_kernel, fresh, timed
 from train_speed import build_on_device
 
@@ -117,6 +117,8 @@ def measure(attention: str, options: argparse.Namespace, alone: Alone) -> dict[s
         return named | timed(build_run(config, build_on_device, RandomClips(shape)), options, alone)
     except torch.OutOfMemoryError:
         return named | {"error": "out of memory"}
+    except FailedElsewhereError as error:
+        return named | {"error": str(error)}
 
 
 if __name__ == "__main__":

@@ -2,12 +2,14 @@
 
 import json
 import multiprocessing
+import os
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -60,6 +62,50 @@ def test_a_benchmark_times_while_nothing_else_uses_its_gpus(benchmarks, tmp_path
         for timing in (name for name, what in busy.items() if what == "times"):
             others = {n for n in busy if n != timing and set(uses[n]) & set(uses[timing])}
             assert all(busy[other] == "waits" for other in others), busy
+
+
+def share_and_fail(turns, rank, folder, how):
+    """Two benchmarks, one after the other, in two processes of which the second one fails."""
+    store = dist.FileStore(str(folder / "store"), 2)
+    dist.init_process_group("gloo", rank=rank, world_size=2, store=store)
+    said = []
+    for number in range(2):
+        try:
+            with turns(folder / "gpu.lock") as alone:
+                fails = rank == 1 and number == 0
+                if fails and how == "ends":
+                    os._exit(1)
+                assert not (fails and how == "before")
+                with alone():
+                    assert not (fails and how == "within")
+        except (AssertionError, RuntimeError) as error:
+            said.append(f"{number}: {type(error).__name__}: {error}".splitlines()[0])
+            if how == "ends":
+                break
+    (folder / f"{rank}").write_text("\n".join(said))
+    os._exit(0)
+
+
+@pytest.mark.parametrize("how", ["before", "within", "ends"])
+def test_a_process_that_fails_is_not_waited_for(how, benchmarks, tmp_path, monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    turns = benchmarks("sharing").turns
+    fork = multiprocessing.get_context("fork")
+    started = [
+        fork.Process(target=share_and_fail, args=(turns, rank, tmp_path, how)) for rank in (0, 1)
+    ]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(30)
+        assert process.exitcode is not None
+    reason = "ended" if how == "ends" else "failed; its error is above"
+    said = (tmp_path / "0").read_text()
+    assert said.startswith(f"0: FailedElsewhereError: another process of this benchmark {reason}")
+    # Both go on with the next one.
+    assert "1: " not in said
+    if how != "ends":
+        assert (tmp_path / "1").read_text().startswith("0: AssertionError")
 
 
 @pytest.fixture

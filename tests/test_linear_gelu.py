@@ -28,13 +28,13 @@ def test_the_operator_is_a_product_and_gelu():
 
 @pytest.fixture
 def compiled(monkeypatch):
-    """Compiles a model; as on a GPU, of which torch generates no code."""
+    """Compiles a model, of which torch generates no code, and joins on the CPU, too."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("eager")
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
-    monkeypatch.setattr(joined, "_on_gpu", lambda x: True)
 
     def compiled(model):
+        joined.join_gelu(model, ["cpu"])
         compile_blocks(model)
         return counter
 
@@ -64,13 +64,14 @@ class Adapted(torch.nn.Linear):
     """As an adapter's layer."""
 
 
-@pytest.mark.parametrize("change", [None, "hook", "class", "dtype", "autocast", "gradients", "cpu"])
+@pytest.mark.parametrize(
+    "change", [None, "hook", "class", "dtype", "autocast", "gradients", "device"]
+)
 def test_only_plain_layers_join(change, monkeypatch):
     calls = []
-    monkeypatch.setattr(joined, "_on_gpu", lambda x: change != "cpu")
     monkeypatch.setattr(joined, "linear_gelu", lambda x, *_: calls.append(1) or x)
     model = tiny_dit(num_layers=1)
-    joined.join_gelu(model)
+    joined.join_gelu(model, ["cuda" if change == "device" else "cpu"])
     module = model.transformer_blocks[0].ff.net[0]
     if change == "hook":
         module.proj.register_forward_hook(lambda *_: None)

@@ -1,6 +1,7 @@
 """GELU in the matrix product before it, where no gradient is needed."""
 
-from types import MethodType
+from collections.abc import Collection
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,18 +32,23 @@ def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-1], len(weight)))
 
 
-def join_gelu(model: nn.Module) -> None:
-    """Let feed-forward layers of a model use `linear_gelu` on a GPU, where gradients are off."""
+def join_gelu(model: nn.Module, devices: Collection[str] = ("cuda",)) -> None:
+    """Let feed-forward layers of a model use `linear_gelu` where gradients are off.
+
+    Args:
+        model: The model.
+        devices: Kinds of devices on which they do; elsewhere nothing is gained.
+    """
     for module in model.modules():
         name = f"{type(module).__module__}.{type(module).__qualname__}"
         if name in JOINED and module.approximate == "tanh" and "forward" not in module.__dict__:
-            module.forward = MethodType(_forward, module)
+            module.forward = partial(_forward, module, devices)
 
 
-def _forward(self: Any, hidden_states: Tensor) -> Tensor:
+def _forward(self: Any, devices: Collection[str], hidden_states: Tensor) -> Tensor:
     layer = self.proj
     joins = (
-        _on_gpu(hidden_states)
+        hidden_states.device.type in devices
         and not torch.is_grad_enabled()
         and is_plain(layer)
         and layer.bias is not None
@@ -52,10 +58,6 @@ def _forward(self: Any, hidden_states: Tensor) -> Tensor:
     if not joins:
         return type(self).forward(self, hidden_states)
     return linear_gelu(hidden_states, layer.weight, layer.bias)
-
-
-def _on_gpu(x: Tensor) -> bool:
-    return x.is_cuda
 
 
 def is_plain(layer: Any) -> bool:

@@ -248,6 +248,20 @@ def test_some_layers_have_the_exact_half_and_the_others_are_mhla(tmp_path, exact
     assert torch.equal(run(again, inputs), run(model, inputs))
 
 
+@pytest.mark.parametrize("share", [{"exact": 1}, {"exact": 0.25, "linear": False}])
+def test_layers_of_mhla_use_settings_that_layers_without_it_cannot(share):
+    settings = {"output_norm": True, "learned_features": True, "magnitude": True}
+    config = MHLAConfig(layout=(2, 2), exact_layers=[2], **settings, **share)
+    model = mhla_gen.inject(tiny_dit(), config)
+    first, _, last = (block.attn1.mhla for block in model.transformer_blocks)
+    assert first.norm is not None and first.features.query_map is not None
+    assert last.norm is None and last.features is None and not last.config.magnitude
+    run(model, dit_inputs())
+    for layers in ([0, 1, 2], "1/1", lambda index, name: True):
+        with pytest.raises(ValueError, match="output_norm needs MHLA's half"):
+            mhla_gen.inject(tiny_dit(), replace(config, exact_layers=layers))
+
+
 def test_joint_layers_without_an_exact_half_still_read_the_text():
     make, make_inputs, _, layout = FAMILIES["sd3"]
     some = mhla_gen.inject(make(), MHLAConfig(layout=layout, exact=0.5, exact_layers=[0]))

@@ -130,8 +130,8 @@ class MHLAConfig(Settings):
 
     def _check_linear(self) -> None:
         key = self.key
-        for name in ("output_norm", "magnitude", "learned_features"):
-            if getattr(self, name) and not self.has_linear:
+        for name in _OF_LINEAR:
+            if getattr(self, name) and not self.has_linear_layers:
                 raise UserError(
                     f"{key(name)} needs MHLA's half, which is left out; set it to false"
                 )
@@ -171,6 +171,11 @@ class MHLAConfig(Settings):
         return self.exact == 0 or (self.exact < 1 and self.linear)
 
     @property
+    def has_linear_layers(self) -> bool:
+        """Whether some layers have an MHLA half."""
+        return self.has_linear or self.exact_layers != "all"
+
+    @property
     def unshared(self) -> str | None:
         """What keeps processes from sharing a sequence, or None."""
         if self.causal_frames is not None:
@@ -191,6 +196,11 @@ class MHLAConfig(Settings):
     def without_exact(self) -> Self:
         """These settings without an exact half: MHLA with the same additions."""
         return self._whole(0.0)
+
+    def with_exact(self) -> Self:
+        """The settings of the layers that `exact_layers` names."""
+        unused = {} if self.has_linear else dict.fromkeys(_OF_LINEAR, False)
+        return replace(self, exact_layers="all", **unused)
 
     def _whole(self, exact: float) -> Self:
         tiles = dict.fromkeys(_TILE_SETTINGS)
@@ -213,6 +223,7 @@ class MHLAConfig(Settings):
         return cls(**without_retired(values))
 
 
+_OF_LINEAR = ("output_norm", "magnitude", "learned_features")
 _TILE_SETTINGS = ("exact_tile", "exact_group", "exact_window", "exact_top")
 
 FOR_PRETRAINED = MHLAConfig(exact=0.125, feature_map="softmax", learned_features=True)

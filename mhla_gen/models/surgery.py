@@ -113,7 +113,10 @@ def settle(
     if isinstance(config, LinformerConfig):
         return _resolve_linformer(family, model, config, len(layers))
     exact = exact_layers(config, names)
-    if callable(config.exact_layers):
+    if set(layers) <= set(exact):
+        # Refuses settings of MHLA that no layer could use.
+        config = replace(config, exact_layers="all")
+    elif callable(config.exact_layers):
         config = replace(config, exact_layers=exact)
     return _resolve_mhla(family, model, config, new)
 
@@ -241,7 +244,7 @@ def new_modules(family: Family, model: Any, config: AttentionConfig) -> dict[str
             owner = owner or child
         else:
             kind = MHLA if config.causal_frames is None else FrameCausalMHLA
-            reads_text, settings = family.reads_text(attention), config
+            reads_text, settings = family.reads_text(attention), config.with_exact()
             if index not in with_exact:
                 start = text_share(family, model) if reads_text else None
                 settings = replace(config.without_exact(), exact_start=start)

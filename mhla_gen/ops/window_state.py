@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from mhla_gen.ops.causal_checks import check_causal_tokens, check_window
-from mhla_gen.ops.causal_state import SequenceState
 from mhla_gen.ops.feature_maps import rotate
+from mhla_gen.ops.sequence_state import SequenceState
 from mhla_gen.ops.window import Late, Rotary, attend, window_attention
 
 

@@ -309,6 +309,8 @@ def test_what_a_state_cannot_do_is_refused():
     packed = torch.cat((torch.arange(10), torch.arange(11)))[None]
     with pytest.raises(ValueError, match="start again"):
         model(ids, position_ids=packed, use_cache=False)
+    with pytest.raises(ValueError, match="start again"):
+        model(ids, position_ids=packed, attention_mask=torch.ones_like(ids))
 
 
 @pytest.mark.gpu

@@ -58,11 +58,6 @@ class CausalModel(nn.Module):
             cache = DynamicCache(config=self.config)
         if cache is not None:
             _take_places(self.layers, cache)
-        if attention_mask is None and cache is None and _is_packed(position_ids):
-            raise UserError(
-                "position_ids start again inside a row, but causal MHLA reads a row as one "
-                "sequence; give every sequence a row of its own"
-            )
         mask = None
         if attention_mask is not None and tokens is not None:
             if attention_mask.ndim != 2:
@@ -72,6 +67,11 @@ class CausalModel(nn.Module):
                 )
             mask = attention_mask[:, -tokens.shape[1] :].bool()
             mask = None if mask.all() else mask
+        if _is_packed(position_ids, mask):
+            raise UserError(
+                "position_ids start again inside a row, but causal MHLA reads a row as one "
+                "sequence; give every sequence a row of its own"
+            )
         if tokens is not None and all(hasattr(layer.self_attn, "mhla") for layer in self.layers):
             # A mask with four axes is passed on unchanged. Without one, transformers builds that of
             # all pairs, or waits for the device to see whether there must be one.
@@ -88,8 +88,15 @@ class CausalModel(nn.Module):
         )
 
 
-def _is_packed(position_ids: Tensor | None) -> bool:
-    return position_ids is not None and bool((position_ids.diff(dim=-1) < 0).any())
+def _is_packed(position_ids: Tensor | None, mask: Tensor | None) -> bool:
+    """Whether positions start again; those of padding mean nothing."""
+    # One token has nothing to compare, and a step would wait for the device.
+    if position_ids is None or position_ids.shape[-1] == 1:
+        return False
+    falls = position_ids.diff(dim=-1) < 0
+    if mask is not None:
+        falls = falls & mask[:, 1:] & mask[:, :-1]
+    return bool(falls.any())
 
 
 def _take_places(layers: Any, cache: Any) -> None:

@@ -135,7 +135,10 @@ class MHLAVisionMixin(nn.Module):
         model = timm.create_model(architecture, pretrained_cfg=pretrained_cfg, **model_args)
         inject_vision(model, attention_from_dict(mhla))
         if not isinstance(model, cls):
-            raise UserError(f"{architecture} is a {type(model).__name__}, not a {cls.__name__}")
+            raise UserError(
+                f"{architecture} is a {type(model).__name__}, not a {cls.__name__}; load it with "
+                f"mhla_gen.{type(model).__name__}"
+            )
         return model
 
     @classmethod

@@ -1,6 +1,6 @@
 """Time tile attention beside cuDNN's softmax and FlexAttention, at shares of the pairs.
 
-python benchmarks/tile_speed.py OUT.json        needs CUDA
+python benchmarks/tile_speed.py OUT.json [--cases 3] [--shares 0.05] [--forward]        needs CUDA
 
 Medians over replays of a CUDA graph; bfloat16. `limit` is the project's target for the exact half,
 share · softmax / 0.7 + 60 µs. `whole` adds MHLA on the same inputs.
@@ -8,7 +8,7 @@ share · softmax / 0.7 + 60 µs. `whole` adds MHLA on the same inputs.
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,10 +34,14 @@ CASES = (
 )
 
 
-def both(attend: Callable[..., Tensor], inputs: list[Tensor], grad: Tensor) -> dict[str, float]:
-    """Milliseconds of a forward pass, and of forward and backward."""
+def both(
+    attend: Callable[..., Tensor], inputs: list[Tensor], grad: Tensor | None
+) -> dict[str, float]:
+    """Milliseconds of a forward pass and, with `grad`, of forward and backward."""
     with torch.no_grad():
         forward = time_ms(lambda: attend(*inputs))
+    if grad is None:
+        return {"forward_ms": forward}
     inputs = [x.detach().requires_grad_() for x in inputs]
     train = time_ms(lambda: torch.autograd.grad(attend(*inputs), inputs, grad))
     return {"forward_ms": forward, "train_ms": train}
@@ -50,11 +54,14 @@ def softmax(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
-def measure(case: Case) -> dict[str, Any]:
+def measure(
+    case: Case, shares: Sequence[float] = SHARES, *, forward: bool = False
+) -> dict[str, Any]:
     """Softmax, MHLA and every share at one shape."""
     tokens = math.prod(case.grid)
     shape = (case.batch, tokens, case.heads, case.head_dim)
     *inputs, grad = torch.randn(4, *shape, dtype=torch.bfloat16, device="cuda")
+    grad = None if forward else grad
     angles = torch.rand(tokens, case.head_dim // 2, device="cuda") * 2 * math.pi
     rotary = (angles.cos(), angles.sin()) if case.rotary else None
     mixing = locality_mixing(case.layout).cuda()
@@ -62,7 +69,7 @@ def measure(case: Case) -> dict[str, Any]:
     reference = both(softmax, inputs, grad)
     row: dict[str, Any] = {**case._asdict(), "softmax": reference, "shares": []}
     row["mhla"] = both(linear, inputs, grad)
-    for share in SHARES:
+    for share in shares:
         layout = auto_tiles(case.grid, share)._asdict()
         exact = partial(tile_attention, grid=case.grid, rotary=rotary, **layout)
 
@@ -115,14 +122,19 @@ def main() -> None:
     """Measure every shape; print and write each row when it is done."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
-    out = parser.parse_args().out
+    parser.add_argument("--cases", type=int, nargs="+", help="some shapes, without FlexAttention")
+    parser.add_argument("--shares", type=float, nargs="+", default=SHARES)
+    parser.add_argument("--forward", action="store_true", help="the forward pass only")
+    options = parser.parse_args()
     found: dict[str, Any] = {**machine(), "rows": []}
-    for case in CASES:
-        found["rows"].append(measure(case))
-        write_json(out, found, indent=1)
-    found["flex"] = flex()
-    print(found["flex"])
-    write_json(out, found, indent=1)
+    for number in range(len(CASES)) if options.cases is None else options.cases:
+        case = CASES[number]
+        found["rows"].append(measure(case, options.shares, forward=options.forward))
+        write_json(options.out, found, indent=1)
+    if options.cases is None:
+        found["flex"] = flex()
+        print(found["flex"])
+        write_json(options.out, found, indent=1)
 
 
 if __name__ == "__main__":

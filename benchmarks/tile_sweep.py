@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,9 @@ FORMS = {
     ),
     "tile_backward_queries_kernel": (
         Loop(128, 64, 8, 3, packed=True),
+        Loop(128, 64, 8, 3, packed=True, folded=True),
+        Loop(128, 64, 8, 3, packed=True, ahead=True),
+        Loop(128, 64, 8, 2, packed=True, ahead=True),
         Loop(128, 32, 4, 2, packed=True),
         Loop(128, 32, 4, 3, packed=True),
         Loop(128, 32, 8, 3, packed=True, max_registers=128),
@@ -60,8 +64,9 @@ FORMS = {
     "tile_backward_keys_kernel": (Loop(64, 64, 4, 2),),
     "tile_backward_packed_keys_kernel": (
         Loop(64, 64, 4, 2, packed=True),
+        Loop(64, 64, 4, 2, packed=True, folded=True),
+        Loop(32, 64, 4, 2, packed=True, folded=True),
         Loop(64, 64, 4, 3, packed=True),
-        Loop(32, 64, 4, 3, packed=True),
     ),
 }
 Job = tuple[Case, float, str, Loop]
@@ -121,7 +126,7 @@ class Inputs:
             )
         gradients = tile_gradients.backward_keys
         if loop.packed:
-            gradients = tile_gradients.backward_packed_keys
+            gradients = partial(tile_gradients.backward_packed_keys, folded=loop.folded)
         owners = owners_of_tiles(lists, self.placed.num_tiles)
         return lambda: gradients(packs, keys, values, owners, loop.options, call)
 
@@ -270,7 +275,8 @@ def main() -> None:
         if options.only in name
         for loop in loops
     ]
-    pool = ProcessPoolExecutor(12, multiprocessing.get_context("spawn"))
+    # Forked before CUDA is in use: imports take longer than all that is compiled.
+    pool = ProcessPoolExecutor(12, multiprocessing.get_context("fork"))
     compiled = {job: pool.submit(compile_form, job) for job in jobs}
     bench = Bench()
     for job, figures in compiled.items():

@@ -75,6 +75,24 @@ def test_one_pass_equals_the_definition(case, gate, blend):
 
 
 @pytest.mark.parametrize("gate", ["channel", "head"])
+@pytest.mark.parametrize("form", [(2, 64, 2, True, False), (4, 32, 3, True, True)])
+def test_every_form_of_a_clip_gives_the_same(monkeypatch, form, gate):
+    """Whatever the order and the tiles, and where a tile of channels is a part of a head."""
+    from mhla_gen.ops.kernels import depthwise as kernels
+
+    case = ((4, 3, 5), (3, 3, 3), 1, 128)
+    tensors = [x.detach() for x in make_inputs(case, gate, torch.float32, blend=True)]
+    *given, beside, shares = tensors
+    added, read = Blend(given[0][:, :, None], beside[:, :, None], shares), given[1:]
+    options = {"grid": case[0], "num_heads": 1, "implementation": "fused"}
+    expected = gated_conv(added, *read, **options)
+    names = "_COLUMNS", "_CHANNELS", "_FRAMES", "_BY_TOKENS", "_TOGETHER"
+    for name, value in zip(names, form, strict=True):
+        monkeypatch.setattr(kernels, name, value)
+    torch.testing.assert_close(gated_conv(added, *read, **options), expected)
+
+
+@pytest.mark.parametrize("gate", ["channel", "head"])
 @pytest.mark.parametrize("blend", [False, True])
 def test_half_precision_is_rounded_once(gate, blend):
     tensors = make_inputs(CASES[0], gate, torch.float16, blend)

@@ -121,13 +121,19 @@ def test_half_precision(poisoned, dtype, rotary):
 
 
 @pytest.mark.parametrize(
-    ("number", "dtype", "steps"), [(1, torch.float32, 1), (4, torch.float16, 2)]
+    ("number", "dtype", "steps", "form"),
+    [
+        (1, torch.float32, 1, {}),
+        (4, torch.float16, 2, {}),
+        (1, torch.float32, 1, {"folded": True}),
+        (4, torch.float16, 2, {"ahead": True}),
+    ],
 )
-def test_packed_tiles(poisoned, monkeypatch, number, dtype, steps):
+def test_packed_tiles(poisoned, monkeypatch, number, dtype, steps, form):
     """As calls of many channels take them; a tile is read in so many steps."""
 
     def loop(call):
-        return tile_form.Loop(16, call.slot_sizes["SLOTS"] // steps, 4, 2, packed=True)
+        return tile_form.Loop(16, call.slot_sizes["SLOTS"] // steps, 4, 2, packed=True, **form)
 
     monkeypatch.setattr(tile_form, "forward_loop", loop)
     monkeypatch.setattr(tile_gradients, "queries_loop", loop)

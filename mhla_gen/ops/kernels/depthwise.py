@@ -36,6 +36,8 @@ _MOST_HELD_TAPS = 9
 # program of the convolution, frames and lines of one of the filter's gradient.
 _MOST_FRAME_TAPS, _FRAMES, _COLUMNS = 27, 3, 4
 _SUM_FRAMES, _SUM_LINES = 2, 2
+# Order of the convolution's programs, and whether frames are finished together; see the kernel.
+_BY_TOKENS, _TOGETHER = False, False
 # Programs that keep a large GPU busy: several for each of 132 multiprocessors.
 _ENOUGH_PROGRAMS = 1024
 _ENOUGH_WARPS = 4096
@@ -173,13 +175,19 @@ def _after(tokens: Tensor, after: After | None) -> tuple[tuple[Any, ...], tuple[
     logits = after.logits
     head_dim = tokens.shape[2] // num_heads
     gate = 0 if logits is None else 1 if logits.shape[2] == tokens.shape[2] else 2
-    whole = _CHANNELS % head_dim == 0
+    # Heads that a tile of channels touches at most: its ends may lie in parts of heads.
+    if _CHANNELS % head_dim == 0:
+        span = _CHANNELS // head_dim
+    elif head_dim % _CHANNELS == 0:
+        span = 1
+    else:
+        span = (_CHANNELS - 2) // head_dim + 2
     constants = {
         "ADDS": True,
         "BLENDS": after.beside is not None,
         "GATE": gate,
         "HEAD_DIM": head_dim,
-        "SPAN": _CHANNELS // head_dim if whole else (_CHANNELS - 2) // head_dim + 2,
+        "SPAN": span,
         "KEEPS": keeps,
     }
     strides = tuple(s for x in read for s in ((0, 0) if x is None else x.stride()[:2]))
@@ -237,7 +245,7 @@ def _conv_by_frames(
     num_heads = after.num_heads if after else 1
     launch(
         conv_frames_kernel,
-        (programs * line_parts, tiles),
+        (programs * line_parts * tiles,),
         (tokens, factors, bias, *tensors),
         (channels, *box, line_parts, lines, num_heads, *tokens.stride()[:2], *strides),
         {
@@ -248,6 +256,8 @@ def _conv_by_frames(
             "F": frames,
             "BT": _COLUMNS,
             "BC": _CHANNELS,
+            "BY_TOKENS": _BY_TOKENS,
+            "TOGETHER": _TOGETHER,
             "num_warps": 1,
         },
     )

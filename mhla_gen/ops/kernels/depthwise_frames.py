@@ -10,7 +10,7 @@ read again at every line, for all frames.
 import triton
 import triton.language as tl
 
-from mhla_gen.ops.kernels.depthwise_output import finish, float32
+from mhla_gen.ops.kernels.depthwise_output import finish, float32, read_after
 
 
 @triton.jit
@@ -21,22 +21,29 @@ def conv_frames_kernel(
     KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, HAS_BIAS: tl.constexpr,
     ADDS: tl.constexpr, BLENDS: tl.constexpr, GATE: tl.constexpr, HEAD_DIM: tl.constexpr,
     SPAN: tl.constexpr, KEEPS: tl.constexpr, ROW: tl.constexpr, F: tl.constexpr, BT: tl.constexpr,
-    BC: tl.constexpr,
+    BC: tl.constexpr, BY_TOKENS: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
     """out[n] = bias + Σ weight[tap] x[n + tap], and what `finish` makes of it.
 
-    `weight` is [taps, ROW], float32; its rows hold whole tiles of channels.
+    `weight` is [taps, ROW], float32; its rows hold whole tiles of channels. `BY_TOKENS`: programs
+    of the same tokens are neighbours, else those of the same channels. `TOGETHER`: what `finish`
+    needs is read for all frames before any is stored, as nothing may be loaded ahead of a store.
     """
     PH: tl.constexpr = KH // 2
     column_parts, frame_parts = tl.cdiv(W, BT), tl.cdiv(T, F)
-    part = tl.program_id(0)
+    tiles: tl.constexpr = ROW // BC
+    if BY_TOKENS:
+        part, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    else:
+        parts = tl.num_programs(0) // tiles
+        part, tile = tl.program_id(0) % parts, tl.program_id(0) // parts
     here = (part % column_parts * BT + tl.arange(0, BT))[:, None]
     first = part // column_parts % line_parts * lines
     last = tl.minimum(first + lines, H)
     part = part // (column_parts * line_parts)
     frame = part % frame_parts * F
     batch = (part // frame_parts).to(tl.int64)
-    channels = (tl.program_id(1) * BC + tl.arange(0, BC))[None, :]
+    channels = (tile * BC + tl.arange(0, BC))[None, :]
     held = channels < C
     x_ptr += batch * x_batch
     out_ptr += batch * T * H * W * C
@@ -81,14 +88,33 @@ def conv_frames_kernel(
                     added += (totals[index] + x * factor,)
                 totals = added
         done = line - PH
+        afters = ()
+        if TOGETHER:
+            for index in tl.static_range(F):
+                valid = (done >= first) & (frame + index < T) & (here < W)
+                afters += (
+                    read_after(
+                        added_ptr, beside_ptr, shares_ptr, logits_ptr,
+                        (((frame + index) * H + done) * W + here).to(tl.int64), valid, channels,
+                        held, added_token, beside_token, shares_token, logits_token, HEADS, ADDS,
+                        BLENDS, GATE, HEAD_DIM, SPAN,
+                    ),
+                )  # fmt: skip
         moved = ()
         for index in tl.static_range(F):
+            rows = (((frame + index) * H + done) * W + here).to(tl.int64)
             valid = (done >= first) & (frame + index < T) & (here < W)
+            if TOGETHER:
+                after = afters[index]
+            else:
+                after = read_after(
+                    added_ptr, beside_ptr, shares_ptr, logits_ptr, rows, valid, channels, held,
+                    added_token, beside_token, shares_token, logits_token, HEADS, ADDS, BLENDS,
+                    GATE, HEAD_DIM, SPAN,
+                )  # fmt: skip
             finish(
-                totals[index * KH] + bias, out_ptr, kept_ptr, added_ptr, beside_ptr, shares_ptr,
-                logits_ptr, (((frame + index) * H + done) * W + here).to(tl.int64), valid, channels,
-                held, added_token, beside_token, shares_token, logits_token, C, HEADS, ADDS, BLENDS,
-                GATE, HEAD_DIM, SPAN, KEEPS,
+                totals[index * KH] + bias, after, out_ptr, kept_ptr, rows, valid, channels, held,
+                C, ADDS, BLENDS, GATE, HEAD_DIM, SPAN, KEEPS,
             )  # fmt: skip
             for j in tl.static_range(1, KH):
                 moved += (totals[index * KH + j],)

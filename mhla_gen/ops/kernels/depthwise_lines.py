@@ -8,7 +8,7 @@ complete, and the filter. Each of the `T` frames is a separate image.
 import triton
 import triton.language as tl
 
-from mhla_gen.ops.kernels.depthwise_output import finish
+from mhla_gen.ops.kernels.depthwise_output import finish, read_after
 
 
 @triton.jit
@@ -107,10 +107,15 @@ def conv_lines_kernel(
                 added = sums
             done = line - PH
             valid = (done >= first) & (done < last) & (here < W)
+            rows = (done * W + here).to(tl.int64)
+            after = read_after(
+                added_ptr, beside_ptr, shares_ptr, logits_ptr, rows, valid, channels, held,
+                added_token, beside_token, shares_token, logits_token, HEADS, ADDS, BLENDS, GATE,
+                HEAD_DIM, SPAN,
+            )  # fmt: skip
             finish(
-                added[0] + bias, out_ptr, kept_ptr, added_ptr, beside_ptr, shares_ptr, logits_ptr,
-                (done * W + here).to(tl.int64), valid, channels, held, added_token, beside_token,
-                shares_token, logits_token, C, HEADS, ADDS, BLENDS, GATE, HEAD_DIM, SPAN, KEEPS,
+                added[0] + bias, after, out_ptr, kept_ptr, rows, valid, channels, held, C, ADDS,
+                BLENDS, GATE, HEAD_DIM, SPAN, KEEPS,
             )  # fmt: skip
             totals = added[1:] + _zeros(1, BT, BC)
 

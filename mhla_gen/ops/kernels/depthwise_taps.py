@@ -6,7 +6,7 @@ A program handles some channels of some tokens in raster order.
 import triton
 import triton.language as tl
 
-from mhla_gen.ops.kernels.depthwise_output import finish
+from mhla_gen.ops.kernels.depthwise_output import finish, read_after
 
 
 @triton.jit
@@ -60,10 +60,14 @@ def conv_taps_kernel(
         x = _neighbours(x_ptr, x_token, tokens, valid, channels, held, T, H, W, tap, KT, KH, KW, 1)
         factor = tl.load(weight_ptr + tap * C + channels, mask=held, other=0.0)
         total += x * factor.to(tl.float32)
+    rows = tokens.to(tl.int64)
+    after = read_after(
+        added_ptr, beside_ptr, shares_ptr, logits_ptr, rows, valid, channels, held, added_token,
+        beside_token, shares_token, logits_token, HEADS, ADDS, BLENDS, GATE, HEAD_DIM, SPAN,
+    )  # fmt: skip
     finish(
-        total, out_ptr, kept_ptr, added_ptr, beside_ptr, shares_ptr, logits_ptr,
-        tokens.to(tl.int64), valid, channels, held, added_token, beside_token, shares_token,
-        logits_token, C, HEADS, ADDS, BLENDS, GATE, HEAD_DIM, SPAN, KEEPS,
+        total, after, out_ptr, kept_ptr, rows, valid, channels, held, C, ADDS, BLENDS, GATE,
+        HEAD_DIM, SPAN, KEEPS,
     )  # fmt: skip
 
 

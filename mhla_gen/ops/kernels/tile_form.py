@@ -43,6 +43,10 @@ class Loop:
     """Whether queries, keys and values are packed by group or tile; else they are read in place."""
     max_registers: int | None = None
     """Most registers of a thread; None leaves them to the compiler."""
+    folded: bool = False
+    """In packed gradients, whether lse and δ are where sums of products begin."""
+    ahead: bool = False
+    """In packed gradients of queries, whether do · v is computed a step ahead."""
 
     @property
     def options(self) -> dict:

@@ -53,8 +53,11 @@ def backward(
     values = pack_tiles(value, call) if loop.packed else value
     dquery = backward_queries(packs, keys, values, lists, extra, call, loop)
     owners = owners_of_tiles(lists, call.placed.num_tiles)
-    gradients = backward_packed_keys if loop.packed else backward_keys
-    dkey, dvalue = gradients(packs, keys, values, owners, options["keys"], call)
+    read = packs, keys, values, owners, options["keys"], call
+    if loop.packed:
+        dkey, dvalue = backward_packed_keys(*read, folded=loop.folded)
+    else:
+        dkey, dvalue = backward_keys(*read)
     dextra = _backward_extra(packs, extra, options["extra"], call)
     return dquery, dkey, dvalue, *dextra
 
@@ -140,6 +143,8 @@ def backward_queries(
         | {
             "WIDE": not loop.packed and numbered_wide(keys, values),
             "PACKED": loop.packed,
+            "FOLDED": loop.folded,
+            "AHEAD": loop.ahead,
         },
     )
     return dquery
@@ -187,8 +192,10 @@ def backward_packed_keys(
     owners: tuple[Tensor, Tensor],
     options: dict,
     call: TileCall,
+    *,
+    folded: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Launch `tile_backward_packed_keys_kernel`."""
+    """Launch `tile_backward_packed_keys_kernel`; `folded` as in `Loop`."""
     dkey, dvalue = call.query.new_empty(call.query.shape), call.value.new_empty(call.value.shape)
     num_tiles, slots = call.placed.num_tiles, call.slot_sizes["SLOTS"]
     queries, grads, *sums = packs
@@ -218,7 +225,7 @@ def backward_packed_keys(
             call.scale * LOG2E,
             call.scale,
         ),
-        constants | {"PACK": queries.shape[2]},
+        constants | {"PACK": queries.shape[2], "FOLDED": folded},
     )
     return dkey, dvalue
 

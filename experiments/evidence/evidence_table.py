@@ -149,12 +149,12 @@ def against_control(group: Group, groups: Sequence[Group], control: str) -> str:
 
 
 def frechet(group: Group) -> str:
-    """The distance for every seed with samples; for a single seed, with its interval."""
+    """The distance of every seed with samples; of a single one, with its interval."""
     scores = [result["scores"] for result in group.results if "scores" in result]
     if not scores:
         return "–"
     interval = ""
-    if len(group.results) == 1:
+    if len(scores) == 1:
         ends = scores[0]["frechet_interval"]
         interval = f" ± {(ends['high'] - ends['low']) / 2:.1f}"
     return each([score["frechet"] for score in scores], ".1f") + interval

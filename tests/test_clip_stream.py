@@ -13,7 +13,7 @@ import mhla_gen
 from mhla_gen import ClipState, MHLAConfig
 from mhla_gen.errors import UserError
 from mhla_gen.pipelines.clip_stream import FrameDecoder, stream_clip
-from mhla_gen.pipelines.noise import generator_of, sample_seed
+from mhla_gen.pipelines.noise import chunk_seed, generator_of, sample_seed
 from mhla_gen.sampling import sample
 
 SIZE = {"height": 32, "width": 48, "num_frames": 21}  # 6 latent frames
@@ -57,7 +57,7 @@ def test_a_clip_is_what_the_whole_model_denoises_beside_clean_frames():
     assert [len(chunk.frames) for chunk in chunks] == [5, 8, 8] and steps == [*range(1, 7)]
     # The last chunk again, by calls of the model on all frames.
     clean = torch.cat([chunk.latents for chunk in chunks[:-1]], dim=2)
-    noise = generator_of(sample_seed(5, 2))
+    noise = generator_of(chunk_seed(5, 2))
     latents = torch.randn(1, 16, 2, 4, 6, generator=noise)
     pipe.scheduler.set_timesteps(2)
     texts = embeds().values()
@@ -72,6 +72,13 @@ def test_a_clip_is_what_the_whole_model_denoises_beside_clean_frames():
             velocity = negative + 3.0 * (positive - negative)
             latents = pipe.scheduler.step(velocity, time, latents, return_dict=False)[0]
     torch.testing.assert_close(chunks[-1].latents, latents, rtol=1e-4, atol=1e-4)
+
+
+def test_no_chunk_has_the_noise_of_another_one_in_any_clip_of_a_set():
+    clips, chunks = range(64), range(64)
+    seeds = {chunk_seed(sample_seed(7, clip), chunk) for clip in clips for chunk in chunks}
+    assert len(seeds) == len(clips) * len(chunks) and max(seeds) < 2**32
+    assert chunk_seed(7, 0) == 7
 
 
 def test_a_longer_clip_begins_like_a_shorter_one_and_can_be_gone_on_with():

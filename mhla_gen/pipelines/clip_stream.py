@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mhla_gen.errors import UserError
 from mhla_gen.models import ClipState, FrameCausalMHLA
-from mhla_gen.pipelines.noise import generator_of, sample_seed
+from mhla_gen.pipelines.noise import chunk_seed, generator_of
 from mhla_gen.runtime.devices import send, without_onednn
 
 
@@ -102,7 +102,7 @@ def stream_clip(
         if number < len(finished):
             latents = finished[number].to(device)
         else:
-            noise = generator_of(sample_seed(seed, number))
+            noise = generator_of(chunk_seed(seed, number))
             latents = torch.randn(*shape[:2], frames, *shape[2:], generator=noise)
             latents = send(latents, device)
             # Also forgets what a multistep scheduler kept of the chunk before.

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from mhla_gen.data import derived_seed
 from mhla_gen.runtime.devices import send
 
 # torch's generators on the CPU read no more of a seed.
@@ -31,6 +32,22 @@ def sample_seed(seed: int, number: int) -> int:
     """
     reversed_bits = int(f"{number % 2**_SEED_BITS:0{_SEED_BITS}b}"[::-1], 2)
     return (seed + reversed_bits) % 2**_SEED_BITS
+
+
+def chunk_seed(seed: int, number: int) -> int:
+    """The seed of chunk `number` of a clip that is made chunk by chunk.
+
+    `sample_seed(sample_seed(seed, i), number)` would not do: it adds bits in reverse order twice,
+    so that chunk c of sample i would have the noise of chunk i of sample c.
+
+    Args:
+        seed: Of the clip, which is that of its first chunk.
+        number: Of the chunk, counted from 0.
+
+    Returns:
+        A number below 2^32.
+    """
+    return derived_seed(seed, number) if number else seed
 
 
 def generator_of(seed: int) -> torch.Generator:

@@ -22,7 +22,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import mhla_gen
 from mhla_gen import CausalMHLAConfig
-from mhla_gen.models.language import CACHE
+from mhla_gen.models.causal_decoder import CACHE
 
 ARMS = {
     "softmax": None,

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 import mhla_gen
 from mhla_gen import CausalMHLAConfig, LinformerConfig, MHLAConfig, inject, restore, summary
-from mhla_gen.models.language import CACHE, LANGUAGE_CLASSES
+from mhla_gen.models.causal_decoder import CACHE
+from mhla_gen.models.language import LANGUAGE_CLASSES
 from mhla_gen.runtime.recorded_training import RecordedTraining
 
 SIZES = {

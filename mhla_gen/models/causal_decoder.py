@@ -1,0 +1,103 @@
+"""What a decoder of transformers hands to its layers with causal MHLA: padding and the cache."""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+from transformers.models.llama import LlamaModel
+
+from mhla_gen.errors import UserError
+from mhla_gen.models.causal_attention import CausalCacheLayer
+
+# Names of the cache argument of forward, which transformers renamed.
+CACHE = (
+    "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
+)
+
+
+class CausalModel(nn.Module):
+    """Mixin for a decoder: gives MHLA layers the padding mask and their places in the cache."""
+
+    config: Any
+    layers: Any
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As the decoder's; masks must be padding masks `[batch, cached and new tokens]`."""
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        cache = kwargs.pop(CACHE, None)
+        if use_cache is None:
+            # Training needs no cache and is faster without one.
+            use_cache = self.config.use_cache and not self.training
+        if cache is None and use_cache:
+            cache = DynamicCache(config=self.config)
+        if cache is not None:
+            _take_places(self.layers, cache)
+        mask = None
+        if attention_mask is not None and tokens is not None:
+            if attention_mask.ndim != 2:
+                raise UserError(
+                    "attention_mask must be [batch, seq_len], 0 at padding, for causal MHLA; found "
+                    f"{tuple(attention_mask.shape)}"
+                )
+            mask = attention_mask[:, -tokens.shape[1] :].bool()
+            mask = None if mask.all() else mask
+        if _is_packed(position_ids, mask):
+            raise UserError(
+                "position_ids start again inside a row, but causal MHLA reads a row as one "
+                "sequence; give every sequence a row of its own"
+            )
+        if tokens is not None and all(hasattr(layer.self_attn, "mhla") for layer in self.layers):
+            # A mask with four axes is passed on unchanged. Without one, transformers builds that of
+            # all pairs, or waits for the device to see whether there must be one.
+            attention_mask = torch.empty(1, 1, 1, 1, device=tokens.device)
+        return super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            token_mask=mask,
+            **{CACHE: cache},
+            **kwargs,
+        )
+
+
+def _is_packed(position_ids: Tensor | None, mask: Tensor | None) -> bool:
+    """Whether positions start again; those of padding mean nothing."""
+    # One token has nothing to compare, and a step would wait for the device.
+    if position_ids is None or position_ids.shape[-1] == 1:
+        return False
+    falls = position_ids.diff(dim=-1) < 0
+    if mask is not None:
+        falls = falls & mask[:, 1:] & mask[:, :-1]
+    return bool(falls.any())
+
+
+def _take_places(layers: Any, cache: Any) -> None:
+    """Put MHLA's layers into a cache that is still empty."""
+    places = getattr(cache, "layers", None)
+    if places is None:
+        raise UserError(f"expected a DynamicCache, found {type(cache).__name__}; give that or none")
+    for index, layer in enumerate(layers):
+        if len(places) <= index:
+            places.append(DynamicLayer())
+        if not hasattr(layer.self_attn, "mhla") or isinstance(places[index], CausalCacheLayer):
+            continue
+        if not isinstance(places[index], DynamicLayer) or places[index].get_seq_length() > 0:
+            raise UserError(
+                "causal MHLA needs an empty DynamicCache, found one with "
+                f"{places[index].get_seq_length()} tokens in a {type(places[index]).__name__}; "
+                "leave out cache and cache_implementation"
+            )
+        places[index] = CausalCacheLayer()

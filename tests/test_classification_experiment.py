@@ -18,7 +18,7 @@ def scripts(monkeypatch):
     import classification_table
 
     yield classification_run, classification_table
-    for name in ("classification_run", "classification_table"):
+    for name in ("classification_run", "classification_model", "classification_table"):
         sys.modules.pop(name)
 
 

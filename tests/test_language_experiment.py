@@ -20,12 +20,12 @@ def script():
     spec.loader.exec_module(module)
     yield module
     sys.path.remove(str(SCRIPT.parent))
-    for name in ("language_tables", "language_text"):
+    for name in ("language_models", "language_tables", "language_text"):
         sys.modules.pop(name)
 
 
 def test_arms_are_trained_once_measured_and_drawn(script, tmp_path, capsys):
-    sizes = script.TINY._replace(hidden_size=16, heads=1, layers=1, steps=1, more_steps=1)
+    sizes = script.SIZES["tiny"]._replace(hidden_size=16, heads=1, layers=1, steps=1, more_steps=1)
     script.run(tmp_path, sizes, seeds=1, seconds=-1)
     assert "are over" in capsys.readouterr().out
     script.run(tmp_path, sizes, seeds=1, seconds=100)
@@ -49,7 +49,7 @@ def test_arms_are_trained_once_measured_and_drawn(script, tmp_path, capsys):
 
 def test_a_run_goes_on_from_its_one_file(script, tmp_path):
     """An interrupted run, of which only the JSON came back, ends as one that was not."""
-    sizes = script.TINY._replace(hidden_size=16, heads=1, layers=1, steps=2, more_steps=1)
+    sizes = script.SIZES["tiny"]._replace(hidden_size=16, heads=1, layers=1, steps=2, more_steps=1)
     script.run(tmp_path, sizes, seeds=1, seconds=100)
     whole = json.loads((tmp_path / "language.json").read_text())
     (tmp_path / script.PRETRAINED).unlink()

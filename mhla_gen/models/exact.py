@@ -46,7 +46,9 @@ def tile_layout(config: MHLAConfig, grid: tuple[int, ...]) -> TileLayout:
     if tile is not None and group is None:
         group = (1,) * len(grid)
     picked = _auto_tiles(grid, config.share, tile, group, config.exact_window)
-    return picked if config.exact_top is None else picked._replace(top=config.exact_top)
+    # A layout of its own, since torch 2.11 cannot unpack one that it was told to take as constant.
+    top = picked.top if config.exact_top is None else config.exact_top
+    return TileLayout(picked.tile, picked.group, picked.window, top)
 
 
 def exact_share(config: AttentionConfig, grid: tuple[int, ...]) -> float:

@@ -26,10 +26,10 @@ from mhla_gen.config import (
     save_config,
 )
 from mhla_gen.data import load_data
+from mhla_gen.data.arrays import to_model_range
 from mhla_gen.data.autoencoder import encode, latent_normalisation, latent_shape, load_autoencoder
 from mhla_gen.data.caching.build import build_cache
 from mhla_gen.data.caching.cached import CachedLatents
-from mhla_gen.data.images import to_model_range
 from mhla_gen.training import rehearse, train
 from mhla_gen.training.build import build_task
 from mhla_gen.training.pretrained import require_pipeline

@@ -10,9 +10,9 @@ from tiny import tiny_clip_cache, tiny_dit_pipeline, tiny_video
 
 from mhla_gen.config import DataConfig, load_config
 from mhla_gen.data import BatchOrder, batches, load_data
+from mhla_gen.data.arrays import to_model_range
 from mhla_gen.data.caching.build import build_cache
 from mhla_gen.data.caching.cached import CachedLatents
-from mhla_gen.data.images import to_model_range
 
 
 @pytest.fixture(scope="module")

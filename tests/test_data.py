@@ -18,7 +18,7 @@ from mhla_gen.data import (
     load_data,
     open_images,
 )
-from mhla_gen.data.images import digits
+from mhla_gen.data.arrays import digits
 from mhla_gen.media.pictures import centre_crop
 
 

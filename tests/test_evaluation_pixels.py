@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mhla_gen.config import EvaluateConfig, FeaturesConfig
-from mhla_gen.data.images import digits
+from mhla_gen.data.arrays import digits
 from mhla_gen.evaluation import (
     FeatureStatistics,
     FrechetDistance,

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from mhla_gen.config import SampleConfig, TrainConfig, load_config
-from mhla_gen.data.images import load_npz
+from mhla_gen.data.arrays import load_npz
 from mhla_gen.data.stores import listed_images
 from mhla_gen.data.webdataset import tar_shards
 from mhla_gen.errors import UserError

@@ -13,7 +13,7 @@ from PIL import Image
 
 from mhla_gen import ClassConditionalPipeline
 from mhla_gen.config import MHLAConfig, ModelConfig, QuickstartConfig, load_config
-from mhla_gen.data.images import digits
+from mhla_gen.data.arrays import digits
 from mhla_gen.evaluation import evaluate
 from mhla_gen.evaluation.nearest import closest_pairs
 from mhla_gen.quickstart import quickstart

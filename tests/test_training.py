@@ -22,7 +22,6 @@ from mhla_gen.training import (
     rehearse,
     train,
 )
-from mhla_gen.training.checkpoint_state import SavedTensors
 from mhla_gen.training.conditioning import ClassLabels
 from mhla_gen.training.ema import WeightAverage
 from mhla_gen.training.loop import Run
@@ -30,6 +29,7 @@ from mhla_gen.training.objectives import FlowMatching
 from mhla_gen.training.optim import mixing_matrices
 from mhla_gen.training.randomness import step_randomness
 from mhla_gen.training.run_folder import checkpoints
+from mhla_gen.training.saved_tensors import SavedTensors
 from mhla_gen.training.step import ObjectiveLosses, noised
 
 TINY = ModelConfig(

@@ -47,8 +47,8 @@ from mhla_gen.config import (
     save_config,
 )
 from mhla_gen.config.evaluation import FeaturesConfig
+from mhla_gen.data.arrays import digits
 from mhla_gen.data.caching.build import build_cache
-from mhla_gen.data.images import digits
 from mhla_gen.errors import UserError
 from mhla_gen.outputs.locks import claimed
 from mhla_gen.runtime.compiling import compile_model, repeated_blocks

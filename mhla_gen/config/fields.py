@@ -9,7 +9,7 @@ import functools
 import math
 import os
 import types
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -162,7 +162,7 @@ _GROUP: ContextVar[str | None] = ContextVar("group", default=None)
 
 
 @contextmanager
-def in_group(prefix: str) -> Iterator[None]:
+def in_group(prefix: str) -> Generator[None]:
     """Name settings inside by their keys in a command's config, as in `model.mhla.exact`."""
     before = _GROUP.set(prefix)
     try:

@@ -106,12 +106,13 @@ def _built(value: Any, annotation: Any, key: str = "") -> Any:
     Not OmegaConf's own, in which no message would know the whole key.
     """
     kind = kind_of(annotation)
-    if dataclasses.is_dataclass(kind.base) and is_mapping(value):
+    if isinstance(kind.base, type) and dataclasses.is_dataclass(kind.base) and is_mapping(value):
+        schema: type = kind.base
         group = f"{key}." if key else ""
-        kinds = kinds_of(kind.base)
+        kinds = kinds_of(schema)
         parts = {name: _built(part, kinds[name], f"{group}{name}") for name, part in value.items()}
         with in_group(group):
-            return kind.base(**parts)
+            return schema(**parts)
     if is_list(value):
         return [_built(part, kind.element, f"{key}[{i}]") for i, part in enumerate(value)]
     return value

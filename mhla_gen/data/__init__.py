@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING
 from mhla_gen.lazy import names_from
 
 if TYPE_CHECKING:
+    from mhla_gen.data.arrays import ArrayImages
     from mhla_gen.data.batch_order import BatchOrder, batches, derived_seed
-    from mhla_gen.data.images import ArrayImages, EncodedImages
+    from mhla_gen.data.images import EncodedImages
     from mhla_gen.data.opening import load_data, open_images
     from mhla_gen.data.protocol import Batch, TrainingData
 
 _HOMES = {
-    "ArrayImages": "images",
+    "ArrayImages": "arrays",
     "Batch": "protocol",
     "BatchOrder": "batch_order",
     "EncodedImages": "images",

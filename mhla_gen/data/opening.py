@@ -3,9 +3,10 @@
 from pathlib import Path
 
 from mhla_gen.config import DataConfig
+from mhla_gen.data.arrays import ArrayImages, digits, load_npz
 from mhla_gen.data.caching.cached import CachedLatents
 from mhla_gen.data.huggingface import saved_dataset
-from mhla_gen.data.images import ArrayImages, EncodedImages, digits, load_npz
+from mhla_gen.data.images import EncodedImages
 from mhla_gen.data.protocol import TrainingData
 from mhla_gen.data.stores import FileStore, ImageStore, class_folders, listed_images
 from mhla_gen.data.webdataset import tar_shards

@@ -1,7 +1,8 @@
 """The description of a family of transformers.
 
 A family lists what differs between models: where self-attention is, what its grid is, and which
-processors to set. What all models share is in `surgery.py`, `transformer.py` and `processors.py`.
+processors to set. What all models share is in `settling.py`, `surgery.py`, `transformer.py` and
+`processors.py`.
 """
 
 from collections.abc import Sequence

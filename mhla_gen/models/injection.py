@@ -34,8 +34,9 @@ from mhla_gen.models.qwen_image import MHLAQwenImageTransformer2DModel
 from mhla_gen.models.sana import MHLASanaTransformer2DModel
 from mhla_gen.models.sana_video import MHLASanaVideoTransformer3DModel
 from mhla_gen.models.sd3 import MHLASD3Transformer2DModel
+from mhla_gen.models.settling import resolve
 from mhla_gen.models.short import ShortSequenceWarning, too_short
-from mhla_gen.models.surgery import become, remove_mhla, resolve
+from mhla_gen.models.surgery import become, remove_mhla
 from mhla_gen.models.transformer import MHLATransformerMixin
 from mhla_gen.models.unsupported import reason_of
 from mhla_gen.models.wan import MHLAWanTransformer3DModel

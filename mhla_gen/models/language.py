@@ -22,7 +22,8 @@ from mhla_gen.errors import UserError
 from mhla_gen.models.attention import CONVERTED_START, NEW_START
 from mhla_gen.models.causal_attention import CausalAttention, CausalMHLA
 from mhla_gen.models.causal_decoder import CausalModel
-from mhla_gen.models.surgery import change_class, mhla_layers
+from mhla_gen.models.settling import mhla_layers
+from mhla_gen.models.surgery import change_class
 from mhla_gen.ops import FEATURE_MAPS
 
 

@@ -14,7 +14,8 @@ from mhla_gen.config.fields import expand_home
 from mhla_gen.errors import UserError
 from mhla_gen.models.family import Family
 from mhla_gen.models.parallel import check_parallelism
-from mhla_gen.models.surgery import add_mhla, become, resolve
+from mhla_gen.models.settling import resolve
+from mhla_gen.models.surgery import add_mhla, become
 
 # Arguments of from_pretrained that locate the config, rather than say how to load weights.
 _LOCATION = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "proxies")

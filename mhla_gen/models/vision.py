@@ -30,7 +30,8 @@ from mhla_gen.errors import MissingError, UserError
 from mhla_gen.files import write_json, write_tensors
 from mhla_gen.files.saved import naming_damage, read_json
 from mhla_gen.models.additions import AddedAttention
-from mhla_gen.models.surgery import change_class, new_modules, placed_beside, settle
+from mhla_gen.models.settling import settle
+from mhla_gen.models.surgery import change_class, new_modules, placed_beside
 from mhla_gen.models.vision_layers import (
     MHLAVisionAttention,
     SoftmaxVisionAttention,

@@ -19,7 +19,7 @@ from mhla_gen.config import (
     save_config,
 )
 from mhla_gen.data import ArrayImages
-from mhla_gen.data.images import digits
+from mhla_gen.data.arrays import digits
 from mhla_gen.evaluation import evaluate
 from mhla_gen.evaluation.frechet import FeatureStatistics, frechet_distance
 from mhla_gen.evaluation.nearest import NUM_NEIGHBOURS

@@ -15,7 +15,8 @@ from mhla_gen.pipelines.schedulers import makes_variance, other_scheduler
 from mhla_gen.runtime.compiling import compile_blocks
 from mhla_gen.runtime.cuda_graphs import RecordedForward
 from mhla_gen.sampling.classes import class_labels, ordered_labels
-from mhla_gen.sampling.prompt_sampler import PromptSampler, embedded_names, read_embeds
+from mhla_gen.sampling.embeds import embedded_names, read_embeds
+from mhla_gen.sampling.prompt_sampler import PromptSampler
 from mhla_gen.sampling.prompts import Prompt, missing_prompts, read_prompts
 from mhla_gen.sampling.samplers import ClassSampler, Sampler
 from mhla_gen.sampling.saved_pipeline import load_with_settings

@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from diffusers.utils import is_ftfy_available
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from mhla_gen.calls import call_class_of_pipeline
@@ -20,10 +18,10 @@ from mhla_gen.media.pictures import UnreadableImageError, read_rgb
 from mhla_gen.models.wan import TEXT_LENGTH_WITH_IMAGE
 from mhla_gen.pipelines.clip_stream import chunk_lengths, stream_clip, streams
 from mhla_gen.pipelines.noise import generator_of, sample_seed
+from mhla_gen.sampling.embeds import NEGATIVE
 from mhla_gen.sampling.prompts import Prompt
 from mhla_gen.sampling.samplers import OnStep, Steps, require_finite, to_pixels
 
-_NEGATIVE = "negative_"
 _TITLE = 60
 _SHEET_ROWS = 20
 
@@ -193,10 +191,8 @@ class PromptSampler:
         kind = call_class_of_pipeline(type(self.pipeline).__name__)
         if kind is None:
             return found
-        negative = {
-            k.removeprefix(_NEGATIVE): v for k, v in found.items() if k.startswith(_NEGATIVE)
-        }
-        captions = {k: v for k, v in found.items() if not k.startswith(_NEGATIVE)}
+        negative = {k.removeprefix(NEGATIVE): v for k, v in found.items() if k.startswith(NEGATIVE)}
+        captions = {k: v for k, v in found.items() if not k.startswith(NEGATIVE)}
         return kind(self.pipeline).texts(captions, negative or None)
 
     def _first_frame(self, path: str) -> Image.Image:
@@ -285,53 +281,3 @@ def _check_readable(number: int, path: str) -> None:
         read_rgb(Path(path))
     except UnreadableImageError as error:
         raise UserError(f"image {path} of prompt {number} {error}") from error
-
-
-def embedded_names(pipeline: Any, guided: bool) -> dict[str, int]:
-    """Tensors that a pipeline takes in place of prompts, and how many axes each has."""
-    kind = call_class_of_pipeline(type(pipeline).__name__)
-    if kind is None:
-        rows = {"prompt_embeds": 3}
-        return rows | ({f"{_NEGATIVE}prompt_embeds": 3} if guided else {})
-    call, config = kind(pipeline), pipeline.transformer.config
-    texts = [row for row in kind.embedded(config).values() if row.name != "image_embeds"]
-    rows = {row.name: 1 + (row.tokens is not None) + (row.channels is not None) for row in texts}
-    # A pipeline with a scale of its own for that does not follow guidance_scale by it.
-    if not guided or call.takes("true_cfg_scale"):
-        return rows
-    negative = {f"{_NEGATIVE}{name}": axes for name, axes in rows.items()}
-    first = next(iter(negative))
-    return rows | (negative if call.takes(first) else {})
-
-
-def read_embeds(path: str, num_prompts: int | None, names: Mapping[str, int]) -> dict[str, Tensor]:
-    """Text embeddings from a safetensors file.
-
-    Args:
-        path: The file.
-        num_prompts: How many prompts there are; None takes those of the file.
-        names: As `embedded_names`.
-
-    Raises:
-        FileNotFoundError: If it is missing.
-        ValueError: If it holds other tensors, or embeddings of another number of prompts.
-    """
-    if not Path(path).is_file():
-        raise MissingError(f"prompt_embeds={path} is not a file")
-    try:
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise UserError(
-            f"prompt_embeds={path} is not a complete safetensors file: {error}"
-        ) from error
-    num_prompts = num_prompts or len(tensors.get(next(iter(names)), ()))
-    for key, axes in names.items():
-        found = tensors.get(key, torch.empty(0))
-        allowed = (1, num_prompts) if key.startswith(_NEGATIVE) else (num_prompts,)
-        if found.ndim != axes or len(found) not in allowed:
-            sizes = {1: "", 2: ", channels", 3: ", tokens, text_dim"}[axes]
-            raise UserError(
-                f"{path}: {key} must be [{' or '.join(map(str, allowed))}{sizes}], "
-                f"found {list(found.shape) if found.numel() else 'none'}"
-            )
-    return {key: tensors[key] for key in names}

@@ -26,7 +26,6 @@ from mhla_gen.hub import PIPELINE_NAME
 from mhla_gen.outputs.folders import CONFIG_NAME
 from mhla_gen.runtime.processes import on_main
 from mhla_gen.training.checkpoint_state import (
-    SavedTensors,
     damage_of,
     facts_of,
     read_state,
@@ -34,6 +33,7 @@ from mhla_gen.training.checkpoint_state import (
 )
 from mhla_gen.training.run_folder import FACTS_NAME, PREFIX, checkpoints, last_checkpoint
 from mhla_gen.training.run_pipeline import write_pipeline
+from mhla_gen.training.saved_tensors import SavedTensors
 from mhla_gen.training.training_run import Run
 
 _FORMAT = 2

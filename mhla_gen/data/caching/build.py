@@ -10,6 +10,7 @@ import torch
 from accelerate import PartialState
 
 from mhla_gen.config import CacheConfig
+from mhla_gen.data.arrays import ArrayImages
 from mhla_gen.data.autoencoder import (
     is_video,
     latent_normalisation,
@@ -34,7 +35,7 @@ from mhla_gen.data.captions import CaptionEncoder, has_call, load_caption_encode
 from mhla_gen.data.clip_files import ClipFiles, find_clips
 from mhla_gen.data.clips import Clips, Placement, place, read_placements, report, write_placements
 from mhla_gen.data.image_encoder import ImageEncoder, has_image_encoder, load_image_encoder
-from mhla_gen.data.images import ArrayImages, EncodedImages
+from mhla_gen.data.images import EncodedImages
 from mhla_gen.data.opening import open_images
 from mhla_gen.data.protocol import Examples
 from mhla_gen.data.text import TextEncoder, load_text_encoder

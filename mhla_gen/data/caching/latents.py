@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mhla_gen.data.arrays import to_model_range
 from mhla_gen.data.autoencoder import Normalisation, encode, is_video
 from mhla_gen.data.caching.chunks import Chunk, Computed, batched
 from mhla_gen.data.image_encoder import ImageEncoder
-from mhla_gen.data.images import to_model_range
 from mhla_gen.data.protocol import Examples
 from mhla_gen.media.pictures import UnreadableImageError
 

@@ -8,9 +8,10 @@ from typing import Any
 
 from mhla_gen.config import CacheConfig, TextEncoderConfig, save_config
 from mhla_gen.data import autoencoder, captions, image_encoder, text
+from mhla_gen.data.arrays import ArrayImages
 from mhla_gen.data.caching.index import SETTINGS_NAME
 from mhla_gen.data.clip_files import ClipFiles
-from mhla_gen.data.images import ArrayImages, EncodedImages
+from mhla_gen.data.images import EncodedImages
 from mhla_gen.errors import OccupiedError
 from mhla_gen.files import write_json
 from mhla_gen.files.digests import settings_digest

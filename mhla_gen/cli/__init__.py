@@ -72,7 +72,7 @@ COMMANDS: dict[str, Command] = {
         folder_key="model",
     ),
     "convert": Command(
-        "import or export DiT and Wan checkpoints of other code",
+        "import or export DiT, DeiT and Wan checkpoints of other code",
         "mhla_gen.cli.commands:convert",
     ),
     "bench": Command(

@@ -38,7 +38,7 @@ def transformer_task(config: TrainConfig, given: TransformerConfig, data: Traini
     model = _build_model(config, given)
     parts = Parts(config, given, data, call_class(model))
     call = parts.call(model)
-    _check(call, data, empty)
+    _check(call, data)
     # Wan VACE encodes a clip of each size, once.
     for shape in data.sample_shapes:
         call.further(torch.empty(1, *shape))
@@ -96,7 +96,7 @@ def _build_model(config: TrainConfig, given: TransformerConfig) -> Any:
         raise UserError(f"transformer.sizes do not fit {given.name}: {error}") from error
 
 
-def _check(call: Call, data: TrainingData, empty: Mapping[str, Tensor]) -> None:
+def _check(call: Call, data: TrainingData) -> None:
     """Raise unless the model takes what the data have."""
     name, config = type(call.pipe.transformer).__name__, call.config
     patch = call.patch(config)

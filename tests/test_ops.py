@@ -107,6 +107,20 @@ def test_one_block_is_linear_attention():
     torch.testing.assert_close(actual, expected)
 
 
+def test_linear_attention_takes_the_options_of_mhla():
+    (query, key, value, _), made = make_inputs((5, 7), (1, 1), 10, 6, rotary=True)
+    one = torch.ones(1, 1, dtype=torch.float64)
+    plain = linear_attention(query, key, value)
+    for options in (
+        {"feature_map": "elu+1"}, {"rotary": made["rotary"]}, {"normalize": False},
+        {"causal": True}, {"eps": 0.1},
+    ):  # fmt: skip
+        actual = linear_attention(query, key, value, **options)
+        expected = mhla(query, key, value, one, grid=(35,), layout=(1,), **options)
+        torch.testing.assert_close(actual, expected)
+        assert not torch.allclose(actual, plain)
+
+
 @pytest.mark.parametrize("implementation", ["naive", "blockwise"])
 def test_identity_mixing_makes_blocks_independent(implementation):
     (query, key, value, _), _ = make_inputs((5, 7), (2, 3), 10, 6)

@@ -59,19 +59,19 @@ class Shard:
         """Planes [first, stop) that hold at least one of the tokens."""
         return self.first // self.plane, -(-self.stop // self.plane)
 
-    def whole_planes(self, *pieces: Tensor, dim: int = 1) -> Tensor:
-        """The shard's tokens, in pieces along `dim`, padded with zeros to whole planes."""
+    def whole_planes(self, *pieces: Tensor) -> Tensor:
+        """The shard's tokens, in pieces along axis 1, padded with zeros to whole planes."""
         first, stop = self.planes
         shape = list(pieces[0].shape)
         zeros: list[Tensor] = []
         for count in (self.first - first * self.plane, stop * self.plane - self.stop):
-            shape[dim] = count
+            shape[1] = count
             zeros.append(pieces[0].new_zeros(shape))
-        parts = [x for x in (zeros[0], *pieces, zeros[1]) if x.shape[dim]]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+        parts = [x for x in (zeros[0], *pieces, zeros[1]) if x.shape[1]]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def from_whole_planes(self, tokens: Tensor) -> Tensor:
-        """Inverse of `whole_planes`, for dimension 1."""
+        """Inverse of `whole_planes`."""
         return tokens.narrow(1, self.first - self.planes[0] * self.plane, self.num_tokens)
 
     def slabs(self, layout: tuple[int, ...]) -> list["Slab"]:

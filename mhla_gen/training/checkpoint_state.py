@@ -90,24 +90,22 @@ def facts_of(folder: Path, names: Iterable[str]) -> Facts:
         return dict(zip(names, pool.map(one, names), strict=True))
 
 
-def damage_of(folder: Path, facts: Facts, kinds: Iterable[str] | None = None) -> str | None:
+def damage_of(folder: Path, facts: Facts) -> str | None:
     """Which file is damaged, and how; None if all are intact.
 
     Args:
         folder: Of the checkpoint.
         facts: Of its files.
-        kinds: Look at files of these kinds alone.
     """
-    wanted = {n: f for n, f in facts.items() if kinds is None or _kind(n) in kinds}
-    for name, fact in wanted.items():
+    for name, fact in facts.items():
         path = folder / name
         if not path.is_file():
             return f"{path} is missing"
         if path.stat().st_size != fact["bytes"]:
             return f"{path} is damaged ({path.stat().st_size} bytes of {fact['bytes']})"
     with ThreadPoolExecutor() as pool:
-        digests = pool.map(lambda name: file_digest(folder / name), wanted)
-        for (name, fact), digest in zip(wanted.items(), digests, strict=True):
+        digests = pool.map(lambda name: file_digest(folder / name), facts)
+        for (name, fact), digest in zip(facts.items(), digests, strict=True):
             if fact["sha256"] != digest:
                 return f"{folder / name} is damaged (its bytes have changed)"
     return None
@@ -135,10 +133,6 @@ def read_state(run: Run, folder: Path) -> None:
     everyone = state["random"]
     if run.accelerator.process_index < len(everyone):
         _set_random_state(everyone[run.accelerator.process_index])
-
-
-def _kind(name: str) -> str:
-    return name.split(".")[0].split("-")[0]
 
 
 def _name(run: Run, kind: str) -> str:

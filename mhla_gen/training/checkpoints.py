@@ -224,18 +224,13 @@ def _remedy(root: Path, damaged: Path) -> str:
     return f"resume=whole resumes from the newest intact checkpoint, {whole}"
 
 
-def problem_of(folder: Path, kinds: tuple[str, ...] | None = None) -> str | None:
-    """Which file of a checkpoint is damaged, and how; None if it is intact.
-
-    Args:
-        folder: `checkpoint-N`.
-        kinds: Look at tensors of these kinds alone, of `checkpoint_state.KINDS`.
-    """
+def problem_of(folder: Path) -> str | None:
+    """Which file of `checkpoint-N` is damaged, and how; None if it is intact."""
     try:
         facts = facts_in(folder)
     except DamagedFileError as error:
         return str(error).rsplit(";", 1)[0]
-    return damage_of(folder, facts["files"], kinds)
+    return damage_of(folder, facts["files"])
 
 
 def facts_in(folder: Path) -> dict[str, Any]:

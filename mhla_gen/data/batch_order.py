@@ -18,7 +18,8 @@ from mhla_gen.data.protocol import Batch, TrainingData
 def derived_seed(*numbers: int) -> int:
     """A seed that depends on all of these non-negative numbers.
 
-    torch's CPU generator reads 32 bits of a seed, so numbers cannot be packed side by side.
+    torch's CPU generator reads 32 bits of a seed, so numbers cannot be packed side by side. Zeros
+    at the end do not count: (1, 2) and (1, 2, 0) have one seed.
     """
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 

@@ -33,29 +33,36 @@ GRID, HEADS, HEAD_DIM = (21, 30, 50), 12, 128
 
 
 class Form(NamedTuple):
-    """Columns, channels and frames of a program, and how it is ordered; see `depthwise.py`."""
+    """Columns, channels and frames of a program, and how it runs; see `depthwise.py`."""
 
-    columns: int = 4
+    columns: int = 2
     channels: int = 64
     frames: int = 3
     by_tokens: bool = False
-    together: bool = False
+    max_registers: int | None = None
+    warps: int = 4096
 
 
 STREAMS = ("", "added", "added gate", "added beside", "added beside gate")
 WHOLE = STREAMS[-1]
-TILES = ((4, 64, 3), (2, 64, 3), (4, 32, 3), (4, 64, 2), (2, 64, 4), (4, 64, 1))
-FORMS = tuple(
-    Form(*tile, by_tokens, together)
-    for tile in TILES
-    for by_tokens, together in ((True, True), (False, True), (True, False), (False, False))
+FORMS = (
+    Form(by_tokens=True),
+    Form(4, 64, 2, by_tokens=True),
+    Form(4, 64, 2),
+    Form(2, 64, 2),
+    Form(2, 64, 2, by_tokens=True),
+    Form(2, 64, 2, max_registers=128),
+    Form(2, 64, 2, by_tokens=True, max_registers=128),
+    Form(warps=8192),
+    Form(2, 64, 2, warps=8192),
+    Form(2, 64, 4),
+    Form(max_registers=200),
+    Form(max_registers=168),
 )
 Job = tuple[str, Form]
 JOBS: tuple[Job, ...] = (
     *((stream, Form()) for stream in STREAMS),
-    *((stream, Form(by_tokens=True)) for stream in STREAMS),
-    *((stream, Form(2, 64, 3, True, True)) for stream in STREAMS[:-1]),
-    *((WHOLE, form) for form in FORMS if form not in (Form(), Form(by_tokens=True))),
+    *((stream, form) for form in FORMS for stream in (WHOLE, "")),
 )
 
 
@@ -112,7 +119,7 @@ class Inputs:
 def use(form: Form) -> None:
     """Let the kernel run in this form."""
     kernels._COLUMNS, kernels._CHANNELS, kernels._FRAMES = form[:3]
-    kernels._BY_TOKENS, kernels._TOGETHER = form[3:]
+    kernels._BY_TOKENS, kernels._FRAME_REGISTERS, kernels._ENOUGH_WARPS = form[3:]
 
 
 def compile_form(job: Job) -> dict[str, Any]:

@@ -50,7 +50,10 @@ def measure(case: Case, share: float, *, forward: bool) -> dict[str, Any]:
     layout = auto_tiles(case.grid, share)
     placed = tiling(case.grid, layout.tile, layout.window, layout.top, layout.group)
     call = TileCall(query, value, cos, sin, placed, case.head_dim**-0.5)
-    out, lse, lists = tile_form.forward(query, key, value, None, call)
+    loop = tile_form.forward_loop(call)
+    reads = tile_form.read(query, key, value, call, loop)
+    out, lse, lists = tile_form.forward(query, key, value, None, call, reads)
+    packed = reads[:3] if tile_gradients.both_pack(call) else None
 
     def run() -> object:
         return tile_form.forward(query, key, value, None, call)
@@ -68,7 +71,7 @@ def measure(case: Case, share: float, *, forward: bool) -> dict[str, Any]:
         "softmax": both(softmax, [query, key, value], grad),
         "backward": kernel_ms(
             lambda: tile_gradients.backward(
-                grad, None, query, key, value, None, out, lse, lists, call
+                grad, None, query, key, value, None, out, lse, lists, call, packed
             )
         ),
     }

@@ -32,7 +32,6 @@ from mhla_gen.files import write_json
 from mhla_gen.ops import auto_tiles
 from mhla_gen.ops.feature_maps import rotate
 from mhla_gen.ops.kernels import tile_form, tile_gradients, tile_reads
-from mhla_gen.ops.kernels.launch import quotient_up
 from mhla_gen.ops.kernels.tile_call import TileCall
 from mhla_gen.ops.kernels.tile_form import Loop
 from mhla_gen.ops.kernels.tile_owners import owners_of_tiles
@@ -42,31 +41,28 @@ WAN_480 = Case(1, 12, (21, 30, 50), 128, (3, 5, 10), True)
 WAN_720 = Case(1, 12, (21, 45, 80), 128, (3, 5, 10), True)
 PLACES = ((WAN_480, 0.05), (WAN_480, 0.125), (WAN_720, 0.05))
 FORMS = {
-    "tile_attend_kernel": (
-        Loop(128, 64, 8, 3, packed=True),
-        Loop(128, 64, 8, 2, packed=True, max_registers=128),
-        Loop(128, 32, 8, 4, packed=True, max_registers=128),
-        Loop(128, 32, 8, 3, packed=True, max_registers=128),
-        Loop(128, 64, 4, 2, packed=True),
-        Loop(128, 32, 4, 4, packed=True),
-        Loop(64, 64, 4, 2, packed=True),
-    ),
     "tile_backward_queries_kernel": (
         Loop(128, 64, 8, 3, packed=True),
-        Loop(128, 64, 8, 3, packed=True, folded=True),
-        Loop(128, 64, 8, 3, packed=True, ahead=True),
-        Loop(128, 64, 8, 2, packed=True, ahead=True),
-        Loop(128, 32, 4, 2, packed=True),
-        Loop(128, 32, 4, 3, packed=True),
-        Loop(128, 32, 8, 3, packed=True, max_registers=128),
-        Loop(64, 64, 4, 2),
+        Loop(128, 64, 8, 3, packed=True, clamped=True),
+        Loop(128, 32, 8, 3, packed=True, clamped=True, max_registers=128),
     ),
-    "tile_backward_keys_kernel": (Loop(64, 64, 4, 2),),
     "tile_backward_packed_keys_kernel": (
         Loop(64, 64, 4, 2, packed=True),
         Loop(64, 64, 4, 2, packed=True, folded=True),
         Loop(32, 64, 4, 2, packed=True, folded=True),
-        Loop(64, 64, 4, 3, packed=True),
+    ),
+    # All three launches: tokens that a program reads at once, and its warps.
+    "read_boxes_kernel": (
+        Loop(64, 64, 4, 1, packed=True),
+        Loop(64, 64, 8, 1, packed=True),
+        Loop(128, 64, 8, 1, packed=True),
+        Loop(32, 64, 4, 1, packed=True),
+        Loop(32, 64, 2, 1, packed=True),
+    ),
+    "tile_attend_kernel": (
+        Loop(128, 64, 8, 3, packed=True),
+        Loop(128, 64, 4, 2, packed=True),
+        Loop(64, 64, 4, 2, packed=True),
     ),
 }
 Job = tuple[Case, float, str, Loop]
@@ -94,6 +90,14 @@ class Inputs:
         """The whole pass: output, log-sum-exp and lists."""
         return tile_form.forward(self.query, self.key, self.value, None, self.call)
 
+    def read(self, loop: Loop) -> None:
+        """Rotate, pack and measure all inputs."""
+        kept = tile_reads._ROWS, tile_reads._WARPS
+        tile_reads._ROWS, tile_reads._WARPS = loop.rows, loop.num_warps
+        tokens = self.query, self.key, self.value
+        tile_form.read(*tokens, self.call, tile_form.forward_loop(self.call))
+        tile_reads._ROWS, tile_reads._WARPS = kept
+
     def unwritten(self) -> tuple[Tensor, Tensor, Tensor]:
         """Room for what `forward` returns."""
         batch, tokens, heads, _ = self.query.shape
@@ -110,16 +114,19 @@ class Inputs:
     ) -> Callable[[], Tensor | tuple[Tensor, Tensor] | None]:
         """One kernel, ready to be called; that of the forward pass takes the bound of scores."""
         call = self.call
+        if name == "read_boxes_kernel":
+            return partial(self.read, loop)
         keys, _, longest = tile_reads.read_tiles(self.key, call, lengths=True, pack=loop.packed)
         values = tile_reads.pack_tiles(self.value, call) if loop.packed else self.value
         if name == "tile_attend_kernel":
-            slots = quotient_up(call.queries, loop.rows) * loop.rows if loop.packed else None
+            slots = call.whole_blocks(loop.rows) if loop.packed else None
             queries, _, lengths = tile_reads.read_groups(
                 self.query, call, lengths=loop.packed, slots=slots
             )
             read, bound = (queries, keys, values, lists), (longest, lengths)
             return lambda: tile_form.attend(read, bound, None, None, results, call, loop)
-        packs = tile_gradients.pack_queries(self.grad, None, self.query, *results, call, 128)
+        queries, _, _ = tile_reads.read_groups(self.query, call, slots=call.whole_blocks(128))
+        packs = tile_gradients.pack_queries(queries, self.grad, None, *results, call, 128)
         if name == "tile_backward_queries_kernel":
             return lambda: tile_gradients.backward_queries(
                 packs, keys, values, lists, None, call, loop
@@ -144,6 +151,19 @@ def compile_form(job: Job) -> dict[str, Any]:
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}"[:400]}
     return {figure: found[figure] for figure in ("registers", "spills")}
+
+
+def compile_pass(case: Case, share: float, *, forward: bool) -> None:
+    """Compile what the other kernels need, likewise."""
+    driver.set_active(AbsentCard(90))  # pyright: ignore[reportArgumentType]
+    watch(lambda _name, _figures: None, "")
+    inputs = Inputs(case, share, "meta")
+    if forward:
+        inputs.forward()
+        return
+    tokens = inputs.query, inputs.key, inputs.value
+    found = inputs.unwritten()
+    tile_gradients.backward(inputs.grad, None, *tokens, None, *found, inputs.call)
 
 
 class Reference:
@@ -277,7 +297,10 @@ def main() -> None:
     ]
     # Forked before CUDA is in use: imports take longer than all that is compiled.
     pool = ProcessPoolExecutor(12, multiprocessing.get_context("fork"))
+    passes = [pool.submit(compile_pass, *PLACES[0], forward=f) for f in (True, False)]
     compiled = {job: pool.submit(compile_form, job) for job in jobs}
+    for compiling in passes:
+        compiling.result()
     bench = Bench()
     for job, figures in compiled.items():
         if time.monotonic() - started > options.seconds:

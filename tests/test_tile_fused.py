@@ -1,15 +1,18 @@
 """The kernels of tile attention against the float64 definition; without a GPU, interpreted."""
 
+from functools import partial
+
 import pytest
 import torch
 from test_tile_attention import LAYOUTS, attend, make
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from mhla_gen.ops import auto_tiles, tile_blockwise, tile_fused
 from mhla_gen.ops.kernels import tile_form, tile_gradients
 from mhla_gen.ops.kernels.tile_owners import owners_of_tiles
 from mhla_gen.ops.tile_attention import resolve_tile_implementation, tile_attention
 from mhla_gen.ops.tiles import tile_lists, tiling, window_tiles
+from mhla_gen.runtime.recomputing import _policy
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * torch.cuda.is_available()
@@ -67,7 +70,8 @@ def arguments_of_tile_attend(tensors, options, scale=0.5):
     tensors = [x.detach().to(DEVICE).requires_grad_() for x in tensors]
     rotary, extra = options.get("rotary", (None, None)), tensors[3:] or (None, None)
     sizes = [*map(list, placed[:5]), placed.top, scale]
-    return *tensors[:3], *rotary, *extra, options.get("mask"), *sizes
+    packs = tile_fused.tile_pack(*(x.detach() for x in tensors[:3]), *rotary, *sizes)
+    return *tensors[:3], *rotary, *extra, options.get("mask"), *sizes, packs
 
 
 def read_as_the_kernels(monkeypatch, tensors, options):
@@ -92,6 +96,16 @@ def read_as_the_kernels(monkeypatch, tensors, options):
         return lists
 
     monkeypatch.setattr(tile_blockwise, "tile_lists", lists_of_kernels)
+
+
+def pack(monkeypatch, steps=1, **form):
+    """Let calls of few channels take packed tiles, each in so many steps."""
+
+    def loop(call):
+        return tile_form.Loop(16, call.slot_sizes["SLOTS"] // steps, 4, 2, packed=True, **form)
+
+    monkeypatch.setattr(tile_form, "forward_loop", loop)
+    monkeypatch.setattr(tile_gradients, "queries_loop", loop)
 
 
 @pytest.fixture
@@ -125,18 +139,14 @@ def test_half_precision(poisoned, dtype, rotary):
     [
         (1, torch.float32, 1, {}),
         (4, torch.float16, 2, {}),
-        (1, torch.float32, 1, {"folded": True}),
-        (4, torch.float16, 2, {"ahead": True}),
+        (1, torch.float32, 1, {"folded": True, "clamped": True}),
+        (4, torch.float16, 2, {"clamped": True}),
     ],
 )
 def test_packed_tiles(poisoned, monkeypatch, number, dtype, steps, form):
     """As calls of many channels take them; a tile is read in so many steps."""
 
-    def loop(call):
-        return tile_form.Loop(16, call.slot_sizes["SLOTS"] // steps, 4, 2, packed=True, **form)
-
-    monkeypatch.setattr(tile_form, "forward_loop", loop)
-    monkeypatch.setattr(tile_gradients, "queries_loop", loop)
+    pack(monkeypatch, steps, **form)
     sizes = {"heads": 2, "head_dim": 16, "value_dim": 24, "batch": 1}
     tensors, options = make(LAYOUTS[number], rotary=number != 4, extra=5 * (number == 4), **sizes)
     assert_accurate(tensors, options, dtype)
@@ -225,14 +235,58 @@ def test_owners_are_the_groups_that_read_a_tile(number):
             assert torch.equal(found.long(), expected)
 
 
-def test_opcheck():
-    tensors, options = make(SMALL, heads=1, batch=1, extra=2)
+@pytest.mark.parametrize("packed", [False, True])
+def test_opcheck(monkeypatch, packed):
+    if packed:
+        pack(monkeypatch)
+    tensors, options = make(SMALL, heads=1, batch=1, head_dim=8, value_dim=8, extra=2)
     tensors = [x.detach().float() for x in tensors]
-    torch.library.opcheck(tile_fused.tile_attend, arguments_of_tile_attend(tensors, options))
+    arguments = arguments_of_tile_attend(tensors, options)
+    assert bool(arguments[-1]) == packed
+    torch.library.opcheck(tile_fused.tile_attend, arguments)
+    inputs = *(x.detach() for x in arguments[:3]), *arguments[3:5], *arguments[8:-1]
+    torch.library.opcheck(tile_fused.tile_pack, inputs)
 
 
-def test_compiles_into_one_graph():
-    tensors, options = make(SMALL, rotary=False, heads=1, batch=1)
+@pytest.mark.parametrize("keeps", [False, True])
+def test_packs_are_kept_instead_of_inputs_or_computed_again(monkeypatch, keeps):
+    """Without recomputing they are kept; where only costly outputs are, they are not."""
+    pack(monkeypatch)
+    made, ordinary = [], tile_form.read
+    monkeypatch.setattr(tile_form, "read", lambda *a: made.append(ordinary(*a)) or made[-1])
+    tensors, options = make(SMALL, heads=1, batch=1, head_dim=8, value_dim=8)
+    tensors = [x.detach().float().to(DEVICE).requires_grad_() for x in tensors]
+    doubled = [2 * x for x in tensors]
+    kept = []
+
+    def keep(x):
+        kept.append(x.data_ptr())
+        return x
+
+    contexts = partial(create_selective_checkpoint_contexts, _policy)
+    expected = torch.autograd.grad(attend(doubled, options, "fused")[0].sum(), tensors)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        doubled = [2 * x for x in tensors]
+        if keeps:
+            out, _ = attend(doubled, options, "fused")
+        else:
+            out, _ = checkpoint(
+                attend, doubled, options, "fused", use_reentrant=False, context_fn=contexts
+            )
+    packs = {x.data_ptr() for x in made[-1][:3]}
+    assert packs <= set(kept) if keeps else not packs & set(kept)
+    assert not keeps or not {x.data_ptr() for x in doubled} & set(kept)
+    before = len(made)
+    found = torch.autograd.grad(out.sum(), tensors)
+    assert len(made) == before + (not keeps)
+    assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_compiles_into_one_graph(monkeypatch, packed):
+    if packed:
+        pack(monkeypatch)
+    tensors, options = make(SMALL, rotary=False, heads=1, batch=1, head_dim=8, value_dim=8)
     tensors = [x.detach().float().to(DEVICE).requires_grad_() for x in tensors]
     run = torch.compile(attend, fullgraph=True, backend="aot_eager")
     expected, actual = (f(tensors, options, "fused") for f in (attend, run))

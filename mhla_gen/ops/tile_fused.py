@@ -43,9 +43,9 @@ def fused_tile_attention(
         raise UserError(f"implementation='fused' {reason}; use 'blockwise' or 'auto'")
     cos, sin = rotary if rotary is not None else (None, None)
     keys, values, mask = extra if extra is not None else (None, None, None)
-    out, lse, _ = tile_attend(
-        query, key, value, cos, sin, keys, values, mask, *map(list, placed[:5]), placed.top, scale
-    )
+    layout = *map(list, placed[:5]), placed.top, scale
+    packs = tile_pack(*(x.detach() for x in (query, key, value)), cos, sin, *layout)
+    out, lse, _ = tile_attend(query, key, value, cos, sin, keys, values, mask, *layout, packs)
     return out, lse
 
 
@@ -59,6 +59,48 @@ def unsupported(
         return f"takes fewer than {_MAX_TOKENS} tokens, found {query.shape[1]}"
     sizes = query.shape[3], value.shape[3], 0
     return fused.unsupported(query.device, query.dtype, *sizes, trains(rotary))
+
+
+@torch.library.custom_op("mhla_gen::tile_pack", mutates_args=())
+def tile_pack(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    grid: list[int],
+    tiles: list[int],
+    groups: list[int],
+    reach: list[int],
+    before: list[int],
+    top: int,
+    scale: float,
+) -> list[Tensor]:
+    """Those of `tile_form.Reads` that there are, if both passes read them packed; else nothing.
+
+    An operator of its own, so that what keeps the output of `tile_attend` can compute this again.
+    """
+    call = _call(query, value, cos, sin, grid, tiles, groups, reach, before, top, scale)
+    if not tile_gradients.both_pack(call):
+        return []
+    loop = tile_form.forward_loop(call)
+    with torch.cuda.device_of(query):
+        return [x for x in tile_form.read(query, key, value, call, loop) if x is not None]
+
+
+@tile_pack.register_fake
+def _(query, key, value, cos, sin, *options):
+    call = _call(query, value, cos, sin, *options)
+    if not tile_gradients.both_pack(call):
+        return []
+    loop, placed = tile_form.forward_loop(call), call.placed
+    tiles = call.batch_heads, placed.num_tiles, call.slot_sizes["SLOTS"]
+    groups = call.batch_heads, placed.num_groups, call.whole_blocks(loop.rows)
+    packs = [query.new_empty((*groups, query.shape[3]))]
+    packs += [x.new_empty((*tiles, x.shape[3])) for x in (key, value)]
+    sizes = [(*n[:2], query.shape[3]) for n in (groups, tiles)] if placed.top > 0 else []
+    sizes += [groups[:1], groups] if tile_form.takes_bound(query) else []
+    return packs + [query.new_empty(size, dtype=torch.float32) for size in sizes]
 
 
 @torch.library.custom_op("mhla_gen::tile_attend", mutates_args=())
@@ -78,18 +120,27 @@ def tile_attend(
     before: list[int],
     top: int,
     scale: float,
+    packs: list[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, log-sum-exp and lists; see `tile_form.tile_lists`."""
+    """Output, log-sum-exp and lists, see `tile_form.tile_lists`; `packs` are those of `tile_pack`.
+
+    With `packs`, `query`, `key` and `value` are not read and not kept: they get the gradients.
+    """
     call = _call(query, value, cos, sin, grid, tiles, groups, reach, before, top, scale)
     with torch.cuda.device_of(query):
         return tile_form.forward(
-            query, key, value, _extra(extra_key, extra_value, extra_mask), call
+            query,
+            key,
+            value,
+            _extra(extra_key, extra_value, extra_mask),
+            call,
+            _reads(packs, call) if packs else None,
         )
 
 
 @tile_attend.register_fake
 def _(query, key, value, cos, sin, extra_key, extra_value, extra_mask, *options):
-    *sizes, _scale = options
+    *sizes, _scale, _packs = options
     placed = _placed(*sizes)
     batch, seq_len, heads, _ = query.shape
     return (
@@ -103,9 +154,9 @@ def _(query, key, value, cos, sin, extra_key, extra_value, extra_mask, *options)
 def tile_attend_backward(
     grad: Tensor,
     grad_lse: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    query: Tensor | None,
+    key: Tensor | None,
+    value: Tensor | None,
     cos: Tensor | None,
     sin: Tensor | None,
     extra_key: Tensor | None,
@@ -121,26 +172,33 @@ def tile_attend_backward(
     before: list[int],
     top: int,
     scale: float,
+    packs: list[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value and of extra keys and values; empty if there are none."""
-    call = _call(query, value, cos, sin, grid, tiles, groups, reach, before, top, scale)
-    with torch.cuda.device_of(query):
+    """Gradients of query, key, value and of extra keys and values; empty if there are none.
+
+    Either `query`, `key` and `value` are given or, in `packs`, what `tile_pack` made of them.
+    """
+    like_query, like_key, like_value = _shaped(grad, query, key, value, packs)
+    call = _call(like_query, like_value, cos, sin, grid, tiles, groups, reach, before, top, scale)
+    with torch.cuda.device_of(grad):
         return tile_gradients.backward(
             grad,
             None if grad_lse is None else grad_lse.contiguous(),
-            query,
-            key,
-            value,
+            like_query,
+            like_key,
+            like_value,
             _extra(extra_key, extra_value, extra_mask),
             out,
             lse,
             lists,
             call,
+            (packs[0], packs[1], packs[2]) if packs else None,
         )
 
 
 @tile_attend_backward.register_fake
-def _(grad, grad_lse, query, key, value, cos, sin, extra_key, extra_value, *_):
+def _(grad, grad_lse, query, key, value, cos, sin, extra_key, extra_value, *options):
+    query, key, value = _shaped(grad, query, key, value, options[-1])
     gradients = [x.new_empty(x.shape) for x in (query, key, value)]
     beside = [
         like.new_empty(0) if x is None else x.new_empty(x.shape)
@@ -149,25 +207,34 @@ def _(grad, grad_lse, query, key, value, cos, sin, extra_key, extra_value, *_):
     return *gradients, *beside
 
 
+def _shaped(grad, query, key, value, packs) -> list[Tensor]:
+    """Inputs, or tensors that have their shapes and nothing else."""
+    if not packs:
+        return [query, key, value]
+    batch, seq_len, heads, _ = grad.shape
+    return [x.new_empty(()).expand(batch, seq_len, heads, x.shape[3]) for x in packs]
+
+
 def _setup(ctx, inputs, output):
-    ctx.options = inputs[8:]
-    ctx.has_extra = inputs[5] is not None
-    ctx.save_for_backward(*inputs[:8], *output)
+    *tensors, ctx.options, packs = *inputs[:8], inputs[8:15], inputs[15]
+    ctx.has_extra, ctx.num_packs = tensors[5] is not None, len(packs)
+    if packs:
+        tensors[:3] = [None] * 3
+    ctx.save_for_backward(*tensors, *output, *packs[:3])
     ctx.mark_non_differentiable(output[2])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, grad, grad_lse, _):
+    nothing = (*(None,) * 15, [None] * ctx.num_packs)
     if grad is None and grad_lse is None:
-        return (None,) * 15
+        return nothing
     saved = ctx.saved_tensors
     if grad is None:
         grad = torch.zeros_like(saved[8])
-    dquery, dkey, dvalue, dextra_key, dextra_value = tile_attend_backward(
-        grad, grad_lse, *saved, *ctx.options
-    )
-    beside = (dextra_key, dextra_value) if ctx.has_extra else (None, None)
-    return dquery, dkey, dvalue, None, None, *beside, *(None,) * 8
+    gradients = tile_attend_backward(grad, grad_lse, *saved[:11], *ctx.options, list(saved[11:]))
+    beside = gradients[3:] if ctx.has_extra else (None, None)
+    return *gradients[:3], None, None, *beside, *nothing[7:]
 
 
 tile_attend.register_autograd(_backward, setup_context=_setup)
@@ -182,6 +249,14 @@ def _call(query, value, cos, sin, grid, tiles, groups, reach, before, top, scale
         cos, sin = cos.contiguous(), sin.contiguous()
     placed = _placed(grid, tiles, groups, reach, before, top)
     return TileCall(query, value, cos, sin, placed, scale)
+
+
+def _reads(packs, call) -> tile_form.Reads:
+    """What `tile_pack` has read."""
+    queries, keys, values, *rest = packs
+    means = rest[:2] if call.placed.top > 0 else (None, None)
+    bound = rest[-2:] if tile_form.takes_bound(queries) else (None, None)
+    return tile_form.Reads(queries, keys, values, *means, *bound)
 
 
 def _extra(keys, values, mask) -> tuple[Tensor, Tensor, Tensor] | None:

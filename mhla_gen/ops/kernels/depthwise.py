@@ -34,10 +34,10 @@ _BACKWARD = (8, 64, 4, 4)
 _MOST_HELD_TAPS = 9
 # Most taps of the kernels over frames, whose programs have one warp; frames and columns of a
 # program of the convolution, frames and lines of one of the filter's gradient.
-_MOST_FRAME_TAPS, _FRAMES, _COLUMNS = 27, 3, 4
+_MOST_FRAME_TAPS, _FRAMES, _COLUMNS = 27, 3, 2
 _SUM_FRAMES, _SUM_LINES = 2, 2
-# Order of the convolution's programs, and whether frames are finished together; see the kernel.
-_BY_TOKENS, _TOGETHER = False, False
+# Order of the convolution's programs, see the kernel, and the most registers of a thread.
+_BY_TOKENS, _FRAME_REGISTERS = False, None
 # Programs that keep a large GPU busy: several for each of 132 multiprocessors.
 _ENOUGH_PROGRAMS = 1024
 _ENOUGH_WARPS = 4096
@@ -257,8 +257,8 @@ def _conv_by_frames(
             "BT": _COLUMNS,
             "BC": _CHANNELS,
             "BY_TOKENS": _BY_TOKENS,
-            "TOGETHER": _TOGETHER,
             "num_warps": 1,
+            **({} if _FRAME_REGISTERS is None else {"maxnreg": _FRAME_REGISTERS}),
         },
     )
     return tensors[-2], tensors[-1]

@@ -21,13 +21,12 @@ def conv_frames_kernel(
     KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, HAS_BIAS: tl.constexpr,
     ADDS: tl.constexpr, BLENDS: tl.constexpr, GATE: tl.constexpr, HEAD_DIM: tl.constexpr,
     SPAN: tl.constexpr, KEEPS: tl.constexpr, ROW: tl.constexpr, F: tl.constexpr, BT: tl.constexpr,
-    BC: tl.constexpr, BY_TOKENS: tl.constexpr, TOGETHER: tl.constexpr,
+    BC: tl.constexpr, BY_TOKENS: tl.constexpr,
 ):  # fmt: skip
     """out[n] = bias + Σ weight[tap] x[n + tap], and what `finish` makes of it.
 
     `weight` is [taps, ROW], float32; its rows hold whole tiles of channels. `BY_TOKENS`: programs
-    of the same tokens are neighbours, else those of the same channels. `TOGETHER`: what `finish`
-    needs is read for all frames before any is stored, as nothing may be loaded ahead of a store.
+    of the same tokens are neighbours, else those of the same channels.
     """
     PH: tl.constexpr = KH // 2
     column_parts, frame_parts = tl.cdiv(W, BT), tl.cdiv(T, F)
@@ -88,33 +87,24 @@ def conv_frames_kernel(
                     added += (totals[index] + x * factor,)
                 totals = added
         done = line - PH
+        # Read for all frames before any is stored: nothing may be loaded ahead of a store.
         afters = ()
-        if TOGETHER:
-            for index in tl.static_range(F):
-                valid = (done >= first) & (frame + index < T) & (here < W)
-                afters += (
-                    read_after(
-                        added_ptr, beside_ptr, shares_ptr, logits_ptr,
-                        (((frame + index) * H + done) * W + here).to(tl.int64), valid, channels,
-                        held, added_token, beside_token, shares_token, logits_token, HEADS, ADDS,
-                        BLENDS, GATE, HEAD_DIM, SPAN,
-                    ),
-                )  # fmt: skip
+        for index in tl.static_range(F):
+            valid = (done >= first) & (frame + index < T) & (here < W)
+            after = read_after(
+                added_ptr, beside_ptr, shares_ptr, logits_ptr,
+                (((frame + index) * H + done) * W + here).to(tl.int64), valid, channels, held,
+                added_token, beside_token, shares_token, logits_token, HEADS, ADDS, BLENDS, GATE,
+                HEAD_DIM, SPAN,
+            )  # fmt: skip
+            afters += (after,)
         moved = ()
         for index in tl.static_range(F):
             rows = (((frame + index) * H + done) * W + here).to(tl.int64)
             valid = (done >= first) & (frame + index < T) & (here < W)
-            if TOGETHER:
-                after = afters[index]
-            else:
-                after = read_after(
-                    added_ptr, beside_ptr, shares_ptr, logits_ptr, rows, valid, channels, held,
-                    added_token, beside_token, shares_token, logits_token, HEADS, ADDS, BLENDS,
-                    GATE, HEAD_DIM, SPAN,
-                )  # fmt: skip
             finish(
-                totals[index * KH] + bias, after, out_ptr, kept_ptr, rows, valid, channels, held,
-                C, ADDS, BLENDS, GATE, HEAD_DIM, SPAN, KEEPS,
+                totals[index * KH] + bias, afters[index], out_ptr, kept_ptr, rows, valid, channels,
+                held, C, ADDS, BLENDS, GATE, HEAD_DIM, SPAN, KEEPS,
             )  # fmt: skip
             for j in tl.static_range(1, KH):
                 moved += (totals[index * KH + j],)

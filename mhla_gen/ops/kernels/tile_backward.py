@@ -99,68 +99,6 @@ def folded_score_gradients(a, b, c, d, lse, delta, scale, PRECISION: tl.constexp
 
 
 @triton.jit
-def query_gradients(
-    q, do, k_tiles, v_tiles, entries_ptr, first, list_size, lse, delta, dq, scale,
-    BN: tl.constexpr, SLOTS: tl.constexpr, SLOT_T: tl.constexpr, SLOT_H: tl.constexpr,
-    SLOT_W: tl.constexpr, RAGGED: tl.constexpr, FOLDED: tl.constexpr, OPERAND: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """dq, with what all packed tiles of a list add; a head begins at row `first`."""
-    parts: tl.constexpr = SLOTS // BN
-    steps = list_size * parts
-    tile, entry = tl.load(entries_ptr - list_size), tl.load(entries_ptr)
-    for step in range(0, steps):
-        start = step % parts * BN
-        k = k_tiles.load([first + tile * SLOTS + start, 0])
-        v = v_tiles.load([first + tile * SLOTS + start, 0])
-        valid = start + tl.arange(0, BN) < tile_size(entry, SLOT_T, SLOT_H, SLOT_W)
-        place = tl.minimum(step + 1, steps - 1) // parts
-        tile, entry = tl.load(entries_ptr - list_size + place), tl.load(entries_ptr + place)
-        if FOLDED:
-            _p, ds = folded_score_gradients(q, k, do, v, lse, delta, scale, PRECISION)
-        else:
-            _p, ds = score_gradients(
-                q, q, k, k, do, do, v, v, lse, delta, scale, 0, 0, PRECISION
-            )  # fmt: skip
-        # Rows without a token are zero, and so add nothing where their weights are finite.
-        if RAGGED:
-            ds = tl.where(valid[None, :], ds, 0.0)
-        dq = dot(ds.to(OPERAND), k, dq, PRECISION)
-    return dq
-
-
-@triton.jit
-def query_gradients_ahead(
-    q, do, k_tiles, v_tiles, entries_ptr, first, list_size, lse, delta, dq, scale,
-    BN: tl.constexpr, SLOTS: tl.constexpr, SLOT_T: tl.constexpr, SLOT_H: tl.constexpr,
-    SLOT_W: tl.constexpr, RAGGED: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """`query_gradients`, with do · v of the next step computed beside the weights of this one."""
-    parts: tl.constexpr = SLOTS // BN
-    steps = list_size * parts
-    tile, entry = tl.load(entries_ptr - list_size), tl.load(entries_ptr)
-    after = tl.load(entries_ptr - list_size + tl.minimum(1, steps - 1) // parts)
-    dp = outer(do, do, v_tiles.load([first + tile * SLOTS, 0]), do, 0, PRECISION)
-    for step in tl.range(0, steps, loop_unroll_factor=2):
-        start, next_start = step % parts * BN, (step + 1) % parts * BN
-        k = k_tiles.load([first + tile * SLOTS + start, 0])
-        next_v = v_tiles.load([first + after * SLOTS + next_start, 0])
-        valid = start + tl.arange(0, BN) < tile_size(entry, SLOT_T, SLOT_H, SLOT_W)
-        # Read anew, since Triton loads nothing ahead in a loop that hands on a value as it is.
-        place = tl.minimum(step + 1, steps - 1) // parts
-        tile, entry = tl.load(entries_ptr - list_size + place), tl.load(entries_ptr + place)
-        after = tl.load(entries_ptr - list_size + tl.minimum(step + 2, steps - 1) // parts)
-        scores = outer(q, q, k, k, 0, PRECISION)
-        next_dp = outer(do, do, next_v, next_v, 0, PRECISION)
-        ds = tl.exp2(scores * scale - lse) * (dp - delta)
-        if RAGGED:
-            ds = tl.where(valid[None, :], ds, 0.0)
-        dq = dot(ds.to(OPERAND), k, dq, PRECISION)
-        dp = next_dp
-    return dq
-
-
-@triton.jit
 def tile_backward_queries_kernel(
     q_ptr,
     grad_ptr,
@@ -209,8 +147,7 @@ def tile_backward_queries_kernel(
     ALIGN: tl.constexpr,
     ROTARY: tl.constexpr,
     PACKED: tl.constexpr,
-    FOLDED: tl.constexpr,
-    AHEAD: tl.constexpr,
+    CLAMPED: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -233,16 +170,29 @@ def tile_backward_queries_kernel(
     dq1 = tl.zeros((BM, D1 if D1 > 0 else 1), tl.float32)
     if PACKED:
         first = (row * num_tiles * SLOTS).to(tl.int32)
-        if AHEAD:
-            dq0 = query_gradients_ahead(
-                q0, do0, k_ptr, v_ptr, entries_ptr, first, list_size, lse, delta, dq0, scale,
-                BN, SLOTS, SLOT_T, SLOT_H, SLOT_W, RAGGED, OPERAND, PRECISION,
-            )  # fmt: skip
-        else:
-            dq0 = query_gradients(
-                q0, do0, k_ptr, v_ptr, entries_ptr, first, list_size, lse, delta, dq0, scale,
-                BN, SLOTS, SLOT_T, SLOT_H, SLOT_W, RAGGED, FOLDED, OPERAND, PRECISION,
-            )  # fmt: skip
+        parts: tl.constexpr = SLOTS // BN
+        steps = list_size * parts
+        tile, entry = tl.load(entries_ptr - list_size), tl.load(entries_ptr)
+        for step in range(0, steps):
+            start = step % parts * BN
+            k0 = k_ptr.load([first + tile * SLOTS + start, 0])
+            v0 = v_ptr.load([first + tile * SLOTS + start, 0])
+            place = tl.minimum(step + 1, steps - 1) // parts
+            tile = tl.load(entries_ptr - list_size + place)
+            # Rows without a token are zero, and so add nothing where their weights are finite.
+            if CLAMPED:
+                scores = outer(q0, q0, k0, k0, 0, PRECISION) * scale - lse
+                weights = tl.exp2(tl.minimum(scores, 0.0))
+                ds = weights * (outer(do0, do0, v0, v0, 0, PRECISION) - delta)
+            else:
+                valid = start + tl.arange(0, BN) < tile_size(entry, SLOT_T, SLOT_H, SLOT_W)
+                entry = tl.load(entries_ptr + place)
+                _p, ds = score_gradients(
+                    q0, q0, k0, k0, do0, do0, v0, v0, lse, delta, scale, 0, 0, PRECISION
+                )
+                if RAGGED:
+                    ds = tl.where(valid[None, :], ds, 0.0)
+            dq0, dq1 = add_times(ds.to(OPERAND), k0, k0, dq0, dq1, 0, PRECISION)
     else:
         num_keys = list_size * SLOTS
         offsets, bits = slot_places(tl.arange(0, BN) % SLOTS, box, SLOT_T, SLOT_H, SLOT_W)

@@ -89,6 +89,10 @@ class TileCall:
         """Queries of a block: a power of two that holds a group, or `most`."""
         return min(padded(self.queries), most)
 
+    def whole_blocks(self, rows: int) -> int:
+        """Slots of a packed group: whole blocks of `rows` queries."""
+        return quotient_up(self.queries, rows) * rows
+
 
 def _span(group: int, length: int, tiles: int, groups: int) -> int:
     first, last = group * tiles // groups, (group + 1) * tiles // groups

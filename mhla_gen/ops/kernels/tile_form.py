@@ -1,6 +1,7 @@
 """Launches of tile attention: lists, and the output."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton.language as tl
@@ -44,9 +45,9 @@ class Loop:
     max_registers: int | None = None
     """Most registers of a thread; None leaves them to the compiler."""
     folded: bool = False
-    """In packed gradients, whether lse and δ are where sums of products begin."""
-    ahead: bool = False
-    """In packed gradients of queries, whether do · v is computed a step ahead."""
+    """In packed gradients of keys, whether lse and δ are where sums of products begin."""
+    clamped: bool = False
+    """In packed gradients of queries, whether weights are kept finite where a slot is empty."""
 
     @property
     def options(self) -> dict:
@@ -56,18 +57,29 @@ class Loop:
         return options if self.max_registers is None else options | {"maxnreg": self.max_registers}
 
 
-def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    extra: Extra | None,
-    call: TileCall,
-    loop: Loop | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, log-sum-exp `[batch, heads, seq_len]` and lists; see `tile_lists`."""
-    loop = forward_loop(call) if loop is None else loop
+class Reads(NamedTuple):
+    """What the inputs are turned into before anything is attended to; see `tile_reads.py`."""
+
+    queries: Tensor
+    """Rotated; by group, if packed."""
+    keys: Tensor
+    """Rotated; by tile, if packed."""
+    values: Tensor
+    """By tile, if packed."""
+    query_means: Tensor | None
+    """Of groups, if tiles are chosen by content."""
+    key_means: Tensor | None
+    """Of tiles, with `query_means`."""
+    longest: Tensor | None
+    """The largest squared length of a key of every head, if scores are bounded."""
+    lengths: Tensor | None
+    """Squared lengths of queries, if they are packed and scores are bounded."""
+
+
+def read(query: Tensor, key: Tensor, value: Tensor, call: TileCall, loop: Loop) -> Reads:
+    """Rotate and pack the inputs as `loop` needs them."""
     bounded, choose = takes_bound(query), call.placed.top > 0
-    keys, means, longest = read_tiles(
+    keys, key_means, longest = read_tiles(
         key,
         call,
         mean=choose,
@@ -75,22 +87,37 @@ def forward(
         pack=loop.packed,
     )
     values = pack_tiles(value, call) if loop.packed else value
-    if bounded and extra is not None:
+    slots = call.whole_blocks(loop.rows) if loop.packed else None
+    queries, query_means, lengths = read_groups(
+        query, call, mean=choose, lengths=bounded, slots=slots
+    )
+    return Reads(queries, keys, values, query_means, key_means, longest, lengths)
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    extra: Extra | None,
+    call: TileCall,
+    reads: Reads | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, log-sum-exp `[batch, heads, seq_len]` and lists; see `tile_lists`."""
+    loop = forward_loop(call)
+    reads = read(query, key, value, call, loop) if reads is None else reads
+    longest = reads.longest
+    if takes_bound(query) and extra is not None:
         beside = extra[0].float().square().sum(-1).amax(dim=1).flatten()
         longest = beside if longest is None else torch.maximum(longest, beside)
-    slots = quotient_up(call.queries, loop.rows) * loop.rows if loop.packed else None
-    queries, query_means, lengths = read_groups(
-        query, call, mean=choose, lengths=longest is not None, slots=slots
-    )
-    lists = tile_lists(query_means, means, call)
+    lists = tile_lists(reads.query_means, reads.key_means, call)
     batch, seq_len, heads, _ = query.shape
     results = (
         value.new_empty(value.shape),
         query.new_empty((batch, heads, seq_len), dtype=torch.float32),
     )
-    sources, flags = (queries, keys, values, lists), None
+    sources, flags = (*reads[:3], lists), None
     if longest is not None:
-        flags = attend(sources, (longest, lengths), None, extra, results, call, loop)
+        flags = attend(sources, (longest, reads.lengths), None, extra, results, call, loop)
     attend(sources, None, flags, extra, results, call, loop)
     return *results, lists
 

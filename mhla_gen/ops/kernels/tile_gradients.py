@@ -4,6 +4,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from mhla_gen.ops.kernels import tile_form
 from mhla_gen.ops.kernels.compiled import launch
 from mhla_gen.ops.kernels.launch import alignment, padded, quotient_up
 from mhla_gen.ops.kernels.tile_backward import (
@@ -43,14 +44,21 @@ def backward(
     lse: Tensor,
     lists: Tensor,
     call: TileCall,
-    loop: Loop | None = None,
+    packed: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value, and of the keys and values of `extra` (empty without)."""
-    loop = queries_loop(call) if loop is None else loop
+    """Gradients of query, key, value, and of the keys and values of `extra` (empty without).
+
+    With `packed`, what the forward pass packed of them, `query`, `key` and `value` are not read.
+    """
+    loop = queries_loop(call)
     options = _backward_options(call, loop)
-    packs = pack_queries(grad, grad_lse, query, out, lse, call, loop.rows)
-    keys, _, _ = read_tiles(key, call, pack=loop.packed)
-    values = pack_tiles(value, call) if loop.packed else value
+    if packed is None:
+        queries, _, _ = read_groups(query, call, slots=call.whole_blocks(loop.rows))
+        keys, _, _ = read_tiles(key, call, pack=loop.packed)
+        values = pack_tiles(value, call) if loop.packed else value
+    else:
+        queries, keys, values = packed
+    packs = pack_queries(queries, grad, grad_lse, out, lse, call, loop.rows)
     dquery = backward_queries(packs, keys, values, lists, extra, call, loop)
     owners = owners_of_tiles(lists, call.placed.num_tiles)
     read = packs, keys, values, owners, options["keys"], call
@@ -63,19 +71,17 @@ def backward(
 
 
 def pack_queries(
+    queries: Tensor,
     grad: Tensor,
     grad_lse: Tensor | None,
-    query: Tensor,
     out: Tensor,
     lse: Tensor,
     call: TileCall,
     rows: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Rotated queries, do, lse in units of log 2 and δ, by group, in whole blocks of `rows`."""
-    placed = call.placed
-    blocks = quotient_up(call.queries, rows)
-    slots = blocks * rows
-    queries, _, _ = read_groups(query, call, slots=slots)
+    """Packed rotated queries, and do, lse in units of log 2 and δ, packed in the same way."""
+    placed, slots = call.placed, queries.shape[2]
+    blocks = slots // rows
     grads = grad.new_empty((call.batch_heads, placed.num_groups, slots, grad.shape[3]))
     packed_lse = lse.new_empty((call.batch_heads, placed.num_groups, slots))
     delta = torch.empty_like(packed_lse)
@@ -88,8 +94,8 @@ def pack_queries(
             *strides,
             call.box,
             three_axes(placed.groups),
-            query.shape[1],
-            query.shape[2],
+            call.query.shape[1],
+            call.query.shape[2],
             placed.num_groups,
             blocks,
         ),
@@ -143,8 +149,7 @@ def backward_queries(
         | {
             "WIDE": not loop.packed and numbered_wide(keys, values),
             "PACKED": loop.packed,
-            "FOLDED": loop.folded,
-            "AHEAD": loop.ahead,
+            "CLAMPED": loop.clamped,
         },
     )
     return dquery
@@ -278,6 +283,11 @@ def queries_loop(call: TileCall) -> Loop:
         return Loop(128, 64, 8, 3, packed=True)
     rows = call.block(64)
     return Loop(rows, 64, 4 if rows > 32 else 1, 2)
+
+
+def both_pack(call: TileCall) -> bool:
+    """Whether both passes read the same packs."""
+    return tile_form.forward_loop(call).packed and queries_loop(call).packed
 
 
 def _backward_options(call: TileCall, loop: Loop) -> dict[str, dict]:

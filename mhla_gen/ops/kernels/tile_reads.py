@@ -8,6 +8,9 @@ from mhla_gen.ops.kernels.launch import alignment, padded
 from mhla_gen.ops.kernels.tile_call import TileCall, three_axes
 from mhla_gen.ops.kernels.tile_lists import read_boxes_kernel
 
+# Tokens that a program reads at once, and its warps.
+_ROWS, _WARPS = 64, 4
+
 
 def read_tiles(
     key: Tensor,
@@ -98,7 +101,7 @@ def read_boxes(
     """
     num_boxes = call.placed.num_tiles if groups is None else call.placed.num_groups
     strides = x.stride(), rotated.stride() if store == "raster" else x.stride()
-    rows = min(padded(slots), 64)
+    rows = min(padded(slots), _ROWS)
     launch(
         read_boxes_kernel,
         (num_boxes * call.batch_heads,),
@@ -115,6 +118,6 @@ def read_boxes(
             "STORE": store,
             "MEAN": means is not None,
             "LENGTHS": "none" if lengths is None else "longest" if lengths.ndim == 2 else "each",
-            "num_warps": 4 if rows > 16 else 2,
+            "num_warps": _WARPS if rows > 16 else 2,
         },
     )

@@ -11,9 +11,9 @@ sixteenth) and noise. The control `gated_softmax` is softmax with MHLA's convolu
 arms of the SD3-like model differ in how text is weighed against the image: see `ARMS`.
 
 OUT gets captioned.json after every arm, captioned.md at the end, and samples of each arm; finished
-arms are not trained again. `--seconds` stops between arms. `--pixels`, `--layers`, `--heads`,
-`--steps`, `--sample-steps` and `--limit` make it small enough for a CPU. key=value changes the
-training config, captioned.yaml.
+arms are not trained again, and other settings need another OUT. `--seconds` stops between arms.
+`--pixels`, `--layers`, `--heads`, `--steps`, `--sample-steps` and `--limit` make it small enough
+for a CPU. key=value changes the training config, captioned.yaml.
 """
 
 import argparse
@@ -251,6 +251,23 @@ class Job:
         write_picture(path, Image.fromarray(tiled(list(array))))
 
 
+def started(path: Path, facts: dict[str, Any]) -> dict[str, Any]:
+    """The results so far, with these facts.
+
+    Args:
+        path: Of captioned.json, which may be missing.
+        facts: What all of its arms have in common.
+
+    Raises:
+        SystemExit: If it has arms of other facts.
+    """
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else facts
+    wrong = [f"{name}={found.get(name)}" for name in facts if found.get(name) != facts[name]]
+    if wrong:
+        raise SystemExit(f"{path} has arms of {', '.join(wrong)}; choose another folder")
+    return {"arms": {}, **found, "date": date.today().isoformat()}
+
+
 def table(found: dict[str, Any]) -> str:
     """The results as Markdown."""
     head = "| arm | held-out loss | with another caption | with none | a step | parameters |\n"
@@ -283,10 +300,9 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "captioned.json"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
-    found = json.loads(path.read_text()) if path.is_file() else {"arms": {}}
-    found |= {"date": date.today().isoformat(), "device": device, "torch": torch.__version__}
-    sizes = ("steps", "layers", "heads", "pixels")
-    found |= {name: getattr(options, name) for name in sizes} | {"settings": options.overrides}
+    facts = {"device": device, "torch": torch.__version__, "settings": options.overrides}
+    sizes = ("steps", "layers", "heads", "pixels", "limit")
+    found = started(path, facts | {name: getattr(options, name) for name in sizes})
     longest = 0.0
     for name in (name for name in options.arms if name not in found["arms"]):
         start = time.perf_counter()

@@ -1,14 +1,22 @@
 """`experiments/distillation.sh` in small: teacher, two students, a control, and one report."""
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 import yaml
+from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
+from tiny import tiny_dit
+
+from mhla_gen import ClassConditionalPipeline
 
 ROOT = Path(__file__).parents[1]
 ARMS = ("teacher", "mhla", "linear", "continued")
@@ -37,6 +45,30 @@ def run(configs, out, *arguments):
     }
     command = ["bash", str(ROOT / "experiments/distillation.sh"), "digits", str(out), *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+def test_a_report_draws_again_what_has_changed(tmp_path):
+    path = ROOT / "experiments/distillation/distillation_report.py"
+    spec = importlib.util.spec_from_file_location("distillation_report", path)
+    report = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(report)
+    scheduler = FlowMatchEulerDiscreteScheduler()
+
+    def drawn(shift, steps=1):
+        torch.manual_seed(0)
+        model = tiny_dit(num_layers=1)
+        with torch.no_grad():
+            model.proj_out_2.bias += shift
+        pipeline = ClassConditionalPipeline(model, scheduler)
+        pipeline.save_pretrained(tmp_path / "teacher" / "pipeline")
+        options = Namespace(out=tmp_path, inference_steps=steps)
+        arguments = (tmp_path, "teacher", "teacher", np.arange(3), torch.device("cpu"))
+        return report.drawn(options, *arguments), (tmp_path / "teacher.npz").stat().st_mtime_ns
+
+    first, again, retrained, finer = drawn(0.0), drawn(0.0), drawn(1.0), drawn(1.0, steps=2)
+    assert again[1] == first[1] and np.array_equal(again[0], first[0])
+    assert not np.array_equal(retrained[0], first[0])
+    assert not np.array_equal(finer[0], retrained[0])
 
 
 @pytest.mark.slow

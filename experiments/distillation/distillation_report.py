@@ -4,7 +4,7 @@
 
 OUT holds the runs teacher, mhla, linear and continued. Each model samples the same classes, as
 frequent as in the data, from the same noise, without guidance. OUT/report gets the samples,
-report.json and report.png; existing samples are not drawn again.
+report.json and report.png; samples of the same weights and steps are not drawn again.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from mhla_gen.data import open_images
 from mhla_gen.evaluation import FeatureStatistics, build_extractor, frechet_distance
 from mhla_gen.evaluation.intervals import jackknife_interval
 from mhla_gen.files import write_arrays, write_json, write_picture
+from mhla_gen.files.digests import tensors_digest
 from mhla_gen.outputs.folders import CONFIG_NAME
 from mhla_gen.runtime.devices import resolve_device
 from mhla_gen.sampling.contact_sheet import contact_sheet, rows_by_class
@@ -144,14 +145,15 @@ def drawn(
 ) -> np.ndarray:
     """A run's samples for seed i and label i, uint8 `[images, height, width, channels]`.
 
-    Samples of an interrupted report are read from its folder.
+    Samples of an earlier report are read from its folder, if they are those of these weights.
     """
     file = folder / f"{run.replace('/', '-')}.npz"
+    pipeline = mhla_gen.ClassConditionalPipeline.from_pretrained(options.out / run / "pipeline")
+    origin = f"{options.inference_steps} {tensors_digest(pipeline.transformer.state_dict())}"
     if file.is_file():
         with np.load(file) as saved:
-            if np.array_equal(saved["labels"], labels):
+            if np.array_equal(saved["labels"], labels) and saved.get("origin") == origin:
                 return saved["arr_0"]
-    pipeline = mhla_gen.ClassConditionalPipeline.from_pretrained(options.out / run / "pipeline")
     pipeline.to(device).set_progress_bar_config(disable=True)
     images = []
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
@@ -167,7 +169,7 @@ def drawn(
             )
             images.append(np.round(result.images * 255).astype(np.uint8))
     made = np.concatenate(images)
-    write_arrays(file, {"arr_0": made, "labels": labels})
+    write_arrays(file, {"arr_0": made, "labels": labels, "origin": np.array(origin)})
     return made
 
 

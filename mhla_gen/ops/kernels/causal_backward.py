@@ -143,7 +143,8 @@ def causal_backward_queries_kernel(
         dq = dfeatures * phi_grad(q, FEATURE_MAP)
         store_pieces(dq_ptr, dq, dq, tokens, valid, dq_strides, D, BD, 0, ALIGN)
 
-    store_summary(dmixed_ptr, dmixed_scales_ptr, matrix, dmixed, D, V)
+    pieces = dmixed, dmixed, dmixed, dmixed
+    store_summary(dmixed_ptr, dmixed_scales_ptr, matrix, *pieces, D, V, BD, 0, BV, 0)
     tl.store(down_ptr + matrix, tl.sum(down, axis=0))
     if NORMALIZE:
         store_vector(dmixed_key_sums_ptr + matrix * D, dkey_sum, D, 0)

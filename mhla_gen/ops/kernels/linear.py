@@ -12,7 +12,6 @@ from mhla_gen.ops.kernels.boxes import box_tokens, held_box, in_window, locate_p
 from mhla_gen.ops.kernels.features import load_angles, phi, rotate
 from mhla_gen.ops.kernels.pieces import (
     clear_padding,
-    dot,
     head_offset,
     load_pieces,
     load_vector,
@@ -21,7 +20,13 @@ from mhla_gen.ops.kernels.pieces import (
     store_vector,
     sum_waves,
 )
-from mhla_gen.ops.kernels.summaries import load_summary, store_summary, times_summary
+from mhla_gen.ops.kernels.summaries import (
+    add_outer,
+    load_summary,
+    no_summary,
+    store_summary,
+    times_summary,
+)
 
 
 @triton.jit
@@ -55,9 +60,12 @@ def summarise_kernel(
     num_parts,
     D: tl.constexpr,
     V: tl.constexpr,
-    BD: tl.constexpr,
-    BV: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    V0: tl.constexpr,
+    V1: tl.constexpr,
     BT: tl.constexpr,
+    ONE_TILE: tl.constexpr,
     WAVE: tl.constexpr,
     RANK: tl.constexpr,
     GROUP: tl.constexpr,
@@ -76,28 +84,39 @@ def summarise_kernel(
     k_ptr += head_offset(k_strides, batch, head, ALIGN)
     v_ptr += head_offset(v_strides, batch, head, ALIGN)
 
-    summary = tl.zeros((BD, BV), tl.float32)
-    key_sums = tl.zeros((WAVE, BD), tl.float32)
-    for start in range(first, last, BT):
-        slots = start + tl.arange(0, BT)
+    s00, s01, t10, s11 = no_summary(D0, D1, V0, V1)
+    z0 = tl.zeros((WAVE, D0), tl.float32)
+    z1 = z0
+    if D1 > 0:
+        z1 = tl.zeros((WAVE, D1), tl.float32)
+    for tile in range(0, 1 if ONE_TILE else tl.cdiv(last - first, BT)):
+        slots = first + tile * BT + tl.arange(0, BT)
         valid = slots < last
         tokens = box_tokens(slots, first_t, first_h, first_w, size_h, size_w, H, W, RANK)
         tokens, valid = in_window(tokens, valid, window)
-        k, _k = load_pieces(k_ptr, tokens, valid, k_strides, D, BD, 0, ALIGN)
-        v, _v = load_pieces(v_ptr, tokens, valid, v_strides, V, BV, 0, ALIGN)
+        k0, k1 = load_pieces(k_ptr, tokens, valid, k_strides, D, D0, D1, ALIGN)
+        v0, v1 = load_pieces(v_ptr, tokens, valid, v_strides, V, V0, V1, ALIGN)
         # Rows past the end hold φ(0), which their values of 0 keep out of the summary.
-        features = phi(k.to(tl.float32), FEATURE_MAP)
+        f0 = phi(k0.to(tl.float32), FEATURE_MAP)
+        f1 = f0
+        if D1 > 0:
+            f1 = phi(k1.to(tl.float32), FEATURE_MAP)
         if NORMALIZE:
-            key_sums += sum_waves(tl.where(valid[:, None], features, 0.0), WAVE)
+            z0 += sum_waves(tl.where(valid[:, None], f0, 0.0), WAVE)
+            if D1 > 0:
+                z1 += sum_waves(tl.where(valid[:, None], f1, 0.0), WAVE)
         if ROTARY:
-            cos, sin = load_angles(cos_ptr, sin_ptr, tokens, valid, D, 0, BD)
-            features = rotate(features, cos, sin)
-        summary = dot(tl.trans(features.to(OPERAND)), v.to(OPERAND), summary, PRECISION)
+            f0, f1 = rotate_pieces(f0, f1, cos_ptr, sin_ptr, tokens, valid, D, D0, D1, 1)
+        f0, f1, v0, v1 = f0.to(OPERAND), f1.to(OPERAND), v0.to(OPERAND), v1.to(OPERAND)
+        s00, s01, t10, s11 = add_outer(f0, f1, v0, v1, s00, s01, t10, s11, D1, V1, PRECISION)
 
     matrix = (batch * (LT * LH * LW * num_parts) + row) * num_heads + head
-    store_summary(summaries_ptr, scales_ptr, matrix, summary, D, V)
+    store_summary(summaries_ptr, scales_ptr, matrix, s00, s01, t10, s11, D, V, D0, D1, V0, V1)
     if NORMALIZE:
-        store_vector(key_sums_ptr + matrix * D, tl.sum(key_sums, axis=0), D, 0)
+        key_sums_ptr += matrix * D
+        store_vector(key_sums_ptr, tl.sum(z0, axis=0), D, 0)
+        if D1 > 0:
+            store_vector(key_sums_ptr, tl.sum(z1, axis=0), D, D0)
 
 
 @triton.jit
@@ -123,6 +142,7 @@ def apply_kernel(
     V0: tl.constexpr,
     V1: tl.constexpr,
     BT: tl.constexpr,
+    ONE_TILE: tl.constexpr,
     RANK: tl.constexpr,
     GROUP: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -150,8 +170,8 @@ def apply_kernel(
         z1 = z0
         if D1 > 0:
             z1 = load_vector(mixed_key_sums_ptr, D, D0, D1)[None, :]
-    for start in range(first, last, BT):
-        slots = start + tl.arange(0, BT)
+    for tile in range(0, 1 if ONE_TILE else tl.cdiv(last - first, BT)):
+        slots = first + tile * BT + tl.arange(0, BT)
         valid = slots < last
         tokens = box_tokens(slots, first_t, first_h, first_w, size_h, size_w, H, W, RANK)
         tokens, valid = in_window(tokens, valid, window)

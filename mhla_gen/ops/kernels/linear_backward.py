@@ -12,7 +12,6 @@ from mhla_gen.ops.kernels.features import load_angles, phi, phi_grad, rotate
 from mhla_gen.ops.kernels.linear import rotate_pieces
 from mhla_gen.ops.kernels.pieces import (
     clear_padding,
-    dot,
     head_offset,
     load_pieces,
     load_vector,
@@ -20,7 +19,13 @@ from mhla_gen.ops.kernels.pieces import (
     store_pieces,
     store_vector,
 )
-from mhla_gen.ops.kernels.summaries import load_summary, store_summary, times_summary
+from mhla_gen.ops.kernels.summaries import (
+    add_outer,
+    load_summary,
+    no_summary,
+    store_summary,
+    times_summary,
+)
 
 
 @triton.jit
@@ -46,9 +51,12 @@ def backward_queries_kernel(
     eps,
     D: tl.constexpr,
     V: tl.constexpr,
-    BD: tl.constexpr,
-    BV: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    V0: tl.constexpr,
+    V1: tl.constexpr,
     BT: tl.constexpr,
+    ONE_TILE: tl.constexpr,
     RANK: tl.constexpr,
     GROUP: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -68,57 +76,95 @@ def backward_queries_kernel(
     dq_ptr += head_offset(dq_strides, batch, head, ALIGN)
 
     matrix = (batch * (LT * LH * LW) + block) * num_heads + head
-    mixed, _s01, _s10, _s11, mixed_scale = load_summary(
-        mixed_ptr, mixed_scales_ptr, matrix, D, V, BD, 0, BV, 0
+    s00, s01, s10, s11, mixed_scale = load_summary(
+        mixed_ptr, mixed_scales_ptr, matrix, D, V, D0, D1, V0, V1
     )
     if NORMALIZE:
-        key_sum = load_vector(mixed_key_sums_ptr + matrix * D, D, 0, BD)[None, :]
-    dmixed = tl.zeros((BD, BV), tl.float32)
-    dkey_sum = tl.zeros((BD,), tl.float32)
-    for start in range(first, last, BT):
-        slots = start + tl.arange(0, BT)
+        mixed_key_sums_ptr += matrix * D
+        z0 = load_vector(mixed_key_sums_ptr, D, 0, D0)[None, :]
+        z1 = z0
+        if D1 > 0:
+            z1 = load_vector(mixed_key_sums_ptr, D, D0, D1)[None, :]
+    ds00, ds01, dt10, ds11 = no_summary(D0, D1, V0, V1)
+    dz0 = tl.zeros((D0,), tl.float32)
+    dz1 = dz0
+    if D1 > 0:
+        dz1 = tl.zeros((D1,), tl.float32)
+    for tile in range(0, 1 if ONE_TILE else tl.cdiv(last - first, BT)):
+        slots = first + tile * BT + tl.arange(0, BT)
         valid = slots < last
         tokens = box_tokens(slots, first_t, first_h, first_w, size_h, size_w, H, W, RANK)
         tokens, valid = in_window(tokens, valid, window)
-        q, _q = load_pieces(q_ptr, tokens, valid, q_strides, D, BD, 0, ALIGN)
-        grad, _g = load_pieces(do_ptr, tokens, valid, do_strides, V, BV, 0, ALIGN)
-        q, grad = q.to(tl.float32), grad.to(tl.float32)
+        q0, q1 = load_pieces(q_ptr, tokens, valid, q_strides, D, D0, D1, ALIGN)
+        g0, g1 = load_pieces(do_ptr, tokens, valid, do_strides, V, V0, V1, ALIGN)
+        q0, q1, g0, g1 = (
+            q0.to(tl.float32), q1.to(tl.float32), g0.to(tl.float32), g1.to(tl.float32),
+        )  # fmt: skip
         # Rows past the end hold φ(0), which their gradients of 0 keep out of every sum.
-        features = phi(q, FEATURE_MAP)
-        rotated = features
+        f0 = phi(q0, FEATURE_MAP)
+        f1 = f0
+        if D1 > 0:
+            f1 = phi(q1, FEATURE_MAP)
+        u0, u1 = f0, f1
         if ROTARY:
-            cos, sin = load_angles(cos_ptr, sin_ptr, tokens, valid, D, 0, BD)
-            rotated = rotate(features, cos, sin)
+            cos0, sin0 = load_angles(cos_ptr, sin_ptr, tokens, valid, D, 0, D0)
+            u0 = rotate(f0, cos0, sin0)
+            if D1 > 0:
+                cos1, sin1 = load_angles(cos_ptr, sin_ptr, tokens, valid, D, D0, D1)
+                u1 = rotate(f1, cos1, sin1)
         if NORMALIZE:
-            denominators = tl.sum(features * key_sum, axis=1) + eps
+            denominators = tl.sum(f0 * z0, axis=1) + eps
+            if D1 > 0:
+                denominators += tl.sum(f1 * z1, axis=1)
             # Past the end no gradient may become 0 / 0.
             inverse = 1 / tl.where(valid, denominators, 1.0)
-            grad *= inverse[:, None]
+            g0, g1 = g0 * inverse[:, None], g1 * inverse[:, None]
 
         # du = S̃ g
-        zeros = tl.zeros((BT, BD), tl.float32)
+        factors = tl.full((BT,), mixed_scale, tl.float32)
+        a0, a1 = g0, g1
         if mixed_ptr.dtype.element_ty == tl.float16:
-            scaled, _scaled, scales = scale_rows(grad, grad, 0)
-            du = dot(scaled, tl.trans(mixed), zeros, PRECISION)
-            du *= (scales * mixed_scale)[:, None]
-        else:
-            du = dot(grad, tl.trans(mixed), zeros, PRECISION)
-        dmixed = dot(tl.trans(rotated.to(OPERAND)), grad.to(OPERAND), dmixed, PRECISION)
-        dfeatures = du
-        if ROTARY:
-            dfeatures = rotate(du, cos, -sin)
+            a0, a1, scales = scale_rows(g0, g1, V1)
+            factors = scales * mixed_scale
+        du0, du1 = times_summary(
+            a0, a1, tl.trans(s00), tl.trans(s10), tl.trans(s01), tl.trans(s11), V1, D1, PRECISION
+        )
+        if mixed_ptr.dtype.element_ty == tl.float16:
+            du0, du1 = du0 * factors[:, None], du1 * factors[:, None]
         if NORMALIZE:
             # δ = do·o / denominator, and g·numerator = u·du.
-            delta = (tl.sum(rotated * du, axis=1) * inverse)[:, None]
-            dfeatures -= delta * key_sum
-            dkey_sum -= tl.sum(features * delta, axis=0)
-        dq = dfeatures * phi_grad(q, FEATURE_MAP)
-        store_pieces(dq_ptr, dq, dq, tokens, valid, dq_strides, D, BD, 0, ALIGN)
+            delta = tl.sum(u0 * du0, axis=1)
+            if D1 > 0:
+                delta += tl.sum(u1 * du1, axis=1)
+            delta = (delta * inverse)[:, None]
+        if ROTARY:
+            du0 = rotate(du0, cos0, -sin0)
+            if D1 > 0:
+                du1 = rotate(du1, cos1, -sin1)
+        if NORMALIZE:
+            du0 -= delta * z0
+            dz0 -= tl.sum(f0 * delta, axis=0)
+            if D1 > 0:
+                du1 -= delta * z1
+                dz1 -= tl.sum(f1 * delta, axis=0)
+        dq0, dq1 = du0 * phi_grad(q0, FEATURE_MAP), du1
+        if D1 > 0:
+            dq1 = du1 * phi_grad(q1, FEATURE_MAP)
+        store_pieces(dq_ptr, dq0, dq1, tokens, valid, dq_strides, D, D0, D1, ALIGN)
+        ds00, ds01, dt10, ds11 = add_outer(
+            u0.to(OPERAND), u1.to(OPERAND), g0.to(OPERAND), g1.to(OPERAND),
+            ds00, ds01, dt10, ds11, D1, V1, PRECISION,
+        )  # fmt: skip
 
     matrix = (batch * (LT * LH * LW * num_parts) + row) * num_heads + head
-    store_summary(dmixed_ptr, dmixed_scales_ptr, matrix, dmixed, D, V)
+    store_summary(
+        dmixed_ptr, dmixed_scales_ptr, matrix, ds00, ds01, dt10, ds11, D, V, D0, D1, V0, V1
+    )
     if NORMALIZE:
-        store_vector(dmixed_key_sums_ptr + matrix * D, dkey_sum, D, 0)
+        dmixed_key_sums_ptr += matrix * D
+        store_vector(dmixed_key_sums_ptr, dz0, D, 0)
+        if D1 > 0:
+            store_vector(dmixed_key_sums_ptr, dz1, D, D0)
 
 
 @triton.jit
@@ -147,6 +193,7 @@ def backward_keys_kernel(
     V0: tl.constexpr,
     V1: tl.constexpr,
     BT: tl.constexpr,
+    ONE_TILE: tl.constexpr,
     RANK: tl.constexpr,
     GROUP: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -176,8 +223,8 @@ def backward_keys_kernel(
         z1 = z0
         if D1 > 0:
             z1 = load_vector(dkey_sums_ptr, D, D0, D1)[None, :]
-    for start in range(first, last, BT):
-        slots = start + tl.arange(0, BT)
+    for tile in range(0, 1 if ONE_TILE else tl.cdiv(last - first, BT)):
+        slots = first + tile * BT + tl.arange(0, BT)
         valid = slots < last
         tokens = box_tokens(slots, first_t, first_h, first_w, size_h, size_w, H, W, RANK)
         tokens, valid = in_window(tokens, valid, window)

@@ -23,9 +23,9 @@ from mhla_gen.ops.kernels.mixing import coefficients_kernel, correlate_kernel, m
 # Tokens of a tile, warps, pipeline stages and registers of a thread for 16-bit operands, by the
 # padded channels; measured on an H100, see docs/results/kernels-h100.json.
 _TILES = {
-    "summarise": {64: (64, 4, 2, None), 128: (32, 4, 4, None)},
+    "summarise": {64: (64, 4, 2, None), 80: (64, 4, 1, None), 128: (32, 4, 4, None)},
     "apply": {64: (64, 4, 3, None), 80: (64, 4, 1, 128), 128: (64, 8, 1, 128)},
-    "backward_queries": {64: (64, 4, 2, None), 128: (32, 8, 3, None)},
+    "backward_queries": {64: (64, 4, 2, None), 80: (64, 4, 1, None), 128: (32, 8, 3, None)},
     "backward_keys": {64: (64, 4, 2, None), 80: (64, 4, 2, 168), 128: (32, 4, 1, None)},
 }
 # The same for blocks of one tile, where nothing can be loaded ahead.
@@ -211,30 +211,31 @@ def _over_tokens(
 
 def tile_options(kernel: str, call: Call) -> dict:
     """Compile-time sizes of one of the kernels over tokens."""
-    whole = kernel in ("summarise", "backward_queries")
-    channels = call.tile if whole else call.pieces
-    options = call.options | channels | token_tiles(kernel, call, max(channels.values()))
+    options = call.options | call.pieces
+    options |= token_tiles(kernel, call, max(call.pieces.values()))
+    options["ONE_TILE"] = call.block_size <= options["BT"]
     # Up to this many heads are neighbours in the launch grid.
     options["GROUP"] = call.num_heads if call.num_heads <= 16 else math.gcd(call.num_heads, 8)
     if kernel == "summarise":
         # A thread loads eight channels at once, so this many rows come with one instruction.
-        options["WAVE"] = min(options["BT"], options["num_warps"] * 32 * 8 // options["BD"])
+        options["WAVE"] = min(options["BT"], options["num_warps"] * 32 * 8 // options["D0"])
     return options
 
 
 def token_tiles(kernel: str, call: Call, columns: int) -> dict:
     """Tokens of a tile, warps, stages and registers, for tiles of up to `columns` channels."""
+    two_pieces = any(call.pieces[second] for second in ("D1", "V1"))
     if call.options["OPERAND"] == tl.float32:
         # Split operands of two products over a wide summary would not fit the shared memory.
         precision = "ieee" if columns > 64 and kernel == "backward_keys" else "tf32x3"
-        tokens = 16 if columns > 64 else 32
+        wide = columns > 64 or (two_pieces and kernel == "backward_queries")
+        tokens = 16 if wide else 32
         return {"BT": tokens, "PRECISION": precision, "num_warps": 8, "num_stages": 1}
     tiles = _TILES[kernel]
     if columns > 64 and call.block_size <= 64 and kernel in _SMALL_BLOCKS:
         chosen = _SMALL_BLOCKS[kernel]
     elif columns <= 64:
-        odd = any(call.pieces[second] for second in ("D1", "V1"))
-        chosen = tiles.get(80, tiles[64]) if odd else tiles[64]
+        chosen = tiles[80] if two_pieces else tiles[64]
     else:
         chosen = tiles[128]
     tokens, warps, stages, registers = chosen

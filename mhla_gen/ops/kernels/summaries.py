@@ -7,7 +7,7 @@ scale per matrix (`scales`), which keeps them in range whatever the inputs are.
 import triton
 import triton.language as tl
 
-from mhla_gen.ops.kernels.pieces import TINY, dot
+from mhla_gen.ops.kernels.pieces import TINY, dot, rows_exist
 
 
 @triton.jit
@@ -19,8 +19,12 @@ def _piece(
     BD: tl.constexpr,
     BV: tl.constexpr,
 ):
+    """Offsets of the entries of a piece, and which of them exist."""
     rows, columns = ROW + tl.arange(0, BD), COLUMN + tl.arange(0, BV)
-    return rows[:, None] * V + columns[None, :], (rows < D)[:, None] & (columns < V)[None, :]
+    offsets = rows[:, None] * V + columns[None, :]
+    # Constants where all rows or columns exist.
+    valid_rows = rows_exist(rows, D, ROW + BD <= D)[:, None]
+    return offsets, valid_rows & rows_exist(columns, V, COLUMN + BV <= V)[None, :]
 
 
 @triton.jit
@@ -66,20 +70,81 @@ def load_summary(
 
 
 @triton.jit
-def store_summary(summaries_ptr, scales_ptr, matrix, summary, D: tl.constexpr, V: tl.constexpr):
-    """Write a float32 tile as matrix number `matrix` (int64), with its scale if in float16."""
-    BD: tl.constexpr = summary.shape[0]
+def add_outer(
+    a0, a1, b0, b1, s00, s01, t10, s11, D1: tl.constexpr, V1: tl.constexpr, PRECISION: tl.constexpr
+):
+    """Pieces of a float32 summary with those of `aᵀ b` added, for tiles a [BT, D] and b [BT, V].
+
+    Piece 10 is kept transposed: so most of the narrow pieces are products of many rows.
+    """
+    s00 = dot(tl.trans(a0), b0, s00, PRECISION)
+    if V1 > 0:
+        s01 = dot(tl.trans(a0), b1, s01, PRECISION)
+    if D1 > 0:
+        t10 = dot(tl.trans(b0), a1, t10, PRECISION)
+        if V1 > 0:
+            s11 = dot(tl.trans(a1), b1, s11, PRECISION)
+    return s00, s01, t10, s11
+
+
+@triton.jit
+def no_summary(D0: tl.constexpr, D1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr):
+    """What `add_outer` adds to at first."""
+    s00 = tl.zeros((D0, V0), tl.float32)
+    s01, t10, s11 = s00, s00, s00
+    if V1 > 0:
+        s01 = tl.zeros((D0, V1), tl.float32)
+    if D1 > 0:
+        t10 = tl.zeros((V0, D1), tl.float32)
+        if V1 > 0:
+            s11 = tl.zeros((D1, V1), tl.float32)
+    return s00, s01, t10, s11
+
+
+@triton.jit
+def _largest(piece, D: tl.constexpr, ROW: tl.constexpr):
+    """Largest magnitude of a piece; φ(0) of channels that do not exist does not count."""
+    by_row = tl.max(tl.abs(piece), axis=1)
+    if ROW + piece.shape[0] > D:
+        by_row = tl.where(ROW + tl.arange(0, piece.shape[0]) < D, by_row, 0.0)
+    return tl.max(by_row, axis=0)
+
+
+@triton.jit
+def _store_piece(
+    ptr, piece, D: tl.constexpr, V: tl.constexpr, ROW: tl.constexpr, COLUMN: tl.constexpr
+):
+    offsets, mask = _piece(D, V, ROW, COLUMN, piece.shape[0], piece.shape[1])
+    tl.store(ptr + offsets, piece.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def store_summary(
+    summaries_ptr, scales_ptr, matrix, s00, s01, t10, s11, D: tl.constexpr, V: tl.constexpr,
+    D0: tl.constexpr, D1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
+):  # fmt: skip
+    """Write the pieces of `add_outer` as matrix number `matrix` (int64), and a float16 scale."""
     if summaries_ptr.dtype.element_ty == tl.float16:
-        by_row = tl.max(tl.abs(summary), axis=1)
-        # φ(0) of channels that do not exist must not set the scale.
-        scale = tl.max(tl.where(tl.arange(0, BD) < D, by_row, 0.0), axis=0)
+        scale = _largest(s00, D, 0)
+        if V1 > 0:
+            scale = tl.maximum(scale, _largest(s01, D, 0))
+        if D1 > 0:
+            scale = tl.maximum(scale, _largest(tl.trans(t10), D, D0))
+            if V1 > 0:
+                scale = tl.maximum(scale, _largest(s11, D, D0))
         # A scale of 0 keeps an empty matrix out of the bound that scales what it is mixed into.
         scale = tl.where(scale > TINY, scale, 0.0)
         tl.store(scales_ptr + matrix, scale)
-        summary *= 1.0 / tl.where(scale > 0, scale, 1.0)
-    offsets, mask = _piece(D, V, 0, 0, BD, summary.shape[1])
-    dtype: tl.constexpr = summaries_ptr.dtype.element_ty
-    tl.store(summaries_ptr + matrix * (D * V) + offsets, summary.to(dtype), mask=mask)
+        inverse = 1.0 / tl.where(scale > 0, scale, 1.0)
+        s00, s01, t10, s11 = s00 * inverse, s01 * inverse, t10 * inverse, s11 * inverse
+    summaries_ptr += matrix * (D * V)
+    _store_piece(summaries_ptr, s00, D, V, 0, 0)
+    if V1 > 0:
+        _store_piece(summaries_ptr, s01, D, V, 0, V0)
+    if D1 > 0:
+        _store_piece(summaries_ptr, tl.trans(t10), D, V, D0, 0)
+        if V1 > 0:
+            _store_piece(summaries_ptr, s11, D, V, D0, V0)
 
 
 @triton.jit

@@ -9,9 +9,10 @@ from tiny import dit_inputs, tiny_dit
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from mhla_gen.training import parallel
 from mhla_gen.training.parallel import gather_ahead, keep_gathered
 
-SHARDED = SimpleNamespace(is_fsdp2=True)
+SHARDED = SimpleNamespace(is_fsdp2=True, device=torch.device("cpu"))
 
 
 @pytest.fixture
@@ -42,7 +43,9 @@ def watched_step(model, inputs):
     return seen, [p.grad for p in model.parameters()]
 
 
-def test_two_blocks_are_gathered_ahead_and_gradients_stay(mesh):
+def sharded_step(mesh):
+    """`watched_step` of a sharded model, whose gradients are those of the model in one piece."""
+
     def make():
         torch.manual_seed(0)
         return tiny_dit(num_layers=6, dropout=0.0).eval()
@@ -55,13 +58,36 @@ def test_two_blocks_are_gathered_ahead_and_gradients_stay(mesh):
     keep_gathered(SHARDED, model, ["transformer_blocks.0"])
     gather_ahead(SHARDED, model)
     seen, gradients = watched_step(model, inputs)
-    for index in range(6):
-        # The first one stays, since the model's end calls a part of it.
-        assert seen["forward", index] == {0, *range(index, min(index + 3, 6))}, index
-        assert seen["backward", index] >= set(range(max(index - 2, 0), index + 1)), index
-        assert not seen["backward", index] - {0, *range(index - 2, index + 2)}, index
     for parameter, gradient in zip(plain.parameters(), gradients, strict=True):
         if parameter.grad is None:
             assert gradient is None
         else:
             torch.testing.assert_close(gradient.full_tensor(), parameter.grad)
+    assert not any(is_gathered(block) for block in model.transformer_blocks)
+    return seen
+
+
+def test_two_blocks_are_gathered_ahead_and_gradients_stay(mesh):
+    seen = sharded_step(mesh)
+    for index in range(6):
+        # The first one stays, since the model's end calls a part of it.
+        assert seen["forward", index] == {0, *range(index, min(index + 3, 6))}, index
+        assert seen["backward", index] >= set(range(max(index - 2, 0), index + 1)), index
+        assert not seen["backward", index] - {0, *range(index - 2, index + 2)}, index
+
+
+def test_blocks_stay_whole_where_they_fit(mesh, monkeypatch):
+    monkeypatch.setattr(parallel, "has_room", lambda device, model: True)
+    seen = sharded_step(mesh)
+    for index in range(6):
+        assert seen["forward", index] == set(range(min(index + 3, 6))), index
+        assert seen["backward", index] >= set(range(index + 1)), index
+
+
+def test_whole_weights_may_take_an_eighth_of_a_gpu(monkeypatch):
+    model, gpu = torch.nn.Linear(3, 4), torch.device("cuda")
+    for memory, fits in ((16 * 4 * 8, True), (16 * 4 * 8 - 1, False)):
+        found = SimpleNamespace(total_memory=memory)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, x=found: x)
+        assert parallel.has_room(gpu, model) == fits
+    assert not parallel.has_room(torch.device("cpu"), model)

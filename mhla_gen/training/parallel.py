@@ -30,6 +30,9 @@ _REPLICATION = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broad
 # module computes, and take the memory of their whole weights.
 _AHEAD = 2
 
+# The share of a GPU's memory that whole weights may take from the forward to the backward pass.
+_KEPT_WHOLE = 1 / 8
+
 
 def check_tracker(config: TrainConfig) -> None:
     """Raise unless the package that `report_to` names is installed.
@@ -114,14 +117,29 @@ def shard_by(accelerator: Accelerator, model: nn.Module, names: Sequence[str]) -
 def keep_gathered(accelerator: Accelerator, model: Any, names: Sequence[str]) -> None:
     """Leave modules of a shared model whole between their forward and their backward pass.
 
+    All of them where the whole weights are small beside the memory: that saves the host, which
+    FSDP2 keeps busy, the second gathering of each step.
+
     Args:
         accelerator: Of the run.
         model: Prepared.
-        names: Of its blocks.
+        names: Those of its blocks that stay whole in any case.
     """
-    if accelerator.is_fsdp2:
-        for name in names:
-            model.get_submodule(name).set_reshard_after_forward(False, recurse=False)
+    if not accelerator.is_fsdp2:
+        return
+    kept = [model.get_submodule(name) for name in names]
+    if has_room(accelerator.device, model):
+        kept = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for module in kept:
+        module.set_reshard_after_forward(False, recurse=False)
+
+
+def has_room(device: torch.device, model: nn.Module) -> bool:
+    """Whether the whole weights of a model take a small part of a device's memory."""
+    if device.type != "cuda":
+        return False
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    return weights <= _KEPT_WHOLE * torch.cuda.get_device_properties(device).total_memory
 
 
 def gather_ahead(accelerator: Accelerator, model: Any) -> None:

@@ -13,7 +13,12 @@ from torch.distributed.tensor import DTensor
 
 from mhla_gen.training.ema import WeightAverage
 from mhla_gen.training.optim import build_optimizer
-from mhla_gen.training.parts import clip_gradients, step_on_parts
+from mhla_gen.training.parts import (
+    clipping_factor,
+    gradient_norm,
+    scale_gradients,
+    step_on_parts,
+)
 
 
 @pytest.fixture
@@ -29,6 +34,13 @@ def a_model():
     model = nn.Sequential(nn.Linear(3, 5), nn.SiLU(), nn.Linear(5, 2), nn.LayerNorm(2))
     model[3].bias.requires_grad_(False)
     return model
+
+
+def clip_gradients(parameters, limit):
+    parameters = list(parameters)
+    norm = gradient_norm(parameters)
+    scale_gradients(parameters, clipping_factor(norm, limit))
+    return norm
 
 
 def train(model, optimizer, steps, limit):

@@ -1,6 +1,6 @@
 """The exponential moving average of a model's weights."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,20 +35,25 @@ class WeightAverage(EMAModel):
         return (1 - 1 / optimization_step) ** (self._exponent + 1)
 
     @torch.no_grad()
-    def step(self, parameters: Iterable[nn.Parameter]) -> None:
+    def step(self, parameters: Iterable[nn.Parameter], done: Collection[int] = ()) -> None:
         """Average the parameters in; frozen ones are their own average.
 
         As `EMAModel`, which goes over the memory twice and takes that of a third copy.
+
+        Args:
+            parameters: All, in the order in which they were given.
+            done: The `id` of each whose average has its value already.
         """
         self.optimization_step += 1
         self.cur_decay_value = self.get_decay(self.optimization_step)
         trained = [
             pair
             for pair in zip(self.shadow_params, parameters, strict=True)
-            if pair[1].requires_grad
+            if pair[1].requires_grad and id(pair[1]) not in done
         ]
-        averages, weights = zip(*trained, strict=True)
-        torch._foreach_lerp_(averages, held(weights), 1 - self.cur_decay_value)
+        if trained:
+            averages, weights = zip(*trained, strict=True)
+            torch._foreach_lerp_(averages, held(weights), 1 - self.cur_decay_value)
 
     def copy_to(self, parameters: Iterable[nn.Parameter]) -> None:
         """Give parameters their averages."""

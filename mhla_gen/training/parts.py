@@ -38,26 +38,28 @@ def as_shared(part: Tensor, like: DTensor) -> DTensor:
 
 
 @torch.no_grad()
-def clip_gradients(parameters: Iterable[nn.Parameter], limit: float | None) -> Tensor:
-    """Scale gradients so that their norm is no larger than a limit.
-
-    Args:
-        parameters: Of a whole model; every process must call this.
-        limit: None does not scale.
-
-    Returns:
-        The norm before, a scalar.
-    """
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """The norm of the gradients of a whole model, a scalar; every process must call this."""
     gradients = [p.grad for p in parameters if p.grad is not None]
-    parts = held(gradients)
-    norm = get_total_norm(parts)
+    norm = get_total_norm(held(gradients))
     if any(isinstance(gradient, DTensor) for gradient in gradients):
         squares = norm.square()
         dist.all_reduce(squares)
         norm = squares.sqrt()
-    if limit is not None:
-        torch._foreach_mul_(parts, (limit / (norm + 1e-6)).clamp(max=1))
     return norm
+
+
+def clipping_factor(norm: Tensor, limit: float | None) -> Tensor:
+    """What scales gradients of a norm to at most a limit, a scalar; None is no limit."""
+    return torch.ones_like(norm) if limit is None else (limit / (norm + 1e-6)).clamp(max=1)
+
+
+@torch.no_grad()
+def scale_gradients(parameters: Iterable[nn.Parameter], factor: Tensor) -> None:
+    """Multiply all gradients by a scalar."""
+    gradients = held(p.grad for p in parameters if p.grad is not None)
+    if gradients:
+        torch._foreach_mul_(gradients, factor)
 
 
 def step_on_parts(optimizer: torch.optim.Optimizer) -> None:

@@ -23,7 +23,8 @@ from mhla_gen.runtime.recorded_training import RecordedTraining
 from mhla_gen.training.build import build_task
 from mhla_gen.training.ema import WeightAverage
 from mhla_gen.training.float8 import require_float8, use_float8
-from mhla_gen.training.optim import build_optimizer, train_only_mhla
+from mhla_gen.training.one_pass import OnePass
+from mhla_gen.training.optim import build_optimizer, mixing_matrices, train_only_mhla
 from mhla_gen.training.parallel import (
     autocast_shared,
     build_accelerator,
@@ -34,7 +35,12 @@ from mhla_gen.training.parallel import (
     whole_state,
     without_weights,
 )
-from mhla_gen.training.parts import clip_gradients, step_on_parts
+from mhla_gen.training.parts import (
+    clipping_factor,
+    gradient_norm,
+    scale_gradients,
+    step_on_parts,
+)
 from mhla_gen.training.randomness import step_randomness
 from mhla_gen.training.recent import RecentSteps
 from mhla_gen.training.softmax import AttentionLengths, avoid_faulty_softmax
@@ -68,6 +74,14 @@ class Run:
         """The samples of each micro-batch, over all processes."""
         size = self.config.batch_size // self.config.gradient_accumulation_steps
         return BatchOrder(self.data.buckets, size, self.config.seed)
+
+    @cached_property
+    def one_pass(self) -> OnePass:
+        """Clips, updates and averages what can be in one pass."""
+        # Wrapped by accelerate.
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        # Mixing matrices are clipped to [0, 1] after each step.
+        return OnePass(optimizer, self.ema, mixing_matrices(self.model))
 
     @property
     def rows(self) -> slice:
@@ -112,11 +126,15 @@ class Run:
             losses.append({name: values.detach() for name, values in found.items()})
         # Looked for once: a model has many modules.
         parameters = list(self.model.parameters())
-        norm = clip_gradients(parameters, self.config.max_grad_norm)
+        norm = gradient_norm(parameters)
+        factor = clipping_factor(norm, self.config.max_grad_norm)
+        done = self.one_pass(parameters, factor)
+        if self.config.max_grad_norm is not None:
+            scale_gradients(parameters, factor)
         self.optimizer.step()
         self.learning_rate.step()
         self.optimizer.zero_grad()
-        self.ema.step(parameters)
+        self.ema.step(parameters, done)
         timesteps = self.task.objective.timesteps(randomness.times)
         return StepResult(
             {name: torch.cat([part[name] for part in losses]) for name in losses[0]},

@@ -240,19 +240,21 @@ def backward_keys_kernel(
         if ROTARY:
             w0, w1 = rotate_pieces(w0, w1, cos_ptr, sin_ptr, tokens, valid, D, D0, D1, 1)
 
-        # dv = dSᵀ w and dw = dS v; the pieces of a transpose change places.
+        # dv = dSᵀ w and dw = dS v; the pieces of a transpose change places. One is stored before
+        # the other is computed, since both at once need more registers.
+        w_scales = tl.full((BT,), 1.0, tl.float32)
+        v_scales = w_scales
         if dsummaries_ptr.dtype.element_ty == tl.float16:
             w0, w1, w_scales = scale_rows(w0, w1, D1)
             v0, v1, v_scales = scale_rows(v0, v1, V1)
             w_scales, v_scales = w_scales * dscale, v_scales * dscale
         dv0, dv1 = times_summary(w0, w1, s00, s01, s10, s11, D1, V1, PRECISION)
+        dv0, dv1 = dv0 * w_scales[:, None], dv1 * w_scales[:, None]
+        store_pieces(dv_ptr, dv0, dv1, tokens, valid, dv_strides, V, V0, V1, ALIGN)
         dw0, dw1 = times_summary(
             v0, v1, tl.trans(s00), tl.trans(s10), tl.trans(s01), tl.trans(s11), V1, D1, PRECISION
         )
-        if dsummaries_ptr.dtype.element_ty == tl.float16:
-            dv0, dv1 = dv0 * w_scales[:, None], dv1 * w_scales[:, None]
-            dw0, dw1 = dw0 * v_scales[:, None], dw1 * v_scales[:, None]
-        store_pieces(dv_ptr, dv0, dv1, tokens, valid, dv_strides, V, V0, V1, ALIGN)
+        dw0, dw1 = dw0 * v_scales[:, None], dw1 * v_scales[:, None]
         if ROTARY:
             dw0, dw1 = rotate_pieces(dw0, dw1, cos_ptr, sin_ptr, tokens, valid, D, D0, D1, -1)
         if NORMALIZE:

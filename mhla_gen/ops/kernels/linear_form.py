@@ -26,7 +26,7 @@ _TILES = {
     "summarise": {64: (64, 4, 2, None), 80: (64, 4, 1, None), 128: (32, 4, 4, None)},
     "apply": {64: (64, 4, 3, None), 80: (64, 4, 1, 128), 128: (64, 8, 1, 128)},
     "backward_queries": {64: (64, 4, 2, None), 80: (64, 4, 1, None), 128: (32, 8, 3, None)},
-    "backward_keys": {64: (64, 4, 2, None), 80: (64, 4, 2, 168), 128: (32, 4, 1, None)},
+    "backward_keys": {64: (64, 4, 2, None), 80: (64, 4, 1, None), 128: (32, 4, 1, None)},
 }
 # The same for blocks of one tile, where nothing can be loaded ahead.
 _SMALL_BLOCKS = {"summarise": (64, 4, 1, None), "backward_queries": (32, 4, 1, None)}

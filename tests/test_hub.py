@@ -1,13 +1,11 @@
 """A model is found by its folder, by the run that made it, or by its name on the hub."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from huggingface_hub import constants
 from tiny import tiny_dit, tiny_dit_pipeline
 
 import mhla_gen
@@ -101,7 +99,7 @@ def test_a_part_that_a_pipeline_lacks_is_named(run, tmp_path):
     assert locate_part(str(tmp_path / "vae"), "vae") == (str(tmp_path / "vae"), {})
 
 
-def test_models_on_the_hub_are_looked_into_by_name(run, tmp_path):
+def test_models_on_the_hub_are_looked_into_by_name(run, tmp_path, monkeypatch, capsys):
     """The cache as the hub's client lays it out; what is missing from it is asked for in vain."""
     commit = "0123456789" * 4
     snapshot = tmp_path / "hub" / "models--someone--digits" / "snapshots" / commit
@@ -109,19 +107,16 @@ def test_models_on_the_hub_are_looked_into_by_name(run, tmp_path):
     snapshot.symlink_to(run / "pipeline")
     (snapshot.parents[1] / "refs").mkdir()
     (snapshot.parents[1] / "refs" / "main").write_text(commit)
-    code = (
-        "from mhla_gen.cli import main\n"
-        "for command in (['inspect'], ['inspect', 'sensitivity', 'mhla.layout=[2,2]']):\n"
-        "    for name in ('someone/digits', 'someone/letters'):\n"
-        "        assert main([*command, 'model=' + name, 'num_inputs=1', '--dry-run']) in (0, 2)\n"
-    )
-    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "model: someone/digits/transformer, DiTTransformer2DModel" in done.stdout
-    assert "would measure 2 layers" in done.stdout
-    errors = [line for line in done.stderr.splitlines() if "error:" in line]
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    for command in (["inspect"], ["inspect", "sensitivity", "mhla.layout=[2,2]"]):
+        options = ["num_inputs=1", "--dry-run", f"output_dir={tmp_path / 'out'}"]
+        assert main([*command, "model=someone/digits", *options]) == 0
+        assert main([*command, "model=someone/letters", *options]) == 2
+    said = capsys.readouterr()
+    assert "model: someone/digits/transformer, DiTTransformer2DModel" in said.out
+    assert "would measure 2 layers" in said.out
+    errors = [line for line in said.err.splitlines() if "error:" in line]
     assert len(errors) == 2 and all(
         "someone/letters is not a folder here" in line for line in errors
     )

@@ -161,6 +161,20 @@ def test_one_product_equals_several(sizes, biases):
         torch.testing.assert_close(a, e)
 
 
+@pytest.mark.parametrize("used", [[1], [0, 2], []])
+def test_outputs_that_are_not_used_have_no_gradient(used):
+    layers = [nn.Linear(6, size).double() for size in (3, 5, 4)]
+    given = torch.randn(2, 6).double().requires_grad_()
+    losses = [
+        sum((outputs[index].square().sum() for index in used), given.sum())
+        for outputs in (products(layers, given), [layer(given) for layer in layers])
+    ]
+    trained = [given, *(p for layer in layers for p in layer.parameters())]
+    gradients = [torch.autograd.grad(loss, trained, materialize_grads=True) for loss in losses]
+    for actual, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
 class Doubled(nn.Linear):
     def forward(self, x):
         return 2 * super().forward(x)

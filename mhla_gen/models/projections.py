@@ -40,7 +40,44 @@ def products(layers: Sequence[Any], inputs: Tensor) -> list[Tensor]:
         biases += [weights[0].new_zeros(rest)] if biases else []
     bias = torch.cat(biases) if biases else None
     joined = F.linear(inputs, torch.cat(weights), bias)
-    return list(joined.split([*sizes, *([rest] if rest else [])], dim=-1))[: len(layers)]
+    return list(_Split.apply(joined, sizes))
+
+
+class _Split(torch.autograd.Function):
+    """The first parts of a tensor's last axis; gradients are put side by side by `join_columns`."""
+
+    @staticmethod
+    def forward(ctx: Any, joined: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
+        ctx.sizes = [*sizes, joined.shape[-1] - sum(sizes)]
+        ctx.set_materialize_grads(False)
+        return joined.split(ctx.sizes, dim=-1)[:-1]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        given = next((g for g in gradients if g is not None), None)
+        if given is None:
+            return None, None
+        parts = [
+            given.new_zeros((*given.shape[:-1], size)) if gradient is None else gradient
+            for gradient, size in zip((*gradients, None), ctx.sizes, strict=True)
+            if size
+        ]
+        return join_columns(parts), None
+
+
+@torch.library.custom_op("mhla_gen::join_columns", mutates_args=())
+def join_columns(parts: list[Tensor]) -> Tensor:
+    """Tensors side by side along their last axis, each read once.
+
+    torch.compile would compute every part for every column and choose one: for four projections
+    that takes twice as long.
+    """
+    return torch.cat(parts, dim=-1)
+
+
+@join_columns.register_fake
+def _(parts: list[Tensor]) -> Tensor:
+    return parts[0].new_empty((*parts[0].shape[:-1], sum(part.shape[-1] for part in parts)))
 
 
 def _joinable(layers: Sequence[Any]) -> bool:

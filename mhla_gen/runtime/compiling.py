@@ -13,6 +13,8 @@ from mhla_gen.runtime.linear_gelu import join_gelu
 # Forms of one block that torch compiles: for training and for sampling, and for every size of a
 # data set, where it finds no form for several. Its own limit is 8, after which it raises.
 _MOST_FORMS = 256
+# Channels of a token that are normalised without reading them twice.
+_MOST_CHANNELS = 2048
 
 
 def repeated_blocks(model: nn.Module) -> tuple[str, ...]:
@@ -34,6 +36,27 @@ def repeated_blocks(model: nn.Module) -> tuple[str, ...]:
     return (type(largest[0]).__name__,)
 
 
+def _read_norms_once() -> None:
+    """Let torch.compile hold a token's channels in registers while it normalises them.
+
+    By default it does so up to 1,024 channels, and reads longer tokens twice.
+    """
+    from torch._inductor.choices import InductorChoices
+    from torch._inductor.runtime.hints import ReductionHint
+    from torch._inductor.virtualized import V
+
+    class Choices(InductorChoices):
+        @staticmethod
+        def should_use_persistent_reduction(features: Any, cooperative_reduction: bool) -> bool:
+            if features.get_reduction_hint() == ReductionHint.INNER and not cooperative_reduction:
+                sizes: Any = V.graph.sizevars
+                if sizes.statically_known_leq(features.reduction_numel, _MOST_CHANNELS):
+                    return True
+            return InductorChoices.should_use_persistent_reduction(features, cooperative_reduction)
+
+    V.set_choices_handler(Choices())
+
+
 def compile_model(model: nn.Module, how: str) -> None:
     """Compile a model in place; its parameters keep their names.
 
@@ -49,6 +72,7 @@ def compile_model(model: nn.Module, how: str) -> None:
     torch._dynamo.config.optimize_ddp = how == "whole"
     if how == "whole":
         join_gelu(model)
+        _read_norms_once()
         model.compile(**_limit_forms())
     else:
         compile_blocks(model)
@@ -65,6 +89,7 @@ def compile_blocks(model: nn.Module) -> None:
     """
     limit = _limit_forms()
     join_gelu(model)
+    _read_norms_once()
     for name in repeated_blocks(model):
         blocks = [module for module in model.modules() if type(module).__name__ == name]
         own: dict[int, FunctionType | None] = {}

@@ -104,10 +104,10 @@ def no_summary(D0: tl.constexpr, D1: tl.constexpr, V0: tl.constexpr, V1: tl.cons
 @triton.jit
 def _largest(piece, D: tl.constexpr, ROW: tl.constexpr):
     """Largest magnitude of a piece; φ(0) of channels that do not exist does not count."""
-    by_row = tl.max(tl.abs(piece), axis=1)
+    sizes = tl.abs(piece)
     if ROW + piece.shape[0] > D:
-        by_row = tl.where(ROW + tl.arange(0, piece.shape[0]) < D, by_row, 0.0)
-    return tl.max(by_row, axis=0)
+        sizes = tl.where((ROW + tl.arange(0, piece.shape[0]) < D)[:, None], sizes, 0.0)
+    return tl.max(sizes)
 
 
 @triton.jit

@@ -119,8 +119,8 @@ class TrainConfig(Settings):
     the model, which takes longer."""
     cuda_graphs: bool | None = None
     """With compile=regional on GPUs: record the forward and backward pass of a DiT as CUDA graphs
-    and replay them at every step. None does so on one GPU, true also under DDP. Not available with
-    parallelism=fsdp, which moves the weights."""
+    and replay them at every step, also under DDP; false does not. Never with parallelism=fsdp,
+    which moves the weights."""
     gradient_checkpointing: Any = False
     """Recompute activations in the backward pass: less memory, more time. true, for all blocks;
     a number from 0 to 1, for this share of them; false, for none; selective, for all blocks, but

@@ -277,7 +277,7 @@ def _shared(
 
 
 def can_record(accelerator: Accelerator, model: nn.Module, config: TrainConfig) -> bool:
-    """Whether a model's passes are recorded as CUDA graphs: those of a DiT, if `cuda_graphs`.
+    """Whether a model's passes are recorded as CUDA graphs: those of a DiT, unless settings say no.
 
     A Wan has work enough for each launch, and clips of several shapes. FSDP2 moves the weights.
 
@@ -286,9 +286,8 @@ def can_record(accelerator: Accelerator, model: nn.Module, config: TrainConfig) 
         model: Not yet prepared.
         config: Settings.
     """
-    wanted = accelerator.num_processes == 1 if config.cuda_graphs is None else config.cuda_graphs
     return (
-        wanted
+        config.cuda_graphs is not False
         and config.compile == "regional"
         and config.takes_labels
         and not (config.gradient_checkpointing and draws(model))

@@ -1,7 +1,7 @@
 """GELU in the matrix product before it, where no gradient is needed."""
 
 from collections.abc import Collection
-from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -42,13 +42,15 @@ def join_gelu(model: nn.Module, devices: Collection[str] = ("cuda",)) -> None:
     for module in model.modules():
         name = f"{type(module).__module__}.{type(module).__qualname__}"
         if name in JOINED and module.approximate == "tanh" and "forward" not in module.__dict__:
-            module.forward = partial(_forward, module, devices)
+            module.joins_on = tuple(devices)
+            # For a partial function in its place, torch 2.11 would compile every block anew.
+            module.forward = MethodType(_forward, module)
 
 
-def _forward(self: Any, devices: Collection[str], hidden_states: Tensor) -> Tensor:
+def _forward(self: Any, hidden_states: Tensor) -> Tensor:
     layer = self.proj
     joins = (
-        hidden_states.device.type in devices
+        hidden_states.device.type in self.joins_on
         and not torch.is_grad_enabled()
         and is_plain(layer)
         and layer.bias is not None

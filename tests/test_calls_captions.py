@@ -100,3 +100,21 @@ def test_captions_are_embedded_as_the_pipeline_does(name):
     assert names
     for argument in names:
         alike(ours[argument], theirs[argument])
+
+
+def test_kandinsky_embeds_a_caption_alike_beside_longer_ones():
+    """Its pipeline pads to the longest caption of a batch, without a mask."""
+    torch.manual_seed(0)
+    words, pooled = language(Qwen3Model, Qwen3Config, 16), clip(10)
+    model, kind, _ = called("kandinsky5")
+    parts = {"text_encoder": words["text"].eval(), "tokenizer": words["tokens"]}
+    parts |= {"text_encoder_2": pooled["text"].eval(), "tokenizer_2": pooled["tokens"]}
+    pipe = kind.assemble(model, scheduler=kind.scheduler[0](), **parts)
+    pipe.prompt_template, pipe.prompt_template_encode_start_idx = "{} a", 0
+    encoder = CaptionEncoder(kind(pipe), None)
+    together, alone = encoder.embed(WORDS), [encoder.embed([word])[0] for word in WORDS]
+    assert len({len(row["prompt_embeds_qwen"]) for row in alone}) == 3
+    for row, expected in zip(together, alone, strict=True):
+        assert row.keys() == expected.keys()
+        for name, value in row.items():
+            torch.testing.assert_close(value, expected[name])

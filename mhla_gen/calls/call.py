@@ -70,6 +70,8 @@ class Call:
     pads: ClassVar[bool] = True
     """Whether the pipeline pads every caption to one length. Otherwise `prompt_embeds` are cut to
     the tokens valid in `prompt_embeds_mask`, and padded with zeros to the longest of a batch."""
+    batches: ClassVar[bool] = True
+    """Whether the pipeline embeds a caption alike in every batch, but for what `pads` says."""
     packing: ClassVar[int] = 1
     """Number of latents along each side that the pipeline packs into the channels of a token."""
     scheduler: ClassVar[tuple[type, dict[str, Any]]] = (FlowMatchEulerDiscreteScheduler, {})

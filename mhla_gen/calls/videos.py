@@ -191,6 +191,8 @@ class Kandinsky5Call(Call):
         "pooled_projections": Embedded("prompt_embeds_clip", "in_text_dim2"),
     }
     returned = ("prompt_embeds_qwen", "prompt_embeds_clip")
+    # It pads to the longest caption of a batch, without a mask.
+    batches = False
 
     @classmethod
     def channels(cls, config: Any) -> int:

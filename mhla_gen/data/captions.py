@@ -26,6 +26,8 @@ class CaptionEncoder(NamedTuple):
     @torch.inference_mode()
     def embed(self, captions: Sequence[str]) -> list[dict[str, Tensor]]:
         """The tensors of each caption by the names of its family's `Call`, on the CPU."""
+        if len(captions) > 1 and not self.call.batches:
+            return [row for caption in captions for row in self.embed([caption])]
         found = self.call.embed(captions, self.max_sequence_length)
         rows = [
             {name: value[i].cpu() for name, value in found.items()} for i in range(len(captions))

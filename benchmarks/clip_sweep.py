@@ -39,6 +39,7 @@ class Form(NamedTuple):
     channels: int = 64
     frames: int = 3
     by_tokens: bool = False
+    ahead: int = 0
     max_registers: int | None = None
     warps: int = 4096
 
@@ -46,18 +47,18 @@ class Form(NamedTuple):
 STREAMS = ("", "added", "added gate", "added beside", "added beside gate")
 WHOLE = STREAMS[-1]
 FORMS = (
-    Form(by_tokens=True),
-    Form(4, 64, 2, by_tokens=True),
-    Form(4, 64, 2),
+    Form(ahead=1),
+    Form(2, 64, 2, ahead=1),
+    Form(2, 64, 2, ahead=2),
+    Form(ahead=2),
     Form(2, 64, 2),
-    Form(2, 64, 2, by_tokens=True),
-    Form(2, 64, 2, max_registers=128),
-    Form(2, 64, 2, by_tokens=True, max_registers=128),
-    Form(warps=8192),
-    Form(2, 64, 2, warps=8192),
-    Form(2, 64, 4),
-    Form(max_registers=200),
-    Form(max_registers=168),
+    Form(4, 64, 2, ahead=1),
+    Form(4, 64, 1, ahead=2),
+    Form(2, 64, 2, by_tokens=True, ahead=2),
+    Form(4, 64, 2, by_tokens=True),
+    Form(2, 64, 2, ahead=2, max_registers=168),
+    Form(2, 64, 2, ahead=2, warps=8192),
+    Form(ahead=1, warps=8192),
 )
 Job = tuple[str, Form]
 JOBS: tuple[Job, ...] = (
@@ -119,7 +120,8 @@ class Inputs:
 def use(form: Form) -> None:
     """Let the kernel run in this form."""
     kernels._COLUMNS, kernels._CHANNELS, kernels._FRAMES = form[:3]
-    kernels._BY_TOKENS, kernels._FRAME_REGISTERS, kernels._ENOUGH_WARPS = form[3:]
+    kernels._BY_TOKENS, kernels._AHEAD = form[3:5]
+    kernels._FRAME_REGISTERS, kernels._ENOUGH_WARPS = form[5:]
 
 
 def compile_form(job: Job) -> dict[str, Any]:

@@ -36,8 +36,8 @@ _MOST_HELD_TAPS = 9
 # program of the convolution, frames and lines of one of the filter's gradient.
 _MOST_FRAME_TAPS, _FRAMES, _COLUMNS = 27, 3, 2
 _SUM_FRAMES, _SUM_LINES = 2, 2
-# Order of the convolution's programs, see the kernel, and the most registers of a thread.
-_BY_TOKENS, _FRAME_REGISTERS = False, None
+# See the kernel: order of the convolution's programs, lines ahead; and registers of a thread.
+_BY_TOKENS, _AHEAD, _FRAME_REGISTERS = False, 0, None
 # Programs that keep a large GPU busy: several for each of 132 multiprocessors.
 _ENOUGH_PROGRAMS = 1024
 _ENOUGH_WARPS = 4096
@@ -257,6 +257,7 @@ def _conv_by_frames(
             "BT": _COLUMNS,
             "BC": _CHANNELS,
             "BY_TOKENS": _BY_TOKENS,
+            "AHEAD": _AHEAD,
             "num_warps": 1,
             **({} if _FRAME_REGISTERS is None else {"maxnreg": _FRAME_REGISTERS}),
         },

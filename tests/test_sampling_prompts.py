@@ -1,6 +1,7 @@
 """Images and videos of prompts: Wan text- and image-to-video, both experts, PixArt."""
 
 import json
+from types import SimpleNamespace
 
 import decord
 import imageio.v2 as imageio
@@ -23,6 +24,7 @@ from tiny_sampling import set_of
 
 import mhla_gen
 from mhla_gen import MHLAConfig
+from mhla_gen.errors import UserError
 from mhla_gen.media.frames import visible_pixels
 from mhla_gen.media.videos import write_video
 from mhla_gen.sampling import sample
@@ -202,6 +204,49 @@ def test_images_of_prompts_from_another_family(tmp_path):
     assert not np.array_equal(*map(np.asarray, pictures))
     with pytest.raises(ValueError, match="PixArtAlphaPipeline takes no num_frames"):
         sample(set_of(tmp_path / "no", tmp_path / "pixart", num_frames=5, **options))
+
+
+class Recorder:
+    """A pipeline that makes black images and keeps its negative prompts."""
+
+    text_encoder = object()
+    transformer = SimpleNamespace(config=SimpleNamespace(), modules=list)
+
+    def __init__(self):
+        self.negatives = {}
+
+    def __call__(
+        self,
+        prompt=None,
+        negative_prompt=None,
+        height=8,
+        width=8,
+        num_inference_steps=1,
+        generator=None,
+        output_type="pt",
+        return_dict=False,
+    ):
+        for number, text in enumerate(prompt):
+            self.negatives[text] = None if negative_prompt is None else negative_prompt[number]
+        return (torch.zeros(len(prompt), 3, height, width),)
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_a_prompt_has_its_own_negative_prompt_or_the_pipelines(together):
+    pipeline = Recorder()
+    expected = {"a": None, "b": "blurred", "c": "", "d": None}
+    prompts = [Prompt(text, negative_prompt=negative) for text, negative in expected.items()]
+    sampler = PromptSampler(pipeline, prompts, seed=0, sizes={"height": None, "width": None})
+    for numbers in [range(4)] if together else [[i] for i in range(4)]:
+        assert sampler.draw(numbers, 1).shape == (len(numbers), 8, 8, 3)
+    assert pipeline.negatives == expected
+
+    class Guided(Recorder):
+        def __call__(self, prompt=None, height=8, width=8):
+            """As that of a guidance-distilled model."""
+
+    with pytest.raises(UserError, match="Guided takes no negative_prompt"):
+        PromptSampler(Guided(), prompts, seed=0, sizes={"height": None, "width": None})
 
 
 def test_prompts_from_text_lists_and_files(tmp_path):

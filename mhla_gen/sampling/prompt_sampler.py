@@ -92,6 +92,9 @@ class PromptSampler:
             chunks = self.stream(numbers[0], steps, on_step=on_step)
             return torch.cat([pixels for _, pixels in chunks])[None]
         chosen = [self.prompts[i // self.samples_per_prompt] for i in numbers]
+        if len({prompt.negative_prompt is None for prompt in chosen}) > 1:
+            # A pipeline may have a negative prompt of its own, but not for some of a call.
+            return torch.cat([self.draw([number], steps, on_step) for number in numbers])
         done = Steps(on_step)
         watched = "callback_on_step_end" in self._arguments
         result = self.pipeline(
@@ -180,8 +183,8 @@ class PromptSampler:
     def _texts(self, numbers: Sequence[int], chosen: Sequence[Prompt]) -> dict[str, Any]:
         if self.embeds is None:
             texts: dict[str, Any] = {"prompt": [p.prompt for p in chosen]}
-            if any(p.negative_prompt for p in chosen):
-                texts["negative_prompt"] = [p.negative_prompt or "" for p in chosen]
+            if chosen[0].negative_prompt is not None:
+                texts["negative_prompt"] = [p.negative_prompt for p in chosen]
             return texts
         device = self.pipeline._execution_device
         found = {}
@@ -211,6 +214,8 @@ class PromptSampler:
                 )
             if prompt.image is not None and not self.takes_image:
                 raise UserError(f"prompt {number} has an image, but {name} takes none")
+            if prompt.negative_prompt is not None and "negative_prompt" not in self._arguments:
+                raise UserError(f"{name} takes no negative_prompt")
         for number, prompt in enumerate(self.prompts):
             if prompt.image is not None:
                 _check_readable(number, prompt.image)

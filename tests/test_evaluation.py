@@ -431,6 +431,31 @@ def test_wrong_arguments_are_one_sentence(arguments, message, capsys):
     assert message in error and error.count("\n") == 1
 
 
+def test_nothing_that_is_not_theirs_is_written_over(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for name in ("made", "real"):
+        images = rng.integers(0, 256, (30, 8, 8, 3), dtype=np.uint8)
+        np.savez(tmp_path / f"{name}.npz", arr_0=images)
+    np.savez(tmp_path / "adm.npz", mu=np.zeros(3), sigma=np.eye(3))
+    (tmp_path / "notes.json").write_text('{"mine": 1}')
+    (tmp_path / "half.json").write_text('{"metrics": {')
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    same = [f"features.cache_dir={tmp_path}/cache", "features.extractor=pixels"]
+    both = [f"samples={tmp_path}/made.npz", f"reference={tmp_path}/real.npz", "metrics=[fd]"]
+    for out in ("made.npz", "notes.json", "half.json"):
+        assert main(["evaluate", *both, *same, f"out={tmp_path}/{out}"]) == 2
+        assert f"{out} was not written by this command" in capsys.readouterr().err
+    for out in ("real.npz", "adm.npz"):
+        assert main(["reference", f"data={tmp_path}/real.npz", *same, f"out={tmp_path}/{out}"]) == 2
+        assert f"{out} was not written by this command" in capsys.readouterr().err
+    assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
+    # Their own are replaced.
+    for _ in range(2):
+        assert main(["evaluate", *both, *same, f"out={tmp_path}/new.json"]) == 0
+        assert main(["reference", both[1].replace("reference", "data"), *same,
+                     f"out={tmp_path}/new.npz"]) == 0  # fmt: skip
+
+
 def test_videos_are_known_before_a_network_is_looked_for(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "no weights"))
     (tmp_path / "films").mkdir()

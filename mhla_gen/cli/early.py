@@ -26,7 +26,7 @@ from mhla_gen.config import (
 )
 from mhla_gen.config.fields import in_group
 from mhla_gen.config.inspection import FREE_OF_SCAN
-from mhla_gen.errors import MissingError, OccupiedError, UserError
+from mhla_gen.errors import MissingError, UserError
 from mhla_gen.hub import INDEX_NAME, PIPELINE_NAME, adapter_file, find, locate
 from mhla_gen.outputs.folders import CONFIG_NAME, check_writable, made_with
 
@@ -151,16 +151,20 @@ def _class_in(index: Path) -> str | None:
 
 
 def _evaluate(config: EvaluateConfig) -> _Checks:
+    from mhla_gen.evaluation.outs import check_report
+
     yield config.check_comparison
-    yield partial(_writable_file, "out", config.out)
+    yield partial(check_report, config.out)
     yield partial(_exist, "samples", config.samples)
     yield partial(_exist, "reference", config.reference)
     yield partial(_weights, "features", config.features)
 
 
 def _reference(config: ReferenceConfig) -> _Checks:
+    from mhla_gen.evaluation.outs import check_statistics
+
     yield config.check_files
-    yield partial(_writable_file, "out", config.out)
+    yield partial(check_statistics, config.out)
     yield partial(_exist, "data", config.data)
     yield partial(_weights, "features", config.features)
 
@@ -233,12 +237,6 @@ def _weights(name: str, features: FeaturesConfig) -> None:
     # DINOv2 also has a name on the hub.
     if features.extractor != "dinov2":
         _exist(f"{name}.weights", features.weights)
-
-
-def _writable_file(name: str, path: str) -> None:
-    if Path(path).is_dir():
-        raise OccupiedError(f"{name} {path} is a folder; name a file")
-    check_writable(Path(path).parent, name)
 
 
 def _exist(name: str, paths: Any) -> None:

@@ -12,6 +12,7 @@ from mhla_gen.config import EvaluateConfig
 from mhla_gen.evaluation.errors import EvaluationError
 from mhla_gen.evaluation.feature_files import FeatureSet
 from mhla_gen.evaluation.measurer import Measurer
+from mhla_gen.evaluation.outs import check_report
 from mhla_gen.evaluation.protocol import EvaluationProtocol
 from mhla_gen.evaluation.results import (
     FRECHET,
@@ -30,9 +31,9 @@ from mhla_gen.evaluation.sources import (
     has_statistics,
 )
 from mhla_gen.evaluation.statistics_file import StatisticsFile
+from mhla_gen.files import remove_leftovers
 from mhla_gen.files.saved import read_json
-from mhla_gen.outputs.folders import check_writable
-from mhla_gen.runtime.processes import processes
+from mhla_gen.runtime.processes import on_main, processes
 from mhla_gen.version import __version__
 
 
@@ -51,7 +52,7 @@ def evaluate(config: EvaluateConfig, dry_run: bool = False) -> list[Result]:
             features or statistics are missing, unusable or not comparable.
     """
     config.check_comparison()
-    check_writable(Path(config.out).parent, "out")
+    check_report(config.out)
     measurer = Measurer.start(config.features, config.size, config.skip_corrupt)
     source = measurer.open(config.samples)
     labels = source.labels() if need_labels(config.metrics) else None
@@ -60,6 +61,7 @@ def evaluate(config: EvaluateConfig, dry_run: bool = False) -> list[Result]:
     if dry_run:
         print(f"would measure {len(source)} images of {source.name}: {scoring.protocol}")
         return []
+    on_main(lambda: remove_leftovers(Path(config.out).parent))
     samples = measurer.features(source, scoring.feature_names)
     return scoring.score(replace(samples, labels=labels))
 

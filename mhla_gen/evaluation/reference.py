@@ -6,10 +6,11 @@ import numpy as np
 
 from mhla_gen.config import ReferenceConfig
 from mhla_gen.evaluation.measurer import Measurer
+from mhla_gen.evaluation.outs import check_statistics
 from mhla_gen.evaluation.sources import ImageSource, frame_shape
 from mhla_gen.evaluation.statistics_file import STATISTICS_KEYS, write_statistics
+from mhla_gen.files import remove_leftovers
 from mhla_gen.media.pictures import UnreadableImageError
-from mhla_gen.outputs.folders import check_writable
 from mhla_gen.runtime.processes import on_main
 
 
@@ -29,13 +30,14 @@ def build_reference(config: ReferenceConfig, dry_run: bool = False) -> Path | No
     """
     config.check_files()
     out = Path(config.out)
-    check_writable(out.parent, "out")
+    check_statistics(out)
     measurer = Measurer.start(config.features, config.size, config.skip_corrupt)
     source = measurer.open(config.data)
     protocol = measurer.protocol(frame_shape(source))
     if dry_run:
         print(f"would measure {len(source)} images of {source.name}: {protocol}")
         return None
+    on_main(lambda: remove_leftovers(out.parent))
     names = [name for name in STATISTICS_KEYS if name in measurer.extractor.dims]
     measured = measurer.features(source, names)
 

@@ -3,7 +3,7 @@
 import os
 import re
 import tempfile
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,29 @@ def made_with(folder: str | Path, config: Any, ignore: Sequence[str] = ("output_
             f"output_dir {folder} was made with other settings ({'; '.join(changes)}); {remedy}"
         )
     return True
+
+
+def check_output_file(setting: str, path: str | Path, is_ours: Callable[[Path], bool]) -> None:
+    """Raise unless a file can be written that need not exist yet.
+
+    Args:
+        setting: What names it.
+        path: The file.
+        is_ours: Whether one that exists was written by this command, which then replaces it.
+
+    Raises:
+        FileExistsError: If something else is there.
+        PermissionError: Naming what stands in the way.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise OccupiedError(f"{setting} {path} is a folder; name a file")
+    check_writable(path.parent, setting)
+    if path.exists() and not is_ours(path):
+        raise OccupiedError(
+            f"{setting} {path} was not written by this command, or is damaged; choose another "
+            f"{setting} or move it away"
+        )
 
 
 def check_writable(folder: str | Path, setting: str = "output_dir") -> None:

@@ -272,6 +272,11 @@ def test_the_page_holds_everything_and_links_to_nothing(folders, tmp_path, capsy
     assert json.loads((output / "statistics.json").read_text()) == numbers
     assert main(["inspect", str(folders / "mhla"), f"output_dir={output}"]) == 2
     assert "made with other settings" in capsys.readouterr().err
+    for name in ("notes.txt", "screenshot.png"):
+        (output / name).write_text("mine")
+        assert main(["inspect", str(folders / "mhla"), *arguments]) == 2
+        assert f"has other files, such as {name}" in capsys.readouterr().err
+        (output / name).unlink()
 
 
 def test_wan_pages_have_a_column_per_frame(tmp_path):

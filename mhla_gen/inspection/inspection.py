@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from mhla_gen.config import InspectConfig, save_config
-from mhla_gen.errors import UserError
-from mhla_gen.files import remove_leftovers, written_whole
+from mhla_gen.errors import OccupiedError, UserError
+from mhla_gen.files import is_temporary, remove_leftovers, written_whole
 from mhla_gen.inspection.examination import Examination, Focus, Layer, examine
 from mhla_gen.inspection.figures import Picture, draw_statistics
 from mhla_gen.inspection.grids import TokenGrid, token_grid
@@ -26,7 +26,7 @@ from mhla_gen.inspection.map_figures import draw_maps
 from mhla_gen.inspection.mixing_figures import draw_mixing, draw_mixing_heads
 from mhla_gen.inspection.page import build_page
 from mhla_gen.inspection.subject import Subject, load_subject
-from mhla_gen.outputs.folders import CONFIG_NAME, check_writable, made_with
+from mhla_gen.outputs.folders import CONFIG_NAME, LOCK_NAME, check_writable, made_with
 from mhla_gen.runtime.devices import resolve_device
 from mhla_gen.version import __version__
 
@@ -52,7 +52,8 @@ def inspect(config: InspectConfig, dry_run: bool = False) -> Path:
     """
     config.require_model()
     folder = Path(config.output_dir)
-    made_with(folder, config)
+    if made_with(folder, config):
+        _require_only_ours(folder)
     check_writable(folder.parent)
     remove_leftovers(folder.parent)
     subjects = _load(config)
@@ -82,6 +83,25 @@ def inspect(config: InspectConfig, dry_run: bool = False) -> Path:
     _write(folder, config, examinations, facts, focus, queries)
     print(f"wrote {folder / PAGE_NAME}")
     return folder / PAGE_NAME
+
+
+def _require_only_ours(folder: Path) -> None:
+    """Raise if a folder that will be replaced has files that this command did not write."""
+    try:
+        pictures = json.loads((folder / STATISTICS_NAME).read_bytes()).get("pictures")
+    except (OSError, ValueError, AttributeError):
+        pictures = None
+    if pictures is None:
+        # Of an earlier version, or damaged.
+        pictures = [path.name for path in folder.glob("*.png")]
+    ours = {PAGE_NAME, STATISTICS_NAME, CONFIG_NAME, LOCK_NAME, *pictures}
+    others = sorted(path.name for path in folder.iterdir() if path.name not in ours)
+    others = [name for name in others if not is_temporary(folder / name)]
+    if others:
+        raise OccupiedError(
+            f"output_dir {folder} will be replaced, but has other files, such as "
+            f"{others[0]}; move them away or choose another output_dir"
+        )
 
 
 def _load(config: InspectConfig) -> dict[str, Subject]:
@@ -173,10 +193,12 @@ def _write(
     page = build_page(examinations, facts, statistics, mixing, maps)
     with written_whole(folder) as partial:
         partial.mkdir()
+        names = []
         for picture in (statistics, *mixing, *maps):
-            (partial / f"{picture.name}.png").write_bytes(picture.png["light"])
+            names.append(f"{picture.name}.png")
+            (partial / names[-1]).write_bytes(picture.png["light"])
         (partial / STATISTICS_NAME).write_text(
-            json.dumps(_numbers(examinations, facts), indent=2, ensure_ascii=False) + "\n"
+            json.dumps(_numbers(examinations, facts, names), indent=2, ensure_ascii=False) + "\n"
         )
         (partial / PAGE_NAME).write_text(page, encoding="utf-8")
         save_config(replace(config, output_dir=str(folder)), partial / CONFIG_NAME)
@@ -203,10 +225,13 @@ def _mixing(seen: Examination) -> list[Picture]:
     return pictures
 
 
-def _numbers(examinations: list[Examination], facts: list[tuple[str, str]]) -> dict[str, Any]:
+def _numbers(
+    examinations: list[Examination], facts: list[tuple[str, str]], pictures: list[str]
+) -> dict[str, Any]:
     """Rank and entropy of every layer, input and head."""
     return {
         "facts": dict(facts),
+        "pictures": pictures,
         **{
             seen.title: [
                 {

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
@@ -21,6 +22,7 @@ from mhla_gen.distillation.teacher import mhla_attentions, softmax_twin, train_o
 from mhla_gen.errors import OccupiedError, UserError
 from mhla_gen.files import append_line, write_lines, write_tensors
 from mhla_gen.files.digests import tensors_digest
+from mhla_gen.files.saved import DamagedFileError
 from mhla_gen.inspection.grids import TokenGrid, token_grid
 from mhla_gen.inspection.inputs import Input, joined, make_inputs
 from mhla_gen.inspection.sensitivity_plan import plan_by_count
@@ -142,7 +144,12 @@ class Scan:
             with self._compared(names) as layers:
                 self._fit(layers, [own[name] for name in sorted(names)])
             write_tensors(file, {name: own[name] for name in names})
-        self.student.load_state_dict(load_file(file), strict=False)
+        try:
+            learned = load_file(file)
+        except (SafetensorError, OSError) as error:
+            remedy = "remove it to let the layers learn again"
+            raise DamagedFileError(file, str(error), remedy) from error
+        self.student.load_state_dict(learned, strict=False)
 
     def _fit(self, layers: LayerErrors, parameters: list[Tensor]) -> None:
         optimizer = torch.optim.Adam(parameters, lr=self.config.learning_rate)

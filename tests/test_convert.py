@@ -28,6 +28,7 @@ from mhla_gen import (
     MHLADiTTransformer2DModel,
     MHLAWanTransformer3DModel,
     OriginalDiTTransformer2DModel,
+    files,
 )
 from mhla_gen.cli import main
 from mhla_gen.config import ConvertConfig
@@ -241,3 +242,26 @@ def test_half_precision_checkpoints_stay_half_precision(tmp_path):
     assert torch.equal(model.proj_out_2.weight, state["final_layer.linear.weight"])
     stored = read_checkpoint(folder)
     assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
+
+
+def test_a_damaged_conversion_is_not_taken_for_a_finished_one(tmp_path, capsys):
+    torch.save(dit_state(), tmp_path / "dit.pt")
+    folder = tmp_path / "out"
+    command = ["convert", f"source={tmp_path}/dit.pt", f"num_attention_heads={HEADS}"]
+    command.append(f"output_dir={folder}")
+    assert main(command) == 0 and main(command) == 0
+    assert "already contains this conversion" in capsys.readouterr().out
+    for path in [p for p in folder.iterdir() if p.name != "config.yaml"]:
+        whole = path.read_bytes()
+        for damaged in (whole[: len(whole) // 2], b"", None):
+            path.unlink()
+            if damaged is not None:
+                path.write_bytes(damaged)
+            assert main(command) == 2
+            assert f"{path} is damaged" in capsys.readouterr().err
+            path.write_bytes(whole)
+    # What a killed one left is removed.
+    left = tmp_path / files.partial_of(folder).name
+    left.mkdir()
+    assert main([*command[:-1], f"output_dir={tmp_path}/other"]) == 0
+    assert not left.exists()

@@ -18,8 +18,8 @@ from mhla_gen.conversion import mhla_dit, mhla_wan, original_dit
 from mhla_gen.conversion.keys import Converted, few
 from mhla_gen.conversion.reading import read_checkpoint
 from mhla_gen.errors import UserError
-from mhla_gen.files import written_whole
-from mhla_gen.files.saved import read_json
+from mhla_gen.files import remove_leftovers, written_whole
+from mhla_gen.files.saved import read_json, require_whole, sizes_below
 from mhla_gen.hub import locate_part
 from mhla_gen.models import MHLAWanTransformer3DModel
 from mhla_gen.outputs.folders import CONFIG_NAME, made_with
@@ -52,9 +52,13 @@ def convert(config: ConvertConfig, dry_run: bool = False) -> None:
     """
     folder = Path(config.output_dir)
     if made_with(folder, config):
+        remedy = f"remove {folder} to convert again"
+        require_whole(folder, read_json(folder / REPORT_NAME, remedy).get("files", {}), remedy)
         print(f"{folder} already contains this conversion; nothing was done")
         return
     config.require_source()
+    if not dry_run:
+        remove_leftovers(folder.parent)
     if config.direction == "import":
         _import(config, folder, dry_run)
     else:
@@ -256,6 +260,7 @@ def _finish(config: ConvertConfig, partial: Path, converted: Converted) -> None:
         "direction": config.direction,
         "exact": not converted.differences,
         "differences": list(converted.differences),
+        "files": sizes_below(partial),
     }
     (partial / REPORT_NAME).write_text(json.dumps(report, indent=2) + "\n")
     save_config(config, partial / CONFIG_NAME)

@@ -137,7 +137,7 @@ def write_placements(path: Path, placements: Sequence[Placement]) -> None:
 
 def read_placements(path: Path) -> tuple[Placement, ...]:
     """Read what `write_placements` wrote."""
-    rows = read_json(path, "build the cache again in another output_dir")
+    rows = read_json(path, "build the cache again in another output_dir", list)
     return tuple(Placement(**row | {"windows": tuple(map(tuple, row["windows"]))}) for row in rows)
 
 

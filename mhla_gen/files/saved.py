@@ -4,7 +4,7 @@ import json
 import pickle
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,20 +34,54 @@ class DamagedFileError(UserError):
         super().__init__(f"{path} is damaged ({reason}); {remedy}")
 
 
-def read_json(path: str | Path, remedy: str) -> Any:
+def read_json(path: str | Path, remedy: str, kind: type = dict) -> Any:
     """Read JSON that this package wrote.
 
     Args:
         path: The file.
         remedy: What to do where it is damaged.
+        kind: What it holds, dict or list.
 
     Raises:
-        DamagedFileError: If it is no JSON.
+        DamagedFileError: If it is none, or missing.
     """
     try:
-        return json.loads(Path(path).read_bytes())
+        values = json.loads(Path(path).read_bytes())
+    except FileNotFoundError as error:
+        raise DamagedFileError(path, "it is missing", remedy) from error
     except ValueError as error:
         raise DamagedFileError(path, f"incomplete JSON: {error}", remedy) from error
+    if not isinstance(values, kind):
+        found = type(values).__name__
+        raise DamagedFileError(path, f"expected a {kind.__name__}, found a {found}", remedy)
+    return values
+
+
+def sizes_below(folder: Path) -> dict[str, dict[str, Any]]:
+    """Bytes of all files in a folder, by their path there."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size} for path in files}
+
+
+def require_whole(folder: Path, known: Mapping[str, Any], remedy: str) -> None:
+    """Raise unless a folder still has the files that were written to it.
+
+    Args:
+        folder: The folder.
+        known: What `sizes_below` said then.
+        remedy: What to do where one is damaged.
+
+    Raises:
+        DamagedFileError: Naming one that is missing, or whose weights have another size.
+    """
+    found = sizes_below(folder)
+    for name, fact in known.items():
+        # Settings may have been edited.
+        if name not in found or (name.endswith(".safetensors") and found[name] != fact):
+            size = found.get(name, {}).get("bytes", 0)
+            raise DamagedFileError(folder / name, f"{size} bytes of {fact['bytes']}", remedy)
+        if (problem := problem_of_file(folder / name)) is not None:
+            raise DamagedFileError(folder / name, problem, remedy)
 
 
 def read_lines(path: str | Path) -> tuple[list[dict[str, Any]], int]:

@@ -21,7 +21,11 @@ from mhla_gen.files import (
     remove_leftovers,
     write_json,
 )
-from mhla_gen.files.saved import DamagedFileError, problem_of_file, read_json
+from mhla_gen.files.saved import (
+    DamagedFileError,
+    read_json,
+    require_whole,
+)
 from mhla_gen.hub import PIPELINE_NAME
 from mhla_gen.outputs.folders import CONFIG_NAME
 from mhla_gen.runtime.processes import on_main
@@ -119,12 +123,6 @@ def write_facts(
     write_json(folder / FACTS_NAME, facts)
 
 
-def sizes_below(folder: Path) -> dict[str, dict[str, Any]]:
-    """Bytes of all files in a folder, by their path there."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size} for path in files}
-
-
 def require_whole_pipeline(folder: Path) -> None:
     """Raise unless the pipeline of a finished run still has its files.
 
@@ -133,17 +131,7 @@ def require_whole_pipeline(folder: Path) -> None:
     """
     pipeline = folder / PIPELINE_NAME
     remedy = f"remove {pipeline} and run again with resume=latest, which saves it again"
-    known = read_json(pipeline / FACTS_NAME, remedy).get("files", {})
-    found = sizes_below(pipeline)
-    for name, fact in known.items():
-        # Settings may have been edited.
-        if name not in found or (name.endswith(".safetensors") and found[name] != fact):
-            size = found.get(name, {}).get("bytes", 0)
-            reason = f"{size} bytes of {fact['bytes']}"
-            raise DamagedFileError(pipeline / name, reason, remedy)
-        problem = problem_of_file(pipeline / name)
-        if problem is not None:
-            raise DamagedFileError(pipeline / name, problem, remedy)
+    require_whole(pipeline, read_json(pipeline / FACTS_NAME, remedy).get("files", {}), remedy)
 
 
 def tidy(folder: Path) -> None:
@@ -240,10 +228,8 @@ def facts_in(folder: Path) -> dict[str, Any]:
         DamagedFileError: If they are missing.
     """
     path, remedy = folder / FACTS_NAME, "use another checkpoint"
-    if not path.is_file():
-        raise DamagedFileError(path, "it is missing", remedy)
     facts = read_json(path, remedy)
-    if not isinstance(facts, dict) or not {"step", "num_samples"} <= facts.keys():
+    if not {"step", "num_samples"} <= facts.keys():
         raise DamagedFileError(path, "the step is missing", remedy)
     return {"files": {}, **facts}
 

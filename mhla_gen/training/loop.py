@@ -11,6 +11,7 @@ from mhla_gen.data import EncodedImages
 from mhla_gen.data.caching.cached import CachedLatents
 from mhla_gen.data.caching.index import QUARANTINE_NAME
 from mhla_gen.files import written_whole
+from mhla_gen.files.saved import sizes_below
 from mhla_gen.hub import PIPELINE_NAME
 from mhla_gen.models.short import too_short_model
 from mhla_gen.outputs.folders import CONFIG_NAME
@@ -21,7 +22,6 @@ from mhla_gen.training.checkpoints import (
     load_latest,
     require_whole_pipeline,
     save_checkpoint,
-    sizes_below,
     write_facts,
 )
 from mhla_gen.training.log import LOG_NAME, RunLog, start_trackers

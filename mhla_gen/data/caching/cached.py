@@ -248,7 +248,8 @@ class CachedLatents:
 
     @cached_property
     def _captions(self) -> list[str]:
-        return read_json(self.folder / CAPTIONS_NAME, "run `mhla-gen cache` with its config again")
+        remedy = "run `mhla-gen cache` with its config again"
+        return read_json(self.folder / CAPTIONS_NAME, remedy, list)
 
     def _locate(self, index: int) -> tuple[str, int]:
         """File and row of a sample."""

@@ -11,8 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from other_code import HEADS, dit_state
 from PIL import Image
-from tiny import tiny_autoencoder
+from tiny import tiny_autoencoder, tiny_dit
+
+from mhla_gen import ClassConditionalPipeline
 
 SERVER = Path(__file__).with_name("crash_server.py")
 
@@ -167,6 +171,87 @@ def make_commands(root):
              f"out={folders['evaluate']}/out/metrics.json"],
             folders["evaluate"],
             measured,
+        ),
+    }  # fmt: skip
+
+
+def distilled(root):
+    run = root / "run"
+    weights = bytes_below(run / "pipeline", "*.safetensors")
+    logs = [[json.loads(line) for line in file.open()] for file in sorted(run.rglob("log.jsonl"))]
+    return weights, [[line["loss"] for line in log] for log in logs]
+
+
+def reference(root):
+    with np.load(root / "out" / "reference.npz") as file:
+        return {name: file[name].tobytes() for name in file.files}
+
+
+def converted(root):
+    return bytes_below(root / "out", "*.safetensors", "*.json", "*.yaml", "*.pt")
+
+
+def inspected(root):
+    return bytes_below(root / "out", "*.png", "statistics.json", "*.yaml")
+
+
+def scanned(root):
+    return bytes_below(root / "out", "sensitivity.json", "layers.jsonl", "*.yaml", "*.safetensors")
+
+
+def make_more_commands(root):
+    """distill, reference, convert, inspect and scan, as `make_commands`, whose files they read."""
+    torch.manual_seed(0)
+    softmax = tiny_dit(in_channels=1, patch_size=1, num_layers=2)
+    pipeline = ClassConditionalPipeline(
+        transformer=softmax, scheduler=FlowMatchEulerDiscreteScheduler()
+    )
+    pipeline.save_pretrained(root / "teacher")
+    torch.save(dit_state(), root / "dit.pt")
+    folders = {name: root / name for name in ("distill", "reference", "convert", "inspect", "scan")}
+    for folder in folders.values():
+        folder.mkdir()
+    return {
+        "distill": Command(
+            "distill",
+            ["train", f"output_dir={folders['distill']}/run", f"distill.teacher={root}/teacher",
+             "distill.stages=[{kind: layers, steps: 3}, {kind: output, steps: 3}]",
+             "model.mhla.layout=[2,2]", "batch_size=4", "warmup_steps=1", "mixed_precision=fp32",
+             "checkpoint_every=2", "log_every=1", "sample_every=0", "report_to=none",
+             "resume=latest"],
+            folders["distill"],
+            distilled,
+        ),
+        "reference": Command(
+            "reference",
+            ["reference", f"data={root}/real.npz", "features.extractor=torchscript",
+             "features.trust=true", f"features.weights={root}/brightness.pt", "keep_images=7",
+             f"features.cache_dir={folders['reference']}/features",
+             f"out={folders['reference']}/out/reference.npz"],
+            folders["reference"],
+            reference,
+        ),
+        "convert": Command(
+            "convert",
+            ["convert", f"source={root}/dit.pt", f"num_attention_heads={HEADS}",
+             f"output_dir={folders['convert']}/out"],
+            folders["convert"],
+            converted,
+        ),
+        "inspect": Command(
+            "inspect",
+            ["inspect", f"{root}/teacher", f"output_dir={folders['inspect']}/out", "num_inputs=1",
+             "max_rows=8", "device=cpu"],
+            folders["inspect"],
+            inspected,
+        ),
+        "scan": Command(
+            "scan",
+            ["inspect", "sensitivity", f"{root}/teacher", f"output_dir={folders['scan']}/out",
+             "num_inputs=1", "timesteps=[500]", "distill_steps=2", "softmax_layers=1",
+             "mhla.layout=[2,2]", "device=cpu"],
+            folders["scan"],
+            scanned,
         ),
     }  # fmt: skip
 

@@ -11,9 +11,10 @@ import shutil
 import sys
 
 import pytest
-from crashes import Server, is_one_sentence, make_commands
+from crashes import Server, is_one_sentence, make_commands, make_more_commands
 
 NAMES = ["train", "cache", "sample", "evaluate"]
+MORE = ["distill", "reference", "convert", "inspect", "scan"]
 FULL = "CRASH_TESTS" in os.environ
 MOST = int(os.environ.get("CRASH_TESTS", "0").replace("all", "1000000"))
 # Files whose loss or change costs no result: they only tell, or are made again.
@@ -32,7 +33,8 @@ def server():
 @pytest.fixture(scope="module")
 def commands(server, tmp_path_factory):
     """Each with what an undisturbed run leaves, and how many changes it makes."""
-    commands = make_commands(tmp_path_factory.mktemp("crash"))
+    root = tmp_path_factory.mktemp("crash")
+    commands = make_commands(root) | make_more_commands(root)
     for command in commands.values():
         done = command.run(server)
         assert done["status"] == 0, done["output"]
@@ -71,15 +73,16 @@ def require_right(command, server, what):
     done = command.run(server)
     assert done["status"] == 0, f"{command.name} after {what}: {done['output']}"
     assert command.result(command.root) == command.expected, f"{command.name} after {what}"
-    left = [path for path in command.root.rglob(".*") if path.name != ".work"]
+    # A stage that is finished is not opened again.
+    left = [p for p in command.root.rglob(".*") if p.name not in (".work", ".lock")]
     assert not left, f"{command.name} after {what} leaves {left}"
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES + MORE)
 def test_killed_before_any_change(name, commands, server, record_property):
     """Every write, rename and removal once; at some, the restart is killed there, too."""
     command = commands[name]
-    cases = chosen(range(1, command.changes + 1), 3)
+    cases = chosen(range(1, command.changes + 1), 3 if name in NAMES else 2)
     assert command.changes > 10
     for number in cases:
         command.clear()
@@ -90,7 +93,7 @@ def test_killed_before_any_change(name, commands, server, record_property):
     record_property("kills", len(cases))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES + MORE * FULL)
 def test_killed_at_random_moments(name, commands, server):
     command, pick = commands[name], random.Random(name)
     for _ in range(min(20, MOST) if FULL else 1):
@@ -101,7 +104,7 @@ def test_killed_at_random_moments(name, commands, server):
         require_right(command, server, f"kills after {moments}")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES + MORE * FULL)
 def test_a_disk_that_is_full(name, commands, server):
     """No file may be longer than this: the first one, or only the largest, does not fit."""
     command = commands[name]
@@ -116,7 +119,7 @@ def test_a_disk_that_is_full(name, commands, server):
 
 
 @pytest.mark.skipif(not FULL or os.geteuid() != 0, reason="mounts a file system")
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES + MORE)
 def test_a_file_system_that_fills_up(name, commands, server):
     command = commands[name]
     need = sum(path.stat().st_size for path in command.finished.rglob("*") if path.is_file())
@@ -153,7 +156,7 @@ def states(command, server):
 
 
 @pytest.mark.parametrize("how", ["halved", "emptied", "missing"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES + MORE * FULL)
 def test_damaged_outputs(name, how, commands, server):
     """The same command again: the right result, or one sentence that names what is wrong."""
     command = commands[name]

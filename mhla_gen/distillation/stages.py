@@ -68,12 +68,13 @@ def distill(config: TrainConfig) -> Path:
         if len(left) < len(stages):
             tell(f"{stages[-1 - len(left)].title}: already finished")
         for stage in reversed(left):
+            on_main(lambda stage=stage: check_output_dir(stage.config))
+            run = build_run(stage.config, stage.task)
+            # Not before: what does not fit leaves nothing behind. And not after the first file of a
+            # stage, which would be none of a run then.
+            if processes.is_main_process:
+                save_config(config, folder / CONFIG_NAME)
             with claimed(stage.folder):
-                on_main(lambda stage=stage: check_output_dir(stage.config))
-                run = build_run(stage.config, stage.task)
-                # Not before: what does not fit leaves nothing behind.
-                if processes.is_main_process:
-                    save_config(config, folder / CONFIG_NAME)
                 run_to_end(run, stage.title)
 
         def copy() -> None:

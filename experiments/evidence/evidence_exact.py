@@ -74,7 +74,7 @@ def new_table(groups: Sequence[Group], control: str) -> str:
             group.title,
             percent(group),
             str(len(group.results)),
-            f"{group.mean('held_out', 'mean'):.5f}",
+            each(group.values("held_out", "mean"), ".5f"),
             against_control(group, groups, control),
             frechet(group),
             *speeds(group),
@@ -120,6 +120,7 @@ def converted_table(groups: Sequence[Group]) -> str:
         key = group.arm, taught(group)
         longest[key] = max(longest.get(key, 0), last_step(group))
     groups = [g for g in groups if last_step(g) == longest[g.arm, taught(g)]]
+    groups.sort(key=lambda group: group.arm != _TEACHER)
     points = sorted({point["steps"] for g in groups for r in g.results for point in r["points"]})
     controls = {
         (result["seed"], point["steps"]): point["held_out"]

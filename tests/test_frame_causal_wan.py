@@ -137,6 +137,9 @@ def test_memory_is_constant_but_for_softmax():
         for number, chunk in enumerate(latents.split(CHUNK, dim=2)):
             state(chunk, times[:, number], encoder_hidden_states=text, append=True)
             found.append(state.bytes)
+            kept = [tensor for layer in state.layers.values() for tensor in layer.tensors]
+            storages = {x.untyped_storage().data_ptr(): x.untyped_storage() for x in kept}
+            assert sum(storage.nbytes() for storage in storages.values()) == state.bytes
         return found
 
     assert len(set(sizes(0.0))) == 1

@@ -99,7 +99,8 @@ class PastConv(DepthwiseConv):
             past = tokens.new_zeros(tokens.shape[0], before * frame, tokens.shape[2])
         joined = torch.cat((past, tokens), dim=1)
         if self.state is not None and self.state.appends:
-            self.state.values = joined[:, joined.shape[1] - before * frame :]
+            # A view would keep all frames of the chunk.
+            self.state.values = joined[:, joined.shape[1] - before * frame :].clone()
         out = super().forward(joined, (grid[0] + before, *grid[1:]))
         # Taken half a filter width earlier, results of a centred filter depend on past frames only.
         out = out[:, before // 2 * frame :][:, : tokens.shape[1]]

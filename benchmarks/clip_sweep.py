@@ -33,32 +33,24 @@ GRID, HEADS, HEAD_DIM = (21, 30, 50), 12, 128
 
 
 class Form(NamedTuple):
-    """Columns, channels and frames of a program, and how it runs; see `depthwise.py`."""
+    """Columns, channels, frames and registers of a program; see `depthwise.py`."""
 
     columns: int = 2
     channels: int = 64
-    frames: int = 3
-    by_tokens: bool = False
-    ahead: int = 0
-    max_registers: int | None = None
-    warps: int = 4096
+    frames: int = 2
+    max_registers: int = 128
 
 
 STREAMS = ("", "added", "added gate", "added beside", "added beside gate")
 WHOLE = STREAMS[-1]
 FORMS = (
-    Form(ahead=1),
-    Form(2, 64, 2, ahead=1),
-    Form(2, 64, 2, ahead=2),
-    Form(ahead=2),
-    Form(2, 64, 2),
-    Form(4, 64, 2, ahead=1),
-    Form(4, 64, 1, ahead=2),
-    Form(2, 64, 2, by_tokens=True, ahead=2),
-    Form(4, 64, 2, by_tokens=True),
-    Form(2, 64, 2, ahead=2, max_registers=168),
-    Form(2, 64, 2, ahead=2, warps=8192),
-    Form(ahead=1, warps=8192),
+    Form(max_registers=255),
+    Form(max_registers=112),
+    Form(frames=1),
+    Form(frames=3),
+    Form(frames=3, max_registers=255),
+    Form(columns=4),
+    Form(columns=4, max_registers=255),
 )
 Job = tuple[str, Form]
 JOBS: tuple[Job, ...] = (
@@ -108,8 +100,8 @@ class Inputs:
         weight, bias = (x[:HEAD_DIM].float() for x in (self.weight, self.bias))
         added: Tensor | Blend = first(self.added) if stream else torch.zeros_like(first(self.added))
         if "beside" in stream:
-            halves = (x[:, :, None] for x in (added, first(self.beside)))
-            added = Blend(*halves, self.shares[..., :1].float())
+            beside, shares = first(self.beside)[:, :, None], self.shares[..., :1].float()
+            added = Blend(first(self.added)[:, :, None], beside, shares)
         gate = first(self.gate) if "gate" in stream else None
         return gated_conv(
             added, first(self.tokens), weight, bias, gate,
@@ -119,9 +111,9 @@ class Inputs:
 
 def use(form: Form) -> None:
     """Let the kernel run in this form."""
-    kernels._COLUMNS, kernels._CHANNELS, kernels._FRAMES = form[:3]
-    kernels._BY_TOKENS, kernels._AHEAD = form[3:5]
-    kernels._FRAME_REGISTERS, kernels._ENOUGH_WARPS = form[5:]
+    names = "_COLUMNS", "_CHANNELS", "_FRAMES", "_REGISTERS"
+    for name, value in zip(names, form, strict=True):
+        setattr(kernels, name, value)
 
 
 def compile_form(job: Job) -> dict[str, Any]:
@@ -166,6 +158,9 @@ def main() -> None:
     # Forked before CUDA is in use: imports take longer than all that is compiled.
     pool = ProcessPoolExecutor(options.processes, multiprocessing.get_context("fork"))
     compiled = {job: pool.submit(compile_form, job) for job in JOBS}
+    # The workers have been forked by then.
+    compiled[JOBS[0]].result()
+    inputs = Inputs("cuda")
     with torch.no_grad():
         for index, (job, figures) in enumerate(compiled.items()):
             if time.monotonic() - began > options.seconds:
@@ -173,8 +168,6 @@ def main() -> None:
                 break
             stream, form = job
             row = {"stream": stream, **form._asdict(), **figures.result()}
-            if index == 0:
-                inputs = Inputs("cuda")
             if "error" not in row:
                 row |= measure(inputs, stream, form)
             keep(row)

@@ -43,21 +43,21 @@ PLACES = ((WAN_480, 0.05), (WAN_480, 0.125), (WAN_720, 0.05))
 FORMS = {
     "tile_backward_queries_kernel": (
         Loop(128, 64, 8, 3, packed=True),
-        Loop(128, 64, 8, 3, packed=True, clamped=True),
-        Loop(128, 32, 8, 3, packed=True, clamped=True, max_registers=128),
+        Loop(128, 32, 8, 3, packed=True, max_registers=128),
     ),
     "tile_backward_packed_keys_kernel": (
         Loop(64, 64, 4, 2, packed=True),
-        Loop(64, 64, 4, 2, packed=True, folded=True),
-        Loop(32, 64, 4, 2, packed=True, folded=True),
+        Loop(64, 64, 4, 3, packed=True),
+        Loop(32, 64, 4, 3, packed=True),
     ),
     # All three launches: tokens that a program reads at once, and its warps.
     "read_boxes_kernel": (
         Loop(64, 64, 4, 1, packed=True),
-        Loop(64, 64, 8, 1, packed=True),
-        Loop(128, 64, 8, 1, packed=True),
-        Loop(32, 64, 4, 1, packed=True),
         Loop(32, 64, 2, 1, packed=True),
+        Loop(16, 64, 1, 1, packed=True),
+        Loop(32, 64, 1, 1, packed=True),
+        Loop(64, 64, 2, 1, packed=True),
+        Loop(16, 64, 2, 1, packed=True),
     ),
     "tile_attend_kernel": (
         Loop(128, 64, 8, 3, packed=True),
@@ -92,11 +92,11 @@ class Inputs:
 
     def read(self, loop: Loop) -> None:
         """Rotate, pack and measure all inputs."""
-        kept = tile_reads._ROWS, tile_reads._WARPS
-        tile_reads._ROWS, tile_reads._WARPS = loop.rows, loop.num_warps
+        kept = tile_reads._WIDE
+        tile_reads._WIDE = loop.rows, loop.num_warps
         tokens = self.query, self.key, self.value
         tile_form.read(*tokens, self.call, tile_form.forward_loop(self.call))
-        tile_reads._ROWS, tile_reads._WARPS = kept
+        tile_reads._WIDE = kept
 
     def unwritten(self) -> tuple[Tensor, Tensor, Tensor]:
         """Room for what `forward` returns."""
@@ -123,6 +123,7 @@ class Inputs:
             queries, _, lengths = tile_reads.read_groups(
                 self.query, call, lengths=loop.packed, slots=slots
             )
+            assert longest is not None
             read, bound = (queries, keys, values, lists), (longest, lengths)
             return lambda: tile_form.attend(read, bound, None, None, results, call, loop)
         queries, _, _ = tile_reads.read_groups(self.query, call, slots=call.whole_blocks(128))
@@ -133,7 +134,7 @@ class Inputs:
             )
         gradients = tile_gradients.backward_keys
         if loop.packed:
-            gradients = partial(tile_gradients.backward_packed_keys, folded=loop.folded)
+            gradients = tile_gradients.backward_packed_keys
         owners = owners_of_tiles(lists, self.placed.num_tiles)
         return lambda: gradients(packs, keys, values, owners, loop.options, call)
 

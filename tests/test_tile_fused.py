@@ -98,11 +98,11 @@ def read_as_the_kernels(monkeypatch, tensors, options):
     monkeypatch.setattr(tile_blockwise, "tile_lists", lists_of_kernels)
 
 
-def pack(monkeypatch, steps=1, **form):
+def pack(monkeypatch, steps=1):
     """Let calls of few channels take packed tiles, each in so many steps."""
 
     def loop(call):
-        return tile_form.Loop(16, call.slot_sizes["SLOTS"] // steps, 4, 2, packed=True, **form)
+        return tile_form.Loop(16, call.slot_sizes["SLOTS"] // steps, 4, 2, packed=True)
 
     monkeypatch.setattr(tile_form, "forward_loop", loop)
     monkeypatch.setattr(tile_gradients, "queries_loop", loop)
@@ -135,21 +135,23 @@ def test_half_precision(poisoned, dtype, rotary):
 
 
 @pytest.mark.parametrize(
-    ("number", "dtype", "steps", "form"),
-    [
-        (1, torch.float32, 1, {}),
-        (4, torch.float16, 2, {}),
-        (1, torch.float32, 1, {"folded": True, "clamped": True}),
-        (4, torch.float16, 2, {"clamped": True}),
-    ],
+    ("number", "dtype", "steps"), [(1, torch.float32, 1), (4, torch.float16, 2)]
 )
-def test_packed_tiles(poisoned, monkeypatch, number, dtype, steps, form):
+def test_packed_tiles(poisoned, monkeypatch, number, dtype, steps):
     """As calls of many channels take them; a tile is read in so many steps."""
-
-    pack(monkeypatch, steps, **form)
+    pack(monkeypatch, steps)
     sizes = {"heads": 2, "head_dim": 16, "value_dim": 24, "batch": 1}
     tensors, options = make(LAYOUTS[number], rotary=number != 4, extra=5 * (number == 4), **sizes)
     assert_accurate(tensors, options, dtype)
+
+
+def test_empty_slots_count_for_nothing_where_all_scores_are_low(poisoned, monkeypatch):
+    """A missing key has score 0: its weight would overflow beside scores of -500."""
+    pack(monkeypatch)
+    tensors, options = make(LAYOUTS[1], heads=1, head_dim=16, value_dim=8, batch=1, rotary=False)
+    far = torch.tensor([-8.0, 8.0, 0.0], dtype=torch.float64)
+    tensors = [(x.detach() / 8 + c).requires_grad_() for x, c in zip(tensors, far, strict=True)]
+    assert_accurate(tensors, options, torch.float32)
 
 
 def test_keys_off_the_grid_alone(poisoned):

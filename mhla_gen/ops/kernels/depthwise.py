@@ -33,11 +33,10 @@ _BACKWARD = (8, 64, 4, 4)
 # Number of taps per channel that fit into a thread's registers.
 _MOST_HELD_TAPS = 9
 # Most taps of the kernels over frames, whose programs have one warp; frames and columns of a
-# program of the convolution, frames and lines of one of the filter's gradient.
-_MOST_FRAME_TAPS, _FRAMES, _COLUMNS = 27, 3, 2
+# program of the convolution and the most registers of a thread, with which twice as many programs
+# fit; frames and lines of a program of the filter's gradient.
+_MOST_FRAME_TAPS, _FRAMES, _COLUMNS, _REGISTERS = 27, 2, 2, 128
 _SUM_FRAMES, _SUM_LINES = 2, 2
-# See the kernel: order of the convolution's programs, lines ahead; and registers of a thread.
-_BY_TOKENS, _AHEAD, _FRAME_REGISTERS = False, 0, None
 # Programs that keep a large GPU busy: several for each of 132 multiprocessors.
 _ENOUGH_PROGRAMS = 1024
 _ENOUGH_WARPS = 4096
@@ -256,10 +255,8 @@ def _conv_by_frames(
             "F": frames,
             "BT": _COLUMNS,
             "BC": _CHANNELS,
-            "BY_TOKENS": _BY_TOKENS,
-            "AHEAD": _AHEAD,
             "num_warps": 1,
-            **({} if _FRAME_REGISTERS is None else {"maxnreg": _FRAME_REGISTERS}),
+            "maxnreg": _REGISTERS,
         },
     )
     return tensors[-2], tensors[-1]

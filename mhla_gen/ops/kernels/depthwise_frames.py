@@ -21,22 +21,17 @@ def conv_frames_kernel(
     KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, HAS_BIAS: tl.constexpr,
     ADDS: tl.constexpr, BLENDS: tl.constexpr, GATE: tl.constexpr, HEAD_DIM: tl.constexpr,
     SPAN: tl.constexpr, KEEPS: tl.constexpr, ROW: tl.constexpr, F: tl.constexpr, BT: tl.constexpr,
-    BC: tl.constexpr, BY_TOKENS: tl.constexpr, AHEAD: tl.constexpr,
+    BC: tl.constexpr,
 ):  # fmt: skip
     """out[n] = bias + Σ weight[tap] x[n + tap], and what `finish` makes of it.
 
-    `weight` is [taps, ROW], float32; its rows hold whole tiles of channels. `BY_TOKENS`: programs
-    of the same tokens are neighbours, else those of the same channels. `AHEAD`: a line is read one
-    step ahead (1), and so is what follows it (2).
+    `weight` is [taps, ROW], float32; its rows hold whole tiles of channels.Neighbouring
+    programs handle the same tokens.
     """
     PH: tl.constexpr = KH // 2
     column_parts, frame_parts = tl.cdiv(W, BT), tl.cdiv(T, F)
     tiles: tl.constexpr = ROW // BC
-    if BY_TOKENS:
-        part, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
-    else:
-        parts = tl.num_programs(0) // tiles
-        part, tile = tl.program_id(0) % parts, tl.program_id(0) // parts
+    part, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     here = (part % column_parts * BT + tl.arange(0, BT))[:, None]
     first = part // column_parts % line_parts * lines
     last = tl.minimum(first + lines, H)
@@ -59,42 +54,22 @@ def conv_frames_kernel(
     bias = tl.zeros((1, BC), tl.float32)
     if HAS_BIAS:
         bias = tl.load(bias_ptr + channels, mask=held, other=0.0).to(tl.float32)
+    plane = tl.cast(H * W, tl.int64) * x_token
     # Of every frame, the lines from PH before to PH after the one that is read.
     totals = ()
     for _ in tl.static_range(F * KH):
         totals += (tl.zeros((BT, BC), tl.float32),)
-    if AHEAD > 0:
-        xs = _read_line(x_ptr, first - PH, frame, here, channels, held, T, H, W, x_token, KT, KW, F)
-    if AHEAD > 1:
-        afters = _read_afters(
-            added_ptr, beside_ptr, shares_ptr, logits_ptr, first - 2 * PH, first, last, frame, here,
-            channels, held, T, H, W, HEADS, added_token, beside_token, shares_token, logits_token,
-            ADDS, BLENDS, GATE, HEAD_DIM, SPAN, F,
-        )  # fmt: skip
     for line in range(first - PH, last + PH):
-        done = line - PH
-        if AHEAD > 0:
-            now = xs
-            xs = _read_line(
-                x_ptr, line + 1, frame, here, channels, held, T, H, W, x_token, KT, KW, F
-            )  # fmt: skip
-        else:
-            now = _read_line(x_ptr, line, frame, here, channels, held, T, H, W, x_token, KT, KW, F)
-        if AHEAD > 1:
-            following = afters
-            afters = _read_afters(
-                added_ptr, beside_ptr, shares_ptr, logits_ptr, done + 1, first, last, frame, here,
-                channels, held, T, H, W, HEADS, added_token, beside_token, shares_token,
-                logits_token, ADDS, BLENDS, GATE, HEAD_DIM, SPAN, F,
-            )  # fmt: skip
-        else:
-            # Of all frames before any is stored: nothing may be loaded ahead of a store.
-            following = _read_afters(
-                added_ptr, beside_ptr, shares_ptr, logits_ptr, done, first, last, frame, here,
-                channels, held, T, H, W, HEADS, added_token, beside_token, shares_token,
-                logits_token, ADDS, BLENDS, GATE, HEAD_DIM, SPAN, F,
-            )  # fmt: skip
+        x_line = x_ptr + ((frame * H + line) * W + here).to(tl.int64) * x_token + channels
         for kw in tl.static_range(KW):
+            columns = here + (kw - KW // 2)
+            inside = (line >= 0) & (line < H) & (columns >= 0) & (columns < W) & held
+            xs = ()
+            for index in tl.static_range(F + KT - 1):
+                near = frame + (index - KT // 2)
+                apart = (index - KT // 2) * plane + (kw - KW // 2) * x_token
+                x = tl.load(x_line + apart, mask=inside & (near >= 0) & (near < T), other=0.0)
+                xs += (float32(x),)
             for kt in tl.static_range(KT):
                 factors = ()
                 for kh in tl.static_range(KH):
@@ -104,58 +79,30 @@ def conv_frames_kernel(
                 added = ()
                 for index in tl.static_range(F * KH):
                     # The sums of a frame are in the order of its lines.
-                    x = float32(now[kw * (F + KT - 1) + index // KH + kt])
-                    added += (totals[index] + x * factors[KH - 1 - index % KH],)
+                    x, factor = xs[index // KH + kt], factors[KH - 1 - index % KH]
+                    added += (totals[index] + x * factor,)
                 totals = added
+        done = line - PH
+        # Read for all frames before any is stored: nothing may be loaded ahead of a store.
+        afters = ()
+        for index in tl.static_range(F):
+            valid = (done >= first) & (frame + index < T) & (here < W)
+            after = read_after(
+                added_ptr, beside_ptr, shares_ptr, logits_ptr,
+                (((frame + index) * H + done) * W + here).to(tl.int64), valid, channels, held,
+                added_token, beside_token, shares_token, logits_token, HEADS, ADDS, BLENDS, GATE,
+                HEAD_DIM, SPAN,
+            )  # fmt: skip
+            afters += (after,)
         moved = ()
         for index in tl.static_range(F):
             rows = (((frame + index) * H + done) * W + here).to(tl.int64)
             valid = (done >= first) & (frame + index < T) & (here < W)
             finish(
-                totals[index * KH] + bias, following[index], out_ptr, kept_ptr, rows, valid,
-                channels, held, C, ADDS, BLENDS, GATE, HEAD_DIM, SPAN, KEEPS,
+                totals[index * KH] + bias, afters[index], out_ptr, kept_ptr, rows, valid, channels,
+                held, C, ADDS, BLENDS, GATE, HEAD_DIM, SPAN, KEEPS,
             )  # fmt: skip
             for j in tl.static_range(1, KH):
                 moved += (totals[index * KH + j],)
             moved += (tl.zeros((BT, BC), tl.float32),)
         totals = moved
-
-
-@triton.jit
-def _read_line(
-    x_ptr, line, frame, here, channels, held, T, H, W, x_token, KT: tl.constexpr,
-    KW: tl.constexpr, F: tl.constexpr,
-):  # fmt: skip
-    """Tokens of a line that `F` frames reach, for each column of the filter."""
-    plane = tl.cast(H * W, tl.int64) * x_token
-    x_ptr += ((frame * H + line) * W + here).to(tl.int64) * x_token + channels
-    xs = ()
-    for kw in tl.static_range(KW):
-        columns = here + (kw - KW // 2)
-        inside = (line >= 0) & (line < H) & (columns >= 0) & (columns < W) & held
-        for index in tl.static_range(F + KT - 1):
-            near = frame + (index - KT // 2)
-            apart = (index - KT // 2) * plane + (kw - KW // 2) * x_token
-            xs += (tl.load(x_ptr + apart, mask=inside & (near >= 0) & (near < T), other=0.0),)
-    return xs
-
-
-@triton.jit
-def _read_afters(
-    added_ptr, beside_ptr, shares_ptr, logits_ptr, line, first, last, frame, here, channels, held,
-    T, H, W, HEADS, added_token, beside_token, shares_token, logits_token, ADDS: tl.constexpr,
-    BLENDS: tl.constexpr, GATE: tl.constexpr, HEAD_DIM: tl.constexpr, SPAN: tl.constexpr,
-    F: tl.constexpr,
-):  # fmt: skip
-    """What follows a line of each of `F` frames; see `read_after`."""
-    afters = ()
-    for index in tl.static_range(F):
-        valid = (line >= first) & (line < last) & (frame + index < T) & (here < W)
-        after = read_after(
-            added_ptr, beside_ptr, shares_ptr, logits_ptr,
-            (((frame + index) * H + line) * W + here).to(tl.int64), valid, channels, held,
-            added_token, beside_token, shares_token, logits_token, HEADS, ADDS, BLENDS, GATE,
-            HEAD_DIM, SPAN,
-        )  # fmt: skip
-        afters += (after,)
-    return afters

@@ -14,7 +14,7 @@ import triton.language as tl
 from mhla_gen.ops.kernels.attention import add_times, outer
 from mhla_gen.ops.kernels.boxes import block_box, box_tokens
 from mhla_gen.ops.kernels.linear import rotate_pieces
-from mhla_gen.ops.kernels.pieces import dot, head_offset, load_pieces, store_pieces
+from mhla_gen.ops.kernels.pieces import head_offset, load_pieces, store_pieces
 from mhla_gen.ops.kernels.tile_attention import (
     listed_tokens,
     load_extra,
@@ -22,7 +22,6 @@ from mhla_gen.ops.kernels.tile_attention import (
     load_tokens,
     locate_group,
     slot_places,
-    tile_size,
 )
 
 _LOG2E = tl.constexpr(1.4426950408889634)
@@ -87,18 +86,6 @@ def score_gradients(
 
 
 @triton.jit
-def folded_score_gradients(a, b, c, d, lse, delta, scale, PRECISION: tl.constexpr):
-    """`score_gradients` of single pieces: lse and δ are where sums of products begin.
-
-    So they need no registers after that, and no subtractions.
-    """
-    shape: tl.constexpr = (a.shape[0], b.shape[0])
-    scores = dot(a, tl.trans(b), tl.broadcast_to(lse * (-1.0 / scale), shape), PRECISION)
-    weights = tl.exp2(scores * scale)
-    return weights, weights * dot(c, tl.trans(d), tl.broadcast_to(-delta, shape), PRECISION)
-
-
-@triton.jit
 def tile_backward_queries_kernel(
     q_ptr,
     grad_ptr,
@@ -147,7 +134,6 @@ def tile_backward_queries_kernel(
     ALIGN: tl.constexpr,
     ROTARY: tl.constexpr,
     PACKED: tl.constexpr,
-    CLAMPED: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -172,26 +158,17 @@ def tile_backward_queries_kernel(
         first = (row * num_tiles * SLOTS).to(tl.int32)
         parts: tl.constexpr = SLOTS // BN
         steps = list_size * parts
-        tile, entry = tl.load(entries_ptr - list_size), tl.load(entries_ptr)
+        tile = tl.load(entries_ptr - list_size)
         for step in range(0, steps):
             start = step % parts * BN
             k0 = k_ptr.load([first + tile * SLOTS + start, 0])
             v0 = v_ptr.load([first + tile * SLOTS + start, 0])
-            place = tl.minimum(step + 1, steps - 1) // parts
-            tile = tl.load(entries_ptr - list_size + place)
-            # Rows without a token are zero, and so add nothing where their weights are finite.
-            if CLAMPED:
-                scores = outer(q0, q0, k0, k0, 0, PRECISION) * scale - lse
-                weights = tl.exp2(tl.minimum(scores, 0.0))
-                ds = weights * (outer(do0, do0, v0, v0, 0, PRECISION) - delta)
-            else:
-                valid = start + tl.arange(0, BN) < tile_size(entry, SLOT_T, SLOT_H, SLOT_W)
-                entry = tl.load(entries_ptr + place)
-                _p, ds = score_gradients(
-                    q0, q0, k0, k0, do0, do0, v0, v0, lse, delta, scale, 0, 0, PRECISION
-                )
-                if RAGGED:
-                    ds = tl.where(valid[None, :], ds, 0.0)
+            tile = tl.load(entries_ptr - list_size + tl.minimum(step + 1, steps - 1) // parts)
+            # Keys without a token are zero, and so add nothing if their weights are finite. No
+            # weight is larger than one.
+            scores = outer(q0, q0, k0, k0, 0, PRECISION) * scale - lse
+            weights = tl.exp2(tl.minimum(scores, 0.0))
+            ds = weights * (outer(do0, do0, v0, v0, 0, PRECISION) - delta)
             dq0, dq1 = add_times(ds.to(OPERAND), k0, k0, dq0, dq1, 0, PRECISION)
     else:
         num_keys = list_size * SLOTS

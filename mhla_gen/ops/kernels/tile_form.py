@@ -44,10 +44,6 @@ class Loop:
     """Whether queries, keys and values are packed by group or tile; else they are read in place."""
     max_registers: int | None = None
     """Most registers of a thread; None leaves them to the compiler."""
-    folded: bool = False
-    """In packed gradients of keys, whether lse and δ are where sums of products begin."""
-    clamped: bool = False
-    """In packed gradients of queries, whether weights are kept finite where a slot is empty."""
 
     @property
     def options(self) -> dict:

@@ -61,11 +61,8 @@ def backward(
     packs = pack_queries(queries, grad, grad_lse, out, lse, call, loop.rows)
     dquery = backward_queries(packs, keys, values, lists, extra, call, loop)
     owners = owners_of_tiles(lists, call.placed.num_tiles)
-    read = packs, keys, values, owners, options["keys"], call
-    if loop.packed:
-        dkey, dvalue = backward_packed_keys(*read, folded=loop.folded)
-    else:
-        dkey, dvalue = backward_keys(*read)
+    gradients = backward_packed_keys if loop.packed else backward_keys
+    dkey, dvalue = gradients(packs, keys, values, owners, options["keys"], call)
     dextra = _backward_extra(packs, extra, options["extra"], call)
     return dquery, dkey, dvalue, *dextra
 
@@ -149,7 +146,6 @@ def backward_queries(
         | {
             "WIDE": not loop.packed and numbered_wide(keys, values),
             "PACKED": loop.packed,
-            "CLAMPED": loop.clamped,
         },
     )
     return dquery
@@ -197,10 +193,8 @@ def backward_packed_keys(
     owners: tuple[Tensor, Tensor],
     options: dict,
     call: TileCall,
-    *,
-    folded: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Launch `tile_backward_packed_keys_kernel`; `folded` as in `Loop`."""
+    """Launch `tile_backward_packed_keys_kernel`."""
     dkey, dvalue = call.query.new_empty(call.query.shape), call.value.new_empty(call.value.shape)
     num_tiles, slots = call.placed.num_tiles, call.slot_sizes["SLOTS"]
     queries, grads, *sums = packs
@@ -230,7 +224,7 @@ def backward_packed_keys(
             call.scale * LOG2E,
             call.scale,
         ),
-        constants | {"PACK": queries.shape[2], "FOLDED": folded},
+        constants | {"PACK": queries.shape[2]},
     )
     return dkey, dvalue
 

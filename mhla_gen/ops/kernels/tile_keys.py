@@ -10,7 +10,7 @@ import triton.language as tl
 from mhla_gen.ops.kernels.boxes import block_box, box_tokens
 from mhla_gen.ops.kernels.linear import rotate_pieces
 from mhla_gen.ops.kernels.pieces import dot, head_offset, store_pieces
-from mhla_gen.ops.kernels.tile_backward import folded_score_gradients, score_gradients
+from mhla_gen.ops.kernels.tile_backward import score_gradients
 
 
 @triton.jit
@@ -48,7 +48,6 @@ def tile_backward_packed_keys_kernel(
     RANK: tl.constexpr,
     ALIGN: tl.constexpr,
     ROTARY: tl.constexpr,
-    FOLDED: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -78,10 +77,7 @@ def tile_backward_packed_keys_kernel(
         lse = tl.load(packed_lse_ptr + rows)[None, :]
         delta = tl.load(delta_ptr + rows)[None, :]
         owner = tl.load(owners_ptr + tl.minimum(step + 1, steps - 1) // parts)
-        if FOLDED:
-            p, ds = folded_score_gradients(k, q, v, do, lse, delta, scale, PRECISION)
-        else:
-            p, ds = score_gradients(k, k, q, q, v, v, do, do, lse, delta, scale, 0, 0, PRECISION)
+        p, ds = score_gradients(k, k, q, q, v, v, do, do, lse, delta, scale, 0, 0, PRECISION)
         dv = dot(p.to(OPERAND), do, dv, PRECISION)
         dk = dot(ds.to(OPERAND), q, dk, PRECISION)
     slots = block * BN + tl.arange(0, BN)

@@ -8,8 +8,8 @@ from mhla_gen.ops.kernels.launch import alignment, padded
 from mhla_gen.ops.kernels.tile_call import TileCall, three_axes
 from mhla_gen.ops.kernels.tile_lists import read_boxes_kernel
 
-# Tokens that a program reads at once, and its warps.
-_ROWS, _WARPS = 64, 4
+# Tokens that a program reads at once, and its warps: up to 64 channels, and beyond.
+_NARROW, _WIDE = (64, 4), (32, 2)
 
 
 def read_tiles(
@@ -101,7 +101,8 @@ def read_boxes(
     """
     num_boxes = call.placed.num_tiles if groups is None else call.placed.num_groups
     strides = x.stride(), rotated.stride() if store == "raster" else x.stride()
-    rows = min(padded(slots), _ROWS)
+    rows, warps = _NARROW if x.shape[3] <= 64 else _WIDE
+    rows = min(padded(slots), rows)
     launch(
         read_boxes_kernel,
         (num_boxes * call.batch_heads,),
@@ -118,6 +119,6 @@ def read_boxes(
             "STORE": store,
             "MEAN": means is not None,
             "LENGTHS": "none" if lengths is None else "longest" if lengths.ndim == 2 else "each",
-            "num_warps": _WARPS if rows > 16 else 2,
+            "num_warps": warps if rows > 16 else min(warps, 2),
         },
     )

@@ -29,7 +29,9 @@ class Trained:
 
     def __init__(self, in_one, limit, **options):
         self.model, self.limit = a_model(), limit
-        self.optimizer = build_optimizer(self.model, 0.1, 0.3, options={"eps": 1e-6, **options})
+        # Fused, torch computes 1 - beta**step in float32, to four digits.
+        options = {"eps": 1e-6, "fused": False, **options}
+        self.optimizer = build_optimizer(self.model, 0.1, 0.3, options=options)
         self.average = WeightAverage(self.model, 0.9)
         others = [self.model[7]]
         self.one_pass = OnePass(self.optimizer, self.average, others, DEVICE) if in_one else None

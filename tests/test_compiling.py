@@ -14,6 +14,8 @@ from tiny import (
     wan_inputs,
 )
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._inductor.decomposition import select_decomp_table
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.parallel import DistributedDataParallel
 
 import mhla_gen
@@ -131,3 +133,16 @@ def test_buckets_of_gradients_cut_a_whole_model_but_no_block(how, forms, monkeyp
         assert (len(forms.graphs) == 1) == (how == "regional")
     finally:
         dist.destroy_process_group()
+
+
+def test_gradients_of_an_embedding_are_summed_in_a_fixed_order(forms):
+    """By torch's own operator; what replaces it in compiled code adds up by atomic operations."""
+    compile_blocks(tiny_dit(num_layers=1))
+    backward = torch.ops.aten.embedding_dense_backward.default
+
+    def gradient(grad, labels):
+        return backward(grad, labels, 5, -1, False)
+
+    given = torch.randn(3, 4), torch.tensor([2, 2, 2])
+    graph = make_fx(gradient, decomposition_table=select_decomp_table())(*given)
+    assert backward in [node.target for node in graph.graph.nodes]

@@ -57,6 +57,17 @@ def _read_norms_once() -> None:
     V.set_choices_handler(Choices())
 
 
+def _sum_embeddings_in_order() -> None:
+    """Let torch.compile call torch's own backward pass of an embedding.
+
+    What it generates instead adds up the gradients of samples with the same label in any order, so
+    that a resumed run would not be bit for bit that of an uninterrupted one.
+    """
+    from torch._inductor.decomposition import decompositions
+
+    decompositions.pop(torch.ops.aten.embedding_dense_backward.default, None)
+
+
 def compile_model(model: nn.Module, how: str) -> None:
     """Compile a model in place; its parameters keep their names.
 
@@ -73,6 +84,7 @@ def compile_model(model: nn.Module, how: str) -> None:
     if how == "whole":
         join_gelu(model)
         _read_norms_once()
+        _sum_embeddings_in_order()
         model.compile(**_limit_forms())
     else:
         compile_blocks(model)
@@ -90,6 +102,7 @@ def compile_blocks(model: nn.Module) -> None:
     limit = _limit_forms()
     join_gelu(model)
     _read_norms_once()
+    _sum_embeddings_in_order()
     for name in repeated_blocks(model):
         blocks = [module for module in model.modules() if type(module).__name__ == name]
         own: dict[int, FunctionType | None] = {}

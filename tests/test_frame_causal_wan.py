@@ -146,6 +146,35 @@ def test_memory_is_constant_but_for_softmax():
     assert len(set(sizes(1.0))) > 2
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_chunk_that_some_layers_have_added_ends_a_state(error):
+    model = causal_wan()
+    latents, text, times = clip(frames=2 * CHUNK)
+    first, second = latents.split(CHUNK, dim=2)
+    options = {"timestep": times[:, 0], "encoder_hidden_states": text}
+    state = ClipState(model)
+    state(first, **options, append=True)
+
+    def fail(*_):
+        raise error
+
+    hook = model.blocks[-1].register_forward_pre_hook(fail)
+    with pytest.raises(error):
+        state(second, **options)
+    hook.remove()
+    before = state(second, **options)
+    hook = model.blocks[-1].register_forward_pre_hook(fail)
+    with pytest.raises(error):
+        state(second, **options, append=True)
+    hook.remove()
+    with pytest.raises(UserError, match="added in part"):
+        state(second, **options)
+    again = ClipState(model)
+    again(first, **options, append=True)
+    assert torch.equal(again(second, **options), before)
+
+
 def test_saved_loaded_restored(tmp_path):
     plain = tiny_wan()
     pipeline = tiny_wan_pipeline()

@@ -32,6 +32,7 @@ class ClipState:
     def __init__(self, model: Any):
         self.model = model
         self.frames = 0
+        self._torn = False
         self.layers = {
             layer: LayerState(layer.chunk_frames)
             for layer in model.modules()
@@ -59,16 +60,29 @@ class ClipState:
             Like `latents`.
 
         Raises:
-            ValueError: If the latents cannot be the clip's next chunk.
+            ValueError: If the latents cannot be the clip's next chunk, or an earlier one was added
+                in part, because its call failed.
         """
         model = self.model
+        if self._torn:
+            raise UserError(
+                "an earlier chunk was added in part, as its call failed: read the clip's finished "
+                "chunks again with a new ClipState"
+            )
         if getattr(model, "is_gradient_checkpointing", False) and torch.is_grad_enabled():
             raise UserError(
                 "a clip's state changes while chunks are read, so they cannot be read again; call "
                 "model.disable_gradient_checkpointing() first, or give the whole clip at once"
             )
-        with self._remembered(append):
-            out = model(latents, timestep=timestep, **conditions, return_dict=False)[0]
+        try:
+            with self._remembered(append):
+                out = model(latents, timestep=timestep, **conditions, return_dict=False)[0]
+        except ValueError:
+            # What is wrong with a chunk is found before it is added.
+            raise
+        except BaseException:
+            self._torn = append
+            raise
         if append:
             self.frames += latents.shape[2]
         return out

@@ -245,10 +245,10 @@ def test_steps_of_models_are_recorded(tmp_path, model):
 
 
 def test_a_method_that_cannot_run_is_part_of_the_result(tmp_path):
-    settings = ["grids=[[3,3]]", "num_heads=1", "head_dim=200", "methods=[fused]"]
+    settings = ["grids=[[3,3]]", "num_heads=1", "head_dim=200", "methods=[fused,naive]"]
     assert main(["bench", "ops", f"output_dir={tmp_path}", *settings]) == 0
-    (row,) = json.loads((tmp_path / "bench.json").read_text())["rows"]
-    assert "up to 128" in row["error"]
+    row, other = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    assert "up to 128" in row["error"] and "error" not in other
 
 
 @pytest.mark.parametrize("subject", ["ops", "model"])
@@ -335,3 +335,12 @@ def test_bench_says_from_which_size_on_mhla_pays(monkeypatch, tmp_path, capsys, 
 def test_mistakes_are_named(override, message):
     with pytest.raises(ConfigError, match=message):
         load_config(None, [override], BenchConfig)
+
+
+def test_a_measurement_in_which_every_row_fails_ends_in_an_error(tmp_path, capsys):
+    given = [f"output_dir={tmp_path}/bench", "grids=[[4,4]]", "methods=[blockwise]", "device=cpu"]
+    assert main(["bench", "ops", *given, "layout=[9,9]"]) == 2
+    printed = capsys.readouterr()
+    assert "must have 1 to 4 blocks" in printed.out and "nothing could be measured" in printed.err
+    # So the same folder takes the next attempt.
+    assert main(["bench", "ops", *given, "layout=[2,2]"]) == 0

@@ -73,6 +73,14 @@ MISTAKES = [
     ("cache", "output_dir={0}/no verify=true", "output_dir {0}/no does not exist"),
     ("evaluate", "samples={0}/no.npz reference={0}/wan", "samples {0}/no.npz does not exist"),
     ("evaluate", "", "samples=PATH is required"),
+    ("evaluate", "samples= reference={0}", "samples is empty; write . for the current folder"),
+    ("train", "output_dir=", "output_dir is empty; write ."),
+    ("train", "output_dir={0}/loop", "loop is a link to something that does not exist"),
+    (
+        "evaluate",
+        "samples={0} reference={0} features.cache_dir={0}/images.jsonl",
+        "features.cache_dir {0}/images.jsonl cannot be made: {0}/images.jsonl is a file",
+    ),
     ("evaluate", "samples={0} reference={0} out={0}", "out {0} is a folder; name a file"),
     ("evaluate", "samples={0} reference={0} metrics=[fvd]", "fvd cannot be measured with"),
     (
@@ -130,6 +138,7 @@ def folder(tmp_path):
     (tmp_path / "wan").mkdir()
     (tmp_path / "wan" / "model_index.json").write_text('{"_class_name": "WanPipeline"}')
     (tmp_path / "images.jsonl").write_text('{"prompt": "a", "image": "no.png"}\n')
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text("job: train\nmax_steps: 7\n")
     (tmp_path / "clips").mkdir()

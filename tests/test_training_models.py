@@ -161,3 +161,11 @@ def test_new_classes_start_as_no_class(tmp_path):
     assert torch.equal(new, old)
     again = DiTTransformer2DModel.from_pretrained(saved(model, tmp_path / "again")).eval()
     assert torch.equal(again(**inputs).sample, model(**inputs).sample)
+
+
+@pytest.mark.parametrize("content", ["[1]", "{}"])
+def test_settings_that_name_no_class_are_damaged(content, tmp_path):
+    tiny_dit_pipeline().save_pretrained(tmp_path / "model")
+    (tmp_path / "model/transformer/config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"transformer/config\.json is damaged \(it names no"):
+        load_transformer(str(tmp_path / "model"))

@@ -18,6 +18,7 @@ from mhla_gen.config import BenchConfig
 from mhla_gen.errors import UserError
 from mhla_gen.files import write_json, write_picture
 from mhla_gen.ops import IMPLEMENTATIONS
+from mhla_gen.outputs.locks import claimed
 from mhla_gen.runtime.devices import resolve_device
 from mhla_gen.version import __version__
 
@@ -65,7 +66,12 @@ def bench(config: BenchConfig, dry_run: bool = False) -> dict[str, Any]:
     if dry_run:
         print(f"would measure {config.subject}: {', '.join(config.methods)} on {config.grids}")
         return {}
-    folder.mkdir(parents=True, exist_ok=True)
+    with claimed(folder):
+        check_output_dir(folder)
+        return _measure(config, device, folder)
+
+
+def _measure(config: BenchConfig, device: torch.device, folder: Path) -> dict[str, Any]:
     measure = bench_ops if config.subject == "ops" else bench_model
     rows: list[dict[str, Any]] = []
     result: dict[str, Any] = {}
@@ -77,7 +83,10 @@ def bench(config: BenchConfig, dry_run: bool = False) -> dict[str, Any]:
         print(_line(row), flush=True)
         # Written row by row: a long run that is cut short keeps what it measured.
         result = {"rows": rows, "dtype": config.dtype, **provenance(device)}
-        write_json(folder / RESULTS_NAME, result, indent=1)
+        if any("error" not in row for row in rows):
+            write_json(folder / RESULTS_NAME, result, indent=1)
+    if all("error" in row for row in rows):
+        raise UserError("nothing could be measured; each row says why")
     for step in ("forward", "train"):
         if said := _said_crossover(rows, step):
             print(said)

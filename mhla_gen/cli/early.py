@@ -28,7 +28,12 @@ from mhla_gen.config.fields import in_group
 from mhla_gen.config.inspection import FREE_OF_SCAN
 from mhla_gen.errors import MissingError, UserError
 from mhla_gen.hub import INDEX_NAME, PIPELINE_NAME, adapter_file, find, locate
-from mhla_gen.outputs.folders import CONFIG_NAME, check_writable, made_with
+from mhla_gen.outputs.folders import (
+    CONFIG_NAME,
+    check_replaceable,
+    check_writable,
+    made_with,
+)
 
 # The pipelines of classes; all others take prompts.
 _OF_CLASSES = ("ClassConditionalPipeline", "DiTPipeline")
@@ -172,7 +177,7 @@ def _reference(config: ReferenceConfig) -> _Checks:
 def _inspect(config: InspectConfig) -> _Checks:
     yield config.require_model
     yield partial(made_with, config.output_dir, config)
-    yield partial(check_writable, Path(config.output_dir).parent)
+    yield partial(check_replaceable, config.output_dir)
     yield partial(_model, "model", config.model, newest=True)
     yield partial(_model, "teacher", config.teacher, newest=True)
     if config.data is not None:
@@ -190,6 +195,7 @@ def _sensitivity(config: SensitivityConfig) -> _Checks:
 def _convert(config: ConvertConfig) -> _Checks:
     yield partial(_output, config, is_done=True)
     if not (Path(config.output_dir) / CONFIG_NAME).is_file():
+        yield partial(check_replaceable, config.output_dir)
         yield config.require_source
 
 
@@ -234,6 +240,7 @@ def _named(name: str, path: str, look: Callable[[str], Any]) -> None:
 
 
 def _weights(name: str, features: FeaturesConfig) -> None:
+    check_writable(features.cache_dir, f"{name}.cache_dir")
     # DINOv2 also has a name on the hub.
     if features.extractor != "dinov2":
         _exist(f"{name}.weights", features.weights)

@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from mhla_gen.config.checks import is_list, is_mapping
 from mhla_gen.config.data import CacheConfig
 from mhla_gen.config.evaluation import EvaluateConfig, ReferenceConfig
-from mhla_gen.config.fields import Settings, expand_home, in_group, kind_of, kinds_of
+from mhla_gen.config.fields import Settings, Text, expand_home, in_group, kind_of, kinds_of
 from mhla_gen.config.inspection import InspectConfig, SensitivityConfig
 from mhla_gen.config.reading import ConfigError, check_shapes, put_override, read_yaml, write_yaml
 from mhla_gen.config.retired import without_retired
@@ -106,6 +106,9 @@ def _built(value: Any, annotation: Any, key: str = "") -> Any:
     Not OmegaConf's own, in which no message would know the whole key.
     """
     kind = kind_of(annotation)
+    if value == "" and (text := kind.mark(Text)) and text.path:
+        # As a variable of the shell that is not set leaves it.
+        raise ConfigError(f"{key} is empty; write . for the current folder")
     if isinstance(kind.base, type) and dataclasses.is_dataclass(kind.base) and is_mapping(value):
         schema: type = kind.base
         group = f"{key}." if key else ""

@@ -86,6 +86,11 @@ def read(state: Mapping[str, Tensor], num_attention_heads: int | None = None) ->
     refuse_unknown(unknown, KIND)
 
     heads = num_attention_heads or _HEADS.get(hidden_size)
+    if num_attention_heads and hidden_size % num_attention_heads:
+        raise UserError(
+            f"num_attention_heads must be a divisor of the hidden size {hidden_size}, found "
+            f"{num_attention_heads}"
+        )
     if heads is None or hidden_size % heads:
         raise UserError(
             "the weights do not determine the number of heads: set num_attention_heads, a divisor "

@@ -15,6 +15,7 @@ from mhla_gen.evaluation.features import extract_features
 from mhla_gen.evaluation.protocol import EvaluationProtocol
 from mhla_gen.evaluation.sources import ImageSource, load_images
 from mhla_gen.evaluation.video import ClipRule
+from mhla_gen.outputs.folders import check_writable
 from mhla_gen.runtime.processes import join_processes, processes
 
 
@@ -37,6 +38,7 @@ class Measurer:
             raise EvaluationError(
                 "features.device=cuda but PyTorch finds no CUDA device; use device=auto"
             )
+        check_writable(config.cache_dir, "features.cache_dir")
         join_processes(config.device)
         return cls(config, size, skip_corrupt)
 

@@ -147,8 +147,11 @@ def naming_damage(place: str | Path) -> Iterator[None]:
                 f'once without it: from_pretrained(…, variant="{name}"), then '
                 "save_pretrained(NEW FOLDER)"
             ) from error
-        if isinstance(error, OSError) and folder.is_dir():
+        # diffusers' words for weights of other sizes than the settings have.
+        misfit = isinstance(error, ValueError) and str(error).startswith("Cannot load")
+        if (isinstance(error, OSError) or misfit) and folder.is_dir():
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reason = reason.partition(". If you want")[0]
             raise UserError(f"{place} cannot be loaded: {reason}") from error
         raise
 

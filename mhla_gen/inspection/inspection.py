@@ -26,7 +26,7 @@ from mhla_gen.inspection.map_figures import draw_maps
 from mhla_gen.inspection.mixing_figures import draw_mixing, draw_mixing_heads
 from mhla_gen.inspection.page import build_page
 from mhla_gen.inspection.subject import Subject, load_subject
-from mhla_gen.outputs.folders import CONFIG_NAME, LOCK_NAME, check_writable, made_with
+from mhla_gen.outputs.folders import CONFIG_NAME, LOCK_NAME, check_replaceable, made_with
 from mhla_gen.runtime.devices import resolve_device
 from mhla_gen.version import __version__
 
@@ -54,7 +54,7 @@ def inspect(config: InspectConfig, dry_run: bool = False) -> Path:
     folder = Path(config.output_dir)
     if made_with(folder, config):
         _require_only_ours(folder)
-    check_writable(folder.parent)
+    check_replaceable(folder)
     remove_leftovers(folder.parent)
     subjects = _load(config)
     chosen = token_grid(subjects["model"], config)

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 
+from mhla_gen.config.checks import is_mapping
 from mhla_gen.errors import MissingError, UserError
-from mhla_gen.files.saved import naming_damage
+from mhla_gen.files.saved import DamagedFileError, naming_damage
 from mhla_gen.hub import locate_part
 from mhla_gen.models.injection import MHLA_CLASSES
 
@@ -54,6 +55,9 @@ def _saved_class(place: str, location: dict[str, Any]) -> Any:
         missing = "is not a folder here, and the hub has no such model, or cannot be reached"
         what = "holds no model" if Path(place).is_dir() else missing
         raise MissingError(f"{place} {what}: {str(error).splitlines()[0]}") from error
+    if not is_mapping(config) or "_class_name" not in config:
+        file = Path(place, *location.values(), "config.json")
+        raise DamagedFileError(file, "it names no class", "save, copy or download the model again")
     name = config.get("_class_name")
     if name == _FORMER_CLASS and config.get("norm_type") == "ada_norm_zero":
         name = DiTTransformer2DModel.__name__

@@ -99,6 +99,11 @@ def check_writable(folder: str | Path, setting: str = "output_dir") -> None:
     """
     folder = Path(folder)
     parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if folder.is_symlink() and not folder.exists():
+        raise NotWritableError(
+            f"{setting} {folder} is a link to something that does not exist; choose another "
+            f"{setting}"
+        )
     if not parent.is_dir():
         raise NotWritableError(
             f"{setting} {folder} cannot be made: {parent} is a file; choose another {setting}"
@@ -112,6 +117,19 @@ def check_writable(folder: str | Path, setting: str = "output_dir") -> None:
             f"{setting} {folder} cannot be made: {parent} is not writable "
             f"({error.strerror or error}); choose another {setting}"
         ) from error
+
+
+def check_replaceable(folder: str | Path) -> None:
+    """Raise unless an output folder can take the place of one that is there.
+
+    Raises:
+        PermissionError: Naming what stands in the way.
+    """
+    if os.path.ismount(folder):
+        raise NotWritableError(
+            f"output_dir {folder} is a mount point, which cannot be replaced; name a folder in it"
+        )
+    check_writable(Path(folder).parent)
 
 
 def differences(found: Any, asked: Any, ignore: Sequence[str] = ()) -> list[str]:

@@ -196,6 +196,8 @@ def test_what_fits_nowhere_says_why():
     assert choose_bucket([WIDE, TALL], 20, 20, 30, True) == (0, "")
     # Of the same shape the longest wins.
     assert choose_bucket([Bucket(1, 32, 48), WIDE], 20, 64, 96, False) == (1, "")
+    # Of the same shape and length the largest wins.
+    assert choose_bucket([Bucket(9, 32, 48), Bucket(9, 64, 96)], 20, 64, 96, False) == (1, "")
 
 
 @pytest.fixture

@@ -149,8 +149,11 @@ def test_randomness_is_a_function_of_seed_and_step():
     rows = slice(1, 3)
     assert torch.equal(first.part(rows).noise((8, 8)), first.noise((8, 8))[rows])
     assert not torch.equal(first.noise((8, 8)), first.latent_noise((8, 8)))
-    many = drawn(batch_size=1000).noise((5, 5))
-    assert abs(many.mean()) < 0.02 and abs(many.std() - 1) < 0.02
+    many = drawn(batch_size=1000, dropout=0.2)
+    noise = many.noise((5, 5))
+    assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02
+    assert abs(many.dropped.float().mean() - 0.2) < 0.05
+    assert abs(many.flipped.float().mean() - 0.5) < 0.05
 
 
 def test_latents_are_drawn_from_the_distribution_of_the_image_or_its_mirror():

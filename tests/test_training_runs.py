@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
@@ -391,6 +392,14 @@ def test_a_line_of_the_log_says_what_happened(tmp_path):
     for line in lines:
         assert line["grad_norm"] > 0 and line["images_per_second"] > 0
         assert set(line["loss_by_timestep"]) <= {f"{t:03d}" for t in range(0, 1000, 100)}
+
+
+def test_the_speed_is_that_of_steps_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr("mhla_gen.training.loop.write_previews", lambda run, done: time.sleep(1))
+    train(tiny_run(tmp_path, max_steps=3, log_every=3, sample_every=1, batch_size=4))
+    (line,) = read_log(tmp_path / "log.jsonl")
+    # With the two previews before it, it would be at most three steps in two seconds.
+    assert line["images_per_second"] > 3 * 4 / 2
 
 
 def test_losses_are_noted_by_timestep():

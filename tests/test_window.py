@@ -189,3 +189,25 @@ def test_what_does_not_fit_is_named():
     state.read(q, k, v)
     with pytest.raises(ValueError, match="the window holds"):
         state.read(q[:1], k[:1], v[:1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [64, 128, 72])
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_window_on_gpu(head_dim, masked):
+    torch.manual_seed(0)
+    shapes = [(2, 700, heads, head_dim) for heads in (4, 2, 2, 4)]
+    *inputs, grad = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in shapes)
+    mask = (
+        (torch.arange(700, device="cuda") >= torch.tensor([[0], [77]]).cuda()) if masked else None
+    )
+
+    def results(inputs, grad):
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        out, _ = window_attention(*leaves, window=100, mask=mask)
+        return out, *torch.autograd.grad(out, leaves, grad)
+
+    # float64 is computed in chunks, half precision by a kernel.
+    expected = results([x.double() for x in inputs], grad.double())
+    for one, other in zip(results(inputs, grad), expected, strict=True):
+        assert (one.double() - other).norm() < 1e-2 * other.norm()

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 
 from mhla_gen.ops.causal import absent_last, place, ranks_of, taken
 from mhla_gen.ops.causal_checks import check_causal_tokens, check_window
@@ -108,6 +109,8 @@ def banded(query: Tensor, key: Tensor, value: Tensor, window: int) -> Tensor:
     seq_len = query.shape[1]
     if seq_len <= window:
         return attend(query, key, value, is_causal=True)
+    if _has_kernel(query, value):
+        return _windowed(query, key, value, window)
     chunk = max(window, _SHORTEST_CHUNK)
     row = torch.arange(chunk, device=query.device).unsqueeze(1)
     column = torch.arange(-window, chunk, device=query.device)
@@ -129,6 +132,32 @@ def banded(query: Tensor, key: Tensor, value: Tensor, window: int) -> Tensor:
     return torch.cat((out, others[:, : seq_len - chunk]), dim=1)
 
 
+def _has_kernel(query: Tensor, value: Tensor) -> bool:
+    """Whether flash attention, which can skip keys before a window, takes these tokens."""
+    fits = query.shape[3] == value.shape[3] and query.shape[3] % 8 == 0 and query.shape[3] <= 256
+    if not (fits and query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)):
+        return False
+    return torch.version.cuda is not None and torch.cuda.get_device_capability(query.device)[0] >= 8
+
+
+def _windowed(query: Tensor, key: Tensor, value: Tensor, window: int) -> Tensor:
+    """`banded` by flash attention, as sequences of one length."""
+    batch, seq_len = query.shape[:2]
+    key, value = _by_query_head(query, key, value)
+    ends = torch.arange(batch + 1, dtype=torch.int32, device=query.device) * seq_len
+    q, k, v = (x.flatten(0, 1) for x in (query, key, value))
+    out = varlen_attn(q, k, v, ends, ends, seq_len, seq_len, window_size=(window - 1, 0))
+    return torch.unflatten(out, 0, (batch, seq_len))  # pyright: ignore[reportArgumentType]
+
+
+def _by_query_head(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values for each query head: not every kernel takes grouped queries."""
+    group = query.shape[2] // key.shape[2]
+    if group == 1:
+        return key, value
+    return key.repeat_interleave(group, dim=2), value.repeat_interleave(group, dim=2)
+
+
 def attend(
     query: Tensor,
     key: Tensor,
@@ -137,10 +166,7 @@ def attend(
     is_causal: bool = False,
 ) -> Tensor:
     """`scaled_dot_product_attention` of `[batch, seq_len, heads, dim]`, with grouped queries."""
-    group = query.shape[2] // key.shape[2]
-    if group > 1:
-        # Not every kernel with masks supports grouped queries.
-        key, value = (x.repeat_interleave(group, dim=2) for x in (key, value))
+    key, value = _by_query_head(query, key, value)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, is_causal=is_causal)
     return out.transpose(1, 2)

@@ -9,7 +9,7 @@ from mhla_gen.ops.kernels.tile_call import TileCall, three_axes
 from mhla_gen.ops.kernels.tile_lists import read_boxes_kernel
 
 # Tokens that a program reads at once, and its warps: up to 64 channels, and beyond.
-_NARROW, _WIDE = (64, 4), (32, 2)
+_NARROW, _WIDE = (64, 4), (16, 1)
 
 
 def read_tiles(

@@ -9,10 +9,10 @@ from mhla_gen.errors import UserError
 from mhla_gen.ops import (
     FRAME_MIXING_INITS,
     FrameState,
-    dispatch,
     frame_causal_mhla,
     frame_locality,
     frame_mixing,
+    fused_limits,
 )
 
 # Frames of a chunk, grid, blocks of a chunk along each axis but the first.
@@ -170,7 +170,7 @@ def test_a_state_never_runs_another_implementation_than_asked_for(monkeypatch):
     tables = tuple(table.requires_grad_() for table in rotary_of(10))
     with pytest.raises(UserError, match="without gradients"):
         state.read(*tokens_of(grid), grid=grid, rotary=tables)
-    monkeypatch.setattr(dispatch, "HAS_TRITON", False)
+    monkeypatch.setattr(fused_limits, "HAS_TRITON", False)
     with pytest.raises(UserError, match="needs the package triton"):
         state.read(*tokens_of(grid), grid=grid)
 
@@ -183,10 +183,9 @@ KERNELS += [(torch.bfloat16, True, 2e-2)] * torch.cuda.is_available()
 @pytest.mark.parametrize("dtype, normalize, close", KERNELS)
 def test_the_kernels_give_the_same_chunk_by_chunk(dtype, normalize, close, monkeypatch):
     pytest.importorskip("triton")
-    from mhla_gen.ops import fused
     from mhla_gen.ops.kernels import linear_form
 
-    if not (torch.cuda.is_available() or fused.INTERPRETED):
+    if not (torch.cuda.is_available() or fused_limits.INTERPRETED):
         pytest.skip("needs a GPU, or TRITON_INTERPRET=1")
     calls = []
     summarise = linear_form.summarise

@@ -14,7 +14,13 @@ from torch.utils.checkpoint import checkpoint
 
 from mhla_gen import MHLAConfig, inject
 from mhla_gen.ops import fused as fused_module
-from mhla_gen.ops import linear_attention, locality_mixing, mhla, resolve_implementation
+from mhla_gen.ops import (
+    fused_limits,
+    linear_attention,
+    locality_mixing,
+    mhla,
+    resolve_implementation,
+)
 from mhla_gen.ops.blockwise import blockwise_mhla
 from mhla_gen.ops.fused import fused_mhla
 from mhla_gen.ops.naive import naive_mhla
@@ -300,7 +306,7 @@ def test_trainable_rotary_is_refused():
 
 
 def test_no_cuda_is_an_error(monkeypatch):
-    monkeypatch.setattr(fused_module, "INTERPRETED", False)
+    monkeypatch.setattr(fused_limits, "INTERPRETED", False)
     inputs, options = make((6,), (2,))
     with pytest.raises(ValueError, match="CUDA"):
         mhla(*(x.cpu() for x in inputs), implementation="fused", **options | {"rotary": None})

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mhla_gen.errors import UserError
-from mhla_gen.ops.dispatch import HAS_TRITON, require_triton
+from mhla_gen.ops.fused_limits import HAS_TRITON, require_triton
 
 
 class Blend(NamedTuple):

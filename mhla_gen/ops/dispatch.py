@@ -1,6 +1,5 @@
 """The public operator: check the arguments, choose an implementation, call it."""
 
-import importlib.util
 import math
 from collections.abc import Callable
 from typing import Any
@@ -11,9 +10,8 @@ from torch import Tensor
 from mhla_gen.errors import UserError
 from mhla_gen.ops.blockwise import blockwise_mhla
 from mhla_gen.ops.feature_maps import FEATURE_MAPS
+from mhla_gen.ops.fused_limits import HAS_TRITON, require_triton, trains, unsupported
 from mhla_gen.ops.naive import naive_mhla
-
-HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def _fused_mhla(
@@ -171,39 +169,8 @@ def resolve_implementation(
         return implementation
     if torch.device(device).type != "cuda" or not HAS_TRITON:
         return "blockwise"
-    from mhla_gen.ops.fused import unsupported
-
     reason = unsupported(device, dtype, head_dim, value_dim, num_blocks, trainable_rotary)
     return "fused" if reason is None else "blockwise"
-
-
-def trains(rotary: tuple[Tensor, Tensor] | None) -> bool:
-    """Whether there are rotary tables that require a gradient."""
-    return rotary is not None and any(table.requires_grad for table in rotary)
-
-
-def require_triton(instead: str = "blockwise") -> None:
-    """Raise `ValueError`, naming the implementation to use `instead`, if Triton is missing."""
-    if not HAS_TRITON:
-        raise UserError(f"implementation='fused' needs the package triton; use {instead!r}")
-
-
-def require_fused(
-    *,
-    device: torch.device | str,
-    dtype: torch.dtype,
-    head_dim: int,
-    value_dim: int,
-    num_blocks: int,
-    trainable_rotary: bool = False,
-) -> None:
-    """Raise `ValueError` unless the fused kernels support a call; the message says why not."""
-    require_triton()
-    from mhla_gen.ops.fused import unsupported
-
-    reason = unsupported(device, dtype, head_dim, value_dim, num_blocks, trainable_rotary)
-    if reason is not None:
-        raise UserError(f"implementation='fused' {reason}; use 'blockwise' or 'auto'")
 
 
 def check_tokens(query: Tensor, key: Tensor, value: Tensor, grid: tuple[int, ...]) -> None:

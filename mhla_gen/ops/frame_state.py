@@ -9,9 +9,10 @@ from torch import Tensor
 
 from mhla_gen.errors import UserError
 from mhla_gen.ops.blockwise import mix, to_blocks, to_tokens
-from mhla_gen.ops.dispatch import check_options, require_fused, resolve_implementation
+from mhla_gen.ops.dispatch import check_options, resolve_implementation
 from mhla_gen.ops.feature_maps import FEATURE_MAPS, rotate
 from mhla_gen.ops.frame_causal import check_frame_causal, check_next
+from mhla_gen.ops.fused_limits import require_fused
 from mhla_gen.ops.partition import block_slots
 
 

@@ -8,23 +8,15 @@ as large as the tokens; for training they save the summaries before and after mi
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 # pyright: reportUnknownArgumentType=false
 
-import os
-
 import torch
 from torch import Tensor
 
 from mhla_gen.ops.causal_fused import fused_causal_mhla
-from mhla_gen.ops.dispatch import require_fused, trains
+from mhla_gen.ops.fused_limits import MAX_BLOCKS, require_fused, trains
 from mhla_gen.ops.kernels import attention_form, linear_form
 from mhla_gen.ops.kernels.launch import Call, merge_axes, num_parts, stored_dtype
 from mhla_gen.ops.kernels.linear_form import Summaries
 
-MAX_DIM = 128
-"""Largest head_dim and value_dim: a summary has to fit into the registers of one program."""
-MAX_BLOCKS = 2048
-"""Most blocks: one program holds 16 rows of the mixing matrix."""
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # Measured on an H100: beyond either limit, summaries cost less than scores.
 _ATTENTION_SEQ_LEN = 512
 _ATTENTION_BLOCKS = 32
@@ -109,28 +101,6 @@ def _intercepted() -> bool:
 def attention_form_is_cheaper(seq_len: int, num_blocks: int) -> bool:
     """Whether scores take less time than summaries; both forms are close to the memory floor."""
     return seq_len <= _ATTENTION_SEQ_LEN and num_blocks <= _ATTENTION_BLOCKS
-
-
-def unsupported(
-    device: torch.device | str,
-    dtype: torch.dtype,
-    head_dim: int,
-    value_dim: int,
-    num_blocks: int,
-    trainable_rotary: bool,
-) -> str | None:
-    """Why the kernels cannot run a call, or None if they can."""
-    if torch.device(device).type != "cuda" and not INTERPRETED:
-        return f"needs tensors on a CUDA device, found {device}"
-    if max(head_dim, value_dim) > MAX_DIM:
-        return f"takes head_dim and value_dim up to {MAX_DIM}, found {head_dim} and {value_dim}"
-    if num_blocks > MAX_BLOCKS:
-        return f"takes up to {MAX_BLOCKS} blocks, found {num_blocks}"
-    if dtype not in DTYPES:
-        return f"takes float32, float16 and bfloat16, found {dtype}"
-    if trainable_rotary:
-        return "treats rotary as constant, found tables that require a gradient"
-    return None
 
 
 def _linear_form(

@@ -23,11 +23,10 @@ from mhla_gen.ops.dispatch import (
     check_blocks,
     check_options,
     check_tokens,
-    require_triton,
     resolve_implementation,
-    trains,
 )
 from mhla_gen.ops.feature_maps import FEATURE_MAPS, rotate
+from mhla_gen.ops.fused_limits import require_triton, trains
 from mhla_gen.ops.halo import check_shard
 from mhla_gen.ops.partition import BlockSlots, block_slots
 from mhla_gen.ops.shard import HeldBlocks, Shard, Slab

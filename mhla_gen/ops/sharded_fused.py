@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mhla_gen.ops.collectives import gather_rows
-from mhla_gen.ops.dispatch import require_fused, trains
+from mhla_gen.ops.fused_limits import require_fused, trains
 from mhla_gen.ops.kernels import linear_form
 from mhla_gen.ops.kernels.launch import Call, stored_dtype
 from mhla_gen.ops.kernels.linear_form import Summaries

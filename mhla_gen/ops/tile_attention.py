@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from mhla_gen.errors import UserError
-from mhla_gen.ops.dispatch import HAS_TRITON, check_rotary, check_tokens, require_triton
+from mhla_gen.ops.dispatch import check_rotary, check_tokens
+from mhla_gen.ops.fused_limits import HAS_TRITON, require_triton
 from mhla_gen.ops.naive import naive_tile_attention
 from mhla_gen.ops.tile_blockwise import blockwise_tile_attention
 from mhla_gen.ops.tiles import tiling

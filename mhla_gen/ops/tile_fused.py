@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from mhla_gen.errors import UserError
-from mhla_gen.ops import fused
-from mhla_gen.ops.dispatch import trains
+from mhla_gen.ops import fused_limits
+from mhla_gen.ops.fused_limits import trains
 from mhla_gen.ops.kernels import tile_form, tile_gradients
 from mhla_gen.ops.kernels.tile_call import TileCall
 from mhla_gen.ops.tiles import Tiling
@@ -58,7 +58,7 @@ def unsupported(
     if query.shape[1] >= _MAX_TOKENS:
         return f"takes fewer than {_MAX_TOKENS} tokens, found {query.shape[1]}"
     sizes = query.shape[3], value.shape[3], 0
-    return fused.unsupported(query.device, query.dtype, *sizes, trains(rotary))
+    return fused_limits.unsupported(query.device, query.dtype, *sizes, trains(rotary))
 
 
 @torch.library.custom_op("mhla_gen::tile_pack", mutates_args=())

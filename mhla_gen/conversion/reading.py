@@ -90,8 +90,8 @@ def _read_torch(path: Path) -> Any:
                 "unpickled, because that would run its code: ask for a safetensors file"
             ) from error
         except NO_STATE as error:
-            reason = one_line(str(error) or type(error).__name__, 200)
-            raise UserError(f"{path} is not a complete file of torch.save: {reason}") from error
+            reason = one_line(f"{type(error).__name__}: {error}", 200)
+            raise UserError(f"{path} is not a complete file of torch.save ({reason})") from error
 
 
 def _choose(contents: Any, entry: str, path: Path) -> dict[str, Tensor]:

@@ -185,7 +185,8 @@ def auto_tiles(
         squares = [(w,) * len(grid) for w in range(_IMAGE_WINDOW if image else 1, 0, -2)]
         first = next(square for square in squares if near(square) <= most)
     if group is None:
-        group = _auto_group(tile, tiles, lambda group: near(first, group) <= most)
+        chosen = first
+        group = _auto_group(tile, tiles, lambda group: near(chosen, group) <= most)
     if window is None and budget == num_tiles:
         return TileLayout(tile, group, tuple(n + 1 - n % 2 for n in tiles), 0)
     if window is None and not image:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, constants
 from tiny import tiny_dit_pipeline
 from tiny_sampling import arrays_of, set_of, tiny_pipeline
 
@@ -135,29 +135,20 @@ def test_a_pipeline_of_diffusers_with_and_without_mhla(converted, tmp_path):
     assert ("mhla" in made["transformer"]) == converted and made["vae"]["class"] == "AutoencoderKL"
 
 
-def test_a_name_on_the_hub_is_found_in_its_cache(tmp_path):
+def test_a_name_on_the_hub_is_found_in_its_cache(tmp_path, monkeypatch):
     """The cache as the hub's client lays it out; what is missing from it is asked for in vain."""
     snapshot = tmp_path / "hub" / "models--someone--digits" / "snapshots" / "0123"
     tiny_pipeline(class_names=["a", "b", "c"]).save_pretrained(snapshot)
     (snapshot.parents[1] / "refs").mkdir()
     (snapshot.parents[1] / "refs" / "main").write_text("0123")
-    code = (
-        "import torch; from mhla_gen.sampling.saved_pipeline import load_pipeline\n"
-        "pipe = load_pipeline('someone/digits', torch.float32)\n"
-        "print(type(pipe).__name__, pipe.class_names, type(pipe.transformer).__name__)\n"
-        "try: load_pipeline('someone/letters', torch.float32)\n"
-        "except FileNotFoundError as error: print(error)"
-    )
-    environment = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    first, second = done.stdout.strip().splitlines()
-    assert first == "ClassConditionalPipeline ['a', 'b', 'c'] MHLADiTTransformer2DModel"
-    assert second.startswith(
-        "pipeline=someone/letters is not a folder here, and the hub has no such"
-    )
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    pipe = load_pipeline("someone/digits", torch.float32)
+    assert type(pipe).__name__ == "ClassConditionalPipeline" and pipe.class_names == ["a", "b", "c"]
+    assert type(pipe.transformer).__name__ == "MHLADiTTransformer2DModel"
+    wanted = "^pipeline=someone/letters is not a folder here, and the hub has no such"
+    with pytest.raises(FileNotFoundError, match=wanted):
+        load_pipeline("someone/letters", torch.float32)
 
 
 @pytest.mark.parametrize("name", ["README.md", "samples.png"])

@@ -72,7 +72,8 @@ def test_numbers_are_those_of_three_passes(limit):
         pairs = list(zip(plain.numbers(), fused.numbers(), strict=True))
         assert len(pairs) > 2 * len(fused.model)
         for expected, found in pairs:
-            torch.testing.assert_close(found, expected, rtol=2e-6, atol=1e-7)
+            # Every step rounds a weight of up to 4, by 2e-7, once more or less often.
+            torch.testing.assert_close(found, expected, rtol=2e-6, atol=2e-6)
     with_decay, without = {0, 2, 4, 6}, {1, 3, 5}
     assert done[:4] == [set(), *[with_decay | without] * 3]
     assert done[4:] == [with_decay - {0} | without, *[without] * 3]

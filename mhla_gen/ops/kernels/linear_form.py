@@ -23,7 +23,7 @@ from mhla_gen.ops.kernels.mixing import coefficients_kernel, correlate_kernel, m
 # Tokens of a tile, warps, pipeline stages and registers of a thread for 16-bit operands, by the
 # padded channels; measured on an H100, see docs/results/kernels-h100.json.
 _TILES = {
-    "summarise": {64: (64, 4, 2, None), 80: (64, 4, 1, None), 128: (32, 4, 4, None)},
+    "summarise": {64: (64, 4, 2, None), 128: (32, 4, 4, None)},
     "apply": {64: (64, 4, 3, None), 80: (64, 4, 1, 128), 128: (64, 8, 1, 128)},
     "backward_queries": {64: (64, 4, 2, None), 80: (64, 4, 1, None), 128: (32, 8, 3, None)},
     "backward_keys": {64: (64, 4, 2, None), 80: (64, 4, 1, None), 128: (32, 4, 1, None)},
@@ -211,8 +211,11 @@ def _over_tokens(
 
 def tile_options(kernel: str, call: Call) -> dict:
     """Compile-time sizes of one of the kernels over tokens."""
-    options = call.options | call.pieces
-    options |= token_tiles(kernel, call, max(call.pieces.values()))
+    # Summaries of 72 channels were faster in one tile of 128 than in pieces; see README.md.
+    channels = call.pieces
+    if kernel == "summarise":
+        channels = {"D0": call.tile["BD"], "D1": 0, "V0": call.tile["BV"], "V1": 0}
+    options = call.options | channels | token_tiles(kernel, call, channels)
     options["ONE_TILE"] = call.block_size <= options["BT"]
     # Up to this many heads are neighbours in the launch grid.
     options["GROUP"] = call.num_heads if call.num_heads <= 16 else math.gcd(call.num_heads, 8)
@@ -222,9 +225,9 @@ def tile_options(kernel: str, call: Call) -> dict:
     return options
 
 
-def token_tiles(kernel: str, call: Call, columns: int) -> dict:
-    """Tokens of a tile, warps, stages and registers, for tiles of up to `columns` channels."""
-    two_pieces = any(call.pieces[second] for second in ("D1", "V1"))
+def token_tiles(kernel: str, call: Call, channels: dict[str, int]) -> dict:
+    """Tokens of a tile, warps, stages and registers, for channels in these pieces."""
+    columns, two_pieces = max(channels.values()), channels["D1"] > 0 or channels["V1"] > 0
     if call.options["OPERAND"] == tl.float32:
         # Split operands of two products over a wide summary would not fit the shared memory.
         precision = "ieee" if columns > 64 and kernel == "backward_keys" else "tf32x3"

@@ -38,7 +38,7 @@ class OnePass:
         average: Of all parameters.
         others: Parameters that are changed after a step, before they are averaged; they are left
             to the optimizer.
-        device_type: Parameters on other devices are left to the optimizer, too.
+        device_type: Parameters on other devices are left to the optimizer, too; None leaves all.
     """
 
     def __init__(
@@ -46,12 +46,16 @@ class OnePass:
         optimizer: torch.optim.Optimizer,
         average: WeightAverage,
         others: Collection[nn.Parameter],
-        device_type: str = "cuda",
+        device_type: str | None = "cuda",
     ):
         self._optimizer, self._average = optimizer, average
         self._others = {id(parameter) for parameter in others}
         self._device_type = device_type
-        self._usable = type(optimizer) is torch.optim.AdamW and find_spec("triton") is not None
+        self._usable = (
+            device_type is not None
+            and type(optimizer) is torch.optim.AdamW
+            and find_spec("triton") is not None
+        )
         # Of each group: what it was made for, and the tables of the kernel.
         self._tables: dict[int, tuple[Any, Any]] = {}
         # The parameters of each group that were updated last, and in which step.

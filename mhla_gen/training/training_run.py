@@ -77,11 +77,12 @@ class Run:
 
     @cached_property
     def one_pass(self) -> OnePass:
-        """Clips, updates and averages what can be in one pass."""
+        """Clips, updates and averages what can be in one pass, where settings ask for it."""
         # Wrapped by accelerate.
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
         # Mixing matrices are clipped to [0, 1] after each step.
-        return OnePass(optimizer, self.ema, mixing_matrices(self.model))
+        others = mixing_matrices(self.model)
+        return OnePass(optimizer, self.ema, others, "cuda" if self.config.one_pass else None)
 
     @property
     def rows(self) -> slice:

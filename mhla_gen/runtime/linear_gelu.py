@@ -39,6 +39,7 @@ def join_gelu(model: nn.Module, devices: Collection[str] = ("cuda",)) -> None:
         model: The model.
         devices: Kinds of devices on which they do; elsewhere nothing is gained.
     """
+    module: Any
     for module in model.modules():
         name = f"{type(module).__module__}.{type(module).__qualname__}"
         if name in JOINED and module.approximate == "tanh" and "forward" not in module.__dict__:

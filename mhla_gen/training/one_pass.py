@@ -137,7 +137,7 @@ class OnePass:
         tensors: Sequence[_Tensors],
         factor: Tensor,
     ) -> None:
-        from mhla_gen.training.one_pass_kernel import make_tables, update
+        from mhla_gen.ops.kernels.adamw import make_tables, update
 
         addresses = [x.data_ptr() for each in tensors for x in each]
         before, tables = self._tables.get(number, (None, None))

@@ -1,4 +1,4 @@
-"""The Triton kernel of `one_pass.py`: one launch for all tensors of a group of parameters."""
+"""One step of AdamW and of the average of weights, for all tensors of a group in one launch."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -39,12 +39,12 @@ def make_tables(addresses: Sequence[int], sizes: Sequence[int], device: torch.de
     counts = torch.tensor([triton.cdiv(size, _CHUNK) for size in sizes])
     owners = torch.repeat_interleave(torch.arange(len(sizes)), counts)
     firsts = (torch.arange(len(owners)) - (counts.cumsum(0) - counts)[owners]) * _CHUNK
-    found = (
+    found = [
         torch.tensor(addresses, dtype=torch.int64).view(-1, 5),
         torch.tensor(sizes, dtype=torch.int64),
         owners.to(torch.int32),
         firsts,
-    )
+    ]
     if device.type == "cuda":
         # Copied in the order of launches; the host need not wait.
         found = [x.pin_memory().to(device, non_blocking=True) for x in found]

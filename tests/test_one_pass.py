@@ -89,6 +89,26 @@ def test_numbers_are_those_of_three_passes(limit):
     assert done[4:] == [with_decay - {0} | without, *[without] * 3]
 
 
+def test_steps_of_the_optimizer_alone_are_counted():
+    """As of a gradient that does not lie as its weight does."""
+    results = []
+    for in_one in (False, True):
+        model = nn.ParameterList([torch.ones(4, 5, device=DEVICE)])
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+        average = WeightAverage(model, 0.9)
+        one_pass = OnePass(optimizer, average, [], DEVICE)
+        for number in range(4):
+            gradient = torch.arange(20.0, device=DEVICE).view(4, 5) + number
+            model[0].grad = gradient.t().contiguous().t() if number == 2 else gradient
+            done = one_pass(list(model), torch.ones((), device=DEVICE)) if in_one else set()
+            assert len(done) == (in_one and number in (1, 3))
+            optimizer.step()
+            average.step(model, done)
+        results.append([*model, *average.shadow_params])
+    for expected, found in zip(*results, strict=True):
+        assert_rounded(found, expected, 1.0)
+
+
 EXACT = """
 import triton
 from triton.backends.compiler import GPUTarget

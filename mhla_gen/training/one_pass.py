@@ -84,6 +84,8 @@ class OnePass:
         for number, group in enumerate(self._optimizer.param_groups):
             chosen = [p for p in group["params"] if self._fits(p, averages.get(id(p)))]
             if not chosen or not _plain(group):
+                # The optimizer may count steps that are not seen here.
+                self._steps.pop(number, None)
                 continue
             steps = [self._state[p]["step"] for p in chosen]
             count = self._count(number, chosen, steps)

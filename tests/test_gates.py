@@ -5,9 +5,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from functorch.compile import make_boxed_func
 from tiny import tiny_dit, tiny_wan
 from tiny_joint import tiny_flux
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mhla_gen
@@ -161,18 +163,51 @@ def test_one_product_equals_several(sizes, biases):
         torch.testing.assert_close(a, e)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("used", [[1], [0, 2], []])
-def test_outputs_that_are_not_used_have_no_gradient(used):
+def test_outputs_that_are_not_used_have_no_gradient(used, compiled):
     layers = [nn.Linear(6, size).double() for size in (3, 5, 4)]
     given = torch.randn(2, 6).double().requires_grad_()
+
+    def joined(given):
+        return products(layers, given)
+
+    run = torch.compile(joined, fullgraph=True, backend="aot_eager") if compiled else joined
     losses = [
         sum((outputs[index].square().sum() for index in used), given.sum())
-        for outputs in (products(layers, given), [layer(given) for layer in layers])
+        for outputs in (run(given), [layer(given) for layer in layers])
     ]
     trained = [given, *(p for layer in layers for p in layer.parameters())]
     gradients = [torch.autograd.grad(loss, trained, materialize_grads=True) for loss in losses]
     for actual, expected in zip(*gradients, strict=True):
         torch.testing.assert_close(actual, expected)
+
+
+def test_one_product_has_second_derivatives():
+    layers = [nn.Linear(3, size).double() for size in (2, 3)]
+    given = torch.randn(2, 3).double().requires_grad_()
+
+    def cubes(given):
+        return torch.cat(products(layers, given), dim=-1) ** 3
+
+    assert torch.autograd.gradgradcheck(cubes, given)
+    per_row = torch.vmap(torch.func.jacrev(cubes))(given)
+    whole = torch.autograd.functional.jacobian(cubes, given)
+    torch.testing.assert_close(per_row, torch.stack([whole[i, :, i] for i in range(2)]))
+
+
+def test_compiled_code_puts_gradients_side_by_side():
+    called = []
+
+    def keep(graph, _):
+        called.extend(node.target for node in graph.graph.nodes)
+        return make_boxed_func(graph)
+
+    layers = [nn.Linear(3, size) for size in (2, 3)]
+    backend = aot_autograd(fw_compiler=keep, bw_compiler=keep)
+    run = torch.compile(lambda x: products(layers, x), fullgraph=True, backend=backend)
+    torch.cat(run(torch.randn(2, 3)), dim=-1).sum().backward()
+    assert torch.ops.mhla_gen.join_columns.default in called
 
 
 class Doubled(nn.Linear):

@@ -40,11 +40,16 @@ def products(layers: Sequence[Any], inputs: Tensor) -> list[Tensor]:
         biases += [weights[0].new_zeros(rest)] if biases else []
     bias = torch.cat(biases) if biases else None
     joined = F.linear(inputs, torch.cat(weights), bias)
-    return list(_Split.apply(joined, sizes))
+    if torch.compiler.is_compiling():
+        return list(_Split.apply(joined, sizes))
+    return list(joined.split([*sizes, rest], dim=-1))[: len(layers)]
 
 
 class _Split(torch.autograd.Function):
-    """The first parts of a tensor's last axis; gradients are put side by side by `join_columns`."""
+    """The first parts of a tensor's last axis; gradients are put side by side by `join_columns`.
+
+    For compiled code only: it has no second derivatives, and `torch.func` does not take it.
+    """
 
     @staticmethod
     def forward(ctx: Any, joined: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:

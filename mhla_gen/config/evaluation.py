@@ -155,7 +155,7 @@ class EvaluateConfig(Settings):
             self.features.check_network()
 
     def _fitting(self) -> str:
-        """Settings that fit each other: those that were not chosen change."""
+        """A setting that makes metrics and extractor fit; the one that was chosen is kept."""
         chosen = self.metrics != EvaluateConfig().metrics
         for extractor in ("inception", "i3d", "dinov2"):
             if chosen and all(_fits(name, extractor) for name in self.metrics):

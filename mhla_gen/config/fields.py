@@ -180,7 +180,7 @@ class Settings:
     """
 
     def __init_subclass__(cls, prefix: str = "", **kwargs: Any) -> None:
-        """Set what the keys of these settings begin with where no `in_group` says it."""
+        """Keep the prefix of these settings' keys, for where `in_group` gives no other."""
         super().__init_subclass__(**kwargs)
         cls._prefix = prefix
 

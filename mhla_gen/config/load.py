@@ -101,13 +101,13 @@ def _structured(schema: type, values: dict[str, Any]) -> Any:
 
 
 def _built(value: Any, annotation: Any, key: str = "") -> Any:
-    """A value with dataclasses for the mappings that stand for them.
+    """A plain value, with a dataclass in place of each mapping that its annotation asks for.
 
-    Not OmegaConf's own, in which no message would know the whole key.
+    OmegaConf's own dataclasses are not used, because their messages do not name the whole key.
     """
     kind = kind_of(annotation)
     if value == "" and (text := kind.mark(Text)) and text.path:
-        # As a variable of the shell that is not set leaves it.
+        # For example from a shell variable that is not set.
         raise ConfigError(f"{key} is empty; write . for the current folder")
     if isinstance(kind.base, type) and dataclasses.is_dataclass(kind.base) and is_mapping(value):
         schema: type = kind.base

@@ -59,7 +59,7 @@ def distill(config: TrainConfig) -> Path:
     folder = Path(config.output_dir)
     with claimed(folder):
         on_main(lambda: check_output_dir(config))
-        # Nobody needs the folders of the stages before one that is finished.
+        # The folders of stages before a finished one are not needed.
         if _is_finished(folder):
             tell(f"{folder} is already finished: all stages are done; nothing was run")
             return folder / PIPELINE_NAME
@@ -70,8 +70,8 @@ def distill(config: TrainConfig) -> Path:
         for stage in reversed(left):
             on_main(lambda stage=stage: check_output_dir(stage.config))
             run = build_run(stage.config, stage.task)
-            # Not before: what does not fit leaves nothing behind. And not after the first file of a
-            # stage, which would be none of a run then.
+            # Settings that do not fit have failed by now and left nothing behind. From here on the
+            # folder has files, and without its config it would not be that of a run.
             if processes.is_main_process:
                 save_config(config, folder / CONFIG_NAME)
             with claimed(stage.folder):
@@ -140,7 +140,7 @@ class Stage:
 
     @property
     def folder(self) -> Path:
-        """That of its run."""
+        """The folder of its run."""
         return Path(self.config.output_dir)
 
     def task(self, config: TrainConfig, data: TrainingData) -> Task:

@@ -1,7 +1,4 @@
-"""The files that the two commands write: what of them may be written over.
-
-It is asked before torch loads.
-"""
+"""Which files `evaluate` and `reference` may write over; checked before torch is loaded."""
 
 import json
 from pathlib import Path

@@ -110,7 +110,7 @@ class MHLATransformerMixin:
 
         Args:
             base_model_or_path: A transformer of the family, or what its `from_pretrained` takes.
-            config: Settings; None is what `inject` takes.
+            config: Settings; None takes those of `inject`.
             kwargs: Passed to `from_pretrained` of the base class (`subfolder`, `torch_dtype`, …).
 
         Returns:

@@ -76,9 +76,10 @@ def tile_pack(
     top: int,
     scale: float,
 ) -> list[Tensor]:
-    """Those of `tile_form.Reads` that there are, if both passes read them packed; else nothing.
+    """The tensors of `tile_form.Reads`, if both passes read them packed; else nothing.
 
-    An operator of its own, so that what keeps the output of `tile_attend` can compute this again.
+    An operator of its own, so that recomputing that keeps the output of `tile_attend` can make
+    these again.
     """
     call = _call(query, value, cos, sin, grid, tiles, groups, reach, before, top, scale)
     if not tile_gradients.both_pack(call):

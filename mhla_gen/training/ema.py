@@ -38,7 +38,7 @@ class WeightAverage(EMAModel):
     def step(self, parameters: Iterable[nn.Parameter], done: Collection[int] = ()) -> None:
         """Average the parameters in; frozen ones are their own average.
 
-        As `EMAModel`, which goes over the memory twice and takes that of a third copy.
+        Computes what `EMAModel` does, which reads the memory twice and needs a third copy.
 
         Args:
             parameters: All, in the order in which they were given.

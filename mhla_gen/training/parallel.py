@@ -117,8 +117,8 @@ def shard_by(accelerator: Accelerator, model: nn.Module, names: Sequence[str]) -
 def keep_gathered(accelerator: Accelerator, model: Any, names: Sequence[str]) -> None:
     """Leave modules of a shared model whole between their forward and their backward pass.
 
-    All of them where the whole weights are small beside the memory: that saves the host, which
-    FSDP2 keeps busy, the second gathering of each step.
+    If the whole weights are small beside the memory, all modules stay whole. This spares the host,
+    which FSDP2 keeps busy, the second gathering of each step.
 
     Args:
         accelerator: Of the run.

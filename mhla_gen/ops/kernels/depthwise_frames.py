@@ -25,7 +25,7 @@ def conv_frames_kernel(
 ):  # fmt: skip
     """out[n] = bias + Σ weight[tap] x[n + tap], and what `finish` makes of it.
 
-    `weight` is [taps, ROW], float32; its rows hold whole tiles of channels.Neighbouring
+    `weight` is [taps, ROW], float32; its rows hold whole tiles of channels. Neighbouring
     programs handle the same tokens.
     """
     PH: tl.constexpr = KH // 2

@@ -89,7 +89,7 @@ def add_outer(
 
 @triton.jit
 def no_summary(D0: tl.constexpr, D1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr):
-    """What `add_outer` adds to at first."""
+    """Zeros, for `add_outer` to begin with."""
     s00 = tl.zeros((D0, V0), tl.float32)
     s01, t10, s11 = s00, s00, s00
     if V1 > 0:

@@ -191,8 +191,13 @@ def test_a_rule_with_given_sizes_keeps_to_the_share_as_far_as_they_allow():
         layout = auto_tiles(grid, share, **sizes)
         assert sizes.items() <= layout._asdict().items()
         assert tile_share(grid, layout.tile, layout.window, layout.top, layout.group) == share
-    large = auto_tiles(grid, share, window=(7, 7))
-    assert (large.window, large.top) == ((7, 7), 0)
+    # With 3×3 tiles around a group of 2×2, the window alone would be more.
+    layout = auto_tiles(grid, 0.05, group=(2, 2))
+    assert (layout.window, layout.top) == ((1, 1), 9)
+    for sizes in ({"window": (7, 7)}, {"group": (8, 8), "window": (1, 1)}):
+        layout = auto_tiles(grid, share, group=sizes.get("group"), window=sizes.get("window"))
+        assert sizes.items() <= layout._asdict().items() and layout.top == 0
+    assert auto_tiles(grid, share, group=(8, 8)) == layout
     with pytest.raises(ValueError, match="window needs one number per axis"):
         auto_tiles(grid, share, window=(3, 3, 3))
     with pytest.raises(ValueError, match="tile and group must be positive"):

@@ -162,7 +162,7 @@ def auto_tiles(
         grid: Tokens along each axis.
         share: Share of all pairs of a query and a key, in (0, 1]. At least one tile is read.
         tile: Tile to use instead; see `TileLayout`, as the two below.
-        group: Group to use instead.
+        group: Group to use instead; its own tiles may take more than the share.
         window: Window to use instead; it may take more than the share.
 
     Raises:
@@ -183,7 +183,7 @@ def auto_tiles(
     first = window
     if first is None:
         squares = [(w,) * len(grid) for w in range(_IMAGE_WINDOW if image else 1, 0, -2)]
-        first = next(square for square in squares if near(square) <= most)
+        first = next((square for square in squares if near(square, group) <= most), squares[-1])
     if group is None:
         chosen = first
         group = _auto_group(tile, tiles, lambda group: near(chosen, group) <= most)

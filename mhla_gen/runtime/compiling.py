@@ -63,9 +63,11 @@ def _sum_embeddings_in_order() -> None:
     What it generates instead adds up the gradients of samples with the same label in any order, so
     that a resumed run would not be bit for bit that of an uninterrupted one.
     """
-    from torch._inductor.decomposition import decompositions
+    from torch._inductor.decomposition import decompositions, fast_random_decomps
 
     decompositions.pop(torch.ops.aten.embedding_dense_backward.default, None)
+    # The copy that is used, made when something was first compiled.
+    fast_random_decomps.cache_clear()
 
 
 def compile_model(model: nn.Module, how: str) -> None:

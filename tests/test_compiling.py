@@ -1,8 +1,12 @@
 """Compiled transformers in one process: many sizes, many models, and a whole run of them."""
 
 import functools
+from itertools import product
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import sympy
 import torch
 import torch.distributed as dist
 from tiny import (
@@ -14,11 +18,15 @@ from tiny import (
     wan_inputs,
 )
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._inductor.choices import InductorChoices
 from torch._inductor.decomposition import (
     decompositions,
     fast_random_decomps,
     select_decomp_table,
 )
+from torch._inductor.runtime.hints import ReductionHint
+from torch._inductor.sizevars import SizeVarAllocator
+from torch._inductor.virtualized import V
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.parallel import DistributedDataParallel
 
@@ -137,6 +145,29 @@ def test_buckets_of_gradients_cut_a_whole_model_but_no_block(how, forms, monkeyp
         assert (len(forms.graphs) == 1) == (how == "regional")
     finally:
         dist.destroy_process_group()
+
+
+def test_long_tokens_are_normalised_at_once(forms):
+    """What someone else has chosen for the rest still holds."""
+
+    class Chosen(InductorChoices):
+        pass
+
+    with V.set_choices_handler(Chosen()):
+        for _ in range(2):
+            compile_blocks(tiny_dit(num_layers=1))
+        choices: Any = V.choices
+        assert type(choices).__bases__ == (Chosen,)
+        found = []
+        with V.set_graph_handler(SimpleNamespace(sizevars=SizeVarAllocator())):
+            for hint, size in product((ReductionHint.INNER, ReductionHint.OUTER), (2048, 2049)):
+                features = SimpleNamespace(
+                    get_reduction_hint=lambda hint=hint: hint,
+                    reduction_numel=sympy.Integer(size),
+                    strict_sum_rblock=lambda: None,
+                )
+                found.append(bool(choices.should_use_persistent_reduction(features, False)))
+        assert found == [True, False, False, False]
 
 
 def test_gradients_of_an_embedding_are_summed_in_a_fixed_order(forms, monkeypatch):

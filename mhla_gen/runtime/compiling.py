@@ -39,20 +39,28 @@ def repeated_blocks(model: nn.Module) -> tuple[str, ...]:
 def _read_norms_once() -> None:
     """Let torch.compile hold a token's channels in registers while it normalises them.
 
-    By default it does so up to 1,024 channels, and reads longer tokens twice.
+    By default it does so up to 1,024 channels, and reads longer tokens twice. There is no setting
+    of this for one model: it holds for all that this thread compiles.
     """
-    from torch._inductor.choices import InductorChoices
+    from torch._inductor import config
     from torch._inductor.runtime.hints import ReductionHint
     from torch._inductor.virtualized import V
 
-    class Choices(InductorChoices):
+    kind: Any = type(V.choices)
+    if hasattr(kind, "most_channels"):
+        return
+
+    class Choices(kind):
+        most_channels = _MOST_CHANNELS
+
         @staticmethod
         def should_use_persistent_reduction(features: Any, cooperative_reduction: bool) -> bool:
-            if features.get_reduction_hint() == ReductionHint.INNER and not cooperative_reduction:
+            inner = features.get_reduction_hint() == ReductionHint.INNER
+            if inner and not cooperative_reduction and config.triton.persistent_reductions:
                 sizes: Any = V.graph.sizevars
                 if sizes.statically_known_leq(features.reduction_numel, _MOST_CHANNELS):
                     return True
-            return InductorChoices.should_use_persistent_reduction(features, cooperative_reduction)
+            return kind.should_use_persistent_reduction(features, cooperative_reduction)
 
     V.set_choices_handler(Choices())
 
@@ -61,7 +69,8 @@ def _sum_embeddings_in_order() -> None:
     """Let torch.compile call torch's own backward pass of an embedding.
 
     What it generates instead adds up the gradients of samples with the same label in any order, so
-    that a resumed run would not be bit for bit that of an uninterrupted one.
+    that a resumed run would not be bit for bit that of an uninterrupted one. This, too, has no
+    setting for one model: it holds for the whole process.
     """
     from torch._inductor.decomposition import decompositions, fast_random_decomps
 

@@ -139,8 +139,10 @@ def test_models_save_load_and_restore(name, options, tmp_path):
 
 
 def test_magnitude_is_refused_where_it_means_nothing():
-    for options in ({"normalize": False}, {"exact": 1.0}, {"exact": 0.2, "linear": False}):
-        with pytest.raises(ValueError, match="magnitude needs an MHLA half"):
+    with pytest.raises(ValueError, match="magnitude needs normalize=true"):
+        MHLAConfig(magnitude=True, normalize=False)
+    for options in ({"exact": 1.0}, {"exact": 0.2, "linear": False}):
+        with pytest.raises(ValueError, match="magnitude needs MHLA's half"):
             MHLAConfig(magnitude=True, **options)
     model = mhla_gen.inject(FAMILIES["dit"][0](), MHLAConfig(layout=(2, 2), magnitude=True))
     disturb(model)

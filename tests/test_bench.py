@@ -13,7 +13,7 @@ from mhla_gen import ops
 from mhla_gen.bench import benchmark
 from mhla_gen.bench.benchmark import find_crossover
 from mhla_gen.bench.model import bench_model
-from mhla_gen.bench.ops import Case, attention
+from mhla_gen.bench.ops import Case, attention, settings_of
 from mhla_gen.bench.profiles import kind_of, unused_time
 from mhla_gen.cli import main
 from mhla_gen.config import BenchConfig, ConfigError, load_config
@@ -335,6 +335,11 @@ def test_bench_says_from_which_size_on_mhla_pays(monkeypatch, tmp_path, capsys, 
 def test_mistakes_are_named(override, message):
     with pytest.raises(ConfigError, match=message):
         load_config(None, [override], BenchConfig)
+
+
+def test_a_mistake_in_a_method_names_it():
+    with pytest.raises(ConfigError, match=r"methods: exact must .*, in 'fused exact=2'"):
+        settings_of("fused exact=2")
 
 
 def test_a_measurement_in_which_every_row_fails_ends_in_an_error(tmp_path, capsys):

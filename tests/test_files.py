@@ -10,10 +10,27 @@ import sys
 import pytest
 
 from mhla_gen.config import DataConfig, EvaluateConfig, SampleConfig, TrainConfig
+from mhla_gen.errors import NotWritableError
 from mhla_gen.files import remove_leftovers, write_text, written_whole
-from mhla_gen.outputs.folders import check_writable, differences, is_free
+from mhla_gen.files.saved import DamagedFileError, read_json
+from mhla_gen.outputs.folders import check_replaceable, check_writable, differences, is_free
 from mhla_gen.outputs.locks import claimed
 from mhla_gen.training.log import read_log
+
+
+def test_what_is_read_is_of_the_kind_that_was_written(tmp_path):
+    path = tmp_path / "numbers.json"
+    with pytest.raises(DamagedFileError, match=r"it is missing\); write it again"):
+        read_json(path, "write it again")
+    path.write_text("[1]")
+    assert read_json(path, "", list) == [1]
+    with pytest.raises(DamagedFileError, match="expected a dict, found a list"):
+        read_json(path, "write it again")
+
+
+def test_a_mount_point_is_not_replaced():
+    with pytest.raises(NotWritableError, match="/ is a mount point"):
+        check_replaceable("/")
 
 
 def test_two_writers_of_one_file_do_not_meet(tmp_path):

@@ -154,6 +154,13 @@ def test_scaling_mixing_changes_nothing_when_normalized():
     torch.testing.assert_close(ones, torch.ones_like(value))
 
 
+def test_both_rotary_tables_are_where_the_tokens_are():
+    tensors, options = make_inputs((4,), (2,), 6, 4, rotary=True)
+    cos, sin = options["rotary"]
+    with pytest.raises(ValueError, match="rotary is on meta but query on cpu"):
+        mhla(*tensors, grid=(4,), layout=(2,), rotary=(cos, sin.to("meta")))
+
+
 def test_rotary_scores_depend_on_relative_positions():
     (query, key, value, _), _ = make_inputs((9,), (1,), 8, 8)
     one = torch.ones(1, 1, dtype=torch.float64)

@@ -14,7 +14,8 @@ from mhla_gen import MHLAConfig
 from mhla_gen.cli import main
 from mhla_gen.config import DataConfig, ModelConfig, SensitivityConfig, load_config
 from mhla_gen.distillation import relative_error
-from mhla_gen.inspection.sensitivity import sensitivity
+from mhla_gen.files.saved import DamagedFileError
+from mhla_gen.inspection.sensitivity import DISTILLED_NAME, sensitivity
 from mhla_gen.inspection.sensitivity_plan import plan_by_count, plan_by_error
 from mhla_gen.inspection.sensitivity_scan import LAYERS_NAME, Scan
 
@@ -133,6 +134,17 @@ def test_an_interrupted_scan_goes_on_and_a_finished_one_answers_for_other_budget
     monkeypatch.setattr(Scan, "error_of", refuse)
     sensitivity(replace(stopped, softmax_layers=1))
     assert len(results(tmp_path / "stopped")["plan"]["mhla_layers"]) == 2
+
+
+def test_layers_that_were_damaged_may_learn_again(tmp_path, softmax):
+    scan = settings(softmax, tmp_path / "scan", distill_steps=2)
+    sensitivity(scan)
+    file = tmp_path / "scan" / DISTILLED_NAME
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(DamagedFileError, match=r"remove it to let the layers learn again"):
+        sensitivity(replace(scan, softmax_layers=1))
+    file.unlink()
+    sensitivity(replace(scan, softmax_layers=1))
 
 
 def test_distilled_layers_have_smaller_errors(tmp_path, softmax):

@@ -11,6 +11,7 @@ from tiny import disturb, dit_inputs, tiny_dit, tiny_dit_pipeline, tiny_wan
 
 import mhla_gen
 from mhla_gen.config import LinformerConfig, MHLAConfig, ModelConfig
+from mhla_gen.errors import UserError
 from mhla_gen.models.saved_transformer import load_transformer
 from mhla_gen.training import build_model, initialize_dit, rehearse
 
@@ -161,6 +162,17 @@ def test_new_classes_start_as_no_class(tmp_path):
     assert torch.equal(new, old)
     again = DiTTransformer2DModel.from_pretrained(saved(model, tmp_path / "again")).eval()
     assert torch.equal(again(**inputs).sample, model(**inputs).sample)
+
+
+def test_weights_of_other_sizes_than_the_settings_are_one_sentence(tmp_path):
+    path = saved(tiny_dit(), tmp_path / "model")
+    file = next((tmp_path / "model").rglob("config.json"))
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"attention_head_dim": 2 * config["attention_head_dim"]}))
+    with pytest.raises(
+        UserError, match=r"model.* cannot be loaded: .* but got torch\.Size\(\[\d+\]\)$"
+    ):
+        load_transformer(path)
 
 
 @pytest.mark.parametrize("content", ["[1]", "{}"])

@@ -329,7 +329,7 @@ def test_other_models_and_calls_are_refused(tmp_path):
     with pytest.raises(ValueError, match="no attention mask"):
         model.forward_features(images(), attn_mask=torch.ones(36, 36, dtype=torch.bool))
     model.save_pretrained(tmp_path / "mhla")
-    with pytest.raises(ValueError, match="not a MHLAVisionTransformerDistilled"):
+    with pytest.raises(ValueError, match=r"Distilled; load it with mhla_gen\.MHLAV\w+$"):
         mhla_gen.MHLAVisionTransformerDistilled.from_pretrained(tmp_path / "mhla")
     (tmp_path / "mhla" / "model.safetensors").write_bytes(b"1234")
     with pytest.raises(ValueError, match=r"model\.safetensors"):

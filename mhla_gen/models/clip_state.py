@@ -78,7 +78,8 @@ class ClipState:
             with self._remembered(append):
                 out = model(latents, timestep=timestep, **conditions, return_dict=False)[0]
         except ValueError:
-            # What is wrong with a chunk is found before it is added.
+            # What is wrong with a chunk is found before the first layer adds it.
+            self._torn = any(state.added for state in self.layers.values())
             raise
         except BaseException:
             self._torn = append
@@ -99,7 +100,7 @@ class ClipState:
         try:
             self.model.rope.first_frame = self.frames
             for layer, state in self.layers.items():
-                state.appends = append
+                state.appends, state.added = append, False
                 layer.hand(state)
             yield
         finally:

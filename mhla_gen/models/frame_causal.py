@@ -22,12 +22,13 @@ class LayerState:
 
     Attributes:
         appends: Whether the next chunk to be read is a finished one.
+        added: Whether that chunk has been added.
         values: Values of the last frames, `[batch, tokens, channels]`, for the convolution.
     """
 
     def __init__(self, chunk_frames: int):
         self.chunk_frames = chunk_frames
-        self.appends = False
+        self.appends = self.added = False
         self.values: Tensor | None = None
         self._mhla: FrameState | None = None
         self._cache: list[Tensor] = []
@@ -45,6 +46,7 @@ class LayerState:
         check_next(frames, self.chunk_frames, self._ended)
         joined = [self._joined(index, new) for index, new in enumerate((key, value))]
         if self.appends:
+            self.added = True
             self._tokens += query.shape[1]
             self._ended = frames < self.chunk_frames
         return softmax(query, *joined)
@@ -180,9 +182,11 @@ class FrameCausalMHLA(MHLA):
             "implementation": config.implementation,
         }
         if state is not None:
-            return state.mhla(weights, options).read(
+            out = state.mhla(weights, options).read(
                 query, key, value, **given, append=state.appends
             )
+            state.added = state.appends
+            return out
         return frame_causal_mhla(query, key, value, weights, **given, **options)
 
 

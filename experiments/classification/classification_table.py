@@ -3,8 +3,8 @@
 python experiments/classification/classification_table.py RESULT.json
 """
 
+import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -112,4 +112,6 @@ def table(result: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    print(table(json.loads(Path(sys.argv[1]).read_text())))
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("result", type=Path, help="what classification_run.py wrote")
+    print(table(json.loads(parser.parse_args().result.read_text())))

@@ -48,9 +48,9 @@ def test_kernels_are_told_apart_by_their_names(name, kind):
 
 
 def test_each_of_our_kernels_has_a_kind():
+    kinds = {"tile": "exact tiles", "depthwise": "depthwise convolution", "adamw": "optimizer"}
     for path in (Path(ops.__file__).parent / "kernels").glob("*.py"):
-        prefix = path.stem.partition("_")[0]
-        kind = {"tile": "exact tiles", "depthwise": "depthwise convolution"}.get(prefix, "MHLA")
+        kind = kinds.get(path.stem.partition("_")[0], "MHLA")
         for name in re.findall(r"def (\w+_kernel)\(", path.read_text()):
             assert kind_of(name) == kind, name
 

@@ -284,13 +284,14 @@ def test_packs_are_kept_instead_of_inputs_or_computed_again(monkeypatch, keeps):
     assert all(map(torch.equal, found, expected))
 
 
+@pytest.mark.parametrize("dynamic", [None, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("packed", [False, True])
-def test_compiles_into_one_graph(monkeypatch, packed):
+def test_compiles_into_one_graph(monkeypatch, packed, dynamic):
     if packed:
         pack(monkeypatch)
     tensors, options = make(SMALL, rotary=False, heads=1, batch=1, head_dim=8, value_dim=8)
     tensors = [x.detach().float().to(DEVICE).requires_grad_() for x in tensors]
-    run = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    run = torch.compile(attend, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     expected, actual = (f(tensors, options, "fused") for f in (attend, run))
     torch.testing.assert_close(actual, expected)
     gradients = [

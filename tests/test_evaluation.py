@@ -497,6 +497,58 @@ def test_fvd_measures_clips(tmp_path):
     assert "bilinear-224 fp32 12x12 frames-0:5:2 vs-40" in result.protocol
 
 
+def test_labels_stay_with_clips_where_others_are_left_out(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(features, "CHUNK", 4)
+    rng = np.random.default_rng(0)
+    for name, count, length in (("short", 7, 4), ("long", 20, 6), ("more", 3, 5), ("real", 30, 6)):
+        labels = np.arange(count) % 3
+        clips = rng.integers(0, 60, (count, length, 12, 12, 3))
+        clips += 90 * labels[:, None, None, None, None]
+        np.savez(tmp_path / f"{name}.npz", arr_0=clips.astype(np.uint8), labels=labels)
+    config = fvd_of(tmp_path, "long.npz", "real.npz", video_frames=6)
+    config = replace(config, metrics=("accuracy",), skip_corrupt=True)
+    parts = tuple(str(tmp_path / f"{name}.npz") for name in ("short", "long", "more"))
+    (alone,), (found,) = evaluate(config), evaluate(replace(config, samples=parts))
+    assert alone.value == found.value == 1 and found.protocol.startswith("accuracy-20 ")
+    (judged,) = evaluate(replace(config, samples=str(tmp_path / "real.npz"), reference=parts))
+    assert judged.value == 1 and "vs-20" in judged.protocol
+    # Features that an earlier version wrote, without the numbers of what it left out.
+    for path in (tmp_path / "cache").glob("*/pool-*.npz"):
+        with np.load(path) as archive:
+            arrays = dict(archive)
+        lines = list(json.loads(arrays["unreadable"].tobytes()).values())
+        arrays["unreadable"] = np.frombuffer(json.dumps(lines).encode(), np.uint8)
+        np.savez(path, **arrays)
+    capsys.readouterr()
+    assert evaluate(replace(config, samples=parts))[0].value == 1
+    # Chunks 0, 1, 6 and 7 of four clips each.
+    assert capsys.readouterr().err.count("without numbers): computed again") == 4
+
+
+def test_a_reference_keeps_the_labels_of_its_images(settings, tmp_path):
+    labels = np.arange(60) % 3
+    images = np.minimum(pictures(60, 1) // 4 + 90 * labels[:, None, None, None], 255)
+    np.savez(tmp_path / "samples.npz", arr_0=images.astype(np.uint8), labels=labels)
+    reference = built(settings, tmp_path, data=settings.samples, keep_images=40)
+    with np.load(reference) as file:
+        kept = dict(file)
+    assert len(kept["labels"]) == 40
+    assert (kept["arr_0"].mean((1, 2, 3)) // 90 == kept["labels"]).all()
+    same = replace(settings, reference=str(reference), metrics=("accuracy",))
+    assert values(evaluate(same)) == {"accuracy": 1.0}
+
+
+def test_a_video_that_takes_too_long_is_left_out(tmp_path):
+    for index in range(2):
+        path = tmp_path / "films" / f"{index}.mp4"
+        path.parent.mkdir(exist_ok=True)
+        imageio.imwrite(path, np.full((4, 64, 64, 3), 99, np.uint8), fps=8, macro_block_size=1)
+    config = fvd_of(tmp_path, "films", "films", video_frames=4, video_timeout=0.001)
+    late = r"takes longer than 0\.001 s; features\.video_timeout allows more"
+    with pytest.raises(EvaluationError, match=f"none of 2 can be read.*{late}"):
+        evaluate(config)
+
+
 def test_fvd_reads_folders_of_videos(tmp_path):
     rng = np.random.default_rng(0)
     for name in ("samples", "real"):
@@ -560,7 +612,7 @@ def test_scripts_with_another_output_are_refused(tmp_path):
 def test_statistics_files_keep_all_digits(tmp_path):
     statistics = FeatureStatistics.from_features(torch.randn(50, 5))
     protocol = EvaluationProtocol(identity(), (8, 8))
-    write_statistics(tmp_path / "a.npz", {"pool": statistics}, protocol, None)
+    write_statistics(tmp_path / "a.npz", {"pool": statistics}, protocol, {})
     with np.load(tmp_path / "a.npz") as file:
         np.testing.assert_array_equal(file["sigma"], statistics.covariance)
         assert int(file["count"]) == 50

@@ -1,7 +1,7 @@
 """The evaluation command: samples and a reference → numbers with protocols and intervals."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,7 @@ def evaluate(config: EvaluateConfig, dry_run: bool = False) -> list[Result]:
         return []
     on_main(lambda: remove_leftovers(Path(config.out).parent))
     samples = measurer.features(source, scoring.feature_names)
-    return scoring.score(replace(samples, labels=labels))
+    return scoring.score(samples.labelled(labels))
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ class Scoring:
         if self.images is None or not names:
             return None
         found = self.measurer.features(self.images, sorted(names))
-        return replace(found, labels=self._reference_labels())
+        return found.labelled(self._reference_labels())
 
     def _reference_labels(self) -> np.ndarray | None:
         if self.images is None or not need_labels(self.config.metrics):
@@ -160,7 +160,7 @@ class Scoring:
         described: dict[str, Any] = {
             "paths": list(self.config.samples),
             "count": samples.count,
-            "unreadable": list(samples.unreadable),
+            "unreadable": list(samples.unreadable.values()),
             "sha256": samples.digest,
             "manifests": [
                 read_json(path, "sample the set again, or remove it")
@@ -173,7 +173,7 @@ class Scoring:
                 "paths": list(self.config.reference),
                 "count": statistics.count,
                 "image_count": images.count if images else 0,
-                "unreadable": list(images.unreadable) if images else [],
+                "unreadable": list(images.unreadable.values()) if images else [],
                 "protocol": str(self.reference_protocol),
             }
         context["versions"] = {"mhla_gen": __version__, "torch": torch.__version__}

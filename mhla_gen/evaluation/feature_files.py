@@ -4,9 +4,10 @@ import json
 import sys
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -17,6 +18,8 @@ from mhla_gen.evaluation.npz import open_array
 from mhla_gen.files import write_arrays
 from mhla_gen.files.saved import DamagedFileError
 
+_REMEDY = "run the same command again, which computes it once more"
+
 
 @dataclass(frozen=True)
 class FeatureSet:
@@ -26,12 +29,17 @@ class FeatureSet:
     chunks: int
     count: int
     """Images that were read."""
-    unreadable: tuple[str, ...]
-    """One line for each image that was left out."""
+    unreadable: dict[int, str]
+    """The numbers of images that were left out, and a line for each."""
     digest: str
     """SHA-256 of the images."""
     labels: np.ndarray | None = None
-    """Class of each image, int64 [count], where metrics need it."""
+    """Class of each image that was read, int64 [count], where metrics need it."""
+
+    def labelled(self, labels: np.ndarray | None) -> "FeatureSet":
+        """This set with the labels of its images, from those of all images of the source."""
+        kept = None if labels is None else np.delete(labels, list(self.unreadable))
+        return replace(self, labels=kept)
 
     def stream(self, name: str) -> Iterator[np.ndarray]:
         """Features [n, dim] chunk by chunk, in order, without chunks that have none."""
@@ -72,7 +80,7 @@ def write_chunk(
     chunk: int,
     outputs: list[dict[str, Tensor]],
     dims: dict[str, int],
-    unreadable: list[str],
+    unreadable: dict[int, str],
 ) -> None:
     """Write the features of a chunk, and why some of its images are missing.
 
@@ -81,7 +89,7 @@ def write_chunk(
         chunk: Its number.
         outputs: Features of each batch by name, `[batch, dim]`.
         dims: Their sizes, for a chunk without a readable image.
-        unreadable: A line for each image that is missing.
+        unreadable: The numbers of images that are missing, and a line for each.
     """
     for name, dim in dims.items():
         # Copied here, not after each batch: a copy waits for the device.
@@ -91,33 +99,44 @@ def write_chunk(
 
 
 def write_features(
-    folder: Path, name: str, chunk: int, features: np.ndarray, unreadable: Sequence[str] = ()
+    folder: Path,
+    name: str,
+    chunk: int,
+    features: np.ndarray,
+    unreadable: Mapping[int, str] = MappingProxyType({}),
 ) -> None:
     """Write features of a chunk, `[images, dim]`, with a checksum: that of zip files."""
-    lines = np.frombuffer(json.dumps(list(unreadable)).encode(), np.uint8)
+    lines = np.frombuffer(json.dumps(dict(unreadable)).encode(), np.uint8)
     write_arrays(_chunk_file(folder, name, chunk), {"features": features, "unreadable": lines})
 
 
-def read_features(folder: Path, name: str, chunk: int) -> tuple[np.ndarray, list[str]]:
-    """Features of a chunk, `[images, dim]`, and why images are missing.
+def read_features(folder: Path, name: str, chunk: int) -> tuple[np.ndarray, dict[int, str]]:
+    """Features of a chunk, `[images, dim]`, and by number why images are missing.
 
     Raises:
         DamagedFileError: If the file is missing or not as it was written.
     """
-    found = _read_checked(_chunk_file(folder, name, chunk))
-    return found["features"], json.loads(found["unreadable"].tobytes())
+    path = _chunk_file(folder, name, chunk)
+    found = _read_checked(path)
+    return found["features"], _by_number(path, found["unreadable"])
+
+
+def _by_number(path: Path, lines: np.ndarray) -> dict[int, str]:
+    found = json.loads(lines.tobytes())
+    if found and not isinstance(found, dict):
+        raise DamagedFileError(path, "an earlier version wrote it without numbers", _REMEDY)
+    return {int(number): line for number, line in dict(found).items()}
 
 
 def _read_checked(path: Path) -> dict[str, np.ndarray]:
     """All arrays of an npz file of ours; reading them whole compares their checksums."""
-    remedy = "run the same command again, which computes it once more"
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             return dict(archive)
     except FileNotFoundError as error:
-        raise DamagedFileError(path, "it is missing", remedy) from error
+        raise DamagedFileError(path, "it is missing", _REMEDY) from error
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise DamagedFileError(path, str(error), remedy) from error
+        raise DamagedFileError(path, str(error), _REMEDY) from error
 
 
 def is_complete(folder: Path, names: Sequence[str], chunk: int) -> bool:
@@ -136,11 +155,11 @@ def is_complete(folder: Path, names: Sequence[str], chunk: int) -> bool:
 
 def collect(folder: Path, chunks: int, name: str, digest: str) -> FeatureSet:
     """The set of a folder with all chunks; arguments as its fields."""
-    unreadable: list[str] = []
+    unreadable: dict[int, str] = {}
     count = 0
     for chunk in range(chunks):
         # Features themselves are read, and their checksums compared, where they are used.
         path = _chunk_file(folder, name, chunk)
-        unreadable += json.loads(open_array(path, "unreadable").tobytes())
+        unreadable |= _by_number(path, open_array(path, "unreadable"))
         count += len(open_array(path, "features"))
-    return FeatureSet(folder, chunks, count, tuple(unreadable), digest)
+    return FeatureSet(folder, chunks, count, unreadable, digest)

@@ -35,7 +35,7 @@ class ImageBatch(NamedTuple):
 
     images: Tensor
     """uint8 [n, height, width, 3] or [n, frames, height, width, 3]."""
-    unreadable: list[str]
+    unreadable: dict[int, str]
     mismatch: str
     """Set if an image has another size than the first one."""
 
@@ -51,13 +51,13 @@ class ImageBatchReader(Dataset[ImageBatch]):
 
     def __getitem__(self, item: int) -> ImageBatch:
         images: list[np.ndarray] = []
-        unreadable: list[str] = []
+        unreadable: dict[int, str] = {}
         mismatch = ""
         for index in self._ranges[item]:
             try:
                 image = self._source.read(index)
             except UnreadableImageError as error:
-                unreadable.append(f"{self._source.label(index)} {error}")
+                unreadable[index] = f"{self._source.label(index)} {error}"
                 continue
             if image.shape[:-1] != self._shape:
                 mismatch = f"{self._source.label(index)} is {_size(image.shape[:-1])}"
@@ -121,11 +121,11 @@ def extract_features(
         written: list[Future[None]] = []
         for chunk, ranges in zip(missing, batches, strict=True):
             outputs: list[dict[str, Tensor]] = []
-            unreadable: list[str] = []
+            unreadable: dict[int, str] = {}
             for indices in ranges:
                 batch = next(stream)
                 _require_one_size(batch, source, shape)
-                unreadable += batch.unreadable
+                unreadable |= batch.unreadable
                 if len(batch.images):
                     outputs.append(_forward(extractor, batch.images, names, rows))
                 bar.update(len(indices) * state.num_processes)
@@ -218,7 +218,8 @@ def _require_one_size(batch: ImageBatch, source: ImageSource, shape: tuple[int, 
 
 def _require_readable(found: FeatureSet, source: ImageSource, skip_corrupt: bool) -> None:
     if found.unreadable and not skip_corrupt:
-        listed = "".join(f"\n  {line}" for line in found.unreadable[:_LISTED])
+        lines = list(found.unreadable.values())[:_LISTED]
+        listed = "".join(f"\n  {line}" for line in lines)
         more = len(found.unreadable) - _LISTED
         rest = f"\n  and {more} more" if more > 0 else ""
         raise EvaluationError(

@@ -33,6 +33,7 @@ def build_reference(config: ReferenceConfig, dry_run: bool = False) -> Path | No
     check_statistics(out)
     measurer = Measurer.start(config.features, config.size, config.skip_corrupt)
     source = measurer.open(config.data)
+    labels = source.labels()
     protocol = measurer.protocol(frame_shape(source))
     if dry_run:
         print(f"would measure {len(source)} images of {source.name}: {protocol}")
@@ -43,19 +44,28 @@ def build_reference(config: ReferenceConfig, dry_run: bool = False) -> Path | No
 
     def write() -> None:
         statistics = {name: measured.statistics(name) for name in names}
-        images = None if measurer.clip else kept_images(source, config.keep_images, config.seed)
-        write_statistics(out, statistics, protocol, images)
+        kept = {} if measurer.clip else kept_images(source, config.keep_images, config.seed, labels)
+        write_statistics(out, statistics, protocol, kept)
         print(f"{out}: {measured.count} images, {protocol}")
 
     on_main(write)
     return out
 
 
-def kept_images(source: ImageSource, count: int, seed: int) -> np.ndarray | None:
+def kept_images(
+    source: ImageSource, count: int, seed: int, labels: np.ndarray | None
+) -> dict[str, np.ndarray]:
     """A random subset of readable images, in order; all of them if there are not more.
 
+    Args:
+        source: All images.
+        count: How many are wanted.
+        seed: Fixes which.
+        labels: Of all images, if they have any.
+
     Returns:
-        uint8 [count, height, width, 3], or None if none are wanted.
+        `arr_0`, uint8 [count, height, width, 3], and their `labels`, int64 [count]; nothing if no
+        images are wanted.
     """
     chosen = np.random.default_rng(seed).permutation(len(source))
     images: dict[int, np.ndarray] = {}
@@ -66,4 +76,8 @@ def kept_images(source: ImageSource, count: int, seed: int) -> np.ndarray | None
             images[index] = source.read(index)
         except UnreadableImageError:
             continue
-    return np.stack([images[index] for index in sorted(images)]) if images else None
+    if not images:
+        return {}
+    numbers = sorted(images)
+    kept = {"arr_0": np.stack([images[number] for number in numbers])}
+    return kept if labels is None else kept | {"labels": labels[numbers]}

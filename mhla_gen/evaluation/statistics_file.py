@@ -1,5 +1,6 @@
 """Reference files: ADM's npz keys, and beside them the protocol that made the numbers."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,7 +77,7 @@ def write_statistics(
     path: Path,
     statistics: dict[str, FeatureStatistics],
     protocol: EvaluationProtocol,
-    images: np.ndarray | None,
+    images: Mapping[str, np.ndarray],
 ) -> None:
     """Write a reference file under ADM's keys; it appears whole or not at all.
 
@@ -84,7 +85,8 @@ def write_statistics(
         path: The npz file.
         statistics: By feature name; all from the same images.
         protocol: How they were measured.
-        images: uint8 [count, height, width, 3] to keep for precision, recall and KID.
+        images: What to keep for metrics of images: `arr_0`, uint8 [count, height, width, 3], and
+            their `labels`, int64 [count], if they have any; or nothing.
     """
     counts = {found.count for found in statistics.values()}
     assert len(counts) == 1
@@ -92,6 +94,4 @@ def write_statistics(
     for name, found in statistics.items():
         mean, covariance = STATISTICS_KEYS[name]
         arrays[mean], arrays[covariance] = found.mean, found.covariance
-    if images is not None:
-        arrays["arr_0"] = images
-    write_arrays(path, arrays)
+    write_arrays(path, {**arrays, **images})

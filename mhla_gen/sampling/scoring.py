@@ -86,7 +86,7 @@ class Scorer:
             digest: What the report calls the samples by.
         """
         return self._scoring.score(
-            FeatureSet(self._folder, len(units), units.count, (), digest, self._labels)
+            FeatureSet(self._folder, len(units), units.count, {}, digest, self._labels)
         )
 
     def _prepared(self, samples: Tensor) -> Tensor:

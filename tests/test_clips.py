@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import os
+import signal
 import subprocess
 import threading
 import time
@@ -138,6 +139,25 @@ def test_a_decoder_that_hangs_is_ended_and_replaced(video, tmp_path):
         assert not any(b"hangs.mp4" in command for command in running())
         decoder.timeout = 20
         assert len(decoder.facts(video).times) == 30
+
+
+def test_an_interrupted_call_does_not_answer_the_next_one(video, tmp_path):
+    os.mkfifo(tmp_path / "hangs.mp4")
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        with Decoder(timeout=20) as decoder:
+            decoder.facts(video)
+            signal.setitimer(signal.ITIMER_REAL, 0.3)
+            with pytest.raises(KeyboardInterrupt):
+                decoder.facts(tmp_path / "hangs.mp4")
+            assert not any(b"hangs.mp4" in command for command in running())
+            assert len(decoder.facts(video).times) == 30
+    finally:
+        signal.signal(signal.SIGALRM, before)
 
 
 @pytest.mark.parametrize("fps", [7.0, 16.0, 24.0, 29.97, 60.0])

@@ -10,6 +10,7 @@ from mhla_gen.config.fields import (
     FilePath,
     FilePaths,
     NotNegative,
+    Positive,
     Seed,
     Settings,
     Whole,
@@ -44,6 +45,8 @@ class FeaturesConfig(Settings, prefix="features."):
     """Frames of a clip, from a video's first frame on (i3d)."""
     video_stride: Count = 1
     """Take every n-th frame (i3d)."""
+    video_timeout: Positive = 60.0
+    """Seconds that decoding a video may take (i3d)."""
     cache_dir: FilePath = "~/.cache/mhla_gen/evaluation"
     """Cache of extracted features, identified by the content of the images, never by name."""
     cache_limit_gb: NotNegative = 20.0

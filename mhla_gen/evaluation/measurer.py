@@ -59,7 +59,13 @@ class Measurer:
         """Frame rule, if the extractor measures videos."""
         if self.config.extractor != "i3d":
             return None
-        return ClipRule(self.config.video_frames, self.config.video_stride)
+        settings = self.config
+        return ClipRule(settings.video_frames, settings.video_stride, settings.video_timeout)
+
+    @property
+    def _limits(self) -> dict[str, float]:
+        # Part of what identifies features: with more time, more videos may be read.
+        return {} if self.clip is None else {"timeout": self.clip.timeout}
 
     def open(self, paths: Sequence[str]) -> ImageSource:
         """The images at these paths."""
@@ -83,7 +89,7 @@ class Measurer:
             names,
             cache_dir=self.config.cache_dir,
             cache_limit_gb=self.config.cache_limit_gb,
-            settings={"size": self.size, "frames": str(self.clip)},
+            settings={"size": self.size, "frames": str(self.clip), **self._limits},
             batch_size=self.config.batch_size,
             num_workers=workers,
             skip_corrupt=self.skip_corrupt,

@@ -1,12 +1,13 @@
 """Clips from video files, by a stated frame rule."""
 
+import os
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 
-from mhla_gen.media.frames import clip_facts, read_frames
-from mhla_gen.media.patience import decode_patiently
+from mhla_gen.media import Decoder
 from mhla_gen.media.pictures import UnreadableImageError
 
 
@@ -19,6 +20,8 @@ class ClipRule:
 
     frames: int = 16
     stride: int = 1
+    timeout: float = 60.0
+    """Seconds that decoding one video may take."""
 
     def __str__(self) -> str:
         return f"frames-0:{self.needed}:{self.stride}"
@@ -53,9 +56,15 @@ def read_clip(path: Path, rule: ClipRule) -> np.ndarray:
         uint8 [frames, height, width, 3].
 
     Raises:
-        UnreadableImageError: If it cannot be decoded or is too short.
+        UnreadableImageError: If it cannot be decoded in time, or is too short.
         ReadFailedError: If its file cannot be read.
     """
-    facts = decode_patiently(lambda: clip_facts(path), path)
-    indices = rule.indices(len(facts.times))
-    return decode_patiently(lambda: read_frames(path, indices), path)
+    decoder = _decoder(rule.timeout, os.getpid())
+    indices = rule.indices(len(decoder.facts(path).times))
+    return decoder.frames(path, indices, crop=None)
+
+
+@cache
+def _decoder(timeout: float, _process: int) -> Decoder:
+    # A forked process must not share the decoder of its parent.
+    return Decoder(timeout, setting="features.video_timeout")

@@ -35,10 +35,11 @@ class Decoder:
     Args:
         timeout: Seconds that one call may take. The process of a call that takes longer is killed.
         workers: Processes; they start when they are needed.
+        setting: What messages call the limit.
     """
 
-    def __init__(self, timeout: float = 60.0, workers: int = 1):
-        self.timeout = timeout
+    def __init__(self, timeout: float = 60.0, workers: int = 1, setting: str = "clips.timeout"):
+        self.timeout, self._setting = timeout, setting
         self._free: queue.SimpleQueue[subprocess.Popen[bytes] | None] = queue.SimpleQueue()
         self._workers = workers
         for _ in range(workers):
@@ -92,8 +93,9 @@ class Decoder:
                 _end(process)
                 process = None
             process = process or _start()
-            answer = _ask(process, request, self.timeout)
-        except UnreadableImageError:
+            answer = _ask(process, request, self.timeout, self._setting)
+        except BaseException:
+            # Also if it was interrupted: its answer must not be taken for that of the next call.
             if process is not None:
                 _end(process)
             process = None
@@ -132,7 +134,9 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
     process.kill()
 
 
-def _ask(process: subprocess.Popen[bytes], request: Any, timeout: float) -> tuple[bool | None, Any]:
+def _ask(
+    process: subprocess.Popen[bytes], request: Any, timeout: float, setting: str
+) -> tuple[bool | None, Any]:
     assert process.stdin is not None and process.stdout is not None
     late = threading.Event()
 
@@ -150,7 +154,7 @@ def _ask(process: subprocess.Popen[bytes], request: Any, timeout: float) -> tupl
     except (EOFError, OSError, pickle.UnpicklingError) as error:
         status = process.wait()
         if late.is_set():
-            reason = f"takes longer than {timeout:g} s; clips.timeout allows more"
+            reason = f"takes longer than {timeout:g} s; {setting} allows more"
             raise LastingError(f"cannot be decoded ({reason})") from error
         reason = f"makes the decoder end with status {status}"
         raise UnreadableImageError(f"cannot be decoded ({reason})") from error

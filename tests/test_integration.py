@@ -1,6 +1,7 @@
 """Converted models inside the tools that users of diffusers already have."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,7 +21,12 @@ from tiny import (
 )
 
 import mhla_gen
-from mhla_gen import MHLAConfig, MHLADiTTransformer2DModel, MHLAWanTransformer3DModel
+from mhla_gen import (
+    LinformerConfig,
+    MHLAConfig,
+    MHLADiTTransformer2DModel,
+    MHLAWanTransformer3DModel,
+)
 
 OPTIONS = {"layers": "2/3", "output_norm": True, "exact": 0.4, "exact_top": 1}
 WAN = MHLAConfig(layout=(1, 2, 2), exact_tile=(1, 2, 2), exact_window=(1, 1, 1), **OPTIONS)
@@ -167,16 +173,29 @@ def test_group_offload(offload_type):
     torch.testing.assert_close(run(model, inputs), expected, rtol=1e-5, atol=1e-5)
 
 
+# Every module that has weights of its own, by kind of attention.
+OFFLOADED = {
+    "gate": WAN,
+    "denominator": replace(WAN, combine="denominator", learned_features=True, gate="head"),
+    "projection": replace(WAN, combine="projection", feature_map="focused", gate=3),
+    "linformer": LinformerConfig(projected_len=8, sharing="none"),
+    "linformer by axis": LinformerConfig(projected_len=(1, 2, 2), sharing="key_value"),
+    "linformer by window": LinformerConfig(projected_len=(1, 2, 2), projection="conv"),
+    "causal": MHLAConfig(layout=(2, 1, 2), causal_frames=1, output_norm=True),
+}
+
+
+@pytest.mark.parametrize("kind", OFFLOADED)
 @pytest.mark.parametrize("where", ["cpu", "disk"])
-def test_accelerate_offload(tmp_path, where):
-    model, inputs = disturb(mhla_gen.inject(tiny_wan(), WAN)), wan_inputs()
+def test_accelerate_offload(tmp_path, where, kind):
+    model, inputs = disturb(mhla_gen.inject(tiny_wan(), OFFLOADED[kind])), wan_inputs()
     expected = run(model, inputs)
     device = torch.device("cpu")
     if where == "cpu":
         cpu_offload(model, execution_device=device)
     else:
         disk_offload(model, str(tmp_path), execution_device=device)
-    assert model.blocks[1].attn1.mhla.mixing.device.type == "meta"
+    assert all(p.is_meta for p in model.blocks[1].attn1.mhla.parameters())
     # One by one, projections round otherwise than in one product.
     torch.testing.assert_close(run(model, inputs), expected, rtol=1e-5, atol=1e-5)
 

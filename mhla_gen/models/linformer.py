@@ -156,6 +156,19 @@ def make_projection(config: LinformerConfig, heads: int, head_dim: int) -> Any:
     return WindowProjection(config.projection, window, heads, head_dim)
 
 
+class Matrices(nn.ParameterList):
+    """Parameters that a call returns, since offloading loads those of a module when it is called.
+
+    A parent's call loads nothing for its children, and a plain list of parameters has no call.
+    """
+
+    __call__ = nn.Module.__call__
+
+    def forward(self) -> tuple[Tensor, ...]:
+        """The parameters, on the device of the computation."""
+        return tuple(self)
+
+
 class LinearProjection(nn.Module):
     """A learned matrix along each axis of tokens, initialized to means of neighbours.
 
@@ -173,7 +186,7 @@ class LinearProjection(nn.Module):
         super().__init__()
         self.resampled = resampled
         prefix = () if heads == 1 else (heads,)
-        self.weights = nn.ParameterList(
+        self.weights = Matrices(
             nn.Parameter(torch.empty(*prefix, count, length))
             for count, length in zip(projected, lengths, strict=True)
         )
@@ -192,7 +205,7 @@ class LinearProjection(nn.Module):
     def forward(self, tokens: Tensor, along: tuple[int, ...]) -> Tensor:
         """Project `[batch, seq_len, num_heads, dim]`, raster order of `along`."""
         tokens = tokens.unflatten(1, along)
-        for axis, (weight, length) in enumerate(zip(self.weights, along, strict=True)):
+        for axis, (weight, length) in enumerate(zip(self.weights(), along, strict=True)):
             tokens = project(self._columns(weight, length), tokens, axis + 1)
         return tokens.flatten(1, -3)
 
@@ -200,7 +213,7 @@ class LinearProjection(nn.Module):
         """The projected tokens that a shorter axis contributes to; see `entered_by`."""
         if self.resampled:
             return None
-        here, there = (self._columns(p.weights[0], along[0]) for p in (self, other))
+        here, there = (self._columns(p.weights()[0], along[0]) for p in (self, other))
         mask = torch.ones(1, along[0], dtype=torch.bool, device=here.device)
         return entered_by((here, there), mask)
 

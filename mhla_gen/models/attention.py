@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from mhla_gen.config import MHLAConfig
 from mhla_gen.errors import UserError
 from mhla_gen.models.additions import AddedAttention, Inputs
-from mhla_gen.models.exact import exact_attention, log_denominator, make_combination
+from mhla_gen.models.combination import log_denominator, make_combination
+from mhla_gen.models.exact import exact_attention
 from mhla_gen.models.features import Features, with_magnitude
 from mhla_gen.models.head_rotary import mhla_rotated_by_head
 from mhla_gen.ops import FEATURE_MAPS, FRAME_MIXING_INITS, MIXING_INITS, mhla

@@ -10,7 +10,7 @@ from transformers.cache_utils import CacheLayerMixin
 from mhla_gen.config import CausalMHLAConfig
 from mhla_gen.errors import UserError
 from mhla_gen.models.attention import NEW_START
-from mhla_gen.models.exact import GateCombination
+from mhla_gen.models.combination import GateCombination
 from mhla_gen.ops import (
     CausalState,
     WindowState,

@@ -3,16 +3,14 @@
 import functools
 import math
 import operator
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from mhla_gen.config import AttentionConfig, MHLAConfig
 from mhla_gen.models.head_rotary import rotated
-from mhla_gen.ops import TileLayout, auto_tiles, mhla, tile_attention, tile_share
-from mhla_gen.ops.depthwise import Blend
+from mhla_gen.ops import TileLayout, auto_tiles, tile_attention, tile_share
 
 # Cached, because all layers ask for the same few grids.
 _remembered_tiles = functools.lru_cache(maxsize=1024)(auto_tiles)
@@ -90,7 +88,7 @@ def exact_attention(
             if len(extra) == 3:
                 mask = F.pad(extra[2], (key.shape[1], 0), value=True)
             key, value = (torch.cat(pair, dim=1) for pair in ((key, extra[0]), (value, extra[1])))
-        return _softmax(query, key, value, mask), None
+        return softmax(query, key, value, mask), None
     if rotary is not None and rotary[0].ndim == 4:
         query, key, rotary = rotated(query, rotary), rotated(key, rotary), None
     if extra is not None and config.exact == 0:
@@ -121,7 +119,7 @@ def _extra_alone(
     if config.combine == "denominator":
         out, log_sum_exp = _tiles(query, key, value, config, grid, rotary, extra)
     else:
-        out, log_sum_exp = _softmax(rotated(query, rotary), *extra), None
+        out, log_sum_exp = softmax(rotated(query, rotary), *extra), None
     if empty is None:
         return out, log_sum_exp
     out = out.masked_fill(empty[:, None, None, None], 0)
@@ -156,169 +154,16 @@ def _tiles(
     )
 
 
-def _softmax(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Softmax over keys with a bool mask `[batch, key_len]`, True for valid ones."""
+def softmax(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Softmax of all pairs, `[batch, seq_len, num_heads, head_dim]` in and out.
+
+    Args:
+        query: Rotated, like keys.
+        key: `[batch, key_len, num_heads, head_dim]`.
+        value: Like `key`.
+        mask: Bool `[batch, key_len]`, True for valid keys; None if all are.
+    """
     return F.scaled_dot_product_attention(
         *(x.transpose(1, 2) for x in (query, key, value)),
         attn_mask=None if mask is None else mask[:, None, None],
     ).transpose(1, 2)
-
-
-def log_denominator(
-    query: Tensor,
-    key: Tensor,
-    mixing: Tensor,
-    config: MHLAConfig,
-    *,
-    grid: tuple[int, ...],
-    layout: tuple[int, ...],
-    feature_map: str,
-) -> Tensor:
-    """Logarithm of MHLA's denominator, float32 `[batch, seq_len, num_heads]`; see `mhla`."""
-    # Sums over all keys exceed the range of float16 and need the precision of float32.
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    query, key = query.to(dtype), key.to(dtype)
-    sums = mhla(
-        query,
-        key,
-        torch.ones_like(key[..., :1]),
-        mixing,
-        grid=grid,
-        layout=layout,
-        feature_map=feature_map,
-        normalize=False,
-        implementation=config.implementation,
-    )
-    return (sums.squeeze(-1) + config.eps).log()
-
-
-class Combination(nn.Module):
-    """Combines the outputs of the exact half and MHLA, `[batch, seq_len, num_heads, head_dim]`.
-
-    The inputs of the weights are passed by keyword; they come from `MHLA.weighed_by`.
-    """
-
-    def input_layers(self) -> tuple[Any, ...]:
-        """Linear layers that read the attention layer's input."""
-        return ()
-
-    def reset_parameters(self) -> None:
-        """Reset the parameters to their initial values."""
-        raise NotImplementedError
-
-    def forward(self, exact: Tensor, linear: Tensor, **weighed_by: Any) -> Tensor | Blend:
-        """The combined output, shaped like its two inputs, or what the next pass combines."""
-        logits = self.logits(**weighed_by)
-        assert logits is not None
-        return Blend(exact, linear, logits)
-
-    def logits(self, **weighed_by: Any) -> Tensor | None:
-        """Logits of the exact half's weight, `[batch, seq_len, num_heads]`; None without any."""
-        return None
-
-    def shares(self, **weighed_by: Any) -> Tensor | None:
-        """Weight of the exact half, `[batch, seq_len, num_heads]`; None without such a weight."""
-        logits = self.logits(**weighed_by)
-        return None if logits is None else logits.sigmoid()
-
-
-class GateCombination(Combination):
-    r"""$a \cdot \mathrm{exact} + (1 - a) \cdot \mathrm{linear}$, one $a$ for each token and head.
-
-    $a$ is the sigmoid of a linear map of the layer's input.
-
-    Args:
-        num_heads: Number of heads.
-        hidden_size: Channels of the layer's input.
-        start: `a` before training.
-    """
-
-    def __init__(self, num_heads: int, hidden_size: int, start: float):
-        super().__init__()
-        self.start = start
-        self.to_share = nn.Linear(hidden_size, num_heads)
-        self.reset_parameters()
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Reset the weight of every token and head to `start`."""
-        self.to_share.weight.zero_()
-        self.to_share.bias.fill_(_logit(self.start))
-
-    def input_layers(self) -> tuple[Any, ...]:
-        """The linear layer that gives the logits of `a`."""
-        return (self.to_share,)
-
-    def logits(self, **weighed_by: Any) -> Tensor:
-        """See `Combination`."""
-        return weighed_by["logits"]
-
-
-class DenominatorCombination(Combination):
-    r"""As `GateCombination`, with $a = \sigma(\mathrm{lse} + b - \log \mathrm{denominator})$.
-
-    With $b = 0$ this is one weighted average over the pairs of both halves, with one denominator.
-    $b$ is learned per head, since the weights of the two halves have different scales.
-
-    Args:
-        num_heads: Number of heads.
-        start: $\sigma(b)$ before training.
-    """
-
-    def __init__(self, num_heads: int, start: float):
-        super().__init__()
-        self.start = start
-        self.bias = nn.Parameter(torch.empty(num_heads))
-        self.reset_parameters()
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Reset b to its initial value."""
-        self.bias.fill_(_logit(self.start))
-
-    def logits(self, **weighed_by: Any) -> Tensor:
-        """See `Combination`."""
-        log_sum_exp, log_denominator = weighed_by["log_sum_exp"], weighed_by["log_denominator"]
-        return log_sum_exp.transpose(1, 2) - log_denominator + self.bias.float()
-
-
-class ProjectionCombination(Combination):
-    """The exact half plus a linear map of MHLA's output; the map is initialized to zero.
-
-    Args:
-        head_dim: Channels per head; all heads share the map.
-
-    Source:
-        SLA, arXiv:2509.24006.
-    """
-
-    def __init__(self, head_dim: int):
-        super().__init__()
-        self.proj = nn.Linear(head_dim, head_dim)
-        self.reset_parameters()
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Reset the map to zero."""
-        self.proj.weight.zero_()
-        self.proj.bias.zero_()
-
-    def forward(self, exact: Tensor, linear: Tensor, **weighed_by: Any) -> Tensor:
-        """See `Combination`."""
-        return exact + self.proj(linear)
-
-
-def make_combination(
-    config: MHLAConfig, num_heads: int, head_dim: int, hidden_size: int
-) -> Combination:
-    """The module that combines the halves of a layer, chosen by `config.combine`."""
-    if config.combine == "projection":
-        return ProjectionCombination(head_dim)
-    assert config.exact_start is not None
-    if config.combine == "denominator":
-        return DenominatorCombination(num_heads, config.exact_start)
-    return GateCombination(num_heads, hidden_size, config.exact_start)
-
-
-def _logit(share: float) -> float:
-    return math.log(share / (1 - share))

@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mhla_gen.models.additions import DepthwiseConv, Inputs
 from mhla_gen.models.attention import MHLA, evenly_spaced
+from mhla_gen.models.exact import softmax
 from mhla_gen.models.head_rotary import rotated
 from mhla_gen.ops import FrameState, frame_causal_mhla, frame_mixing
 from mhla_gen.ops.depthwise import Blend, times_silu
@@ -206,9 +206,3 @@ def chunked_softmax(query: Tensor, key: Tensor, value: Tensor, *, chunk: int) ->
         )
     ]
     return torch.cat(parts, dim=1)
-
-
-def softmax(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Softmax of all pairs, `[batch, seq_len, num_heads, head_dim]` in and out."""
-    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-    return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)

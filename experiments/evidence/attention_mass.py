@@ -24,8 +24,9 @@ from evidence_measure import to_samples
 from torch import Tensor
 
 from mhla_gen.files import write_json
+from mhla_gen.ops.auto_tiles import auto_tiles
 from mhla_gen.ops.partition import block_slots
-from mhla_gen.ops.tiles import TileLayout, Tiling, auto_tiles, tile_lists, tiling, window_tiles
+from mhla_gen.ops.tiles import TileLayout, Tiling, tile_lists, tiling, window_tiles
 from mhla_gen.pipelines.class_conditional import ClassConditionalPipeline
 from mhla_gen.runtime.devices import resolve_device
 

@@ -1,5 +1,6 @@
 """The operators: see `mhla` and `tile_attention`; `naive` modules hold their definitions."""
 
+from mhla_gen.ops.auto_tiles import auto_tiles
 from mhla_gen.ops.causal import causal_mhla, distance_mixing, locality_weights
 from mhla_gen.ops.causal_state import CausalState
 from mhla_gen.ops.depthwise import depthwise_conv
@@ -16,7 +17,7 @@ from mhla_gen.ops.linformer import linformer_attention
 from mhla_gen.ops.mixing import MIXING_INITS, locality_mixing, uniform_mixing
 from mhla_gen.ops.partition import auto_layout, block_starts
 from mhla_gen.ops.tile_attention import TILE_IMPLEMENTATIONS, tile_attention
-from mhla_gen.ops.tiles import TileLayout, auto_tiles, tile_share
+from mhla_gen.ops.tiles import TileLayout, tile_share
 from mhla_gen.ops.window import window_attention
 from mhla_gen.ops.window_state import WindowState
 

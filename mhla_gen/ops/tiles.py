@@ -5,12 +5,10 @@ Neighbouring tiles form a *group*, whose queries share one list of tiles: those 
 the group, and the `top` other tiles whose mean key has the largest product with the group's mean
 query. Tiles and groups are boxes of the grid, indexed in raster order.
 
-Everything uses plain integers, so that `torch.compile` can trace it.
+Sizes are plain integers, so that `torch.compile` can trace them.
 """
 
-import itertools
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -18,19 +16,6 @@ from torch import Tensor
 
 from mhla_gen.errors import UserError
 from mhla_gen.ops.partition import block_slots
-
-# Tile lengths along an axis that `auto_tiles` chooses from, the preferred one first.
-_TILE_LENGTHS = (4, 5, 3)
-# Along a clip's frames also 7: in 7×3×3, which fills 63 of 64 slots, and 21 frames without rest.
-_FRAMES = (*_TILE_LENGTHS, 7)
-_LINE_TILE = 16
-_TILE_TOKENS = {2: 16, 3: 64}
-# Queries of a group: the number of rows at which matrix products on a GPU are efficient.
-_GROUP_QUERIES = {1: 128, 2: 64, 3: 128}
-# Share of the tiles of an axis that groups of even size must fill.
-_FILLED = 0.95
-# Tiles along an axis of an image's window, if the share allows it.
-_IMAGE_WINDOW = 3
 
 
 class TileLayout(NamedTuple):
@@ -136,116 +121,6 @@ def tile_share(
     """Share of all pairs of a query and a key that `tile_attention` computes, counted in tiles."""
     placed = tiling(grid, tile, window, top, group)
     return placed.list_size / placed.num_tiles
-
-
-def auto_tiles(
-    grid: tuple[int, ...],
-    share: float,
-    *,
-    tile: tuple[int, ...] | None = None,
-    group: tuple[int, ...] | None = None,
-    window: tuple[int, ...] | None = None,
-) -> TileLayout:
-    """The layout for a share of pairs: near ones in a window, and others chosen by content.
-
-    - Tiles have at most 16 tokens on a line or an image (about 4×4) and at most 64 in a clip, with
-      3 to 5 along each axis, or 7 frames; the lengths with the fewest empty slots are chosen.
-    - An image first gets a window of 3×3 tiles, if the share allows it, since it loses most without
-      one (docs/evidence.md). On a line and in a clip, the window grows by two tiles along its
-      shortest axis that does not cover the grid, as long as it takes at most half of the share.
-    - Groups double along an axis that they divide, or nearly so, the shortest first, up to 64
-      queries in an image and 128 elsewhere, as long as the window around them stays within these
-      bounds.
-    - The rest of the share is chosen by content.
-
-    Args:
-        grid: Tokens along each axis.
-        share: Share of all pairs of a query and a key, in (0, 1]. At least one tile is read.
-        tile: Tile to use instead; see `TileLayout`, as the two below.
-        group: Group to use instead; its own tiles may take more than the share.
-        window: Window to use instead; it may take more than the share.
-
-    Raises:
-        ValueError: If the share or a size is out of range.
-    """
-    if not 0 < share <= 1:
-        raise UserError(f"the share of exact pairs must be in (0, 1], found {share}")
-    tile = _auto_tile(grid) if tile is None else tile
-    tiles = tiling(grid, tile, (0,) * len(grid), 0).tiles
-    num_tiles = math.prod(tiles)
-    budget = max(1, round(share * num_tiles))
-
-    def near(window: tuple[int, ...], group: tuple[int, ...] | None = None) -> int:
-        return tiling(grid, tile, window, 0, group).window_size
-
-    image = len(grid) == 2
-    most = budget if image else max(1, budget // 2)
-    first = window
-    if first is None:
-        squares = [(w,) * len(grid) for w in range(_IMAGE_WINDOW if image else 1, 0, -2)]
-        first = next((square for square in squares if near(square, group) <= most), squares[-1])
-    if group is None:
-        chosen = first
-        group = _auto_group(tile, tiles, lambda group: near(chosen, group) <= most)
-    if window is None and budget == num_tiles:
-        return TileLayout(tile, group, tuple(n + 1 - n % 2 for n in tiles), 0)
-    if window is None and not image:
-        first = _grown(grid, tile, first, group, most)
-    return TileLayout(tile, group, first, max(0, budget - near(first, group)))
-
-
-def _grown(
-    grid: tuple[int, ...],
-    tile: tuple[int, ...],
-    window: tuple[int, ...],
-    group: tuple[int, ...],
-    most: int,
-) -> tuple[int, ...]:
-    """The window, grown along its shortest axis to at most `most` tiles around a group."""
-    while True:
-        placed = tiling(grid, tile, window, 0, group)
-        free = [a for a, n in enumerate(placed.tiles) if placed.reach[a] < n]
-        if not free:
-            return window
-        axis = min(free, key=lambda a: placed.reach[a] * tile[a])
-        larger = tuple(w + 2 * (a == axis) for a, w in enumerate(window))
-        if tiling(grid, tile, larger, 0, group).window_size > most:
-            return window
-        window = larger
-
-
-def _auto_tile(grid: tuple[int, ...]) -> tuple[int, ...]:
-    """Tile lengths with the fewest empty slots; tiles below the size limit also cost."""
-    if len(grid) == 1:
-        return (_LINE_TILE,)
-    limit = _TILE_TOKENS[len(grid)]
-
-    def cost(tile: tuple[int, ...]) -> float:
-        counts = [-(-n // size) for n, size in zip(grid, tile, strict=True)]
-        slots = math.prod(-(-n // count) for n, count in zip(grid, counts, strict=True))
-        # Kernels pad a tile to a power of two.
-        padded = 1 << (slots - 1).bit_length()
-        return math.prod(counts) * padded / math.prod(grid) * limit / slots
-
-    frames = (_FRAMES,) if len(grid) == 3 else ()
-    lengths = itertools.product(*frames, *[_TILE_LENGTHS] * 2)
-    return min((tile for tile in lengths if math.prod(tile) <= limit), key=cost)
-
-
-def _auto_group(
-    tile: tuple[int, ...], tiles: tuple[int, ...], fits: Callable[[tuple[int, ...]], bool]
-) -> tuple[int, ...]:
-    group = (1,) * len(tile)
-    while True:
-        doubled = [2 * size for size in group]
-        free = [a for a, n in enumerate(tiles) if n >= _FILLED * (-(-n // doubled[a]) * doubled[a])]
-        if not free or 2 * math.prod(group) * math.prod(tile) > _GROUP_QUERIES[len(tile)]:
-            return group
-        axis = min(reversed(free), key=lambda a: tile[a] * group[a])
-        larger = tuple(size * (1 + (a == axis)) for a, size in enumerate(group))
-        if not fits(larger):
-            return group
-        group = larger
 
 
 def window_tiles(placed: Tiling, device: torch.device | str | None = None) -> Tensor:

@@ -55,50 +55,20 @@ if TYPE_CHECKING:
     from mhla_gen.pipelines.class_conditional import ClassConditionalPipeline
     from mhla_gen.pipelines.clip_stream import stream_clip
 
-# diffusers looks up ModelMixin in the package of a saved component before it loads the component.
+# Where names are that `mhla_gen.models` does not have. diffusers looks up ModelMixin in the package
+# of a saved component before it loads the component.
 _HOMES = {
     "ModelMixin": "diffusers.models.modeling_utils",
     "CausalMHLAConfig": "mhla_gen.config",
     "LinformerConfig": "mhla_gen.config",
     "MHLAConfig": "mhla_gen.config",
     "load_config": "mhla_gen.config",
-    "MHLA": "mhla_gen.models",
-    "ClipState": "mhla_gen.models",
-    "MHLACogVideoXTransformer3DModel": "mhla_gen.models",
-    "MHLAFluxTransformer2DModel": "mhla_gen.models",
-    "MHLAFlux2Transformer2DModel": "mhla_gen.models",
-    "MHLAHunyuanVideoTransformer3DModel": "mhla_gen.models",
-    "MHLAHunyuanVideo15Transformer3DModel": "mhla_gen.models",
-    "MHLAMochiTransformer3DModel": "mhla_gen.models",
-    "MHLAQwenImageTransformer2DModel": "mhla_gen.models",
-    "MHLASD3Transformer2DModel": "mhla_gen.models",
-    "MHLAZImageTransformer2DModel": "mhla_gen.models",
-    "MHLACosmosTransformer3DModel": "mhla_gen.models",
-    "MHLASkyReelsV2Transformer3DModel": "mhla_gen.models",
-    "MHLAWanAnimateTransformer3DModel": "mhla_gen.models",
-    "MHLAWanVACETransformer3DModel": "mhla_gen.models",
-    "MHLASanaTransformer2DModel": "mhla_gen.models",
-    "MHLALTX2VideoTransformer3DModel": "mhla_gen.models",
-    "MHLADiTTransformer2DModel": "mhla_gen.models",
-    "MHLAHunyuanDiT2DModel": "mhla_gen.models",
-    "MHLAKandinsky5Transformer3DModel": "mhla_gen.models",
-    "MHLALTXVideoTransformer3DModel": "mhla_gen.models",
-    "MHLAPixArtTransformer2DModel": "mhla_gen.models",
-    "MHLASanaVideoTransformer3DModel": "mhla_gen.models",
-    "MHLAWanTransformer3DModel": "mhla_gen.models",
-    "OriginalDiTTransformer2DModel": "mhla_gen.models",
     "MHLALlamaForCausalLM": "mhla_gen.models.language",
     "MHLAMistralForCausalLM": "mhla_gen.models.language",
     "MHLAQwen2ForCausalLM": "mhla_gen.models.language",
     "MHLAQwen3ForCausalLM": "mhla_gen.models.language",
     "MHLAVisionTransformer": "mhla_gen.models.vision",
     "MHLAVisionTransformerDistilled": "mhla_gen.models.vision",
-    "inject": "mhla_gen.models",
-    "load_adapter": "mhla_gen.models",
-    "restore": "mhla_gen.models",
-    "save_adapter": "mhla_gen.models",
-    "summary": "mhla_gen.models",
-    "unload_adapter": "mhla_gen.models",
     "ClassConditionalPipeline": "mhla_gen.pipelines.class_conditional",
     "stream_clip": "mhla_gen.pipelines.clip_stream",
 }
@@ -153,9 +123,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    return getattr(importlib.import_module(_HOMES.get(name, "mhla_gen.models")), name)
 
 
 def __dir__() -> list[str]:

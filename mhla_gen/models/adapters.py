@@ -24,10 +24,12 @@ from mhla_gen.hub import ADAPTER_NAME, adapter_file
 from mhla_gen.models.base_weights import BaseWeights
 from mhla_gen.models.injection import (
     MHLA_CLASSES,
+    components_of,
     inject,
     is_language_model,
     is_vision_model,
     take_out,
+    update_index,
 )
 from mhla_gen.models.lora import add_lora_weights, check_lora, lora_of, remove_lora
 from mhla_gen.models.short import unmentioned
@@ -118,10 +120,7 @@ def load_adapter(pipe_or_transformer: Any, folder_or_name: str | Path, **locatio
         state = {k: v for k, v in tensors[name].items() if ".mhla." in k}
         model.load_state_dict(state, strict=False)
         add_lora_weights(model, described[name]["lora"], tensors[name])
-    if isinstance(pipe_or_transformer, DiffusionPipeline):
-        # A pipeline saves the class names that its components had when they were registered.
-        pipe_or_transformer.register_modules(**parts)
-    return pipe_or_transformer
+    return update_index(pipe_or_transformer)
 
 
 def unload_adapter(pipe_or_transformer: Any) -> Any:
@@ -137,17 +136,15 @@ def unload_adapter(pipe_or_transformer: Any) -> Any:
         ValueError: If no adapter is loaded.
     """
     parts = _transformers(pipe_or_transformer)
-    loaded = {name: model for name, model in parts.items() if hasattr(model, _LOADED)}
+    loaded = [model for model in parts.values() if hasattr(model, _LOADED)]
     if not loaded:
         raise UserError("the model has no adapter to unload; mhla_gen.restore undoes inject")
-    for model in loaded.values():
+    for model in loaded:
         remove_lora(model)
         if isinstance(model, MHLATransformerMixin):
             take_out([model])
         delattr(model, _LOADED)
-    if isinstance(pipe_or_transformer, DiffusionPipeline):
-        pipe_or_transformer.register_modules(**loaded)
-    return pipe_or_transformer
+    return update_index(pipe_or_transformer)
 
 
 def _transformers(pipe_or_transformer: Any) -> dict[str, Any]:
@@ -163,9 +160,7 @@ def _transformers(pipe_or_transformer: Any) -> dict[str, Any]:
         )
     if not isinstance(pipe_or_transformer, DiffusionPipeline):
         return {_ALONE: pipe_or_transformer}
-    known = (*MHLA_CLASSES, *MHLA_CLASSES.values())
-    components = pipe_or_transformer.components.items()
-    return {name: part for name, part in components if type(part) in known}
+    return components_of(pipe_or_transformer)
 
 
 def _find(folder_or_name: str | Path, location: dict[str, Any]) -> Path:

@@ -131,10 +131,10 @@ def inject(
 
         return inject_language(pipe_or_transformer, config)
     if is_vision_model(pipe_or_transformer):
-        from mhla_gen.models.vision import family_of, inject_vision
+        from mhla_gen.models.vision import inject_vision, vision_family
 
         model = inject_vision(pipe_or_transformer, config)
-        _warn_if_short(config, family_of(model).native_grid(model))
+        _warn_if_short(config, vision_family(model).native_grid(model))
         return model
     targets = transformers_of(pipe_or_transformer)
     for transformer in targets:
@@ -147,7 +147,7 @@ def inject(
         mhla_class = MHLA_CLASSES[type(transformer)]
         become(mhla_class.family, mhla_class, transformer, config)
         _warn_if_short(config, mhla_class.family.native_grid(transformer))
-    return _update_index(pipe_or_transformer)
+    return update_index(pipe_or_transformer)
 
 
 def _warn_if_short(config: AttentionConfig, grid: Sequence[int]) -> None:
@@ -192,7 +192,7 @@ def restore(pipe_or_transformer: Any) -> Any:
                 "unload_lora() of the model, or load it again where modules_to_save names mhla"
             )
     take_out(targets)
-    return _update_index(pipe_or_transformer)
+    return update_index(pipe_or_transformer)
 
 
 def take_out(transformers: Sequence[Any]) -> None:
@@ -231,28 +231,34 @@ def is_vision_model(model: Any) -> bool:
 
 def transformers_of(pipe_or_transformer: Any) -> list[Any]:
     """The supported transformers of a pipeline, or the given transformer."""
-    if isinstance(pipe_or_transformer, DiffusionPipeline):
-        known = (*MHLA_CLASSES, *MHLA_CLASSES.values())
-        found = [m for m in pipe_or_transformer.components.values() if type(m) in known]
-        if not found:
-            reasons = filter(None, map(reason_of, pipe_or_transformer.components.values()))
-            raise UserError(
-                f"{type(pipe_or_transformer).__name__} has no model that can be converted: "
-                + (
-                    "; ".join(dict.fromkeys(reasons))
-                    or f"none of {', '.join(c.__name__ for c in MHLA_CLASSES)}"
-                )
+    if not isinstance(pipe_or_transformer, DiffusionPipeline):
+        return [pipe_or_transformer]
+    found = components_of(pipe_or_transformer)
+    if not found:
+        reasons = filter(None, map(reason_of, pipe_or_transformer.components.values()))
+        raise UserError(
+            f"{type(pipe_or_transformer).__name__} has no model that can be converted: "
+            + (
+                "; ".join(dict.fromkeys(reasons))
+                or f"none of {', '.join(c.__name__ for c in MHLA_CLASSES)}"
             )
-        return found
-    return [pipe_or_transformer]
+        )
+    return list(found.values())
 
 
-def _update_index(pipe_or_transformer: Any) -> Any:
-    """Update a pipeline's index after a change of classes, so that it saves the right names."""
+def components_of(pipeline: DiffusionPipeline) -> dict[str, Any]:
+    """The supported transformers of a pipeline, converted or not, by their names in it."""
+    known = (*MHLA_CLASSES, *MHLA_CLASSES.values())
+    return {name: part for name, part in pipeline.components.items() if type(part) in known}
+
+
+def update_index(pipe_or_transformer: Any) -> Any:
+    """Record in a pipeline the classes that its transformers have now; returns its argument.
+
+    A pipeline saves the class names that its components had when they were registered.
+    """
     if isinstance(pipe_or_transformer, DiffusionPipeline):
-        for name, component in pipe_or_transformer.components.items():
-            if type(component) in (*MHLA_CLASSES, *MHLA_CLASSES.values()):
-                pipe_or_transformer.register_modules(**{name: component})
+        pipe_or_transformer.register_modules(**components_of(pipe_or_transformer))
     return pipe_or_transformer
 
 

@@ -12,6 +12,7 @@ from mhla_gen.models.exact import exact_share, tile_layout
 from mhla_gen.models.family import Family
 from mhla_gen.models.injection import (
     MHLA_CLASSES,
+    family_of,
     is_language_model,
     is_vision_model,
     transformers_of,
@@ -94,9 +95,9 @@ def summary(pipe_or_transformer: Any) -> Summary:
         rows.extend(_summarise_causal(name, attention) for name, attention in named)
         return rows
     if is_vision_model(pipe_or_transformer):
-        from mhla_gen.models.vision import family_of
+        from mhla_gen.models.vision import vision_family
 
-        family = family_of(pipe_or_transformer)
+        family = vision_family(pipe_or_transformer)
         grid = family.native_grid(pipe_or_transformer)
         named = family.attentions(pipe_or_transformer)
         rows.extend(_summarise(family, name, attention, grid) for name, attention in named)
@@ -120,9 +121,9 @@ def exact_pairs(transformer: Any, grid: tuple[int, ...]) -> float:
         transformer: Of a known class, with MHLA layers or without.
         grid: Tokens along each axis.
     """
-    mhla_class = MHLA_CLASSES.get(type(transformer), type(transformer))
-    named = mhla_class.family.attentions(transformer)
-    rows = [_summarise(mhla_class.family, name, attention, grid) for name, attention in named]
+    family = family_of(transformer)
+    named = family.attentions(transformer)
+    rows = [_summarise(family, name, attention, grid) for name, attention in named]
     return sum(row.exact for row in rows) / len(rows)
 
 

@@ -194,7 +194,7 @@ VISION_CLASSES: dict[type, type] = {
 }
 
 
-def family_of(model: Any) -> VisionFamily:
+def vision_family(model: Any) -> VisionFamily:
     """The family of a model.
 
     Raises:
@@ -211,7 +211,7 @@ def family_of(model: Any) -> VisionFamily:
 
 def inject_vision(model: Any, config: AttentionConfig) -> Any:
     """Convert in place; see `mhla_gen.inject`."""
-    family = family_of(model)
+    family = vision_family(model)
     if isinstance(model, MHLAVisionMixin):
         raise UserError("the model already has MHLA layers; call mhla_gen.restore on it first")
     _check_layers(family, model)
@@ -233,7 +233,7 @@ def restore_vision(model: Any) -> Any:
     """Undo `inject_vision`; see `mhla_gen.restore`."""
     if not isinstance(model, MHLAVisionMixin):
         raise UserError("the model has no MHLA layers to restore")
-    for _, attention in family_of(model).attentions(model):
+    for _, attention in vision_family(model).attentions(model):
         if hasattr(attention, "mhla"):
             del attention.mhla
         change_class(attention, Attention)

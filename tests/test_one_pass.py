@@ -12,7 +12,7 @@ from torch import nn
 from mhla_gen.training.ema import WeightAverage
 from mhla_gen.training.one_pass import OnePass
 from mhla_gen.training.optim import build_optimizer
-from mhla_gen.training.parts import clipping_factor, gradient_norm, scale_gradients
+from mhla_gen.training.shards import clipping_factor, gradient_norm, scale_gradients
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mhla_gen.sampling.parts import InParts, in_parts, repeatable_kernels
+from mhla_gen.sampling.repeatable import InParts, in_parts, repeatable_kernels
 from mhla_gen.sampling.samplers import OnStep, Sampler
 from mhla_gen.sampling.units import Units
 

@@ -40,9 +40,9 @@ from mhla_gen.sampling.outputs import (
     write_sheet,
 )
 from mhla_gen.sampling.own_settings import FREE, free_of
-from mhla_gen.sampling.parts import repeatable_kernels
 from mhla_gen.sampling.progress import Progress
 from mhla_gen.sampling.prompt_sampler import PromptSampler
+from mhla_gen.sampling.repeatable import repeatable_kernels
 from mhla_gen.sampling.samplers import ClassSampler, Sampler
 from mhla_gen.sampling.streaming import keep_clips
 from mhla_gen.sampling.units import Units, Work

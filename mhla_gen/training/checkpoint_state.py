@@ -21,8 +21,8 @@ from torch.distributed.tensor import DTensor
 from mhla_gen.files import errors_naming, flush, write_json
 from mhla_gen.files.digests import file_digest
 from mhla_gen.files.saved import read_json
-from mhla_gen.training.parts import as_shared
 from mhla_gen.training.saved_tensors import Rows, SavedTensors, len_of, write_rows
+from mhla_gen.training.shards import as_shared
 from mhla_gen.training.training_run import Run
 
 STATE_NAME = "state.json"

@@ -10,7 +10,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from mhla_gen.training.parts import held
+from mhla_gen.training.shards import held
 
 
 class WeightAverage(EMAModel):

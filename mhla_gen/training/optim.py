@@ -11,7 +11,7 @@ from torch import nn
 
 from mhla_gen.errors import UserError
 from mhla_gen.models.additions import AddedAttention
-from mhla_gen.training.parts import held
+from mhla_gen.training.shards import held
 
 # They want sparse gradients, or the loss again and again within a step.
 _UNUSABLE = ("Optimizer", "SparseAdam", "LBFGS")

@@ -35,14 +35,14 @@ from mhla_gen.training.parallel import (
     whole_state,
     without_weights,
 )
-from mhla_gen.training.parts import (
+from mhla_gen.training.randomness import step_randomness
+from mhla_gen.training.recent import RecentSteps
+from mhla_gen.training.shards import (
     clipping_factor,
     gradient_norm,
     scale_gradients,
-    step_on_parts,
+    step_on_shards,
 )
-from mhla_gen.training.randomness import step_randomness
-from mhla_gen.training.recent import RecentSteps
 from mhla_gen.training.softmax import AttentionLengths, avoid_faulty_softmax
 from mhla_gen.training.step import StepResult
 from mhla_gen.training.task import BuildTask, Task
@@ -267,7 +267,7 @@ def _shared(
     with torch.cuda.stream(stream):
         model, prepared = accelerator.prepare(model, optimizer)
     if accelerator.is_fsdp2:
-        step_on_parts(optimizer)
+        step_on_shards(optimizer)
     keep_gathered(accelerator, model, task.reused)
     gather_ahead(accelerator, model)
     autocast_shared(accelerator, model)

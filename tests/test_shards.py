@@ -13,11 +13,11 @@ from torch.distributed.tensor import DTensor
 
 from mhla_gen.training.ema import WeightAverage
 from mhla_gen.training.optim import build_optimizer
-from mhla_gen.training.parts import (
+from mhla_gen.training.shards import (
     clipping_factor,
     gradient_norm,
     scale_gradients,
-    step_on_parts,
+    step_on_shards,
 )
 
 
@@ -67,7 +67,7 @@ def test_steps_are_those_of_whole_tensors(name, options, limit, mesh):
     plain, shared = a_model(), a_model()
     fully_shard(shared, mesh=mesh)
     optimizers = [build_optimizer(m, 0.1, 0.1, name=name, options=options) for m in (plain, shared)]
-    step_on_parts(optimizers[1])
+    step_on_shards(optimizers[1])
     for steps in (range(5), range(5, 8)):
         norms = [
             train(model, optimizer, steps, limit)

@@ -20,15 +20,15 @@ def held(tensors: Iterable[Tensor]) -> list[Any]:
     return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
 
 
-def as_shared(part: Tensor, like: DTensor) -> DTensor:
-    """The shared tensor of which this process holds a part, in the same memory.
+def as_shared(shard: Tensor, like: DTensor) -> DTensor:
+    """The shared tensor of which this process holds a shard, in the same memory.
 
     Args:
-        part: Of this process.
+        shard: Of this process.
         like: Of the same shape, and shared in the same way.
     """
     return DTensor.from_local(
-        part,
+        shard,
         like.device_mesh,
         like.placements,
         run_check=False,
@@ -62,7 +62,7 @@ def scale_gradients(parameters: Iterable[nn.Parameter], factor: Tensor) -> None:
         torch._foreach_mul_(gradients, factor)
 
 
-def step_on_parts(optimizer: torch.optim.Optimizer) -> None:
+def step_on_shards(optimizer: torch.optim.Optimizer) -> None:
     """Have an optimizer compute on what this process holds of each parameter.
 
     Between steps its parameters and its state are those that processes share, as without.
@@ -70,16 +70,16 @@ def step_on_parts(optimizer: torch.optim.Optimizer) -> None:
     Args:
         optimizer: One that treats every element by itself, of parameters that processes share.
     """
-    parts = _Parts()
-    optimizer.register_step_pre_hook(parts.take)
-    optimizer.register_step_post_hook(parts.give_back)
+    shards = _Shards()
+    optimizer.register_step_pre_hook(shards.take)
+    optimizer.register_step_post_hook(shards.give_back)
 
 
-class _Parts:
+class _Shards:
     """Parameters and state of an optimizer, as plain tensors and as shared ones in turn."""
 
     def __init__(self) -> None:
-        self._parts: dict[int, nn.Parameter] = {}
+        self._shards: dict[int, nn.Parameter] = {}
         # Of plain tensors, and the one of shared tensors that it was made of.
         self._state: dict[Any, dict[str, Any]] = defaultdict(dict)
         self._shared_state: dict[Any, dict[str, Any]] | None = None
@@ -90,21 +90,21 @@ class _Parts:
         """Give the optimizer plain tensors."""
         self._shared = [group["params"] for group in optimizer.param_groups]
         for shared in self._each():
-            part = self._part(shared)
+            shard = self._shard(shared)
             # Loading a model can give it other memory.
-            part.data = shared.to_local()  # type: ignore[attr-defined]
-            part.grad = None if shared.grad is None else held([shared.grad])[0]
+            shard.data = shared.to_local()  # type: ignore[attr-defined]
+            shard.grad = None if shared.grad is None else held([shared.grad])[0]
         if optimizer.state is not self._shared_state:
             # At first, and when a checkpoint has been read.
             self._shared_state = optimizer.state
             self._state.clear()
             for shared, values in optimizer.state.items():
-                self._state[self._part(shared)] = dict(
+                self._state[self._shard(shared)] = dict(
                     zip(values, held(values.values()), strict=True)
                 )
         optimizer.state = self._state  # type: ignore[assignment]
         for group in optimizer.param_groups:
-            group["params"] = [self._part(shared) for shared in group["params"]]
+            group["params"] = [self._shard(shared) for shared in group["params"]]
 
     @torch.no_grad()
     def give_back(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -114,24 +114,24 @@ class _Parts:
         state: Any = self._shared_state
         optimizer.state = state
         for shared in self._each():
-            part = self._part(shared)
-            part.grad = None
-            if part in self._state and shared not in state:
+            shard = self._shard(shared)
+            shard.grad = None
+            if shard in self._state and shared not in state:
                 state[shared] = {
-                    name: as_shared(value, shared) if _is_like(value, part) else value  # type: ignore[arg-type]
-                    for name, value in self._state[part].items()
+                    name: as_shared(value, shared) if _is_like(value, shard) else value  # type: ignore[arg-type]
+                    for name, value in self._state[shard].items()
                 }
 
     def _each(self) -> Iterator[nn.Parameter]:
         return (shared for group in self._shared for shared in group)
 
-    def _part(self, shared: Tensor) -> nn.Parameter:
-        if id(shared) not in self._parts:
-            (part,) = held([shared])
-            self._parts[id(shared)] = nn.Parameter(part.detach(), shared.requires_grad)
-        return self._parts[id(shared)]
+    def _shard(self, shared: Tensor) -> nn.Parameter:
+        if id(shared) not in self._shards:
+            (shard,) = held([shared])
+            self._shards[id(shared)] = nn.Parameter(shard.detach(), shared.requires_grad)
+        return self._shards[id(shared)]
 
 
-def _is_like(value: Any, part: Tensor) -> bool:
+def _is_like(value: Any, shard: Tensor) -> bool:
     """Whether it is a value for each element, and no number of steps."""
-    return isinstance(value, Tensor) and value.shape == part.shape and part.ndim > 0
+    return isinstance(value, Tensor) and value.shape == shard.shape and shard.ndim > 0

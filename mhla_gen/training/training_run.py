@@ -211,11 +211,7 @@ def build_run(
     model = task.model
     if config.model.trainable == "mhla":
         train_only_mhla(model)
-    example = data.read([data.buckets[0][0]])
-    with AttentionLengths() as lengths:
-        sample_flops = step_flops(model, task.conditioning, example, data.sample_shapes[0])
-    one_size = len(data.sample_shapes) == 1
-    avoid_faulty_softmax(lengths.found if one_size else None, accelerator.device)
+    sample_flops = _examine(task, data, accelerator.device)
     outline = without_weights(model) if accelerator.is_fsdp2 else None
     if config.float8:
         use_float8(model)
@@ -252,6 +248,19 @@ def build_run(
         recent=RecentSteps(accelerator, config.gradient_accumulation_steps),
         sample_flops=sample_flops,
     )
+
+
+def _examine(task: Task, data: TrainingData, device: torch.device) -> int | None:
+    """Operations of training on one sample, by a forward pass on tensors without values.
+
+    The pass also shows the lengths of softmax attention, some of which keep cuDNN out.
+    """
+    example = data.read([data.buckets[0][0]])
+    with AttentionLengths() as lengths:
+        flops = step_flops(task.model, task.conditioning, example, data.sample_shapes[0])
+    one_size = len(data.sample_shapes) == 1
+    avoid_faulty_softmax(lengths.found if one_size else None, device)
+    return flops
 
 
 def _shared(

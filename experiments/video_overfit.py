@@ -30,9 +30,9 @@ from mhla_gen.files import write_json
 from mhla_gen.sampling.outputs import write_sheet
 from mhla_gen.training.objectives import FlowMatching
 from mhla_gen.training.optim import build_optimizer
-from mhla_gen.training.prompts import Prompts
 from mhla_gen.training.randomness import step_randomness
 from mhla_gen.training.step import ObjectiveLosses
+from mhla_gen.training.wan_conditions import WanConditions
 
 FOLD = 4
 TEXT = torch.zeros(1, 64)
@@ -93,7 +93,7 @@ def build(attention: MHLAConfig | None, layers: int, heads: int) -> WanTransform
 def memorise(model, latents, options, device) -> dict:
     """Train for a wall time; returns steps, seconds per step and the last losses."""
     objective = FlowMatching()
-    learn = ObjectiveLosses(objective, Prompts(TEXT, (1, 2, 2)))
+    learn = ObjectiveLosses(objective, WanConditions(TEXT, (1, 2, 2)))
     optimizer = build_optimizer(model.train(), options.learning_rate, 0.0)
     batch = {
         "samples": latents.expand(options.batch_size, -1, -1, -1, -1),
@@ -125,7 +125,7 @@ def drawn(model, shape, steps, device) -> torch.Tensor:
     scheduler = FlowMatching().scheduler()
     scheduler.set_timesteps(steps, device=device)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(device)
-    conditioning, latents = Prompts(TEXT, (1, 2, 2)), noise
+    conditioning, latents = WanConditions(TEXT, (1, 2, 2)), noise
     batch, dropped = {"prompt_embeds": TEXT[None].to(device)}, torch.tensor([False], device=device)
     for timestep in scheduler.timesteps:
         with torch.autocast(device.type, torch.bfloat16):

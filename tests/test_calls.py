@@ -26,7 +26,7 @@ import mhla_gen
 from mhla_gen import MHLAConfig
 from mhla_gen.calls import CALLS, call_class
 from mhla_gen.data.autoencoder import encode, latent_normalisation, latent_shape
-from mhla_gen.training.captions import Captions
+from mhla_gen.training.transformer_conditions import TransformerConditions
 
 
 class Recorded(Exception):
@@ -137,7 +137,7 @@ def test_a_model_is_called_before_and_after_conversion(name):
     call, data = assembled(name)
     model, batch = call.pipe.transformer, data.read([0, 1])
     times, dropped = torch.tensor([300.0, 700.0]), torch.tensor([True, False])
-    captions = Captions(call, data.empty_prompt)
+    captions = TransformerConditions(call, data.empty_prompt)
     for _ in range(2):
         found = captions.predict(model, batch["samples"], times, batch, dropped)
         assert found.shape == batch["samples"].shape and found.isfinite().all()
@@ -159,7 +159,7 @@ def test_a_caption_that_is_dropped_is_the_empty_one(name):
         empty["prompt_embeds_mask"] = torch.ones(2, dtype=torch.int64)
     if name == "sd3":
         empty = data.empty_prompt
-    captions = Captions(call, empty)
+    captions = TransformerConditions(call, empty)
     found = captions.predict(model, batch["samples"], times, batch, torch.tensor([True, False]))
     own = batch | {key: value[None].repeat_interleave(2, 0) for key, value in empty.items()}
     alone = captions.predict(model, batch["samples"], times, own, torch.tensor([False, False]))

@@ -16,7 +16,7 @@ from mhla_gen.models.additions import Inputs
 from mhla_gen.models.exact import exact_attention, exact_share, tile_layout
 from mhla_gen.models.overview import exact_pairs
 from mhla_gen.ops import mhla, tile_attention, tile_share
-from mhla_gen.training.build import build_model
+from mhla_gen.training.dit import build_model
 
 __all__ = ["family"]
 

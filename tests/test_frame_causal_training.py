@@ -20,8 +20,8 @@ from mhla_gen.errors import UserError
 from mhla_gen.sampling import sample
 from mhla_gen.training import train
 from mhla_gen.training.build import build_task
-from mhla_gen.training.chunks import ChunkMatching
-from mhla_gen.training.prompts import Prompts
+from mhla_gen.training.clip_objectives import ChunkMatching
+from mhla_gen.training.wan_conditions import WanConditions
 
 CAUSAL = {"mhla": MHLAConfig(layout=(2, 2, 2), causal_frames=2)}
 
@@ -66,7 +66,7 @@ def test_noise_and_loss_go_by_the_level_of_a_frame():
 def test_training_sees_a_chunk_as_sampling_shows_it():
     torch.manual_seed(0)
     model = disturb(mhla_gen.inject(tiny_wan(), CAUSAL["mhla"]))
-    prompts = Prompts(torch.zeros(7, 16), (1, 2, 2), True, chunk_frames=2)
+    prompts = WanConditions(torch.zeros(7, 16), (1, 2, 2), True, chunk_frames=2)
     matching = ChunkMatching(chunk_frames=2, num_chunks=3)
     samples, noise, text = (
         torch.randn(1, 16, 5, 4, 6),

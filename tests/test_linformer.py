@@ -17,7 +17,7 @@ from mhla_gen.config import BenchConfig, ConfigError, ModelConfig, TrainConfig, 
 from mhla_gen.models.linformer import coverage
 from mhla_gen.ops import linformer_attention
 from mhla_gen.training import parameter_groups
-from mhla_gen.training.build import build_model
+from mhla_gen.training.dit import build_model
 from mhla_gen.training.optim import train_only_mhla
 from mhla_gen.training.pretrained import load_pretrained
 

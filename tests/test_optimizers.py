@@ -11,7 +11,7 @@ from torch import nn
 
 from mhla_gen.errors import UserError
 from mhla_gen.training import build_optimizer, train
-from mhla_gen.training.build import build_model
+from mhla_gen.training.dit import build_model
 from mhla_gen.training.ema import WeightAverage, profile_exponent
 from mhla_gen.training.optim import mixing_matrices
 

@@ -9,8 +9,8 @@ from torch.distributions import Normal, kl_divergence
 
 from mhla_gen.config import ObjectiveConfig, TrainConfig, load_config
 from mhla_gen.config.load import ConfigError
-from mhla_gen.training.build import build_objective
 from mhla_gen.training.ddpm import DDPM, discretised_log_likelihood, gaussian_divergence, schedule
+from mhla_gen.training.dit import build_objective
 from mhla_gen.training.objectives import FlowMatching
 
 SHAPES = [(3, 4, 5), (2, 3, 4, 5)]

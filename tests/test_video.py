@@ -31,9 +31,10 @@ from mhla_gen.models import MHLA
 from mhla_gen.sampling.saved_pipeline import load_pipeline
 from mhla_gen.training import rehearse, train
 from mhla_gen.training.build import build_task
+from mhla_gen.training.clip_objectives import ClipMatching
 from mhla_gen.training.objectives import FlowMatching
-from mhla_gen.training.prompts import ClipMatching, Prompts, first_frame_mask, token_times
 from mhla_gen.training.training_run import build_run
+from mhla_gen.training.wan_conditions import WanConditions, first_frame_mask, token_times
 
 SMALL = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 32}
 
@@ -227,7 +228,7 @@ def test_dropped_captions_become_the_empty_one():
         return (noisy,)
 
     empty, batch = torch.zeros(4, 8), {"prompt_embeds": torch.rand(2, 4, 8)}
-    prompts = Prompts(empty, (1, 2, 2))
+    prompts = WanConditions(empty, (1, 2, 2))
     noisy, dropped = torch.rand(2, 16, 1, 4, 4), torch.tensor([True, False])
     prompts.predict(model, noisy, torch.rand(2), batch, dropped)
     assert seen[0][0].equal(empty) and seen[0][1].equal(batch["prompt_embeds"][1])

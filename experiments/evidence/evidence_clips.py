@@ -22,7 +22,7 @@ from mhla_gen.data import Batch, TrainingData
 from mhla_gen.evaluation import FeatureStatistics, build_extractor
 from mhla_gen.hub import PIPELINE_NAME
 from mhla_gen.outputs.locks import claimed
-from mhla_gen.training.build import build_objective
+from mhla_gen.training.dit import build_objective
 from mhla_gen.training.loop import run_to_end
 from mhla_gen.training.objectives import FlowMatching
 from mhla_gen.training.pretrained import attention_settings

@@ -33,7 +33,8 @@ from mhla_gen.pipelines.class_conditional import ClassConditionalPipeline
 from mhla_gen.runtime.compiling import compile_blocks
 from mhla_gen.runtime.devices import resolve_device
 from mhla_gen.sampling.building import place
-from mhla_gen.training.build import build_model, build_task
+from mhla_gen.training.build import build_task
+from mhla_gen.training.dit import build_model
 from mhla_gen.training.training_run import build_run
 
 _SHAPES = {"new": (3, 64, 64), "clips": (3, COLUMNS * SIDE, COLUMNS * SIDE)}

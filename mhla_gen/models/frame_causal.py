@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mhla_gen.config import MHLAConfig
 from mhla_gen.models.additions import DepthwiseConv, Inputs
 from mhla_gen.models.attention import MHLA, evenly_spaced
 from mhla_gen.models.exact import softmax
@@ -206,3 +207,9 @@ def chunked_softmax(query: Tensor, key: Tensor, value: Tensor, *, chunk: int) ->
         )
     ]
     return torch.cat(parts, dim=1)
+
+
+def causal_frames(model: Any) -> int | None:
+    """Latent frames per chunk of a frame-causal model; None for any other."""
+    config = getattr(model, "mhla_config", None)
+    return config.causal_frames if isinstance(config, MHLAConfig) else None

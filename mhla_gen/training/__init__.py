@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from mhla_gen.lazy import names_from
 
 if TYPE_CHECKING:
-    from mhla_gen.training.build import build_model, build_task
+    from mhla_gen.training.build import build_task
+    from mhla_gen.training.dit import build_model
     from mhla_gen.training.initialization import disable_label_dropout, initialize_dit
     from mhla_gen.training.loop import train
     from mhla_gen.training.optim import build_optimizer, keep_mixing_in_range, parameter_groups
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Task": "task",
-    "build_model": "build",
+    "build_model": "dit",
     "build_optimizer": "optim",
     "build_task": "build",
     "disable_label_dropout": "initialization",

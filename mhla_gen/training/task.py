@@ -76,6 +76,11 @@ def preview_pixels(numbers: Sequence[int], images: np.ndarray) -> np.ndarray:
     return np.round(images * 255).astype(np.uint8)
 
 
+def largest_bucket(data: TrainingData) -> int:
+    """The bucket with the most samples."""
+    return max(range(len(data.buckets)), key=lambda number: len(data.buckets[number]))
+
+
 def times(shape: Sequence[int]) -> str:
     """A shape in words."""
     return " × ".join(map(str, shape))

@@ -11,12 +11,13 @@ from mhla_gen.config import TrainConfig, TransformerConfig
 from mhla_gen.data import TrainingData
 from mhla_gen.errors import UserError
 from mhla_gen.models.injection import MHLA_CLASSES
-from mhla_gen.training.captions import Captions, names_of
+from mhla_gen.pipelines.schedulers import prediction_of
 from mhla_gen.training.lora import add_lora, merged
 from mhla_gen.training.objectives import FlowMatching, Objective
 from mhla_gen.training.pretrained import attention_settings, load_pretrained
 from mhla_gen.training.scheduled import ScheduledNoise
 from mhla_gen.training.task import Task, times
+from mhla_gen.training.transformer_conditions import TransformerConditions, names_of
 from mhla_gen.training.transformer_pipeline import CaptionExamples, CaptionSamples, Parts
 
 
@@ -50,7 +51,7 @@ def transformer_task(config: TrainConfig, given: TransformerConfig, data: Traini
     return Task(
         model=model,
         objective=_objective(config, call, parts.scheduler),
-        conditioning=Captions(call, empty),
+        conditioning=TransformerConditions(call, empty),
         pipeline=parts.pipeline,
         finished=merged if config.model.trainable == "lora" else None,
         sampler=CaptionSamples(data, empty, parts) if drawn else None,
@@ -132,9 +133,7 @@ def _check(call: Call, data: TrainingData) -> None:
 def _objective(config: TrainConfig, call: Call, scheduler: Any) -> Objective:
     """What the model was made to predict."""
     asked, name = config.objective, type(call.pipe.transformer).__name__
-    flow = "FlowMatch" in type(scheduler).__name__ or (
-        scheduler.config.get("prediction_type") == "flow_prediction"
-    )
+    flow = prediction_of(scheduler) == "flow_prediction"
     if flow and asked.name != "flow_matching":
         raise UserError(f"{name} needs objective.name=flow_matching, found {asked.name}")
     if flow:

@@ -12,7 +12,7 @@ from mhla_gen.data import Batch
 
 
 @dataclass(frozen=True, eq=False)
-class Captions:
+class TransformerConditions:
     """Embedded captions, and the other tensors of a batch that a family reads."""
 
     call: Call

@@ -19,9 +19,8 @@ from mhla_gen.data.captions import load_text_parts
 from mhla_gen.files import write_lines, write_tensors
 from mhla_gen.hub import EMBEDS_NAME, PROMPTS_NAME, pipeline_index
 from mhla_gen.pipelines.noise import generator_of, sample_seed
-from mhla_gen.training.captions import names_of
-from mhla_gen.training.task import preview_pixels
-from mhla_gen.training.wan_pipeline import largest_bucket
+from mhla_gen.training.task import largest_bucket, preview_pixels
+from mhla_gen.training.transformer_conditions import names_of
 
 
 @dataclass(frozen=True, eq=False)

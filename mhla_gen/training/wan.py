@@ -10,12 +10,13 @@ from mhla_gen.data import TrainingData
 from mhla_gen.data.caching.cached import CachedLatents
 from mhla_gen.errors import UserError
 from mhla_gen.models import MHLAWanTransformer3DModel
+from mhla_gen.models.frame_causal import causal_frames
 from mhla_gen.models.wan import TEXT_LENGTH_WITH_IMAGE
-from mhla_gen.training.chunks import ChunkMatching, causal_frames
+from mhla_gen.training.clip_objectives import ChunkMatching, ClipMatching
 from mhla_gen.training.lora import add_lora, merged
 from mhla_gen.training.pretrained import attention_settings, load_pretrained
-from mhla_gen.training.prompts import ClipMatching, Prompts
 from mhla_gen.training.task import Task, times
+from mhla_gen.training.wan_conditions import WanConditions
 from mhla_gen.training.wan_pipeline import ClipExamples, ClipSamples, WanParts, sampling_of
 
 # Channels of an image-to-video model beside noisy and known latents: see `first_frame_mask`.
@@ -55,7 +56,7 @@ def wan_task(config: TrainConfig, wan: WanConfig, data: TrainingData) -> Task:
     if config.model.trainable == "lora":
         add_lora(model, wan)
     patch_size = tuple(model.config.patch_size)
-    conditioning = Prompts(
+    conditioning = WanConditions(
         empty, patch_size, by_token, wan.first_frame, chunk_frames, image_embeds=sees_image
     )
     # Where clips keep the rates of their files, that of Wan.

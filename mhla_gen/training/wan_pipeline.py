@@ -21,11 +21,11 @@ from mhla_gen.data.caching.cached import CachedLatents
 from mhla_gen.data.text import load_text_encoder
 from mhla_gen.files import write_lines, write_tensors
 from mhla_gen.hub import EMBEDS_NAME, PROMPTS_NAME, pipeline_index
+from mhla_gen.models.frame_causal import causal_frames
 from mhla_gen.models.saved_transformer import load_transformer
 from mhla_gen.pipelines.clip_stream import stream_clip, streams
 from mhla_gen.pipelines.noise import generator_of, sample_seed
-from mhla_gen.training.chunks import causal_frames
-from mhla_gen.training.task import preview_pixels
+from mhla_gen.training.task import largest_bucket, preview_pixels
 
 _FRAME_NAME = "first_frame.png"
 
@@ -130,11 +130,6 @@ def sampling_of(config: TrainConfig, data: TrainingData, fps: float) -> dict[str
     if config.mixed_precision == "bf16" and torch.cuda.is_available():
         found["dtype"] = "bfloat16"
     return found
-
-
-def largest_bucket(data: TrainingData) -> int:
-    """The bucket with the most samples."""
-    return max(range(len(data.buckets)), key=lambda number: len(data.buckets[number]))
 
 
 @dataclass(frozen=True, eq=False)

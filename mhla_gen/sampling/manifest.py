@@ -16,6 +16,7 @@ from torch import nn
 
 from mhla_gen.config import SampleConfig
 from mhla_gen.files.digests import file_digest, tensors_digest
+from mhla_gen.files.saved import read_json
 from mhla_gen.sampling.samplers import Sampler
 from mhla_gen.sampling.units import Units
 from mhla_gen.version import installed
@@ -105,6 +106,12 @@ def manifest(
         found["seeds"] = "each sample's own, see samples"
         found["samples"] = [sampler.record(i) for i in range(min(count, _LISTED))]
     return found
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a finished set; empty before that."""
+    path = folder / MANIFEST_NAME
+    return read_json(path, "remove it to sample the set again") if path.is_file() else {}
 
 
 def digest_of(marks: Sequence[dict[str, Any]]) -> str:

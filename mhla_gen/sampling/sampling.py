@@ -1,6 +1,5 @@
 """The sample command: a folder of samples, made by any number of processes and runs."""
 
-import os
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -13,8 +12,6 @@ from accelerate import PartialState
 
 from mhla_gen.config import SampleConfig, save_config
 from mhla_gen.errors import OccupiedError, UserError, not_worth_failing
-from mhla_gen.files import write_json, write_lines
-from mhla_gen.files.saved import DamagedFileError, read_json
 from mhla_gen.outputs.folders import CONFIG_NAME, check_writable, differing_values, made_with
 from mhla_gen.outputs.locks import claimed
 from mhla_gen.runtime.devices import resolve_device
@@ -22,22 +19,15 @@ from mhla_gen.runtime.processes import join_processes, on_main
 from mhla_gen.sampling import card, estimate
 from mhla_gen.sampling.batched_sampler import BatchedSampler, largest_batch
 from mhla_gen.sampling.building import build_sampler, place
+from mhla_gen.sampling.finished import finish, require_whole_set
 from mhla_gen.sampling.keeping import Keeper
 from mhla_gen.sampling.manifest import (
     MANIFEST_NAME,
     device_name,
     digest_of,
     identity,
-    manifest,
+    read_manifest,
     weights_of,
-)
-from mhla_gen.sampling.outputs import (
-    IMAGES_NAME,
-    SAMPLES_NAME,
-    SHEET_NAME,
-    VIDEOS_NAME,
-    write_samples,
-    write_sheet,
 )
 from mhla_gen.sampling.own_settings import FREE, free_of
 from mhla_gen.sampling.progress import Progress
@@ -49,8 +39,6 @@ from mhla_gen.sampling.units import Units, Work
 
 if TYPE_CHECKING:
     from mhla_gen.sampling.scoring import Scorer
-
-RECORDS_NAME = "samples.jsonl"
 
 
 def sample(config: SampleConfig, dry_run: bool = False) -> Path:
@@ -88,7 +76,7 @@ def _sample(config: SampleConfig, folder: Path, state: PartialState, dry_run: bo
     on_main(lambda: made_with(folder, config, FREE))
     job = Job(config, folder, sampler, state)
     if (folder / MANIFEST_NAME).is_file():
-        on_main(job.require_whole)
+        on_main(lambda: require_whole_set(folder))
         if state.is_main_process:
             print(f"{folder} already holds these {job.summary}; nothing to do")
             job.work.remove()
@@ -114,6 +102,8 @@ class Job:
         self.units = Units.split(len(sampler), most)
         self.work = Work(folder, self.units)
         self.formats = _formats(config, sampler)
+        self.kept_formats = self.formats if config.keep_samples else ()
+        self.on_sheet = {number for _, numbers in sampler.rows() for number in numbers}
         self.identity = on_main(self._identity)
 
     @property
@@ -132,11 +122,10 @@ class Job:
         config, shape = self.config, " × ".join(map(str, self.sampler.shape))
         guidance = "" if config.guidance_scale is None else f", guidance {config.guidance_scale:g}"
         rate = f", {config.fps:g} frames per second" if self.sampler.is_video else ""
-        formats = self.formats if config.keep_samples else ()
-        count = self.state.num_processes
+        size, count = estimate.size(self.sampler, self.kept_formats), self.state.num_processes
         return (
             f"{self.summary} to {self.folder}, {config.num_inference_steps} steps each: {shape}"
-            f"{rate}{guidance}, {config.dtype}, {estimate.size(self.sampler, formats)}, by "
+            f"{rate}{guidance}, {config.dtype}, {size}, by "
             f"{count} process{'es' if count > 1 else ''} on {self.device.type}"
         )
 
@@ -154,19 +143,24 @@ class Job:
 
     def run(self) -> None:
         """Sample what is missing, and finish the set."""
-        scorer, processes = self._scorer(), self.state.num_processes
-        place(self.config, self.sampler.pipeline, self.device)
+        config, processes = self.config, self.state.num_processes
+        scorer = self._scorer()
+        place(config, self.sampler.pipeline, self.device)
         on_main(self._begin)
         on_main(self.work.forget_damaged)
         missing = on_main(lambda: sorted(set(range(len(self.units))) - self.work.done()))
-        time = estimate.remaining(self.sampler, self.units, len(missing), self.config, processes)
+        time = estimate.remaining(self.sampler, self.units, len(missing), config, processes)
         if self.state.is_main_process:
             print(f"writing {self.described}{time}", flush=True)
         self._draw(missing[self.state.process_index :: self.state.num_processes], scorer)
         self.state.wait_for_everyone()
         if scorer is not None:
             scorer.score(self.units, digest_of(self.work.marks()))
-        on_main(self._finish)
+        on_main(
+            lambda: finish(
+                self.folder, self.sampler, config, self.kept_formats, self.work, self.identity
+            )
+        )
         if self.state.is_main_process:
             print(f"wrote {self.summary} to {self.folder}")
 
@@ -175,7 +169,7 @@ class Job:
         weights = weights_of(self.sampler.pipeline)
         exact = self.config.reproducible
         found = identity(self.sampler, self.units, weights, self.device, exact)
-        before = self.work.identity() or _manifest_in(self.folder).get("identity")
+        before = self.work.identity() or read_manifest(self.folder).get("identity")
         changes = [] if before is None else differing_values(before, found)
         if changes:
             raise OccupiedError(
@@ -199,28 +193,46 @@ class Job:
         self.work.write_identity(self.identity)
 
     def _draw(self, missing: Sequence[int], scorer: "Scorer | None") -> None:
-        config = self.config
-        on_sheet = {number for _, numbers in self.sampler.rows() for number in numbers}
-        formats = self.formats if config.keep_samples else ()
-        progress = Progress(
-            len(self.sampler), self.work.count_done, "sampling", self.state.is_main_process
-        )
+        """Make units, chunk by chunk where only the files of such clips are kept."""
+        show = self.state.is_main_process
+        with Progress(len(self.sampler), self.work.count_done, "sampling", show) as progress:
+            in_chunks = isinstance(self.sampler, PromptSampler) and self.sampler.num_chunks
+            if in_chunks and self.kept_formats == ("mp4",) and scorer is None:
+                self._draw_chunks(missing, progress)
+            else:
+                self._draw_batches(missing, scorer, progress)
+
+    def _draw_chunks(self, missing: Sequence[int], progress: Progress) -> None:
+        config, sampler = self.config, self.sampler
+        assert isinstance(sampler, PromptSampler)
         assert config.fps is not None and config.num_inference_steps is not None
-        if self.sampler.num_chunks and formats == ("mp4",) and scorer is None:
-            assert isinstance(self.sampler, PromptSampler)
-            options = {"steps": config.num_inference_steps, "fps": config.fps}
-            with progress, repeatable_kernels() if config.reproducible else nullcontext():
-                for unit in missing:
-                    given = {"on_sheet": on_sheet, "on_step": progress.step, **options}
-                    keep_clips(self.folder, self.work, unit, self.sampler, **given)
-                    progress.step(0)
-            return
-        batch = self._batch_size(sum(len(self.units.numbers(unit)) for unit in missing))
-        measure = None if scorer is None else scorer.measure
-        keeper = Keeper(self.folder, self.work, formats, on_sheet, config.fps, measure)
-        steps = config.num_inference_steps
-        batched = BatchedSampler(self.sampler, self.units, steps, batch, config.reproducible)
-        with progress, keeper, batched:
+        with repeatable_kernels() if config.reproducible else nullcontext():
+            for unit in missing:
+                keep_clips(
+                    self.folder,
+                    self.work,
+                    unit,
+                    sampler,
+                    steps=config.num_inference_steps,
+                    fps=config.fps,
+                    on_sheet=self.on_sheet,
+                    on_step=progress.step,
+                )
+                progress.step(0)
+
+    def _draw_batches(
+        self, missing: Sequence[int], scorer: "Scorer | None", progress: Progress
+    ) -> None:
+        config, sampler, measure = self.config, self.sampler, scorer and scorer.measure
+        assert config.fps is not None and config.num_inference_steps is not None
+        size = self._batch_size(sum(len(self.units.numbers(unit)) for unit in missing))
+        steps, exact = config.num_inference_steps, config.reproducible
+        with (
+            Keeper(
+                self.folder, self.work, self.kept_formats, self.on_sheet, config.fps, measure
+            ) as keeper,
+            BatchedSampler(sampler, self.units, steps, size, exact) as batched,
+        ):
             for unit, samples in batched.draw(missing, progress.step):
                 values = {"device": device_name(), "notes": list(batched.notes)}
                 keeper.keep(unit, samples, values)
@@ -233,51 +245,6 @@ class Job:
             return self.units.rows
         return largest_batch(self.sampler, limit, self.device.type == "cuda")
 
-    def _finish(self) -> None:
-        """Join the units, and write the manifest, which marks the set as complete."""
-        files = self._finish_samples() if self.config.keep_samples else []
-        sizes = {name: size_of(self.folder / name) for name in files}
-        with not_worth_failing("the contact sheet", "the samples are complete"):
-            rows = [
-                (title, np.concatenate([self.work.sheet_part(n) for n in numbers]))
-                for title, numbers in self.sampler.rows()
-            ]
-            write_sheet(self.folder / SHEET_NAME, rows, self.sampler.is_video)
-            files.append(SHEET_NAME)
-        if self.config.evaluate is not None:
-            files.append(self.config.evaluate.out)
-        made = manifest(self.sampler, self.config, self.identity, files, self.work.marks())
-        write_json(self.folder / MANIFEST_NAME, {**made, "bytes": sizes})
-        self.work.remove()
-
-    def require_whole(self) -> None:
-        """Raise unless a finished set still has its samples.
-
-        Raises:
-            DamagedFileError: Naming what is missing or has another size.
-        """
-        for name, size in _manifest_in(self.folder).get("bytes", {}).items():
-            found = size_of(self.folder / name)
-            if found != size:
-                remedy = f"remove {self.folder / MANIFEST_NAME} to sample the set again"
-                raise DamagedFileError(self.folder / name, f"{found} bytes of {size}", remedy)
-
-    def _finish_samples(self) -> list[str]:
-        files, count = [], len(self.sampler)
-        if "npz" in self.formats:
-            parts = map(self.work.samples, range(len(self.units)))
-            labels = self.sampler.labels if isinstance(self.sampler, ClassSampler) else None
-            shape = (count, *self.sampler.shape)
-            write_samples(self.folder / SAMPLES_NAME, parts, shape, labels)
-            files.append(SAMPLES_NAME)
-        folders = {"png": IMAGES_NAME, "mp4": VIDEOS_NAME}
-        in_files = [folders[name] for name in self.formats if name in folders]
-        if in_files:
-            # Files of their own do not say what they show.
-            write_lines(self.folder / RECORDS_NAME, map(self.sampler.record, range(count)))
-            files += [*in_files, RECORDS_NAME]
-        return files
-
 
 def _formats(config: SampleConfig, sampler: Sampler) -> tuple[str, ...]:
     if config.formats == "auto":
@@ -288,16 +255,3 @@ def _formats(config: SampleConfig, sampler: Sampler) -> tuple[str, ...]:
     if wrong in config.formats:
         raise UserError(f"formats has {wrong}, but the samples are {kind}")
     return config.formats
-
-
-def _manifest_in(folder: Path) -> dict[str, Any]:
-    """The manifest of a finished set; empty before that."""
-    path = folder / MANIFEST_NAME
-    return read_json(path, "remove it to sample the set again") if path.is_file() else {}
-
-
-def size_of(path: Path) -> int:
-    """Bytes of a file, or of all files of a folder; 0 where there is nothing."""
-    if path.is_dir():
-        return sum(entry.stat().st_size for entry in os.scandir(path) if entry.is_file())
-    return path.stat().st_size if path.is_file() else 0

@@ -2,8 +2,10 @@
 
 import hashlib
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -46,28 +48,38 @@ def keep_clips(
     num_frames, height, width, _ = sampler.shape
     shown = set(shown_numbers(num_frames).tolist())
     for done, number in enumerate(numbers):
-        latents = _Latents(work, number)
+        frames = _frames(
+            sampler,
+            number,
+            steps,
+            _Latents(work, number),
+            lambda step, done=done: on_step(done + step / steps),
+        )
         files.append(file_of(folder, number, "mp4"))
-        pictures, count = [], 0
+        pictures = []
         with video_writer(files[-1], height, width, fps) as write:
-            stream = sampler.stream(
-                number, steps, latents.read(), lambda step, done=done: on_step(done + step / steps)
-            )
-            for chunk, (clean, frames) in enumerate(stream):
-                latents.keep(chunk, clean)
-                for frame in frames.cpu().numpy():
-                    write(frame)
-                    digest.update(frame.data)
-                    if count in shown and number in on_sheet:
-                        pictures.append(torch.from_numpy(frame))
-                    count += 1
+            for place, frame in enumerate(frames):
+                write(frame)
+                digest.update(frame.data)
+                if place in shown and number in on_sheet:
+                    pictures.append(frame)
         if pictures:
             files.append(work.sheet_file(number))
-            write_array(files[-1], torch.stack(pictures).numpy())
+            write_array(files[-1], np.stack(pictures))
     values = {"device": device_name(), "notes": [], "sha256": digest.hexdigest()}
     work.mark(unit, values, files)
     for number in numbers:
         _Latents(work, number).remove()
+
+
+def _frames(
+    sampler: PromptSampler, number: int, steps: int, latents: "_Latents", on_step: OnStep
+) -> Iterator[np.ndarray]:
+    """Frames of a clip, uint8 `[height, width, 3]`, as its chunks are finished and kept."""
+    stream = sampler.stream(number, steps, latents.read(), on_step)
+    for chunk, (clean, frames) in enumerate(stream):
+        latents.keep(chunk, clean)
+        yield from frames.cpu().numpy()
 
 
 class _Latents:

@@ -153,26 +153,12 @@ class ClassConditionalPipeline(DiffusionPipeline):
         guidance = Guidance(guidance_scale, guidance_interval, guidance_channels)
         guidance.check_channels(self.transformer.config.in_channels)
         labels = label_tensor(class_labels, self.class_names, self.num_classes)
-        if isinstance(generator, Sequence) and len(generator) != len(labels):
-            raise UserError(
-                f"generator must be one or a list of one per image, found {len(generator)} for "
-                f"{len(labels)} images"
-            )
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise UserError(f"output_type must be pil, np, pt or latent, found {output_type!r}")
-        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
-        if unknown:
-            raise UserError(f"callbacks get {self._callback_tensor_inputs}, not {sorted(unknown)}")
+        self._check_call(len(labels), generator, output_type, callback_on_step_end_tensor_inputs)
         device = self._execution_device
         # Nothing in this function waits for the device, so that it always has work. The
         # scheduler's own numbers stay on the CPU.
         labels = send(labels, device)
-        self.scheduler.set_timesteps(num_inference_steps)
-        times = send(self.scheduler.timesteps, device)
-        if hasattr(self.scheduler, "set_begin_index"):
-            self.scheduler.set_begin_index(0)
-        num_levels = self.scheduler.config.num_train_timesteps
-        levels = (self.scheduler.timesteps.double() / num_levels).tolist()
+        times, levels = self._set_timesteps(num_inference_steps, device)
         noise, source = noise_of(generator, len(labels), device)
         with noise:
             sample: Tensor = self._initial_noise(len(labels), image_size, source, latents, device)
@@ -198,6 +184,32 @@ class ClassConditionalPipeline(DiffusionPipeline):
         images: Any = sample if output_type == "latent" else self._decode(sample, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _check_call(
+        self, num_images: int, generator: Any, output_type: str, callback_tensors: Sequence[str]
+    ) -> None:
+        """Raise unless these arguments of `__call__` are ones that it takes."""
+        if isinstance(generator, Sequence) and len(generator) != num_images:
+            raise UserError(
+                f"generator must be one or a list of one per image, found {len(generator)} for "
+                f"{num_images} images"
+            )
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise UserError(f"output_type must be pil, np, pt or latent, found {output_type!r}")
+        unknown = set(callback_tensors) - set(self._callback_tensor_inputs)
+        if unknown:
+            raise UserError(f"callbacks get {self._callback_tensor_inputs}, not {sorted(unknown)}")
+
+    def _set_timesteps(
+        self, num_inference_steps: int, device: torch.device
+    ) -> tuple[Tensor, list[float]]:
+        """Start the scheduler; its timesteps on the device, and their noise levels in [0, 1]."""
+        self.scheduler.set_timesteps(num_inference_steps)
+        if hasattr(self.scheduler, "set_begin_index"):
+            self.scheduler.set_begin_index(0)
+        timesteps = self.scheduler.timesteps
+        levels = timesteps.double() / self.scheduler.config.num_train_timesteps
+        return send(timesteps, device), levels.tolist()
 
     def _initial_noise(
         self,

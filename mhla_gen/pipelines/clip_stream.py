@@ -1,5 +1,6 @@
 """Clips of any length, sampled chunk by chunk from a Wan with a frame-causal transformer."""
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -72,7 +73,7 @@ def stream_clip(
         ValueError: If pipeline and sizes do not fit; raised when the first chunk is requested.
     """
     lengths = chunk_lengths(pipeline, num_frames)
-    model, scheduler, device = pipeline.transformer, pipeline.scheduler, pipeline._execution_device
+    model, device = pipeline.transformer, pipeline._execution_device
     guided = guidance_scale > 1
     texts = pipeline.encode_prompt(
         prompt=prompt,
@@ -84,20 +85,16 @@ def stream_clip(
         device=device,
     )
     texts = [text.to(device, model.dtype) for text in texts[: 1 + guided]]
-    # Text changes what is remembered, so each branch of guidance remembers for itself.
-    branches = [(ClipState(model), text) for text in texts]
-
-    def predicted(latents: Tensor, timestep: Tensor, append: bool = False) -> Tensor:
-        found = [
-            state(latents.to(model.dtype), timestep, encoder_hidden_states=text, append=append)
-            for state, text in branches
-        ]
-        return found[-1] + guidance_scale * (found[0] - found[-1]) if guided else found[0]
-
+    predict = _Prediction(model, texts, guidance_scale)
     decode = FrameDecoder(pipeline)
     sides = (side // pipeline.vae_scale_factor_spatial for side in (height, width))
     shape = (1, model.config.in_channels, *sides)
-    done = 0
+    steps = itertools.count(1)
+
+    def count_step() -> None:
+        if on_step is not None:
+            on_step(next(steps))
+
     for number, frames in enumerate(lengths):
         if number < len(finished):
             latents = finished[number].to(device)
@@ -105,19 +102,59 @@ def stream_clip(
             noise = generator_of(chunk_seed(seed, number))
             latents = torch.randn(*shape[:2], frames, *shape[2:], generator=noise)
             latents = send(latents, device)
-            # Also forgets what a multistep scheduler kept of the chunk before.
-            scheduler.set_timesteps(num_inference_steps, device=device)
-            scheduler.set_begin_index(0)
-            for timestep in scheduler.timesteps:
-                velocity = predicted(latents, timestep.expand(1))
-                latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
-                done += 1
-                if on_step is not None:
-                    on_step(done)
+            latents = _denoised(pipeline, predict, latents, num_inference_steps, count_step)
         if number + 1 < len(lengths):
-            predicted(latents, torch.zeros(1, device=device), append=True)
+            predict(latents, torch.zeros(1, device=device), append=True)
         yield Chunk(latents, decode(latents))
     pipeline.maybe_free_model_hooks()
+
+
+class _Prediction:
+    """What the model predicts of a clip's next chunk, guided unless there is only one text.
+
+    Text changes what the model remembers of finished chunks, so that each branch of guidance
+    remembers for itself.
+
+    Args:
+        model: A frame-causal transformer.
+        texts: Embeddings `[1, tokens, text_dim]` of the prompt, and with guidance of the negative
+            prompt, on the model's device.
+        guidance_scale: Of classifier-free guidance.
+    """
+
+    def __init__(self, model: Any, texts: Sequence[Tensor], guidance_scale: float):
+        self.dtype, self.guidance_scale = model.dtype, guidance_scale
+        self._branches = [(ClipState(model), text) for text in texts]
+
+    def __call__(self, latents: Tensor, timestep: Tensor, append: bool = False) -> Tensor:
+        """The prediction, like `latents`; with `append`, the chunk is remembered as finished."""
+        found = [
+            state(latents.to(self.dtype), timestep, encoder_hidden_states=text, append=append)
+            for state, text in self._branches
+        ]
+        with_text, without = found[0], found[-1]
+        if len(found) == 1:
+            return with_text
+        return without + self.guidance_scale * (with_text - without)
+
+
+def _denoised(
+    pipeline: Any,
+    predict: _Prediction,
+    latents: Tensor,
+    num_inference_steps: int,
+    on_step: Callable[[], None],
+) -> Tensor:
+    """The chunk that noise `[1, channels, frames, height, width]` becomes."""
+    scheduler = pipeline.scheduler
+    # Also forgets what a multistep scheduler kept of the chunk before.
+    scheduler.set_timesteps(num_inference_steps, device=latents.device)
+    scheduler.set_begin_index(0)
+    for timestep in scheduler.timesteps:
+        velocity = predict(latents, timestep.expand(1))
+        latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
+        on_step()
+    return latents
 
 
 def streams(pipeline: Any) -> bool:

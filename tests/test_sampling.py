@@ -360,7 +360,7 @@ def test_other_schedulers_keep_what_they_share():
         ({"guidance_channels": 0}, "guidance_channels must be at least 1"),
         ({"guidance_channels": 2}, "guidance_channels must be at most 1, .* found 2"),
         ({"output_type": "jpeg"}, "pil, np, pt or latent"),
-        ({"callback_on_step_end_tensor_inputs": ["noise"]}, "callbacks get"),
+        ({"callback_on_step_end_tensor_inputs": ["noise"]}, "must be among latents, found noise"),
         ({"latents": torch.zeros(3, 2, 8, 8)}, "latents must be"),
         ({"latents": torch.zeros(3, 1, 7, 8)}, r"must be \[3, 1, 8, 8\], found \[3, 1, 7, 8\]"),
     ],

@@ -170,7 +170,7 @@ class BenchConfig(Settings):
         check_checkpointing("checkpointing", self.checkpointing)
         for name in ("cuda_graphs", "profile"):
             if getattr(self, name) and self.subject == "ops":
-                raise UserError(f"{name} is for subject=model")
+                raise UserError(f"{name} is for subject=model, found subject=ops")
         self._settle(layout=normalize_layout("layout", self.layout))
         if self.grids == "squares":
             self._settle(grids=tuple((side, side) for side in (8, 16, 32, 64)))

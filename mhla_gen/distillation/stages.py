@@ -246,7 +246,10 @@ def trained_weights(folder: str, student: Any, subfolder: str) -> dict[str, Tens
     found = load_transformer(folder, subfolder)
     changes = differing_values(_settings(found), _settings(student))
     if changes:
-        raise UserError(f"the student in {folder} is another model ({'; '.join(changes)})")
+        raise UserError(
+            f"the student in {folder} is another model ({'; '.join(changes)}); give settings that "
+            "build it, or choose another output_dir"
+        )
     return found.state_dict()
 
 

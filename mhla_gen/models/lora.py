@@ -59,7 +59,7 @@ def check_lora(
     if settings is None:
         return
     if find_spec("peft") is None:
-        raise UserError(f"{path} contains a LoRA, which needs the package peft")
+        raise UserError(f"{path} contains a LoRA, which needs the package peft: pip install peft")
     if any(parameter.is_meta for parameter in model.parameters()):
         raise UserError(f"{path} contains a LoRA; load it before weights are offloaded")
     layers = dict(model.named_modules())

@@ -52,11 +52,11 @@ class QwenImageFamily(JointFamily):
         if any(len(_images(item)) != 1 for item in shapes) or len(sizes) != 1:
             raise UserError(
                 "MHLA layers take one image per sequence, the same size for all of a batch; "
-                f"img_shapes={shapes}"
+                f"found img_shapes={shapes}"
             )
         frames, height, width = sizes.pop()
         if frames != 1:
-            raise UserError(f"MHLA layers of Qwen-Image take one frame, img_shapes={shapes}")
+            raise UserError(f"MHLA layers of Qwen-Image take one frame, found img_shapes={shapes}")
         own = given.get("attention_kwargs") or {}
         return given | {"attention_kwargs": {**own, "grid": (height, width)}}
 

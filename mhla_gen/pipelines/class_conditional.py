@@ -198,7 +198,10 @@ class ClassConditionalPipeline(DiffusionPipeline):
             raise UserError(f"output_type must be pil, np, pt or latent, found {output_type!r}")
         unknown = set(callback_tensors) - set(self._callback_tensor_inputs)
         if unknown:
-            raise UserError(f"callbacks get {self._callback_tensor_inputs}, not {sorted(unknown)}")
+            raise UserError(
+                "callback_on_step_end_tensor_inputs must be among "
+                f"{', '.join(self._callback_tensor_inputs)}, found {', '.join(sorted(unknown))}"
+            )
 
     def _set_timesteps(
         self, num_inference_steps: int, device: torch.device

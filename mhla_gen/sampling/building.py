@@ -47,7 +47,9 @@ def build_sampler(config: SampleConfig) -> tuple[SampleConfig, Sampler]:
     pipeline.set_progress_bar_config(disable=True)
     if config.vae_tiling:
         if not hasattr(getattr(pipeline, "vae", None), "enable_tiling"):
-            raise UserError(f"vae_tiling=true, but this {type(pipeline).__name__} has no tiling")
+            raise UserError(
+                f"vae_tiling=true, but this {type(pipeline).__name__} has no tiling; leave it out"
+            )
         pipeline.vae.enable_tiling()
     build = _of_classes if of_classes else _of_prompts
     return config, build(config, pipeline)
@@ -56,7 +58,9 @@ def build_sampler(config: SampleConfig) -> tuple[SampleConfig, Sampler]:
 def _of_classes(config: SampleConfig, pipeline: ClassConditionalPipeline) -> ClassSampler:
     for key in ("prompts", "prompt_embeds", "image", "num_frames", "guidance_scale_2"):
         if getattr(config, key) is not None:
-            raise UserError(f"{key} is set, but {config.pipeline} is class-conditional")
+            raise UserError(
+                f"{key} is set, but {config.pipeline} is class-conditional; leave it out"
+            )
     if config.height != config.width:
         raise UserError(
             "class-conditional images are square: height and width must be equal, found "
@@ -110,7 +114,9 @@ def _of_prompts(config: SampleConfig, pipeline: Any) -> PromptSampler:
     }
     for key, given in unused.items():
         if given:
-            raise UserError(f"{key} is set, but the {name} in {config.pipeline} takes prompts")
+            raise UserError(
+                f"{key} is set, but the {name} in {config.pipeline} takes prompts; leave it out"
+            )
     prompts, embeds = _prompts(config, pipeline)
     if prompts is None:
         raise UserError(missing_prompts(name, config.pipeline))
@@ -155,7 +161,7 @@ def place(config: SampleConfig, pipeline: Any, device: torch.device) -> None:
     if config.offload == "none":
         pipeline.to(device)
     elif device.type == "cpu":
-        raise UserError(f"offload={config.offload} needs a GPU, found none")
+        raise UserError(f"offload={config.offload} needs a GPU, found none; use offload=none")
     elif config.offload == "model":
         pipeline.enable_model_cpu_offload(device=device)
     else:

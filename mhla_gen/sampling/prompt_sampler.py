@@ -68,7 +68,9 @@ class PromptSampler:
         self.options = {k: v for k, v in options.items() if v is not None}
         unknown = [k for k in self.options if k not in self._arguments]
         if unknown:
-            raise UserError(f"{type(pipeline).__name__} takes no {', '.join(unknown)}")
+            raise UserError(
+                f"{type(pipeline).__name__} takes no {', '.join(unknown)}; leave that out"
+            )
         self._check_prompts()
         self.shape, self._sizes = self._resolved(dict(sizes))
         if "use_resolution_binning" in self._arguments and any(sizes.values()):
@@ -78,7 +80,10 @@ class PromptSampler:
         if streams(pipeline):
             self.num_chunks = len(chunk_lengths(pipeline, self._sizes["num_frames"]))
             if "guidance_scale_2" in self.options:
-                raise UserError("guidance_scale_2 is of a second expert, and this pipeline has one")
+                raise UserError(
+                    "guidance_scale_2 is of a second expert, and this pipeline has one expert; "
+                    "leave it out"
+                )
 
     def __len__(self) -> int:
         return len(self.prompts) * self.samples_per_prompt
@@ -213,9 +218,11 @@ class PromptSampler:
                     f"{name} needs an image; prompt {number} has none, and image= is not set"
                 )
             if prompt.image is not None and not self.takes_image:
-                raise UserError(f"prompt {number} has an image, but {name} takes none")
+                raise UserError(
+                    f"prompt {number} has an image, but {name} takes none; leave it out"
+                )
             if prompt.negative_prompt is not None and "negative_prompt" not in self._arguments:
-                raise UserError(f"{name} takes no negative_prompt")
+                raise UserError(f"{name} takes no negative_prompt; leave it out")
         for number, prompt in enumerate(self.prompts):
             if prompt.image is not None:
                 _check_readable(number, prompt.image)
@@ -242,7 +249,7 @@ class PromptSampler:
             key = "frames" if key == "num_frames" and "frames" in self._arguments else key
             if key not in self._arguments:
                 if value is not None:
-                    raise UserError(f"{name} takes no {key}")
+                    raise UserError(f"{name} takes no {key}; leave it out")
                 continue
             found[key] = value or self._arguments[key].default or self._own_size(key)
         self._check_multiples(found)

@@ -253,5 +253,5 @@ def _formats(config: SampleConfig, sampler: Sampler) -> tuple[str, ...]:
         return ("mp4",) if sampler.is_video else ("png",)
     wrong, kind = ("png", "videos") if sampler.is_video else ("mp4", "images")
     if wrong in config.formats:
-        raise UserError(f"formats has {wrong}, but the samples are {kind}")
+        raise UserError(f"formats has {wrong}, but the samples are {kind}; leave {wrong} out")
     return config.formats

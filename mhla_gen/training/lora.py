@@ -21,7 +21,7 @@ def add_lora(model: Any, config: LoraSettings) -> None:
     try:
         from peft import LoraConfig
     except ImportError as error:
-        raise UserError("model.trainable=lora needs the package peft") from error
+        raise UserError("model.trainable=lora needs the package peft: pip install peft") from error
     if not hasattr(model, "add_adapter"):
         raise UserError(
             f"a {type(model).__name__} takes no adapters; leave model.trainable=lora out"

@@ -97,7 +97,9 @@ def _empty_prompt(data: TrainingData) -> Tensor:
 def _check(config: TrainConfig, wan: WanConfig, data: TrainingData) -> None:
     for shape in data.sample_shapes:
         if len(shape) != 4:
-            raise UserError(f"wan takes latents of clips, the data have {times(shape)}")
+            raise UserError(
+                f"wan takes latents of clips, found {times(shape)}; cache data.source=clips"
+            )
         if shape[2] % 2 or shape[3] % 2:
             raise UserError(
                 f"wan's tokens are 2 × 2 latents, which do not tile {times(shape)}; take clips "
@@ -175,7 +177,10 @@ def _build_model(
         return MHLAWanTransformer3DModel(**sizes, mhla=settings)  # pyright: ignore[reportCallIssue]
     model: Any = load_pretrained(config.model, wan.subfolder)
     if not isinstance(model, WanTransformer3DModel):
-        raise UserError(f"{config.model.pretrained} is a {type(model).__name__}, not a Wan")
+        raise UserError(
+            f"wan needs a Wan, found a {type(model).__name__} in {config.model.pretrained}; leave "
+            "wan out, and take transformer={} for a model that learns from captions"
+        )
     found: Any = model.config
     if found.image_dim is not None:
         _check_image(str(config.model.pretrained), found, image_dim)

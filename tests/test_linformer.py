@@ -174,6 +174,8 @@ def test_the_operator_refuses():
         linformer_attention(q, k, v, e, causal=True)
     with pytest.raises(ValueError, match="mask must be bool of shape"):
         linformer_attention(q, k, v, e, mask=torch.ones(2, 11, dtype=torch.bool))
+    with pytest.raises(ValueError, match="must project to the 5 tokens of key_projection, found 3"):
+        linformer_attention(q, k, v, e, e[..., :3, :])
 
 
 @pytest.mark.parametrize("name", FAMILIES)

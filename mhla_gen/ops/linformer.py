@@ -26,7 +26,8 @@ def linformer_attention(
         key: `[batch, kv_len, num_heads, head_dim]`.
         value: `[batch, kv_len, num_heads, value_dim]`.
         key_projection: E, `[projected_len, kv_len]` or `[num_heads, projected_len, kv_len]`.
-        value_projection: F, shaped like E; E itself by default (key-value sharing).
+        value_projection: F, like E, also in `projected_len`; E itself by default (key-value
+            sharing).
         mask: Bool `[batch, kv_len]`, True for valid keys, at least one per sample. Other keys do
             not contribute to projected tokens; a projected token without valid keys has no weight.
         causal: Must be false.
@@ -35,7 +36,8 @@ def linformer_attention(
         `[batch, seq_len, num_heads, value_dim]` in the dtype of `query`.
 
     Raises:
-        ValueError: If a projection or the mask does not fit the keys, or `causal` is true.
+        ValueError: If a projection or the mask does not fit the keys, if the projections have
+            different lengths, or if `causal` is true.
 
     Source:
         Wang et al. 2020, arXiv:2006.04768, Eq. (7).
@@ -52,6 +54,11 @@ def linformer_attention(
                 f"{name}_projection must end in (projected_len, {key.shape[1]}), one column per "
                 f"key, found shape {tuple(projection.shape)}"
             )
+    if key_projection.shape[-2] != value_projection.shape[-2]:
+        raise UserError(
+            f"value_projection must project to the {key_projection.shape[-2]} tokens of "
+            f"key_projection, found {value_projection.shape[-2]}"
+        )
     entered = None
     if mask is not None:
         if mask.shape != key.shape[:2] or mask.dtype != torch.bool:

@@ -32,7 +32,7 @@ def makes_variance(transformer: Any) -> bool:
     return (config.out_channels or config.in_channels) == 2 * config.in_channels
 
 
-def check_scheduler(scheduler: Any, prediction_type: str, learned_variance: bool = False) -> None:
+def check_scheduler(scheduler: Any, prediction_type: str, learned_variance: bool) -> None:
     """Raise unless the scheduler works with what the model predicts.
 
     Args:

@@ -115,11 +115,9 @@ def _end(run: Run, partial: Path, target: Path, step: int, every: list[Any]) -> 
         remove(old)
 
 
-def write_facts(
-    run: Run, folder: Path, step: int, files: dict[str, dict[str, Any]] | None = None
-) -> None:
+def write_facts(run: Run, folder: Path, step: int, files: dict[str, dict[str, Any]]) -> None:
     """Record in a checkpoint or pipeline its number of steps and its files."""
-    facts = {"format": _FORMAT, "step": step, "num_samples": len(run.data), "files": files or {}}
+    facts = {"format": _FORMAT, "step": step, "num_samples": len(run.data), "files": files}
     write_json(folder / FACTS_NAME, facts)
 
 

@@ -85,17 +85,7 @@ def train(job: Job) -> dict[str, Any] | None:
         optimizer, 1e-3, total_steps=steps, pct_start=0.1, cycle_momentum=False
     )
     generator = torch.Generator(device).manual_seed(job.seed)
-
-    def classify(pixels: Tensor) -> Tensor:
-        with torch.autocast(device, torch.bfloat16):
-            return model(pixels).float()
-
-    passes: Callable[[Tensor], Tensor] = classify
-    if device == "cuda":
-        for block in model.blocks:
-            block.compile(fullgraph=True)
-        # A small model takes longer to launch than to run.
-        passes = RecordedTraining(model, classify)
+    passes = forward_of(model, device)
     losses: list[Tensor] = []
     for index in batches(len(known), job.batch, job.epochs, device, job.seed):
         pixels = augmented(known[index], generator)
@@ -128,6 +118,21 @@ def train(job: Job) -> dict[str, Any] | None:
         # One digit per held-out image: right or wrong.
         "right": scores,
     }
+
+
+def forward_of(model: Any, device: str) -> Callable[[Tensor], Tensor]:
+    """Pixels to logits, float32; compiled and recorded on a GPU."""
+
+    def classify(pixels: Tensor) -> Tensor:
+        with torch.autocast(device, torch.bfloat16):
+            return model(pixels).float()
+
+    if device != "cuda":
+        return classify
+    for block in model.blocks:
+        block.compile(fullgraph=True)
+    # A small model takes longer to launch than to run.
+    return RecordedTraining(model, classify)
 
 
 def measure_speeds(

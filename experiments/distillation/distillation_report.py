@@ -88,14 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     judge = Judge(pixels, options.features, device)
     folder = options.out / "report"
     folder.mkdir(exist_ok=True)
-    models = {
-        title: runs
-        for title, runs in MODELS.items()
-        if (options.out / runs[-1] / "pipeline").is_dir()
-    }
-    missing = [title for title in MODELS if title not in models]
-    if missing:
-        print(f"left out, not trained to the end: {', '.join(missing)}")
+    models, missing = trained(options.out)
     samples = {
         title: drawn(options, folder, title, runs[-1], wanted, device)
         for title, runs in models.items()
@@ -133,6 +126,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(table(rows))
     print(f"two halves of the data: {content['halves_of_the_data']:.2f}")
     print(f"wrote {folder / 'report.json'} and {folder / 'report.png'}")
+
+
+def trained(out: Path) -> tuple[dict[str, tuple[str, ...]], list[str]]:
+    """Those of `MODELS` that are trained to the end, and the titles of the others."""
+    found = {
+        title: runs for title, runs in MODELS.items() if (out / runs[-1] / "pipeline").is_dir()
+    }
+    missing = [title for title in MODELS if title not in found]
+    if missing:
+        print(f"left out, not trained to the end: {', '.join(missing)}")
+    return found, missing
 
 
 def drawn(

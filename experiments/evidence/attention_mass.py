@@ -26,7 +26,14 @@ from torch import Tensor
 from mhla_gen.files import write_json
 from mhla_gen.ops.auto_tiles import auto_tiles
 from mhla_gen.ops.partition import block_slots
-from mhla_gen.ops.tiles import TileLayout, Tiling, tile_lists, tiling, window_tiles
+from mhla_gen.ops.tiles import (
+    TileLayout,
+    Tiling,
+    tile_lists,
+    tile_share,
+    tiling,
+    window_tiles,
+)
 from mhla_gen.pipelines.class_conditional import ClassConditionalPipeline
 from mhla_gen.runtime.devices import resolve_device
 
@@ -93,34 +100,37 @@ def boxes_of_tokens(placed: Tiling, device: torch.device) -> tuple[Tensor, Tenso
 
 
 @torch.no_grad()
-def measure(
-    model: Any,
-    images: Tensor,
-    labels: Tensor,
-    grid: tuple[int, int],
-    shares: Sequence[float],
-    levels: Sequence[float],
-) -> list[dict[str, Any]]:
-    """Rows of all layouts and rules: means over images, noise levels, layers and heads."""
-    seen: list[tuple[Tensor, Tensor, Tensor]] = []
+def projections(
+    model: Any, images: Tensor, labels: Tensor, levels: Sequence[float]
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Query, key and value `[tokens, head_dim]` of each head, image, noise level and layer."""
+    kept: dict[str, list[Tensor]] = {"to_q": [], "to_k": [], "to_v": []}
     for block in model.transformer_blocks:
         attention = block.attn1
-        for name in ("to_q", "to_k", "to_v"):
+        for name in kept:
             getattr(attention, name).register_forward_hook(
                 lambda _m, _i, out, n=name, h=attention.heads: kept[n].append(
                     out.float().unflatten(-1, (h, -1))
                 )
             )
-    kept: dict[str, list[Tensor]] = {"to_q": [], "to_k": [], "to_v": []}
     generator = torch.Generator().manual_seed(0)
     for sigma in levels:
         noise = torch.randn(images.shape, generator=generator).to(images.device)
         times = torch.full((len(images),), 1000 * sigma, device=images.device)
         model((1 - sigma) * images + sigma * noise, timestep=times, class_labels=labels)
-    for query, key, value in zip(*kept.values(), strict=True):
-        for sample in range(len(images)):
-            for head in range(query.shape[2]):
-                seen.append((query[sample, :, head], key[sample, :, head], value[sample, :, head]))
+    return [
+        (query[sample, :, head], key[sample, :, head], value[sample, :, head])
+        for query, key, value in zip(*kept.values(), strict=True)
+        for sample in range(len(images))
+        for head in range(query.shape[2])
+    ]
+
+
+@torch.no_grad()
+def measure(
+    seen: Sequence[tuple[Tensor, Tensor, Tensor]], grid: tuple[int, int], shares: Sequence[float]
+) -> list[dict[str, Any]]:
+    """Rows of all layouts and rules: means over what `projections` found."""
     plans = [
         (share, name, layout, rule)
         for share in shares
@@ -131,19 +141,8 @@ def measure(
     sums = torch.zeros(len(plans), 2, dtype=torch.float64)
     for query, key, value in seen:
         weights = (query @ key.T * query.shape[-1] ** -0.5).softmax(-1)
-        out = weights @ value
         for row, (_, _, layout, rule) in enumerate(plans):
-            placed = tiling(grid, layout.tile, layout.window, layout.top, layout.group)
-            groups, tiles = boxes_of_tokens(placed, query.device)
-            by_tile = weights.new_zeros(len(query), placed.num_tiles).index_add_(1, tiles, weights)
-            sums_of = by_tile.new_zeros(placed.num_groups, placed.num_tiles)
-            sums_of.index_add_(0, groups, by_tile)
-            lists = chosen(rule, query, key, sums_of, (groups, tiles), placed)
-            listed = torch.zeros_like(sums_of, dtype=torch.bool).scatter_(1, lists, True)
-            part = weights * listed[groups][:, tiles]
-            mass = part.sum(-1, keepdim=True)
-            error = (part @ value / mass - out).square().sum() / out.square().sum()
-            sums[row] += torch.tensor([float(mass.mean()), float(error)])
+            sums[row] += torch.tensor(_captured(query, key, value, weights, grid, layout, rule))
     means = (sums / len(seen)).tolist()
     return [
         {
@@ -158,9 +157,32 @@ def measure(
     ]
 
 
-def _pairs(grid: tuple[int, int], layout: TileLayout) -> float:
+def _captured(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weights: Tensor,
+    grid: tuple[int, int],
+    layout: TileLayout,
+    rule: str,
+) -> tuple[float, float]:
+    """The mass and the error of one layout and rule in one head."""
     placed = tiling(grid, layout.tile, layout.window, layout.top, layout.group)
-    return placed.list_size / placed.num_tiles
+    groups, tiles = boxes_of_tokens(placed, query.device)
+    by_tile = weights.new_zeros(len(query), placed.num_tiles).index_add_(1, tiles, weights)
+    by_group = by_tile.new_zeros(placed.num_groups, placed.num_tiles)
+    by_group.index_add_(0, groups, by_tile)
+    lists = chosen(rule, query, key, by_group, (groups, tiles), placed)
+    listed = torch.zeros_like(by_group, dtype=torch.bool).scatter_(1, lists, True)
+    part = weights * listed[groups][:, tiles]
+    mass = part.sum(-1, keepdim=True)
+    whole = weights @ value
+    error = (part @ value / mass - whole).square().sum() / whole.square().sum()
+    return float(mass.mean()), float(error)
+
+
+def _pairs(grid: tuple[int, int], layout: TileLayout) -> float:
+    return tile_share(grid, layout.tile, layout.window, layout.top, layout.group)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -180,7 +202,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     some = to_samples(images[: options.images], device)
     side = model.config.sample_size // model.config.patch_size
     classes = torch.from_numpy(labels[: options.images]).to(device)
-    rows = measure(model, some, classes, (side, side), options.shares, options.levels)
+    seen = projections(model, some, classes, options.levels)
+    rows = measure(seen, (side, side), options.shares)
     for row in sorted(rows, key=lambda r: (r["share"], r["error"])):
         print(json.dumps(row))
     facts = {

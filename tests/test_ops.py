@@ -195,12 +195,13 @@ def test_low_precision_inputs_sum_in_float32(dtype, attention_form):
     assert error < max(torch.finfo(dtype).eps, 1e-6)
 
 
-def test_autocast_does_not_lower_the_precision_of_sums():
+@pytest.mark.parametrize("compute", [naive_mhla, blockwise_mhla])
+def test_autocast_does_not_lower_the_precision_of_sums(compute):
     tensors, options = make_inputs((20, 31), (3, 4), 16, 16)
     tensors = [x.detach().float() for x in tensors]
     with torch.autocast("cpu", torch.bfloat16):
-        inside = blockwise_mhla(*tensors, **options)
-    assert torch.equal(inside, blockwise_mhla(*tensors, **options))
+        inside = compute(*tensors, **options)
+    assert torch.equal(inside, compute(*tensors, **options))
 
 
 def test_blockwise_compiles_without_graph_breaks():

@@ -82,6 +82,17 @@ def test_a_window_that_covers_the_grid_is_softmax(tile, implementation):
     torch.testing.assert_close(lse, (q @ k.mT * q.shape[-1] ** -0.5).logsumexp(dim=-1))
 
 
+@pytest.mark.parametrize("implementation", ["naive", "blockwise"])
+def test_autocast_does_not_lower_the_precision_of_sums(implementation):
+    layout = {"grid": (5, 4), "tile": (2, 3), "window": (1, 1), "top": 1}
+    tensors, options = make(layout, rotary=False)
+    tensors = [x.float() for x in tensors]
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = attend(tensors, options, implementation)
+    outside = attend(tensors, options, implementation)
+    assert all(torch.equal(*both) for both in zip(inside, outside, strict=True))
+
+
 def test_extra_keys_alone_are_softmax_over_the_valid_ones():
     layout = {"grid": (5, 4), "tile": (2, 2), "window": (0, 0), "top": 0}
     tensors, options = make(layout, rotary=False, extra=6)

@@ -7,7 +7,10 @@ The paper mixes the key sums and then multiplies them by the query, as here. The
 the products q·z across blocks instead, which normalises a token by the queries of other blocks.
 """
 
+import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +20,18 @@ from mhla_gen.ops.partition import block_of_tokens
 from mhla_gen.ops.tiles import Tiling, window_tiles
 
 
+def _without_autocast(definition: Callable[..., Any]) -> Callable[..., Any]:
+    """Autocast would compute the products of float32 tensors in bfloat16."""
+
+    @functools.wraps(definition)
+    def defined(query: Tensor, *tensors: Tensor, **options: Any) -> Any:
+        with torch.autocast(query.device.type, enabled=False):
+            return definition(query, *tensors, **options)
+
+    return defined
+
+
+@_without_autocast
 def naive_mhla(
     query: Tensor,
     key: Tensor,
@@ -71,6 +86,7 @@ def naive_mhla(
     return out.to(query.dtype)
 
 
+@_without_autocast
 def naive_frame_causal_mhla(
     query: Tensor,
     key: Tensor,
@@ -111,6 +127,7 @@ def naive_frame_causal_mhla(
     return torch.cat(out, dim=1).to(query.dtype)
 
 
+@_without_autocast
 def naive_tile_attention(
     query: Tensor,
     key: Tensor,

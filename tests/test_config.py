@@ -375,3 +375,26 @@ def test_home_is_expanded_in_every_path(monkeypatch, tmp_path):
         SampleConfig(output_dir="~nobody-of-that-name/x")
     (tmp_path / "c.yaml").write_text("job: doctor\n")
     assert load_config("~/c.yaml") == DoctorConfig()
+
+
+def settings_in(schema):
+    """Each class of settings in a config, itself included."""
+    yield schema
+    for kind in kinds_of(schema).values():
+        for part in (kind.base, kind_of(kind.element).base):
+            if isinstance(part, type) and dataclasses.is_dataclass(part):
+                yield from settings_in(part)
+
+
+@pytest.mark.parametrize("value", ["{}", "{a: 1}", "[]", "[[-3]]", "-1", "true"])
+def test_a_value_of_another_shape_is_taken_or_refused_in_words(value):
+    refused = 0
+    for schema in {part for job in SCHEMAS.values() for part in settings_in(job)}:
+        for name in kinds_of(schema):
+            # Anything else but a refusal would end in a traceback.
+            try:
+                load_config(None, [f"{name}={value}"], schema)
+            except UserError as error:
+                refused += 1
+                assert "\n" not in str(error)
+    assert refused > 100

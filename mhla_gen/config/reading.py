@@ -100,7 +100,11 @@ def check_shapes(value: Any, annotation: Any, key: str = "") -> None:
             raise ConfigError(f"{key} is a group of settings{example}; found {value!r}")
         for name, inner in value.items():
             element = kinds_of(schema).get(name, _ANY) if schema else kind_of(kind.element)
-            check_shapes(inner, element, f"{key}.{name}" if key else name)
+            path = f"{key}.{name}" if key else name
+            # OmegaConf would fail to merge it into the default, if that is a list.
+            if schema and name in kinds_of(schema) and element.base is Any and is_mapping(inner):
+                raise ConfigError(f"{path} takes a value or a list, no mapping; found {inner!r}")
+            check_shapes(inner, element, path)
     elif origin in (tuple, list) and not is_list(value):
         raise ConfigError(f"{key} must be a list in brackets, found {value!r}")
     elif is_list(value) and (origin in (tuple, list) or kind.base is Any):

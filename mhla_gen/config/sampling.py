@@ -142,14 +142,13 @@ def _interval(values: Any) -> tuple[float, float]:
 
 
 def _formats(values: Any) -> Any:
-    if isinstance(values, str):
-        if values == "auto":
-            return values
-        values = [values]
-    if not values:
+    if values == "auto":
+        return values
+    listed = (values,) if isinstance(values, str) else elements(values)
+    if not listed:
         raise UserError(
             f"formats must be auto or one or more of {', '.join(FORMATS)}, found {values!r}"
         )
-    for value in values:
+    for value in listed:
         check_choice("formats", value, FORMATS)
-    return tuple(values)
+    return listed

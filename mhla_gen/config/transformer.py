@@ -20,7 +20,7 @@ class TransformerConfig(LoraSettings, prefix="transformer."):
     name: str | None = None
     """Class of a new model in diffusers, such as SD3Transformer2DModel; None takes the class of
     model.pretrained."""
-    sizes: Any = field(default_factory=dict[str, Any])
+    sizes: dict[str, Any] = field(default_factory=dict[str, Any])
     """Arguments of a new model's class in diffusers. Channels of the data and of embedded captions
     must match the cache."""
     guidance: NotNegative | None = None

@@ -98,6 +98,24 @@ def test_a_read_that_goes_on_failing_ends_the_work_or_is_listed(images, failing,
     assert later.read([0, 1])["samples"][0].equal(first)
 
 
+def test_a_file_that_is_listed_twice_stays_out_twice(images, failing, tmp_path):
+    names = ["a/0.png", "a/1.png", "a/0.png", "b/0.png"]
+    rows = "".join(f"{name},{name[0]}\n" for name in names)
+    (images / "list.csv").write_text(f"path,label\n{rows}")
+
+    def opened():
+        settings = {"image_size": 8, "failed_reads": "quarantine"}
+        data = load_data(DataConfig(source="list", path=str(images / "list.csv"), **settings))
+        data.leave_out(tmp_path / "quarantine.jsonl")
+        return data
+
+    failing["a/0.png"] = 1000
+    expected = opened().read([0, 1, 2, 3])["samples"]
+    assert expected[0].equal(expected[1]) and expected[2].equal(expected[1])
+    failing.clear()
+    assert opened().read([0, 1, 2, 3])["samples"].equal(expected)
+
+
 def test_a_class_that_threads_found_broken_is_named(images):
     data = data_of(images)
     data.read([0])

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from mhla_gen.data.lists import MOST_CLASSES
-from mhla_gen.data.protocol import Batch
+from mhla_gen.data.protocol import Batch, OneShape
 from mhla_gen.errors import MissingError, UserError, one_line
 
 
 @dataclass(frozen=True, eq=False)
-class ArrayImages:
+class ArrayImages(OneShape):
     """Images held in memory, with one class label each.
 
     Raises:
@@ -56,16 +56,6 @@ class ArrayImages:
 
     def __len__(self) -> int:
         return len(self.images)
-
-    @property
-    def buckets(self) -> tuple[range]:
-        """One: all images have one shape."""
-        return (range(len(self)),)
-
-    @property
-    def sample_shapes(self) -> tuple[tuple[int, int, int]]:
-        """See `TrainingData`."""
-        return (self.image_shape,)
 
     def read(self, indices: Sequence[int]) -> Batch:
         """See `TrainingData`."""

@@ -14,7 +14,7 @@ import torch
 
 from mhla_gen.data.arrays import to_model_range
 from mhla_gen.data.broken import FAILED, BrokenImages
-from mhla_gen.data.protocol import Batch
+from mhla_gen.data.protocol import Batch, OneShape
 from mhla_gen.data.stores import ImageStore
 from mhla_gen.errors import UserError
 from mhla_gen.media.patience import ReadFailedError, read_patiently, read_rgb_patiently
@@ -25,7 +25,7 @@ _READERS = 8
 
 
 @dataclass(frozen=True, eq=False)
-class EncodedImages:
+class EncodedImages(OneShape):
     """Image files, also inside other files, decoded on demand."""
 
     store: ImageStore
@@ -59,16 +59,6 @@ class EncodedImages:
 
     def __len__(self) -> int:
         return len(self.store)
-
-    @property
-    def buckets(self) -> tuple[range]:
-        """One: all images have one shape."""
-        return (range(len(self)),)
-
-    @property
-    def sample_shapes(self) -> tuple[tuple[int, int, int]]:
-        """See `TrainingData`."""
-        return (self.image_shape,)
 
     def read(self, indices: Sequence[int]) -> Batch:
         """See `TrainingData`.
@@ -123,10 +113,10 @@ class EncodedImages:
         """
         failed = self.broken.failed_in(listing)
         if failed:
-            numbers = {self.describe(index): index for index in range(len(self))}
-            for name, reason in failed.items():
-                if name in numbers:
-                    self.broken.add(numbers[name], name, reason)
+            # A list may name a file more than once.
+            for index, name in enumerate(map(self.describe, range(len(self)))):
+                if name in failed:
+                    self.broken.add(index, name, failed[name])
         self.broken.list_in(listing)
 
     def _label(self, index: int) -> int:

@@ -1,5 +1,6 @@
 """The interface of a data set for training, of images, clips or latents."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -47,6 +48,28 @@ class TrainingData(Protocol):
     def describe(self, index: int) -> str:
         """The name of a sample in error messages: a file, or a place in one."""
         ...
+
+
+class OneShape(ABC):
+    """The single bucket of images that all have one shape."""
+
+    @property
+    @abstractmethod
+    def image_shape(self) -> tuple[int, int, int]:
+        """`(channels, height, width)`."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @property
+    def buckets(self) -> tuple[range]:
+        """See `TrainingData`."""
+        return (range(len(self)),)
+
+    @property
+    def sample_shapes(self) -> tuple[tuple[int, int, int]]:
+        """See `TrainingData`."""
+        return (self.image_shape,)
 
 
 class Examples(Protocol):

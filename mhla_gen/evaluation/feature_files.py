@@ -122,10 +122,12 @@ def read_features(folder: Path, name: str, chunk: int) -> tuple[np.ndarray, dict
 
 
 def _by_number(path: Path, lines: np.ndarray) -> dict[int, str]:
-    found = json.loads(lines.tobytes())
-    if found and not isinstance(found, dict):
+    found: dict[str, str] | list[str] = json.loads(lines.tobytes())
+    if isinstance(found, dict):
+        return {int(number): line for number, line in found.items()}
+    if found:
         raise DamagedFileError(path, "an earlier version wrote it without numbers", _REMEDY)
-    return {int(number): line for number, line in dict(found).items()}
+    return {}
 
 
 def _read_checked(path: Path) -> dict[str, np.ndarray]:

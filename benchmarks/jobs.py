@@ -112,7 +112,7 @@ class _Running:
         # Of an earlier job of this name: this one may fail before it writes.
         self._out.unlink(missing_ok=True)
         self._began, self._limit, self._hung = time.perf_counter(), limit, False
-        with self._log.open("w") as log:
+        with self._log.open("w", encoding="utf-8") as log:
             self._process = subprocess.Popen(
                 [*command, "--locks", *locks], env=environment, stdout=log, stderr=log
             )
@@ -137,7 +137,7 @@ class _Running:
     def rows(self) -> list[Row]:
         """What it has measured, and why it failed."""
         spent = round(time.perf_counter() - self._began, 1)
-        found = json.loads(self._out.read_text())["rows"] if self._out.is_file() else []
+        found = json.loads(self._out.read_bytes())["rows"] if self._out.is_file() else []
         if error := self._error():
             found.append({"error": error})
         return [{"run_seconds": spent, **row} for row in found]
@@ -147,7 +147,7 @@ class _Running:
             return HUNG
         if self._process.returncode == 0:
             return None
-        lines = self._log.read_text(errors="replace").splitlines()
+        lines = self._log.read_text(encoding="utf-8", errors="replace").splitlines()
         # torchrun's own comes last, and says less.
         errors = [x.strip() for x in lines if "Error: " in x and "ChildFailedError" not in x]
         return errors[-1] if errors else f"ended with {self._process.returncode}"

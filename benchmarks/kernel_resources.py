@@ -100,7 +100,7 @@ def examine(compiled: Any, num_warps: int) -> dict[str, Any]:
 
 def _run(tool: str, *arguments: Any) -> str:
     command = [str(_TOOLS / tool), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return subprocess.run(command, capture_output=True, encoding="utf-8", check=True).stdout
 
 
 def watch(report: Callable[[str, dict[str, Any]], None], only: str) -> None:

@@ -75,7 +75,7 @@ def collectives(size: int, device: torch.device) -> dict[str, tuple[Callable[[],
 
 def links() -> str:
     """How the GPUs are linked, as nvidia-smi draws it."""
-    found = subprocess.run(["nvidia-smi", "topo", "-m"], capture_output=True, text=True)
+    found = subprocess.run(["nvidia-smi", "topo", "-m"], capture_output=True, encoding="utf-8")
     return found.stdout or found.stderr
 
 

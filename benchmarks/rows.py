@@ -90,7 +90,7 @@ def earlier_rows(path: Path, any_machine: bool = False) -> list[Row]:
     """
     if not any_machine and not path.exists():
         return []
-    report, facts = json.loads(path.read_text()), machine()
+    report, facts = json.loads(path.read_bytes()), machine()
     if not any_machine and any(report[name] != facts[name] for name in ("device", "torch")):
         raise SystemExit(
             f"{path} was measured on {report['device']} with torch {report['torch']}; "

@@ -48,7 +48,7 @@ def turns(*locks: str | Path) -> Iterator[Alone]:
     group: Any = dist.new_group(backend="gloo") if together else None
     with ExitStack() as stack:
         first = not together or dist.get_rank() == 0
-        files = [stack.enter_context(open(lock, "a")) for lock in locks if first]
+        files = [stack.enter_context(open(lock, "a", encoding="utf-8")) for lock in locks if first]
 
         def hold(how: int) -> None:
             # Whoever waits for a lock has none of a later GPU, so no two wait for each other.
@@ -127,7 +127,7 @@ def spread(script: str, arguments: Sequence[str], out: Path, processes: int) -> 
         while waiting:
             time.sleep(_POLL_SECONDS)
             waiting = any(process.poll() is None for process in running)
-            found = [json.loads(part.read_text()) for part in parts if part.is_file()]
+            found = [json.loads(part.read_bytes()) for part in parts if part.is_file()]
             if found:
                 rows = sorted((row for each in found for row in each["rows"]), key=_number)
                 write_json(out, {**machine(), "rows": rows}, indent=1)

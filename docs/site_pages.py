@@ -64,7 +64,7 @@ def on_files(files: Any, config: Any) -> Any:
 def generated_pages() -> Iterator[tuple[str, str]]:
     """Path and Markdown of every page that is made, but for those of sources."""
     for path, page in OUTSIDE.items():
-        yield page, with_links((ROOT / path).read_text(), path)
+        yield page, with_links((ROOT / path).read_text(encoding="utf-8"), path)
     yield "tutorial.md", notebook_page(ROOT / "docs" / TUTORIAL)
     yield "commands/index.md", commands_page()
     for name in COMMANDS:
@@ -202,7 +202,7 @@ def api_page(module: str, title: str) -> str:
 
 def public_names(module: str) -> list[str]:
     """A module's `__all__`, without importing it."""
-    tree = ast.parse((ROOT / module.replace(".", "/") / "__init__.py").read_text())
+    tree = ast.parse((ROOT / module.replace(".", "/") / "__init__.py").read_text(encoding="utf-8"))
     for statement in tree.body:
         if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == "__all__":
             return sorted(ast.literal_eval(statement.value), key=str.lower)
@@ -212,7 +212,7 @@ def public_names(module: str) -> list[str]:
 def notebook_page(path: Path) -> str:
     """A notebook as Markdown: its text, and its code without outputs."""
     parts = []
-    for cell in json.loads(path.read_text())["cells"]:
+    for cell in json.loads(path.read_bytes())["cells"]:
         text = "".join(cell["source"])
         parts.append(text if cell["cell_type"] == "markdown" else f"```python\n{text}\n```")
     return "\n\n".join(parts) + "\n"
@@ -222,7 +222,8 @@ def source_page(page: str) -> str:
     """A file of the repository, as it is."""
     path = page.removeprefix("source/").removesuffix(".md")
     language = {".py": "python", ".yaml": "yaml", ".sh": "bash"}.get(Path(path).suffix, "text")
-    return f"# {path}\n\n````{language}\n{(ROOT / path).read_text().rstrip()}\n````\n"
+    text = (ROOT / path).read_text(encoding="utf-8").rstrip()
+    return f"# {path}\n\n````{language}\n{text}\n````\n"
 
 
 def with_links(text: str, path: str) -> str:

@@ -127,7 +127,7 @@ def run(out: Path, sizes: Sizes, seeds: int, seconds: float, processes: int = 1)
     }
     path = out / "language.json"
     if path.exists():
-        earlier = json.loads(path.read_text())
+        earlier = json.loads(path.read_bytes())
         same = ("device", "sizes", "text")
         if other := [key for key in same if earlier[key] != report[key]]:
             raise SystemExit(f"{path} has results for another {other[0]}; choose another folder")
@@ -197,7 +197,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     if args.table or args.figure:
-        report = json.loads((args.out / "language.json").read_text())
+        report = json.loads((args.out / "language.json").read_bytes())
         if args.figure:
             draw(report, args.figure)
         if args.table:

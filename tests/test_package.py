@@ -106,3 +106,56 @@ def packages_imported_by(module):
         names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
         names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
     return {name.split(".")[1] for name in names if name.startswith("mhla_gen.")}
+
+
+def decides_by_locale(call):
+    """Whether a call reads or writes text in the encoding of the locale: on Windows, not UTF-8."""
+    given = {keyword.arg: keyword.value for keyword in call.keywords}
+    name = ast.unparse(call.func).rpartition(".")[2]
+    method = isinstance(call.func, ast.Attribute)
+    if "encoding" in given:
+        return False
+    if name in ("read_text", "write_text"):
+        return method and len(call.args) == (name == "write_text")
+    if name == "open":
+        place = 0 if method else 1
+        mode = call.args[place : place + 1] or [given.get("mode", ast.Constant("r"))]
+        # A mode, not the first argument of another `open`.
+        letters = mode[0].value if isinstance(mode[0], ast.Constant) else "b"
+        return set(str(letters)) <= set("rwax+t") and len(call.args) <= place + 1
+    return "text" in given or "universal_newlines" in given
+
+
+@pytest.mark.parametrize(
+    ("code", "found"),
+    [
+        ("path.read_text()", True),
+        ('path.write_text("a", errors="replace")', True),
+        ('path.open("a")', True),
+        ("path.open()", True),
+        ('open(path, "w")', True),
+        ("open(path)", True),
+        ("subprocess.run(command, text=True)", True),
+        ('path.read_text("utf-8")', False),
+        ('path.write_text("a", encoding="utf-8")', False),
+        ('path.open("rb")', False),
+        ('open(path, mode="wb")', False),
+        ('archive.open(entry, "w")', False),
+        ("Image.open(path)", False),
+        ('read_text(path, "caption")', False),
+    ],
+)
+def test_text_in_the_encoding_of_the_locale_is_found(code, found):
+    assert decides_by_locale(ast.parse(code, mode="eval").body) == found
+
+
+def test_text_files_are_utf_8_everywhere():
+    folders = ("mhla_gen", "benchmarks", "experiments", "docs", "train", "sample", "metrics")
+    places = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for folder in folders
+        for path in (ROOT / folder).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and decides_by_locale(node)
+    ]
+    assert not places

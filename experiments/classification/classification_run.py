@@ -219,7 +219,7 @@ def main() -> None:
     settings = {name: getattr(options, name) for name in ("epochs", "batch", "depth", "limit")}
     result: dict[str, Any] = {"settings": settings, "speed": {}, "runs": {}}
     if options.result.exists():
-        result = json.loads(options.result.read_text())
+        result = json.loads(options.result.read_bytes())
         for found, expected in (
             (result["settings"], settings),
             (result.get("device"), machine()["device"]),

@@ -114,4 +114,4 @@ def table(result: dict[str, Any]) -> str:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("result", type=Path, help="what classification_run.py wrote")
-    print(table(json.loads(parser.parse_args().result.read_text())))
+    print(table(json.loads(parser.parse_args().result.read_bytes())))

@@ -40,7 +40,7 @@ def entries(package: Path) -> Iterator[tuple[str, Path]]:
             "unpacked emoji-datasource package"
         )
     style = styles[0]
-    for emoji in json.loads((package / "emoji.json").read_text()):
+    for emoji in json.loads((package / "emoji.json").read_bytes()):
         if emoji["category"] == _LEFT_OUT:
             continue
         for drawn in (emoji, *emoji.get("skin_variations", {}).values()):

@@ -116,7 +116,7 @@ def once(path: Path, make: Callable[[], None]) -> None:
 @contextmanager
 def locked(path: Path, kind: int) -> Iterator[None]:
     """Wait for a lock on a file, of kind LOCK_SH or LOCK_EX, and hold it."""
-    with path.open("a") as file:
+    with path.open("a", encoding="utf-8") as file:
         fcntl.flock(file, kind)
         yield
 
@@ -124,7 +124,7 @@ def locked(path: Path, kind: int) -> Iterator[None]:
 @contextmanager
 def claimed(path: Path) -> Iterator[bool]:
     """Whether this process has the file to itself; the system unlocks it if a process dies."""
-    with path.open("a") as file:
+    with path.open("a", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

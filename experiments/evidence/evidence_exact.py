@@ -35,7 +35,7 @@ def exact_tables(plan: Plan, groups: Sequence[Group], folder: Path) -> str:
     if converted:
         teacher = next((g for g in groups if g.setting == _TEACHER), None)
         parts += [converted_heading(teacher, converted), converted_table(converted)]
-    probes = [json.loads(path.read_text()) for path in sorted(folder.glob("probe-*.json"))]
+    probes = [json.loads(path.read_bytes()) for path in sorted(folder.glob("probe-*.json"))]
     if probes:
         parts += ["**Retrieval**: share of queries answered.", probe_table(probes, plan.probe)]
     return "\n\n".join([*parts, *real_lines(folder)]) + "\n"
@@ -202,7 +202,7 @@ def real_lines(folder: Path) -> Iterator[str]:
     """The Fréchet distance between halves of the real data."""
     for name, what in (("real.json", "images"), ("real-clips.json", "clips")):
         if (folder / name).is_file():
-            halves = json.loads((folder / name).read_text())["frechet_halves"]
+            halves = json.loads((folder / name).read_bytes())["frechet_halves"]
             yield f"Two halves of the real {what} are {halves:.1f} apart in Fréchet distance."
 
 

@@ -99,7 +99,7 @@ def run_converted(run: Run, config: TrainConfig, shop: Workshop) -> dict[str, An
     assert run.setting.start is not None
     timed, folder = Stopwatch(), Path(config.output_dir)
     notes = folder.with_name(f"{run.name}.points.json")
-    noted = json.loads(notes.read_text()) if notes.is_file() else {"points": [], "seconds": {}}
+    noted = json.loads(notes.read_bytes()) if notes.is_file() else {"points": [], "seconds": {}}
     timed.seconds = noted["seconds"]
     assert shop.images
     start = shop.work / run.setting.start / PIPELINE_NAME

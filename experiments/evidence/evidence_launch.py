@@ -113,7 +113,8 @@ class Launcher:
         print(f"{done} of {len(self.plan.runs)} runs are done; missing: {' '.join(missing)}")
         for path in sorted(self.work.glob("*.error")):
             if path.stem in missing:
-                print(f"{path.stem}: {path.read_text().strip().splitlines()[-1]}")
+                said = path.read_text(encoding="utf-8").strip().splitlines()
+                print(f"{path.stem}: {said[-1]}")
 
     def report(self) -> None:
         """Write and print the tables of what is there."""
@@ -132,7 +133,7 @@ class Launcher:
     ) -> None:
         places = [str(self.options.data)] if script == "evidence_run" else []
         command = [sys.executable, str(_HERE / f"{script}.py"), *places, str(self.out), *arguments]
-        with (self.work / f"{name}.log").open("a") as log:
+        with (self.work / f"{name}.log").open("a", encoding="utf-8") as log:
             process = subprocess.Popen(
                 command, stdout=log, stderr=log, env=self._environment(gpu, on_each)
             )

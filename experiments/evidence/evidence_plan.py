@@ -145,5 +145,5 @@ class Plan:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    plan = yaml.safe_load(path.read_text())
+    plan = yaml.safe_load(path.read_bytes())
     return _read(path.with_name(plan["extends"])) | plan if "extends" in plan else plan

@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     folder: Path = options.results
     plan = Plan(options.plan)
     # The probe needs no arms, so it is drawn before arms are loaded.
-    probes = [json.loads(path.read_text()) for path in sorted(folder.glob("probe-*.json"))]
+    probes = [json.loads(path.read_bytes()) for path in sorted(folder.glob("probe-*.json"))]
     if probes:
         draw_probe(probes, folder / "probe.png")
     groups = load_groups(folder, plan)
@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def mixing_tables(plan: Plan, groups: Sequence[Group], folder: Path) -> str:
     """All tables, and the same metrics of real images."""
-    real: dict[str, Any] = json.loads((folder / "real.json").read_text())
+    real: dict[str, Any] = json.loads((folder / "real.json").read_bytes())
     parts = []
     for setting in dict.fromkeys(group.setting for group in groups):
         same = [group for group in groups if group.setting == setting]
@@ -121,7 +121,7 @@ def replace_tables(page: Path, name: str, text: str) -> None:
         ValueError: If the page lacks a marker.
     """
     begin = f"<!-- tables of {name} -->\n"
-    before, found, rest = page.read_text().partition(begin)
+    before, found, rest = page.read_text(encoding="utf-8").partition(begin)
     if not found or _END not in rest:
         raise ValueError(f"{page} lacks the lines {begin.strip()} and {_END}")
     write_text(page, before + begin + text + _END + rest.split(_END, 1)[1])

@@ -132,7 +132,7 @@ class Worker:
             return True
         except Exception:
             # One failing run must not stop the others.
-            self._error(run.name).write_text(traceback.format_exc())
+            self._error(run.name).write_text(traceback.format_exc(), encoding="utf-8")
             traceback.print_exc()
         else:
             print(f"{run.name}: {time.perf_counter() - began:.1f} s", flush=True)

@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if ours and not path.is_file():
                 with turns(locks / f"gpu-{gpu}.lock") as alone:
                     write_json(path, measure(run, options, alone))
-                print(f"{name}: {path.read_text()}", flush=True)
+                print(f"{name}: {path.read_text(encoding='utf-8')}", flush=True)
 
 
 def measure(run: Run, options: argparse.Namespace, alone: Alone) -> dict[str, Any]:

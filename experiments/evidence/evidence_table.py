@@ -56,7 +56,7 @@ def load_groups(folder: Path, plan: Plan) -> list[Group]:
     for run in plan.runs:
         path = folder / f"{run.name}.json"
         if path.is_file():
-            found.setdefault((run.setting.name, run.arm), []).append(json.loads(path.read_text()))
+            found.setdefault((run.setting.name, run.arm), []).append(json.loads(path.read_bytes()))
     if not found:
         raise FileNotFoundError(f"{folder} holds no result of the plan; run evidence_launch.py")
     return [
@@ -69,7 +69,7 @@ def load_groups(folder: Path, plan: Plan) -> list[Group]:
 
 def _speed_of(folder: Path, arm: str, setting: str) -> dict[str, Any] | None:
     path = folder / f"speed-{arm}-{setting}.json"
-    return json.loads(path.read_text()) if path.is_file() else None
+    return json.loads(path.read_bytes()) if path.is_file() else None
 
 
 @dataclass(frozen=True)

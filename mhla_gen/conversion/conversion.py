@@ -2,7 +2,6 @@
 
 import importlib
 import inspect
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from mhla_gen.conversion import mhla_dit, mhla_wan, original_dit
 from mhla_gen.conversion.keys import Converted, few
 from mhla_gen.conversion.reading import read_checkpoint
 from mhla_gen.errors import UserError
-from mhla_gen.files import remove_leftovers, written_whole
+from mhla_gen.files import remove_leftovers, write_json, written_whole
 from mhla_gen.files.saved import read_json, require_whole, sizes_below
 from mhla_gen.hub import locate_part
 from mhla_gen.models import MHLAWanTransformer3DModel
@@ -262,5 +261,5 @@ def _finish(config: ConvertConfig, partial: Path, converted: Converted) -> None:
         "differences": list(converted.differences),
         "files": sizes_below(partial),
     }
-    (partial / REPORT_NAME).write_text(json.dumps(report, indent=2) + "\n")
+    write_json(partial / REPORT_NAME, report)
     save_config(config, partial / CONFIG_NAME)

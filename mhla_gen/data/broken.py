@@ -59,7 +59,9 @@ class BrokenImages:
         if self._listing is None or not lines:
             return
         known = (
-            self._listing.read_text(errors="replace").split("\n") if self._listing.is_file() else []
+            self._listing.read_text(encoding="utf-8", errors="replace").split("\n")
+            if self._listing.is_file()
+            else []
         )
         new = [line for line in map(json.dumps, lines) if line not in known]
         if new:

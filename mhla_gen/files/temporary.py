@@ -152,7 +152,7 @@ def _machine() -> str:
     """This host since its last boot, and this container: where process ids are unique."""
     facts = [socket.gethostname()]
     with suppress(OSError):
-        facts.append(Path("/proc/sys/kernel/random/boot_id").read_text())
+        facts.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8"))
         facts.append(os.readlink("/proc/self/ns/pid"))
     return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:8]
 

@@ -10,7 +10,7 @@ import torch
 
 from mhla_gen.config import InspectConfig, save_config
 from mhla_gen.errors import OccupiedError, UserError
-from mhla_gen.files import is_temporary, remove_leftovers, written_whole
+from mhla_gen.files import is_temporary, remove_leftovers, write_json, write_text, written_whole
 from mhla_gen.inspection.examination import Examination, Focus, Layer, examine
 from mhla_gen.inspection.figures import Picture, draw_statistics
 from mhla_gen.inspection.grids import TokenGrid, token_grid
@@ -197,10 +197,8 @@ def _write(
         for picture in (statistics, *mixing, *maps):
             names.append(f"{picture.name}.png")
             (partial / names[-1]).write_bytes(picture.png["light"])
-        (partial / STATISTICS_NAME).write_text(
-            json.dumps(_numbers(examinations, facts, names), indent=2, ensure_ascii=False) + "\n"
-        )
-        (partial / PAGE_NAME).write_text(page, encoding="utf-8")
+        write_json(partial / STATISTICS_NAME, _numbers(examinations, facts, names))
+        write_text(partial / PAGE_NAME, page)
         save_config(replace(config, output_dir=str(folder)), partial / CONFIG_NAME)
 
 

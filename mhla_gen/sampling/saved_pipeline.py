@@ -129,7 +129,7 @@ def _downloaded(name: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        index = json.loads(Path(hf_hub_download(name, INDEX_NAME)).read_text())
+        index = json.loads(Path(hf_hub_download(name, INDEX_NAME)).read_bytes())
         libraries = {value[0] for value in index.values() if isinstance(value, list)}
         if libraries <= {"diffusers", "transformers", None}:
             return Path(DiffusionPipeline.download(name))

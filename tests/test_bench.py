@@ -9,6 +9,7 @@ import pytest
 import torch
 from tape import Tape, stand_in
 
+import mhla_gen.bench.ops
 from mhla_gen import ops
 from mhla_gen.bench import benchmark
 from mhla_gen.bench.benchmark import find_crossover
@@ -70,10 +71,53 @@ def test_operators_are_measured_side_by_side(tmp_path, capsys):
         assert row["forward_ms"] > 0 and row["train_ms"] > 0 and row["forward_ratio"] > 0
     assert result["dtype"] == "float32"
     assert "blockwise" in capsys.readouterr().out
-    before = (tmp_path / "bench.json").read_text()
-    assert main(["bench", "ops", f"output_dir={tmp_path}", *settings]) == 2
-    assert "contains an earlier measurement" in capsys.readouterr().err
-    assert (tmp_path / "bench.json").read_text() == before
+
+
+def test_an_interrupted_measurement_goes_on_with_the_same_settings(tmp_path, capsys, monkeypatch):
+    folder = tmp_path / "bench"
+    command = ["bench", "ops", "grids=[[3,4],[4,4]]", "num_heads=1", "head_dim=8", "device=cpu"]
+    whole, calls = mhla_gen.bench.ops._measure, []
+
+    def interrupted(*arguments):
+        calls.append(arguments)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return whole(*arguments)
+
+    monkeypatch.setattr("mhla_gen.bench.ops._measure", interrupted)
+    assert main([*command, f"output_dir={folder}"]) == 130
+    assert "mhla-gen bench: interrupted" in capsys.readouterr().err
+    monkeypatch.undo()
+    first = json.loads((folder / "bench.json").read_text())
+    assert len(first["rows"]) == 5 and not (folder / "bench.png").exists()
+    # Refused before anything is written: other settings, and rows of another version of torch.
+    before = [path.read_bytes() for path in folder.iterdir()]
+    for more, said in ((["num_heads=2"], "num_heads: found 1, asked for 2"), ([], "torch: found")):
+        if not more:
+            monkeypatch.setattr(torch, "__version__", "2.0")
+        assert main([*command, *more, f"output_dir={folder}"]) == 2
+        assert f"a measurement with other settings ({said}" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert [path.read_bytes() for path in folder.iterdir()] == before
+    # From where it is now, under another name.
+    moved = folder.rename(tmp_path / "moved")
+    assert main([*command, f"output_dir={moved}", "--dry-run"]) == 0
+    assert "all but 5 rows" in capsys.readouterr().out
+    assert main([*command, f"output_dir={moved}"]) == 0
+    rows = json.loads((moved / "bench.json").read_text())["rows"]
+    assert rows[:5] == first["rows"] and len(rows) == 8 and (moved / "bench.png").exists()
+    # The softmax that others are compared with was measured before the interruption.
+    assert rows[5]["forward_ratio"] == rows[4]["forward_ms"] / rows[5]["forward_ms"]
+    assert main([*command, f"output_dir={moved}"]) == 0
+    assert json.loads((moved / "bench.json").read_text())["rows"] == rows
+    assert "has 8 rows already" in capsys.readouterr().out
+
+
+def test_rows_of_a_model_that_are_there_are_left_out():
+    settings = {"subject": "model", "grids": [[2, 2], [4, 4]], "num_layers": 1, "dtype": "float32"}
+    config = BenchConfig(**settings, methods=["softmax", "naive"], backward=False)
+    (row,) = bench_model(config, torch.device("cpu"), 3)
+    assert (row["grid"], row["method"]) == ((4, 4), "naive") and row["forward_ms"] > 0
 
 
 def test_a_share_is_measured_with_and_without_the_linear_half(tmp_path, capsys):
@@ -311,7 +355,7 @@ def test_bench_says_from_which_size_on_mhla_pays(monkeypatch, tmp_path, capsys, 
         for tokens, ours in zip((100, 400), times, strict=True)
         for method, ms in (("softmax", 1.0), ("fused", ours), ("linear", 0.1))
     ]
-    monkeypatch.setattr(benchmark, "bench_ops", lambda config, device: iter(rows))
+    monkeypatch.setattr(benchmark, "bench_ops", lambda config, device, done: iter(rows))
     benchmark.bench(BenchConfig(output_dir=str(tmp_path), device="cpu"))
     lines = capsys.readouterr().out.splitlines()
     assert [f"forward: {said}", f"forward and backward: {said}"] == lines[-3:-1]

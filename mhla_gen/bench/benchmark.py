@@ -11,7 +11,13 @@ from typing import Any
 
 import torch
 
-from mhla_gen.bench.folder import PICTURE_NAME, RESULTS_NAME, check_output_dir
+from mhla_gen.bench.folder import (
+    PICTURE_NAME,
+    RESULTS_NAME,
+    check_output_dir,
+    earlier_rows,
+    plain_settings,
+)
 from mhla_gen.bench.model import bench_model
 from mhla_gen.bench.ops import bench_ops, settings_of
 from mhla_gen.config import BenchConfig
@@ -46,6 +52,8 @@ _ELSEWHERE = ("softmax", "linear", "blockwise", "blockwise exact=0.125")
 def bench(config: BenchConfig, dry_run: bool = False) -> dict[str, Any]:
     """Run the measurements of `config` and write `bench.json` and `bench.png`.
 
+    A measurement that was interrupted keeps its rows; the same settings add those that are missing.
+
     Args:
         config: What to measure.
         dry_run: Check the settings, print what would be measured, and stop.
@@ -54,35 +62,47 @@ def bench(config: BenchConfig, dry_run: bool = False) -> dict[str, Any]:
         What the JSON holds: `rows`, and how they were measured; nothing after a dry run.
 
     Raises:
-        OSError: If the folder holds an earlier measurement, or cannot be written.
+        OSError: If the folder holds a measurement with other settings, of another device or by
+            another version, or cannot be written.
         ValueError: If a setting needs a GPU, and there is none.
     """
     folder = Path(config.output_dir)
-    check_output_dir(folder)
+    check_output_dir(config)
     device = resolve_device(config.device)
     if config.cuda_graphs and device.type != "cuda":
         raise UserError("cuda_graphs=true needs a GPU, found none; leave it out")
-    config = _resolve(config, device)
+    asked, config = plain_settings(config), _resolve(config, device)
+    facts = {"settings": asked, "dtype": config.dtype, **provenance(device)}
+    done = len(earlier_rows(folder, facts))
     if dry_run:
-        print(f"would measure {config.subject}: {', '.join(config.methods)} on {config.grids}")
+        known = f", all but {done} rows that are there" if done else ""
+        subject = f"{config.subject}: {', '.join(config.methods)} on {config.grids}"
+        print(f"would measure {subject}{known}")
         return {}
     with claimed(folder):
-        check_output_dir(folder)
-        return _measure(config, device, folder)
+        # Again, now that no other command writes to it.
+        return _measure(config, device, folder, facts, earlier_rows(folder, facts))
 
 
-def _measure(config: BenchConfig, device: torch.device, folder: Path) -> dict[str, Any]:
+def _measure(
+    config: BenchConfig,
+    device: torch.device,
+    folder: Path,
+    facts: dict[str, Any],
+    rows: list[dict[str, Any]],
+) -> dict[str, Any]:
+    """Measure what comes after `rows`, and return all that the JSON holds."""
     measure = bench_ops if config.subject == "ops" else bench_model
-    rows: list[dict[str, Any]] = []
-    result: dict[str, Any] = {}
-    for row in measure(config, device):
+    if rows:
+        print(f"{folder / RESULTS_NAME} has {len(rows)} rows already")
+    result = {"rows": rows, **facts}
+    for row in measure(config, device, len(rows)):
         _add_ratios(row, rows)
         rows.append(row)
         if len(rows) == 1:
             print("  ".join(f"{name:>16}" for name in _COLUMNS))
         print(_line(row), flush=True)
         # Written row by row: a long run that is cut short keeps what it measured.
-        result = {"rows": rows, "dtype": config.dtype, **provenance(device)}
         if any("error" not in row for row in rows):
             write_json(folder / RESULTS_NAME, result, indent=1)
     if all("error" in row for row in rows):
@@ -90,7 +110,7 @@ def _measure(config: BenchConfig, device: torch.device, folder: Path) -> dict[st
     for step in ("forward", "train"):
         if said := _said_crossover(rows, step):
             print(said)
-    plot(rows, folder / PICTURE_NAME, f"{result['device']}, {config.dtype}" if result else "")
+    plot(rows, folder / PICTURE_NAME, f"{result['device']}, {config.dtype}")
     print(f"wrote {folder / RESULTS_NAME} and {folder / PICTURE_NAME}")
     return result
 

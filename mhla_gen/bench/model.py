@@ -27,30 +27,36 @@ _RECORDED_BY = 3
 _GRIDS = {"dit": ((16, 16), (32, 32)), "flux": ((64, 64), (128, 128)), "wan": ((21, 30, 50),)}
 
 
-def bench_model(config: BenchConfig, device: torch.device) -> Iterator[dict[str, Any]]:
-    """One row for every grid and method: a forward pass of random weights, and a training step."""
+def bench_model(
+    config: BenchConfig, device: torch.device, done: int = 0
+) -> Iterator[dict[str, Any]]:
+    """One row for every grid and method, after the first `done`.
+
+    They have a forward pass of random weights, and a training step.
+    """
     dtype = getattr(torch, config.dtype)
-    for grid in _GRIDS[config.model] if config.grids == "models" else config.grids:
-        for method in config.methods:
-            row = {"method": method, "model": config.model, "grid": grid, "tokens": math.prod(grid)}
-            try:
-                torch.manual_seed(0)
-                # Around all of it: diffusers' DiT has no setting for its kernels.
-                with kernels_of(method, device):
-                    model = _prepare(method, config, grid, device, dtype)
-                    row["exact"] = exact_pairs(model, grid)
-                    row |= _measure(model, config, grid, device, dtype)
-                yield row
-            except (RuntimeError, ValueError, AttributeError) as error:
-                if device.type == "cuda":
-                    # After a GPU fault nothing runs in this process, so it must not end as a row.
-                    torch.cuda.synchronize(device)
-                yield row | {"error": str(error).splitlines()[0]}
-            # Neither weights nor compiled code of one method are there when the next is measured.
-            model = None
-            torch.compiler.reset()
+    grids = _GRIDS[config.model] if config.grids == "models" else config.grids
+    rows = [(grid, method) for grid in grids for method in config.methods]
+    for grid, method in rows[done:]:
+        row = {"method": method, "model": config.model, "grid": grid, "tokens": math.prod(grid)}
+        try:
+            torch.manual_seed(0)
+            # Around all of it: diffusers' DiT has no setting for its kernels.
+            with kernels_of(method, device):
+                model = _prepare(method, config, grid, device, dtype)
+                row["exact"] = exact_pairs(model, grid)
+                row |= _measure(model, config, grid, device, dtype)
+            yield row
+        except (RuntimeError, ValueError, AttributeError) as error:
             if device.type == "cuda":
-                torch.cuda.empty_cache()
+                # After a GPU fault nothing runs in this process, so it must not end as a row.
+                torch.cuda.synchronize(device)
+            yield row | {"error": str(error).splitlines()[0]}
+        # Neither weights nor compiled code of one method are there when the next is measured.
+        model = None
+        torch.compiler.reset()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def _prepare(

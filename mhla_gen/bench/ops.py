@@ -74,22 +74,22 @@ def cases(config: BenchConfig) -> tuple[Case, ...]:
     )
 
 
-def bench_ops(config: BenchConfig, device: torch.device) -> Iterator[dict[str, Any]]:
-    """One row for every problem size and method, as they are measured."""
+def bench_ops(config: BenchConfig, device: torch.device, done: int = 0) -> Iterator[dict[str, Any]]:
+    """One row for every problem size and method, as they are measured, after the first `done`."""
     bandwidth = copy_bandwidth(device)
     dtype = getattr(torch, config.dtype)
-    for case in cases(config):
-        for method in config.methods:
-            row = {"method": method, **case._asdict(), "tokens": math.prod(case.grid)}
-            row["causal"] = method.split()[0] in _CAUSAL
-            row["exact"] = _share(method, case.grid)
-            try:
-                yield row | _measure(method, case, dtype, device, bandwidth, config.backward)
-            except (RuntimeError, ValueError) as error:
-                # A method that cannot run a size is part of the result.
-                yield row | {"error": str(error).splitlines()[0]}
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
+    rows = [(case, method) for case in cases(config) for method in config.methods]
+    for case, method in rows[done:]:
+        row = {"method": method, **case._asdict(), "tokens": math.prod(case.grid)}
+        row["causal"] = method.split()[0] in _CAUSAL
+        row["exact"] = _share(method, case.grid)
+        try:
+            yield row | _measure(method, case, dtype, device, bandwidth, config.backward)
+        except (RuntimeError, ValueError) as error:
+            # A method that cannot run a size is part of the result.
+            yield row | {"error": str(error).splitlines()[0]}
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def _measure(

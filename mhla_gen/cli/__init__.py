@@ -149,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "accelerate" in sys.modules:
             importlib.import_module("mhla_gen.runtime.processes").part_processes()
     except KeyboardInterrupt as error:
-        print(f"\nmhla-gen {name}: {error or 'interrupted'}", file=sys.stderr)
+        print(f"\nmhla-gen {name}: {str(error) or 'interrupted'}", file=sys.stderr)
         return 130
     except Exception as error:
         said = _said(error)

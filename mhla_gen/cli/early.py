@@ -202,7 +202,7 @@ def _convert(config: ConvertConfig) -> _Checks:
 def _bench(config: BenchConfig) -> _Checks:
     from mhla_gen.bench.folder import check_output_dir
 
-    yield partial(check_output_dir, config.output_dir)
+    yield partial(check_output_dir, config)
 
 
 def _quickstart(config: QuickstartConfig) -> _Checks:

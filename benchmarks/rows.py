@@ -1,4 +1,4 @@
-"""A benchmark's rows in one JSON file, written one by one; the same command adds missing ones.
+"""A benchmark's rows in one JSON file, written one by one; the same options add missing ones.
 
 python benchmarks/NAME.py OUT.json [--seconds 60]    measure what is missing, print the table
 python benchmarks/NAME.py OUT.json --table           print the table
@@ -19,8 +19,11 @@ from typing import Any
 import torch
 
 from mhla_gen.files import write_json
+from mhla_gen.outputs.folders import differing_values
 
 Row = dict[str, Any]
+# Options that decide no number of a row.
+_FREE = ("out", "seconds", "table")
 
 
 def make_parser(description: str | None, seconds: float) -> argparse.ArgumentParser:
@@ -54,9 +57,11 @@ def measure_rows(
         table: Makes Markdown of all rows, in the order of `cases`.
 
     Raises:
-        SystemExit: If the file has rows of another device or version of torch.
+        SystemExit: If the file has rows of other options, another device or version of torch.
     """
-    facts, rows = machine(), earlier_rows(options.out, any_machine=options.table)
+    asked = deciding(options)
+    facts = machine() | {"options": asked}
+    rows = earlier_rows(options.out, asked, any_machine=options.table)
     began, longest = time.perf_counter(), 0.0
     for case in [] if options.table else cases:
         if any(case.items() <= row.items() for row in rows):
@@ -77,13 +82,25 @@ def measure_rows(
     print(table(rows))
 
 
-def earlier_rows(path: Path, any_machine: bool = False) -> list[Row]:
+def deciding(options: argparse.Namespace, *free: str) -> Row:
+    """The options that decide the numbers of rows, as files have them.
+
+    Args:
+        options: All of them.
+        free: Those that do not, besides `--seconds` and `--table`.
+    """
+    found = {key: value for key, value in vars(options).items() if key not in (*_FREE, *free)}
+    return json.loads(json.dumps(found))
+
+
+def earlier_rows(path: Path, options: Row, any_machine: bool = False) -> list[Row]:
     """Rows that the file has; none if there is no file.
 
     Args:
         path: The results.
-        any_machine: Whether they may be of another device or version of torch, to be printed; the
-            file must be there then.
+        options: `deciding` ones of the rows to come.
+        any_machine: Whether they may be of other options, another device or version of torch, to be
+            printed; the file must be there then.
 
     Raises:
         SystemExit: If they are, and may not be.
@@ -95,6 +112,11 @@ def earlier_rows(path: Path, any_machine: bool = False) -> list[Row]:
         raise SystemExit(
             f"{path} was measured on {report['device']} with torch {report['torch']}; "
             "choose another file"
+        )
+    changes = differing_values(report.get("options", {}), options)
+    if not any_machine and changes:
+        raise SystemExit(
+            f"{path} was measured with other options ({'; '.join(changes)}); choose another file"
         )
     return report["rows"]
 

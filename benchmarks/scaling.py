@@ -6,7 +6,7 @@
 
 Runs the other benchmarks with one process per GPU, for softmax, MHLA and 5 % exact, those first
 that say most. As many as fit on the GPUs compile side by side; they time in turns. Each row is
-written when it is done, and the same command adds those that are missing. `times` is the speed
+written when it is done, and the same options add those that are missing. `times` is the speed
 relative to one GPU in the same JSON (for FSDP2, which needs two GPUs, relative to DDP on one),
 `share` the share of linear scaling. Prints a table in Markdown.
 """
@@ -21,10 +21,13 @@ from typing import Any
 
 import torch
 from jobs import HUNG, Host, Job, run_jobs
-from rows import Row, earlier_rows, machine, markdown, number
+from rows import Row, deciding, earlier_rows, machine, markdown, number
 from scaling_cases import CASES, NAMES, PARTS, Case, is_of, missing
 
 from mhla_gen.files import write_json
+
+# Options that choose rows, or for how long they are measured; see `deciding`.
+_FREE = ("parts", "gpus", "limit", "row_seconds", "folder", "profile")
 
 
 def rate(row: Row) -> float | None:
@@ -132,21 +135,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tiny", action="store_true", help="small models, to try the script")
     parser.add_argument("--table", action="store_true", help="only print the table")
     options = parser.parse_args(arguments)
-    rows = earlier_rows(options.out, any_machine=options.table)
+    asked = deciding(options, *_FREE)
+    rows = earlier_rows(options.out, asked, any_machine=options.table)
     if not options.table:
         with tempfile.TemporaryDirectory() as temporary:
             options.folder = options.folder or Path(temporary)
-            measure(options, rows)
+            measure(options, rows, machine() | {"options": asked})
     print(table([row for row in compared(rows) if row["part"] in options.parts]))
 
 
-def measure(options: argparse.Namespace, rows: list[Row]) -> None:
-    """Measure what is missing, and add it to the rows and to the file."""
+def measure(options: argparse.Namespace, rows: list[Row], facts: Row) -> None:
+    """Measure what is missing, and add it to the rows, and with `facts` to the file."""
     there = torch.cuda.device_count() or 2
     counts = options.gpus or [n for n in (1, 2, 4, 8) if n <= there]
     wanted = list(missing(options, counts, rows))
     origins: dict[Job, tuple[Case, int]] = {}
-    facts = machine()
     options.folder.mkdir(parents=True, exist_ok=True)
     threads = str(max(1, (os.cpu_count() or 1) // 6))
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", threads)

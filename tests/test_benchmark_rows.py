@@ -32,6 +32,7 @@ def load(monkeypatch):
 def test_rows_are_written_one_by_one_and_not_measured_twice(load, tmp_path, capsys):
     rows, out = load("rows"), tmp_path / "out.json"
     parser, measured = rows.make_parser("Numbers.", seconds=100), []
+    parser.add_argument("--tiny", action="store_true")
 
     def measure(case):
         if out.exists():
@@ -60,6 +61,16 @@ def test_rows_are_written_one_by_one_and_not_measured_twice(load, tmp_path, caps
         {"n": 3, "square": 9},
     ]
     assert report["torch"] == torch.__version__ and report["device"]
+    assert report["options"] == {"tiny": False}
+    with pytest.raises(
+        SystemExit, match=r"other options \(tiny: found False, asked for True\); ch"
+    ):
+        run("--tiny")
+    run("--tiny", "--table")
+    # As an earlier version wrote it.
+    out.write_text(json.dumps({key: report[key] for key in report if key != "options"}))
+    with pytest.raises(SystemExit, match=r"tiny: found None, asked for False"):
+        run()
     out.write_text(json.dumps(report | {"device": "another"}))
     with pytest.raises(SystemExit, match="was measured on another"):
         run()

@@ -1,4 +1,7 @@
-"""The token grid that a model is inspected on: the one asked for, its run's, or its own."""
+"""The token grid that a model is inspected on, and the tokens of it that are looked at.
+
+The grid is the one asked for, that of the model's run, or the model's own.
+"""
 
 import math
 from collections.abc import Mapping
@@ -7,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import torch
 from accelerate import init_empty_weights
 from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
+from torch import Tensor
 
 from mhla_gen.calls import call_class
-from mhla_gen.config import InputsConfig
+from mhla_gen.config import InputsConfig, InspectConfig
 from mhla_gen.errors import UserError
 from mhla_gen.hub import pipeline_index
 from mhla_gen.inspection.subject import Subject
@@ -75,3 +80,31 @@ def _autoencoder(place: str) -> Mapping[str, Any]:
     kind = getattr(diffusers, name)
     with init_empty_weights():
         return {"vae": kind.from_config(kind.load_config(place, subfolder="vae"))}
+
+
+def query_tokens(config: InspectConfig, grid: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """Positions of the tokens whose maps are drawn; by default a corner, two quarters, the middle.
+
+    Raises:
+        ValueError: If a position is not on the grid.
+    """
+    if config.queries == "auto":
+        # The frame, if there is one, is the middle one throughout: frames are compared beside it.
+        places = [(0.0, 0.0), (0.25, 0.25), (0.5, 0.5), (0.75, 0.25)]
+        tokens = [
+            tuple(int(n * p) for n, p in zip(grid[-2:], place, strict=False)) for place in places
+        ]
+        return list(dict.fromkeys((*(n // 2 for n in grid[:-2]), *token) for token in tokens))
+    for position in config.queries:
+        if len(position) != len(grid) or any(p >= n for p, n in zip(position, grid, strict=True)):
+            raise UserError(f"queries must lie on the token grid {grid}, found {list(position)}")
+    return list(config.queries)
+
+
+def statistics_rows(config: InspectConfig, grid: tuple[int, ...]) -> Tensor:
+    """Queries for rank and entropy, int64, sorted: all of them, or `max_rows` at random."""
+    seq_len = math.prod(grid)
+    if seq_len <= config.max_rows:
+        return torch.arange(seq_len)
+    generator = torch.Generator().manual_seed(config.seed)
+    return torch.randperm(seq_len, generator=generator)[: config.max_rows].sort().values

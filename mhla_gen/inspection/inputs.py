@@ -1,6 +1,5 @@
 """Inputs of an inspected model: noise, or images with noise, and a condition."""
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -11,10 +10,11 @@ from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DMod
 from torch import Tensor
 
 from mhla_gen.calls import Call, call_class
-from mhla_gen.config import InputsConfig, InspectConfig
+from mhla_gen.config import InputsConfig
 from mhla_gen.data import ArrayImages, EncodedImages, derived_seed, open_images
 from mhla_gen.errors import UserError
 from mhla_gen.inspection.subject import Subject
+from mhla_gen.pipelines.schedulers import prediction_of
 
 _NUM_TIMESTEPS = 1000
 
@@ -171,8 +171,7 @@ def add_noise(scheduler: Any, latents: Tensor, noise: Tensor, timestep: int) -> 
             "data need a pipeline folder: its scheduler says how much noise a timestep has; "
             "leave data out to inspect the model on noise alone"
         )
-    flow = type(scheduler).__name__.startswith("FlowMatch")
-    if flow or scheduler.config.get("prediction_type") == "flow_prediction":
+    if prediction_of(scheduler) == "flow_prediction":
         sigma = timestep / _NUM_TIMESTEPS
         return (1 - sigma) * latents + sigma * noise
     return scheduler.add_noise(latents, noise, torch.tensor([timestep]))
@@ -237,39 +236,3 @@ def _condition(
 
 def _cast(arguments: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     return {k: v.to(dtype) if v.is_floating_point() else v for k, v in arguments.items()}
-
-
-def query_tokens(config: InspectConfig, grid: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """Positions of the tokens whose maps are drawn; by default a corner, two quarters, the middle.
-
-    Raises:
-        ValueError: If a position is not on the grid.
-    """
-    if config.queries == "auto":
-        # The frame, if there is one, is the middle one throughout: frames are compared beside it.
-        places = [(0.0, 0.0), (0.25, 0.25), (0.5, 0.5), (0.75, 0.25)]
-        tokens = [
-            tuple(int(n * p) for n, p in zip(grid[-2:], place, strict=False)) for place in places
-        ]
-        return list(dict.fromkeys((*(n // 2 for n in grid[:-2]), *token) for token in tokens))
-    for position in config.queries:
-        if len(position) != len(grid) or any(p >= n for p, n in zip(position, grid, strict=True)):
-            raise UserError(f"queries must lie on the token grid {grid}, found {list(position)}")
-    return list(config.queries)
-
-
-def row_of(position: tuple[int, ...], grid: tuple[int, ...]) -> int:
-    """Raster number of a token."""
-    row = 0
-    for p, n in zip(position, grid, strict=True):
-        row = row * n + p
-    return row
-
-
-def statistics_rows(config: InspectConfig, grid: tuple[int, ...]) -> Tensor:
-    """Queries for rank and entropy, int64, sorted: all of them, or `max_rows` at random."""
-    seq_len = math.prod(grid)
-    if seq_len <= config.max_rows:
-        return torch.arange(seq_len)
-    generator = torch.Generator().manual_seed(config.seed)
-    return torch.randperm(seq_len, generator=generator)[: config.max_rows].sort().values

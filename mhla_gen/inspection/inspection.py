@@ -6,6 +6,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from mhla_gen.config import InspectConfig, save_config
@@ -13,15 +14,8 @@ from mhla_gen.errors import OccupiedError, UserError
 from mhla_gen.files import is_temporary, remove_leftovers, write_json, write_text, written_whole
 from mhla_gen.inspection.examination import Examination, Focus, Layer, examine
 from mhla_gen.inspection.figures import Picture, draw_statistics
-from mhla_gen.inspection.grids import TokenGrid, token_grid
-from mhla_gen.inspection.inputs import (
-    Input,
-    latent_shape,
-    make_inputs,
-    query_tokens,
-    row_of,
-    statistics_rows,
-)
+from mhla_gen.inspection.grids import TokenGrid, query_tokens, statistics_rows, token_grid
+from mhla_gen.inspection.inputs import Input, latent_shape, make_inputs
 from mhla_gen.inspection.map_figures import draw_maps
 from mhla_gen.inspection.mixing_figures import draw_mixing, draw_mixing_heads
 from mhla_gen.inspection.page import build_page
@@ -63,7 +57,7 @@ def inspect(config: InspectConfig, dry_run: bool = False) -> Path:
     inputs = make_inputs(subjects["model"], config, grid)
     focus = Focus(
         grid=grid,
-        queries=torch.tensor([row_of(query, grid) for query in queries]),
+        queries=torch.tensor([int(np.ravel_multi_index(query, grid)) for query in queries]),
         rows=statistics_rows(config, grid),
         head=config.head,
     )

@@ -27,7 +27,7 @@ import mhla_gen
 from mhla_gen.config import MHLAConfig
 from mhla_gen.data.buckets import Bucket, crop_for, resampled_frames
 from mhla_gen.files import write_json
-from mhla_gen.sampling.outputs import write_sheet
+from mhla_gen.sampling.sample_files import write_sheet
 from mhla_gen.training.objectives import FlowMatching
 from mhla_gen.training.optim import build_optimizer
 from mhla_gen.training.randomness import step_randomness

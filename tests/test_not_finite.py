@@ -72,7 +72,7 @@ def broken(*args, **kwargs):
 
 def test_a_picture_that_cannot_be_drawn_costs_no_samples(tmp_path, monkeypatch, capsys):
     tiny_pipeline().save_pretrained(tmp_path / "pipe")
-    monkeypatch.setattr("mhla_gen.sampling.outputs.contact_sheet", broken)
+    monkeypatch.setattr("mhla_gen.sampling.sample_files.contact_sheet", broken)
     config = set_of(tmp_path / "set", tmp_path / "pipe", samples_per_class=1, card=True)
     sample(config)
     said = capsys.readouterr().err

@@ -20,7 +20,7 @@ from mhla_gen.quickstart import quickstart
 from mhla_gen.quickstart.quickstart import evaluation, score_real, training_seconds
 from mhla_gen.quickstart.report import next_commands
 from mhla_gen.sampling import generate
-from mhla_gen.sampling.outputs import write_samples
+from mhla_gen.sampling.sample_files import write_samples
 
 PROMISED = [
     "config.yaml",

@@ -25,7 +25,7 @@ from mhla_gen.pipelines.classes import class_numbers
 from mhla_gen.pipelines.noise import sample_seed
 from mhla_gen.sampling import class_labels, generate, sample
 from mhla_gen.sampling.batched_sampler import BatchedSampler, largest_batch
-from mhla_gen.sampling.classes import ordered_labels
+from mhla_gen.sampling.labels import ordered_labels
 from mhla_gen.sampling.repeatable import InParts, in_parts
 from mhla_gen.sampling.samplers import ClassSampler
 from mhla_gen.sampling.units import Units

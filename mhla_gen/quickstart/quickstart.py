@@ -34,7 +34,7 @@ from mhla_gen.quickstart.report import next_commands, table
 from mhla_gen.sampling import sample
 from mhla_gen.sampling.contact_sheet import contact_sheet, rows_by_class
 from mhla_gen.sampling.manifest import MANIFEST_NAME
-from mhla_gen.sampling.outputs import SAMPLES_NAME, write_samples
+from mhla_gen.sampling.sample_files import SAMPLES_NAME, write_samples
 from mhla_gen.training.log import LOG_NAME, read_log
 from mhla_gen.training.loop import train
 from mhla_gen.training.rehearsal import rehearse

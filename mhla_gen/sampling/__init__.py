@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 from mhla_gen.lazy import names_from
 
 if TYPE_CHECKING:
-    from mhla_gen.sampling.classes import class_labels
+    from mhla_gen.sampling.labels import class_labels
     from mhla_gen.sampling.sample_set import generate
     from mhla_gen.sampling.sampling import sample
 
 _HOMES = {
-    "class_labels": "classes",
+    "class_labels": "labels",
     "generate": "sample_set",
     "sample": "sampling",
 }

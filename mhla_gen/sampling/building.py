@@ -14,8 +14,8 @@ from mhla_gen.pipelines.guidance import Guidance
 from mhla_gen.pipelines.schedulers import makes_variance, other_scheduler
 from mhla_gen.runtime.compiling import compile_blocks
 from mhla_gen.runtime.cuda_graphs import RecordedForward
-from mhla_gen.sampling.classes import class_labels, ordered_labels
 from mhla_gen.sampling.embeds import embedded_names, read_embeds
+from mhla_gen.sampling.labels import class_labels, ordered_labels
 from mhla_gen.sampling.prompt_sampler import PromptSampler
 from mhla_gen.sampling.prompts import Prompt, missing_prompts, read_prompts
 from mhla_gen.sampling.samplers import ClassSampler, Sampler

@@ -11,7 +11,7 @@ from mhla_gen.files import write_text, written_whole
 from mhla_gen.files.saved import read_json
 from mhla_gen.hub import INDEX_NAME, find
 from mhla_gen.sampling.manifest import MANIFEST_NAME
-from mhla_gen.sampling.outputs import SHEET_NAME
+from mhla_gen.sampling.sample_files import SHEET_NAME
 
 CARD_NAME, PICTURE_NAME = "README.md", "samples.png"
 # By this line we know a card again, and write over no other.

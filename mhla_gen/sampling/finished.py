@@ -12,7 +12,7 @@ from mhla_gen.errors import not_worth_failing
 from mhla_gen.files import write_json, write_lines
 from mhla_gen.files.saved import DamagedFileError
 from mhla_gen.sampling.manifest import MANIFEST_NAME, manifest, read_manifest
-from mhla_gen.sampling.outputs import (
+from mhla_gen.sampling.sample_files import (
     IMAGES_NAME,
     SAMPLES_NAME,
     SHEET_NAME,

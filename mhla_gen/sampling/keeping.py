@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mhla_gen.media.videos import write_video
-from mhla_gen.sampling.outputs import file_of, sheet_part, write_image
+from mhla_gen.sampling.sample_files import file_of, sheet_part, write_image
 from mhla_gen.sampling.units import Work, samples_digest, write_array
 
 # Units whose files are being written while the next ones are drawn.

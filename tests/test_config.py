@@ -165,7 +165,6 @@ ALL_KINDS = {
     for schema, name, kind in kinds_below(top)
 }
 NUMBERS = {name: found for name, found in ALL_KINDS.items() if found[2].base in (int, float)}
-CHOICES = {name: found for name, found in ALL_KINDS.items() if get_origin(found[2].base) is Literal}
 
 
 def least_settings(schema):

@@ -252,7 +252,7 @@ def test_packing_is_undone():
 def test_every_family_has_a_call():
     missing = [
         base.__name__
-        for base in mhla_gen.models.injection.MHLA_CLASSES
+        for base in mhla_gen.models.families.MHLA_CLASSES
         if not issubclass(base, DiTTransformer2DModel) and call_class(base) not in CALLS
     ]
     assert not missing

@@ -55,8 +55,8 @@ from mhla_gen import (
     MHLAConfig,
     MHLADiTTransformer2DModel,
 )
-from mhla_gen.models.injection import MHLA_CLASSES
-from mhla_gen.models.unsupported import REASONS
+from mhla_gen.models.families import MHLA_CLASSES
+from mhla_gen.models.families.unsupported import REASONS
 from mhla_gen.runtime.compiling import compile_blocks, repeated_blocks
 
 EVERYTHING = {"output_norm": True, "mixing_per_head": True}

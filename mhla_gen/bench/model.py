@@ -11,7 +11,7 @@ from mhla_gen.bench.measure import kernels_of, latency_ms, peak_memory_gib
 from mhla_gen.bench.profiles import as_table, kernel_times
 from mhla_gen.config import BenchConfig, MHLAConfig, load_config
 from mhla_gen.models import inject
-from mhla_gen.models.dit import disable_label_dropout
+from mhla_gen.models.families.dit import disable_label_dropout
 from mhla_gen.models.overview import exact_pairs
 from mhla_gen.models.short import unmentioned
 from mhla_gen.models.transformer import MHLATransformerMixin

@@ -25,7 +25,7 @@ from mhla_gen.conversion.keys import (
     translated,
 )
 from mhla_gen.errors import UserError
-from mhla_gen.models.dit import MHLADiTTransformer2DModel
+from mhla_gen.models.families.dit import MHLADiTTransformer2DModel
 
 KIND = "a checkpoint of the MHLA authors' DiT"
 

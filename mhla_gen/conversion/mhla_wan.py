@@ -20,7 +20,7 @@ from mhla_gen.conversion.keys import (
     translated,
 )
 from mhla_gen.errors import UserError
-from mhla_gen.models.wan import MHLAWanTransformer3DModel
+from mhla_gen.models.families.wan import MHLAWanTransformer3DModel
 
 KIND = "a checkpoint of the MHLA authors' text-to-video Wan"
 

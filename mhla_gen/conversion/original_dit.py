@@ -23,7 +23,7 @@ from mhla_gen.conversion.keys import (
     shape,
 )
 from mhla_gen.errors import UserError
-from mhla_gen.models.dit import OriginalDiTTransformer2DModel
+from mhla_gen.models.families.dit import OriginalDiTTransformer2DModel
 
 KIND = "a facebookresearch/DiT checkpoint"
 

@@ -7,8 +7,8 @@ import diffusers
 import torch
 
 from mhla_gen.hub import locate, locate_part, pipeline_index
+from mhla_gen.models.families import family_of
 from mhla_gen.models.family import Family
-from mhla_gen.models.injection import family_of
 from mhla_gen.models.saved_transformer import load_transformer
 
 

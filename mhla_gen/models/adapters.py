@@ -22,8 +22,8 @@ from mhla_gen.errors import MissingError, UserError
 from mhla_gen.files import written_whole
 from mhla_gen.hub import ADAPTER_NAME, adapter_file
 from mhla_gen.models.base_weights import BaseWeights
+from mhla_gen.models.families import MHLA_CLASSES
 from mhla_gen.models.injection import (
-    MHLA_CLASSES,
     components_of,
     inject,
     is_language_model,

@@ -15,80 +15,12 @@ from mhla_gen.config import (
     LinformerConfig,
 )
 from mhla_gen.errors import UserError
-from mhla_gen.models.cogvideox import MHLACogVideoXTransformer3DModel
-from mhla_gen.models.cosmos import MHLACosmosTransformer3DModel
-from mhla_gen.models.dit import MHLADiTTransformer2DModel
-from mhla_gen.models.family import Family
-from mhla_gen.models.flux import MHLAFlux2Transformer2DModel, MHLAFluxTransformer2DModel
-from mhla_gen.models.hunyuan_dit import MHLAHunyuanDiT2DModel
-from mhla_gen.models.hunyuan_video import (
-    MHLAHunyuanVideo15Transformer3DModel,
-    MHLAHunyuanVideoTransformer3DModel,
-)
-from mhla_gen.models.kandinsky5 import MHLAKandinsky5Transformer3DModel
-from mhla_gen.models.ltx import MHLALTXVideoTransformer3DModel
-from mhla_gen.models.ltx2 import MHLALTX2VideoTransformer3DModel
-from mhla_gen.models.mochi import MHLAMochiTransformer3DModel
-from mhla_gen.models.pixart import MHLAPixArtTransformer2DModel
-from mhla_gen.models.qwen_image import MHLAQwenImageTransformer2DModel
-from mhla_gen.models.sana import MHLASanaTransformer2DModel
-from mhla_gen.models.sana_video import MHLASanaVideoTransformer3DModel
-from mhla_gen.models.sd3 import MHLASD3Transformer2DModel
+from mhla_gen.models.families import MHLA_CLASSES, refusal
+from mhla_gen.models.families.unsupported import reason_of
 from mhla_gen.models.settling import resolve
 from mhla_gen.models.short import ShortSequenceWarning, too_short
 from mhla_gen.models.surgery import become, remove_mhla
 from mhla_gen.models.transformer import MHLATransformerMixin
-from mhla_gen.models.unsupported import reason_of
-from mhla_gen.models.wan import MHLAWanTransformer3DModel
-from mhla_gen.models.wan_variants import (
-    MHLASkyReelsV2Transformer3DModel,
-    MHLAWanAnimateTransformer3DModel,
-    MHLAWanVACETransformer3DModel,
-)
-from mhla_gen.models.z_image import MHLAZImageTransformer2DModel
-
-# Base class → the class it becomes. A new family is one file and one line here.
-MHLA_CLASSES: dict[type, type] = {
-    softmax_class: mhla_class
-    for mhla_class in (
-        MHLALTX2VideoTransformer3DModel,
-        MHLASanaTransformer2DModel,
-        MHLAWanVACETransformer3DModel,
-        MHLAWanAnimateTransformer3DModel,
-        MHLASkyReelsV2Transformer3DModel,
-        MHLACosmosTransformer3DModel,
-        MHLAZImageTransformer2DModel,
-        MHLASD3Transformer2DModel,
-        MHLAQwenImageTransformer2DModel,
-        MHLAMochiTransformer3DModel,
-        MHLAHunyuanVideo15Transformer3DModel,
-        MHLAHunyuanVideoTransformer3DModel,
-        MHLAFlux2Transformer2DModel,
-        MHLAFluxTransformer2DModel,
-        MHLACogVideoXTransformer3DModel,
-        MHLADiTTransformer2DModel,
-        MHLAHunyuanDiT2DModel,
-        MHLAKandinsky5Transformer3DModel,
-        MHLALTXVideoTransformer3DModel,
-        MHLAPixArtTransformer2DModel,
-        MHLASanaVideoTransformer3DModel,
-        MHLAWanTransformer3DModel,
-    )
-    for softmax_class in (mhla_class.family.base_class, *mhla_class.family.variants)
-}
-
-
-def family_of(model: Any) -> Family:
-    """The family of a transformer, converted or not.
-
-    Raises:
-        ValueError: If it belongs to no supported family.
-    """
-    for base, mhla_class in MHLA_CLASSES.items():
-        if isinstance(model, base):
-            known = mhla_class
-            return known.family
-    raise UserError(unsupported(model))
 
 
 def inject(
@@ -141,7 +73,7 @@ def inject(
         if isinstance(transformer, MHLATransformerMixin):
             raise UserError("the model already has MHLA layers; call mhla_gen.restore on it first")
         if type(transformer) not in MHLA_CLASSES:
-            raise UserError(unsupported(transformer))
+            raise UserError(refusal(transformer))
         resolve(MHLA_CLASSES[type(transformer)].family, transformer, config)
     for transformer in targets:
         mhla_class = MHLA_CLASSES[type(transformer)]
@@ -260,16 +192,3 @@ def update_index(pipe_or_transformer: Any) -> Any:
     if isinstance(pipe_or_transformer, DiffusionPipeline):
         pipe_or_transformer.register_modules(**components_of(pipe_or_transformer))
     return pipe_or_transformer
-
-
-def unsupported(transformer: Any) -> str:
-    """Why a transformer cannot be converted."""
-    if hasattr(transformer, "_orig_mod"):
-        return "the model is compiled; convert it before torch.compile"
-    reason = reason_of(transformer)
-    if reason is not None:
-        return f"{reason} (docs/models.md)"
-    return (
-        f"expected a pipeline or one of {', '.join(c.__name__ for c in MHLA_CLASSES)}, found a "
-        f"{type(transformer).__name__}"
-    )

@@ -9,15 +9,9 @@ import torch
 from mhla_gen.errors import UserError
 from mhla_gen.models.additions import AddedAttention
 from mhla_gen.models.exact import exact_share, tile_layout
+from mhla_gen.models.families import MHLA_CLASSES, family_of, refusal
 from mhla_gen.models.family import Family
-from mhla_gen.models.injection import (
-    MHLA_CLASSES,
-    family_of,
-    is_language_model,
-    is_vision_model,
-    transformers_of,
-    unsupported,
-)
+from mhla_gen.models.injection import is_language_model, is_vision_model, transformers_of
 from mhla_gen.models.transformer import MHLATransformerMixin
 from mhla_gen.ops import resolve_implementation
 from mhla_gen.ops.tile_attention import resolve_tile_implementation
@@ -106,7 +100,7 @@ def summary(pipe_or_transformer: Any) -> Summary:
     for number, transformer in enumerate(targets):
         mhla_class = MHLA_CLASSES.get(type(transformer), type(transformer))
         if not issubclass(mhla_class, MHLATransformerMixin):
-            raise UserError(unsupported(transformer))
+            raise UserError(refusal(transformer))
         prefix = f"transformer_{number + 1}." if number else ""
         grid = mhla_class.family.native_grid(transformer)
         for name, attention in mhla_class.family.attentions(transformer):

@@ -10,7 +10,7 @@ from mhla_gen.config.checks import is_mapping
 from mhla_gen.errors import MissingError, UserError
 from mhla_gen.files.saved import DamagedFileError, naming_damage
 from mhla_gen.hub import locate_part
-from mhla_gen.models.injection import MHLA_CLASSES
+from mhla_gen.models.families import MHLA_CLASSES
 
 _CLASSES: dict[str, Any] = {c.__name__: c for pair in MHLA_CLASSES.items() for c in pair}
 # Diffusers' DiTs on the hub were saved as this class, before DiT had a separate class.

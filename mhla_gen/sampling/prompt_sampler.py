@@ -15,7 +15,7 @@ from mhla_gen.data.buckets import Bucket, crop_for
 from mhla_gen.errors import MissingError, UserError
 from mhla_gen.media.frames import cropped
 from mhla_gen.media.pictures import UnreadableImageError, read_rgb
-from mhla_gen.models.wan import TEXT_LENGTH_WITH_IMAGE
+from mhla_gen.models.families.wan import TEXT_LENGTH_WITH_IMAGE
 from mhla_gen.pipelines.clip_stream import chunk_lengths, stream_clip, streams
 from mhla_gen.pipelines.noise import generator_of, sample_seed
 from mhla_gen.sampling.embeds import NEGATIVE

@@ -11,7 +11,7 @@ from mhla_gen.data import TrainingData
 from mhla_gen.data.caching.cached import CachedLatents
 from mhla_gen.errors import UserError
 from mhla_gen.models import MHLADiTTransformer2DModel
-from mhla_gen.models.dit import disable_label_dropout
+from mhla_gen.models.families.dit import disable_label_dropout
 from mhla_gen.pipelines.class_conditional import ClassConditionalPipeline
 from mhla_gen.pipelines.noise import generator_of, sample_seed
 from mhla_gen.training.conditioning import ClassLabels

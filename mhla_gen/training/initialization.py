@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import nn
 
-from mhla_gen.models.dit import disable_label_dropout
+from mhla_gen.models.families.dit import disable_label_dropout
 
 
 def initialize_dit(model: Any) -> None:

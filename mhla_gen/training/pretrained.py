@@ -21,7 +21,7 @@ from mhla_gen.data.image_encoder import load_image_encoder
 from mhla_gen.errors import UserError
 from mhla_gen.hub import pipeline_index
 from mhla_gen.models import inject
-from mhla_gen.models.injection import family_of
+from mhla_gen.models.families import family_of
 from mhla_gen.models.saved_transformer import load_transformer
 from mhla_gen.models.short import unmentioned
 from mhla_gen.models.transformer import MHLATransformerMixin

@@ -10,7 +10,7 @@ from mhla_gen.calls import Call, call_class
 from mhla_gen.config import TrainConfig, TransformerConfig
 from mhla_gen.data import TrainingData
 from mhla_gen.errors import UserError
-from mhla_gen.models.injection import MHLA_CLASSES
+from mhla_gen.models.families import MHLA_CLASSES
 from mhla_gen.pipelines.schedulers import prediction_of
 from mhla_gen.training.lora import add_lora, merged
 from mhla_gen.training.objectives import FlowMatching, Objective

@@ -10,8 +10,8 @@ from mhla_gen.data import TrainingData
 from mhla_gen.data.caching.cached import CachedLatents
 from mhla_gen.errors import UserError
 from mhla_gen.models import MHLAWanTransformer3DModel
+from mhla_gen.models.families.wan import TEXT_LENGTH_WITH_IMAGE
 from mhla_gen.models.frame_causal import causal_frames
-from mhla_gen.models.wan import TEXT_LENGTH_WITH_IMAGE
 from mhla_gen.training.clip_objectives import ChunkMatching, ClipMatching
 from mhla_gen.training.lora import add_lora, merged
 from mhla_gen.training.pretrained import attention_settings, load_pretrained

@@ -6,10 +6,10 @@ from diffusers.models.transformers.transformer_sana_video import (
     WanRotaryPosEmbed,
 )
 
+from mhla_gen.models.families.wan import MHLAWanAttnProcessor
 from mhla_gen.models.family import Family
 from mhla_gen.models.processors import DropsGrid, PatchGridCarrier
 from mhla_gen.models.transformer import MHLATransformerMixin
-from mhla_gen.models.wan import MHLAWanAttnProcessor
 
 
 class GridSanaRotaryPosEmbed(PatchGridCarrier, WanRotaryPosEmbed):

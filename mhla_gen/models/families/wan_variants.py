@@ -9,9 +9,9 @@ from diffusers.models.transformers.transformer_skyreels_v2 import (
 from diffusers.models.transformers.transformer_wan_animate import WanAnimateTransformer3DModel
 from diffusers.models.transformers.transformer_wan_vace import WanVACETransformer3DModel
 
+from mhla_gen.models.families.wan import WanFamily
 from mhla_gen.models.processors import DropsGrid, PatchGridCarrier
 from mhla_gen.models.transformer import MHLATransformerMixin
-from mhla_gen.models.wan import WanFamily
 
 # diffusers has copies of both for this model.
 _AnimateAttnProcessor = transformer_wan_animate.WanAttnProcessor

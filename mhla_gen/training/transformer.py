@@ -18,7 +18,7 @@ from mhla_gen.training.pretrained import attention_settings, load_pretrained
 from mhla_gen.training.scheduled import ScheduledNoise
 from mhla_gen.training.task import Task, times
 from mhla_gen.training.transformer_conditions import TransformerConditions, names_of
-from mhla_gen.training.transformer_pipeline import CaptionExamples, CaptionSamples, Parts
+from mhla_gen.training.transformer_pipeline import CaptionExamples, CaptionSamples, TransformerParts
 
 
 def transformer_task(config: TrainConfig, given: TransformerConfig, data: TrainingData) -> Task:
@@ -37,7 +37,7 @@ def transformer_task(config: TrainConfig, given: TransformerConfig, data: Traini
     if config.parallelism == "fsdp":
         raise UserError("parallelism=fsdp is for DiT and Wan; take parallelism=ddp")
     model = _build_model(config, given)
-    parts = Parts(config, given, data, call_class(model))
+    parts = TransformerParts(config, given, data, call_class(model))
     call = parts.call(model)
     _check(call, data)
     # Wan VACE encodes a clip of each size, once.

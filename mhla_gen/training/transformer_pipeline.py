@@ -24,7 +24,7 @@ from mhla_gen.training.transformer_conditions import names_of
 
 
 @dataclass(frozen=True, eq=False)
-class Parts:
+class TransformerParts:
     """The other parts of a pipeline than the trained transformer; loaded on demand."""
 
     config: TrainConfig
@@ -113,7 +113,7 @@ class CaptionSamples:
 
     data: Any
     empty: Mapping[str, Tensor]
-    parts: Parts
+    parts: TransformerParts
 
     def __call__(self, pipeline: Any, numbers: Sequence[int], config: PreviewConfig) -> np.ndarray:
         """Samples of the size that most of the data have, uint8, channels last."""
@@ -148,7 +148,7 @@ class CaptionExamples:
 
     data: Any
     empty: Mapping[str, Tensor]
-    parts: Parts
+    parts: TransformerParts
 
     def write(self, pipeline: Any, folder: Path) -> None:
         """Write a prompt, and its embedding if the pipeline has no text encoder."""

@@ -21,6 +21,7 @@ from mhla_gen.pipelines.noise import generator_of, sample_seed
 from mhla_gen.sampling.embeds import NEGATIVE
 from mhla_gen.sampling.prompts import Prompt
 from mhla_gen.sampling.samplers import OnStep, Steps, require_finite, to_pixels
+from mhla_gen.sampling.sizes import resolved_sizes, shape_of
 
 _TITLE = 60
 _SHEET_ROWS = 20
@@ -72,7 +73,8 @@ class PromptSampler:
                 f"{type(pipeline).__name__} takes no {', '.join(unknown)}; leave that out"
             )
         self._check_prompts()
-        self.shape, self._sizes = self._resolved(dict(sizes))
+        self._sizes = resolved_sizes(pipeline, sizes)
+        self.shape = shape_of(self._sizes)
         if "use_resolution_binning" in self._arguments and any(sizes.values()):
             # Else it would draw at the nearest of a list of sizes, and scale what it drew.
             self.options["use_resolution_binning"] = False
@@ -241,49 +243,6 @@ class PromptSampler:
                 f"this {name} takes prompt_embeds of {TEXT_LENGTH_WITH_IMAGE} tokens, found "
                 f"{lengths.pop()}; pad them with zeros"
             )
-
-    def _resolved(self, sizes: dict[str, int | None]) -> tuple[tuple[int, ...], dict[str, int]]:
-        """The shape of a sample, and the arguments that ask for it."""
-        name, found = type(self.pipeline).__name__, {}
-        for key, value in sizes.items():
-            key = "frames" if key == "num_frames" and "frames" in self._arguments else key
-            if key not in self._arguments:
-                if value is not None:
-                    raise UserError(f"{name} takes no {key}; leave it out")
-                continue
-            found[key] = value or self._arguments[key].default or self._own_size(key)
-        self._check_multiples(found)
-        frames = [found[key] for key in ("num_frames", "frames") if key in found]
-        return (*frames, found["height"], found["width"], 3), found
-
-    def _own_size(self, key: str) -> int:
-        """What the pipeline takes by itself where its signature has None."""
-        pipeline, config = self.pipeline, self.pipeline.transformer.config
-        if key in ("height", "width"):
-            places = [
-                (pipeline, f"default_{key}", None),  # Mochi, in pixels
-                (pipeline, "default_sample_size", "vae_scale_factor"),  # Flux, Qwen-Image, …
-                (config, "sample_size", "vae_scale_factor"),  # PixArt
-                (config, f"sample_{key}", "vae_scale_factor_spatial"),  # CogVideoX
-            ]
-        else:
-            places = [(config, "sample_frames", None)]  # CogVideoX
-        for owner, name, scale in places:
-            if size := getattr(owner, name, None):
-                return size * (getattr(pipeline, scale) if scale else 1)
-        raise UserError(f"{type(pipeline).__name__} does not say its own {key}; set {key}")
-
-    def _check_multiples(self, sizes: Mapping[str, int]) -> None:
-        # Pipelines round with a warning; here the number asked for is the number made.
-        spatial = getattr(self.pipeline, "vae_scale_factor_spatial", None)
-        patch = getattr(self.pipeline.transformer.config, "patch_size", 1)
-        multiple = (spatial or 1) * (patch if isinstance(patch, int) else patch[-1])
-        temporal = getattr(self.pipeline, "vae_scale_factor_temporal", 1)
-        for key, value in sizes.items():
-            if "frames" not in key and value % multiple:
-                raise UserError(f"{key} must be a multiple of {multiple}, found {value}")
-            if "frames" in key and (value - 1) % temporal:
-                raise UserError(f"{key} must be 1 + a multiple of {temporal}, found {value}")
 
 
 def _check_readable(number: int, path: str) -> None:

@@ -6,11 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 from transformers.models.llama import LlamaModel
 
 from mhla_gen.errors import UserError
-from mhla_gen.models.causal_attention import CausalCacheLayer
+from mhla_gen.models.causal_cache import take_places
 
 # Names of the cache argument of forward, which transformers renamed.
 CACHE = (
@@ -42,7 +41,7 @@ class CausalModel(nn.Module):
         if cache is None and use_cache:
             cache = DynamicCache(config=self.config)
         if cache is not None:
-            _take_places(self.layers, cache)
+            take_places(self.layers, cache)
         mask = None
         if attention_mask is not None and tokens is not None:
             if attention_mask.ndim != 2:
@@ -82,22 +81,3 @@ def _is_packed(position_ids: Tensor | None, mask: Tensor | None) -> bool:
     if mask is not None:
         falls = falls & mask[:, 1:] & mask[:, :-1]
     return bool(falls.any())
-
-
-def _take_places(layers: Any, cache: Any) -> None:
-    """Put MHLA's layers into a cache that is still empty."""
-    places = getattr(cache, "layers", None)
-    if places is None:
-        raise UserError(f"expected a DynamicCache, found {type(cache).__name__}; give that or none")
-    for index, layer in enumerate(layers):
-        if len(places) <= index:
-            places.append(DynamicLayer())
-        if not hasattr(layer.self_attn, "mhla") or isinstance(places[index], CausalCacheLayer):
-            continue
-        if not isinstance(places[index], DynamicLayer) or places[index].get_seq_length() > 0:
-            raise UserError(
-                "causal MHLA needs an empty DynamicCache, found one with "
-                f"{places[index].get_seq_length()} tokens in a {type(places[index]).__name__}; "
-                "leave out cache and cache_implementation"
-            )
-        places[index] = CausalCacheLayer()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mhla_gen.errors import UserError
-from mhla_gen.models.frame_causal import FrameCausalMHLA, LayerState
+from mhla_gen.models.frame_causal import ClipLayerState, FrameCausalMHLA
 
 
 class ClipState:
@@ -34,7 +34,7 @@ class ClipState:
         self.frames = 0
         self._torn = False
         self.layers = {
-            layer: LayerState(layer.chunk_frames)
+            layer: ClipLayerState(layer.chunk_frames)
             for layer in model.modules()
             if isinstance(layer, FrameCausalMHLA)
         }

@@ -18,7 +18,7 @@ from mhla_gen.ops.depthwise import Blend, times_silu
 from mhla_gen.ops.frame_causal import check_next
 
 
-class LayerState:
+class ClipLayerState:
     """A frame-causal layer's memory of finished chunks.
 
     Attributes:
@@ -84,7 +84,7 @@ class LayerState:
 class PastConv(DepthwiseConv):
     """`DepthwiseConv` that is causal in time, the first axis of the grid."""
 
-    state: LayerState | None = None
+    state: ClipLayerState | None = None
 
     def forward(
         self,
@@ -121,10 +121,10 @@ class FrameCausalMHLA(MHLA):
     Without a `state` it takes a whole clip at once; with a state, the clip's next chunk.
     """
 
-    state: LayerState | None = None
+    state: ClipLayerState | None = None
     conv_class = PastConv
 
-    def hand(self, state: LayerState | None) -> None:
+    def hand(self, state: ClipLayerState | None) -> None:
         """Give the layer its state of a clip, or remove it."""
         self.state = state
         if isinstance(self.conv, PastConv):

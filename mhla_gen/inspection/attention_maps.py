@@ -21,8 +21,8 @@ from mhla_gen.inspection.weights import (
 from mhla_gen.models import MHLA, Linformer
 from mhla_gen.models.exact import exact_attention, tile_layout
 from mhla_gen.models.family import Family
-from mhla_gen.models.head_rotary import rotated
 from mhla_gen.models.projections import products
+from mhla_gen.models.rotary import rotated
 
 Observer = Callable[[int, LayerAttention], None]
 

@@ -15,7 +15,7 @@ from mhla_gen.models.additions import AddedAttention, Inputs
 from mhla_gen.models.combination import log_denominator, make_combination
 from mhla_gen.models.exact import exact_attention
 from mhla_gen.models.features import Features, with_magnitude
-from mhla_gen.models.head_rotary import mhla_rotated_by_head
+from mhla_gen.models.rotary import mhla_rotated_by_head
 from mhla_gen.ops import FEATURE_MAPS, FRAME_MIXING_INITS, MIXING_INITS, mhla
 from mhla_gen.ops.depthwise import Blend
 from mhla_gen.ops.sharded import begin_sharded_mhla

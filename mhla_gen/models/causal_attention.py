@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from mhla_gen.config import CausalMHLAConfig
 from mhla_gen.models.attention import NEW_START
 from mhla_gen.models.combination import GateCombination
+from mhla_gen.models.rotary import interleaved
 from mhla_gen.ops import (
     CausalState,
     WindowState,
@@ -205,7 +206,9 @@ class CausalAttention(nn.Module):
             query, key = (
                 norm(x).type_as(value) for norm, x in ((self.q_norm, query), (self.k_norm, key))
             )
-        query, key, rotary = interleaved(query, key, position_embeddings)
+        # Llama pairs channel i with i + head_dim / 2. Dot products do not depend on the order.
+        query, key = interleaved(query), interleaved(key)
+        rotary = _half_tables(position_embeddings)
         tokens = (query, key, value, rotary, token_mask, hidden_states)
         if cache is None:
             out = self.mhla(*tokens)
@@ -214,15 +217,9 @@ class CausalAttention(nn.Module):
         return self.o_proj(out.flatten(2)), None
 
 
-def interleaved(
-    query: Tensor, key: Tensor, position_embeddings: tuple[Tensor, Tensor]
-) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-    """Reorder channels so that 2i and 2i + 1 form a rotary pair; halve the tables to match.
-
-    Llama pairs channel i with i + head_dim / 2. Dot products of queries and keys do not change.
-    """
-    query, key = (x.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2) for x in (query, key))
-    cos, sin = (table[..., : table.shape[-1] // 2] for table in position_embeddings)
+def _half_tables(tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Tables with one angle a pair, from those of Llama, whose two halves repeat the angles."""
+    cos, sin = (table[..., : table.shape[-1] // 2] for table in tables)
     if cos.ndim == 3 and cos.shape[0] == 1:
         cos, sin = cos[0], sin[0]
-    return query, key, (cos, sin)
+    return cos, sin

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mhla_gen.config import AttentionConfig, MHLAConfig
-from mhla_gen.models.head_rotary import rotated
+from mhla_gen.models.rotary import rotated
 from mhla_gen.ops import TileLayout, auto_tiles, tile_attention, tile_share
 
 # Cached, because all layers ask for the same few grids.

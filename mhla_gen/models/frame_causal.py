@@ -12,7 +12,7 @@ from mhla_gen.config import MHLAConfig
 from mhla_gen.models.additions import DepthwiseConv, Inputs
 from mhla_gen.models.attention import MHLA, evenly_spaced
 from mhla_gen.models.exact import softmax
-from mhla_gen.models.head_rotary import rotated
+from mhla_gen.models.rotary import rotated
 from mhla_gen.ops import FrameState, frame_causal_mhla, frame_mixing
 from mhla_gen.ops.depthwise import Blend, times_silu
 from mhla_gen.ops.frame_causal import check_next

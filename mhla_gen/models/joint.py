@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from mhla_gen.errors import UserError
 from mhla_gen.models.family import Family
-from mhla_gen.models.head_rotary import rotated
-from mhla_gen.models.processors import MHLAProcessor, Rotary, normalized, pairs
+from mhla_gen.models.processors import MHLAProcessor, Rotary, normalized
+from mhla_gen.models.rotary import pairs, rotated
 
 
 class Tokens(NamedTuple):

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from mhla_gen.config import LinformerConfig
 from mhla_gen.errors import UserError
 from mhla_gen.models.additions import AddedAttention, Inputs
-from mhla_gen.models.head_rotary import rotated
+from mhla_gen.models.rotary import rotated
 from mhla_gen.ops import block_starts
 from mhla_gen.ops.linformer import attend_projected, entered_by, project
 

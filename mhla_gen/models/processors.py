@@ -191,9 +191,3 @@ class PatchGridCarrier:
             patches = (self.patch_size_t, patches, patches)  # type: ignore[attr-defined]
         grid = patch_grid(hidden_states.shape[2:], patches)
         return cos, sin, cos.new_empty((*grid, 0))
-
-
-def pairs(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Tables `[seq_len, head_dim / 2]` from tables that repeat every angle for both channels."""
-    # Contiguous, or every operator of a layer would copy them.
-    return cos[..., 0::2].contiguous(), sin[..., 0::2].contiguous()

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mhla_gen.models.family import Family
 from mhla_gen.models.processors import DropsGrid, MHLAProcessor, PatchGridCarrier
+from mhla_gen.models.rotary import interleaved
 from mhla_gen.models.transformer import MHLATransformerMixin
 
 
@@ -37,11 +38,6 @@ class MHLACosmosAttnProcessor(MHLAProcessor):
         """As the stock projections, with queries and keys interleaved."""
         query, key, *rest = super().project(attn, hidden_states, *others)
         return interleaved(query), interleaved(key), *rest
-
-
-def interleaved(x: Tensor) -> Tensor:
-    """Interleave the halves of a head, so that the channels of a rotary pair are adjacent."""
-    return x.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
 
 
 class CosmosFamily(Family):

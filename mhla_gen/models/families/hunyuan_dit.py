@@ -9,7 +9,8 @@ from torch import Tensor
 
 from mhla_gen.errors import UserError
 from mhla_gen.models.family import Family, patch_grid
-from mhla_gen.models.processors import DropsGrid, MHLAProcessor, pairs
+from mhla_gen.models.processors import DropsGrid, MHLAProcessor
+from mhla_gen.models.rotary import pairs
 from mhla_gen.models.transformer import FusesSelfAttention
 
 

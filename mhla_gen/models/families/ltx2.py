@@ -11,10 +11,10 @@ from diffusers.models.transformers.transformer_ltx2 import (
 )
 from torch import Tensor
 
-from mhla_gen.models.families.cosmos import interleaved
 from mhla_gen.models.families.ltx import MHLALTXAttnProcessor, given_grid
 from mhla_gen.models.family import Family
 from mhla_gen.models.processors import DropsGrid
+from mhla_gen.models.rotary import interleaved
 from mhla_gen.models.transformer import MHLATransformerMixin
 
 

@@ -12,7 +12,8 @@ from diffusers.models.transformers.transformer_wan import (
 from torch import Tensor
 
 from mhla_gen.models.family import Family
-from mhla_gen.models.processors import DropsGrid, MHLAProcessor, PatchGridCarrier, pairs
+from mhla_gen.models.processors import DropsGrid, MHLAProcessor, PatchGridCarrier
+from mhla_gen.models.rotary import pairs
 from mhla_gen.models.transformer import MHLATransformerMixin
 
 TEXT_LENGTH_WITH_IMAGE = 512

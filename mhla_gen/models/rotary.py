@@ -1,4 +1,4 @@
-"""MHLA whose rotary embedding differs from head to head, as in LTX-Video."""
+"""Rotary embeddings as the models have them: tables of pairs, halves of heads, one per head."""
 
 import torch
 from torch import Tensor
@@ -89,3 +89,14 @@ def rotated(x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
     wide = x.to(torch.promote_types(x.dtype, rotary[0].dtype))
     turn = rotate_by_head if rotary[0].ndim == 4 else rotate
     return turn(wide, rotary).to(x.dtype)
+
+
+def pairs(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Tables `[seq_len, head_dim / 2]` from tables that repeat every angle for both channels."""
+    # Contiguous, or every operator of a layer would copy them.
+    return cos[..., 0::2].contiguous(), sin[..., 0::2].contiguous()
+
+
+def interleaved(x: Tensor) -> Tensor:
+    """Interleave the halves of a head, so that the channels of a rotary pair are adjacent."""
+    return x.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)

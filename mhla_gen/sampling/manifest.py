@@ -79,7 +79,7 @@ def manifest(
     pipeline = sampler.pipeline
     scheduler = pipeline.scheduler
     models = {
-        name: {"class": type(model).__name__, **plain(model.config)}
+        name: {"class": type(model).__name__, **_public(model.config)}
         for name, model in pipeline.components.items()
         if isinstance(model, nn.Module) and (name.startswith("transformer") or name == "vae")
     }
@@ -92,7 +92,7 @@ def manifest(
         "settings": asdict(config),
         "pipeline": type(pipeline).__name__,
         **models,
-        "scheduler": {"class": type(scheduler).__name__, **plain(scheduler.config)},
+        "scheduler": {"class": type(scheduler).__name__, **_public(scheduler.config)},
         "identity": identity,
         "versions": {name: found for name in _PACKAGES if (found := installed(name))},
         "python": platform.python_version(),
@@ -127,7 +127,7 @@ def device_name() -> str:
     return f"CPU {platform.machine()}"
 
 
-def plain(config: Any) -> dict[str, Any]:
+def _public(config: Any) -> dict[str, Any]:
     """Public entries of a diffusers config, as JSON holds them."""
     entries = {key: value for key, value in config.items() if not key.startswith("_")}
     return json.loads(json.dumps(entries, default=str))

@@ -160,6 +160,17 @@ def test_saves_loads_and_restores(tmp_path, config):
     assert torch.equal(again.eval()(ids).logits, before)
 
 
+@pytest.mark.parametrize("learnable", [False, True])
+def test_frozen_weights_are_frozen_again_when_loaded(tmp_path, learnable):
+    model = mhla_model(replace(CONFIG, mixing_learnable=learnable, layers=(1,)))
+    model.save_pretrained(tmp_path)
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    trained = {name: p.requires_grad for name, p in model.named_parameters()}
+    assert trained["model.layers.1.self_attn.mhla.log_weights"] is learnable
+    assert {name: p.requires_grad for name, p in loaded.named_parameters()} == trained
+
+
 def test_summary_names_layers():
     model = inject(softmax_model(), CausalMHLAConfig(layers="2/3"))
     rows = summary(model)

@@ -46,6 +46,21 @@ class MHLALanguageModel(nn.Module):
         settings = CausalMHLAConfig.from_dict(config.mhla or {})
         _add_layers(self, resolve_language(self, settings, new=True))
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Load a saved model, as transformers does; weights that its settings freeze stay frozen.
+
+        Raises:
+            OSError: If there is no model.
+        """
+        loaded = super().from_pretrained(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        # transformers loads weights into new parameters, which are all trained.
+        for module in model.modules():
+            if isinstance(module, CausalMHLA) and module.log_weights is not None:
+                module.log_weights.requires_grad_(module.config.mixing_learnable)
+        return loaded
+
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, CausalMHLA):
             module.reset_parameters()

@@ -1,5 +1,6 @@
 """Shared rules of the test run: a fixed seed, and what to do without a GPU."""
 
+import gc
 import os
 import sys
 
@@ -12,6 +13,10 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
 
 import pytest
 import torch
+
+# Until all tests are collected: importing makes millions of objects that stay, and walking them
+# again and again is half of the work.
+gc.disable()
 
 # Triton reads this when a kernel is defined: without a GPU its kernels run in the interpreter.
 if not torch.cuda.is_available():
@@ -30,6 +35,16 @@ def fresh_accelerator():
     # Tests of the operator do not load it.
     if state := sys.modules.get("accelerate.state"):
         state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    try:
+        return (yield)
+    finally:
+        # Nor are they walked during the tests.
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_collection_modifyitems(items):

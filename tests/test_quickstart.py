@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch
 from PIL import Image
 
 from mhla_gen import ClassConditionalPipeline
+from mhla_gen.cli import main
 from mhla_gen.config import MHLAConfig, ModelConfig, QuickstartConfig, load_config
 from mhla_gen.data.arrays import digits
 from mhla_gen.evaluation import evaluate
@@ -124,14 +126,26 @@ def test_a_dry_run_writes_nothing(tmp_path, capsys):
     assert "mhla model" in text and "linear model" in text and not (tmp_path / "run").exists()
 
 
+def words_of(command):
+    """What a shell makes of a command."""
+    asked = ["sh", "-c", f"printf '%s\\0' {command}"]
+    return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.split("\0")[:-1]
+
+
 def test_the_next_commands_are_real(finished, tmp_path, monkeypatch):
+    """Read by a real shell, and run here: that programs start is tested with the command line."""
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "run"
     shutil.copytree(finished, folder)
-    sampling, training, loading = next_commands(folder, 4)
-    for command in (f"{sampling} num_inference_steps=1", f"{training} max_steps=4", loading):
-        done = subprocess.run(command, shell=True, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+    *commands, loading = map(words_of, next_commands(folder, 4))
+    for (program, *words), setting in zip(
+        commands, ("num_inference_steps=1", "max_steps=4"), strict=True
+    ):
+        assert Path(shutil.which(program)).samefile(Path(sys.executable).with_name("mhla-gen"))
+        assert main([*words, setting]) == 0
+    python, flag, code = loading
+    assert Path(shutil.which(python)).samefile(sys.executable) and flag == "-c"
+    exec(code, {})
     assert (tmp_path / "run-more" / "samples.png").is_file()
     assert (tmp_path / "run-longer" / "pipeline").is_dir()
     assert (tmp_path / "seven.png").is_file()

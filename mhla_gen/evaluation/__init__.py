@@ -3,8 +3,9 @@
 Names are imported on first use: distances of features need no network and no images.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from mhla_gen.lazy import names_from
 
 if TYPE_CHECKING:
     from mhla_gen.evaluation.evaluation import evaluate
@@ -57,11 +58,7 @@ __all__ = [
     "precision_recall",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+__getattr__ = names_from(__name__, _HOMES)
 
 
 def __dir__() -> list[str]:

@@ -195,7 +195,16 @@ class Call:
         return self.named(self.encode(captions, max_length))
 
     def encode(self, captions: Sequence[str], max_length: int | None, **options: Any) -> Any:
-        """The results of `encode_prompt`."""
+        """The results of the pipeline's `encode_prompt`.
+
+        Args:
+            captions: As in `embed`.
+            max_length: As in `embed`.
+            options: Further arguments of `encode_prompt`.
+
+        Raises:
+            ValueError: If the pipeline does not accept a maximum length.
+        """
         function = self.pipe.encode_prompt
         known = inspect.signature(function).parameters
         if max_length is not None and "max_sequence_length" not in known:

@@ -65,7 +65,7 @@ def check_odd(name: str, number: int) -> None:
 
 
 def normalize_integers(name: str, values: Any, least: int) -> tuple[int, ...]:
-    """One to three integers, each at least `least`, as a tuple."""
+    """One to three integers, each at least `least`, as a tuple; raises for anything else."""
     integers = elements(values)
     if not integers or len(integers) > 3 or not all(is_whole(n, least) for n in integers):
         raise UserError(
@@ -75,7 +75,7 @@ def normalize_integers(name: str, values: Any, least: int) -> tuple[int, ...]:
 
 
 def normalize_paths(name: str, paths: Any) -> tuple[str, ...] | None:
-    """A path or a list of paths as a tuple of strings."""
+    """A path or a list of paths as a tuple of strings; raises for anything else but None."""
     if paths is None:
         return None
     if isinstance(paths, str | Path):
@@ -87,7 +87,7 @@ def normalize_paths(name: str, paths: Any) -> tuple[str, ...] | None:
 
 
 def normalize_layout(name: str, layout: Any) -> Any:
-    """One to three block counts as a tuple, or "auto" as it is."""
+    """One to three block counts as a tuple, or "auto" as it is; raises for anything else."""
     if isinstance(layout, str) and layout == "auto":
         return layout
     counts = elements(layout)
@@ -97,7 +97,11 @@ def normalize_layout(name: str, layout: Any) -> Any:
 
 
 def normalize_layers(name: str, layers: Any) -> Any:
-    """Indices as a sorted tuple; "all", a fraction like "2/3" or a function as it is."""
+    """Indices as a sorted tuple; "all", a fraction like "2/3" or a function as it is.
+
+    Raises:
+        ValueError: For anything else, and for no index or one twice.
+    """
     if callable(layers):
         return layers
     message = f'{name} must be "all", a list of indices or a fraction like "2/3", found {layers!r}'
@@ -117,7 +121,11 @@ def normalize_layers(name: str, layers: Any) -> Any:
 
 
 def normalize_classes(classes: Any, names: bool = False) -> Any:
-    """Class numbers as a tuple, or "all" as it is; with `names`, names may stand among them."""
+    """Class numbers as a tuple, or "all" as it is; with `names`, names may stand among them.
+
+    Raises:
+        ValueError: For anything else.
+    """
     if isinstance(classes, str) and classes == "all":
         return classes
     kinds = (int, str) if names else (int,)

@@ -32,7 +32,12 @@ class CausalModel(nn.Module):
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As the decoder's; masks must be padding masks `[batch, cached and new tokens]`."""
+        """As the decoder's; masks must be padding masks `[batch, cached and new tokens]`.
+
+        Raises:
+            ValueError: If a mask is of another kind, positions start again inside a row, or the
+                cache cannot hold the states of MHLA layers.
+        """
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         cache = kwargs.pop(CACHE, None)
         if use_cache is None:

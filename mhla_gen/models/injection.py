@@ -162,7 +162,11 @@ def is_vision_model(model: Any) -> bool:
 
 
 def transformers_of(pipe_or_transformer: Any) -> list[Any]:
-    """The supported transformers of a pipeline, or the given transformer."""
+    """The supported transformers of a pipeline, or the given transformer, whatever it is.
+
+    Raises:
+        ValueError: If a pipeline has none.
+    """
     if not isinstance(pipe_or_transformer, DiffusionPipeline):
         return [pipe_or_transformer]
     found = components_of(pipe_or_transformer)

@@ -30,7 +30,11 @@ def mhla_layers(config: AttentionConfig, names: Sequence[str]) -> tuple[int, ...
 
 
 def exact_layers(config: MHLAConfig, names: Sequence[str]) -> tuple[int, ...]:
-    """Indices of the layers with an exact half, as `mhla_layers`."""
+    """Indices of the layers with an exact half, with arguments as for `mhla_layers`.
+
+    Raises:
+        ValueError: As `mhla_layers`, or if none of the converted layers has an exact half.
+    """
     setting = config.key("exact_layers")
     chosen = _chosen(setting, config.exact_layers, names)
     if not set(chosen) & set(mhla_layers(config, names)):

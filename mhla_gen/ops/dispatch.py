@@ -159,6 +159,15 @@ def resolve_implementation(
     `auto` uses the fused kernels for every call that they support, which on a GPU is never the
     slower choice, and `blockwise` otherwise.
 
+    Args:
+        implementation: `auto`, or a name in `IMPLEMENTATIONS`, which is returned as it is.
+        device: Device of the tensors, like the next arguments for `auto` only.
+        dtype: Dtype of query, key and value.
+        head_dim: Channels of a head of query and key.
+        value_dim: Channels of a head of value.
+        num_blocks: Number of blocks.
+        trainable_rotary: Whether the rotary tables need gradients.
+
     Raises:
         ValueError: If there is no such implementation.
     """

@@ -120,13 +120,16 @@ class Work:
         return self.folder / "features"
 
     def identity(self) -> dict[str, Any] | None:
-        """What determines the samples, as the first run wrote it; None before that."""
+        """What determines the samples, as the first run wrote it; None before that.
+
+        Raises:
+            DamagedFileError: If units are done, but what they are of is not known any more.
+        """
         path = self.folder / "identity.json"
         remedy = f"remove {self.folder} to sample the set from the start"
         if path.is_file():
             return read_json(path, remedy)
         if self.done():
-            # What these samples are of cannot be told any more.
             raise DamagedFileError(path, "it is missing", remedy)
         return None
 

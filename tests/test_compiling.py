@@ -76,6 +76,25 @@ def test_one_model_takes_as_many_sizes_as_data_have(family, forms):
     assert forms.frame_count > 8
 
 
+@pytest.mark.parametrize("how", ["regional", "whole"])
+def test_what_trains_is_compiled_for_its_own_size(how, forms):
+    """Whatever was compiled before: previews, and another run, have batches of other sizes."""
+    for batch in (2, 3):
+        model = tiny_dit(num_layers=1)
+        mhla_gen.inject(model, MHLAConfig(layout=(2, 2)))
+        compile_model(model, how)
+        with torch.no_grad():
+            output(model, dit_inputs(4, batch + 2))
+        output(model.train(), dit_inputs(4, batch)).sum().backward()
+    inputs = [
+        node.meta["example_value"]
+        for graph in forms.graphs
+        for node in graph.graph.find_nodes(op="placeholder")
+    ]
+    assert len(forms.graphs) == 4
+    assert all(type(length) is int for x in inputs for length in x.shape)
+
+
 def test_models_of_one_process_do_not_count_together(forms):
     """As in a notebook; what torch compiles for one model it keeps for that one."""
     inputs = dit_inputs(4)

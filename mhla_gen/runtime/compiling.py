@@ -80,7 +80,12 @@ def _sum_embeddings_in_order() -> None:
 
 
 def compile_model(model: nn.Module, how: str) -> None:
-    """Compile a model in place; its parameters keep their names.
+    """Compile a model for training in place; its parameters keep their names.
+
+    Each size of its inputs is compiled by itself. From the second size on, torch would rather
+    generate code for any size, which adds in another order: a step would depend on what the process
+    had compiled before, such as previews, and a resumed run would not be bit for bit that of an
+    uninterrupted one. With MHLA the number of forms is the same, but for a layout of one block.
 
     Args:
         model: A transformer.
@@ -96,16 +101,21 @@ def compile_model(model: nn.Module, how: str) -> None:
         join_gelu(model)
         _read_norms_once()
         _sum_embeddings_in_order()
-        model.compile(**_limit_forms())
+        model.compile(dynamic=False, **_limit_forms())
     else:
-        compile_blocks(model)
+        compile_blocks(model, dynamic=False)
 
 
-def compile_blocks(model: nn.Module) -> None:
+def compile_blocks(model: nn.Module, dynamic: bool | None = None) -> None:
     """Compile the blocks of a transformer in place, each class once for all of its blocks.
 
     Any number of models may be compiled in one process, each for as many sizes as its data have.
     Without gradients, GELU is part of the matrix product before it.
+
+    Args:
+        model: A transformer.
+        dynamic: As of `torch.compile`: whether code is for any size; None for any from the second
+            size on.
 
     Raises:
         ValueError: If it repeats none.
@@ -122,7 +132,7 @@ def compile_blocks(model: nn.Module) -> None:
             code = own.setdefault(id(function), _own_code(function))
             forward = block.forward if code is None else MethodType(code, block)
             # What FSDP2 hooks to a block then runs around the compiled code, not inside.
-            block.forward = torch.compile(forward, fullgraph=True, **limit)
+            block.forward = torch.compile(forward, fullgraph=True, dynamic=dynamic, **limit)
         for block in blocks[:1]:
             block.register_forward_pre_hook(_dense)
 

@@ -31,6 +31,7 @@ from mhla_gen.training.randomness import step_randomness
 from mhla_gen.training.run_folder import checkpoints
 from mhla_gen.training.saved_tensors import SavedTensors
 from mhla_gen.training.step import ObjectiveLosses, noised
+from mhla_gen.training.training_run import build_run
 
 TINY = ModelConfig(
     mhla=MHLAConfig(layout=(2, 2)),
@@ -97,6 +98,15 @@ def assert_same_state(first, second):
 def assert_same(first, second):
     assert first.keys() == second.keys()
     assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_convolutions_add_in_a_fixed_order_in_a_step_only(tmp_path):
+    run, seen = build_run(tiny_run(tmp_path)), []
+    run.model.register_full_backward_hook(
+        lambda *_: seen.append(torch.backends.cudnn.deterministic)
+    )
+    run.step(0, next(run.batches(0, 1)))
+    assert seen == [True] and not torch.backends.cudnn.deterministic
 
 
 @pytest.mark.parametrize("shape", [(1, 4, 4), (2, 3, 4, 5)])

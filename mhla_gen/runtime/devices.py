@@ -48,3 +48,15 @@ def without_onednn() -> Iterator[None]:
         yield
     finally:
         backend.enabled = before
+
+
+@contextmanager
+def repeatable_convolutions() -> Iterator[None]:
+    """Convolutions on a GPU add in a fixed order inside, and are not chosen by timing."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.benchmark, cudnn.deterministic
+    try:
+        cudnn.benchmark, cudnn.deterministic = False, True
+        yield
+    finally:
+        cudnn.benchmark, cudnn.deterministic = before

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mhla_gen.runtime.devices import without_onednn
+from mhla_gen.runtime.devices import repeatable_convolutions, without_onednn
 
 
 class InParts:
@@ -72,14 +72,8 @@ def repeatable_kernels() -> Iterator[None]:
     """Never choose kernels by timing inside: another run might choose others."""
     import torch._inductor.config as inductor
 
-    cudnn = torch.backends.cudnn
-    before = cudnn.benchmark, cudnn.deterministic
-    try:
-        cudnn.benchmark, cudnn.deterministic = False, True
-        with inductor.patch(deterministic=True):
-            yield
-    finally:
-        cudnn.benchmark, cudnn.deterministic = before
+    with repeatable_convolutions(), inductor.patch(deterministic=True):
+        yield
 
 
 def _has_rows(x: Any) -> bool:

@@ -17,7 +17,7 @@ from mhla_gen.config import TrainConfig
 from mhla_gen.data import Batch, BatchOrder, TrainingData, batches, load_data
 from mhla_gen.errors import UserError
 from mhla_gen.runtime.compiling import compile_model, repeated_blocks
-from mhla_gen.runtime.devices import send
+from mhla_gen.runtime.devices import repeatable_convolutions, send
 from mhla_gen.runtime.recomputing import draws, recompute_activations
 from mhla_gen.runtime.recorded_training import RecordedTraining
 from mhla_gen.training.build import build_task
@@ -96,6 +96,9 @@ class Run:
         parts = self.config.gradient_accumulation_steps
         return batches(self.data, self.order, start, stop, parts=parts, rows=self.rows)
 
+    # A resumed run is bit for bit that of an uninterrupted one; cuDNN may add gradients of patch
+    # embeddings in any order.
+    @repeatable_convolutions()
     def step(self, number: int, parts: Sequence[Batch]) -> StepResult:
         """Do optimizer step `number`, counted from 0.
 

@@ -1,5 +1,8 @@
 """Recorded forward passes compute what the model computes, whatever it is called with."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from tape import stand_in
@@ -9,7 +12,7 @@ from tiny_joint import flux_inputs, tiny_flux
 import mhla_gen
 from mhla_gen.runtime import cuda_graphs
 from mhla_gen.runtime.compiling import compile_blocks
-from mhla_gen.runtime.cuda_graphs import RecordedForward
+from mhla_gen.runtime.cuda_graphs import RecordedForward, recording
 
 
 def test_calls_without_a_gpu_are_not_recorded():
@@ -103,6 +106,45 @@ def test_a_recorded_pass_gives_the_same_bits(compiled):
             torch.testing.assert_close(found, model(**inputs(batch))[0], **tolerance)
         model.proj_out_2.bias.add_(1)
         torch.testing.assert_close(recorded(**inputs(2))[0], model(**inputs(2))[0], **tolerance)
+
+
+class Owner:
+    """Of a recording, in a cycle that only garbage collection ends."""
+
+    def __init__(self, destroyed):
+        self.itself, self.graph = self, torch.cuda.CUDAGraph()
+        weakref.finalize(self, destroyed.append, True)
+
+
+def collected_garbage_does_not_break_off_a_recording(device):
+    destroyed, threshold = [], gc.get_threshold()
+    owner = Owner(destroyed)
+    with recording(owner.graph):
+        torch.zeros(1, device=device)
+    del owner
+    gc.set_threshold(1)
+    try:
+        with recording(torch.cuda.CUDAGraph()):
+            before = len(destroyed)
+            Owner(destroyed)
+            kept = [[torch.zeros(1, device=device)] for _ in range(9)]
+            after = len(destroyed)
+    finally:
+        gc.set_threshold(*threshold)
+    assert len(kept) == 9 and before == after == 1 and gc.isenabled()
+    gc.collect()
+    assert len(destroyed) == 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there it records")
+def test_no_recording_is_destroyed_while_another_is_made(monkeypatch):
+    stand_in(monkeypatch.setattr)
+    collected_garbage_does_not_break_off_a_recording("cpu")
+
+
+@pytest.mark.gpu
+def test_no_recording_is_destroyed_while_another_is_made_on_a_gpu():
+    collected_garbage_does_not_break_off_a_recording("cuda")
 
 
 @pytest.mark.gpu

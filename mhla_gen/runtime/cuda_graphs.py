@@ -5,7 +5,9 @@ model, or few tokens, the host takes longer to launch them than the GPU to run t
 (a CUDA graph) is launched at once.
 """
 
-from collections.abc import Callable, Sequence
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -99,13 +101,34 @@ class _Recording:
         torch.cuda.empty_cache()
         graph = torch.cuda.CUDAGraph()
         try:
-            # Another thread may copy finished samples meanwhile.
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            with recording(graph):
                 self._outputs = self._launch()
             return graph
         except RuntimeError as error:
             require_lack_of_memory(error)
         return None
+
+
+@contextmanager
+def recording(graph: torch.cuda.CUDAGraph, **options: Any) -> Iterator[None]:
+    """Record what is done inside; nothing is computed.
+
+    Args:
+        graph: New.
+        options: Others of `torch.cuda.graph`.
+    """
+    # An older recording that Python's garbage collection destroys meanwhile would break this one
+    # off (issue 161037 of pytorch).
+    gc.collect()
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        # Another thread may copy finished samples meanwhile.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local", **options):
+            yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 def kind_of(value: Any) -> Any:

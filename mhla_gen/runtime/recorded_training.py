@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from mhla_gen.runtime.cuda_graphs import kind_of, require_lack_of_memory
+from mhla_gen.runtime.cuda_graphs import kind_of, recording, require_lack_of_memory
 
 # All of this process.
 _RECORDED: "WeakSet[RecordedTraining]" = WeakSet()
@@ -182,18 +182,12 @@ class _Passes:
         """Record both passes; nothing is computed."""
         for parameter, gradient in zip(self._parameters, self.before, strict=True):
             parameter.grad = gradient
-        # Another thread may read samples meanwhile, and copy them.
-        options: dict[str, Any] = {
-            "pool": pool,
-            "stream": stream,
-            "capture_error_mode": "thread_local",
-        }
-        with torch.cuda.graph(self._forward, **options):
+        with recording(self._forward, pool=pool, stream=stream):
             found = self._function()
         leaves, self._structure = tree_flatten(found)
         watched = _watched(leaves)
         self._gradients = [torch.zeros_like(x) for x in watched]
-        with torch.cuda.graph(self._backward, **options):
+        with recording(self._backward, pool=pool, stream=stream):
             torch.autograd.backward(watched, self._gradients)
         self.after = [p.grad for p in self._parameters]
         self._is_watched = [torch.is_tensor(x) and x.requires_grad for x in leaves]

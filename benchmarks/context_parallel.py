@@ -62,8 +62,11 @@ def build(layers, options, device) -> WanTransformer3DModel:
     return model
 
 
-def measure(grid, method, options, device, alone) -> dict:
-    """Measure one method at one size: alone, then shared by all processes."""
+def measure(grid, method, options, device, alone, keep) -> dict:
+    """Measure one method at one size: alone, then shared by all processes.
+
+    Before training steps are compiled, `keep` gets the row as it is.
+    """
     layers, degree = METHODS[method]
     model = build(layers, options, device)
     dtype = model.patch_embedding.weight.dtype
@@ -88,27 +91,31 @@ def measure(grid, method, options, device, alone) -> dict:
     row["compiled"] = options.compile
     trains = "x".join(map(str, grid)) in options.train
 
-    def time_steps(name):
-        if trains:
-            # Compiles, before others have to wait.
-            with training(model):
-                training_step()
+    def time_forward(name):
         with alone():
             row[f"{name}_forward_s"] = seconds(forward, device)
-            if trains:
-                with training(model):
-                    row.update(trained(name, training_step, device))
+
+    def time_training(name):
+        with training(model):
+            # Compiles, before others have to wait.
+            training_step()
+            with alone():
+                row.update(trained(name, training_step, device))
 
     expected = forward()
-    time_steps("alone")
+    time_forward("alone")
+    if trains:
+        time_training("alone")
     mesh = init_device_mesh(device.type, mesh_shape(degree), mesh_dim_names=("ring", "ulysses"))
     model.enable_parallelism(config=ContextParallelConfig(**{f"{degree}_degree": world}, mesh=mesh))
     row["received_mib"] = received_mib(forward)
     difference = (forward().float() - expected.float()).norm() / expected.float().norm()
     row["relative_difference"] = difference.item()
-    time_steps("shared")
+    time_forward("shared")
     row["speed_up"] = row["alone_forward_s"] / row["shared_forward_s"]
     if trains:
+        keep(row | {"error": "ended before its training steps were timed"})
+        time_training("shared")
         row["training_speed_up"] = row["alone_training_s"] / row["shared_training_s"]
     return row
 
@@ -225,12 +232,19 @@ def main() -> None:
     os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")
     dist.init_process_group("cuda:nccl,cpu:gloo" if gpu else "cpu:gloo")
     rows = []
+
+    def write(found):
+        if dist.get_rank() == 0:
+            print(json.dumps(found[-1]), flush=True)
+            write_json(options.out, {**machine(), "rows": found}, indent=1)
+
     for grid in options.grids:
         for method in options.methods:
             grid_sizes = tuple(map(int, grid.split("x")))
             try:
                 with turns(*options.locks) as alone:
-                    rows.append(measure(grid_sizes, method, options, device, alone))
+                    arguments = grid_sizes, method, options, device, alone
+                    rows.append(measure(*arguments, lambda row: write([*rows, row])))
             except (RuntimeError, ValueError, NotImplementedError) as error:
                 reason = str(error).splitlines()[0]
                 traceback.print_exc()
@@ -238,9 +252,7 @@ def main() -> None:
             gc.collect()
             if gpu:
                 torch.cuda.empty_cache()
-            if dist.get_rank() == 0:
-                print(json.dumps(rows[-1]), flush=True)
-                write_json(options.out, {**machine(), "rows": rows}, indent=1)
+            write(rows)
     dist.destroy_process_group()
 
 

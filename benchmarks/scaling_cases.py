@@ -64,7 +64,7 @@ def wan(case: Case, gpus: int, options: argparse.Namespace) -> tuple[str, list[s
     """Training of Wan2.1-1.3B on clips of 81 frames of 480 × 832, one on each GPU."""
     arguments = [*_timing(options), "--attention", case.attention]
     small = ["--tiny", "--num-layers", "1", "--clip", "9", "64", "96", "--compile", "none"]
-    return "wan_speed.py", arguments + small * options.tiny, 48
+    return "wan_speed.py", arguments + small * options.tiny, 42
 
 
 def sequence(case: Case, gpus: int, options: argparse.Namespace) -> tuple[str, list[str], float]:

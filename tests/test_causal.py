@@ -4,8 +4,17 @@ import io
 
 import pytest
 import torch
+from torch._inductor.decomposition import select_decomp_table
+from torch.fx.experimental.proxy_tensor import make_fx
 
-from mhla_gen.ops import CausalState, causal_mhla, distance_mixing, locality_weights, mhla
+from mhla_gen.ops import (
+    CausalState,
+    causal_mhla,
+    distance_mixing,
+    frame_mixing,
+    locality_weights,
+    mhla,
+)
 from mhla_gen.ops.feature_maps import FEATURE_MAPS, rotate
 
 BLOCK = 4
@@ -86,6 +95,23 @@ def test_any_cut_into_calls_gives_the_same(cuts, feature_map, normalize, num_dis
         [state.step(*p) if p[0].shape[1] == 1 else state.prefill(*p) for p in parts], dim=1
     )
     torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.parametrize(
+    ("mixing", "shape"), [(distance_mixing, (2, 3)), (frame_mixing, (3, 2, 2))]
+)
+def test_gradients_of_weights_of_distances_are_summed_in_a_fixed_order(mixing, shape):
+    """Compiled code adds to indices, and to windows, by atomic operations."""
+
+    def gradient(weights, grad):
+        weights = weights.detach().requires_grad_()
+        return torch.autograd.grad(mixing(weights, 5), weights, grad)
+
+    weights = torch.rand(shape)
+    given = weights, torch.rand(mixing(weights, 5).shape)
+    graph = make_fx(gradient, decomposition_table=select_decomp_table())(*given).graph
+    called = {str(node.target) for node in graph.nodes if node.op == "call_function"}
+    assert not [name for name in called if "index" in name or "scatter_add" in name]
 
 
 def test_a_matrix_for_more_blocks_continues_one_for_fewer():

@@ -48,10 +48,14 @@ def distance_mixing(weights: Tensor, num_blocks: int) -> Tensor:
     """
     near = weights[..., :num_blocks]
     far = weights[..., -1:].expand(*weights.shape[:-1], num_blocks - near.shape[-1])
-    later = weights.new_zeros(*weights.shape[:-1], num_blocks - 1)
-    # Every row is a slice of one vector. Indexing would sum gradients in an undefined order.
+    later = weights.new_zeros(*weights.shape[:-1], num_blocks)
     line = torch.cat((far, near.flip(-1), later), dim=-1)
-    return line.unfold(-1, num_blocks, 1).flip(-2)
+    # Rows are slices of one vector, each a place before the next one. Indices, or `unfold` in
+    # compiled code, would sum gradients in an undefined order.
+    rows = line.unsqueeze(-2).expand(*line.shape[:-1], num_blocks, 2 * num_blocks).flatten(-2)
+    width = 2 * num_blocks - 1
+    shifted = torch.unflatten(rows[..., : num_blocks * width], -1, (num_blocks, width))
+    return shifted[..., num_blocks - 1 :]
 
 
 def by_distance(weights: Tensor, distance: Tensor) -> Tensor:

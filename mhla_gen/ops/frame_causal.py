@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mhla_gen.errors import UserError
+from mhla_gen.ops.causal import distance_mixing
 from mhla_gen.ops.dispatch import check_options, check_tokens, mhla
 from mhla_gen.ops.feature_maps import FEATURE_MAPS
 from mhla_gen.ops.mixing import check_axes
@@ -70,12 +71,9 @@ def frame_mixing(weights: Tensor, num_chunks: int) -> Tensor:
     Returns:
         `[..., num_chunks * blocks, num_chunks * blocks]`, 0 where chunk c comes after chunk g.
     """
-    chunk = torch.arange(num_chunks, device=weights.device)
-    distance = chunk.unsqueeze(1) - chunk
-    index = distance.clamp(0, weights.shape[-3] - 1)
-    pairs = torch.unflatten(weights.index_select(-3, index.flatten()), -3, index.shape)
-    pairs = pairs * (distance >= 0)[..., None, None]
-    return pairs.transpose(-3, -2).flatten(-4, -3).flatten(-2)
+    # [..., row, column, chunk of the row, chunk of the column]
+    pairs = distance_mixing(weights.movedim(-3, -1), num_chunks)
+    return pairs.movedim(-2, -4).transpose(-2, -1).flatten(-4, -3).flatten(-2)
 
 
 def frame_causal_mhla(

@@ -242,11 +242,26 @@ def call(**changes):
     return mhla(*tensors, **arguments)
 
 
+def test_no_tokens_are_refused_and_no_samples_are_not():
+    none = torch.randn(1, 0, 2, 8)
+    with pytest.raises(ValueError, match="at least one token, found"):
+        linear_attention(none, none, none)
+    with pytest.raises(ValueError, match="must both be"):
+        linear_attention(torch.randn(3), torch.randn(3), torch.randn(3))
+    empty = {name: torch.randn(0, 12, 2, 8) for name in ("query", "key", "value")}
+    assert call(**empty).shape == (0, 12, 2, 8)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"grid": (3, 5)}, "multiply to seq_len=12"),
         ({"grid": (1, 1, 3, 4), "layout": (1, 1, 1, 1)}, "1 to 3 axes"),
+        ({"grid": (-3, -4)}, "at least one token"),
+        ({"grid": (3.0, 4)}, "grid must be given in whole numbers"),
+        ({"layout": (2.0, 2)}, "layout must be given in whole numbers"),
+        ({"query": torch.randn(1, 12, 2, 0), "key": torch.randn(1, 12, 2, 0)}, "head_dim must be"),
+        ({"rotary": (torch.ones(12, 4, dtype=torch.complex64),) * 2}, "floating dtype"),
         ({"layout": (4, 1)}, "1 to 3 blocks along axis 0"),
         ({"layout": (0, 4)}, "1 to 3 blocks along axis 0"),
         ({"layout": (2,)}, "one entry per axis"),

@@ -6,7 +6,13 @@ import math
 import pytest
 import torch
 
-from mhla_gen.ops import auto_layout, block_starts, locality_mixing, uniform_mixing
+from mhla_gen.ops import (
+    auto_layout,
+    auto_tiles,
+    block_starts,
+    locality_mixing,
+    uniform_mixing,
+)
 from mhla_gen.ops.partition import block_of_tokens, block_slots
 
 
@@ -82,3 +88,16 @@ def test_uniform_mixing():
     assert torch.equal(uniform_mixing((2, 4)), torch.full((8, 8), 0.125))
     with pytest.raises(ValueError, match="at least one block"):
         uniform_mixing(())
+
+
+@pytest.mark.parametrize("first", [0, 5])
+def test_blocks_fixed_along_the_first_axis_must_fit_it(first):
+    with pytest.raises(ValueError, match="first must be 1 to 4 blocks"):
+        auto_layout((4, 4), first)
+
+
+@pytest.mark.parametrize("grid", [(), (0, 4), (-4, -4), (2, 2, 2, 2)])
+def test_a_grid_has_one_to_three_axes_of_tokens(grid):
+    for choose in (auto_layout, lambda grid: auto_tiles(grid, 0.5)):
+        with pytest.raises(ValueError, match="1 to 3 axes of at least one token"):
+            choose(grid)

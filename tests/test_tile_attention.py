@@ -103,6 +103,37 @@ def test_extra_keys_alone_are_softmax_over_the_valid_ones():
     torch.testing.assert_close(out, expected)
 
 
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf, -torch.inf])
+def test_nothing_is_read_of_masked_keys_whatever_they_hold(wrong):
+    tensors, options = make(LAYOUTS[1], extra=5)
+    masked = ~options["mask"]
+    assert masked.any()
+    expected = outputs_and_gradients(tensors, options, "blockwise")
+    with torch.no_grad():
+        tensors[3][masked], tensors[4][masked] = wrong, -wrong
+    found = outputs_and_gradients(tensors, options, "blockwise")
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert all(gradient[masked].eq(0).all() for gradient in found[-2:])
+
+
+@pytest.mark.parametrize("extra", [None, 3])
+def test_weights_sum_to_one_however_large_scores_are(extra):
+    layout = {"grid": (6, 5), "tile": (2, 2), "window": (1, 1), "top": 1}
+    tensors, options = make(layout, head_dim=4, extra=extra)
+    # Scores of thousands: float32 rounds their log-sum-exp by more than weights may be wrong.
+    q, k, v, *others = (x.detach().float() for x in tensors)
+    keys = [others[0] * 80] if others else []
+    one = [torch.ones_like(x) for x in (v, *others[1:])]
+    tensors = [x.requires_grad_() for x in (q * 80, k * 80, one[0], *keys, *one[1:])]
+    out, lse = attend(tensors, options, "blockwise")
+    assert lse.max() > 5000
+    # Three tiles of four tokens, and three keys: their weights, each rounded, and the sums of both.
+    torch.testing.assert_close(out, torch.ones_like(out), rtol=0, atol=30 * 2**-24)
+    # Values that are all equal leave the queries nothing to choose.
+    (gradient,) = torch.autograd.grad(out.sum(), tensors[0])
+    assert gradient.abs().max() < 30 * 2**-24 * tensors[1].abs().max() * 4
+
+
 def test_order_inside_a_tile_does_not_matter():
     layout = {"grid": (8, 8), "tile": (4, 4), "window": (1, 1), "top": 1}
     tensors, options = make(layout, rotary=False)
@@ -250,10 +281,20 @@ def test_compiles_into_one_graph():
         ({"window": (3,)}, "one number per axis"),
         ({"window": (0, 0), "top": 0}, "no query has a key"),
         ({"top": -1}, "negative"),
+        ({"top": 1.0}, "whole numbers"),
+        ({"tile": (2.0, 2)}, "whole numbers"),
+        ({"grid": (-4, -5)}, "axes of at least one token"),
         ({"scale": -0.5}, "scale must be positive"),
+        ({"scale": math.inf}, "positive and finite"),
         ({"tile": (0, 2)}, "positive"),
         ({"implementation": "flash"}, "implementation must be one of"),
         ({"extra": (torch.zeros(1, 2, 1, 3), torch.zeros(1, 2, 1, 4))}, "extra keys and values"),
+        ({"extra": (torch.zeros(4), torch.zeros(4))}, "extra keys and values"),
+        ({"extra": (torch.zeros(1, 2, 1, 4), torch.zeros(1, 2, 1, 4, device="meta"))}, "on meta"),
+        (
+            {"window": (0, 0), "top": 0, "extra": (torch.zeros(1, 0, 1, 4),) * 2},
+            "no query has a key",
+        ),
     ],
 )
 def test_wrong_calls_say_what_is_expected(changes, message):

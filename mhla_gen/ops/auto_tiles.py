@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 
 from mhla_gen.errors import UserError
+from mhla_gen.ops.partition import check_grid
 from mhla_gen.ops.tiles import TileLayout, tiling
 
 # Tile lengths along an axis that `auto_tiles` chooses from, the preferred one first.
@@ -52,10 +53,11 @@ def auto_tiles(
         window: Window to use instead; it may take more than the share.
 
     Raises:
-        ValueError: If the share or a size is out of range.
+        ValueError: If the share, the grid or a size is out of range.
     """
     if not 0 < share <= 1:
         raise UserError(f"the share of exact pairs must be in (0, 1], found {share}")
+    check_grid(grid)
     tile = _auto_tile(grid) if tile is None else tile
     tiles = tiling(grid, tile, (0,) * len(grid), 0).tiles
     num_tiles = math.prod(tiles)

@@ -12,6 +12,7 @@ from mhla_gen.ops.blockwise import blockwise_mhla
 from mhla_gen.ops.feature_maps import FEATURE_MAPS
 from mhla_gen.ops.fused_limits import HAS_TRITON, require_triton, trains, unsupported
 from mhla_gen.ops.naive import naive_mhla
+from mhla_gen.ops.partition import check_grid, check_whole
 
 
 def _fused_mhla(
@@ -133,7 +134,7 @@ def linear_attention(
         key,
         value,
         torch.ones(1, 1, dtype=torch.float32, device=query.device),
-        grid=(query.shape[1],),
+        grid=tuple(query.shape[1:2]),
         layout=(1,),
         feature_map=feature_map,
         rotary=rotary,
@@ -204,9 +205,12 @@ def check_tokens(query: Tensor, key: Tensor, value: Tensor, grid: tuple[int, ...
             "query, key and value must be on one device, found "
             f"{query.device}, {key.device} and {value.device}"
         )
-    if not 1 <= len(grid) <= 3 or math.prod(grid) != query.shape[1]:
+    if query.shape[3] == 0:
+        raise ValueError(f"head_dim must be at least 1, found query {tuple(query.shape)}")
+    check_grid(grid)
+    if math.prod(grid) != query.shape[1]:
         raise ValueError(
-            f"grid must have 1 to 3 axes that multiply to seq_len={query.shape[1]}, found {grid}"
+            f"the axes of grid must multiply to seq_len={query.shape[1]}, found {grid}"
         )
 
 
@@ -214,6 +218,7 @@ def check_blocks(
     query: Tensor, mixing: Tensor, grid: tuple[int, ...], layout: tuple[int, ...]
 ) -> None:
     """Raise `ValueError` unless layout and mixing fit the grid and the query's heads."""
+    check_whole(layout=layout)
     if len(layout) != len(grid):
         raise UserError(f"layout needs one entry per axis of grid={grid}, found layout={layout}")
     for axis, (length, num_blocks) in enumerate(zip(grid, layout, strict=True)):
@@ -241,11 +246,16 @@ def check_options(
     rank: int,
 ) -> None:
     """Raise `ValueError` unless names are known and rotary tables fit the query's tokens."""
-    if feature_map not in FEATURE_MAPS:
-        raise UserError(f"feature_map must be one of {list(FEATURE_MAPS)}, found {feature_map!r}")
+    check_feature_map(feature_map)
     if causal and rank != 1:
         raise ValueError(f"causal attention needs a one-dimensional grid, found {rank} axes")
     check_rotary(query, rotary)
+
+
+def check_feature_map(name: str) -> None:
+    """Raise `ValueError` unless there is such a feature map."""
+    if name not in FEATURE_MAPS:
+        raise UserError(f"feature_map must be one of {list(FEATURE_MAPS)}, found {name!r}")
 
 
 def check_rotary(query: Tensor, rotary: tuple[Tensor, Tensor] | None) -> None:
@@ -259,6 +269,13 @@ def check_rotary(query: Tensor, rotary: tuple[Tensor, Tensor] | None) -> None:
             f"rotary must be (cos, sin), each [seq_len, head_dim / 2] = {shape} with an even "
             f"head_dim, found {found} for head_dim={query.shape[3]}"
         )
+    check_tables(query, rotary)
+
+
+def check_tables(query: Tensor, rotary: tuple[Tensor, Tensor]) -> None:
+    """Raise `ValueError` unless rotary tables are real numbers on the query's device."""
     for table in rotary:
+        if not table.is_floating_point():
+            raise ValueError(f"rotary must be (cos, sin) in a floating dtype, found {table.dtype}")
         if table.device != query.device:
             raise ValueError(f"rotary is on {table.device} but query on {query.device}")

@@ -9,7 +9,7 @@ it with symbolic grids.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,6 +39,20 @@ def block_starts(length: int, num_blocks: int) -> tuple[int, ...]:
             f"an axis of {length} tokens takes 1 to {length} blocks, found {num_blocks}"
         )
     return tuple(b * length // num_blocks for b in range(num_blocks))
+
+
+def check_whole(**sizes: Any) -> None:
+    """Raise `ValueError` unless sizes, numbers or tuples of them, are whole numbers."""
+    for name, size in sizes.items():
+        if any(isinstance(n, float) for n in (size if isinstance(size, tuple) else (size,))):
+            raise UserError(f"{name} must be given in whole numbers, found {size}")
+
+
+def check_grid(grid: tuple[int, ...]) -> None:
+    """Raise `ValueError` unless a grid has one to three axes of at least one token."""
+    check_whole(grid=grid)
+    if not 1 <= len(grid) <= 3 or any(n < 1 for n in grid):
+        raise ValueError(f"grid must have 1 to 3 axes of at least one token, found {grid}")
 
 
 def block_of_tokens(
@@ -118,13 +132,14 @@ def auto_layout(grid: tuple[int, ...], first: int | None = None) -> tuple[int, .
         Number of blocks along each axis.
 
     Raises:
-        ValueError: If an axis is empty.
+        ValueError: If an axis is empty, or `first` is out of range.
 
     Source:
         The rule M² ≤ N: Zhang et al. 2026, arXiv:2601.07832, Sec. 4 (complexity).
     """
-    if not grid or min(grid) < 1:
-        raise ValueError(f"every axis of the grid needs at least one token, found grid={grid}")
+    check_grid(grid)
+    if first is not None and not 1 <= first <= grid[0]:
+        raise UserError(f"first must be 1 to {grid[0]} blocks of grid={grid}, found {first}")
     seq_len = math.prod(grid)
     # Counts change only where n / side crosses a half-integer: try those sides, smallest first.
     sides = sorted({n / (count + 0.5) for n in grid for count in range(n)})

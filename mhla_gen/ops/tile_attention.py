@@ -1,5 +1,6 @@
 """The public operator of the exact half: check, choose an implementation, call it."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -96,9 +97,9 @@ def tile_attention(
     check_rotary(query, rotary)
     placed = tiling(grid, tuple(tile), tuple(window), top, None if group is None else tuple(group))
     checked = None if extra is None else _check_extra(query, value, extra)
-    if scale is not None and not scale > 0:
-        raise ValueError(f"scale must be positive, found {scale}")
-    if placed.list_size == 0 and checked is None:
+    if scale is not None and not 0 < scale < math.inf:
+        raise ValueError(f"scale must be positive and finite, found {scale}")
+    if placed.list_size == 0 and (checked is None or checked[0].shape[1] == 0):
         raise UserError("no query has a key: give window, top or extra")
     implementation = resolve_tile_implementation(
         implementation, query, value, rotary, placed.num_tiles
@@ -146,16 +147,18 @@ def _check_extra(
         raise ValueError(f"extra must be (key, value) or (key, value, mask), found {len(extra)}")
     keys, values = extra[:2]
     batch, _, num_heads, head_dim = query.shape
-    expected = (batch, keys.shape[1], num_heads)
+    expected = (batch, keys.shape[1] if keys.ndim > 1 else 0, num_heads)
     if keys.shape != (*expected, head_dim) or values.shape != (*expected, value.shape[3]):
         raise ValueError(
             f"extra keys and values must be [{batch}, extra_len, {num_heads}, {head_dim}] and "
             f"[…, {value.shape[3]}], found {tuple(keys.shape)} and {tuple(values.shape)}"
         )
-    if {keys.dtype, values.dtype} != {query.dtype} or keys.device != query.device:
+    if not (
+        keys.dtype == values.dtype == query.dtype and keys.device == values.device == query.device
+    ):
         raise ValueError(
-            f"extra must be {query.dtype} on {query.device} like query, found {keys.dtype} and "
-            f"{values.dtype} on {keys.device}"
+            f"extra must be {query.dtype} on {query.device} like query, found {keys.dtype} on "
+            f"{keys.device} and {values.dtype} on {values.device}"
         )
     if len(extra) == 2:
         mask = torch.ones(batch, keys.shape[1], dtype=torch.bool, device=keys.device)

@@ -44,13 +44,11 @@ def blockwise_tile_attention(
             valid = filled[lists].flatten(3)
             scores = group_q @ _gather(k, columns).transpose(-1, -2) * scale
             scores = scores.masked_fill(~valid.unsqueeze(-2), float("-inf"))
-            if extra_kv is None:
-                return _softmax(scores, _gather(v, columns))
-            extra_k, extra_v, bias = extra_kv
-            beside = group_q @ extra_k.transpose(-1, -2) * scale + bias
-            lse = torch.cat((scores, beside), dim=-1).logsumexp(dim=-1)
-            out = (scores - lse.unsqueeze(-1)).exp() @ _gather(v, columns)
-            return out + (beside - lse.unsqueeze(-1)).exp() @ extra_v, lse
+            parts = [(scores, _gather(v, columns))]
+            if extra_kv is not None:
+                extra_k, extra_v, bias = extra_kv
+                parts.append((group_q @ extra_k.transpose(-1, -2) * scale + bias, extra_v))
+            return _softmax([(s, v) for s, v in parts if s.shape[-1] > 0])
 
         gathered = placed.num_groups * lists.shape[-1] * tiles.tokens.shape[1]
         some = max(1, placed.num_groups * query.shape[1] // max(gathered, 1))
@@ -71,9 +69,18 @@ def blockwise_tile_attention(
         return out.transpose(1, 2).to(query.dtype), lse
 
 
-def _softmax(scores: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    lse = scores.logsumexp(dim=-1)
-    return (scores - lse.unsqueeze(-1)).exp() @ values, lse
+def _softmax(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Softmax over all scores `[..., queries, keys]` of their values, and its log-sum-exp."""
+    with torch.no_grad():
+        # Any shift gives the same: it needs no gradient. Without a key there is none to take.
+        peaks = [scores.amax(dim=-1, keepdim=True) for scores, _ in parts]
+        peak = peaks[0] if len(peaks) == 1 else torch.maximum(*peaks)
+        peak = peak.masked_fill(peak == float("-inf"), 0)
+    # Weights by the log-sum-exp would not sum to one: it is rounded, by 0.001 at 10,000.
+    weights = [(scores - peak).exp() for scores, _ in parts]
+    total = sum(w.sum(dim=-1, keepdim=True) for w in weights)
+    out = sum(w @ values for w, (_, values) in zip(weights, parts, strict=True))
+    return out / total, (peak + total.log()).squeeze(-1)
 
 
 def _extra(
@@ -83,6 +90,8 @@ def _extra(
     if extra is None:
         return None
     keys, values, valid = extra
+    # A weight of 0 would not keep out NaN or infinity.
+    keys, values = (x.masked_fill(~valid[..., None, None], 0) for x in (keys, values))
     keys, values = (x.to(dtype).transpose(1, 2).unsqueeze(2) for x in (keys, values))
     bias = torch.zeros_like(valid, dtype=dtype).masked_fill(~valid, float("-inf"))
     return keys, values, bias[:, None, None, None]

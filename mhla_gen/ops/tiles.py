@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mhla_gen.errors import UserError
-from mhla_gen.ops.partition import block_slots
+from mhla_gen.ops.partition import block_slots, check_grid, check_whole
 
 
 class TileLayout(NamedTuple):
@@ -87,6 +87,8 @@ def tiling(
         ValueError: If a size is out of range; the message says which.
     """
     group = (1,) * len(grid) if group is None else group
+    check_grid(grid)
+    check_whole(tile=tile, window=window, group=group, top=top)
     sizes = {"tile": tile, "window": window, "group": group}
     for name, size in sizes.items():
         if len(size) != len(grid):

@@ -84,6 +84,30 @@ def test_both_forms_are_the_definition_with_all_gradients(
             torch.testing.assert_close(ours, defined, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_short_last_chunk_does_not_round_features(dtype):
+    grid = (3, 2, 3)
+    # Squares of features beyond the largest number of float16.
+    query, key, value = (x.to(dtype) for x in tokens_of(grid))
+    key = key * 300
+    options = {"grid": grid, "chunk_frames": 2, "layout": (1, 2), "feature_map": "squared_relu"}
+    weights = weights_of(2, (1, 2)).float()
+    leaves = [x.requires_grad_() for x in (query, key, value, weights)]
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    out = frame_causal_mhla(*leaves, **options)
+    expected = frame_causal_mhla(*exact, **options, implementation="naive")
+    assert out.dtype == dtype
+    found = (out, *torch.autograd.grad(out.float().square().sum(), leaves))
+    # The same gradient of the output, which is rounded.
+    given = (2 * out.detach().float()).to(dtype).double()
+    wanted = (expected, *torch.autograd.grad(expected, exact, given))
+    for ours, defined in zip(found, wanted, strict=True):
+        assert ours.isfinite().all()
+        error = (ours.double() - defined).norm() / defined.norm()
+        # Rounded once, to `dtype`; float32 sums of 18 tokens are far below.
+        assert error < torch.finfo(ours.dtype).eps + 1e-4, error
+
+
 def test_nothing_is_read_of_later_chunks_and_all_of_the_own_one():
     grid, options = (6, 3, 4), {"grid": (6, 3, 4), "chunk_frames": 2, "layout": (2, 2)}
     query, key, value = tokens_of(grid)
@@ -134,6 +158,7 @@ def test_initial_weights_need_blocks(init):
     "changes, message",
     [
         ({"chunk_frames": 0}, "chunk_frames must be at least 1"),
+        ({"chunk_frames": 2.0}, "whole numbers"),
         ({"layout": (2,)}, "layout needs"),
         ({"layout": (4, 2)}, "no more than tokens"),
         ({"weights": weights_of(2, (2, 3))}, "weights for 4 blocks"),
@@ -155,6 +180,27 @@ def test_chunks_come_one_at_a_time():
     state.read(*tokens_of((1, 3, 4)), grid=(1, 3, 4), append=True)
     with pytest.raises(UserError, match="the clip's last"):
         state.read(*tokens_of((1, 3, 4)), grid=(1, 3, 4))
+
+
+def test_a_state_names_what_does_not_fit():
+    weights = weights_of(2, (2, 2))
+    for wrong, message in (
+        ({"chunk_frames": 0}, "at least 1"),
+        ({"layout": (2, 3)}, "weights for 6 blocks"),
+        ({"feature_map": "exp"}, "feature_map must be one of"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            FrameState(weights, **{"chunk_frames": 1, "layout": (2, 2)} | wrong)
+    state = FrameState(weights, chunk_frames=1, layout=(2, 2))
+    chunk = tokens_of((1, 3, 4))
+    expected = state.read(*(x[:1] for x in chunk), grid=(1, 3, 4), append=True)
+    kept = state.finished
+    # A batch of one would be read by every sample.
+    others = chunk, tokens_of((1, 3, 4), heads=3), tokens_of((1, 3, 4), head_dim=4)
+    for other in others:
+        with pytest.raises(ValueError, match="the state holds"):
+            state.read(*other, grid=(1, 3, 4), append=True)
+    assert state.finished is kept and expected.shape[0] == 1
 
 
 def test_a_state_never_runs_another_implementation_than_asked_for(monkeypatch):

@@ -21,6 +21,7 @@ from mhla_gen.ops.dispatch import check_options, check_tokens, mhla
 from mhla_gen.ops.feature_maps import FEATURE_MAPS
 from mhla_gen.ops.mixing import check_axes
 from mhla_gen.ops.naive import naive_frame_causal_mhla
+from mhla_gen.ops.partition import check_whole
 
 
 def frame_locality(layout: tuple[int, ...]) -> Tensor:
@@ -128,11 +129,15 @@ def frame_causal_mhla(
         return naive_frame_causal_mhla(
             query, key, value, weights, feature_map=feature_map, **sizes, **options
         )
-    padding = -grid[0] % chunk_frames
+    dtype, padding = query.dtype, -grid[0] % chunk_frames
     if padding:
         # Frames of zeros fill up the last chunk after the feature map, so they contribute nothing.
         phi = FEATURE_MAPS[feature_map]
         rows = padding * math.prod(grid[1:])
+        # Features are not rounded, and squares do not overflow; kernels round bfloat16's anyway.
+        if not (dtype == torch.bfloat16 and query.is_cuda):
+            wide = torch.promote_types(dtype, torch.float32)
+            query, key, value = (x.to(wide) for x in (query, key, value))
         query, key, value = (F.pad(x, (0, 0, 0, 0, 0, rows)) for x in (phi(query), phi(key), value))
         feature_map = "identity"
         if rotary is not None:
@@ -149,7 +154,7 @@ def frame_causal_mhla(
         implementation=implementation,
         **options,
     )
-    return out[:, : math.prod(grid)]
+    return out[:, : math.prod(grid)].to(dtype)
 
 
 def check_next(frames: int, chunk_frames: int, ended: bool) -> None:
@@ -176,8 +181,6 @@ def check_frame_causal(
 ) -> None:
     """Raise `ValueError` unless tokens fill the grid, and weights and layout fit them."""
     check_tokens(query, key, value, grid)
-    if chunk_frames < 1:
-        raise UserError(f"chunk_frames must be at least 1, found {chunk_frames}")
     space = grid[1:]
     if len(layout) != len(space) or any(
         not 1 <= blocks <= n for blocks, n in zip(layout, space, strict=True)
@@ -186,15 +189,27 @@ def check_frame_causal(
             f"layout needs 1 block or more, and no more than tokens, along each axis of {space}, "
             f"found {layout}"
         )
-    num_blocks, heads = math.prod(layout), query.shape[2]
-    fits = weights.ndim in (3, 4) and weights.shape[-3] >= 1 and weights.is_floating_point()
-    if weights.ndim == 4:
-        fits = fits and weights.shape[0] == heads
-    if not fits or tuple(weights.shape[-2:]) != (num_blocks, num_blocks):
+    check_chunks(weights, chunk_frames, layout)
+    heads = query.shape[2]
+    if weights.ndim == 4 and weights.shape[0] != heads:
         raise UserError(
-            f"weights for {num_blocks} blocks and {heads} heads must be floating, "
-            f"[distances, {num_blocks}, {num_blocks}] or the same for each head, found "
-            f"{weights.dtype} {tuple(weights.shape)}"
+            f"weights for {heads} heads must be [distances, blocks, blocks] or the same for each "
+            f"head, found {tuple(weights.shape)}"
         )
     if weights.device != query.device:
         raise ValueError(f"weights are on {weights.device} but query on {query.device}")
+
+
+def check_chunks(weights: Tensor, chunk_frames: int, layout: tuple[int, ...]) -> None:
+    """Raise `ValueError` unless weights fit the blocks of a chunk, and it has a frame."""
+    check_whole(chunk_frames=chunk_frames, layout=layout)
+    if chunk_frames < 1:
+        raise UserError(f"chunk_frames must be at least 1, found {chunk_frames}")
+    num_blocks = math.prod(layout)
+    fits = weights.ndim in (3, 4) and weights.shape[-3] >= 1 and weights.is_floating_point()
+    if not fits or tuple(weights.shape[-2:]) != (num_blocks, num_blocks):
+        raise UserError(
+            f"weights for {num_blocks} blocks must be floating, "
+            f"[distances, {num_blocks}, {num_blocks}] or the same for each head, found "
+            f"{weights.dtype} {tuple(weights.shape)}"
+        )

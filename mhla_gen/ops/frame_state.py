@@ -9,9 +9,9 @@ from torch import Tensor
 
 from mhla_gen.errors import UserError
 from mhla_gen.ops.blockwise import mix, to_blocks, to_tokens
-from mhla_gen.ops.dispatch import check_options, resolve_implementation
+from mhla_gen.ops.dispatch import check_feature_map, check_options, resolve_implementation
 from mhla_gen.ops.feature_maps import FEATURE_MAPS, rotate
-from mhla_gen.ops.frame_causal import check_frame_causal, check_next
+from mhla_gen.ops.frame_causal import check_chunks, check_frame_causal, check_next
 from mhla_gen.ops.fused_limits import require_fused
 from mhla_gen.ops.partition import block_slots
 
@@ -56,6 +56,8 @@ class FrameState:
             raise UserError(
                 f"implementation must be auto, blockwise or fused, found {implementation!r}"
             )
+        check_chunks(weights, chunk_frames, layout)
+        check_feature_map(feature_map)
         self.weights, self.chunk_frames, self.layout = weights, chunk_frames, layout
         self.feature_map, self.normalize, self.eps = feature_map, normalize, eps
         self.implementation = implementation
@@ -95,6 +97,7 @@ class FrameState:
         check_frame_causal(query, key, value, self.weights, grid, self.chunk_frames, self.layout)
         check_options(query, self.feature_map, rotary, False, len(grid))
         check_next(grid[0], self.chunk_frames, self.ended)
+        self._check_finished(key, value)
         layout, options = (1, *self.layout), (self.feature_map, rotary, self.normalize, self.eps)
         summarised = _fused if self._can_fuse(query, key, value, rotary) else _blockwise
         # Autocast would compute the float32 sums in bfloat16.
@@ -108,6 +111,18 @@ class FrameState:
             if append:
                 self._remember(summaries, key_sums, grid[0])
         return out.to(query.dtype)
+
+    def _check_finished(self, key: Tensor, value: Tensor) -> None:
+        if self.finished is None:
+            return
+        sums = self.finished[0]
+        held = (len(sums), *sums.shape[3:])
+        found = (len(key), *key.shape[2:], value.shape[3])
+        if found != held or sums.device != key.device:
+            raise ValueError(
+                f"the state holds (batch, num_heads, head_dim, value_dim) {held} on {sums.device}, "
+                f"found tokens of {found} on {key.device}"
+            )
 
     def _can_fuse(
         self,

@@ -254,6 +254,13 @@ def test_half_precision_sums_in_float32():
     "change, message",
     [
         ({"block_size": 0}, "block_size must be at least 1"),
+        ({"block_size": 2.0}, "whole numbers"),
+        ({"weights": torch.ones(2, dtype=torch.int64)}, "weights must be in a floating dtype"),
+        ({"weights": torch.ones(2, device="meta")}, "weights are on meta"),
+        ({"weights": torch.tensor(1.0)}, "num_distances"),
+        ({"mask": torch.ones(2, 5, dtype=torch.bool, device="meta")}, "mask is on meta"),
+        ({"rotary": (torch.ones(2, 5, 3), torch.ones(5, 3))}, "of one shape"),
+        ({"rotary": (torch.ones(5, 3, dtype=torch.complex64),) * 2}, "floating dtype"),
         ({"feature_map": "exp"}, "feature_map must be one of"),
         ({"mask": torch.ones(2, 5)}, "mask must be bool"),
         ({"rotary": rotary_of(torch.arange(4))}, "rotary must be"),
@@ -277,5 +284,25 @@ def test_a_state_names_tokens_that_do_not_continue_it():
         state.prefill(*tokens(5, batch=3))
     with pytest.raises(ValueError, match="step reads one token"):
         state.step(*tokens(2))
+    with pytest.raises(ValueError, match="weights are on cpu but query on meta"):
+        state.prefill(*(x.to("meta") for x in tokens(5)))
+    with pytest.raises(ValueError, match="floating dtype"):
+        CausalState(torch.ones(2, dtype=torch.int64), block_size=BLOCK)
     with pytest.raises(ValueError, match="memory_blocks"):
         CausalState(weights_of(2), block_size=BLOCK, memory_blocks=0)
+
+
+@pytest.mark.parametrize("index", [[0, -1], [2], [0.0], [True, False], [[0, 1]]])
+def test_a_state_is_as_before_if_it_cannot_be_reordered(index):
+    state = CausalState(weights_of(2), block_size=BLOCK)
+    state.prefill(*tokens(5))
+    before = {name: value for name, value in state.state_dict().items()}
+    with pytest.raises(ValueError, match="sequences by their numbers, 0 to 1"):
+        state.reorder(torch.tensor(index))
+    assert all(value is before[name] for name, value in state.state_dict().items())
+
+
+def test_a_matrix_needs_a_block_and_a_weight():
+    for weights, num_blocks in ((weights_of(2), 0), (torch.ones(0), 3), (torch.tensor(1.0), 3)):
+        with pytest.raises(ValueError, match="at least one block and one weight"):
+            distance_mixing(weights, num_blocks)

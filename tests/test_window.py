@@ -146,6 +146,20 @@ def test_padding_anywhere_is_no_part_of_a_sequence(window):
             assert (half[b, ~mask[b]] == 0).all()
 
 
+@pytest.mark.parametrize("cuts", [(1, 1, 7), (2, 1, 1, 5), (3, 6)])
+def test_a_state_may_begin_with_nothing_but_padding(cuts):
+    q, k, v = tokens(9)
+    mask = torch.ones(2, 9, dtype=torch.bool)
+    mask[:, : cuts[0]] = False
+    expected, _ = window_attention(q, k, v, window=3, mask=mask)
+    state, out = WindowState(3), []
+    for rows in torch.arange(9).split(cuts):
+        some = None if mask[:, rows].all() else mask[:, rows]
+        out.append(state.read(q[:, rows], k[:, rows], v[:, rows], mask=some)[0])
+    torch.testing.assert_close(torch.cat(out, dim=1), expected)
+    assert state.lengths.tolist() == [9 - cuts[0]] * 2
+
+
 def test_a_window_saves_loads_moves_and_reorders():
     q, k, v = tokens(19, batch=3)
     mask = torch.ones(3, 10, dtype=torch.bool)
@@ -183,12 +197,16 @@ def test_what_does_not_fit_is_named():
     q, k, v = tokens(5)
     with pytest.raises(ValueError, match="window must be at least 1"):
         window_attention(q, k, v, window=0)
+    with pytest.raises(ValueError, match="whole numbers"):
+        window_attention(q, k, v, window=2.5)
     with pytest.raises(ValueError, match="mask must be bool"):
         window_attention(q, k, v, window=2, mask=torch.ones(2, 5))
     state = WindowState(3)
     state.read(q, k, v)
     with pytest.raises(ValueError, match="the window holds"):
         state.read(q[:1], k[:1], v[:1])
+    with pytest.raises(ValueError, match=r"on cpu, found tokens of .* on meta"):
+        state.read(*(x.to("meta") for x in (q, k, v)))
 
 
 @pytest.mark.gpu

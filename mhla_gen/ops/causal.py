@@ -45,7 +45,15 @@ def distance_mixing(weights: Tensor, num_blocks: int) -> Tensor:
 
     Returns:
         `[..., num_blocks, num_blocks]` in the dtype of `weights`, 0 above the diagonal.
+
+    Raises:
+        ValueError: If there is no weight or no block.
     """
+    if num_blocks < 1 or weights.ndim == 0 or weights.shape[-1] == 0:
+        raise UserError(
+            f"needs at least one block and one weight, found {num_blocks} blocks and weights "
+            f"{tuple(weights.shape)}"
+        )
     near = weights[..., :num_blocks]
     far = weights[..., -1:].expand(*weights.shape[:-1], num_blocks - near.shape[-1])
     later = weights.new_zeros(*weights.shape[:-1], num_blocks)

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from mhla_gen.errors import UserError
-from mhla_gen.ops.feature_maps import FEATURE_MAPS
+from mhla_gen.ops.dispatch import check_feature_map, check_tables
+from mhla_gen.ops.partition import check_whole
 
 
 def check_causal(
@@ -20,6 +21,8 @@ def check_causal(
     """Raise `ValueError` unless everything fits together."""
     check_causal_tokens(query, key, value, mask, rotary)
     check_weights(weights, key.shape[2], block_size, feature_map)
+    if weights.device != query.device:
+        raise ValueError(f"weights are on {weights.device} but query on {query.device}")
 
 
 def check_causal_tokens(
@@ -53,6 +56,15 @@ def check_causal_tokens(
         )
     if query.shape[1] == 0:
         raise UserError("query has no tokens; give at least one")
+    if query.shape[3] == 0:
+        raise ValueError(f"head_dim must be at least 1, found query {tuple(query.shape)}")
+    if not query.device == key.device == value.device:
+        raise ValueError(
+            "query, key and value must be on one device, found "
+            f"{query.device}, {key.device} and {value.device}"
+        )
+    if mask is not None and mask.device != query.device:
+        raise ValueError(f"mask is on {mask.device} but query on {query.device}")
     if mask is not None and (mask.dtype != torch.bool or mask.shape != query.shape[:2]):
         raise ValueError(
             f"mask must be bool {tuple(query.shape[:2])}, found {mask.dtype} {tuple(mask.shape)}"
@@ -62,20 +74,23 @@ def check_causal_tokens(
 
 def check_weights(weights: Tensor, heads: int | None, block_size: int, feature_map: str) -> None:
     """Raise `ValueError` unless weights, block size and feature map are valid."""
-    fits = heads is None or weights.ndim == 1 or weights.shape[0] == heads
-    if weights.ndim not in (1, 2) or weights.shape[-1] == 0 or not fits:
+    fits = weights.ndim in (1, 2) and weights.shape[-1] > 0
+    if not fits or (weights.ndim == 2 and heads not in (None, weights.shape[0])):
         raise UserError(
             "weights must be [num_distances] or [num_key_heads, num_distances], found "
             f"{tuple(weights.shape)}" + ("" if heads is None else f" for {heads} key heads")
         )
+    if not weights.is_floating_point():
+        raise UserError(f"weights must be in a floating dtype, found {weights.dtype}")
+    check_whole(block_size=block_size)
     if block_size < 1:
         raise UserError(f"block_size must be at least 1, found {block_size}")
-    if feature_map not in FEATURE_MAPS:
-        raise UserError(f"feature_map must be one of {list(FEATURE_MAPS)}, found {feature_map!r}")
+    check_feature_map(feature_map)
 
 
 def check_window(window: int) -> None:
     """Raise `ValueError` unless the window is at least one token."""
+    check_whole(window=window)
     if window < 1:
         raise UserError(f"window must be at least 1, found {window}")
 
@@ -85,6 +100,12 @@ def _check_rotary(query: Tensor, rotary: tuple[Tensor, Tensor] | None) -> None:
         return
     batch, seq_len, _, head_dim = query.shape
     shape = (seq_len, head_dim // 2)
+    check_tables(query, rotary)
+    if len(rotary) != 2 or rotary[0].ndim != rotary[1].ndim:
+        raise ValueError(
+            "rotary must be (cos, sin) of one shape, found "
+            f"{' and '.join(str(tuple(table.shape)) for table in rotary)}"
+        )
     for table in rotary:
         if head_dim % 2 or tuple(table.shape) not in (shape, (batch, *shape), (1, *shape)):
             raise ValueError(

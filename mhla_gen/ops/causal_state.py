@@ -16,6 +16,7 @@ from mhla_gen.ops.causal import (
 )
 from mhla_gen.ops.causal_checks import check_causal, check_weights
 from mhla_gen.ops.dispatch import resolve_implementation
+from mhla_gen.ops.partition import check_whole
 
 
 class CausalState(BlockSums):
@@ -62,6 +63,7 @@ class CausalState(BlockSums):
         eps: float = 1e-6,
     ):
         check_weights(weights, None, block_size, feature_map)
+        check_whole(memory_blocks=memory_blocks)
         if memory_blocks is not None and memory_blocks < 1:
             raise UserError(f"memory_blocks must be at least 1, found {memory_blocks}")
         super().__init__(weights[..., :memory_blocks], block_size)

@@ -18,9 +18,19 @@ class SequenceState:
     lengths: Tensor | None
 
     def reorder(self, index: Tensor) -> None:
-        """Replace sequence i by sequence `index[i]`: for beam search, repeats, a smaller batch."""
+        """Replace sequence i by sequence `index[i]`: for beam search, repeats, a smaller batch.
+
+        Raises:
+            ValueError: If an entry of `index` is no sequence; the state stays as it is.
+        """
         if self.lengths is None:
             return
+        held, found = range(len(self.lengths)), index.tolist()
+        numbers = index.ndim == 1 and index.dtype in (torch.int64, torch.int32)
+        if not numbers or any(i not in held for i in found):
+            raise UserError(
+                f"index must list sequences by their numbers, 0 to {len(held) - 1}, found {found}"
+            )
         self.lengths = self.lengths[index.cpu()]
         for name, tensor in self.held():
             setattr(self, name, tensor.index_select(0, index.to(tensor.device)))

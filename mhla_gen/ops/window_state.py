@@ -99,12 +99,13 @@ class WindowState(SequenceState):
                 self.cos, self.sin = (x.expand(key.shape[0], -1, -1)[:, :0] for x in rotary)
             return
         assert self.value is not None
-        held = (*self.key[:, 0].shape, self.value.shape[3], self.cos is not None)
-        found = (*key[:, 0].shape, value.shape[3], rotary is not None)
-        if found != held:
+        # So far there may have been nothing but padding, of which no token is held.
+        held = (len(self.key), *self.key.shape[2:], self.value.shape[3], self.cos is not None)
+        found = (len(key), *key.shape[2:], value.shape[3], rotary is not None)
+        if found != held or self.key.device != key.device:
             raise ValueError(
-                f"the window holds (batch, key_heads, head_dim, value_dim, rotary) {held}, found "
-                f"tokens of {found}"
+                f"the window holds (batch, key_heads, head_dim, value_dim, rotary) {held} on "
+                f"{self.key.device}, found tokens of {found} on {key.device}"
             )
 
     def _with(self, key: Tensor, value: Tensor, rotary: Rotary) -> dict[str, Tensor]:

@@ -156,8 +156,25 @@ def test_registration_is_sound(gate, blend):
 
 def test_wrong_logits_are_named():
     tensors = make_inputs(CASES[0], "head", torch.float32)
-    with pytest.raises(ValueError, match="logits need 66 or 2 channels, found 3"):
-        gated_conv(*tensors[:4], torch.randn(2, 15, 3), grid=(3, 5), num_heads=2)
+    options = {"grid": (3, 5), "num_heads": 2}
+    # Those that would be broadcast, too.
+    for shape in ((2, 15, 3), (1, 15, 2), (2, 1, 66), (15, 2)):
+        with pytest.raises(ValueError, match=r"logits must be \[2, 15, 66\] or \[2, 15, 2\]"):
+            gated_conv(*tensors[:4], torch.randn(shape), **options)
+    with pytest.raises(ValueError, match="num_heads must divide 66 channels, found 4"):
+        gated_conv(*tensors[:4], None, grid=(3, 5), num_heads=4)
+
+
+def test_what_is_added_must_have_the_shape_of_tokens():
+    tensors = make_inputs(CASES[0], "none", torch.float32)
+    options = {"grid": (3, 5), "num_heads": 2}
+    for shape in ((1, 15, 66), (2, 1, 66), (2, 15, 2, 33)):
+        with pytest.raises(ValueError, match=r"added must be \[2, 15, 66\]"):
+            gated_conv(torch.randn(shape), *tensors[1:4], None, **options)
+    half, logits = torch.randn(2, 15, 2, 33), torch.randn(2, 15, 2)
+    for blend in (Blend(half[:1], half, logits), Blend(half, half, logits[..., :1])):
+        with pytest.raises(ValueError, match=r"(first|logits of a blend) must be \[2, 15, 2"):
+            gated_conv(blend, *tensors[1:4], None, **options)
 
 
 @pytest.mark.parametrize(

@@ -176,6 +176,18 @@ def test_the_operator_refuses():
         linformer_attention(q, k, v, e, mask=torch.ones(2, 11, dtype=torch.bool))
     with pytest.raises(ValueError, match="must project to the 5 tokens of key_projection, found 3"):
         linformer_attention(q, k, v, e, e[..., :3, :])
+    with pytest.raises(ValueError, match="at least one row"):
+        linformer_attention(q, k, v, e[:0])
+    with pytest.raises(ValueError, match="one matrix or"):
+        linformer_attention(q, k, v, e.expand(HEADS + 1, 5, 12))
+    with pytest.raises(ValueError, match="in a floating dtype"):
+        linformer_attention(q, k, v, e.long())
+    # Batches and heads of one would be read by every sample and head.
+    for wrong in (k[:1], k[:, :, :1], k[..., :2], k.float(), k[0]):
+        with pytest.raises(ValueError, match=r"(must|share)"):
+            linformer_attention(q, wrong, v, e)
+        with pytest.raises(ValueError, match=r"(must|share)"):
+            linformer_attention(q, wrong, wrong, e)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mhla_gen.errors import UserError
 from mhla_gen.ops.fused_limits import HAS_TRITON, require_triton
+from mhla_gen.ops.partition import check_grid
 
 
 class Blend(NamedTuple):
@@ -93,13 +94,10 @@ def gated_conv(
         A tensor like `tokens`.
 
     Raises:
-        ValueError: As `depthwise_conv`, or if `logits` have another size.
+        ValueError: As `depthwise_conv`, or if `added` or `logits` have another size.
     """
-    if logits is not None and logits.shape[2] not in (tokens.shape[2], num_heads):
-        raise ValueError(
-            f"logits need {tokens.shape[2]} or {num_heads} channels, found {logits.shape[2]}"
-        )
     implementation = _picked(tokens, weight, bias, grid, implementation)
+    _check_gate(added, tokens, logits, num_heads)
     if implementation == "torch":
         added = added.combined().flatten(2) if isinstance(added, Blend) else added
         out = added + _torch_conv(tokens, weight, bias, grid)
@@ -114,6 +112,27 @@ def gated_conv(
     keeps = logits is not None and torch.is_grad_enabled()
     keeps = keeps and any(x is not None and x.requires_grad for x in given)
     return gated_conv_tokens(*parts, tokens, weight, bias, logits, list(grid), num_heads, keeps)[0]
+
+
+def _check_gate(
+    added: Tensor | Blend, tokens: Tensor, logits: Tensor | None, num_heads: int
+) -> None:
+    """Raise `ValueError` unless what is added to a convolution and multiplies it fits it."""
+    batch, seq_len, channels = tokens.shape
+    if num_heads < 1 or channels % num_heads:
+        raise ValueError(f"num_heads must divide {channels} channels, found {num_heads}")
+    by_head = batch, seq_len, num_heads
+    shapes = [("added", added, (tokens.shape,))]
+    if isinstance(added, Blend):
+        halves = (torch.Size((*by_head, channels // num_heads)),)
+        shapes = [("first", added.first, halves), ("second", added.second, halves)]
+        shapes.append(("logits of a blend", added.logits, (torch.Size(by_head),)))
+    if logits is not None:
+        shapes.append(("logits", logits, (tokens.shape, torch.Size(by_head))))
+    for name, x, allowed in shapes:
+        if x.shape not in allowed:
+            expected = " or ".join(str(list(shape)) for shape in allowed)
+            raise ValueError(f"{name} must be {expected}, found {list(x.shape)}")
 
 
 def times_silu(out: Tensor, logits: Tensor, num_heads: int) -> Tensor:
@@ -131,10 +150,11 @@ def _picked(
     implementation: str,
 ) -> str:
     """`torch` or `fused`, after all checks."""
-    if tokens.ndim != 3 or not 1 <= len(grid) <= 3:
+    check_grid(tuple(grid))
+    if tokens.ndim != 3 or not tokens.is_floating_point():
         raise ValueError(
-            "tokens must be [batch, seq_len, channels] and grid must have 1 to 3 axes, found "
-            f"{tuple(tokens.shape)} and {grid}"
+            "tokens must be [batch, seq_len, channels] in a floating dtype, found "
+            f"{tokens.dtype} {tuple(tokens.shape)}"
         )
     sizes = weight.shape[2:]
     if len(sizes) != len(grid) or any(size % 2 == 0 for size in sizes):
@@ -145,6 +165,9 @@ def _picked(
         raise UserError(
             f"tokens {tuple(tokens.shape)} do not fit weight {tuple(weight.shape)} and grid={grid}"
         )
+    for name, x in (("weight", weight), ("bias", bias)):
+        if x is not None and x.device != tokens.device:
+            raise ValueError(f"{name} is on {x.device} but tokens on {tokens.device}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must be [{weight.shape[0]}], found {tuple(bias.shape)}")
     if implementation == "auto":

@@ -36,8 +36,7 @@ def linformer_attention(
         `[batch, seq_len, num_heads, value_dim]` in the dtype of `query`.
 
     Raises:
-        ValueError: If a projection or the mask does not fit the keys, if the projections have
-            different lengths, or if `causal` is true.
+        ValueError: If shapes, dtypes or devices do not fit, or `causal` is true.
 
     Source:
         Wang et al. 2020, arXiv:2006.04768, Eq. (7).
@@ -48,28 +47,71 @@ def linformer_attention(
             "later ones too; use mhla(..., causal=True)"
         )
     value_projection = key_projection if value_projection is None else value_projection
+    _check_tokens(query, key, value)
+    _check_projections(key, key_projection, value_projection)
+    entered = None
+    if mask is not None:
+        if mask.shape != key.shape[:2] or mask.dtype != torch.bool or mask.device != key.device:
+            raise UserError(
+                f"mask must be bool of shape {tuple(key.shape[:2])} on {key.device}, found "
+                f"{mask.dtype} of shape {tuple(mask.shape)} on {mask.device}"
+            )
+        key, value = (x.masked_fill(~mask[..., None, None], 0) for x in (key, value))
+        entered = entered_by((key_projection, value_projection), mask)
+    projected = project(key_projection, key, 1), project(value_projection, value, 1)
+    return attend_projected(query, *projected, entered)
+
+
+def _check_tokens(query: Tensor, key: Tensor, value: Tensor) -> None:
+    if query.ndim != 4 or key.ndim != 4 or value.ndim != 4:
+        raise ValueError(
+            "query, key and value must be [batch, seq_len, num_heads, dim], found "
+            f"{tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}"
+        )
+    batch, _, heads, head_dim = query.shape
+    expected = (batch, key.shape[1], heads)
+    if key.shape != (*expected, head_dim) or value.shape[:3] != expected or 0 in key.shape[1:]:
+        raise ValueError(
+            f"key and value must have the batch and heads of query {tuple(query.shape)} and at "
+            f"least one token, key its head_dim, found {tuple(key.shape)} and {tuple(value.shape)}"
+        )
+    if not query.dtype == key.dtype == value.dtype or not query.is_floating_point():
+        raise ValueError(
+            "query, key and value must share one floating dtype, found "
+            f"{query.dtype}, {key.dtype} and {value.dtype}"
+        )
+    if not query.device == key.device == value.device:
+        raise ValueError(
+            "query, key and value must be on one device, found "
+            f"{query.device}, {key.device} and {value.device}"
+        )
+
+
+def _check_projections(key: Tensor, key_projection: Tensor, value_projection: Tensor) -> None:
+    heads = key.shape[2]
     for name, projection in (("key", key_projection), ("value", value_projection)):
         if projection.ndim not in (2, 3) or projection.shape[-1] != key.shape[1]:
             raise UserError(
                 f"{name}_projection must end in (projected_len, {key.shape[1]}), one column per "
                 f"key, found shape {tuple(projection.shape)}"
             )
+        if projection.ndim == 3 and projection.shape[0] != heads:
+            raise UserError(
+                f"{name}_projection must have one matrix or {heads}, one per head, found shape "
+                f"{tuple(projection.shape)}"
+            )
+        if not projection.is_floating_point() or projection.device != key.device:
+            raise UserError(
+                f"{name}_projection must be in a floating dtype on {key.device}, found "
+                f"{projection.dtype} on {projection.device}"
+            )
     if key_projection.shape[-2] != value_projection.shape[-2]:
         raise UserError(
             f"value_projection must project to the {key_projection.shape[-2]} tokens of "
             f"key_projection, found {value_projection.shape[-2]}"
         )
-    entered = None
-    if mask is not None:
-        if mask.shape != key.shape[:2] or mask.dtype != torch.bool:
-            raise UserError(
-                f"mask must be bool of shape {tuple(key.shape[:2])}, found {mask.dtype} of shape "
-                f"{tuple(mask.shape)}"
-            )
-        key, value = (x.masked_fill(~mask[..., None, None], 0) for x in (key, value))
-        entered = entered_by((key_projection, value_projection), mask)
-    projected = project(key_projection, key, 1), project(value_projection, value, 1)
-    return attend_projected(query, *projected, entered)
+    if key_projection.shape[-2] == 0:
+        raise UserError("projections need at least one row, found none")
 
 
 def project(projection: Tensor, tokens: Tensor, axis: int) -> Tensor:

@@ -125,8 +125,6 @@ def _check_mhla(
     expected = mhla(
         *whole, grid=grid, layout=layout, rotary=double, implementation="naive", **plain
     )
-    expected.backward(probe.double())
-
     held = slice(shard.first, shard.stop)
     if dtype == torch.float64:
         mixing = mixing.double()
@@ -138,12 +136,29 @@ def _check_mhla(
     )  # fmt: skip
     assert out.dtype == dtype
     close(out, expected[:, held], tolerance, f"output of {grid}")
+    if dtype == torch.float64:
+        found, wanted = (
+            _second(*each, 3) for each in ((out, probe[:, held], mine), (expected, probe, whole))
+        )
+        for name, local, full in zip(("query", "key", "value"), found, wanted, strict=True):
+            # A query without features has a denominator near eps, and large derivatives.
+            scale = full.abs().max()
+            name = f"second derivative by {name} of {grid}"
+            close(local / scale, full[:, held] / scale, 1e-8, name)
+    expected.backward(probe.double())
     out.backward(probe[:, held].to(device))
     for name, local, full in zip(("query", "key", "value"), mine, whole, strict=False):
         close(local.grad, full.grad[:, held], tolerance, f"gradient of {name} of {grid}")
     dist.all_reduce(mine[3].grad)
     scale = whole[3].grad.abs().max().clamp(min=1)
     close(mine[3].grad / scale, whole[3].grad / scale, tolerance, f"gradient of mixing of {grid}")
+
+
+def _second(out, probe, tensors, count):
+    """Derivatives, by the first `count` tensors, of their gradients' squares."""
+    first = torch.autograd.grad(out, tensors[:count], probe, create_graph=True)
+    squares = sum(x.square().sum() for x in first)
+    return torch.autograd.grad(squares, tensors[:count], retain_graph=True)
 
 
 def layers_equal_one_process(cases):
@@ -201,10 +216,19 @@ def _check_convolution(grid, size):
     bias = torch.randn(3, dtype=torch.float64)
     whole = [x.clone().requires_grad_() for x in (tokens, weight, bias)]
     expected = depthwise_conv(*whole, grid=grid)
-    expected.backward(probe)
     mine = [x.clone().requires_grad_() for x in (tokens[:, held], weight, bias)]
     out = sharded_depthwise_conv(*mine, grid=grid, group=dist.group.WORLD)
     close(out, expected[:, held], 1e-12, f"convolution of {grid}")
+    seconds: list[torch.Tensor] = []
+    for y, given, (tokens, weight, _) in (
+        (out, probe[:, held], mine),
+        (expected, probe, whole),
+    ):
+        (first,) = torch.autograd.grad(y, tokens, given, create_graph=True)
+        seconds += torch.autograd.grad(first.square().sum(), weight, retain_graph=True)
+    dist.all_reduce(seconds[0])
+    close(*seconds, 1e-12, f"second derivative by weight of {grid}")
+    expected.backward(probe)
     out.backward(probe[:, held])
     close(mine[0].grad, whole[0].grad[:, held], 1e-12, f"gradient of tokens of {grid}")
     for name, local, full in zip(("weight", "bias"), mine[1:], whole[1:], strict=True):

@@ -1,6 +1,7 @@
 """Depthwise convolution over tokens: kernels against torch in float64."""
 
 import math
+from functools import partial
 from itertools import cycle
 
 import pytest
@@ -117,6 +118,19 @@ def test_tokens_grid_and_bias_are_checked():
         depthwise_conv(tokens, torch.randn(4, 1, 3, 3, 3, 3), None, grid=(1, 1, 3, 4))
     with pytest.raises(ValueError, match=r"bias must be \[4\], found \(1,\)"):
         depthwise_conv(tokens, weight, torch.randn(1), grid=(3, 4))
+
+
+def test_kernels_are_refused_where_they_would_lose_tangents():
+    tokens, weight = torch.randn(1, 12, 4, device=DEVICE), torch.randn(4, 1, 3, 3, device=DEVICE)
+
+    def run(tokens, implementation):
+        return depthwise_conv(tokens, weight, None, grid=(3, 4), implementation=implementation)
+
+    with pytest.raises(ValueError, match=r"outside of torch\.func"):
+        torch.func.jvp(partial(run, implementation="fused"), (tokens,), (tokens,))
+    # A convolution is linear.
+    out, tangent = torch.func.jvp(partial(run, implementation="auto"), (tokens,), (tokens,))
+    torch.testing.assert_close(tangent, out)
 
 
 def test_unknown_implementations_are_refused():

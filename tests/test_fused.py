@@ -318,6 +318,27 @@ def test_auto_takes_the_kernels_where_they_run():
     assert resolve_implementation("auto", device="cuda", head_dim=256) == "blockwise"
 
 
+def test_kernels_are_not_taken_where_they_would_lose_tangents():
+    inputs, options = make((6,), (2,), heads=1)
+    query, *others = inputs
+    asked = []
+
+    def run(query):
+        asked.append(resolve_implementation("auto", device="cuda"))
+        return mhla(query, *others, implementation="fused", **options)
+
+    for transform in (
+        lambda: torch.func.jvp(run, (query,), (query,)),
+        lambda: torch.func.grad(lambda x: run(x).sum())(query),
+        lambda: torch.vmap(run)(query.unsqueeze(0)),
+    ):
+        with pytest.raises(ValueError, match=r"outside of torch\.func"):
+            transform()
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(ValueError, match="forward-mode"):
+        run(torch.autograd.forward_ad.make_dual(query, query))
+    assert asked == ["blockwise"] * 4 and resolve_implementation("auto", device="cuda") == "fused"
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("head_dim", [32, 60, 64, 72, 80, 96, 128])
 @FORMS

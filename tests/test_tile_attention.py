@@ -103,6 +103,32 @@ def test_extra_keys_alone_are_softmax_over_the_valid_ones():
     torch.testing.assert_close(out, expected)
 
 
+@pytest.mark.parametrize("implementation", ["naive", "blockwise"])
+def test_a_query_without_any_key_gets_nan(implementation):
+    layout = {"grid": (5, 4), "tile": (2, 2), "window": (0, 0), "top": 0}
+    tensors, options = make(layout, rotary=False, extra=3)
+    options["mask"] = torch.tensor([[True, False, True], [False] * 3])
+    out, lse = attend(tensors, options, implementation)
+    assert out[0].isfinite().all() and lse[0].isfinite().all()
+    assert out[1].isnan().all() and lse[1].eq(-torch.inf).all()
+
+
+def test_transforms_of_functions_are_right():
+    tensors, options = make(LAYOUTS[1], rotary=False, batch=1)
+    query, key, value = (x.detach() for x in tensors)
+
+    def run(value):
+        return tile_attention(query, key, value, **options)[0]
+
+    weights = torch.randn_like(run(value))
+    leaf = value.clone().requires_grad_()
+    (expected,) = torch.autograd.grad((run(leaf) * weights).sum(), leaf)
+    found = torch.func.grad(lambda x: (run(x) * weights).sum())(value)
+    torch.testing.assert_close(found, expected)
+    # The output is linear in the values.
+    torch.testing.assert_close(torch.func.jvp(run, (value,), (value,))[1], run(value))
+
+
 @pytest.mark.parametrize("wrong", [torch.nan, torch.inf, -torch.inf])
 def test_nothing_is_read_of_masked_keys_whatever_they_hold(wrong):
     tensors, options = make(LAYOUTS[1], extra=5)

@@ -44,7 +44,8 @@ class _SumOverRanks(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return _summed(grads[0], ctx.group), None
+        # By the same rule, for second derivatives.
+        return _SumOverRanks.apply(grads[0], ctx.group), None
 
 
 def _summed(x: Tensor, group: Any) -> Tensor:
@@ -114,9 +115,8 @@ class _Exchange(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        out, work = _exchanged(grads[0], *ctx.options)
-        work.wait()
-        return out, None, None, None, None
+        received, sent, group = ctx.options
+        return exchange(grads[0], received, sent, group)(), None, None, None, None
 
 
 def _exchanged(

@@ -15,6 +15,7 @@ from torch import Tensor
 from mhla_gen.errors import UserError
 from mhla_gen.ops.fused_limits import HAS_TRITON, require_triton
 from mhla_gen.ops.partition import check_grid
+from mhla_gen.ops.transforms import transformed
 
 
 class Blend(NamedTuple):
@@ -121,18 +122,22 @@ def _check_gate(
     batch, seq_len, channels = tokens.shape
     if num_heads < 1 or channels % num_heads:
         raise ValueError(f"num_heads must divide {channels} channels, found {num_heads}")
-    by_head = batch, seq_len, num_heads
-    shapes = [("added", added, (tokens.shape,))]
+    whole, by_head = (batch, seq_len, channels), (batch, seq_len, num_heads)
     if isinstance(added, Blend):
-        halves = (torch.Size((*by_head, channels // num_heads)),)
-        shapes = [("first", added.first, halves), ("second", added.second, halves)]
-        shapes.append(("logits of a blend", added.logits, (torch.Size(by_head),)))
+        half = (*by_head, channels // num_heads)
+        _check_shape("first", added.first, half)
+        _check_shape("second", added.second, half)
+        _check_shape("logits of a blend", added.logits, by_head)
+    else:
+        _check_shape("added", added, whole)
     if logits is not None:
-        shapes.append(("logits", logits, (tokens.shape, torch.Size(by_head))))
-    for name, x, allowed in shapes:
-        if x.shape not in allowed:
-            expected = " or ".join(str(list(shape)) for shape in allowed)
-            raise ValueError(f"{name} must be {expected}, found {list(x.shape)}")
+        _check_shape("logits", logits, whole, by_head)
+
+
+def _check_shape(name: str, x: Tensor, *allowed: tuple[int, ...]) -> None:
+    if tuple(x.shape) not in allowed:
+        expected = " or ".join(str(list(shape)) for shape in allowed)
+        raise ValueError(f"{name} must be {expected}, found {list(x.shape)}")
 
 
 def times_silu(out: Tensor, logits: Tensor, num_heads: int) -> Tensor:
@@ -182,11 +187,17 @@ def _picked(
             raise UserError(
                 f"implementation='fused' needs a CUDA device, found {tokens.device}; use 'torch'"
             )
+        if transformed():
+            raise UserError(
+                "implementation='fused' runs outside of torch.func and forward-mode "
+                "differentiation; use 'torch'"
+            )
     return implementation
 
 
 def _fused_can_run(tokens: Tensor) -> bool:
-    return tokens.is_cuda and tokens.dtype != torch.float64 and HAS_TRITON
+    plain = tokens.is_cuda and tokens.dtype != torch.float64 and HAS_TRITON
+    return plain and not transformed()
 
 
 def _torch_conv(

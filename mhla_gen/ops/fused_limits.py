@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from mhla_gen.errors import UserError
+from mhla_gen.ops.transforms import transformed
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 MAX_DIM = 128
@@ -36,6 +37,8 @@ def unsupported(
         return f"takes float32, float16 and bfloat16, found {dtype}"
     if trainable_rotary:
         return "treats rotary as constant, found tables that require a gradient"
+    if transformed():
+        return "runs outside of torch.func and forward-mode differentiation, found one of them"
     return None
 
 

@@ -167,7 +167,8 @@ def naive_tile_attention(
                 scores = q[b, rows, h] @ keys.T * scale
                 out = out.index_put(
                     (q.new_tensor(b, dtype=torch.int64), rows, q.new_tensor(h, dtype=torch.int64)),
-                    scores.softmax(dim=-1) @ values,
+                    # NaN without any key.
+                    scores.softmax(dim=-1) @ values if len(keys) else v.new_tensor(math.nan),
                 )
                 lse = lse.index_put(
                     (q.new_tensor(b, dtype=torch.int64), rows, q.new_tensor(h, dtype=torch.int64)),

@@ -9,7 +9,7 @@ it with symbolic grids.
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,7 +41,7 @@ def block_starts(length: int, num_blocks: int) -> tuple[int, ...]:
     return tuple(b * length // num_blocks for b in range(num_blocks))
 
 
-def check_whole(**sizes: Any) -> None:
+def check_whole(**sizes: float | tuple[float, ...] | None) -> None:
     """Raise `ValueError` unless sizes, numbers or tuples of them, are whole numbers."""
     for name, size in sizes.items():
         if any(isinstance(n, float) for n in (size if isinstance(size, tuple) else (size,))):

@@ -1,6 +1,6 @@
 """What a layer keeps of the sequences that it has read, for any kind of causal attention."""
 
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor
@@ -25,7 +25,8 @@ class SequenceState:
         """
         if self.lengths is None:
             return
-        held, found = range(len(self.lengths)), index.tolist()
+        held = range(len(self.lengths))
+        found: list[Any] = cast(Any, index).tolist()
         numbers = index.ndim == 1 and index.dtype in (torch.int64, torch.int32)
         if not numbers or any(i not in held for i in found):
             raise UserError(

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from mhla_gen.ops.collectives import gather_rows
 from mhla_gen.ops.fused_limits import require_fused, trains
@@ -85,7 +86,8 @@ class _SharedMHLA(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         query, key, value, reads, read_by, *rest = ctx.saved_tensors
         summaries, mixed, tables = Summaries(*rest[:3]), Summaries(*rest[3:6]), rest[6:]
         dreads = None

@@ -2,11 +2,11 @@
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVariableType]
 
 from mhla_gen.ops.feature_maps import rotate
 from mhla_gen.ops.partition import block_slots
 from mhla_gen.ops.tiles import Tiling, filled_slots, group_slots, tile_lists, token_places
+from mhla_gen.ops.transforms import recomputed
 
 
 def blockwise_tile_attention(
@@ -44,11 +44,11 @@ def blockwise_tile_attention(
             valid = filled[lists].flatten(3)
             scores = group_q @ _gather(k, columns).transpose(-1, -2) * scale
             scores = scores.masked_fill(~valid.unsqueeze(-2), float("-inf"))
-            parts = [(scores, _gather(v, columns))]
+            scored = [(scores, _gather(v, columns))]
             if extra_kv is not None:
                 extra_k, extra_v, bias = extra_kv
-                parts.append((group_q @ extra_k.transpose(-1, -2) * scale + bias, extra_v))
-            return _softmax([(s, v) for s, v in parts if s.shape[-1] > 0])
+                scored.append((group_q @ extra_k.transpose(-1, -2) * scale + bias, extra_v))
+            return _softmax([(s, v) for s, v in scored if s.shape[-1] > 0])
 
         gathered = placed.num_groups * lists.shape[-1] * tiles.tokens.shape[1]
         some = max(1, placed.num_groups * query.shape[1] // max(gathered, 1))
@@ -57,12 +57,8 @@ def blockwise_tile_attention(
             torch.split(lists, some, dim=2), torch.split(rows, some, dim=0), strict=True
         ):
             inputs = (q, k, v, part_lists, part_rows)
-            if some >= placed.num_groups or not torch.is_grad_enabled():
-                parts.append(attend(*inputs))
-            else:
-                parts.append(
-                    checkpoint(attend, *inputs, use_reentrant=False, preserve_rng_state=False)
-                )
+            whole = some >= placed.num_groups
+            parts.append(attend(*inputs) if whole else recomputed(attend, *inputs))
         places = token_places(placed, q.device)
         out = torch.cat([out for out, _ in parts], dim=2).flatten(2, 3).index_select(2, places)
         lse = torch.cat([lse for _, lse in parts], dim=2).flatten(2, 3).index_select(2, places)
@@ -78,9 +74,14 @@ def _softmax(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         peak = peak.masked_fill(peak == float("-inf"), 0)
     # Weights by the log-sum-exp would not sum to one: it is rounded, by 0.001 at 10,000.
     weights = [(scores - peak).exp() for scores, _ in parts]
-    total = sum(w.sum(dim=-1, keepdim=True) for w in weights)
-    out = sum(w @ values for w, (_, values) in zip(weights, parts, strict=True))
+    # With keys off the grid there are two parts.
+    total = _added([w.sum(dim=-1, keepdim=True) for w in weights])
+    out = _added([w @ values for w, (_, values) in zip(weights, parts, strict=True)])
     return out / total, (peak + total.log()).squeeze(-1)
+
+
+def _added(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else parts[0] + parts[1]
 
 
 def _extra(

@@ -8,6 +8,7 @@ from itertools import permutations
 from pathlib import Path
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 
@@ -77,6 +78,21 @@ def test_a_full_disk_is_one_line_with_the_remedy(monkeypatch, capsys):
     assert main(["doctor"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "No space left" in error and "free some space" in error
+
+
+@pytest.mark.parametrize(
+    "allocate",
+    [
+        lambda: torch.empty(2**50),
+        lambda: torch.empty(2**31, 2**31, 2**31),
+        lambda: np.empty(2**50),
+    ],
+)
+def test_what_fits_no_memory_is_one_line_with_the_remedy(allocate, monkeypatch, capsys):
+    monkeypatch.setattr("mhla_gen.cli.commands.doctor", lambda *_, **__: allocate())
+    assert main(["doctor"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "out of memory; lower batch_size" in error
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a device that is not there")

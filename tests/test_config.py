@@ -185,6 +185,23 @@ def test_every_number_of_every_config_has_a_range():
     assert len(NUMBERS) > 80
 
 
+@pytest.mark.parametrize(
+    "setting",
+    [
+        ("train", "model.mhla.gate", "{}"),
+        ("train", "model.mhla.layout", "[{}, 1]"),
+        ("train", "model.linformer.gate", "{}"),
+        ("train", "model.linformer.projected_len", "{}"),
+        ("sample", "batch_size", "{}"),
+    ],
+)
+def test_settings_of_several_kinds_take_no_larger_numbers_than_others(setting):
+    job, key, form = setting
+    load_config(None, [f"{key}={form.format(2**31 - 1)}"], SCHEMAS[job])
+    with pytest.raises(UserError, match=rf"^{key}"):
+        load_config(None, [f"{key}={form.format(2**31)}"], SCHEMAS[job])
+
+
 @pytest.mark.parametrize("where", NUMBERS)
 def test_numbers_outside_their_range_are_refused(where):
     schema, name, kind = NUMBERS[where]

@@ -34,6 +34,8 @@ _REFUSALS = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO),
     *(errno.ESTALE, errno.ENAMETOOLONG, errno.ELOOP, errno.EMFILE, errno.ENFILE),
 )
+# What torch says, in a RuntimeError, of a tensor that fits no memory or no address.
+_TOO_LARGE = ("you tried to allocate", "Storage size calculation overflowed")
 # The keys are those of SCHEMAS. Modules are imported only when their command runs.
 COMMANDS: dict[str, Command] = {
     "quickstart": Command(
@@ -189,6 +191,8 @@ def _said(error: Exception) -> str | None:
     # Told by name so that --help needs no torch.
     if type(error).__name__ == "OutOfMemoryError":
         return "out of GPU memory; lower batch_size or the image size"
+    if isinstance(error, MemoryError) or any(said in str(error) for said in _TOO_LARGE):
+        return "out of memory; lower batch_size, the image size or the sizes of the model"
     return None
 
 

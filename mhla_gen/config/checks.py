@@ -6,6 +6,9 @@ from typing import Any, TypeGuard, cast
 
 from mhla_gen.errors import UserError
 
+LARGEST = 2**31 - 1
+"""Larger whole numbers fit no dimension, and no C integer of the libraries that they reach."""
+
 
 def elements(values: Any) -> tuple[Any, ...] | None:
     """The elements of a list or tuple; None for anything else, text included."""
@@ -31,8 +34,8 @@ def plain(value: Any) -> Any:
 
 
 def is_whole(value: Any, least: int) -> bool:
-    """Whether this is a whole number of at least `least`. True and false are none."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+    """Whether this is a whole number from `least` to `LARGEST`. True and false are none."""
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= LARGEST
 
 
 def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
@@ -51,8 +54,7 @@ def check_checkpointing(name: str, value: Any) -> None:
 
 def check_gate(name: str, gate: Any) -> None:
     """Raise unless `gate` is true, false, "head" or a rank."""
-    rank = isinstance(gate, int) and gate >= 1
-    if not (isinstance(gate, bool) or gate == "head" or rank):
+    if not (isinstance(gate, bool) or gate == "head" or is_whole(gate, 1)):
         raise UserError(
             f"{name} must be true, false, head or its rank (at least 1), found {gate!r}"
         )

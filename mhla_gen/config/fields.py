@@ -25,11 +25,8 @@ from typing import (
     get_type_hints,
 )
 
-from mhla_gen.config.checks import check_choice, elements
+from mhla_gen.config.checks import LARGEST, check_choice, elements
 from mhla_gen.errors import UserError
-
-_LARGEST = 2**31 - 1
-"""Larger whole numbers fit no dimension, and no C integer of the libraries that they reach."""
 
 
 class Range(NamedTuple):
@@ -54,7 +51,7 @@ class Range(NamedTuple):
 
     def _said(self, low: bool) -> str:
         """What is allowed, for a number that is, or is not, above the low end."""
-        if self.high in (math.inf, _LARGEST):
+        if self.high in (math.inf, LARGEST):
             if not low:
                 return f"{'above' if self.open_low else 'at least'} {self.low}"
             return "a finite number" if self.high == math.inf else f"at most {self.high}"
@@ -72,9 +69,9 @@ class Text(NamedTuple):
 TEXT = Text()
 PATH = Text(path=True)
 
-Count = Annotated[int, Range(1, _LARGEST)]
-Whole = Annotated[int, Range(0, _LARGEST)]
-AtLeastTwo = Annotated[int, Range(2, _LARGEST)]
+Count = Annotated[int, Range(1, LARGEST)]
+Whole = Annotated[int, Range(0, LARGEST)]
+AtLeastTwo = Annotated[int, Range(2, LARGEST)]
 SEEDS = Range(0, 2**32 - 1)
 """NumPy's generators take no other."""
 Seed = Annotated[int, SEEDS]

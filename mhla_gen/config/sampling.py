@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from mhla_gen.config.checks import check_choice, elements, normalize_classes
+from mhla_gen.config.checks import LARGEST, check_choice, elements, normalize_classes
 from mhla_gen.config.evaluation import EvaluateConfig
 from mhla_gen.config.fields import Count, FilePath, Guidance, Positive, Range, Seed, Settings, Texts
 from mhla_gen.errors import UserError
@@ -118,7 +118,9 @@ class SampleConfig(Settings):
             raise UserError("samples_per_class and num_samples exclude each other; give only one")
         self._settle(guidance_interval=_interval(self.guidance_interval))
         if self.batch_size != "auto":
-            Range(1).check('batch_size, where it is not "auto",', self.batch_size, whole=True)
+            Range(1, LARGEST).check(
+                'batch_size, where it is not "auto",', self.batch_size, whole=True
+            )
         self._settle(formats=_formats(self.formats))
         if self.evaluate is not None and self.evaluate.samples is not None:
             raise UserError("evaluate.samples is always the set that is made; leave it out")

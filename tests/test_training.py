@@ -237,6 +237,11 @@ def test_a_patch_that_does_not_tile_the_image_is_refused():
         build_model(replace(TINY, patch_size=3), (1, 8, 8), num_classes=3)
 
 
+def test_sizes_that_have_no_places_on_two_axes_are_refused():
+    with pytest.raises(ValueError, match=r"multiple of 4, .* found 2 × 7"):
+        build_model(replace(TINY, attention_head_dim=7), (1, 8, 8), num_classes=3)
+
+
 def test_every_trained_parameter_is_in_one_group_and_mixing_has_no_decay():
     model = build_model(TINY, (1, 8, 8), num_classes=3)
     decayed, others = parameter_groups(model, weight_decay=0.1)

@@ -24,6 +24,7 @@ from mhla_gen.config import (
     TransformerConfig,
 )
 from mhla_gen.distillation.stages import stages_of
+from mhla_gen.errors import UserError
 from mhla_gen.inspection.sensitivity_scan import Scan
 from mhla_gen.models.saved_transformer import load_transformer
 from mhla_gen.training.build import build_task
@@ -225,3 +226,23 @@ def test_previews_are_drawn(name, tmp_path):
     found = task.sampler(task.pipeline(task.model), [0, 1], given)
     pixels = kind(task.pipeline(task.model)).sizes(data.batch["samples"])
     assert found.dtype == np.uint8 and found.shape == (2, *pixels, 3)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "said"),
+    [
+        ({"num_layers": "x"}, "integer"),
+        ({"in_channels": -1}, "negative dimension"),
+        ({"attention_head_dim": 7}, "divisible by 2"),
+        ({"layers": 2}, "unexpected keyword argument 'layers'"),
+    ],
+)
+def test_sizes_that_diffusers_cannot_build_are_refused(sizes, said):
+    model, _, data = called("sd3")
+    given = {name: value for name, value in model.config.items() if not name.startswith("_")}
+    config = TrainConfig(
+        model=ModelConfig(attention="softmax"),
+        transformer=TransformerConfig(name=type(model).__name__, sizes=given | sizes),
+    )
+    with pytest.raises(UserError, match=f"sizes do not fit SD3Transformer2DModel: .*{said}"):
+        build_task(config, data)

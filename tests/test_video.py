@@ -246,6 +246,8 @@ def test_what_does_not_fit_is_said_before_anything_is_written(cache, tmp_path):
     refused("text_dim is 24, but the data need 16", model={"pretrained": str(tmp_path / "other")})
     with pytest.raises(ValueError, match="needs wan"):
         TrainConfig(model=ModelConfig(trainable="lora"))
+    with pytest.raises(ValueError, match=r"wan\.attention_head_dim must be even"):
+        WanConfig(attention_head_dim=7)
     with pytest.raises(ValueError, match=r"boundary needs wan\.expert"):
         WanConfig(boundary=0.9)
 

@@ -67,6 +67,11 @@ class WanConfig(LoraSettings, prefix="wan."):
     def __post_init__(self):
         super().__post_init__()
         check_choice("wan.preset", self.preset, tuple(WAN_PRESETS))
+        if self.attention_head_dim is not None and self.attention_head_dim % 2:
+            raise UserError(
+                "wan.attention_head_dim must be even, for the pairs of channels that are rotated, "
+                f"found {self.attention_head_dim}"
+            )
         if self.boundary is not None and self.expert is None:
             raise UserError("wan.boundary needs wan.expert=high_noise or low_noise")
 

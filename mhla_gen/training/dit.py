@@ -102,6 +102,12 @@ def build_model(
         raise UserError(
             f"model.patch_size {config.sizes.patch_size} does not divide the image size {height}"
         )
+    _, _, num_heads, head_dim = config.sizes
+    if num_heads * head_dim % 4:
+        raise UserError(
+            "model.num_attention_heads × model.attention_head_dim must be a multiple of 4, for "
+            f"sines and cosines of two axes, found {num_heads} × {head_dim}"
+        )
     sizes: dict[str, Any] = {
         **config.sizes._asdict(),
         "in_channels": channels,

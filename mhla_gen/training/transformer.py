@@ -9,7 +9,7 @@ from torch import Tensor
 from mhla_gen.calls import Call, call_class
 from mhla_gen.config import TrainConfig, TransformerConfig
 from mhla_gen.data import TrainingData
-from mhla_gen.errors import UserError
+from mhla_gen.errors import UserError, one_line
 from mhla_gen.models.families import MHLA_CLASSES
 from mhla_gen.pipelines.schedulers import prediction_of
 from mhla_gen.training.lora import add_lora, merged
@@ -86,15 +86,22 @@ def _build_model(config: TrainConfig, given: TransformerConfig) -> Any:
         )
     base: Any = known[given.name]
     call_class(base)
-    sizes = dict(given.sizes)
-    made: Any = base
-    if config.model.attention != "softmax":
-        made = MHLA_CLASSES[base]
-        sizes["mhla"] = attention_settings(config.model, made.family.rank)
+    _check_sizes(base, given.sizes)
+    if config.model.attention == "softmax":
+        return base(**given.sizes)
+    made: Any = MHLA_CLASSES[base]
+    return made(**given.sizes, mhla=attention_settings(config.model, made.family.rank))
+
+
+def _check_sizes(base: Any, sizes: dict[str, Any]) -> None:
+    """Raise unless diffusers builds a model of these sizes, here without memory for its weights."""
     try:
-        return made(**sizes)
-    except TypeError as error:
-        raise UserError(f"transformer.sizes do not fit {given.name}: {error}") from error
+        with torch.device("meta"):
+            base(**sizes)
+    # What is wrong with sizes is said in as many classes as there are models.
+    except Exception as error:
+        said = one_line(str(error), most=300) or type(error).__name__
+        raise UserError(f"transformer.sizes do not fit {base.__name__}: {said}") from error
 
 
 def _check(call: Call, data: TrainingData) -> None:

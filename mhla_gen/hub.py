@@ -5,7 +5,7 @@ from typing import Any
 
 from mhla_gen.config.fields import expand_home
 from mhla_gen.errors import MissingError, UserError
-from mhla_gen.files.saved import read_json
+from mhla_gen.files.saved import read_json, require_utf8
 
 INDEX_NAME = "model_index.json"
 PIPELINE_NAME = "pipeline"
@@ -36,6 +36,7 @@ def find(path: str, newest: bool = False) -> str | None:
         FileNotFoundError: If it is neither a folder nor can be a name on the hub.
     """
     path = expand_home("the model", path)
+    require_utf8("the model", path)
     folder = Path(path)
     if folder.is_dir():
         places = [folder, folder / PIPELINE_NAME]

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from mhla_gen.cli import main
 from mhla_gen.config import DataConfig, EvaluateConfig, SampleConfig, TrainConfig
 from mhla_gen.errors import NotWritableError
 from mhla_gen.files import remove_leftovers, write_text, written_whole
@@ -57,6 +58,45 @@ def test_an_error_leaves_what_was_there(tmp_path):
         partial.mkdir()
         (partial / "b.txt").write_text("new")
     assert [p.name for p in folder.iterdir()] == ["b.txt"] and len(list(tmp_path.iterdir())) == 1
+
+
+def test_links_stay_and_what_they_lead_to_is_written(tmp_path):
+    big, here = tmp_path / "big", tmp_path / "here"
+    (big / "folder").mkdir(parents=True)
+    (big / "folder" / "old").touch()
+    (big / "file").write_text("old")
+    here.mkdir()
+    for name in ("folder", "file", "new"):
+        (here / name).symlink_to(big / name)
+    for name in ("file", "new"):
+        write_text(here / name, "more")
+        assert (here / name).is_symlink() and (big / name).read_text() == "more"
+    with written_whole(here / "folder") as partial:
+        partial.mkdir()
+        (partial / "more").touch()
+    assert (here / "folder").is_symlink()
+    assert [path.name for path in (big / "folder").iterdir()] == ["more"]
+    # Nothing temporary is left on either side.
+    assert len([*here.iterdir()]) == len([*big.iterdir()]) == 3
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["train"],
+        ["cache", "vae.path=."],
+        ["sample", "pipeline=."],
+        ["inspect", "."],
+        ["inspect", "sensitivity", "."],
+        ["convert", "source=x.safetensors"],
+    ],
+)
+def test_an_output_folder_whose_name_is_no_utf_8_is_refused(command, tmp_path, capsys):
+    folder = tmp_path / os.fsdecode(b"caf\xe9") / "out"
+    assert main([*command, f"output_dir={folder}"]) == 2
+    assert r"/caf\xe9/out is not valid UTF-8" in capsys.readouterr().err
+    assert not folder.parent.exists()
 
 
 def test_damaged_lines_of_a_log_cost_no_others(tmp_path, capsys):
@@ -269,7 +309,7 @@ def test_a_path_is_the_same_under_any_spelling(tmp_path, monkeypatch):
 def test_an_error_is_noted_in_the_log_of_a_run(tmp_path):
     def fail(name):
         with pytest.raises(ZeroDivisionError), claimed(tmp_path / name):
-            1 / 0  # noqa: B018
+            raise ZeroDivisionError("division by zero of caf\udce9")
 
     fail("none")
     assert not (tmp_path / "none").exists()
@@ -278,4 +318,6 @@ def test_an_error_is_noted_in_the_log_of_a_run(tmp_path):
     fail("run")
     fail("run")
     log = (tmp_path / "run" / "errors.log").read_text()
-    assert log.count("ZeroDivisionError: division by zero") == 2 and "Traceback" in log
+    assert (
+        log.count("ZeroDivisionError: division by zero of caf\\udce9") == 2 and "Traceback" in log
+    )

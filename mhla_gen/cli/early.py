@@ -193,7 +193,7 @@ def _sensitivity(config: SensitivityConfig) -> _Checks:
 
 
 def _convert(config: ConvertConfig) -> _Checks:
-    yield partial(_output, config, is_done=True)
+    yield partial(made_with, config.output_dir, config)
     if not (Path(config.output_dir) / CONFIG_NAME).is_file():
         yield partial(check_replaceable, config.output_dir)
         yield config.require_source

@@ -57,7 +57,7 @@ def convert(config: ConvertConfig, dry_run: bool = False) -> None:
         return
     config.require_source()
     if not dry_run:
-        remove_leftovers(folder.parent)
+        remove_leftovers(folder.resolve().parent)
     if config.direction == "import":
         _import(config, folder, dry_run)
     else:

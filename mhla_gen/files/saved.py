@@ -1,6 +1,7 @@
 """Reading files that this package wrote, with errors that name truncated or changed ones."""
 
 import json
+import os
 import pickle
 import re
 import struct
@@ -55,6 +56,26 @@ def read_json(path: str | Path, remedy: str, kind: type = dict) -> Any:
         found = type(values).__name__
         raise DamagedFileError(path, f"expected a {kind.__name__}, found a {found}", remedy)
     return values
+
+
+def require_utf8(name: str, path: str | Path) -> None:
+    """Raise unless the name of a file or folder is UTF-8: safetensors opens no others.
+
+    Args:
+        name: What messages call it.
+        path: The file or folder.
+
+    Raises:
+        UserError: If it is not.
+    """
+    try:
+        os.path.abspath(path).encode()
+    except UnicodeEncodeError as error:
+        shown = os.fsencode(path).decode(errors="backslashreplace")
+        raise UserError(
+            f"{name} {shown} is not valid UTF-8, as files of models must be; rename it, or "
+            "choose another one"
+        ) from error
 
 
 def sizes_below(folder: Path) -> dict[str, dict[str, Any]]:

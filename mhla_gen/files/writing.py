@@ -43,7 +43,8 @@ class WriteError(OSError, UserError):
 def written_whole(path: str | Path) -> Iterator[Path]:
     """Write a file or folder under a temporary name; rename it when all of it is on the disk.
 
-    What was at `path` stays until then, and also if there is an error.
+    What was at `path` stays until then, and also if there is an error. A link stays, and what it
+    leads to is replaced.
 
     Yields:
         Where to write: a path beside `path` that does not exist yet.
@@ -53,13 +54,14 @@ def written_whole(path: str | Path) -> Iterator[Path]:
         MissingError: If the output folder that it belongs to was removed meanwhile.
     """
     path = Path(path)
-    partial = partial_of(path)
+    place = Path(os.path.realpath(path)) if path.is_symlink() else path
+    partial = partial_of(place)
     with errors_naming(path, partial):
-        make_folder(path.parent)
+        make_folder(place.parent)
         # Another process may write the same file at the same time; the last one to finish wins.
         with in_use(partial):
             yield partial
-            put(partial, path)
+            put(partial, place)
 
 
 def write_text(path: str | Path, text: str) -> None:

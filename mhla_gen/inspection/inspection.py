@@ -49,7 +49,7 @@ def inspect(config: InspectConfig, dry_run: bool = False) -> Path:
     if made_with(folder, config):
         _require_only_ours(folder)
     check_replaceable(folder)
-    remove_leftovers(folder.parent)
+    remove_leftovers(folder.resolve().parent)
     subjects = _load(config)
     chosen = token_grid(subjects["model"], config)
     grid = chosen.axes

@@ -12,6 +12,7 @@ from mhla_gen.config import ConfigError, load_config
 from mhla_gen.config.fields import path_settings
 from mhla_gen.errors import NotWritableError, OccupiedError
 from mhla_gen.files import is_temporary
+from mhla_gen.files.saved import require_utf8
 
 CONFIG_NAME = "config.yaml"
 LOCK_NAME = ".lock"
@@ -41,6 +42,7 @@ def made_with(folder: str | Path, config: Any, ignore: Sequence[str] = ("output_
         FileExistsError: If something else is there: other settings, named, or files not ours.
     """
     folder = Path(folder)
+    require_utf8("output_dir", folder)
     remedy = "choose another output_dir or move it away"
     if folder.exists() and not folder.is_dir():
         raise OccupiedError(f"output_dir {folder} is a file; {remedy}")
@@ -125,11 +127,13 @@ def check_replaceable(folder: str | Path) -> None:
     Raises:
         PermissionError: Naming what stands in the way.
     """
-    if os.path.ismount(folder):
+    # Through a link its target is replaced, not the link.
+    place = Path(os.path.realpath(folder))
+    if os.path.ismount(place):
         raise NotWritableError(
             f"output_dir {folder} is a mount point, which cannot be replaced; name a folder in it"
         )
-    check_writable(Path(folder).parent)
+    check_writable(place.parent)
 
 
 def differences(found: Any, asked: Any, ignore: Sequence[str] = ()) -> list[str]:

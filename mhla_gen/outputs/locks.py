@@ -63,8 +63,9 @@ def note_failure(folder: Path, error: Exception) -> None:
     words = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
     where = f"process {os.getpid()} on {socket.gethostname()}, mhla_gen {__version__}"
     trace = "".join(traceback.format_exception(error))
+    log = folder / ERRORS_NAME
     # The error itself matters more than a log that cannot be written.
-    with suppress(OSError), (folder / ERRORS_NAME).open("a", encoding="utf-8") as file:
+    with suppress(OSError), log.open("a", encoding="utf-8", errors="backslashreplace") as file:
         file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {where}: {words}\n{trace}\n")
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from mhla_gen.config import TrainConfig, load_config
 from mhla_gen.errors import OccupiedError
-from mhla_gen.files.saved import read_json
+from mhla_gen.files.saved import read_json, require_utf8
 from mhla_gen.hub import PIPELINE_NAME
 from mhla_gen.outputs.folders import CONFIG_NAME, check_writable, differences, is_free
 
@@ -62,6 +62,7 @@ def check_output_dir(config: TrainConfig) -> None:
         PermissionError: If it cannot be written.
     """
     folder = Path(config.output_dir)
+    require_utf8("output_dir", folder)
     check_writable(folder)
     if is_free(folder):
         return

@@ -23,24 +23,24 @@ CASES = [
 COMBINATIONS = ("gate", "denominator", "projection")
 
 
-def make_inputs(case, gate, dtype, blend=False):
+def make_inputs(case, gate, dtype, blend=False, batch=2):
     """Attention's output (or two, and logits of the first one's weight), value, weight, …"""
     grid, sizes, heads, head_dim = case
     channels, tokens = heads * head_dim, math.prod(grid)
     # Views of one product, as in a model.
-    joined = torch.randn(2, tokens, 2 * channels + 32, device=DEVICE, dtype=dtype)
+    joined = torch.randn(batch, tokens, 2 * channels + 32, device=DEVICE, dtype=dtype)
     value = joined[..., channels : 2 * channels]
     logits = {
         "none": None,
-        "channel": torch.randn(2, tokens, channels, device=DEVICE, dtype=dtype),
+        "channel": torch.randn(batch, tokens, channels, device=DEVICE, dtype=dtype),
         "head": joined[..., 2 * channels : 2 * channels + heads],
     }[gate]
     weight = torch.randn(channels, 1, *sizes, device=DEVICE, dtype=dtype)
     bias = torch.randn(channels, device=DEVICE, dtype=dtype)
-    added = torch.randn(2, tokens, channels, device=DEVICE, dtype=dtype)
+    added = torch.randn(batch, tokens, channels, device=DEVICE, dtype=dtype)
     given = [added, value, weight, bias, *([] if logits is None else [logits])]
     if blend:
-        beside = torch.randn(2, tokens, 3 * channels, device=DEVICE, dtype=dtype)
+        beside = torch.randn(batch, tokens, 3 * channels, device=DEVICE, dtype=dtype)
         shares = joined[..., 2 * channels + 16 : 2 * channels + 16 + heads]
         given += [beside[..., channels : 2 * channels], shares]
     return [x.detach().requires_grad_() for x in given]
@@ -75,13 +75,17 @@ def test_one_pass_equals_the_definition(case, gate, blend):
 
 
 @pytest.mark.parametrize("gate", ["channel", "head"])
-@pytest.mark.parametrize("form", [(4, 64, 3), (2, 32, 1)])
-def test_every_form_of_a_clip_gives_the_same(monkeypatch, form, gate):
+@pytest.mark.parametrize(
+    ("form", "grid", "channels", "batch"),
+    [((4, 64, 3), (4, 2, 5), 128, 1), ((2, 32, 1), (2, 3, 3), 64, 2)],
+)
+def test_every_form_of_a_clip_gives_the_same(monkeypatch, form, grid, channels, batch, gate):
     """Whatever its tiles are, and where a tile of channels is a part of a head."""
     from mhla_gen.ops.kernels import depthwise as kernels
 
-    case = ((4, 3, 5), (3, 3, 3), 1, 128)
-    tensors = [x.detach() for x in make_inputs(case, gate, torch.float32, blend=True)]
+    # The last tile of columns and, if it has several, that of frames is not full.
+    case = (grid, (3, 3, 3), 1, channels)
+    tensors = [x.detach() for x in make_inputs(case, gate, torch.float32, True, batch)]
     *given, beside, shares = tensors
     added, read = Blend(given[0][:, :, None], beside[:, :, None], shares), given[1:]
     options = {"grid": case[0], "num_heads": 1, "implementation": "fused"}

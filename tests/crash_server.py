@@ -1,10 +1,12 @@
 """Runs commands in forks of one process, and kills them at a given write or moment.
 
 Started by `crashes.py`, which talks to it in JSON lines. Forking saves the seconds that importing
-takes, so that hundreds of kills take minutes.
+and first uses take, so that hundreds of kills take minutes.
 """
 
+import gc
 import importlib
+import io
 import json
 import os
 import resource
@@ -13,6 +15,9 @@ import sys
 import threading
 import traceback
 from pathlib import Path
+
+import PIL.Image
+import torch
 
 # Calls of Python that change a file or a folder, as audit events name them.
 _CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "shutil.rmtree"}
@@ -88,18 +93,52 @@ def _run(job):
     return {"status": os.waitstatus_to_exitcode(status), "output": text, "changes": count}
 
 
-def _serve():
-    # What the commands import, once.
+def _import_all():
+    """Import what the commands do."""
     for name in (
+        "cli.commands",
+        "conversion.conversion",
         "data.caching.build",
-        "evaluation.features",
+        "distillation.stages",
         "evaluation.evaluation",
+        "evaluation.features",
+        "inspection.inspection",
+        "inspection.sensitivity",
         "sampling.sampling",
+        "sampling.saved_pipeline",
         "training.loop",
     ):
         importlib.import_module(f"mhla_gen.{name}")
-    importlib.import_module("mhla_gen.cli.commands")
-    importlib.import_module("mhla_gen.sampling.saved_pipeline")
+    for name in ("diffusers.guiders", "matplotlib.figure", "sklearn.datasets"):
+        importlib.import_module(name)
+    PIL.Image.init()
+
+
+def _fill_caches():
+    """Do what is slow the first time: count a model's operations, and draw a picture."""
+    from diffusers import DiTTransformer2DModel
+    from matplotlib.figure import Figure
+
+    from mhla_gen import MHLAConfig, inject
+    from mhla_gen.training.conditioning import ClassLabels
+    from mhla_gen.training.throughput import step_flops
+
+    model = DiTTransformer2DModel(1, 8, in_channels=1, num_layers=1, sample_size=8)
+    inject(model, MHLAConfig(layout=(2, 2)))
+    step_flops(model, ClassLabels(10), {"labels": torch.zeros(1, dtype=torch.long)}, (1, 8, 8))
+    figure = Figure(layout="constrained")
+    axes = figure.add_subplot(title="a title", xlabel="a label", yscale="log")
+    figure.colorbar(axes.imshow([[1, 2], [3, 4]], extent=(1, 3, 1, 300)))
+    figure.savefig(io.BytesIO())
+
+
+def _serve():
+    # Without the garbage collector, which would walk all of it in every fork, and so copy it.
+    gc.disable()
+    _import_all()
+    _fill_caches()
+    gc.freeze()
+    gc.enable()
     # Several files of features of a few images.
     sys.modules["mhla_gen.evaluation.features"].CHUNK = 8
     print("ready", flush=True)

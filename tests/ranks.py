@@ -51,7 +51,9 @@ def torchrun(num_ranks, *command):
 
 def _start(function, num_ranks, *arguments):
     # From one process that has imported what takes seconds, and has no threads.
-    multiprocessing.set_forkserver_preload(["torch", "diffusers", "mhla_gen.models"])
+    multiprocessing.set_forkserver_preload(
+        ["diffusers", "mhla_gen.training.loop", "mhla_gen.evaluation.evaluation"]
+    )
     torch.multiprocessing.start_processes(  # type: ignore[attr-defined]
         function, arguments, nprocs=num_ranks, start_method="forkserver"
     )

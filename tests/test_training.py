@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from commands import finish, interrupted, launch
+from commands import interrupted
 from diffusers.training_utils import EMAModel
+from ranks import torchrun
 from tiny import tiny_dit
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
@@ -427,6 +428,6 @@ def test_a_rehearsal_writes_nothing(tmp_path):
 def test_two_processes_train_as_one(tmp_path):
     train(tiny_run(tmp_path / "one"))
     save_config(tiny_run(tmp_path / "two"), tmp_path / "run.yaml")
-    finish(launch("train", tmp_path / "run.yaml", processes=2))
+    torchrun(2, "-m", "mhla_gen.cli", "train", tmp_path / "run.yaml")
     one, two = (dict(log_of(tmp_path / name)) for name in ("one", "two"))
     assert two == pytest.approx(one, rel=1e-5)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mhla_gen.evaluation import load_images
+from mhla_gen.evaluation import load_images, sources
 from mhla_gen.evaluation.errors import EvaluationError
 from mhla_gen.evaluation.video import ClipRule, read_clip
 from mhla_gen.media.pictures import UnreadableImageError, centre_crop, read_rgb
@@ -235,3 +235,15 @@ def test_grey_arrays_become_three_equal_channels(tmp_path):
     grey = RNG.integers(0, 256, (4, 8, 8, 1), dtype=np.uint8)
     source = load_images(npz(tmp_path / "grey.npz", arr_0=grey))
     assert (source.read(2) == np.repeat(grey[2], 3, axis=-1)).all()
+
+
+def test_reading_for_a_digest_shows_how_far_it_is_once_it_takes_long(tmp_path, capsys, monkeypatch):
+    for index, image in enumerate(PIXELS):
+        Image.fromarray(image).save(tmp_path / f"{index}.png")
+    for source in (load_images(tmp_path), load_images(npz(tmp_path / "all.npz", arr_0=PIXELS))):
+        expected = source.digest()
+        assert "reading" not in capsys.readouterr().err
+        with monkeypatch.context() as patch:
+            patch.setitem(sources._IF_LONG, "delay", 0)
+            assert source.digest() == expected
+        assert "reading:" in capsys.readouterr().err

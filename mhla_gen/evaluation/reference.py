@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from mhla_gen.config import ReferenceConfig
 from mhla_gen.evaluation.measurer import Measurer
@@ -69,13 +70,16 @@ def kept_images(
     """
     chosen = np.random.default_rng(seed).permutation(len(source))
     images: dict[int, np.ndarray] = {}
-    for index in chosen.tolist():
-        if len(images) == count:
-            break
-        try:
-            images[index] = source.read(index)
-        except UnreadableImageError:
-            continue
+    wanted = min(count, len(source))
+    with tqdm(desc="keeping", total=wanted, unit="image", delay=3, leave=False) as bar:
+        for index in chosen.tolist():
+            if len(images) == count:
+                break
+            try:
+                images[index] = source.read(index)
+            except UnreadableImageError:
+                continue
+            bar.update()
     if not images:
         return {}
     numbers = sorted(images)

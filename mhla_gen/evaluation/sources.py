@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from tqdm import tqdm
 
 from mhla_gen.evaluation.errors import EvaluationError
 from mhla_gen.evaluation.npz import npz_keys, open_array
@@ -34,6 +35,8 @@ _MEASURED = {
 }
 # Images of an array that are hashed together.
 _HASHED = 64
+# A bar that appears after some seconds, and goes when it is done.
+_IF_LONG: Any = {"delay": 3, "leave": False}
 
 
 class ImageSource(Protocol):
@@ -149,7 +152,8 @@ class FileSource:
     def digest(self) -> str:
         """See `ImageSource`."""
         with ThreadPoolExecutor() as pool:
-            digests = pool.map(_digest_or_reason, self._files)
+            found = pool.map(_digest_or_reason, self._files)
+            digests = tqdm(found, "reading", len(self._files), unit="file", **_IF_LONG)
             return _join_digests(f"files by rules {READING}", digests)
 
     def labels(self) -> None:
@@ -205,7 +209,9 @@ class ArraySource:
         # In threads: one core hashes no faster than a GPU takes images.
         starts = range(0, len(self._array), _HASHED)
         with ThreadPoolExecutor() as pool:
-            return _join_digests(f"array{self._array.shape}", pool.map(self._block_digest, starts))
+            found = pool.map(self._block_digest, starts)
+            digests = tqdm(found, "reading", len(starts), unit="block", **_IF_LONG)
+            return _join_digests(f"array{self._array.shape}", digests)
 
     def labels(self) -> np.ndarray | None:
         """See `ImageSource`."""

@@ -9,6 +9,8 @@ import torch
 from test_training import TINY, assert_same, state_of, tiny_run, trained
 from torch import nn
 
+from mhla_gen.config import TrainConfig
+from mhla_gen.config.fields import Range, kinds_of
 from mhla_gen.errors import UserError
 from mhla_gen.training import build_optimizer, train
 from mhla_gen.training.dit import build_model
@@ -111,6 +113,17 @@ def test_the_profile_of_an_average_is_as_wide_as_asked(width):
     assert np.sqrt(square - mean**2) == pytest.approx(width, rel=0.03)
     exponent = profile_exponent(width)
     assert mean == pytest.approx((exponent + 1) / (exponent + 2), rel=0.01)
+
+
+def test_every_width_that_is_taken_has_a_profile():
+    limits = kinds_of(TrainConfig)["ema_width"].mark(Range)
+    for width in (limits.low, limits.high):
+        limits.check("ema_width", width, whole=False)
+        gamma = profile_exponent(width)
+        found = (gamma + 1) ** 0.5 / ((gamma + 2) * (gamma + 3) ** 0.5)
+        assert found == pytest.approx(width, rel=1e-6)
+    with pytest.raises(UserError, match=r"ema_width must be in \[0.001, 0.28\]"):
+        limits.check("ema_width", 1e-300, whole=False)
 
 
 def test_a_run_with_such_an_average_goes_on_with_it(tmp_path):

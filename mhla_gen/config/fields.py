@@ -80,7 +80,7 @@ NotNegative = Annotated[float, Range(0)]
 Finite = Annotated[float, Range(-math.inf)]
 Guidance = Annotated[float, Range(1)]
 Fraction = Annotated[float, Range(0, 1, open_high=True)]
-ProfileWidth = Annotated[float, Range(0, 0.28, open_low=True)]
+ProfileWidth = Annotated[float, Range(0.001, 0.28)]
 FilePath = Annotated[str, PATH]
 FilePaths = Annotated[Any, PATH]
 """One of them or a list."""

@@ -93,7 +93,7 @@ def profile_exponent(width: float) -> float:
     of step $n$ is $(1 - 1/n)^{\gamma + 1}$, so that a longer run is averaged over longer.
 
     Args:
-        width: Standard deviation of the profile as a share of training, in (0, 0.28].
+        width: Standard deviation of the profile as a share of training, in [0.001, 0.28].
 
     Source:
         Karras et al. 2024, arXiv:2312.02696, Section 3 and Appendix C.

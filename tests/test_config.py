@@ -202,6 +202,21 @@ def test_settings_of_several_kinds_take_no_larger_numbers_than_others(setting):
         load_config(None, [f"{key}={form.format(2**31)}"], SCHEMAS[job])
 
 
+@pytest.mark.parametrize(
+    ("job", "key"),
+    [
+        ("train", "data.image_size"),
+        ("sample", "height"),
+        ("sample", "width"),
+        ("sample", "evaluate.size"),
+        ("reference", "size"),
+    ],
+)
+def test_no_image_has_a_side_that_libraries_cannot_count(job, key):
+    with pytest.raises(UserError, match=rf"^{key} must be in \[1, 65535\], found 2147483647"):
+        load_config(None, [f"{key}={2**31 - 1}"], SCHEMAS[job])
+
+
 @pytest.mark.parametrize("where", NUMBERS)
 def test_numbers_outside_their_range_are_refused(where):
     schema, name, kind = NUMBERS[where]

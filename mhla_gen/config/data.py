@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from mhla_gen.config.checks import elements, is_whole
-from mhla_gen.config.fields import Count, FilePath, Positive, Settings
+from mhla_gen.config.fields import Count, FilePath, Positive, Settings, Side
 from mhla_gen.errors import UserError
 
 SOURCES = ("digits", "npz", "folder", "list", "huggingface", "webdataset", "clips", "cache")
@@ -29,7 +29,7 @@ class DataConfig(Settings, prefix="data."):
     cache` wrote, of images or clips."""
     path: FilePath | None = None
     """The file or folder. webdataset also takes a pattern: shards/train-*.tar."""
-    image_size: Count | None = None
+    image_size: Side | None = None
     """Side of the square images in pixels. Image files are cropped and resized to it; other sources
     have a fixed size, which this must equal if given."""
     failed_reads: Literal["stop", "quarantine"] = "stop"

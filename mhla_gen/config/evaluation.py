@@ -13,6 +13,7 @@ from mhla_gen.config.fields import (
     Positive,
     Seed,
     Settings,
+    Side,
     Whole,
     in_group,
 )
@@ -97,7 +98,7 @@ class EvaluateConfig(Settings):
     inception, fvd with i3d; accuracy and copies where samples and reference have labels."""
     features: FeaturesConfig = field(default_factory=FeaturesConfig)
     """The network whose features are compared."""
-    size: Count | None = None
+    size: Side | None = None
     """Center-crop and resize both sets to this side in pixels, as ADM does; None compares as is."""
     out: FilePath = "metrics.json"
     """File for the numbers."""
@@ -188,7 +189,7 @@ class ReferenceConfig(Settings):
     """Folder of images, npz with `arr_0`, sample set, or a list of these."""
     out: FilePath = "reference.npz"
     """File for the statistics."""
-    size: Count | None = None
+    size: Side | None = None
     """Center-crop and resize to this side in pixels, as ADM does; None keeps the images' size."""
     keep_images: Whole = 10_000
     """Images to store in the file, chosen at random, for precision, recall and KID."""

@@ -71,6 +71,8 @@ PATH = Text(path=True)
 
 Count = Annotated[int, Range(1, LARGEST)]
 Whole = Annotated[int, Range(0, LARGEST)]
+Side = Annotated[int, Range(1, 65_535)]
+"""Pixels along a side of an image; libraries of images overflow with more."""
 AtLeastTwo = Annotated[int, Range(2, LARGEST)]
 SEEDS = Range(0, 2**32 - 1)
 """NumPy's generators take no other."""

@@ -5,7 +5,17 @@ from typing import Any, Literal
 
 from mhla_gen.config.checks import LARGEST, check_choice, elements, normalize_classes
 from mhla_gen.config.evaluation import EvaluateConfig
-from mhla_gen.config.fields import Count, FilePath, Guidance, Positive, Range, Seed, Settings, Texts
+from mhla_gen.config.fields import (
+    Count,
+    FilePath,
+    Guidance,
+    Positive,
+    Range,
+    Seed,
+    Settings,
+    Side,
+    Texts,
+)
 from mhla_gen.errors import UserError
 
 FORMATS = ("npz", "png", "mp4")
@@ -66,9 +76,9 @@ class SampleConfig(Settings):
     """Name of a diffusers scheduler to use instead of the saved one."""
     scheduler_options: dict[str, Any] = field(default_factory=dict[str, Any])
     """Its settings, such as {flow_shift: 3.0}; others are kept from the saved scheduler."""
-    height: Count | None = None
+    height: Side | None = None
     """Pixels. Images of classes are square."""
-    width: Count | None = None
+    width: Side | None = None
     """Pixels."""
     num_frames: Count | None = None
     """Frames of a video."""

@@ -51,7 +51,7 @@ def test_git_ignores_no_module():
 
 
 def test_the_operator_imports_without_diffusers():
-    code = "import sys, mhla_gen.ops; sys.exit('diffusers' in sys.modules)"
+    code = "import os, sys, mhla_gen.ops; os._exit('diffusers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

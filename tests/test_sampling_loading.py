@@ -73,12 +73,15 @@ def test_a_fresh_process_loads_what_was_saved(run, tmp_path):
     """As the documents say: after this import; that of a class-conditional run by its class."""
     dit = mhla_gen.inject(tiny_dit_pipeline(), MHLAConfig(layout=(2, 2)))
     dit.save_pretrained(tmp_path / "dit")
+    # Seconds of walking what is imported, now and at the end.
     code = (
+        "import gc; gc.disable()\n"
         "import sys, mhla_gen\n"
         "from diffusers import DiffusionPipeline\n"
         "dit = DiffusionPipeline.from_pretrained(sys.argv[1])\n"
         "pipe = mhla_gen.ClassConditionalPipeline.from_pretrained(sys.argv[2])\n"
-        "for p in (dit, pipe): print(type(p).__name__, type(p.transformer).__name__)"
+        "for p in (dit, pipe): print(type(p).__name__, type(p.transformer).__name__)\n"
+        "gc.freeze()"
     )
     folders = str(tmp_path / "dit"), str(run / "pipeline")
     done = subprocess.run([sys.executable, "-c", code, *folders], capture_output=True, text=True)

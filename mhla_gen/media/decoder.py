@@ -171,4 +171,6 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     process.wait()
     for stream in (process.stdin, process.stdout):
         if stream is not None:
-            stream.close()
+            # What is left of a request has nobody to read it.
+            with contextlib.suppress(BrokenPipeError):
+                stream.close()

@@ -48,7 +48,7 @@ def blockwise_tile_attention(
             if extra_kv is not None:
                 extra_k, extra_v, bias = extra_kv
                 scored.append((group_q @ extra_k.transpose(-1, -2) * scale + bias, extra_v))
-            return _softmax([(s, v) for s, v in scored if s.shape[-1] > 0])
+            return _softmax(scored)
 
         gathered = placed.num_groups * lists.shape[-1] * tiles.tokens.shape[1]
         some = max(1, placed.num_groups * query.shape[1] // max(gathered, 1))
@@ -68,9 +68,10 @@ def blockwise_tile_attention(
 def _softmax(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Softmax over all scores `[..., queries, keys]` of their values, and its log-sum-exp."""
     with torch.no_grad():
-        # Any shift gives the same: it needs no gradient. Without a key there is none to take.
-        peaks = [scores.amax(dim=-1, keepdim=True) for scores, _ in parts]
-        peak = peaks[0] if len(peaks) == 1 else torch.maximum(*peaks)
+        # Any shift gives the same: it needs no gradient. A part without keys has no peak, but
+        # stays: the gradients of its inputs are zero, not missing.
+        peaks = [scores.amax(dim=-1, keepdim=True) for scores, _ in parts if scores.shape[-1] > 0]
+        peak = torch.cat(peaks, dim=-1).amax(dim=-1, keepdim=True)
         peak = peak.masked_fill(peak == float("-inf"), 0)
     # Weights by the log-sum-exp would not sum to one: it is rounded, by 0.001 at 10,000.
     weights = [(scores - peak).exp() for scores, _ in parts]

@@ -175,7 +175,7 @@ def _shown(default: Any) -> str:
 
 @functools.cache
 def meanings_of(schema: type) -> dict[str, str]:
-    """The text below each setting of a config, in its source."""
+    """The text below each setting of a config, in its source, in which None is YAML's null."""
     found: dict[str, str] = {}
     for base in reversed(schema.__mro__[:-1]):
         if not dataclasses.is_dataclass(base):
@@ -189,7 +189,8 @@ def meanings_of(schema: type) -> dict[str, str]:
                 and isinstance(after, ast.Expr)
                 and isinstance(after.value, ast.Constant)
             ):
-                found[statement.target.id] = " ".join(str(after.value.value).split())
+                meaning = " ".join(str(after.value.value).split())
+                found[statement.target.id] = re.sub(r"\bNone\b", "null", meaning)
     return found
 
 

@@ -105,7 +105,7 @@ class TrainConfig(Settings):
     weight_decay: NotNegative = 0.0
     """Weight decay of matrices; biases, embeddings, norms and mixing matrices have none."""
     max_grad_norm: Positive | None = 1.0
-    """Clip gradients to this norm; null does not clip."""
+    """Clip gradients to this norm; None does not clip."""
     mixed_precision: Literal["fp32", "bf16"] = "bf16"
     """Arithmetic of the forward pass; weights stay float32."""
     float8: bool = False

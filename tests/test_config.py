@@ -56,6 +56,7 @@ def test_there_are_shipped_configs():
         (["layot=[2]"], "there is no setting layot; did you mean layout?"),
         (["zebra=1"], "no setting zebra; --print-config shows all"),
         (["conv=maybe"], "must be true or false"),
+        (["causal_frames=None"], "causal_frames=None is written causal_frames=null"),
         (["layout=[0]"], "positive block counts"),
         (["layout=[2,2,2,2]"], "1 to 3 positive block counts"),
         (["layout=big"], '"auto" or'),

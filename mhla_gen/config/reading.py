@@ -228,6 +228,8 @@ def _scalar(text: str, kind: Kind, key: str) -> Any:
     nulls = _NULLS if kind.is_text else (*_NULLS, "", "~")
     if kind.optional and text in nulls:
         return None
+    if kind.optional and text == "None" and kind.base is not Any and not kind.is_text:
+        raise ConfigError(f"{key}=None is written {key}=null")
     if kind.base is bool:
         value = _BOOLS.get(text.lower())
         if value is None:

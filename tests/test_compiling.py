@@ -17,6 +17,7 @@ from tiny import (
     tiny_wan,
     wan_inputs,
 )
+from tiny_calls import called
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.choices import InductorChoices
 from torch._inductor.decomposition import (
@@ -32,9 +33,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 import mhla_gen
 from mhla_gen import MHLAConfig
-from mhla_gen.config import TrainConfig, load_config
+from mhla_gen.config import ModelConfig, TrainConfig, TransformerConfig, load_config
 from mhla_gen.runtime.compiling import compile_blocks, compile_model
 from mhla_gen.training import train
+from mhla_gen.training.randomness import step_randomness
+from mhla_gen.training.training_run import build_run
 
 # More than torch makes by itself, which is 8.
 GRIDS = [(1, 2, 4), (1, 4, 2), (2, 2, 4), (2, 4, 4), (3, 2, 2), (3, 4, 6), (4, 2, 6), (5, 2, 2)]
@@ -93,6 +96,28 @@ def test_what_trains_is_compiled_for_its_own_size(how, forms):
     ]
     assert len(forms.graphs) == 4
     assert all(type(length) is int for x in inputs for length in x.shape)
+
+
+def test_lengths_of_captions_are_not_compiled_one_by_one(forms, tmp_path):
+    """Qwen-Image pads captions to the longest of a batch only."""
+    model, _, data = called("qwen_image")
+    data.empty_prompt = {name: x[:1] for name, x in data.empty_prompt.items()}
+    sizes = {name: value for name, value in model.config.items() if not name.startswith("_")}
+    config = TrainConfig(
+        output_dir=str(tmp_path),
+        transformer=TransformerConfig(name=type(model).__name__, sizes=sizes | {"num_layers": 1}),
+        model=ModelConfig(mhla=MHLAConfig(layout=(2, 2))),
+        compile="regional",
+        mixed_precision="fp32",
+        report_to="none",
+        batch_size=4,
+    )
+    run, whole = build_run(config, data=data), data.batch
+    randomness = step_randomness(run.task.objective, seed=0, step=0, batch_size=4)
+    for length in range(2, 8):
+        cut = {name: x[:, :length] for name, x in whole.items() if name.startswith("prompt")}
+        run.task.step_losses(run.model, whole | cut, randomness)["loss"].mean().backward()
+    assert forms.frame_count <= 2
 
 
 def test_models_of_one_process_do_not_count_together(forms):

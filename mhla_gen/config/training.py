@@ -116,7 +116,8 @@ class TrainConfig(Settings):
     weights, gradients, optimizer and EMA (FSDP2)."""
     compile: Literal["none", "regional", "whole"] = "none"
     """torch.compile: regional compiles one transformer block and uses it for all; whole compiles
-    the model, which takes longer. Every size in the data is compiled by itself."""
+    the model, which takes longer. Every size in the data is compiled by itself, but for
+    lengths of captions."""
     cuda_graphs: bool | None = None
     """With compile=regional on GPUs: record the forward and backward pass of a DiT as CUDA graphs
     and replay them at every step, also under DDP; false does not. Never with parallelism=fsdp,

@@ -180,7 +180,7 @@ class Stage:
             return replace(task, losses=LayerLosses(task.objective, task.conditioning, errors))
         bf16 = config.mixed_precision == "bf16"
         autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)
-        compile_model(teacher, config.compile)
+        compile_model(teacher, config.compile, any_size=task.any_length)
         weight = self.settings.teacher_weight
         losses = OutputLosses(task.objective, task.conditioning, teacher, weight, autocast)
         return replace(task, losses=losses)

@@ -79,7 +79,7 @@ def _sum_embeddings_in_order() -> None:
     fast_random_decomps.cache_clear()
 
 
-def compile_model(model: nn.Module, how: str) -> None:
+def compile_model(model: nn.Module, how: str, any_size: bool = False) -> None:
     """Compile a model for training in place; its parameters keep their names.
 
     Each size of its inputs is compiled by itself. From the second size on, torch would rather
@@ -90,6 +90,7 @@ def compile_model(model: nn.Module, how: str) -> None:
     Args:
         model: A transformer.
         how: none; regional, each of its blocks, which compile once for all; or whole.
+        any_size: Whether to leave that to torch, for inputs of more sizes than can be compiled.
     """
     if how == "none":
         return
@@ -97,13 +98,14 @@ def compile_model(model: nn.Module, how: str) -> None:
     # that they travel while the rest is computed. Blocks are small enough: cut, they take longer to
     # compile and to compute.
     torch._dynamo.config.optimize_ddp = how == "whole"
+    dynamic = None if any_size else False
     if how == "whole":
         join_gelu(model)
         _read_norms_once()
         _sum_embeddings_in_order()
-        model.compile(dynamic=False, **_limit_forms())
+        model.compile(dynamic=dynamic, **_limit_forms())
     else:
-        compile_blocks(model, dynamic=False)
+        compile_blocks(model, dynamic)
 
 
 def compile_blocks(model: nn.Module, dynamic: bool | None = None) -> None:

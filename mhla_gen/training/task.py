@@ -45,6 +45,8 @@ class Task:
     """Frames per second of clips that previews show."""
     losses: Losses | None = None
     """What a step minimises; None is the loss of the objective."""
+    any_length: bool = False
+    """Whether captions are only as long as the longest of a batch."""
     finished: Callable[[Any], Any] | None = None
     """The trained transformer → the one that is saved; None saves it as it is."""
     sampling: Mapping[str, Any] = field(default_factory=dict)

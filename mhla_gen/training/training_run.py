@@ -221,7 +221,7 @@ def build_run(
     if config.gradient_checkpointing:
         recompute_activations(model, config.gradient_checkpointing)
     model.train()
-    compile_model(model, config.compile)
+    compile_model(model, config.compile, any_size=task.any_length)
     optimizer = build_optimizer(
         model,
         config.learning_rate,

@@ -53,6 +53,7 @@ def transformer_task(config: TrainConfig, given: TransformerConfig, data: Traini
         objective=_objective(config, call, parts.scheduler),
         conditioning=TransformerConditions(call, empty),
         pipeline=parts.pipeline,
+        any_length=not (call.pads and call.batches),
         finished=merged if config.model.trainable == "lora" else None,
         sampler=CaptionSamples(data, empty, parts) if drawn else None,
         sampling=parts.sampling(call),

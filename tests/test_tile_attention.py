@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounter
 
 from mhla_gen.ops import auto_tiles, tile_attention, tile_share
 from mhla_gen.ops.partition import block_of_tokens
@@ -287,6 +288,21 @@ def test_two_calls_are_bit_equal():
     first = outputs_and_gradients(tensors, options, "blockwise")
     second = outputs_and_gradients(tensors, options, "blockwise")
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_a_layout_is_constant_in_what_is_compiled_for_any_size():
+    """Compiling a symbolic one takes a minute."""
+    counter = CompileCounter()
+
+    def attend(q, k, v, grid):
+        layout = {"grid": grid, "tile": (2, 2), "window": (1, 1), "top": 1}
+        return tile_attention(q, k, v, **layout, implementation="blockwise")[0]
+
+    run = torch.compile(attend, fullgraph=True, dynamic=True, backend=counter)
+    for grid in ((6, 5), (7, 5)):
+        tokens = [torch.randn(1, math.prod(grid), 1, 4) for _ in range(3)]
+        torch.testing.assert_close(run(*tokens, grid), attend(*tokens, grid))
+    assert counter.frame_count == 2
 
 
 def test_compiles_into_one_graph():

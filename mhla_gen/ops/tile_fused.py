@@ -7,8 +7,6 @@
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 # pyright: reportUnknownArgumentType=false
 
-import operator
-
 import torch
 from torch import Tensor
 
@@ -45,9 +43,7 @@ def fused_tile_attention(
         raise UserError(f"implementation='fused' {reason}; use 'blockwise' or 'auto'")
     cos, sin = rotary if rotary is not None else (None, None)
     keys, values, mask = extra if extra is not None else (None, None, None)
-    # As indices, so that torch.compile specializes on the layout, on which the packs depend.
-    boxes = ([operator.index(n) for n in each] for each in placed[:5])
-    layout = *boxes, operator.index(placed.top), float(scale)
+    layout = *map(list, placed[:5]), placed.top, float(scale)
     packs = tile_pack(*(x.detach() for x in (query, key, value)), cos, sin, *layout)
     out, lse, _ = tile_attend(query, key, value, cos, sin, keys, values, mask, *layout, packs)
     return out, lse

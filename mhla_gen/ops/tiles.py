@@ -9,6 +9,7 @@ Sizes are plain integers, so that `torch.compile` can trace them.
 """
 
 import math
+import operator
 from typing import NamedTuple
 
 import torch
@@ -89,6 +90,11 @@ def tiling(
     group = (1,) * len(grid) if group is None else group
     check_grid(grid)
     check_whole(tile=tile, window=window, group=group, top=top)
+    # As indices, so that torch.compile specializes on the layout: with symbols it takes minutes.
+    grid, tile, window, group = (
+        tuple(operator.index(n) for n in each) for each in (grid, tile, window, group)
+    )
+    top = operator.index(top)
     sizes = {"tile": tile, "window": window, "group": group}
     for name, size in sizes.items():
         if len(size) != len(grid):
@@ -110,7 +116,7 @@ def tiling(
     )
     before = tuple(max(w - 1, 0) // 2 for w in window)
     left = math.prod(tiles) - math.prod(reach)
-    return Tiling(tuple(grid), tiles, groups, reach, before, min(top, left))
+    return Tiling(grid, tiles, groups, reach, before, min(top, left))
 
 
 def tile_share(

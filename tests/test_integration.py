@@ -180,6 +180,7 @@ OFFLOADED = {
     "projection": replace(WAN, combine="projection", feature_map="focused", gate=3),
     "linformer": LinformerConfig(projected_len=8, sharing="none"),
     "linformer by axis": LinformerConfig(projected_len=(1, 2, 2), sharing="key_value"),
+    "linformer of one layer": LinformerConfig(projected_len=8, sharing="layerwise"),
     "linformer by window": LinformerConfig(projected_len=(1, 2, 2), projection="conv"),
     "causal": MHLAConfig(layout=(2, 1, 2), causal_frames=1, output_norm=True),
 }

@@ -14,6 +14,7 @@ import mhla_gen
 from mhla_gen import LinformerConfig, MHLAConfig
 from mhla_gen.bench.ops import bench_ops
 from mhla_gen.config import BenchConfig, ConfigError, ModelConfig, TrainConfig, load_config
+from mhla_gen.models.additions import Inputs
 from mhla_gen.models.linformer import coverage
 from mhla_gen.ops import linformer_attention
 from mhla_gen.training import parameter_groups
@@ -287,6 +288,17 @@ def test_every_parameter_learns_and_only_added_ones_where_asked():
             assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
     grouped = [id(p) for group in parameter_groups(model, 0.1) for p in group["params"]]
     assert sorted(grouped) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+
+
+def test_projections_of_a_layer_on_another_device_are_refused():
+    model = mhla_gen.inject(tiny_dit(), LinformerConfig(projected_len=4, sharing="layerwise"))
+    first, second = (block.attn1.mhla for block in model.transformer_blocks[:2])
+    second.to("meta")
+    x = torch.empty(1, 16, second.num_heads, second.head_dim, device="meta")
+    with pytest.raises(ValueError, match="another layer, which are sharded or on another device"):
+        second._begin(Inputs(x, x, x, (), (4, 4), None, None, None))
+    first.to("meta")
+    assert second._begin(Inputs(x, x, x, (), (4, 4), None, None, None))().shape == x.shape
 
 
 def test_adapters_carry_it(tmp_path):

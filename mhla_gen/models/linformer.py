@@ -88,6 +88,7 @@ class Linformer(AddedAttention):
                 f"{along[0]}; convert with a larger grid, or with a projected_len for each axis, "
                 f"such as {(8,) * len(grid)}, which takes every size"
             )
+        self._require_owner(query.device)
         query, key = rotated(query, rotary), rotated(key, rotary)
         key_projection, value_projection = self.projections()
         valid = None
@@ -99,21 +100,21 @@ class Linformer(AddedAttention):
         return lambda: attend_projected(query, key, value, valid)
 
     def projections(self) -> tuple[Any, Any]:
-        """E and F, which may be the same module or belong to another layer.
-
-        Raises:
-            ValueError: If another layer's weights are not on this device or process.
-        """
+        """E and F, which may be the same module or belong to another layer."""
         owner = self._owner[0] if self._owner else self
-        for weight in owner.key_projection.parameters() if self._owner else ():
-            if weight.is_meta or isinstance(weight, DTensor):
-                raise UserError(
-                    "sharing=layerwise reads projections of another layer, which are sharded or "
-                    "offloaded; use sharing=key_value there"
-                )
         key_projection = owner.key_projection
         value_projection = owner.value_projection
         return key_projection, key_projection if value_projection is None else value_projection
+
+    def _require_owner(self, device: torch.device) -> None:
+        """Raise unless another layer's weights can be read here: accelerate's hooks load them."""
+        for weight in self._owner[0].key_projection.parameters() if self._owner else ():
+            elsewhere = weight.device != device and not weight.is_meta
+            if elsewhere or isinstance(weight, DTensor):
+                raise UserError(
+                    "sharing=layerwise reads projections of another layer, which are sharded or on "
+                    "another device; use sharing=key_value there"
+                )
 
     @property
     def kind(self) -> str:

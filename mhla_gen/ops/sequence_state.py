@@ -26,13 +26,15 @@ class SequenceState:
         if self.lengths is None:
             return
         held = range(len(self.lengths))
-        found: list[Any] = cast(Any, index).tolist()
+        # One wait for the device; lengths are on the CPU.
+        places = index.cpu()
+        found: list[Any] = cast(Any, places).tolist()
         numbers = index.ndim == 1 and index.dtype in (torch.int64, torch.int32)
         if not numbers or any(i not in held for i in found):
             raise UserError(
                 f"index must list sequences by their numbers, 0 to {len(held) - 1}, found {found}"
             )
-        self.lengths = self.lengths[index.cpu()]
+        self.lengths = self.lengths[places]
         for name, tensor in self.held():
             setattr(self, name, tensor.index_select(0, index.to(tensor.device)))
 

@@ -218,6 +218,22 @@ def test_no_image_has_a_side_that_libraries_cannot_count(job, key):
         load_config(None, [f"{key}={2**31 - 1}"], SCHEMAS[job])
 
 
+@pytest.mark.parametrize(
+    ("job", "key", "most"),
+    [
+        ("train", "model.num_layers", 1000),
+        ("train", "wan.num_layers", 1000),
+        ("bench", "num_layers", 1000),
+        ("cache", "num_workers", 1024),
+        ("evaluate", "features.num_workers", 1024),
+        ("inspect", "num_inputs", 10_000),
+    ],
+)
+def test_what_is_made_one_by_one_has_a_limit(job, key, most):
+    with pytest.raises(UserError, match=rf"^{key} must be in \[[01], {most}\], found {most + 1}"):
+        load_config(None, [f"{key}={most + 1}"], SCHEMAS[job])
+
+
 @pytest.mark.parametrize("where", NUMBERS)
 def test_numbers_outside_their_range_are_refused(where):
     schema, name, kind = NUMBERS[where]

@@ -1,10 +1,18 @@
 """Settings of data sets and of caches of latents."""
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from mhla_gen.config.checks import elements, is_whole
-from mhla_gen.config.fields import Count, FilePath, Positive, Settings, Side
+from mhla_gen.config.fields import (
+    MOST_WORKERS,
+    Count,
+    FilePath,
+    Positive,
+    Range,
+    Settings,
+    Side,
+)
 from mhla_gen.errors import UserError
 
 SOURCES = ("digits", "npz", "folder", "list", "huggingface", "webdataset", "clips", "cache")
@@ -166,7 +174,7 @@ class CacheConfig(Settings):
     """Images per forward pass of the autoencoder; clips go one by one."""
     chunk_size: Count | None = None
     """Samples per file; an interruption costs each process one file. None: 512 images, 8 clips."""
-    num_workers: Count = 8
+    num_workers: Annotated[int, Range(1, MOST_WORKERS)] = 8
     """Images or clips to decode at the same time, in each process."""
     retry_quarantined: bool = False
     """Try again what an earlier run could not read."""

@@ -1,16 +1,18 @@
 """Settings of evaluation and of reference statistics."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 from mhla_gen.config.checks import check_choice, normalize_paths
 from mhla_gen.config.fields import (
+    MOST_WORKERS,
     AtLeastTwo,
     Count,
     FilePath,
     FilePaths,
     NotNegative,
     Positive,
+    Range,
     Seed,
     Settings,
     Side,
@@ -38,7 +40,7 @@ class FeaturesConfig(Settings, prefix="features."):
     """Dtype inside inception; float64 makes it independent of batch size and device."""
     batch_size: Count = 64
     """Images per forward pass."""
-    num_workers: Whole | None = None
+    num_workers: Annotated[int, Range(0, MOST_WORKERS)] | None = None
     """Processes that decode images; None: 8 beside a GPU for files, none for an npz or on a CPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a GPU if there is one."""

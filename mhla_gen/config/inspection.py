@@ -39,7 +39,7 @@ class InputsConfig(Settings):
     """Transformer of the pipeline; the second expert of Wan 2.2 is transformer_2."""
     data: DataConfig | None = None
     """Images to add noise to, as in `train`; None runs the model on pure noise."""
-    num_inputs: Count = 4
+    num_inputs: Annotated[int, Range(1, 10_000)] = 4
     """Number of inputs; each is used at every timestep."""
     classes: Any = "all"
     """Class numbers of the inputs, in turn; "all" counts up from 0. Data have their own."""

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from mhla_gen.config.checks import check_choice
-from mhla_gen.config.fields import Count, FilePath, Positive, Settings
+from mhla_gen.config.fields import Count, Depth, FilePath, Positive, Settings
 from mhla_gen.config.linformer import LinformerConfig
 from mhla_gen.config.mhla import MHLAConfig
 from mhla_gen.errors import UserError
@@ -51,7 +51,7 @@ class ModelConfig(Settings, prefix="model."):
     """Sizes of a new model: DiT-S, DiT-B, DiT-L or DiT-XL, with patches of /2, /4 or /8."""
     patch_size: Count | None = None
     """Side of a token in pixels or latents; None takes the preset's, as for the next three."""
-    num_layers: Count | None = None
+    num_layers: Depth | None = None
     """Transformer blocks."""
     num_attention_heads: Count | None = None
     """Heads per block; the hidden size is heads × attention_head_dim."""

@@ -11,7 +11,7 @@ from mhla_gen.config.checks import (
     normalize_integers,
     normalize_layout,
 )
-from mhla_gen.config.fields import Count, FilePath, Settings
+from mhla_gen.config.fields import Count, Depth, FilePath, Settings
 from mhla_gen.errors import MissingError, UserError
 
 
@@ -122,7 +122,7 @@ class BenchConfig(Settings):
     share of its blocks; see training."""
     model: Literal["dit", "flux", "wan"] = "dit"
     """DiT-XL/2, FLUX.1-dev or Wan2.1-1.3B, random weights."""
-    num_layers: Count | None = None
+    num_layers: Depth | None = None
     """Layers of the model (for Flux, those with two streams); None takes all."""
     compile: Any = False
     """torch.compile: false, true (each repeated block) or "whole" (the model in one graph)."""

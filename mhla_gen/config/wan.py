@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from mhla_gen.config.checks import check_choice
-from mhla_gen.config.fields import Count, Range
+from mhla_gen.config.fields import Count, Depth, Range
 from mhla_gen.config.model import LoraSettings
 from mhla_gen.errors import UserError
 
@@ -39,7 +39,7 @@ class WanConfig(LoraSettings, prefix="wan."):
     preset: str = "1.3B"
     """Sizes of a new model, without model.pretrained: 1.3B, 5B or 14B. Channels are those of the
     data."""
-    num_layers: Count | None = None
+    num_layers: Depth | None = None
     """Transformer blocks; None takes the preset's, as for the next three."""
     num_attention_heads: Count | None = None
     """Heads per block; the hidden size is heads × attention_head_dim."""

@@ -54,3 +54,10 @@ def one_line(text: str, most: int = _LONGEST) -> str:
     words = " ".join(text.split())
     shown = "".join(c if c.isprintable() else "\ufffd" for c in words)
     return shown if len(shown) <= most else f"{shown[: most - 1]}…"
+
+
+def shortened(message: str, most: int = 1200) -> str:
+    """A message whose lines keep both ends: what is wrong, and what to do about it."""
+    lines = message.split("\n")
+    head, tail = 2 * most // 3, most // 3
+    return "\n".join(x if len(x) <= most else f"{x[:head]} … {x[-tail:]}" for x in lines)

@@ -14,7 +14,7 @@ import torch
 
 from mhla_gen.cli import COMMANDS, main
 from mhla_gen.config import SCHEMAS
-from mhla_gen.errors import MissingError, UserError
+from mhla_gen.errors import MissingError, UserError, shortened
 
 ROOT = Path(__file__).parents[1]
 # The other scripts in these folders measure something and have options of their own.
@@ -93,6 +93,17 @@ def test_what_fits_no_memory_is_one_line_with_the_remedy(allocate, monkeypatch, 
     assert main(["doctor"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "out of memory; lower batch_size" in error
+
+
+def test_a_long_value_is_shown_by_its_ends(capsys):
+    value = "[" + ", ".join(map(str, range(9000))) + "]"
+    assert main(["train", f"model.mhla.layers={value}", f"max_steps={value}"]) == 2
+    error = capsys.readouterr().err
+    assert len(error) < 1300 and error.startswith("mhla-gen train: error: max_steps ")
+    assert " … " in error and "8998, 8999]" in error
+    # Line by line, and nothing of what is short.
+    lines = f"files:\n{'a' * 1200}\n{'b' * 1201}"
+    assert shortened(lines) == f"files:\n{'a' * 1200}\n{'b' * 800} … {'b' * 400}"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a device that is not there")

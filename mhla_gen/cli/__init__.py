@@ -15,7 +15,7 @@ from mhla_gen.cli.early import check_early
 from mhla_gen.config import SCHEMAS, load_config, to_yaml
 from mhla_gen.config.fields import kinds_of
 from mhla_gen.config.reading import is_setting
-from mhla_gen.errors import UserError
+from mhla_gen.errors import UserError, shortened
 from mhla_gen.version import __version__
 
 
@@ -162,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         said = _said(error)
         if said is None or os.environ.get("MHLA_GEN_TRACEBACK") == "1":
             raise
-        print(f"mhla-gen {name}: error: {said}", file=sys.stderr)
+        print(f"mhla-gen {name}: error: {shortened(said)}", file=sys.stderr)
         return 2
     return 0
 
@@ -214,7 +214,10 @@ def _said(error: Exception) -> str | None:
     if type(error).__name__ == "OutOfMemoryError":
         return "out of GPU memory; lower batch_size or the image size"
     if isinstance(error, MemoryError) or any(said in str(error) for said in _TOO_LARGE):
-        return "out of memory; lower batch_size, the image size or the sizes of the model"
+        return (
+            "out of memory; lower batch_size, the image size, the sizes of the model, or whatever "
+            "setting has a large number"
+        )
     return None
 
 

@@ -10,6 +10,9 @@ os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 # Processes that share the tests share the cores, too; torch reads this when it is loaded.
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+# No test needs a network: names that are not on this machine are answered at once, not after some
+# attempts to reach the hub. huggingface_hub reads this when it is loaded.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch

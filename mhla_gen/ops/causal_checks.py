@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from mhla_gen.errors import UserError
-from mhla_gen.ops.dispatch import check_feature_map, check_tables
+from mhla_gen.ops.dispatch import check_alike, check_feature_map, check_tables
 from mhla_gen.ops.partition import check_whole
 
 
@@ -49,20 +49,11 @@ def check_causal_tokens(
             "value must have the heads of key, and query a multiple of them, found "
             f"{value.shape[2]}, {heads} and {query.shape[2]} heads"
         )
-    if not query.dtype == key.dtype == value.dtype or not query.is_floating_point():
-        raise ValueError(
-            "query, key and value must share one floating dtype, found "
-            f"{query.dtype}, {key.dtype} and {value.dtype}"
-        )
+    check_alike(query, key, value)
     if query.shape[1] == 0:
         raise UserError("query has no tokens; give at least one")
     if query.shape[3] == 0:
         raise ValueError(f"head_dim must be at least 1, found query {tuple(query.shape)}")
-    if not query.device == key.device == value.device:
-        raise ValueError(
-            "query, key and value must be on one device, found "
-            f"{query.device}, {key.device} and {value.device}"
-        )
     if mask is not None and mask.device != query.device:
         raise ValueError(f"mask is on {mask.device} but query on {query.device}")
     if mask is not None and (mask.dtype != torch.bool or mask.shape != query.shape[:2]):

@@ -195,6 +195,18 @@ def check_tokens(query: Tensor, key: Tensor, value: Tensor, grid: tuple[int, ...
             f"value must be [batch, seq_len, num_heads, value_dim] with the first three sizes of "
             f"query {tuple(query.shape[:3])}, found {tuple(value.shape)}"
         )
+    check_alike(query, key, value)
+    if query.shape[3] == 0:
+        raise ValueError(f"head_dim must be at least 1, found query {tuple(query.shape)}")
+    check_grid(grid)
+    if math.prod(grid) != query.shape[1]:
+        raise ValueError(
+            f"the axes of grid must multiply to seq_len={query.shape[1]}, found {grid}"
+        )
+
+
+def check_alike(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Raise `ValueError` unless tokens share one floating dtype and one device."""
     if not query.dtype == key.dtype == value.dtype or not query.is_floating_point():
         raise ValueError(
             "query, key and value must share one floating dtype, found "
@@ -204,13 +216,6 @@ def check_tokens(query: Tensor, key: Tensor, value: Tensor, grid: tuple[int, ...
         raise ValueError(
             "query, key and value must be on one device, found "
             f"{query.device}, {key.device} and {value.device}"
-        )
-    if query.shape[3] == 0:
-        raise ValueError(f"head_dim must be at least 1, found query {tuple(query.shape)}")
-    check_grid(grid)
-    if math.prod(grid) != query.shape[1]:
-        raise ValueError(
-            f"the axes of grid must multiply to seq_len={query.shape[1]}, found {grid}"
         )
 
 

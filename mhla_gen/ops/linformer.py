@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mhla_gen.errors import UserError
+from mhla_gen.ops.dispatch import check_alike
 
 
 def linformer_attention(
@@ -75,16 +76,7 @@ def _check_tokens(query: Tensor, key: Tensor, value: Tensor) -> None:
             f"key and value must have the batch and heads of query {tuple(query.shape)} and at "
             f"least one token, key its head_dim, found {tuple(key.shape)} and {tuple(value.shape)}"
         )
-    if not query.dtype == key.dtype == value.dtype or not query.is_floating_point():
-        raise ValueError(
-            "query, key and value must share one floating dtype, found "
-            f"{query.dtype}, {key.dtype} and {value.dtype}"
-        )
-    if not query.device == key.device == value.device:
-        raise ValueError(
-            "query, key and value must be on one device, found "
-            f"{query.device}, {key.device} and {value.device}"
-        )
+    check_alike(query, key, value)
 
 
 def _check_projections(key: Tensor, key_projection: Tensor, value_projection: Tensor) -> None:

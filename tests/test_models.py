@@ -435,6 +435,21 @@ def test_loading_in_bfloat16_keeps_mixing_in_float32(family, tmp_path):
     assert run(model, cast(make_inputs(), torch.bfloat16)).dtype == torch.bfloat16
 
 
+def test_low_cpu_mem_usage_can_be_off_where_it_can_for_the_base(family, tmp_path):
+    make, _, mhla_class, layout = family
+    config = MHLAConfig(layout=layout, mixing_init="uniform", mixing_per_head=True)
+    disturb(mhla_gen.inject(make(), config)).save_pretrained(tmp_path)
+    load = functools.partial(mhla_class.from_pretrained, tmp_path, torch_dtype=torch.bfloat16)
+    if mhla_class.family.base_class._keep_in_fp32_modules is not None:
+        with pytest.raises(ValueError, match="leave the argument out"):
+            load(low_cpu_mem_usage=False)
+        return
+    loaded, expected = load(low_cpu_mem_usage=False), load()
+    assert type(loaded) is mhla_class and loaded.config == expected.config
+    weights, same = dict(loaded.named_parameters()), dict(expected.named_parameters())
+    torch.testing.assert_close(weights, same, rtol=0, atol=0)
+
+
 @pytest.mark.skipif(
     not diffusers.__version__.startswith("0.42."), reason="docs/models.md describes diffusers 0.42"
 )

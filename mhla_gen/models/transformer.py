@@ -145,7 +145,8 @@ class MHLATransformerMixin:
 
         Raises:
             ValueError: If the folder holds no MHLA settings, or MHLA weights are missing or do not
-                belong to these settings. Softmax checkpoints go through `from_base`.
+                belong to these settings. Softmax checkpoints go through `from_base`. With
+                `low_cpu_mem_usage=False`, if diffusers refuses that for the base class.
         """
         pretrained_model_name_or_path = expand_home("the model", pretrained_model_name_or_path)
         location = {k: kwargs[k] for k in _LOCATION if k in kwargs}
@@ -159,9 +160,11 @@ class MHLATransformerMixin:
             settings = attention_from_dict(kwargs.get("mhla", saved.get("mhla")))
             check_parallelism(cls.family, settings, kwargs["parallel_config"])
         with_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(  # type: ignore[misc]
+        loader = cls if kwargs.get("low_cpu_mem_usage", True) is not False else _built_whole(cls)
+        model, info = super(MHLATransformerMixin, loader).from_pretrained(  # type: ignore[misc]
             pretrained_model_name_or_path, output_loading_info=True, **kwargs
         )
+        model.__class__ = cls
         for problem in ("missing", "unexpected"):
             keys = sorted(key for key in info[f"{problem}_keys"] if ".mhla." in key)
             if keys:
@@ -209,6 +212,25 @@ def _converting_init(cls: type, base_class: type) -> Any:
         self.convert_new(mhla)
 
     return __init__
+
+
+def _built_whole(cls: Any) -> type:
+    """The class that loads a model of `cls` with `low_cpu_mem_usage=False`.
+
+    diffusers refuses that option for classes that list weights to keep in float32. Mixing is built
+    in float32, so it need not be listed if weights are copied into the built model.
+
+    Raises:
+        ValueError: If the base class keeps weights of its own in float32.
+    """
+    base = cls.family.base_class
+    if getattr(base, "_keep_in_fp32_modules", None) is not None:
+        raise UserError(
+            f"low_cpu_mem_usage must not be False for {cls.__name__}: diffusers refuses that for "
+            f"{base.__name__}, which keeps some weights in float32; leave the argument out"
+        )
+    listed = {"_keep_in_fp32_modules": None, "_supports_param_buffer_assignment": False}
+    return type(cls.__name__, (cls,), listed)
 
 
 def _forward(family: Family) -> Any:

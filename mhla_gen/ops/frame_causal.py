@@ -56,7 +56,8 @@ def frame_uniform(layout: tuple[int, ...]) -> Tensor:
     """Equal weights; argument, result and errors as for `frame_locality`."""
     check_axes(layout)
     blocks = math.prod(layout[1:])
-    return torch.full((layout[0], blocks, blocks), 1 / math.prod(layout))
+    shape = (layout[0], blocks, blocks)
+    return torch.full(shape, 1 / math.prod(layout), dtype=torch.float32)
 
 
 FRAME_MIXING_INITS = {"locality": frame_locality, "uniform": frame_uniform}

@@ -51,7 +51,7 @@ def uniform_mixing(layout: tuple[int, ...]) -> Tensor:
     """
     check_axes(layout)
     num_blocks = math.prod(layout)
-    return torch.full((num_blocks, num_blocks), 1 / num_blocks)
+    return torch.full((num_blocks, num_blocks), 1 / num_blocks, dtype=torch.float32)
 
 
 def check_axes(layout: tuple[int, ...]) -> None:

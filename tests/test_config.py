@@ -75,6 +75,13 @@ def test_mistakes_are_named(overrides, message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+def test_all_settings_of_a_similar_name_are_named():
+    with pytest.raises(ConfigError) as error:
+        load_config(None, ["learnin_rate=1"], TrainConfig)
+    near = "learning_rate, mhla_learning_rate or mixing_learning_rate?"
+    assert str(error.value) == f"there is no setting learnin_rate; did you mean {near}"
+
+
 def test_overrides_beat_the_file_which_beats_the_defaults(tmp_path):
     file = tmp_path / "config.yaml"
     file.write_text("layout: [4, 4]\nconv: false\n")

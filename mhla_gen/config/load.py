@@ -39,7 +39,7 @@ SCHEMAS: dict[str, type] = {
 
 _UNFIT = (OmegaConfBaseException, ValueError)
 # What OmegaConf says of a key that it does not know, and of a value that is none of the choices.
-_UNKNOWN = re.compile(r"Key '.*' not in '.*?'(\. Did you mean: '(?P<near>.*)'\?)?$")
+_UNKNOWN = re.compile(r"Key '.*' not in '.*?'(\. Did you mean(?: one of)?: '(?P<near>.*)'\?)?$")
 _CHOICE = re.compile(r"Invalid value (?P<found>.*), expected one of \[(?P<choices>.*)\]$")
 _ALL_KEYS = "--print-config shows all of them"
 
@@ -134,7 +134,9 @@ def _read_yaml(path: Path, schema: type | None) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise ConfigError(f"config file {path} does not exist") from None
+        raise ConfigError(
+            f"config file {path} does not exist; the shipped ones are in the repository's configs/"
+        ) from None
     except IsADirectoryError:
         raise ConfigError(f"config file {path} is a folder") from None
     except UnicodeDecodeError as error:
@@ -157,8 +159,11 @@ def _in_one_line(error: Exception) -> str:
     key = next((line.split(":", 1)[1].strip() for line in lines if "full_key:" in line), "")
     if unknown := _UNKNOWN.match(lines[0]):
         parent, dot, _ = key.rpartition(".")
-        meant = f"did you mean {parent}{dot}{near}?" if (near := unknown["near"]) else _ALL_KEYS
-        return f"there is no setting {key}; {meant}"
+        if not (near := unknown["near"]):
+            return f"there is no setting {key}; {_ALL_KEYS}"
+        *others, last = (f"{parent}{dot}{name}" for name in near.split("', '"))
+        meant = f"{', '.join(others)} or {last}" if others else last
+        return f"there is no setting {key}; did you mean {meant}?"
     if choice := _CHOICE.match(lines[0]):
         choices = choice["choices"].replace("'", "")
         return f"{key} must be one of {choices}, found {choice['found']}"

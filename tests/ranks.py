@@ -7,7 +7,6 @@ import contextlib
 import multiprocessing
 import os
 import runpy
-import socket
 import sys
 import tempfile
 from pathlib import Path
@@ -37,12 +36,12 @@ def torchrun(num_ranks, *command):
 
     Returns what all processes print.
     """
-    with socket.socket() as free, tempfile.TemporaryDirectory() as folder:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-        free.close()
+    # As torchrun does: its store listens before there are processes, at a port that the system
+    # picks, so that nothing else can take the port in between.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    with tempfile.TemporaryDirectory() as folder:
         try:
-            _start(_launched, num_ranks, num_ranks, port, folder, command)
+            _start(_launched, num_ranks, num_ranks, store.port, folder, command)
         finally:
             said = "".join(path.read_text() for path in sorted(Path(folder).iterdir()))
             sys.stderr.write(said)
@@ -63,6 +62,7 @@ def _launched(rank, num_ranks, port, folder, command):
     torch.set_num_threads(1)
     facts = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks}
     facts |= {"LOCAL_WORLD_SIZE": num_ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    facts |= {"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0}
     os.environ |= {name: str(value) for name, value in facts.items()}
     os.environ["ACCELERATE_USE_CPU"] = "true"
     module = command[0] == "-m"

@@ -34,7 +34,7 @@ WIDE, TALL = Bucket(9, 32, 48), Bucket(9, 48, 32)
 
 @pytest.fixture(scope="module")
 def decoder():
-    with Decoder(timeout=30, workers=2) as decoder:
+    with Decoder(timeout=60, workers=2) as decoder:
         yield decoder
 
 
@@ -50,11 +50,19 @@ def ffmpeg(*arguments):
     subprocess.run(command, check=True)
 
 
-def running():
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        # It may have ended meanwhile.
-        with contextlib.suppress(OSError):
-            yield path.read_bytes()
+def wait_until_no_program_reads(video):
+    """A killed one is there until the system has time to end it; others would go on for ever."""
+
+    def commands():
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            # It may have ended meanwhile.
+            with contextlib.suppress(OSError):
+                yield path.read_bytes()
+
+    deadline = time.monotonic() + 60
+    while any(os.fsencode(video) in command for command in commands()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_frames_are_those_of_the_file_in_any_order(video, decoder):
@@ -121,23 +129,22 @@ def test_a_time_limit_that_ends_with_the_answer_does_not_cost_the_next_video(vid
             self.function()
 
     monkeypatch.setattr(threading, "Timer", Late)
-    with Decoder(timeout=20) as decoder:
+    with Decoder(timeout=60) as decoder:
         assert [len(decoder.facts(video).times) for _ in range(3)] == [30, 30, 30]
 
 
 def test_a_decoder_that_hangs_is_ended_and_replaced(video, tmp_path):
     # Reading a pipe that nobody writes to never returns.
     os.mkfifo(tmp_path / "hangs.mp4")
-    with Decoder(timeout=20) as decoder:
+    with Decoder(timeout=60) as decoder:
         decoder.facts(video)
         decoder.timeout = 0.3
-        start = time.monotonic()
+        # Otherwise this would never end.
         with pytest.raises(UnreadableImageError, match=r"takes longer than 0\.3 s"):
             decoder.facts(tmp_path / "hangs.mp4")
-        assert time.monotonic() - start < 5
         # Nor does the program that it ran go on.
-        assert not any(b"hangs.mp4" in command for command in running())
-        decoder.timeout = 20
+        wait_until_no_program_reads(tmp_path / "hangs.mp4")
+        decoder.timeout = 60
         assert len(decoder.facts(video).times) == 30
 
 
@@ -149,12 +156,12 @@ def test_an_interrupted_call_does_not_answer_the_next_one(video, tmp_path):
 
     before = signal.signal(signal.SIGALRM, interrupt)
     try:
-        with Decoder(timeout=20) as decoder:
+        with Decoder(timeout=60) as decoder:
             decoder.facts(video)
-            signal.setitimer(signal.ITIMER_REAL, 0.3)
             with pytest.raises(KeyboardInterrupt):
+                signal.setitimer(signal.ITIMER_REAL, 0.3)
                 decoder.facts(tmp_path / "hangs.mp4")
-            assert not any(b"hangs.mp4" in command for command in running())
+            wait_until_no_program_reads(tmp_path / "hangs.mp4")
             assert len(decoder.facts(video).times) == 30
     finally:
         signal.signal(signal.SIGALRM, before)

@@ -4,10 +4,12 @@ import json
 import re
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tape import Tape, stand_in
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mhla_gen.bench.ops
 from mhla_gen import ops
@@ -24,6 +26,23 @@ from mhla_gen.config import BenchConfig, ConfigError, load_config
 def briefly(monkeypatch):
     """Times are taken as ever, for a shorter while."""
     monkeypatch.setattr("mhla_gen.bench.measure._CPU_SECONDS", 0.01)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that goes on by a millisecond with every operation, so that more work is slower."""
+
+    class Clock(TorchDispatchMode):
+        now = 0.0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.now += 1e-3
+            return func(*args, **kwargs or {})
+
+    with Clock() as mode:
+        own = SimpleNamespace(perf_counter=lambda: mode.now)
+        monkeypatch.setattr("mhla_gen.bench.measure.time", own)
+        yield mode
 
 
 @pytest.mark.parametrize(
@@ -134,7 +153,7 @@ def test_a_share_is_measured_with_and_without_the_linear_half(tmp_path, capsys):
     assert "exact must be in [0, 1]" in capsys.readouterr().err and not folder.exists()
 
 
-def test_a_model_is_measured_with_every_attention(tmp_path):
+def test_a_model_is_measured_with_every_attention(tmp_path, clock):
     methods = ["softmax", "linear", "blockwise conv=false gate=false"]
     methods += ["blockwise exact=0.3 exact_tile=[2,2] exact_top=0", "auto layers=1/2 exact=1"]
     settings = ["grids=[[4,4]]", "num_layers=2", f"methods={methods}"]
@@ -234,7 +253,7 @@ def test_recorded_steps_need_a_gpu(tmp_path, capsys):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there it records")
-def test_recorded_steps_are_timed_as_they_are_replayed(monkeypatch):
+def test_recorded_steps_are_timed_as_they_are_replayed(monkeypatch, clock):
     """With tapes in place of CUDA graphs: one pass to sample, and a forward and a backward one."""
     stand_in(monkeypatch.setattr)
     monkeypatch.setattr("mhla_gen.runtime.cuda_graphs._on_gpu", lambda _: True)

@@ -398,7 +398,7 @@ def test_a_contact_sheet_holds_every_row_and_group():
 
 
 def test_wide_pictures_are_scaled_down():
-    wide = np.random.randint(0, 256, (2, 300, 500, 3), np.uint8)
+    wide = np.random.default_rng(0).integers(0, 256, (2, 300, 500, 3), np.uint8)
     sheet = contact_sheet({"frames": [wide]}, ["a"], tile_size=100)
     assert 200 < sheet.width < 300 and 60 < sheet.height < 120
 

@@ -102,7 +102,9 @@ def test_a_process_that_fails_is_not_waited_for(how, benchmarks, tmp_path, monke
         assert process.exitcode is not None
     reason = "ended" if how == "ends" else "failed; its error is above"
     said = (tmp_path / "0").read_text().splitlines()
-    assert said[0].startswith(f"0: FailedElsewhereError: another process of this benchmark {reason}")
+    assert said[0].startswith(
+        f"0: FailedElsewhereError: another process of this benchmark {reason}"
+    )
     # Both go on with the next one, and nothing fails there.
     assert len(said) == 1
     if how != "ends":

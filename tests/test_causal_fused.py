@@ -139,8 +139,10 @@ def test_steps_in_one_launch(head_dim, value_dim, key_heads, changes, tables, mo
             for n in range(4, 12)
         ]
         found.append((torch.cat(out, dim=1), state.open, state.open_keys, state.finished))
+    # Sums of 12 tokens by 64 channels in float32, some of which cancel: 768 * 6e-8 at worst.
     for actual, expected in zip(found[1], found[0], strict=True):
-        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+        scale = expected.abs().max().clamp(min=1)
+        torch.testing.assert_close(actual / scale, expected / scale, rtol=0, atol=5e-5)
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.float16])

@@ -146,7 +146,9 @@ def test_sample_writes_clips_while_they_are_made_and_goes_on_inside_one(
     sample(stream_set(tmp_path / "arrays", saved, formats=["npz"]))
     assert digests(tmp_path / "whole") == digests(tmp_path / "arrays")
     with np.load(tmp_path / "arrays" / "samples.npz") as arrays:
-        assert np.abs(arrays["arr_0"][0].astype(int) - frames).mean() < 8
+        whole = arrays["arr_0"][0].astype(int)
+    # But for compression, which leaves less than a step of one frame does.
+    assert np.abs(whole - frames).mean() < 0.7 * np.abs(whole[1:] - frames[:-1]).mean()
 
     call, calls = ClipState.__call__, []
 

@@ -222,7 +222,9 @@ def notebook_page(path: Path) -> str:
 def source_page(page: str) -> str:
     """A file of the repository, as it is."""
     path = page.removeprefix("source/").removesuffix(".md")
-    language = {".py": "python", ".yaml": "yaml", ".sh": "bash"}.get(Path(path).suffix, "text")
+    language = {".py": "python", ".yaml": "yaml", ".sh": "bash", ".json": "json"}.get(
+        Path(path).suffix, "text"
+    )
     text = (ROOT / path).read_text(encoding="utf-8").rstrip()
     return f"# {path}\n\n````{language}\n{text}\n````\n"
 
@@ -245,7 +247,8 @@ def _site_path(path: str) -> str:
     if path in OUTSIDE:
         return OUTSIDE[path]
     path = path.replace(TUTORIAL, "tutorial.md")
-    return path.removeprefix("docs/") if path.startswith("docs/") else f"source/{path}.md"
+    shown = path.startswith("docs/") and not path.endswith(".json")
+    return path.removeprefix("docs/") if shown else f"source/{path}.md"
 
 
 def _targets(texts: Any) -> set[str]:

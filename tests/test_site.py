@@ -88,6 +88,8 @@ def test_links_between_pages_follow_them(site):
     text = site.with_links("[a](../README.md) [b](results/x.png)", "docs/data.md")
     assert text == "[a](index.md) [b](results/x.png)"
     assert site.with_links("[a](docs/tutorial.ipynb)", "README.md") == "[a](tutorial.md)"
+    text = site.with_links("[a](docs/results/x.json)", "README.md")
+    assert text == "[a](source/docs/results/x.json.md)"
 
 
 def run_tutorial(steps):

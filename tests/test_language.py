@@ -160,6 +160,16 @@ def test_saves_loads_and_restores(tmp_path, config):
     assert torch.equal(again.eval()(ids).logits, before)
 
 
+def test_hidden_states_are_recorded_as_those_of_softmax(tmp_path):
+    injected = mhla_model(replace(CONFIG, layers=(1,)))
+    injected.save_pretrained(tmp_path)
+    for model in (injected, AutoModelForCausalLM.from_pretrained(tmp_path)):
+        found = model(prompt(), output_hidden_states=True).hidden_states
+        layers, hidden = model.model.layers, model.model.embed_tokens(prompt())
+        assert len(found) == 1 + len(layers) and torch.equal(found[0], hidden)
+        assert torch.equal(found[-1], model.model(prompt()).last_hidden_state)
+
+
 @pytest.mark.parametrize("learnable", [False, True])
 def test_frozen_weights_are_frozen_again_when_loaded(tmp_path, learnable):
     model = mhla_model(replace(CONFIG, mixing_learnable=learnable, layers=(1,)))
@@ -316,8 +326,12 @@ def test_what_a_state_cannot_do_is_refused():
         model(ids, **{CACHE: static})
     with pytest.raises(ValueError, match="cannot go back"):
         model(ids, use_cache=True)[CACHE].crop(-1)
-    with pytest.raises(ValueError, match=r"attention_mask must be \[batch, seq_len\]"):
-        model(ids, attention_mask=torch.ones(1, 1, 21, 21))
+    for shape in ((1, 1, 21, 21), (1, 20), (1, 22), (2, 21)):
+        with pytest.raises(ValueError, match=r"attention_mask must be \[batch, cached and new"):
+            model(ids, attention_mask=torch.ones(shape))
+    cache = model(ids, use_cache=True)[CACHE]
+    with pytest.raises(ValueError, match=r"here \(1, 26\), for causal MHLA; found \(1, 5\)"):
+        model(ids[:, :5], attention_mask=torch.ones(1, 5), **{CACHE: cache})
     packed = torch.cat((torch.arange(10), torch.arange(11)))[None]
     with pytest.raises(ValueError, match="start again"):
         model(ids, position_ids=packed, use_cache=False)

@@ -49,13 +49,7 @@ class CausalModel(nn.Module):
             take_places(self.layers, cache)
         mask = None
         if attention_mask is not None and tokens is not None:
-            if attention_mask.ndim != 2:
-                raise UserError(
-                    "attention_mask must be [batch, seq_len], 0 at padding, for causal MHLA; found "
-                    f"{tuple(attention_mask.shape)}"
-                )
-            mask = attention_mask[:, -tokens.shape[1] :].bool()
-            mask = None if mask.all() else mask
+            mask = _padding(attention_mask, tokens, cache)
         if _is_packed(position_ids, mask):
             raise UserError(
                 "position_ids start again inside a row, but causal MHLA reads a row as one "
@@ -75,6 +69,19 @@ class CausalModel(nn.Module):
             **{CACHE: cache},
             **kwargs,
         )
+
+
+def _padding(attention_mask: Tensor, tokens: Tensor, cache: Any) -> Tensor | None:
+    """False at padding among the new tokens; None if there is none."""
+    batch, new = tokens.shape[:2]
+    cached = 0 if cache is None else cache.get_seq_length()
+    if tuple(attention_mask.shape) != (batch, cached + new):
+        raise UserError(
+            "attention_mask must be [batch, cached and new tokens], 0 at padding, here "
+            f"{(batch, cached + new)}, for causal MHLA; found {tuple(attention_mask.shape)}"
+        )
+    mask = attention_mask[:, -new:].bool()
+    return None if mask.all() else mask
 
 
 def _is_packed(position_ids: Tensor | None, mask: Tensor | None) -> bool:

@@ -3,11 +3,12 @@
 # The classes of transformers annotate forward and attributes more narrowly than the mixins here.
 # pyright: reportIncompatibleMethodOverride=false, reportIncompatibleVariableOverride=false
 
+from copy import copy
 from dataclasses import replace
 from typing import Any, ClassVar
 
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.llama import LlamaConfig, LlamaForCausalLM, LlamaModel
 from transformers.models.llama.modeling_llama import LlamaAttention
 from transformers.models.mistral import MistralConfig, MistralForCausalLM, MistralModel
@@ -265,6 +266,8 @@ def _add_layers(model: Any, config: CausalMHLAConfig) -> None:
     model.config.mhla = config.to_dict()
     model.config.architectures = [type(model).__name__]
     change_class(model.model, decoder_class)
+    # transformers records hidden states only in classes of which a model was built.
+    PreTrainedModel.__init__(decoder_class.__new__(decoder_class), copy(model.config))
     for index, (_, attention) in enumerate(attentions(model)):
         if index in config.layers:
             sizes = attention.config

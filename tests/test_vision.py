@@ -176,6 +176,38 @@ def test_a_resized_model_is_saved_with_its_size(tmp_path):
     assert torch.equal(MHLAVisionTransformer.from_pretrained(tmp_path)(x), model(x))
 
 
+@pytest.mark.parametrize("head", HEADS)
+def test_weights_that_could_not_be_loaded_are_not_saved(head, tmp_path):
+    saved = mhla_gen.inject(softmax_model(head), MHLAConfig(layout=(2, 3)))
+    other_head, other_depth, adapted = (copy.deepcopy(saved) for _ in range(3))
+    other_head.head = torch.nn.Linear(24, 9)
+    other_depth.prune_intermediate_layers([0])
+    adapted.blocks[0].mlp.fc1.extra = torch.nn.Linear(3, 3)
+    for model, name in (
+        (other_head, r"head\.bias is \(9,\), but \(5,\)"),
+        (other_depth, r"blocks\.1\.\S+ is nothing, but \("),
+        (adapted, r"fc1\.extra\.bias is \(3,\), but nothing"),
+    ):
+        with pytest.raises(ValueError, match=rf"{name}.* could not be loaded; .*reset_classifier"):
+            model.save_pretrained(tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
+    state = torch.get_rng_state()
+    saved.save_pretrained(tmp_path)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_feature_extractor_of_timm_takes_mhla_inside():
+    features = timm.create_model(
+        "deit_tiny_patch16_224", features_only=True, out_indices=(0, 1), **SMALL
+    )
+    with pytest.raises(ValueError, match=r"found a FeatureGetterNet; convert its \.model"):
+        mhla_gen.inject(features)
+    mhla_gen.inject(features.model, MHLAConfig(layout=(2, 3)))
+    maps = features.eval()(images())
+    expected = features.model.forward_intermediates(images(), intermediates_only=True)
+    assert len(maps) == 2 and all(map(torch.equal, maps, expected))
+
+
 def test_checkpointing_changes_nothing():
     model = mhla_gen.inject(softmax_model("class"), MHLAConfig(layout=(2, 3)))
     wanted = list(model.parameters())

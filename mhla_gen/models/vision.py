@@ -39,6 +39,8 @@ from mhla_gen.models.vision_layers import (
 )
 
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
+# The arguments of `create` in a config.
+BUILT_FROM = ("architecture", "model_args", "mhla", "pretrained_cfg")
 
 
 class MHLAVisionMixin(nn.Module):
@@ -94,7 +96,7 @@ class MHLAVisionMixin(nn.Module):
 
         Raises:
             ValueError: If the model does not come from `timm.create_model`, which records the
-                model's arguments.
+                model's arguments, or has other weights than a model with these arguments.
             OSError: If the files cannot be written.
         """
         folder = Path(expand_home("folder", str(folder)))
@@ -111,8 +113,26 @@ class MHLAVisionMixin(nn.Module):
             "pretrained_cfg": filter_pretrained_cfg(source, remove_source=True, remove_null=True),
             "mhla": self.mhla_config.to_dict(),
         }
+        self._check_rebuilt(described)
         write_tensors(folder / WEIGHTS_NAME, self.state_dict())
         write_json(folder / CONFIG_NAME, described)
+
+    def _check_rebuilt(self, described: dict[str, Any]) -> None:
+        """Raise unless a model that is built from its description takes the weights of this one."""
+        with torch.device("meta"):
+            rebuilt = type(self).create(**{name: described[name] for name in BUILT_FROM})
+        shapes = [
+            {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+            for model in (self, rebuilt)
+        ]
+        for name in sorted(shapes[0].keys() | shapes[1].keys()):
+            here, there = (found.get(name, "nothing") for found in shapes)
+            if here != there:
+                raise UserError(
+                    f"{name} is {here}, but {there} in a {described['architecture']} that is built "
+                    "again, so what is saved could not be loaded; change a head with "
+                    "reset_classifier, merge adapters, or save the state_dict yourself"
+                )
 
     @classmethod
     def create(
@@ -164,8 +184,7 @@ class MHLAVisionMixin(nn.Module):
                 f"{folder} holds no MHLA settings; load it with timm.create_model("
                 f"'local-dir:{folder}', pretrained=True) and convert it with mhla_gen.inject"
             )
-        names = ("architecture", "model_args", "mhla", "pretrained_cfg")
-        model = cls.create(**{name: described[name] for name in names})
+        model = cls.create(**{name: described[name] for name in BUILT_FROM})
         with naming_damage(folder):
             model.load_state_dict(load_file(folder / WEIGHTS_NAME))
         if torch_dtype is not None:
@@ -202,9 +221,11 @@ def vision_family(model: Any) -> VisionFamily:
     """
     if not isinstance(model, MHLAVisionMixin) and type(model) not in VISION_CLASSES:
         names = " and ".join(c.__name__ for c in VISION_CLASSES)
+        inner = getattr(model, "model", None)
+        hint = "; convert its .model" if type(inner) in VISION_CLASSES else ""
         raise UserError(
             f"of timm's models {names} (ViT and DeiT) can be converted, found a "
-            f"{type(model).__name__}"
+            f"{type(model).__name__}{hint}"
         )
     return VisionFamily(model.num_prefix_tokens)
 

@@ -241,6 +241,13 @@ def test_what_is_made_one_by_one_has_a_limit(job, key, most):
         load_config(None, [f"{key}={most + 1}"], SCHEMAS[job])
 
 
+@pytest.mark.parametrize("key", ["num_layers", "n_refiner_layers", "num_visual_blocks"])
+def test_a_new_transformer_of_any_class_has_a_limited_depth(key):
+    given = ["transformer.name=SD3Transformer2DModel", f"transformer.sizes.{key}=1000000000"]
+    with pytest.raises(UserError, match=rf"transformer.sizes.{key} must be in \[0, 1000\], found"):
+        load_config(None, given, SCHEMAS["train"])
+
+
 @pytest.mark.parametrize("where", NUMBERS)
 def test_numbers_outside_their_range_are_refused(where):
     schema, name, kind = NUMBERS[where]

@@ -59,6 +59,17 @@ def test_a_model_of_latents_predicts_a_variance():
     assert model(**dit_inputs()).sample.shape == (2, 8, 8, 8)
 
 
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [("num_attention_heads", "GiB, and this machine has"), ("attention_head_dim", "overflow")],
+)
+def test_sizes_that_no_machine_has_memory_for_are_refused_before_it_is_filled(key, said):
+    sizes = {"num_layers": 1, "num_attention_heads": 8, "attention_head_dim": 8}
+    sizes[key] = {"num_attention_heads": 10**6, "attention_head_dim": 2**31 - 4}[key]
+    with pytest.raises(UserError, match=f"^the sizes in model .*{said}"):
+        build_model(ModelConfig(mhla=LAYOUT, **sizes), (4, 8, 8), num_classes=10)
+
+
 def test_a_pretrained_softmax_model_gets_the_attention_asked_for(tmp_path):
     path = saved(tiny_dit(), tmp_path / "model")
     base = load_file(tmp_path / "model" / "diffusion_pytorch_model.safetensors")

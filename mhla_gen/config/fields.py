@@ -73,8 +73,9 @@ Count = Annotated[int, Range(1, LARGEST)]
 Whole = Annotated[int, Range(0, LARGEST)]
 Side = Annotated[int, Range(1, 65_535)]
 """Pixels along a side of an image; libraries of images overflow with more."""
-Depth = Annotated[int, Range(1, 1000)]
+DEPTHS = Range(0, 1000)
 """Blocks of a transformer, which is built block by block; the deepest have about a hundred."""
+Depth = Annotated[int, DEPTHS._replace(low=1)]
 MOST_WORKERS = 1024
 """Processes or threads, more than a machine has cores."""
 AtLeastTwo = Annotated[int, Range(2, LARGEST)]

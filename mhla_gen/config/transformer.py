@@ -1,12 +1,16 @@
 """Settings of training any other text-to-image or text-to-video transformer."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
 from mhla_gen.config.checks import is_mapping
-from mhla_gen.config.fields import NotNegative
+from mhla_gen.config.fields import DEPTHS, NotNegative
 from mhla_gen.config.model import LoraSettings
 from mhla_gen.errors import UserError
+
+# How the classes of diffusers call their numbers of blocks.
+_DEPTH = re.compile("layers|blocks|depth")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,3 +40,6 @@ class TransformerConfig(LoraSettings, prefix="transformer."):
             raise UserError(f"transformer.sizes must be arguments by name, found {self.sizes!r}")
         if self.sizes and self.name is None:
             raise UserError("transformer.sizes are for a new model; give transformer.name, too")
+        for name, value in self.sizes.items():
+            if type(value) is int and _DEPTH.search(name):
+                DEPTHS.check(self.key(f"sizes.{name}"), value, whole=True)

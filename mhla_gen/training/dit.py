@@ -10,15 +10,15 @@ from mhla_gen.config import ModelConfig, ObjectiveConfig, PreviewConfig, TrainCo
 from mhla_gen.data import TrainingData
 from mhla_gen.data.caching.cached import CachedLatents
 from mhla_gen.errors import UserError
-from mhla_gen.models import MHLADiTTransformer2DModel
 from mhla_gen.models.families.dit import disable_label_dropout
 from mhla_gen.pipelines.class_conditional import ClassConditionalPipeline
 from mhla_gen.pipelines.noise import generator_of, sample_seed
 from mhla_gen.training.conditioning import ClassLabels
 from mhla_gen.training.ddpm import DDPM
 from mhla_gen.training.initialization import initialize_dit
+from mhla_gen.training.new_model import new_transformer
 from mhla_gen.training.objectives import FlowMatching, Objective
-from mhla_gen.training.pretrained import attention_settings, pretrained_dit
+from mhla_gen.training.pretrained import pretrained_dit
 from mhla_gen.training.task import Task, preview_pixels
 
 
@@ -115,10 +115,7 @@ def build_model(
         "sample_size": height,
         "num_embeds_ada_norm": num_classes,
     }
-    if config.attention == "softmax":
-        model = DiTTransformer2DModel(**sizes)
-    else:
-        model = MHLADiTTransformer2DModel(**sizes, mhla=attention_settings(config))
+    model = new_transformer(config, DiTTransformer2DModel, sizes, "the sizes in model")
     initialize_dit(model)
     return model
 

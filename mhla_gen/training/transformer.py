@@ -9,12 +9,13 @@ from torch import Tensor
 from mhla_gen.calls import Call, call_class
 from mhla_gen.config import TrainConfig, TransformerConfig
 from mhla_gen.data import TrainingData
-from mhla_gen.errors import UserError, one_line
+from mhla_gen.errors import UserError
 from mhla_gen.models.families import MHLA_CLASSES
 from mhla_gen.pipelines.schedulers import prediction_of
 from mhla_gen.training.lora import add_lora, merged
+from mhla_gen.training.new_model import new_transformer
 from mhla_gen.training.objectives import FlowMatching, Objective
-from mhla_gen.training.pretrained import attention_settings, load_pretrained
+from mhla_gen.training.pretrained import load_pretrained
 from mhla_gen.training.scheduled import ScheduledNoise
 from mhla_gen.training.task import Task, times
 from mhla_gen.training.transformer_conditions import TransformerConditions, names_of
@@ -87,22 +88,7 @@ def _build_model(config: TrainConfig, given: TransformerConfig) -> Any:
         )
     base: Any = known[given.name]
     call_class(base)
-    _check_sizes(base, given.sizes)
-    if config.model.attention == "softmax":
-        return base(**given.sizes)
-    made: Any = MHLA_CLASSES[base]
-    return made(**given.sizes, mhla=attention_settings(config.model, made.family.rank))
-
-
-def _check_sizes(base: Any, sizes: dict[str, Any]) -> None:
-    """Raise unless diffusers builds a model of these sizes, here without memory for its weights."""
-    try:
-        with torch.device("meta"):
-            base(**sizes)
-    # What is wrong with sizes is said in as many classes as there are models.
-    except Exception as error:
-        said = one_line(str(error), most=300) or type(error).__name__
-        raise UserError(f"transformer.sizes do not fit {base.__name__}: {said}") from error
+    return new_transformer(config.model, base, given.sizes, "transformer.sizes")
 
 
 def _check(call: Call, data: TrainingData) -> None:

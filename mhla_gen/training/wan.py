@@ -9,12 +9,12 @@ from mhla_gen.config import ObjectiveConfig, TrainConfig, WanConfig
 from mhla_gen.data import TrainingData
 from mhla_gen.data.caching.cached import CachedLatents
 from mhla_gen.errors import UserError
-from mhla_gen.models import MHLAWanTransformer3DModel
 from mhla_gen.models.families.wan import TEXT_LENGTH_WITH_IMAGE
 from mhla_gen.models.frame_causal import causal_frames
 from mhla_gen.training.clip_objectives import ChunkMatching, ClipMatching
 from mhla_gen.training.lora import add_lora, merged
-from mhla_gen.training.pretrained import attention_settings, load_pretrained
+from mhla_gen.training.new_model import new_transformer
+from mhla_gen.training.pretrained import load_pretrained
 from mhla_gen.training.task import Task, times
 from mhla_gen.training.wan_conditions import WanConditions
 from mhla_gen.training.wan_pipeline import ClipExamples, ClipSamples, WanParts, sampling_of
@@ -171,10 +171,7 @@ def _build_model(
             # As in Wan 2.1: the projections of the image take what the image embedder makes.
             hidden_size = sizes["num_attention_heads"] * sizes["attention_head_dim"]
             sizes |= {"image_dim": image_dim, "added_kv_proj_dim": hidden_size}
-        if config.model.attention == "softmax":
-            return WanTransformer3DModel(**sizes)
-        settings = attention_settings(config.model, rank=3)
-        return MHLAWanTransformer3DModel(**sizes, mhla=settings)  # pyright: ignore[reportCallIssue]
+        return new_transformer(config.model, WanTransformer3DModel, sizes, "the sizes in wan")
     model: Any = load_pretrained(config.model, wan.subfolder)
     if not isinstance(model, WanTransformer3DModel):
         raise UserError(

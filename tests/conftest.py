@@ -1,6 +1,7 @@
 """Shared rules of the test run: a fixed seed, and what to do without a GPU."""
 
 import gc
+import importlib.util
 import os
 import sys
 
@@ -24,6 +25,8 @@ gc.disable()
 # Triton reads this when a kernel is defined: without a GPU its kernels run in the interpreter.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    if importlib.util.find_spec("triton"):
+        importlib.import_module("interpreter")
 
 
 @pytest.fixture(autouse=True)

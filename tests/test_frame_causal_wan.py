@@ -1,5 +1,7 @@
 """A Wan that is causal over frames: chunk by chunk against the whole clip at once."""
 
+import copy
+
 import pytest
 import torch
 from diffusers import WanPipeline
@@ -147,6 +149,43 @@ def test_memory_is_constant_but_for_softmax():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("changes", [{}, {"exact": 1.0}, {"conv": False, "layout": (3, 9, 2)}])
+def test_a_state_is_copied_saved_and_moved(changes, tmp_path):
+    model = causal_wan(changes)
+    latents, text, times = clip()
+    first, *others = latents.split(CHUNK, dim=2)
+    state = ClipState(model)
+    state(first, times[:, 0], encoder_hidden_states=text, append=True)
+    torch.save(state.state_dict(), tmp_path / "state.pt")
+    saved = torch.load(tmp_path / "state.pt")
+    found = []
+    for other in (
+        copy.deepcopy(state),
+        copy.deepcopy(ClipState.from_state_dict(model, saved)),
+        ClipState.from_state_dict(model, ClipState.from_state_dict(model, saved).state_dict()),
+        copy.deepcopy(state).to("cpu"),
+        state,
+    ):
+        assert other.model is model and (other is state or other.layers is not state.layers)
+        assert set(other.layers) == set(state.layers) and other.frames == CHUNK
+        outs = [
+            other(chunk, time, encoder_hidden_states=text, append=True)
+            for chunk, time in zip(others, times.unbind(1)[1:], strict=True)
+        ]
+        found.append(torch.cat(outs, dim=2))
+        with pytest.raises(UserError, match="clip's last"):
+            other(first, times[:, 0], encoder_hidden_states=text)
+    for out in found[:-1]:
+        torch.testing.assert_close(out, found[-1], rtol=1e-4, atol=1e-4)
+    moved = state.to("meta")
+    assert all(tensor.is_meta for layer in moved.layers.values() for tensor in layer.tensors)
+    with pytest.raises(TypeError):
+        state.to(torch.float16)
+    with pytest.raises(UserError, match="has 3 layers, the model 1"):
+        ClipState.from_state_dict(causal_wan(num_layers=1), saved)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("exact", [0.0, 1.0])
 @pytest.mark.parametrize("error", [RuntimeError, ValueError, KeyboardInterrupt])
 def test_a_chunk_that_some_layers_have_added_ends_a_state(error, exact):
@@ -248,9 +287,14 @@ def test_what_cannot_be_is_refused():
         mhla_gen.inject(tiny_dit(), MHLAConfig(causal_frames=2))
     with pytest.raises(UserError, match="not causal over frames"):
         ClipState(mhla_gen.inject(tiny_wan(), MHLAConfig(layout=(2, 2, 2))))
+    model, (latents, text, times) = causal_wan({"conv": False}), clip()
+    with torch.no_grad():
+        state = ClipState(model)
+        state(latents[:, :, :CHUNK], times[:, 0], encoder_hidden_states=text, append=True)
+        with pytest.raises(UserError, match=r"chunks are \(batch, channels, height, width\)"):
+            state(latents[..., :-2], times[:, 0], encoder_hidden_states=text)
     model = causal_wan()
     model.enable_gradient_checkpointing()
-    latents, text, times = clip()
     with pytest.raises(UserError, match="disable_gradient_checkpointing"):
         chunk_by_chunk(model, latents, text, times)
     # A clip at once may be recomputed.

@@ -1,8 +1,9 @@
 """State of a frame-causal model: its memory of a clip's finished chunks."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ class ClipState:
     Calling the state runs the model on the clip's next chunk, which attends to the finished chunks
     before it. Outputs and gradients are those of the whole clip in one call. Time and memory of a
     call are the same for every chunk, except in softmax layers (`exact=1`), which keep keys and
-    values.
+    values. A `copy.deepcopy` continues the clip on its own, with the same model.
 
     Args:
         model: A transformer converted with `MHLAConfig(causal_frames=…)`.
@@ -33,6 +34,7 @@ class ClipState:
         self.model = model
         self.frames = 0
         self._torn = False
+        self._size: tuple[int, ...] | None = None
         self.layers = {
             layer: ClipLayerState(layer.chunk_frames)
             for layer in model.modules()
@@ -69,6 +71,11 @@ class ClipState:
                 "an earlier chunk was added in part, as its call failed: read the clip's finished "
                 "chunks again with a new ClipState"
             )
+        size = (*latents.shape[:2], *latents.shape[3:])
+        if self._size not in (None, size):
+            raise UserError(
+                f"the clip's chunks are (batch, channels, height, width) {self._size}, found {size}"
+            )
         if getattr(model, "is_gradient_checkpointing", False) and torch.is_grad_enabled():
             raise UserError(
                 "a clip's state changes while chunks are read, so they cannot be read again; call "
@@ -86,7 +93,43 @@ class ClipState:
             raise
         if append:
             self.frames += latents.shape[2]
+            self._size = size
         return out
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move the memory to a device, but not the model; returns the state itself."""
+        for state in self.layers.values():
+            state.to(torch.device(device))
+        return self
+
+    def state_dict(self) -> dict[str, Any]:
+        """The memory as tensors and numbers, for `torch.save` and `from_state_dict`."""
+        layers = [state.state_dict() for state in self.layers.values()]
+        return {"frames": self.frames, "size": self._size, "torn": self._torn, "layers": layers}
+
+    @classmethod
+    def from_state_dict(cls, model: Any, saved: dict[str, Any]) -> Self:
+        """Create the state of a model from the result of `state_dict`.
+
+        Raises:
+            ValueError: If it is of a model with another number of layers.
+        """
+        state = cls(model)
+        if len(saved["layers"]) != len(state.layers):
+            raise UserError(
+                f"the saved state has {len(saved['layers'])} layers, the model {len(state.layers)}"
+            )
+        state.frames, state._size, state._torn = saved["frames"], saved["size"], saved["torn"]
+        for layer, held in zip(state.layers, saved["layers"], strict=True):
+            state.layers[layer] = ClipLayerState.from_state_dict(layer.chunk_frames, held)
+        return state
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """A copy of all but the model."""
+        memo |= {id(part): part for part in (*self.model.modules(), *self.model.parameters())}
+        twin = copy.copy(self)
+        twin.layers = copy.deepcopy(self.layers, memo)
+        return twin
 
     @property
     def bytes(self) -> int:

@@ -3,7 +3,7 @@
 import math
 import operator
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -31,6 +31,8 @@ class ClipLayerState:
         self.chunk_frames = chunk_frames
         self.appends = self.added = False
         self.values: Tensor | None = None
+        # Sums that the operator's state begins with, when it is created.
+        self._sums: dict[str, Any] = {}
         self._mhla: FrameState | None = None
         self._cache: list[Tensor] = []
         self._tokens = 0
@@ -40,7 +42,34 @@ class ClipLayerState:
         """The state of the operator, created by the first chunk."""
         if self._mhla is None:
             self._mhla = FrameState(weights, **options)
+            vars(self._mhla).update(self._sums)
         return self._mhla
+
+    def to(self, device: torch.device) -> None:
+        """Move everything to a device."""
+        self._cache = [kept.to(device) for kept in self._cache]
+        self.values = None if self.values is None else self.values.to(device)
+        if self._mhla is not None:
+            self._mhla.to(device)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that later chunks read, for `from_state_dict`."""
+        sums, names = self._mhla, ("finished", "past", "ended")
+        return {
+            "values": self.values,
+            "cache": [kept[:, : self._tokens] for kept in self._cache],
+            "ended": self._ended,
+            "sums": self._sums if sums is None else {name: getattr(sums, name) for name in names},
+        }
+
+    @classmethod
+    def from_state_dict(cls, chunk_frames: int, saved: dict[str, Any]) -> Self:
+        """Create a state from the result of `state_dict`."""
+        state = cls(chunk_frames)
+        state.values, state._sums, state._ended = saved["values"], saved["sums"], saved["ended"]
+        state._cache = list(saved["cache"])
+        state._tokens = state._cache[0].shape[1] if state._cache else 0
+        return state
 
     def softmax(self, query: Tensor, key: Tensor, value: Tensor, *, frames: int) -> Tensor:
         """Attend to the chunk itself and to all keys and values of finished chunks."""

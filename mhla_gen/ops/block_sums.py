@@ -45,9 +45,10 @@ class BlockSums(SequenceState):
 
     def to(self, device: torch.device | str) -> Self:
         """See `SequenceState`; the weights move, too."""
-        self.weights = self.weights.to(device)
         self._mixed = None
-        return super().to(device)
+        super().to(device)
+        self.weights = self.weights.to(device)
+        return self
 
     def begin(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         """Make room for sequences of these tokens, unless there are some."""

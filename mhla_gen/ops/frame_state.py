@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -111,6 +111,15 @@ class FrameState:
             if append:
                 self._remember(summaries, key_sums, grid[0])
         return out.to(query.dtype)
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move everything to a device; returns the state itself."""
+        device = torch.device(device)
+        self.weights = self.weights.to(device)
+        for name in ("finished", "past"):
+            if pair := getattr(self, name):
+                setattr(self, name, tuple(x.to(device) for x in pair))
+        return self
 
     def _check_finished(self, key: Tensor, value: Tensor) -> None:
         if self.finished is None:

@@ -40,6 +40,8 @@ class SequenceState:
 
     def to(self, device: torch.device | str) -> Self:
         """Move everything but `lengths` to a device; returns the state itself."""
+        # Sums stay in the dtype that they were added in; a dtype is refused here.
+        device = torch.device(device)
         for name, tensor in self.held():
             setattr(self, name, tensor.to(device))
         return self

@@ -87,7 +87,9 @@ def videos():
         }.items():
             source = f"-v error -f lavfi -i testsrc2=s={SIDE * 2}x{SIDE * 2}:r=24:d=0.5".split()
             path = Path(folder, f"a.{suffix}")
-            command = [imageio_ffmpeg.get_ffmpeg_exe(), *source, *options.split(), str(path)]
+            # The same bytes each time and everywhere: no random marks, and one thread.
+            options = [*options.split(), "-fflags", "+bitexact", "-threads", "1", str(path)]
+            command = [imageio_ffmpeg.get_ffmpeg_exe(), *source, *options]
             subprocess.run(command, check=True)
             found.append((suffix, path.read_bytes()))
     return found

@@ -316,7 +316,8 @@ def test_the_average_is_that_of_diffusers():
         ours.step(model.parameters())
         theirs.step(model.parameters())
     assert ours.cur_decay_value == theirs.cur_decay_value
-    torch.testing.assert_close(ours.shadow_params, theirs.shadow_params, rtol=1e-5, atol=1e-6)
+    # Twelve steps with two roundings each, of numbers up to 15: 24 * 6e-8 * 15.
+    torch.testing.assert_close(ours.shadow_params, theirs.shadow_params, rtol=1e-5, atol=2.2e-5)
 
 
 @pytest.mark.parametrize("attention", ["softmax", "linear", "mhla"])

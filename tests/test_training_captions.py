@@ -112,10 +112,15 @@ def test_a_cache_holds_what_the_pipeline_embeds(sd3):
     pipe = diffusers.StableDiffusion3Pipeline.from_pretrained(sd3 / "base")
     embeds, empty, pooled, empty_pooled = pipe.encode_prompt("a red square moves", None, None)
     batch = data.read([1])
-    torch.testing.assert_close(batch["prompt_embeds"], embeds)
-    torch.testing.assert_close(batch["pooled_prompt_embeds"], pooled)
-    torch.testing.assert_close(data.empty_prompt["prompt_embeds"], empty[0])
-    torch.testing.assert_close(data.empty_prompt["pooled_prompt_embeds"], empty_pooled[0])
+    # Embedded in another batch, so summed in another order: layers of float32 differ by a few
+    # times 1e-6 of numbers up to 2.5, other texts and half precision by 1e-2.
+    for found, expected in (
+        (batch["prompt_embeds"], embeds),
+        (batch["pooled_prompt_embeds"], pooled),
+        (data.empty_prompt["prompt_embeds"], empty[0]),
+        (data.empty_prompt["pooled_prompt_embeds"], empty_pooled[0]),
+    ):
+        torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-4)
     assert data.caption(1) == "a red square moves"
 
 

@@ -15,8 +15,9 @@ from mhla_gen.training.optim import build_optimizer
 from mhla_gen.training.shards import clipping_factor, gradient_norm, scale_gradients
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# Of a weight near 1.
-ROUNDING = 1e-7
+# Near zero, of a weight that eight steps of 0.1 may have brought there: 6e-8 of what it was, and of
+# the five numbers that each step is made of, so 8 * 6e-8 * (0.8 + 5 * 0.1) at worst, three times.
+ROUNDING = 2e-6
 
 
 def a_model():
@@ -65,12 +66,12 @@ class Trained:
                 squares = self.optimizer.state[parameter]["exp_avg_sq"]
                 # Gradients of that size cancel in their average.
                 root = float(squares.sum() / max(1, squares.numel())) ** 0.5
-                yield value, 5e-6 * root if name == "exp_avg" else 0.0
+                yield value, 2e-5 * root if name == "exp_avg" else 0.0
 
 
 def assert_rounded(found, expected, near_zero):
-    """Equal but for a few roundings."""
-    torch.testing.assert_close(found, expected, rtol=2e-6, atol=near_zero)
+    """Equal but for eight steps of four roundings each, 6e-8 at worst, five times."""
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=near_zero)
 
 
 @pytest.mark.parametrize("limit", [None, 0.1, 1e6])

@@ -144,6 +144,17 @@ def test_sequences_of_whole_tiles(poisoned, rotary, attention_form):
     assert_accurate(inputs, options, use_attention_form=attention_form)
 
 
+@pytest.mark.parametrize("rotary", [False, True])
+def test_blocks_longer_than_a_tile_of_pieces(rotary):
+    sizes = {"heads": 1, "head_dim": 72, "value_dim": 72, "rotary": rotary}
+    inputs, options = make((9, 16), (1, 2), torch.float16, **sizes)
+    expected = outputs_and_gradients(naive_mhla, inputs, options, torch.float64)
+    form = {"use_attention_form": False, "stored": torch.float16}
+    actual = outputs_and_gradients(fused_mhla, inputs, options | form)
+    # Operands are rounded to float16 once or twice; thirty times that.
+    assert max(errors(actual, expected)) < 32 * torch.finfo(torch.float16).eps
+
+
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
 def test_half_precision_scores_take_any_mixing(scale):
     inputs, options = make((8, 16), (2, 2), torch.float16, heads=1)
@@ -350,7 +361,7 @@ def test_head_sizes_on_gpu(poisoned, head_dim, attention_form):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("side", [16, 32])
+@pytest.mark.parametrize("side", [16, 32, 48])
 @FORMS
 def test_the_shapes_of_dit_on_gpu(poisoned, side, attention_form):
     options = {"batch": 4, "heads": 16, "head_dim": 72, "value_dim": 72, "rotary": False}

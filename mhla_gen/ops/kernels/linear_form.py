@@ -211,11 +211,14 @@ def _over_tokens(
 
 def tile_options(kernel: str, call: Call) -> dict:
     """Compile-time sizes of one of the kernels over tokens."""
+    whole = {"D0": call.tile["BD"], "D1": 0, "V0": call.tile["BV"], "V1": 0}
     # Summaries of 72 channels were faster in one tile of 128 than in pieces; see README.md.
-    channels = call.pieces
-    if kernel == "summarise":
-        channels = {"D0": call.tile["BD"], "D1": 0, "V0": call.tile["BV"], "V1": 0}
-    options = call.options | channels | token_tiles(kernel, call, channels)
+    channels = whole if kernel == "summarise" else call.pieces
+    tiles = token_tiles(kernel, call, channels)
+    # In a loop over tokens, the pieces of a gradient of queries would not fit the registers.
+    if kernel == "backward_queries" and call.block_size > tiles["BT"]:
+        channels, tiles = whole, token_tiles(kernel, call, whole)
+    options = call.options | channels | tiles
     options["ONE_TILE"] = call.block_size <= options["BT"]
     # Up to this many heads are neighbours in the launch grid.
     options["GROUP"] = call.num_heads if call.num_heads <= 16 else math.gcd(call.num_heads, 8)

@@ -96,12 +96,13 @@ def _measure(
     if rows:
         print(f"{folder / RESULTS_NAME} has {len(rows)} rows already")
     result = {"rows": rows, **facts}
+    widths = dict.fromkeys(_COLUMNS, 16) | {"method": max(16, *map(len, config.methods))}
     for row in measure(config, device, len(rows)):
         _add_ratios(row, rows)
         rows.append(row)
         if len(rows) == 1:
-            print("  ".join(f"{name:>16}" for name in _COLUMNS))
-        print(_line(row), flush=True)
+            print("  ".join(f"{name:>{width}}" for name, width in widths.items()))
+        print(_line(row, widths), flush=True)
         # Written row by row: a long run that is cut short keeps what it measured.
         if any("error" not in row for row in rows):
             write_json(folder / RESULTS_NAME, result, indent=1)
@@ -159,14 +160,15 @@ def _add_ratios(row: dict[str, Any], earlier: list[dict[str, Any]]) -> None:
             row[f"{step}_ratio"] = min(softmax) / row[f"{step}_ms"]
 
 
-def _line(row: dict[str, Any]) -> str:
+def _line(row: dict[str, Any], widths: dict[str, int]) -> str:
     if "error" in row:
-        return f"{row['tokens']:>16}  {row['method']:>16}  {row['error']}"
+        tokens, method = (f"{row[name]:>{widths[name]}}" for name in ("tokens", "method"))
+        return f"{tokens}  {method}  {row['error']}"
     cells = (
-        form.format(row[name]) if row.get(name) is not None else "-"
+        (form.format(row[name]) if row.get(name) is not None else "-", widths[name])
         for name, form in _COLUMNS.items()
     )
-    return "  ".join(f"{cell:>16}" for cell in cells)
+    return "  ".join(f"{cell:>{width}}" for cell, width in cells)
 
 
 _PANELS = {

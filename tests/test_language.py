@@ -7,6 +7,7 @@ import peft
 import pytest
 import torch
 import transformers
+from accelerate import disk_offload
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
@@ -168,6 +169,22 @@ def test_hidden_states_are_recorded_as_those_of_softmax(tmp_path):
         layers, hidden = model.model.layers, model.model.embed_tokens(prompt())
         assert len(found) == 1 + len(layers) and torch.equal(found[0], hidden)
         assert torch.equal(found[-1], model.model(prompt()).last_hidden_state)
+
+
+@pytest.mark.parametrize("offloaded_first", [True, False])
+def test_an_offloaded_model_computes_the_same(tmp_path, offloaded_first):
+    expected, model = inject(softmax_model(), WINDOW), softmax_model()
+    if not offloaded_first:
+        inject(model, WINDOW)
+    disk_offload(model, tmp_path, execution_device=torch.device("cpu"))
+    if offloaded_first:
+        inject(model, WINDOW)
+    assert model.model.layers[0].self_attn.o_proj.weight.is_meta
+    torch.testing.assert_close(model(prompt()).logits, expected(prompt()).logits)
+    found, tokens = (
+        each.generate(prompt(), max_new_tokens=5, do_sample=False) for each in (model, expected)
+    )
+    assert torch.equal(found, tokens)
 
 
 @pytest.mark.parametrize("learnable", [False, True])

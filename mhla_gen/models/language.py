@@ -24,7 +24,7 @@ from mhla_gen.models.attention import CONVERTED_START, NEW_START
 from mhla_gen.models.causal_attention import CausalAttention, CausalMHLA
 from mhla_gen.models.causal_decoder import CausalModel
 from mhla_gen.models.settling import mhla_layers
-from mhla_gen.models.surgery import change_class
+from mhla_gen.models.surgery import change_class, computing_device
 from mhla_gen.ops import FEATURE_MAPS
 
 
@@ -273,7 +273,7 @@ def _add_layers(model: Any, config: CausalMHLAConfig) -> None:
             sizes = attention.config
             heads, key_heads = sizes.num_attention_heads, sizes.num_key_value_heads
             child = CausalMHLA(heads, key_heads, sizes.hidden_size, config)
-            child.to(attention.o_proj.weight.device)
+            child.to(computing_device(attention.o_proj))
             if child.combine is not None:
                 child.combine.to(model.dtype)
             attention.mhla = child.train(attention.training)

@@ -95,16 +95,20 @@ def placed_beside(projection: nn.Module, module: AddedAttention) -> AddedAttenti
 
     If the projection's weight is quantized, the dtype is that of its bias.
     """
-    parameters = list(projection.parameters())
-    floating = next((p for p in parameters if p.is_floating_point()), None)
-    device, hook = parameters[0].device, getattr(projection, "_hf_hook", None)
-    if device.type == "meta" and hook is not None:
-        # The layer's weights are loaded for each call; the new module's are few and stay loaded.
-        device = hook.execution_device
-    module = module.to(device, None if floating is None else floating.dtype)
+    floating = next((p for p in projection.parameters() if p.is_floating_point()), None)
+    module = module.to(computing_device(projection), None if floating is None else floating.dtype)
     if module.mixing is not None:
         module.mixing.data = module.mixing.data.float()
     return module
+
+
+def computing_device(projection: nn.Module) -> Any:
+    """Where a layer computes, also if its weights are offloaded.
+
+    They are then loaded for each call; those that are added are few and stay loaded.
+    """
+    device, hook = next(projection.parameters()).device, getattr(projection, "_hf_hook", None)
+    return hook.execution_device if device.type == "meta" and hook is not None else device
 
 
 def change_class(module: Any, new_class: Any) -> None:

@@ -31,7 +31,7 @@ def load(monkeypatch):
 
 def test_rows_are_written_one_by_one_and_not_measured_twice(load, tmp_path, capsys):
     rows, out = load("rows"), tmp_path / "out.json"
-    parser, measured = rows.make_parser("Numbers.", seconds=100), []
+    parser, measured = rows.make_parser("Numbers.", seconds=100_000), []
     parser.add_argument("--tiny", action="store_true")
 
     def measure(case):

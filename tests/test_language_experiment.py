@@ -28,9 +28,9 @@ def test_arms_are_trained_once_measured_and_drawn(script, tmp_path, capsys):
     sizes = script.SIZES["tiny"]._replace(hidden_size=16, heads=1, layers=1, steps=1, more_steps=1)
     script.run(tmp_path, sizes, seeds=1, seconds=-1)
     assert "are over" in capsys.readouterr().out
-    script.run(tmp_path, sizes, seeds=1, seconds=100)
+    script.run(tmp_path, sizes, seeds=1, seconds=100_000)
     written = (tmp_path / "language.json").read_text()
-    script.run(tmp_path, sizes, seeds=1, seconds=100)
+    script.run(tmp_path, sizes, seeds=1, seconds=100_000)
     assert written == (tmp_path / "language.json").read_text()
     report = json.loads(written)
     assert len(report["arms"]) == 10
@@ -50,18 +50,18 @@ def test_arms_are_trained_once_measured_and_drawn(script, tmp_path, capsys):
 def test_a_run_goes_on_from_its_one_file(script, tmp_path):
     """An interrupted run, of which only the JSON came back, ends as one that was not."""
     sizes = script.SIZES["tiny"]._replace(hidden_size=16, heads=1, layers=1, steps=2, more_steps=1)
-    script.run(tmp_path, sizes, seeds=1, seconds=100)
+    script.run(tmp_path, sizes, seeds=1, seconds=100_000)
     whole = json.loads((tmp_path / "language.json").read_text())
     (tmp_path / script.PRETRAINED).unlink()
     kept = whole | {"arms": whole["arms"][:-2]}
     (tmp_path / "language.json").write_text(json.dumps(kept))
-    script.run(tmp_path, sizes, seeds=1, seconds=100)
+    script.run(tmp_path, sizes, seeds=1, seconds=100_000)
     resumed = json.loads((tmp_path / "language.json").read_text())
     assert [{**arm, "seconds": 0} for arm in resumed["arms"]] == [
         {**arm, "seconds": 0} for arm in whole["arms"]
     ]
     with pytest.raises(SystemExit, match="another sizes"):
-        script.run(tmp_path, sizes._replace(steps=3), seeds=1, seconds=100)
+        script.run(tmp_path, sizes._replace(steps=3), seeds=1, seconds=100_000)
 
 
 def test_held_out_text_is_not_trained_on(script):

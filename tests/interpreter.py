@@ -1,8 +1,8 @@
-"""Triton's interpreter without what it does again and again, which is half of its time.
+"""Triton's interpreter without what it does again and again, which is more than half of its time.
 
 It changes `triton.language` when a kernel is launched, and would do so anew, with all of its
 hundreds of names, whenever a kernel calls a function of its own or of Triton. Once a launch is
-enough: where a name is changed, all are.
+enough: where a name is changed, all are. Nor does it make a table of all dtypes to look up one.
 """
 
 import functools
@@ -13,6 +13,8 @@ from triton.runtime import interpreter
 
 _NOTHING = SimpleNamespace(restore=lambda: None)
 _change = interpreter._patch_lang
+_find_dtype = functools.cache(interpreter._get_np_dtype)
+_ADDRESS = interpreter._get_np_dtype(tl.pointer_type(tl.int8))
 
 
 @functools.cache
@@ -28,4 +30,11 @@ def _change_once(function):
     return _NOTHING if changed else _change(function)
 
 
+def _dtype(kind):
+    """What numpy has for a dtype of Triton, for a tensor of it, or for addresses."""
+    scalar = kind.scalar
+    return _ADDRESS if isinstance(scalar, tl.pointer_type) else _find_dtype(scalar)
+
+
 interpreter._patch_lang = _change_once
+interpreter._get_np_dtype = _dtype

@@ -74,10 +74,12 @@ def test_videos_of_prompts_from_a_file_go_on_after_an_interruption(wan, tmp_path
     with np.load(tmp_path / "set" / "samples.npz") as arrays:
         videos = arrays["arr_0"]
     assert videos.shape == (3, 5, 32, 48, 3) and len(arrays.files) == 1
-    for file, video in zip(files, videos, strict=True):
+    for number, file in enumerate(files):
         frames, reader = frames_of(file)
-        assert frames.shape == video.shape and reader.get_avg_fps() == 8
-        assert np.abs(frames.astype(int) - video).mean() < 8
+        assert frames.shape == videos[number].shape and reader.get_avg_fps() == 8
+        # But for compression, which leaves less than another video does.
+        off = np.abs(frames.astype(int) - videos).mean((1, 2, 3, 4))
+        assert off[number] < 0.7 * np.delete(off, number).min(), off
     records = [json.loads(x) for x in (tmp_path / "set" / "samples.jsonl").read_text().splitlines()]
     assert [r["seed"] for r in records] == [0, 7, 2**30] and records[1]["prompt"] == "moves left"
     made = json.loads((tmp_path / "set" / "manifest.json").read_text())

@@ -147,6 +147,38 @@ def test_no_recording_is_destroyed_while_another_is_made_on_a_gpu():
     collected_garbage_does_not_break_off_a_recording("cuda")
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there it records")
+def test_a_recording_that_is_broken_off_leaves_its_stream(monkeypatch):
+    current = ["before"]
+
+    class Stream:
+        def __init__(self, chosen):
+            self.chosen = chosen
+
+        def __enter__(self):
+            self.before, current[0] = current[0], self.chosen
+
+        def __exit__(self, *_):
+            current[0] = self.before
+
+    class Graph(Stream):
+        """Like torch's, which ends the recording, then leaves its stream."""
+
+        def __init__(self, *_, **__):
+            super().__init__("of the recording")
+
+        def __exit__(self, *_):
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    stand_in(monkeypatch.setattr)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "stream", Stream)
+    monkeypatch.setattr(torch.cuda, "graph", Graph)
+    with pytest.raises(RuntimeError, match="previous error"), recording(torch.cuda.CUDAGraph()):
+        pass
+    assert current == ["before"]
+
+
 @pytest.mark.gpu
 # The recording is broken off before anything is in it.
 @pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")

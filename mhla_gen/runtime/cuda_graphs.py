@@ -123,8 +123,12 @@ def recording(graph: torch.cuda.CUDAGraph, **options: Any) -> Iterator[None]:
     collects = gc.isenabled()
     gc.disable()
     try:
-        # Another thread may copy finished samples meanwhile.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local", **options):
+        # A recording that is broken off would leave its stream the current one. Another thread may
+        # copy finished samples meanwhile.
+        with (
+            torch.cuda.stream(torch.cuda.current_stream()),
+            torch.cuda.graph(graph, capture_error_mode="thread_local", **options),
+        ):
             yield
     finally:
         if collects:

@@ -325,8 +325,18 @@ def test_refusals_change_nothing():
     assert type(model) is transformers.LlamaForCausalLM
     assert type(model.config) is transformers.LlamaConfig
     gpt2 = transformers.GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=9)
-    with pytest.raises(ValueError, match="expected one of LlamaForCausalLM"):
-        inject(transformers.GPT2LMHeadModel(gpt2))
+    # The model is refused before the settings that would not fit it either.
+    for settings in (CONFIG, MHLAConfig(), None):
+        with pytest.raises(
+            ValueError, match=r"LlamaForCausalLM, .* converted, found a GPT2LMH\w+$"
+        ):
+            inject(transformers.GPT2LMHeadModel(gpt2), settings)
+    with pytest.raises(ValueError, match="found a LlamaModel; convert it with its head"):
+        inject(softmax_model().model, CONFIG)
+    with pytest.raises(ValueError, match="the model is compiled; convert it before"):
+        inject(torch.compile(softmax_model()), CONFIG)
+    with pytest.raises(ValueError, match="takes CausalMHLAConfig, found dict"):
+        inject(softmax_model(), {})
     with pytest.raises(ValueError, match="already has MHLA"):
         inject(mhla_model(), CONFIG)
 

@@ -49,8 +49,15 @@ def inject(
         ValueError: If nothing can be converted, the model is already converted, or `config` does
             not fit it.
     """
+    if hasattr(pipe_or_transformer, "_orig_mod"):
+        raise UserError("the model is compiled; convert it before torch.compile")
     language = is_language_model(pipe_or_transformer)
-    config = config or (FOR_PRETRAINED_LANGUAGE if language else FOR_PRETRAINED)
+    if language:
+        from mhla_gen.models.language import class_for
+
+        class_for(pipe_or_transformer)
+    if config is None:
+        config = FOR_PRETRAINED_LANGUAGE if language else FOR_PRETRAINED
     if isinstance(config, CausalMHLAConfig) != language:
         expected = "CausalMHLAConfig" if language else "MHLAConfig or LinformerConfig"
         leaks = language and isinstance(config, LinformerConfig)

@@ -162,7 +162,7 @@ class MHLAQwen3ForCausalLM(MHLALanguageModel, Qwen3ForCausalLM):
 
 
 # Base class → the class it becomes.
-LANGUAGE_CLASSES: dict[type, type] = {
+LANGUAGE_CLASSES: dict[type, Any] = {
     mhla_class.softmax_classes[0]: mhla_class
     for mhla_class in (
         MHLALlamaForCausalLM,
@@ -183,7 +183,7 @@ def attentions(model: Any) -> list[tuple[str, Any]]:
         ValueError: If the model cannot be converted.
     """
     if not isinstance(model, MHLALanguageModel):
-        _class_for(model)
+        class_for(model)
     return [(f"model.layers.{i}.self_attn", x.self_attn) for i, x in enumerate(model.model.layers)]
 
 
@@ -225,9 +225,7 @@ def resolve_language(model: Any, config: CausalMHLAConfig, new: bool = False) ->
 
 def inject_language(model: Any, config: CausalMHLAConfig) -> Any:
     """Convert in place; see `mhla_gen.inject`."""
-    if isinstance(model, MHLALanguageModel):
-        raise UserError("the model already has MHLA layers; call mhla_gen.restore on it first")
-    mhla_class: Any = _class_for(model)
+    mhla_class: Any = class_for(model)
     config = resolve_language(model, config)
     model.config.__class__ = mhla_class.config_class
     change_class(model, mhla_class)
@@ -252,11 +250,22 @@ def restore_language(model: Any) -> Any:
     return model
 
 
-def _class_for(model: Any) -> type:
+def class_for(model: Any) -> type:
+    """The class that a softmax model becomes.
+
+    Raises:
+        ValueError: If the model is already converted, or cannot be.
+    """
+    if isinstance(model, MHLALanguageModel):
+        raise UserError("the model already has MHLA layers; call mhla_gen.restore on it first")
     if type(model) not in LANGUAGE_CLASSES:
-        hint = "; convert before torch.compile" if hasattr(model, "_orig_mod") else ""
+        decoders = [c.softmax_classes[1] for c in LANGUAGE_CLASSES.values()]
+        hint = "; convert it with its head" if type(model) in decoders else ""
         names = ", ".join(c.__name__ for c in LANGUAGE_CLASSES)
-        raise UserError(f"expected one of {names}, found a {type(model).__name__}{hint}")
+        raise UserError(
+            f"of transformers' models, {names} can be converted, found a "
+            f"{type(model).__name__}{hint}"
+        )
     return LANGUAGE_CLASSES[type(model)]
 
 

@@ -15,6 +15,7 @@ from mhla_gen.ops import (
     locality_weights,
     mhla,
 )
+from mhla_gen.ops.blockwise import lengthened
 from mhla_gen.ops.feature_maps import FEATURE_MAPS, rotate
 
 BLOCK = 4
@@ -193,6 +194,25 @@ def test_gradients(masked, normalize):
     inputs = [x.requires_grad_() for x in (q, k, v, weights)]
     options = {"block_size": 3, "mask": mask, "feature_map": "elu+1", "normalize": normalize}
     assert torch.autograd.gradcheck(lambda *x: causal_mhla(*x, **options), inputs)
+
+
+@pytest.mark.parametrize("missing", [0, 3])
+def test_gradients_where_compiled_code_takes_any_size(missing):
+    """Of tokens in chunks, whose gradients come in the strides of a product."""
+
+    def scores(x, other):
+        blocks = x.shape[1] // 4
+        blocked = torch.unflatten(x, 1, (blocks, -(-x.shape[1] // blocks)))
+        blocked = lengthened(blocked, 2, -blocked.shape[2] % (4 + missing))
+        return torch.einsum("bmshk,bmthk->bmhst", blocked, other)
+
+    x = torch.randn(2, 20, 3, 8, requires_grad=True)
+    other = torch.randn(2, 5, 4, 3, 8)
+    compiled = torch.compile(scores, backend="aot_eager", dynamic=True)
+    found, expected = (f(x, other).square().sum() for f in (compiled, scores))
+    torch.testing.assert_close(
+        torch.autograd.grad(found, x)[0], torch.autograd.grad(expected, x)[0]
+    )
 
 
 def test_a_token_reads_nothing_after_it():

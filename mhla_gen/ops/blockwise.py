@@ -11,7 +11,6 @@ Source: Zhang et al. 2026, arXiv:2601.07832, Eq. (4) and App. C (causal).
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mhla_gen.ops.feature_maps import FEATURE_MAPS, rotate
@@ -176,5 +175,17 @@ def _to_chunks(blocked: Tensor) -> Tensor:
     """Cut the slots of every block into chunks, zero-padded to a whole number of them."""
     num_slots = blocked.shape[2]
     chunk = min(_CHUNK, num_slots)
-    padding = -num_slots % chunk
-    return torch.unflatten(F.pad(blocked, (0, 0, 0, 0, 0, padding)), 2, (-1, chunk))
+    return torch.unflatten(lengthened(blocked, 2, -num_slots % chunk), 2, (-1, chunk))
+
+
+def lengthened(x: Tensor, axis: int, more: int) -> Tensor:
+    """`x` with `more` entries of 0 at the end of an axis.
+
+    `F.pad` would do, but its gradients may have other strides than torch's compiler assumes where
+    sizes are dynamic: the backward pass then ends in "view size is not compatible".
+    """
+    if more == 0:
+        return x
+    shape = list(x.shape)
+    shape[axis] = more
+    return torch.cat((x, x.new_zeros(shape)), dim=axis)

@@ -5,10 +5,10 @@ blocks and is limited to the trained length; here there is one weight per distan
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mhla_gen.errors import UserError
+from mhla_gen.ops.blockwise import lengthened
 from mhla_gen.ops.causal_checks import check_causal
 from mhla_gen.ops.dispatch import mhla
 from mhla_gen.ops.feature_maps import FEATURE_MAPS, rotate
@@ -149,12 +149,11 @@ def _whole_blocks(
 ) -> Tensor:
     """The form without padding: no token reads those that fill up the last block."""
     seq_len, group = query.shape[1], query.shape[2] // key.shape[2]
-    if missing := -seq_len % block_size:
-        padding = (0, 0, 0, 0, 0, missing)
-        query, key, value = (F.pad(x, padding) for x in (query, key, value))
-        if rotary is not None:
-            cos, sin = rotary
-            rotary = (F.pad(cos, padding[2:]), F.pad(sin, padding[2:]))
+    missing = -seq_len % block_size
+    query, key, value = (lengthened(x, 1, missing) for x in (query, key, value))
+    if rotary is not None:
+        cos, sin = rotary
+        rotary = (lengthened(cos, 0, missing), lengthened(sin, 0, missing))
     if group > 1:
         key, value = (x.repeat_interleave(group, dim=2) for x in (key, value))
     num_blocks = query.shape[1] // block_size
@@ -260,8 +259,8 @@ def block_summaries(
     """Summaries and key sums of tokens without padding, as `Placed.summaries`."""
     dtype = torch.promote_types(key.dtype, torch.float32)
     phi_k = FEATURE_MAPS[feature_map](key.to(dtype))
-    fill = (0, 0, 0, 0, 0, -key.shape[1] % block_size)
-    k, phi_k, v = (F.pad(x, fill) for x in (rotate(phi_k, rotary), phi_k, value.to(dtype)))
+    parts, missing = (rotate(phi_k, rotary), phi_k, value.to(dtype)), -key.shape[1] % block_size
+    k, phi_k, v = (lengthened(x, 1, missing) for x in parts)
     return _summed(k, phi_k, v, block_size)
 
 

@@ -36,6 +36,8 @@ from transformers import T5Config, T5EncoderModel
 
 from mhla_gen.config import TrainConfig, TransformerConfig, load_config
 from mhla_gen.files import write_json, write_picture, write_text
+from mhla_gen.files.digests import file_digest
+from mhla_gen.outputs.folders import differing_values
 from mhla_gen.training.previews import tiled
 from mhla_gen.training.randomness import step_randomness
 from mhla_gen.training.training_run import Run, build_run
@@ -262,9 +264,10 @@ def started(path: Path, facts: dict[str, Any]) -> dict[str, Any]:
         SystemExit: If it has arms of other facts.
     """
     found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else facts
-    wrong = [f"{name}={found.get(name)}" for name in facts if found.get(name) != facts[name]]
-    if wrong:
-        raise SystemExit(f"{path} has arms of {', '.join(wrong)}; choose another folder")
+    if changes := differing_values({name: found.get(name) for name in facts}, facts):
+        raise SystemExit(
+            f"{path} has arms of other settings ({'; '.join(changes)}); choose another folder"
+        )
     return {"arms": {}, **found, "date": date.today().isoformat()}
 
 
@@ -297,12 +300,13 @@ def main() -> None:
     options, options.overrides = parser.parse_known_args()
     if any("=" not in word or word.startswith("-") for word in options.overrides):
         parser.error(f"expected key=value, found {' '.join(options.overrides)}")
-    options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "captioned.json"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     facts = {"device": device, "torch": torch.__version__, "settings": options.overrides}
-    sizes = ("steps", "layers", "heads", "pixels", "limit")
+    facts["images"] = file_digest(options.images)
+    sizes = ("steps", "layers", "heads", "pixels", "limit", "sample_steps")
     found = started(path, facts | {name: getattr(options, name) for name in sizes})
+    options.out.mkdir(parents=True, exist_ok=True)
     longest = 0.0
     for name in (name for name in options.arms if name not in found["arms"]):
         start = time.perf_counter()

@@ -13,7 +13,8 @@ start convert the softmax model of seed 0 and continue training.
 
 Each arm is written when it is done, and the same command goes on with the missing ones. No arm
 begins that would end after `--seconds` if it took as long as the one before.
-OUT/softmax.safetensors is the pretrained start; without it, that model is trained again.
+OUT/softmax.safetensors is the pretrained start; without it, that model is trained again. Results of
+other settings need another OUT.
 """
 
 import argparse
@@ -40,8 +41,11 @@ from safetensors.torch import load_file
 
 import mhla_gen
 from mhla_gen.files import write_json, write_tensors
+from mhla_gen.outputs.folders import differing_values
 
 PRETRAINED = "softmax.safetensors"
+# What decides the numbers of all arms.
+_SAME = ("device", "torch", "sizes", "text")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 _last = 0.0
 
@@ -128,10 +132,18 @@ def run(out: Path, sizes: Sizes, seeds: int, seconds: float, processes: int = 1)
     path = out / "language.json"
     if path.exists():
         earlier = json.loads(path.read_bytes())
-        same = ("device", "sizes", "text")
-        if other := [key for key in same if earlier[key] != report[key]]:
-            raise SystemExit(f"{path} has results for another {other[0]}; choose another folder")
+        found, asked = ({key: each.get(key) for key in _SAME} for each in (earlier, report))
+        if changes := differing_values(found, asked):
+            raise SystemExit(
+                f"{path} has results of other settings ({'; '.join(changes)}); choose another "
+                "folder"
+            )
         report["arms"] = earlier["arms"]
+    elif (out / PRETRAINED).exists():
+        raise SystemExit(f"{out / PRETRAINED} is of unknown settings, without {path}; remove it")
+    else:
+        # Before the pretrained start, which is of these settings, too.
+        write_json(path, report, indent=None)
     print(facts, flush=True)
     arms = [(name, seed, False) for seed in range(seeds) for name in NAMES]
     arms += [(name, 0, True) for name in NAMES]

@@ -39,5 +39,5 @@ def test_arms_are_trained_once_and_have_one_set_of_settings(run, tmp_path):
     losses = ("held_out_loss", "held_out_loss_other_caption", "held_out_loss_no_caption")
     assert all(np.isfinite(row[name]) for row in again["arms"].values() for name in losses)
     assert "wan-mhla" in (tmp_path / "out" / "captioned.md").read_text()
-    with pytest.raises(SystemExit, match=r"has arms of steps=2; choose another folder"):
+    with pytest.raises(SystemExit, match=r"\(steps: found 2, asked for 3\); choose another"):
         run("--steps", "3", "--arms", "sd3-mhla")

@@ -1,11 +1,14 @@
 """`experiments/classification` in small: a run learns, and the table says what runs found."""
 
+import json
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+from mhla_gen.files.digests import file_digest
 
 EXPERIMENT = Path(__file__).parents[1] / "experiments" / "classification"
 
@@ -44,6 +47,28 @@ def test_a_run_learns_and_scores_held_out_images_at_its_sizes(scripts, stripes):
     for right, sides in ((found["right"], {"64", "96", "128"}), (other["right"], {"64"})):
         assert right.keys() == sides
         assert all(len(digits) == 16 for digits in right.values())
+
+
+def test_results_of_other_settings_or_images_are_refused(scripts, stripes, tmp_path, monkeypatch):
+    run, _ = scripts
+    result = tmp_path / "result.json"
+
+    def resumed(*options):
+        command = ["run", stripes, str(result), "--processes", "1", "--arms", "mhla", *options]
+        monkeypatch.setattr(sys, "argv", [*command, "--seconds", "-1"])
+        run.main()
+
+    settings = {"epochs": 30, "batch": 256, "depth": 1, "limit": 0, "data": file_digest(stripes)}
+    kept = {"settings": settings, "speed": {}, "runs": {}, **run.machine()}
+    result.write_text(json.dumps(kept), encoding="utf-8")
+    resumed("--depth", "1")
+    with pytest.raises(SystemExit, match=r"\(depth: found 1, asked for 2\); choose another file"):
+        resumed("--depth", "2")
+    with np.load(stripes) as arrays:
+        np.savez(stripes, arr_0=255 - arrays["arr_0"], labels=arrays["labels"])
+    with pytest.raises(SystemExit, match=r"\(data: found \w{12}, asked for \w{12}\)"):
+        resumed("--depth", "1")
+    assert json.loads(result.read_bytes()) == kept
 
 
 def test_the_table_pairs_images_and_leaves_out_what_is_missing(scripts):

@@ -234,6 +234,14 @@ def test_probe_asks_for_what_is_on_the_grid(scripts, task):
             assert task == "anywhere" or away <= 3
 
 
+def test_probes_of_another_length_are_refused(scripts, tmp_path):
+    probe = scripts("evidence_probe")
+    (tmp_path / "probe-mhla-near-s0.json").write_text('{"steps": 800}', encoding="utf-8")
+    with pytest.raises(SystemExit, match="of --steps 800, not 60; choose another folder"):
+        probe.main([str(tmp_path), "--steps", "60"])
+    assert not (tmp_path / "work").exists()
+
+
 @pytest.mark.parametrize("arm", ["softmax", "mhla-conv-gate"])
 def test_probe_learns(scripts, arm):
     probe = scripts("evidence_probe")

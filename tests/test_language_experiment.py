@@ -60,8 +60,21 @@ def test_a_run_goes_on_from_its_one_file(script, tmp_path):
     assert [{**arm, "seconds": 0} for arm in resumed["arms"]] == [
         {**arm, "seconds": 0} for arm in whole["arms"]
     ]
-    with pytest.raises(SystemExit, match="another sizes"):
-        script.run(tmp_path, sizes._replace(steps=3), seeds=1, seconds=100_000)
+
+
+def test_results_of_other_settings_are_refused_before_anything_is_written(script, tmp_path):
+    sizes = script.SIZES["tiny"]
+    script.run(tmp_path, sizes, seeds=1, seconds=-1)
+    before = (tmp_path / "language.json").read_bytes()
+    with pytest.raises(SystemExit, match=r"other settings \(sizes.steps: found .*asked for 99\)"):
+        script.run(tmp_path, sizes._replace(steps=99), seeds=1, seconds=100_000)
+    assert [path.name for path in tmp_path.iterdir()] == ["language.json"]
+    assert (tmp_path / "language.json").read_bytes() == before
+    # A start whose settings nobody knows.
+    (tmp_path / "language.json").rename(tmp_path / script.PRETRAINED)
+    with pytest.raises(SystemExit, match="remove it"):
+        script.run(tmp_path, sizes, seeds=1, seconds=100_000)
+    assert [path.name for path in tmp_path.iterdir()] == [script.PRETRAINED]
 
 
 def test_held_out_text_is_not_trained_on(script):

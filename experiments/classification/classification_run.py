@@ -7,8 +7,9 @@ experiments/evidence/emoji_dataset.py makes one. The model is timm's DeiT-T with
 patches of 4 pixels, so 16 × 16 tokens, in 4 × 4 blocks. Every fourth image is held out; all arms
 see the same images in the same order. Speeds are measured first, alone on the GPU; then models are
 trained, several at a time: two seeds of the main arms, then the others. RESULT.json gets each
-result as soon as it is done, and the same command resumes with the missing ones. Needs timm, and a
-GPU, except to try the script. classification_table.py prints the table.
+result as soon as it is done, and the same command resumes with the missing ones; other settings or
+images need another file. Needs timm, and a GPU, except to try the script. classification_table.py
+prints the table.
 """
 
 import argparse
@@ -41,6 +42,8 @@ from torch import Tensor, nn
 
 from mhla_gen import LinformerConfig
 from mhla_gen.files import write_json
+from mhla_gen.files.digests import file_digest
+from mhla_gen.outputs.folders import differing_values
 from mhla_gen.runtime.recorded_training import RecordedTraining
 from mhla_gen.training.optim import build_optimizer
 
@@ -202,6 +205,27 @@ def machine() -> dict[str, str]:
     }
 
 
+def earlier(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """The results so far, with these settings.
+
+    Raises:
+        SystemExit: If they are of other settings, another device or other versions.
+    """
+    if not path.exists():
+        return {"settings": settings, "speed": {}, "runs": {}}
+    found, here = json.loads(path.read_bytes()), machine()
+    same = ("device", "torch", "timm")
+    changes = differing_values(
+        found["settings"] | {key: found.get(key) for key in same},
+        settings | {key: here[key] for key in same},
+    )
+    if changes:
+        raise SystemExit(
+            f"{path} has results of other settings ({'; '.join(changes)}); choose another file"
+        )
+    return found
+
+
 def main() -> None:
     """Compute missing results until the time is up."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
@@ -217,15 +241,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     options = parser.parse_args()
     settings = {name: getattr(options, name) for name in ("epochs", "batch", "depth", "limit")}
-    result: dict[str, Any] = {"settings": settings, "speed": {}, "runs": {}}
-    if options.result.exists():
-        result = json.loads(options.result.read_bytes())
-        for found, expected in (
-            (result["settings"], settings),
-            (result.get("device"), machine()["device"]),
-        ):
-            if found != expected:
-                raise SystemExit(f"{options.result} is of {found}; choose another file")
+    result = earlier(options.result, settings | {"data": file_digest(options.data)})
 
     def keep(kind: str, name: str, found: Any) -> None:
         result[kind][name] = found

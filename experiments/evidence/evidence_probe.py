@@ -15,6 +15,7 @@ processes share the work. With --seconds, no run is started that would exceed th
 
 import argparse
 import itertools
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -230,6 +231,14 @@ def _accuracy(
     return round(float(torch.cat(right).float().mean()), 4)
 
 
+def require_steps(out: Path, steps: int) -> None:
+    """Raise unless all probes in a folder were trained for so many steps."""
+    for path in sorted(out.glob("probe-*.json")):
+        found = json.loads(path.read_bytes())["steps"]
+        if found != steps:
+            raise SystemExit(f"{path} is of --steps {found}, not {steps}; choose another folder")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run all probes without a result."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
@@ -243,6 +252,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     unknown = sorted(set(options.arms) - set(ARMS))
     if unknown:
         parser.error(f"no arm {', '.join(unknown)}; there are {', '.join(ARMS)}")
+    require_steps(options.out, options.steps)
     locks = options.out / "work"
     locks.mkdir(parents=True, exist_ok=True)
     began, longest = time.perf_counter(), 0.0

@@ -76,12 +76,19 @@ def bench(config: BenchConfig, dry_run: bool = False) -> dict[str, Any]:
     done = len(earlier_rows(folder, facts))
     if dry_run:
         known = f", all but {done} rows that are there" if done else ""
-        subject = f"{config.subject}: {', '.join(config.methods)} on {config.grids}"
-        print(f"would measure {subject}{known}")
+        print(f"would measure {_subject(config)}{known}")
         return {}
     with claimed(folder):
         # Again, now that no other command writes to it.
         return _measure(config, device, folder, facts, earlier_rows(folder, facts))
+
+
+def _subject(config: BenchConfig) -> str:
+    subject = config.model if config.subject == "model" else config.subject
+    grids = "published sizes"
+    if config.grids != "models":
+        grids = ", ".join("×".join(map(str, grid)) for grid in config.grids) + " tokens"
+    return f"{subject}: {', '.join(config.methods)}; {grids}"
 
 
 def _measure(
@@ -97,6 +104,8 @@ def _measure(
         print(f"{folder / RESULTS_NAME} has {len(rows)} rows already")
     result = {"rows": rows, **facts}
     widths = dict.fromkeys(_COLUMNS, 16) | {"method": max(16, *map(len, config.methods))}
+    # The first row of a large model takes minutes.
+    print(f"measuring {_subject(config)}, {config.dtype}, {result['device']}", flush=True)
     for row in measure(config, device, len(rows)):
         _add_ratios(row, rows)
         rows.append(row)

@@ -6,14 +6,11 @@ A hook of MkDocs, see mkdocs.yml; `make docs` builds the site.
 import ast
 import contextlib
 import dataclasses
-import functools
-import inspect
 import json
 import math
 import posixpath
 import re
 import sys
-import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -21,6 +18,7 @@ from typing import Any, Literal, get_args, get_origin
 from mhla_gen.cli import COMMANDS
 from mhla_gen.config import SCHEMAS, load_config
 from mhla_gen.config.fields import Kind, Range, kind_of, kinds_of
+from mhla_gen.config.meanings import meanings_of
 
 ROOT = Path(__file__).parents[1]
 TUTORIAL = "tutorial.ipynb"
@@ -85,7 +83,7 @@ def commands_page() -> str:
 def command_page(name: str) -> str:
     """Usage, shipped configs and every setting of a command."""
     command, schema = COMMANDS[name], SCHEMAS[name]
-    folder = f"FOLDER ({command.folder_key}) or " if command.folder_key else ""
+    folder = f"{command.word} ({command.folder_key}) or " if command.folder_key else ""
     lines = [
         f"# mhla-gen {name}\n",
         f"{command.summary[0].upper()}{command.summary[1:]}.\n",
@@ -171,27 +169,6 @@ def _shown(default: Any) -> str:
     if default is dataclasses.MISSING:
         return ""
     return f"`{json.dumps(default, ensure_ascii=False)}`"
-
-
-@functools.cache
-def meanings_of(schema: type) -> dict[str, str]:
-    """The text below each setting of a config, in its source, in which None is YAML's null."""
-    found: dict[str, str] = {}
-    for base in reversed(schema.__mro__[:-1]):
-        if not dataclasses.is_dataclass(base):
-            continue
-        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
-        assert isinstance(tree, ast.ClassDef)
-        for statement, after in zip(tree.body, tree.body[1:], strict=False):
-            if (
-                isinstance(statement, ast.AnnAssign)
-                and isinstance(statement.target, ast.Name)
-                and isinstance(after, ast.Expr)
-                and isinstance(after.value, ast.Constant)
-            ):
-                meaning = " ".join(str(after.value.value).split())
-                found[statement.target.id] = re.sub(r"\bNone\b", "null", meaning)
-    return found
 
 
 def api_page(module: str, title: str) -> str:

@@ -4,7 +4,7 @@ import os
 import re
 import subprocess
 import sys
-from itertools import permutations
+from itertools import pairwise, permutations
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -44,6 +44,11 @@ def test_print_config_prints_a_config_that_loads(name, capsys, tmp_path):
     assert main([name, "--print-config"]) == 0
     file = tmp_path / "config.yaml"
     file.write_text(capsys.readouterr().out)
+    lines = file.read_text().splitlines()
+    assert lines[0] == f"job: {name}" and lines[1].startswith("# ")
+    for before, line in pairwise(lines[1:]):
+        if re.match(r" *\w+:", line):
+            assert before.lstrip().startswith("# "), line
     assert main([name, str(file), "--print-config"]) == 0
     assert capsys.readouterr().out == file.read_text()
 

@@ -26,7 +26,9 @@ class Command(NamedTuple):
     function: str
     """`module:function` that does the work, called with the settings and `dry_run`."""
     folder_key: str | None = None
-    """The setting that a folder means when it stands where a config file would."""
+    """The setting that a word means when it stands where a config file would."""
+    word: str = "FOLDER"
+    """What that word is, in help."""
     imports: tuple[str, ...] = ()
     """Modules that the function imports itself."""
 
@@ -46,7 +48,7 @@ COMMANDS: dict[str, Command] = {
         "mhla_gen.quickstart.quickstart:quickstart",
     ),
     "train": Command(
-        "train or distill a diffusion transformer on images, or a Wan on clips",
+        "train, tune or distill a diffusion transformer on images or clips",
         "mhla_gen.cli.commands:train",
         imports=("mhla_gen.distillation", "mhla_gen.training.loop"),
     ),
@@ -87,6 +89,7 @@ COMMANDS: dict[str, Command] = {
         "measure latency and memory of attention operators or whole models",
         "mhla_gen.bench.benchmark:bench",
         folder_key="subject",
+        word="ops | model",
     ),
     "doctor": Command("test every part of the installation", "mhla_gen.cli.commands:doctor"),
 }
@@ -104,7 +107,7 @@ def build_parser() -> argparse.ArgumentParser:
         usage="mhla-gen COMMAND [CONFIG.yaml] [key=value …] [--dry-run] [--print-config]",
         description="Token-level multi-head linear attention for diffusion and video transformers."
         f"\n\ncommands:\n{listing}",
-        epilog="`mhla-gen COMMAND --print-config` lists all settings; configs/ has examples.",
+        epilog="`mhla-gen COMMAND --print-config` explains all settings; configs/ has examples.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"mhla-gen {__version__}")
@@ -112,12 +115,13 @@ def build_parser() -> argparse.ArgumentParser:
         dest="command", metavar="COMMAND", required=True, help=argparse.SUPPRESS, prog="mhla-gen"
     )
     for name, command in COMMANDS.items():
+        key = command.folder_key
         sub = commands.add_parser(name, description=command.summary)
         sub.add_argument(
             "arguments",
             nargs="*",
-            metavar=f"{'FOLDER | ' if command.folder_key else ''}CONFIG.yaml | key=value",
-            help=f"{'a folder, or ' if command.folder_key else ''}a config file, and settings that "
+            metavar=f"{f'{command.word} | ' if key else ''}CONFIG.yaml | key=value",
+            help=f"{f'{key}={command.word}, or ' if key else ''}a config file, and settings that "
             "override it; --print-config lists them",
         )
         sub.add_argument(
@@ -126,7 +130,7 @@ def build_parser() -> argparse.ArgumentParser:
         sub.add_argument(
             "--print-config",
             action="store_true",
-            help="print every setting with its value, and exit",
+            help="print every setting with its value and meaning, and exit",
         )
     return parser
 
@@ -149,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = _config_of(name, args.arguments)
         if args.print_config:
-            print(to_yaml(config), end="")
+            print(to_yaml(config, comments=True), end="")
             return 0
         check_early(config)
         _loaded(COMMANDS[name], own_process=argv is None)(config, dry_run=args.dry_run)

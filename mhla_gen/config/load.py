@@ -15,6 +15,7 @@ from mhla_gen.config.data import CacheConfig
 from mhla_gen.config.evaluation import EvaluateConfig, ReferenceConfig
 from mhla_gen.config.fields import Settings, Text, expand_home, in_group, kind_of, kinds_of
 from mhla_gen.config.inspection import InspectConfig, SensitivityConfig
+from mhla_gen.config.meanings import explained
 from mhla_gen.config.reading import ConfigError, check_shapes, put_override, read_yaml, write_yaml
 from mhla_gen.config.retired import without_retired
 from mhla_gen.config.sampling import SampleConfig
@@ -86,9 +87,10 @@ def save_config(config: Settings, path: str | Path) -> None:
     write_text(path, to_yaml(config))
 
 
-def to_yaml(config: Settings) -> str:
-    """The resolved config as YAML, `job` first."""
-    return f"job: {_job_of(type(config))}\n" + write_yaml(dataclasses.asdict(config))
+def to_yaml(config: Settings, comments: bool = False) -> str:
+    """The resolved config as YAML, `job` first; `comments` say what each setting means."""
+    settings = explained(config) if comments else write_yaml(dataclasses.asdict(config))
+    return f"job: {_job_of(type(config))}\n{settings}"
 
 
 def _structured(schema: type, values: dict[str, Any]) -> Any:
@@ -138,7 +140,9 @@ def _read_yaml(path: Path, schema: type | None) -> dict[str, Any]:
             f"config file {path} does not exist; the shipped ones are in the repository's configs/"
         ) from None
     except IsADirectoryError:
-        raise ConfigError(f"config file {path} is a folder") from None
+        raise ConfigError(
+            f"config file {path} is a folder; give a folder as a setting, KEY={path}"
+        ) from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not valid YAML: it is not UTF-8 text") from error
     try:

@@ -7,7 +7,6 @@ python benchmarks/NAME.py OUT.json --table           print the table
 import argparse
 import json
 import math
-import platform
 import shlex
 import sys
 import time
@@ -20,6 +19,7 @@ import torch
 
 from mhla_gen.files import write_json
 from mhla_gen.outputs.folders import differing_values
+from mhla_gen.runtime.devices import device_name
 
 Row = dict[str, Any]
 # Options that decide no number of a row.
@@ -132,7 +132,7 @@ def machine() -> dict[str, str]:
     return {
         "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "date": date.today().isoformat(),
-        "device": torch.cuda.get_device_name() if is_gpu else platform.processor() or "cpu",
+        "device": device_name(),
         **versions,
     }
 

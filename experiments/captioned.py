@@ -18,7 +18,6 @@ for a CPU. key=value changes the training config, captioned.yaml.
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from dataclasses import replace
@@ -38,6 +37,7 @@ from mhla_gen.config import TrainConfig, TransformerConfig, load_config
 from mhla_gen.files import write_json, write_picture, write_text
 from mhla_gen.files.digests import file_digest
 from mhla_gen.outputs.folders import differing_values
+from mhla_gen.runtime.devices import device_name
 from mhla_gen.training.previews import tiled
 from mhla_gen.training.randomness import step_randomness
 from mhla_gen.training.training_run import Run, build_run
@@ -301,8 +301,7 @@ def main() -> None:
     if any("=" not in word or word.startswith("-") for word in options.overrides):
         parser.error(f"expected key=value, found {' '.join(options.overrides)}")
     path = options.out / "captioned.json"
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
-    facts = {"device": device, "torch": torch.__version__, "settings": options.overrides}
+    facts = {"device": device_name(), "torch": torch.__version__, "settings": options.overrides}
     facts["images"] = file_digest(options.images)
     sizes = ("steps", "layers", "heads", "pixels", "limit", "sample_steps")
     found = started(path, facts | {name: getattr(options, name) for name in sizes})

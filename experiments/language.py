@@ -21,7 +21,6 @@ import argparse
 import functools
 import json
 import multiprocessing
-import platform
 import sys
 import time
 import traceback
@@ -42,6 +41,7 @@ from safetensors.torch import load_file
 import mhla_gen
 from mhla_gen.files import write_json, write_tensors
 from mhla_gen.outputs.folders import differing_values
+from mhla_gen.runtime.devices import device_name
 
 PRETRAINED = "softmax.safetensors"
 # What decides the numbers of all arms.
@@ -121,7 +121,7 @@ def run(out: Path, sizes: Sizes, seeds: int, seconds: float, processes: int = 1)
     began = time.time()
     facts = read_text()[2]
     report: dict[str, Any] = {
-        "device": torch.cuda.get_device_name() if DEVICE == "cuda" else platform.machine(),
+        "device": device_name(),
         "torch": torch.__version__,
         "date": date.today().isoformat(),
         "command": " ".join(["python", "experiments/language.py", *sys.argv[1:]]),

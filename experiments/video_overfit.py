@@ -12,7 +12,6 @@ one row each) and the samples as overfit.npz.
 
 import argparse
 import json
-import platform
 import time
 from datetime import date
 from pathlib import Path
@@ -27,6 +26,7 @@ import mhla_gen
 from mhla_gen.config import MHLAConfig
 from mhla_gen.data.buckets import Bucket, crop_for, resampled_frames
 from mhla_gen.files import write_json
+from mhla_gen.runtime.devices import device_name
 from mhla_gen.sampling.sample_files import write_sheet
 from mhla_gen.training.objectives import FlowMatching
 from mhla_gen.training.optim import build_optimizer
@@ -177,7 +177,6 @@ def main() -> None:
     )
     rows_shown = [(title, frames[shown]) for title, frames in pictures]
     write_sheet(options.out / "overfit.png", rows_shown, is_video=True)
-    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor()
     _, _, frames, height, width = latents.shape
     facts = {
         "clip": options.clip.name,
@@ -186,7 +185,7 @@ def main() -> None:
         "seconds": options.seconds,
         "batch_size": options.batch_size,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "device": name,
+        "device": device_name(device),
         "torch": torch.__version__,
         "date": str(date.today()),
     }

@@ -15,7 +15,6 @@ prints the table.
 import argparse
 import json
 import multiprocessing
-import platform
 import sys
 import time
 from collections.abc import Callable
@@ -44,6 +43,7 @@ from mhla_gen import LinformerConfig
 from mhla_gen.files import write_json
 from mhla_gen.files.digests import file_digest
 from mhla_gen.outputs.folders import differing_values
+from mhla_gen.runtime.devices import device_name
 from mhla_gen.runtime.recorded_training import RecordedTraining
 from mhla_gen.training.optim import build_optimizer
 
@@ -193,12 +193,11 @@ def workers(processes: int) -> Executor:
 
 def machine() -> dict[str, str]:
     """Command, hardware, software and date of the results."""
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
     return {
         "command": " ".join(
             ["python", "experiments/classification/classification_run.py", *sys.argv[1:]]
         ),
-        "device": name or "cpu",
+        "device": device_name(),
         "date": date.today().isoformat(),
         "torch": torch.__version__,
         "timm": timm.__version__,

@@ -8,7 +8,6 @@ report.json and report.png; samples of the same weights and steps are not drawn 
 """
 
 import argparse
-import platform
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +28,7 @@ from mhla_gen.evaluation.intervals import jackknife_interval
 from mhla_gen.files import write_arrays, write_json, write_picture
 from mhla_gen.files.digests import tensors_digest
 from mhla_gen.outputs.folders import CONFIG_NAME
-from mhla_gen.runtime.devices import resolve_device
+from mhla_gen.runtime.devices import device_name, resolve_device
 from mhla_gen.sampling.contact_sheet import contact_sheet, rows_by_class
 from mhla_gen.training.log import LOG_NAME, read_log
 from mhla_gen.version import __version__
@@ -277,9 +276,8 @@ def added_parameters(run: Path) -> int:
 
 def machine(device: torch.device) -> str:
     """Hardware and software of the report."""
-    kind = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
     threads = "" if device.type == "cuda" else f", {torch.get_num_threads()} threads"
-    return f"{kind}{threads}, torch {torch.__version__}, mhla_gen {__version__}"
+    return f"{device_name(device)}{threads}, torch {torch.__version__}, mhla_gen {__version__}"
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -35,7 +35,7 @@ from mhla_gen.ops.tiles import (
     window_tiles,
 )
 from mhla_gen.pipelines.class_conditional import ClassConditionalPipeline
-from mhla_gen.runtime.devices import resolve_device
+from mhla_gen.runtime.devices import device_name, resolve_device
 
 RULES = ("mean", "largest", "weights")
 
@@ -210,7 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "command": "python experiments/evidence/attention_mass.py emoji64.npz PIPELINE OUT.json "
         f"--images {options.images} --levels {' '.join(map(str, options.levels))}",
         "date": date.today().isoformat(),
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
+        "device": device_name(device),
         "images": options.images,
         "levels": options.levels,
         "rows": rows,

@@ -13,7 +13,6 @@ base.yaml.
 """
 
 import argparse
-import platform
 import shutil
 import time
 import traceback
@@ -30,6 +29,7 @@ from evidence_shop import Workshop
 
 from mhla_gen.files import write_json
 from mhla_gen.hub import PIPELINE_NAME
+from mhla_gen.runtime.devices import device_name
 from mhla_gen.training.stopping import Stopped
 from mhla_gen.version import __version__
 
@@ -166,9 +166,8 @@ class Worker:
 
 def machine(device: torch.device) -> dict[str, str]:
     """Hardware, software and date of a result."""
-    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor()
     return {
-        "device": name or device.type,
+        "device": device_name(device),
         "torch": torch.__version__,
         "mhla_gen": __version__,
         "date": time.strftime("%Y-%m-%d"),

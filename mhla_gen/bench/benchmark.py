@@ -1,7 +1,6 @@
 """`mhla-gen bench`: measure, print a table, write JSON and a picture."""
 
 import itertools
-import platform
 import shlex
 import sys
 from dataclasses import replace
@@ -25,7 +24,7 @@ from mhla_gen.errors import UserError
 from mhla_gen.files import write_json, write_picture
 from mhla_gen.ops import IMPLEMENTATIONS
 from mhla_gen.outputs.locks import claimed
-from mhla_gen.runtime.devices import resolve_device
+from mhla_gen.runtime.devices import device_name, resolve_device
 from mhla_gen.version import __version__
 
 _COLUMNS = {
@@ -147,7 +146,7 @@ def provenance(device: torch.device) -> dict[str, str]:
 
         versions["triton"] = triton.__version__
     return {
-        "device": torch.cuda.get_device_name(device) if is_gpu else platform.processor() or "cpu",
+        "device": device_name(device),
         "command": shlex.join(["mhla-gen", *sys.argv[1:]]),
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         **versions,

@@ -1,5 +1,6 @@
 """Which device a command runs on, and how."""
 
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -21,6 +22,18 @@ def resolve_device(name: str) -> torch.device:
     if name == "cuda" and not available:
         raise UserError("device=cuda but PyTorch finds no CUDA device; use device=auto")
     return torch.device("cuda" if available and name != "cpu" else "cpu")
+
+
+def device_name(device: torch.device | None = None) -> str:
+    """What computed a result: the name of the GPU, or the kind of processor.
+
+    Args:
+        device: None takes a GPU if there is one.
+    """
+    device = device or resolve_device("auto")
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU {platform.machine()}"
 
 
 def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -17,6 +17,7 @@ from torch import nn
 from mhla_gen.config import SampleConfig
 from mhla_gen.files.digests import file_digest, tensors_digest
 from mhla_gen.files.saved import read_json
+from mhla_gen.runtime.devices import device_name
 from mhla_gen.sampling.samplers import Sampler
 from mhla_gen.sampling.units import Units
 from mhla_gen.version import installed
@@ -118,13 +119,6 @@ def digest_of(marks: Sequence[dict[str, Any]]) -> str:
     """SHA-256 over the samples of all units."""
     digests = "".join(mark["sha256"] for mark in marks)
     return hashlib.sha256(digests.encode()).hexdigest()
-
-
-def device_name() -> str:
-    """The GPU, or the machine's processor type."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"CPU {platform.machine()}"
 
 
 def _public(config: Any) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from mhla_gen.config import SampleConfig, save_config
 from mhla_gen.errors import OccupiedError, UserError, not_worth_failing
 from mhla_gen.outputs.folders import CONFIG_NAME, check_writable, differing_values, made_with
 from mhla_gen.outputs.locks import claimed
-from mhla_gen.runtime.devices import resolve_device
+from mhla_gen.runtime.devices import device_name, resolve_device
 from mhla_gen.runtime.processes import join_processes, on_main
 from mhla_gen.sampling import card, estimate
 from mhla_gen.sampling.batched_sampler import BatchedSampler, largest_batch
@@ -23,7 +23,6 @@ from mhla_gen.sampling.finished import finish, require_whole_set
 from mhla_gen.sampling.keeping import Keeper
 from mhla_gen.sampling.manifest import (
     MANIFEST_NAME,
-    device_name,
     digest_of,
     identity,
     read_manifest,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mhla_gen.files.saved import read_array
 from mhla_gen.media.videos import shown_numbers, video_writer
-from mhla_gen.sampling.manifest import device_name
+from mhla_gen.runtime.devices import device_name
 from mhla_gen.sampling.prompt_sampler import PromptSampler
 from mhla_gen.sampling.sample_files import file_of
 from mhla_gen.sampling.samplers import OnStep

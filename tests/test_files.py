@@ -133,6 +133,30 @@ with written_whole("{tmp_path}/a.png") as file, written_whole("{tmp_path}/b") as
     assert {path.name for path in tmp_path.iterdir()} == kept - {".tmpabcdef"}
 
 
+def test_what_a_kill_left_beside_the_target_of_a_link_is_removed(tmp_path):
+    big, here = tmp_path / "big", tmp_path / "here"
+    big.mkdir()
+    here.mkdir()
+    for name in ("file", "folder"):
+        (here / name).symlink_to(big / name)
+    # No link leads to this one.
+    others = big / ".other.0000000f-1-0123abcd.partial"
+    others.write_text("half", encoding="utf-8")
+    program = f"""
+import os
+from mhla_gen.files import written_whole
+with written_whole("{here}/file") as file, written_whole("{here}/folder") as folder:
+    file.write_text("half")
+    folder.mkdir()
+    os.kill(os.getpid(), 9)
+"""
+    subprocess.run([sys.executable, "-c", program], check=False)
+    assert len(list(big.iterdir())) == 3
+    remove_leftovers(here, alone=True)
+    assert [*big.iterdir()] == [others]
+    assert {path.name for path in here.iterdir()} == {"file", "folder"}
+
+
 def test_what_a_living_process_or_another_machine_writes_stays(tmp_path):
     with written_whole(tmp_path / "mine") as mine:
         mine.write_text("half")

@@ -109,23 +109,47 @@ def is_temporary(path: Path) -> bool:
 def remove_leftovers(folder: str | Path, alone: bool = False) -> None:
     """Remove unfinished files of killed processes from a folder; restore what they had set aside.
 
+    Those of files that links in the folder lead to are removed, too.
+
     Args:
         folder: Need not exist.
         alone: Whether nobody else writes to it; then processes of other machines count as dead,
             too.
     """
-    for path in list(Path(folder).glob(".*")):
-        found = _NAME.fullmatch(path.name)
-        if found is None:
-            if alone and _SAFETENSORS.fullmatch(path.name) and path.is_file():
-                path.unlink(missing_ok=True)
-        elif _is_dead(path, found, alone):
-            target = path.with_name(found["name"])
-            with suppress(FileNotFoundError):
-                if found["kind"] == "old" and not target.exists():
-                    os.replace(path, target)
-                else:
-                    remove(path)
+    entries = _entries(Path(folder))
+    for entry in entries:
+        if entry.name.startswith("."):
+            _remove_leftover(Path(entry), alone)
+    # Through a link, a file is first written beside what the link leads to, where others are, too.
+    for place in [Path(os.path.realpath(entry)) for entry in entries if entry.is_symlink()]:
+        for entry in _entries(place.parent):
+            found = _NAME.fullmatch(entry.name)
+            if found is not None and found["name"] == place.name:
+                _remove_leftover(Path(entry), alone=False)
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    with (
+        suppress(FileNotFoundError, NotADirectoryError, PermissionError),
+        os.scandir(folder) as found,
+    ):
+        return list(found)
+    return []
+
+
+def _remove_leftover(path: Path, alone: bool) -> None:
+    """Remove, or restore, a file or folder if it is a leftover."""
+    found = _NAME.fullmatch(path.name)
+    if found is None:
+        if alone and _SAFETENSORS.fullmatch(path.name) and path.is_file():
+            path.unlink(missing_ok=True)
+    elif _is_dead(path, found, alone):
+        target = path.with_name(found["name"])
+        with suppress(FileNotFoundError):
+            if found["kind"] == "old" and not target.exists():
+                os.replace(path, target)
+            else:
+                remove(path)
 
 
 def _is_dead(path: Path, found: re.Match[str], alone: bool) -> bool:

@@ -110,6 +110,16 @@ def test_what_cannot_stream_is_refused():
 
     pipe = causal_pipeline()
     refused(pipe, "1 [+] a multiple of 4, found 20", num_frames=20)
+    refused(pipe, "height must be a multiple of 16, found 40", height=40)
+    refused(pipe, "width must be a multiple of 16, found 0", width=0)
+    refused(pipe, "num_inference_steps must be at least 1, found 0", num_inference_steps=0)
+    pair = torch.randn(2, 7, 16)
+    for texts, message in (
+        ({"prompt_embeds": pair}, "prompt_embeds must be of one clip, found 2; call once for each"),
+        ({}, "Provide either `prompt` or `prompt_embeds`"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            next(stream_clip(pipe, **texts, **OPTIONS))
     pipe.vae.enable_tiling()
     refused(pipe, "vae_tiling=false")
     refused(causal_pipeline(two_experts=True), "with one transformer")

@@ -75,12 +75,16 @@ def stream_clip(
     lengths = chunk_lengths(pipeline, num_frames)
     model, device = pipeline.transformer, pipeline._execution_device
     guided = guidance_scale > 1
+    asked = {
+        "prompt": prompt,
+        "negative_prompt": negative_prompt,
+        "prompt_embeds": prompt_embeds,
+        "negative_prompt_embeds": negative_prompt_embeds,
+    }
+    _check_one_clip(pipeline, asked, height, width, num_inference_steps)
     texts = pipeline.encode_prompt(
-        prompt=prompt,
-        negative_prompt=negative_prompt,
+        **asked,
         do_classifier_free_guidance=guided,
-        prompt_embeds=prompt_embeds,
-        negative_prompt_embeds=negative_prompt_embeds,
         max_sequence_length=max_sequence_length,
         device=device,
     )
@@ -107,6 +111,22 @@ def stream_clip(
             predict(latents, torch.zeros(1, device=device), append=True)
         yield Chunk(latents, decode(latents))
     pipeline.maybe_free_model_hooks()
+
+
+def _check_one_clip(
+    pipeline: Any, asked: dict[str, Any], height: int, width: int, num_inference_steps: int
+) -> None:
+    """Raise unless texts are those of one clip, and its size is made by latents and patches."""
+    multiple = pipeline.vae_scale_factor_spatial * pipeline.transformer.config.patch_size[-1]
+    for name, side in (("height", height), ("width", width)):
+        if side < 1 or side % multiple:
+            raise UserError(f"{name} must be a multiple of {multiple}, found {side}")
+    if num_inference_steps < 1:
+        raise UserError(f"num_inference_steps must be at least 1, found {num_inference_steps}")
+    pipeline.check_inputs(**asked, height=height, width=width)
+    for name, value in asked.items():
+        if value is not None and not isinstance(value, str) and len(value) != 1:
+            raise UserError(f"{name} must be of one clip, found {len(value)}; call once for each")
 
 
 class _Prediction:

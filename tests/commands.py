@@ -24,7 +24,7 @@ def launch(command, *arguments, processes=1, threads=1):
 
 def finish(process, fails=False):
     """What it prints and what it complains of."""
-    printed, errors = process.communicate(timeout=240)
+    printed, errors = process.communicate(timeout=1000)
     assert bool(process.returncode) == fails, errors
     return printed, errors
 

@@ -67,8 +67,11 @@ def test_float16_summaries_neither_overflow_nor_vanish(scale):
     inputs = q, (k * 0.1).half(), (v * scale).half(), mixing
     expected = outputs_and_gradients(naive_mhla, inputs, options, torch.float64)
     actual = outputs_and_gradients(fused_mhla, inputs, options | {"stored": torch.float16})
-    assert errors(actual[:1], expected[:1])[0] < (0.05 if scale < 1 else 2e-3)
-    assert errors(actual[3:4], expected[3:4])[0] < 2e-3
+    # Operands are rounded to float16 once or twice; thirty times that. What overflows or vanishes
+    # is off by all there is.
+    few = 32 * torch.finfo(torch.float16).eps
+    assert errors(actual[:1], expected[:1])[0] < (0.05 if scale < 1 else few)
+    assert errors(actual[3:4], expected[3:4])[0] < few
 
 
 def test_a_token_reads_nothing_after_it():

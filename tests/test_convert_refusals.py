@@ -111,6 +111,14 @@ def test_a_checkpoint_of_something_else_is_refused(change, message, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_pipeline_needs_no_import(tmp_path):
+    with pytest.raises(UserError, match=r"no \.safetensors files$"):
+        read_checkpoint(tmp_path)
+    (tmp_path / "model_index.json").write_text("{}")
+    with pytest.raises(UserError, match=r"mhla_gen\.inject and .* take pipelines"):
+        read_checkpoint(tmp_path)
+
+
 def test_what_weights_do_not_tell_must_be_given():
     with pytest.raises(ValueError, match="num_attention_heads, a divisor of the hidden size 32"):
         original_dit.read(dit_state())

@@ -380,6 +380,8 @@ def test_refusals_name_the_remedy():
         mhla_gen.inject(model)
     with pytest.raises(ValueError, match="found a Linear"):
         mhla_gen.inject(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="takes MHLAConfig or LinformerConfig, found dict"):
+        mhla_gen.inject(tiny_dit(), {"exact": 0.1})
     with pytest.raises(ValueError, match=r"before torch\.compile"):
         mhla_gen.inject(torch.compile(tiny_dit()))
     with pytest.raises(NotImplementedError, match=r"DiTTransformer2DModel.*restore"):

@@ -21,6 +21,8 @@ from mhla_gen.errors import UserError
 class MHLAConfig(Settings):
     """How a transformer's self-attention is replaced.
 
+    `mhla-gen train --print-config` says under `model.mhla` what each setting means.
+
     Raises:
         ValueError: If a value is out of its range.
     """

@@ -54,7 +54,9 @@ def read_checkpoint(path: str | Path, entry: str = "auto") -> dict[str, Tensor]:
 def _read_folder(path: Path) -> dict[str, Tensor]:
     files = sorted(path.glob("*.safetensors"))
     if not files:
-        raise MissingError(f"{path} has no .safetensors files")
+        pipeline = (path / "model_index.json").exists()
+        hint = "; mhla_gen.inject and `mhla-gen train` take pipelines of diffusers as they are"
+        raise MissingError(f"{path} has no .safetensors files{hint * pipeline}")
     contents: dict[str, Tensor] = {}
     for file in files:
         shard = _read_safetensors(file)

@@ -13,6 +13,7 @@ from mhla_gen.config import (
     AttentionConfig,
     CausalMHLAConfig,
     LinformerConfig,
+    MHLAConfig,
 )
 from mhla_gen.errors import UserError
 from mhla_gen.models.families import MHLA_CLASSES, refusal
@@ -21,6 +22,12 @@ from mhla_gen.models.settling import resolve
 from mhla_gen.models.short import ShortSequenceWarning, too_short
 from mhla_gen.models.surgery import become, remove_mhla
 from mhla_gen.models.transformer import MHLATransformerMixin
+
+# What a language model takes, and every other one.
+_CONFIGS: dict[bool, tuple[type, ...]] = {
+    True: (CausalMHLAConfig,),
+    False: (MHLAConfig, LinformerConfig),
+}
 
 
 def inject(
@@ -58,8 +65,8 @@ def inject(
         class_for(pipe_or_transformer)
     if config is None:
         config = FOR_PRETRAINED_LANGUAGE if language else FOR_PRETRAINED
-    if isinstance(config, CausalMHLAConfig) != language:
-        expected = "CausalMHLAConfig" if language else "MHLAConfig or LinformerConfig"
+    if not isinstance(config, _CONFIGS[language]):
+        expected = " or ".join(kind.__name__ for kind in _CONFIGS[language])
         leaks = language and isinstance(config, LinformerConfig)
         raise UserError(
             f"{type(pipe_or_transformer).__name__} takes {expected}, found {type(config).__name__}"

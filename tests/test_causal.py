@@ -196,6 +196,23 @@ def test_gradients(masked, normalize):
     assert torch.autograd.gradcheck(lambda *x: causal_mhla(*x, **options), inputs)
 
 
+def test_query_heads_that_share_a_key_head_take_less_memory():
+    def saved_bytes(key_heads):
+        saved = {}
+
+        def keep(x):
+            saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        inputs = [x.requires_grad_() for x in tokens(32, heads=8, key_heads=key_heads)]
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            out = causal_mhla(*inputs, weights_of(2), block_size=BLOCK)
+        return sum(saved.values()) - out.nbytes
+
+    # Queries and outputs have the same size in both; keys, values and summaries have an eighth.
+    assert saved_bytes(1) < 0.8 * saved_bytes(8)
+
+
 @pytest.mark.parametrize("missing", [0, 3])
 def test_gradients_where_compiled_code_takes_any_size(missing):
     """Of tokens in chunks, whose gradients come in the strides of a product."""

@@ -132,22 +132,26 @@ def _causal(
 
 
 def _causal_numerators(q: Tensor, k: Tensor, v: Tensor, m: Tensor, slots: BlockSlots) -> Tensor:
-    """Earlier blocks by mixed summaries, a token's own block by a scan over its chunks."""
+    """Earlier blocks by mixed summaries, a token's own block by a scan over its chunks.
+
+    Query heads may be a multiple of key heads, each of which then serves a group of them.
+    """
     num_slots = slots.tokens.shape[1]
+    q = torch.unflatten(q, 2, (k.shape[2], -1))  # [batch, seq_len, key heads, group, dim]
     q, k, v = (
         _to_chunks(x)
         for x in (to_blocks(q, slots), to_blocks(k, slots, empty=True), to_blocks(v, slots))
-    )  # [batch, blocks, chunks, chunk, heads, dim]
+    )  # [batch, blocks, chunks, chunk, key heads, dim], of q with the group before dim
     chunk_sums = torch.einsum("bmcshk,bmcshv->bmchkv", k, v)
     earlier_blocks = mix(m.tril(-1), chunk_sums.sum(dim=2))  # [batch, blocks, heads, dim, dim]
     earlier_chunks = chunk_sums.cumsum(dim=2) - chunk_sums
     own = m.diagonal(dim1=-2, dim2=-1)  # [blocks] or [heads, blocks]
     own = own[:, None, None] if m.ndim == 2 else own.mT.unsqueeze(-2)  # [blocks, 1, heads or 1]
     state = earlier_blocks.unsqueeze(2) + own[..., None, None] * earlier_chunks
-    scores = torch.einsum("bmcshk,bmcthk->bmchst", q, k).tril() * own[..., None, None]
-    out = torch.einsum("bmcshk,bmchkv->bmcshv", q, state)
-    out = out + torch.einsum("bmchst,bmcthv->bmcshv", scores, v)
-    return to_tokens(out.flatten(2, 3)[:, :, :num_slots], slots)
+    scores = torch.einsum("bmcshgk,bmcthk->bmchgst", q, k).tril() * own[..., None, None, None]
+    out = torch.einsum("bmcshgk,bmchkv->bmcshgv", q, state)
+    out = out + torch.einsum("bmchgst,bmcthv->bmcshgv", scores, v)
+    return to_tokens(out.flatten(4, 5).flatten(2, 3)[:, :, :num_slots], slots)
 
 
 def mix(m: Tensor, summaries: Tensor) -> Tensor:

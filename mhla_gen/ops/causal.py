@@ -10,8 +10,9 @@ from torch import Tensor
 from mhla_gen.errors import UserError
 from mhla_gen.ops.blockwise import lengthened
 from mhla_gen.ops.causal_checks import check_causal
-from mhla_gen.ops.dispatch import mhla
+from mhla_gen.ops.dispatch import IMPLEMENTATIONS, resolve_implementation
 from mhla_gen.ops.feature_maps import FEATURE_MAPS, rotate
+from mhla_gen.ops.fused_limits import trains
 
 
 def locality_weights(num_blocks: int) -> Tensor:
@@ -154,14 +155,25 @@ def _whole_blocks(
     if rotary is not None:
         cos, sin = rotary
         rotary = (lengthened(cos, 0, missing), lengthened(sin, 0, missing))
-    if group > 1:
-        key, value = (x.repeat_interleave(group, dim=2) for x in (key, value))
     num_blocks = query.shape[1] // block_size
-    out = mhla(
+    implementation = resolve_implementation(
+        "auto",
+        device=query.device,
+        dtype=query.dtype,
+        head_dim=query.shape[3],
+        value_dim=value.shape[3],
+        num_blocks=num_blocks,
+        trainable_rotary=trains(rotary),
+    )
+    if group > 1 and implementation == "fused":
+        # The kernels have a key head for every query head.
+        key, value = (x.repeat_interleave(group, dim=2) for x in (key, value))
+        weights = weights if weights.ndim == 1 else weights.repeat_interleave(group, dim=0)
+    out = IMPLEMENTATIONS[implementation](
         query,
         key,
         value,
-        distance_mixing(_by_query_head(weights, group), num_blocks),
+        distance_mixing(weights, num_blocks),
         grid=(query.shape[1],),
         layout=(num_blocks,),
         feature_map=feature_map,
@@ -171,10 +183,6 @@ def _whole_blocks(
         eps=eps,
     )
     return out[:, :seq_len]
-
-
-def _by_query_head(weights: Tensor, group: int) -> Tensor:
-    return weights if weights.ndim == 1 else weights.repeat_interleave(group, dim=0)
 
 
 class Features:

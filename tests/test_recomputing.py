@@ -102,7 +102,9 @@ def test_attention_to_many_keys_is_worth_keeping():
 def test_compiled_blocks_compute_again_inside(make, make_inputs, layout, share, monkeypatch):
     # Half of two: one computes all of it again, and one nothing.
     count = 2 if share == 0.5 else 1
-    model = mhla_gen.inject(make(num_layers=count), MHLAConfig(layout=layout, exact=0.5))
+    # That an exact half is computed again, too, the Wan shows.
+    exact = 0.0 if share == 0.5 and make is tiny_dit else 0.5
+    model = mhla_gen.inject(make(num_layers=count), MHLAConfig(layout=layout, exact=exact))
     inputs = make_inputs()
     expected = gradients(model, inputs)
     recompute_activations(model, share)

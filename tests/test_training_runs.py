@@ -52,7 +52,6 @@ from mhla_gen.config.evaluation import FeaturesConfig
 from mhla_gen.data.arrays import digits
 from mhla_gen.data.caching.build import build_cache
 from mhla_gen.errors import UserError
-from mhla_gen.outputs.locks import claimed
 from mhla_gen.runtime.compiling import compile_model, repeated_blocks
 from mhla_gen.sampling.saved_pipeline import load_pipeline
 from mhla_gen.training import rehearse, train
@@ -816,11 +815,15 @@ def test_checkpoints_of_earlier_versions_are_unpickled_on_request_only(two_check
     assert_same(expected.transformer.state_dict(), found.transformer.state_dict())
 
 
-def test_two_trainings_never_share_a_folder(two_checkpoints):
-    with claimed(two_checkpoints.output_dir):
-        program = "import sys\nfrom mhla_gen.cli import main\nsys.exit(main(sys.argv[1:]))"
-        path = f"{two_checkpoints.output_dir}/config.yaml"
-        command = [sys.executable, "-c", program, "train", path, "resume=latest", "max_steps=9"]
-        done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert f"another command is writing to {two_checkpoints.output_dir} (process" in done.stderr
+def test_two_trainings_never_share_a_folder(two_checkpoints, capsys):
+    folder = two_checkpoints.output_dir
+    program = "print('has it', flush=True); input()"
+    program = f"from mhla_gen.outputs.locks import claimed\nwith claimed({folder!r}): {program}"
+    command, pipe = [sys.executable, "-c", program], subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as other:
+        assert other.stdout is not None and other.stdout.readline() == "has it\n"
+        code = main(["train", f"{folder}/config.yaml", "resume=latest", "max_steps=9"])
+        other.communicate("\n")
+    assert (code, other.returncode) == (2, 0)
+    said = f"another command is writing to {folder} (process {other.pid} on "
+    assert said in capsys.readouterr().err

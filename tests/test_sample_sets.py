@@ -309,11 +309,11 @@ def test_a_batch_that_does_not_fit_is_halved_and_nothing_is_lost(
 
 
 def test_less_memory_than_a_repeatable_call_needs_is_noted(pipeline, tmp_path, monkeypatch, capsys):
-    options = {"num_samples": 16, "model_batch_size": 8}
+    options = {"num_samples": 8, "model_batch_size": 4}
     sample(set_of(tmp_path / "whole", pipeline, **options))
     out_of_memory(monkeypatch, most=3)
-    sample(set_of(tmp_path / "small", pipeline, batch_size=16, **options))
-    assert "fewer than model_batch_size 8" in capsys.readouterr().out
+    sample(set_of(tmp_path / "small", pipeline, batch_size=8, **options))
+    assert "fewer than model_batch_size 4" in capsys.readouterr().out
     made = json.loads((tmp_path / "small" / "manifest.json").read_text())
     assert any("continuing with 2" in note for note in made["notes"])
     whole, small = (arrays_of(tmp_path / name)["arr_0"] for name in ("whole", "small"))

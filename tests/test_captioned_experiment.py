@@ -13,6 +13,8 @@ SCRIPT = Path(__file__).parents[1] / "experiments" / "captioned.py"
 
 @pytest.fixture
 def run(monkeypatch, tmp_path):
+    # As Python does when the script is run.
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
     spec = importlib.util.spec_from_file_location("captioned", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -28,7 +30,8 @@ def run(monkeypatch, tmp_path):
         module.main()
         return json.loads((tmp_path / "out" / "captioned.json").read_text())
 
-    return ran
+    yield ran
+    sys.modules.pop("captioned_data")
 
 
 def test_arms_are_trained_once_and_have_one_set_of_settings(run, tmp_path):

@@ -177,8 +177,10 @@ def test_a_state_is_copied_saved_and_moved(changes, tmp_path):
             other(first, times[:, 0], encoder_hidden_states=text)
     for out in found[:-1]:
         torch.testing.assert_close(out, found[-1], rtol=1e-4, atol=1e-4)
-    moved = state.to("meta")
-    assert all(tensor.is_meta for layer in moved.layers.values() for tensor in layer.tensors)
+    loaded = ClipState.from_state_dict(model, saved)
+    for moved in (state, loaded):
+        assert moved.bytes > 0 and moved.to("meta") is moved
+        assert all(tensor.is_meta for layer in moved.layers.values() for tensor in layer.tensors)
     with pytest.raises(TypeError):
         state.to(torch.float16)
     with pytest.raises(UserError, match="has 3 layers, the model 1"):

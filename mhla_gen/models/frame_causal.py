@@ -32,7 +32,7 @@ class ClipLayerState:
         self.appends = self.added = False
         self.values: Tensor | None = None
         # Sums that the operator's state begins with, when it is created.
-        self._sums: dict[str, Any] = {}
+        self._sums: tuple[Any, Any, bool] | None = None
         self._mhla: FrameState | None = None
         self._cache: list[Tensor] = []
         self._tokens = 0
@@ -41,8 +41,10 @@ class ClipLayerState:
     def mhla(self, weights: Tensor, options: dict[str, Any]) -> FrameState:
         """The state of the operator, created by the first chunk."""
         if self._mhla is None:
-            self._mhla = FrameState(weights, **options)
-            vars(self._mhla).update(self._sums)
+            self._mhla = new = FrameState(weights, **options)
+            if self._sums is not None:
+                new.finished, new.past, new.ended = self._sums
+                self._sums = None
         return self._mhla
 
     def to(self, device: torch.device) -> None:
@@ -51,16 +53,23 @@ class ClipLayerState:
         self.values = None if self.values is None else self.values.to(device)
         if self._mhla is not None:
             self._mhla.to(device)
+        if self._sums is not None:
+            *pairs, ended = self._sums
+            finished, past = (pair and tuple(x.to(device) for x in pair) for pair in pairs)
+            self._sums = finished, past, ended
 
     def state_dict(self) -> dict[str, Any]:
         """All that later chunks read, for `from_state_dict`."""
-        sums, names = self._mhla, ("finished", "past", "ended")
         return {
             "values": self.values,
             "cache": [kept[:, : self._tokens] for kept in self._cache],
             "ended": self._ended,
-            "sums": self._sums if sums is None else {name: getattr(sums, name) for name in names},
+            "sums": self._all_sums(),
         }
+
+    def _all_sums(self) -> tuple[Any, Any, bool] | None:
+        held = self._mhla
+        return self._sums if held is None else (held.finished, held.past, held.ended)
 
     @classmethod
     def from_state_dict(cls, chunk_frames: int, saved: dict[str, Any]) -> Self:
@@ -105,9 +114,8 @@ class ClipLayerState:
         yield from self._cache
         if self.values is not None:
             yield self.values
-        if self._mhla is not None and self._mhla.finished is not None:
-            assert self._mhla.past is not None
-            yield from (*self._mhla.finished, *self._mhla.past)
+        for pair in (self._all_sums() or ())[:2]:
+            yield from pair or ()
 
 
 class PastConv(DepthwiseConv):

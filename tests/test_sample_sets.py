@@ -1,6 +1,7 @@
 """Sample sets on disk: the same for any batches, starts and processes; what is in them."""
 
 import json
+import math
 import random
 import shutil
 import time
@@ -23,7 +24,7 @@ from mhla_gen.evaluation import load_images
 from mhla_gen.evaluation.errors import EvaluationError
 from mhla_gen.pipelines.classes import class_numbers
 from mhla_gen.pipelines.noise import sample_seed
-from mhla_gen.sampling import class_labels, generate, sample
+from mhla_gen.sampling import class_labels, estimate, generate, sample
 from mhla_gen.sampling.batched_sampler import BatchedSampler, largest_batch
 from mhla_gen.sampling.labels import ordered_labels
 from mhla_gen.sampling.repeatable import InParts, in_parts
@@ -218,6 +219,28 @@ def test_a_sample_set_on_disk(pipeline, tmp_path, capsys):
     sample(replace(config, batch_size=1))
     assert "already holds" in capsys.readouterr().out
     assert (tmp_path / "set" / "samples.npz").stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize(("patience", "rows"), [(0.0, 1), (math.inf, 4)])
+def test_a_rehearsal_says_first_what_it_times(
+    pipeline, tmp_path, monkeypatch, capsys, patience, rows
+):
+    """A call of all samples of a unit takes many minutes on a CPU."""
+    told, calls = [], []
+    draw = ClassSampler.draw
+
+    def watched(self, numbers, *rest):
+        told.append(capsys.readouterr().err)
+        calls.append(len(numbers))
+        return draw(self, numbers, *rest)
+
+    monkeypatch.setattr(estimate, "_PATIENCE", patience)
+    monkeypatch.setattr(ClassSampler, "draw", watched)
+    config = set_of(tmp_path / "set", pipeline, num_samples=8, model_batch_size=4, device="cpu")
+    sample(config, dry_run=True)
+    assert "timing 2 of 2 steps with 1 sample\n" in told[0]
+    assert calls == [1, rows][: 1 + (rows > 1)]
+    assert f"one of 2 steps with {rows} sample" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

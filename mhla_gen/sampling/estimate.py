@@ -1,4 +1,4 @@
-"""How large a set will be and how long it will take, by timing one small batch."""
+"""How large a set will be and how long it will take, by timing two steps of a few samples."""
 
 import math
 import time
@@ -6,6 +6,8 @@ import time
 import torch
 
 from mhla_gen.config import SampleConfig
+from mhla_gen.runtime.devices import resolve_device
+from mhla_gen.runtime.processes import tell
 from mhla_gen.sampling.batched_sampler import BatchedSampler
 from mhla_gen.sampling.prompt_sampler import PromptSampler
 from mhla_gen.sampling.samplers import Sampler
@@ -15,6 +17,8 @@ from mhla_gen.sampling.units import Units
 _TIMED_STEPS = 2
 # Sets of fewer steps, over all calls, are made in the time that it takes to time one.
 _WORTH_TIMING = 20
+# On a CPU a whole unit is timed if that takes about this many seconds.
+_PATIENCE = 5.0
 
 
 def remaining(
@@ -30,7 +34,9 @@ def remaining(
 def timed(
     sampler: Sampler, units: Units, config: SampleConfig, processes: int, missing: int | None = None
 ) -> str:
-    """How long a set takes, in words, by timing one unit with few steps.
+    """How long a set takes, in words, by timing a unit, or on a CPU one sample, with few steps.
+
+    Says first what it times.
 
     Args:
         sampler: Of the set, on its device.
@@ -40,14 +46,35 @@ def timed(
         missing: Units that are not there yet; all by default.
     """
     steps = config.num_inference_steps or 1
-    per_unit = _seconds_of_a_unit(sampler, units, steps, config.reproducible)
+    rows, per_sample = _timed_rows(sampler, units, steps, config)
     missing = len(units) if missing is None else missing
-    total = per_unit * -(-missing // processes)
+    total = per_sample * units.rows * -(-missing // processes)
     rate = units.rows * missing / max(total, 1e-9)
     return (
         f"about {duration(total)} at {rate:.3g} samples/s, from one of {steps} steps with "
-        f"{units.rows} samples"
+        f"{_samples(rows)}"
     )
+
+
+def _timed_rows(
+    sampler: Sampler, units: Units, steps: int, config: SampleConfig
+) -> tuple[int, float]:
+    """How many samples were timed together, and the seconds that one of them takes."""
+    # A GPU takes a unit in the time of a few samples, and shows whether it fits into memory. On a
+    # CPU each sample takes its time, and a unit of large ones would take many minutes.
+    on_cpu = resolve_device(config.device).type == "cpu"
+    first = Units(units.count, 1) if on_cpu else units
+    tell(f"timing {_TIMED_STEPS} of {steps} steps with {_samples(first.rows)}")
+    began = time.perf_counter()
+    per_sample = _seconds_of_a_unit(sampler, first, steps, config.reproducible) / first.rows
+    taken = time.perf_counter() - began
+    if first.rows == units.rows or taken * units.rows > _PATIENCE:
+        return first.rows, per_sample
+    return units.rows, _seconds_of_a_unit(sampler, units, steps, config.reproducible) / units.rows
+
+
+def _samples(count: int) -> str:
+    return f"{count} sample{'s' if count > 1 else ''}"
 
 
 def _seconds_of_a_unit(sampler: Sampler, units: Units, steps: int, reproducible: bool) -> float:

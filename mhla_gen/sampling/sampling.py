@@ -47,8 +47,8 @@ def sample(config: SampleConfig, dry_run: bool = False) -> Path:
 
     Args:
         config: Settings.
-        dry_run: Load and check everything, time a small batch, say what would be made, and write
-            nothing.
+        dry_run: Load and check everything, time two steps of a few samples, say what would be made,
+            and write nothing.
 
     Returns:
         The folder of the sample set.

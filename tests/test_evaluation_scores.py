@@ -20,6 +20,7 @@ from mhla_gen.evaluation import (
     precision_recall,
 )
 from mhla_gen.evaluation.errors import EvaluationError
+from mhla_gen.evaluation.frechet import FewSamplesWarning
 from mhla_gen.evaluation.intervals import jackknife_interval, subsampling_interval
 
 
@@ -123,6 +124,17 @@ def test_jackknife_intervals_cover_the_distance_at_this_count():
     covered = np.mean([interval.low <= expected <= interval.high for _, interval in draws])
     # 95 % nominal; 150 draws have a standard error of 1.8 points.
     assert 0.88 <= covered <= 1
+
+
+@pytest.mark.parametrize("count", [190, 200])
+def test_a_small_set_is_warned_of_by_its_own_size(count):
+    """Without a group, 200 samples are 180 for 192 dimensions; nobody made 180."""
+    truth = FeatureStatistics(np.zeros(192), np.eye(192), None)
+    with pytest.warns(FewSamplesWarning) as caught:
+        jackknife_interval(features(count, 192), lambda s: frechet_distance(s, truth))
+    assert [str(each.message).split(":")[0] for each in caught] == [
+        f"{count} samples for 192 dimensions"
+    ]
 
 
 def test_subsampling_intervals_cover_the_distance():

@@ -16,7 +16,7 @@ _linalg: Any = torch.linalg
 
 
 class FewSamplesWarning(UserWarning):
-    """Fewer samples than dimensions: the distance is exact, but mostly bias of the sample size."""
+    """No more samples than dimensions, or hardly more: the distance is mostly bias of the size."""
 
 
 @dataclass(frozen=True)
@@ -183,18 +183,23 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
         )
     for statistics in (a, b):
         if statistics.count is not None and statistics.count <= statistics.dim:
-            warnings.warn(
-                f"{statistics.count} samples for {statistics.dim} dimensions: the distance is "
-                "exact for these samples but far above that of a large set; use more samples",
-                FewSamplesWarning,
-                stacklevel=2,
-            )
+            warn_of_few_samples(statistics.count, statistics.dim)
     cross = a.factor.T @ b.factor
     mean_term = float(((a.mean - b.mean) ** 2).sum())
     traces = float(np.trace(a.covariance) + np.trace(b.covariance))
     distance = mean_term + traces - 2 * float(_linalg.svdvals(cross).sum())
     # Less than the rounding of the sums that are subtracted, also of either sign, is nothing.
     return distance if distance > traces * a.dim * torch.finfo(torch.float64).eps else 0.0
+
+
+def warn_of_few_samples(count: int, dim: int) -> None:
+    """Warn that a distance is mostly bias, for its caller's caller."""
+    warnings.warn(
+        f"{count} samples for {dim} dimensions: the distance is exact for these samples but far "
+        "above that of a large set; use more samples",
+        FewSamplesWarning,
+        stacklevel=3,
+    )
 
 
 def as_features(features: Tensor | np.ndarray) -> Tensor:

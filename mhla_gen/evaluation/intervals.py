@@ -1,5 +1,6 @@
 """95 % intervals: how far a distance would move with other samples of the same kind."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,12 @@ from scipy import stats  # pyright: ignore[reportMissingTypeStubs]
 from torch import Tensor
 
 from mhla_gen.evaluation.errors import EvaluationError
-from mhla_gen.evaluation.frechet import FeatureStatistics, FeatureSums
+from mhla_gen.evaluation.frechet import (
+    FeatureStatistics,
+    FeatureSums,
+    FewSamplesWarning,
+    warn_of_few_samples,
+)
 from mhla_gen.evaluation.scores import KernelDistanceEstimate
 
 # SciPy states no types.
@@ -51,6 +57,9 @@ def jackknife_interval(
     Raises:
         EvaluationError: If there are fewer than two features a group.
 
+    Warns:
+        FewSamplesWarning: If there are fewer features than dimensions, or would be without a group.
+
     Source:
         Wolter 2007, "Introduction to Variance Estimation", Section 4.2.
     """
@@ -61,12 +70,18 @@ def jackknife_interval(
         )
     order = np.random.default_rng(seed).permutation(len(features))
     shift = features.double().mean(dim=0)
-    whole = FeatureSums(features.shape[1], shift).add(features)
+    count, dim = features.shape
+    whole = FeatureSums(dim, shift).add(features)
     value = distance(whole.statistics())
     without: list[float] = []
-    for index in torch.as_tensor(order, device="cpu").tensor_split(groups):
-        part = FeatureSums(features.shape[1], shift).add(features[index])
-        without.append(distance(whole.without(part).statistics()))
+    with warnings.catch_warnings():
+        # The user has as many samples as the whole set has.
+        warnings.simplefilter("ignore", FewSamplesWarning)
+        for index in torch.as_tensor(order, device="cpu").tensor_split(groups):
+            part = FeatureSums(dim, shift).add(features[index])
+            without.append(distance(whole.without(part).statistics()))
+    if count - -(-count // groups) <= dim < count:
+        warn_of_few_samples(count, dim)
     error = float(np.sqrt((groups - 1) * np.var(without)))
     reach = float(_student.ppf(0.975, groups - 1)) * error
     return value, Interval(value - reach, value + reach, f"jackknife-{groups}")

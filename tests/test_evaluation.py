@@ -538,6 +538,52 @@ def test_a_reference_keeps_the_labels_of_its_images(settings, tmp_path):
     assert values(evaluate(same)) == {"accuracy": 1.0}
 
 
+def saved_at(path, image):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(image).save(path)
+
+
+def test_class_folders_are_labels(settings, tmp_path):
+    """In the order of their names, which is neither that of the tints nor of the files."""
+    tints = {"10": 0, "b": 90, "a": 180}
+    for number, image in enumerate(pictures(60, 1)):
+        name = list(tints)[number % 3]
+        saved_at(tmp_path / "real" / name / f"{number}.png", image // 4 + np.uint8(tints[name]))
+    reference = built(settings, tmp_path, data=str(tmp_path / "real"), keep_images=40)
+    with np.load(reference) as file:
+        kept = dict(file)
+    assert len(kept["labels"]) == 40
+    order = np.array([tints[name] // 90 for name in ("10", "a", "b")])
+    assert (kept["arr_0"].mean((1, 2, 3)) // 90 == order[kept["labels"]]).all()
+    same = replace(settings, reference=str(reference), metrics=("accuracy",))
+    assert values(evaluate(replace(same, samples=str(tmp_path / "real")))) == {"accuracy": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("places", "labels"),
+    [
+        (["0/a", "2/a", "10/a", "1/a"], None),
+        (["0/a", "2/a", "2/b", "1/a"], [0, 1, 2, 2]),
+        (["cat/a", "dog/a", "dog/deeper/b"], None),
+        (["cat/a", "dog/a", "b"], None),
+        (["a", "b"], None),
+    ],
+)
+def test_folders_of_unknown_classes_are_no_labels(places, labels, tmp_path):
+    for place in places:
+        saved_at(tmp_path / "images" / f"{place}.png", pictures(1, 0)[0])
+    found = load_images(tmp_path / "images").labels()
+    assert (None if found is None else found.tolist()) == labels
+
+
+def test_labels_of_several_folders_are_of_the_same_classes(tmp_path):
+    for place in ("one/cat", "one/dog", "two/cat", "two/dog", "three/ape", "three/cat"):
+        saved_at(tmp_path / place / "0.png", pictures(1, 0)[0])
+    one, two, three = (tmp_path / name for name in ("one", "two", "three"))
+    assert load_images([one, two]).labels().tolist() == [0, 1, 0, 1]
+    assert load_images([one, three]).labels() is None
+
+
 def test_a_video_that_takes_too_long_is_left_out(tmp_path):
     for index in range(2):
         path = tmp_path / "films" / f"{index}.mp4"

@@ -200,7 +200,8 @@ def _require_labels(labelled: bool, side: str) -> None:
     if not labelled:
         raise EvaluationError(
             f"the {side} no labels, which accuracy and copies need: a class number for each image, "
-            "the array `labels` of an npz file beside `arr_0`; leave these metrics out, or add it"
+            "the array `labels` of an npz file beside `arr_0`, or one sub-folder for each class; "
+            "leave these metrics out, or add labels"
         )
 
 

@@ -47,7 +47,8 @@ def build_reference(config: ReferenceConfig, dry_run: bool = False) -> Path | No
         statistics = {name: measured.statistics(name) for name in names}
         kept = {} if measurer.clip else kept_images(source, config.keep_images, config.seed, labels)
         write_statistics(out, statistics, protocol, kept)
-        print(f"{out}: {measured.count} images, {protocol}")
+        labelled = ", labels" if "labels" in kept else ""
+        print(f"{out}: {measured.count} images{labelled}, {protocol}")
 
     on_main(write)
     return out

@@ -14,7 +14,7 @@ from mhla_gen.evaluation.errors import EvaluationError
 from mhla_gen.evaluation.npz import npz_keys, open_array
 from mhla_gen.evaluation.video import ClipRule, read_clip
 from mhla_gen.files.digests import file_digest
-from mhla_gen.media.folders import files_below, passed_over
+from mhla_gen.media.folders import by_number, files_below, passed_over
 from mhla_gen.media.frames import MOVING_SUFFIXES, VIDEO_SUFFIXES
 from mhla_gen.media.patience import read_file_patiently
 from mhla_gen.media.pictures import (
@@ -156,8 +156,28 @@ class FileSource:
             digests = tqdm(found, "reading", len(self._files), unit="file", **_IF_LONG)
             return _join_digests(f"files by rules {READING}", digests)
 
-    def labels(self) -> None:
+    @cached_property
+    def classes(self) -> tuple[str, ...] | None:
+        """Names of class folders, in the order of training; None for other folders.
+
+        Names that are whole numbers, but not 0, 1, 2, …, are none: `data.num_classes` says in
+        training whether they are the class numbers, and here nothing does.
+        """
+        places = [file.relative_to(self._root).parts for file in self._files]
+        if any(len(place) != 2 for place in places):
+            return None
+        names = by_number({place[0] for place in places})
+        of_numbers = all(name.isascii() and name.isdigit() for name in names)
+        if of_numbers and list(map(int, names)) != list(range(len(names))):
+            return None
+        return tuple(names)
+
+    def labels(self) -> np.ndarray | None:
         """See `ImageSource`."""
+        if self.classes is None:
+            return None
+        numbers = {name: number for number, name in enumerate(self.classes)}
+        return np.array([numbers[file.parent.name] for file in self._files], np.int64)
 
 
 class ArraySource:
@@ -263,6 +283,10 @@ class JoinedSource:
 
     def labels(self) -> np.ndarray | None:
         """See `ImageSource`."""
+        folders = {part.classes for part in self._parts if isinstance(part, FileSource)}
+        if len(folders) > 1:
+            # One number would mean several classes.
+            return None
         found = [part.labels() for part in self._parts]
         known = [labels for labels in found if labels is not None]
         return np.concatenate(known) if len(known) == len(found) else None

@@ -55,6 +55,7 @@ from mhla_gen import (
     MHLAConfig,
     MHLADiTTransformer2DModel,
 )
+from mhla_gen.errors import UserError
 from mhla_gen.models.families import MHLA_CLASSES
 from mhla_gen.models.families.unsupported import REASONS
 from mhla_gen.runtime.compiling import compile_blocks, repeated_blocks
@@ -411,6 +412,35 @@ def test_loading_refuses_missing_or_foreign_weights(family, tmp_path):
     file.write_text(json.dumps(saved))
     with pytest.raises(ValueError, match="unexpected MHLA weights"):
         mhla_class.from_pretrained(tmp_path / "mhla")
+
+
+def test_a_model_of_another_class_is_named_with_what_loads_it(tmp_path):
+    dit, wan = mhla_gen.MHLADiTTransformer2DModel, mhla_gen.MHLAWanTransformer3DModel
+    tiny_wan().save_pretrained(tmp_path / "softmax")
+    mhla_gen.inject(tiny_wan(), MHLAConfig(layout=(1, 2, 3))).save_pretrained(tmp_path / "mhla")
+    llama = {"architectures": ["MHLALlamaForCausalLM"], "mhla": {}}
+    (tmp_path / "llama").mkdir()
+    (tmp_path / "llama" / "config.json").write_text(json.dumps(llama))
+    remedies = {
+        "softmax": "WanTransf.*, not MHLADiT.*convert it with mhla_gen.MHLAWan.*from_base",
+        "mhla": "MHLAWan.*, not MHLADiT.*load it with mhla_gen.MHLAWan.*from_pretrained",
+        "llama": "MHLALlama.*, not MHLADiT.*load it with mhla_gen.MHLALlama.*from_pretrained",
+    }
+    for name, said in remedies.items():
+        for load in (dit.from_pretrained, dit.from_base):
+            with pytest.raises(UserError, match=said):
+                load(tmp_path / name)
+    assert type(wan.from_pretrained(tmp_path / "mhla")) is wan
+
+    class Derived(wan):
+        """A user's own class."""
+
+    model = wan.from_pretrained(tmp_path / "mhla")
+    model.__class__ = Derived
+    model.save_pretrained(tmp_path / "derived")
+    for folder in ("mhla", "derived"):
+        for kind in (wan, Derived):
+            assert type(kind.from_pretrained(tmp_path / folder)) is kind
 
 
 def test_models_of_earlier_versions_load_or_say_what_is_gone(tmp_path):

@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from timm.optim import create_optimizer_v2
+from tiny import tiny_wan
 
 import mhla_gen
 from mhla_gen import CausalMHLAConfig, LinformerConfig, MHLAConfig, MHLAVisionTransformer
@@ -349,6 +350,9 @@ def test_other_models_and_calls_are_refused(tmp_path):
     with pytest.raises(ValueError, match="no MHLA settings"):
         timm.models.save_for_hf(model, tmp_path / "softmax", safe_serialization=True)
         MHLAVisionTransformer.from_pretrained(tmp_path / "softmax")
+    tiny_wan().save_pretrained(tmp_path / "wan")
+    with pytest.raises(ValueError, match="WanTransformer3DModel, not MHLAVisionTransformer"):
+        MHLAVisionTransformer.from_pretrained(tmp_path / "wan")
     with pytest.raises(FileNotFoundError, match=r"no config\.json"):
         MHLAVisionTransformer.from_pretrained(tmp_path)
     mhla_gen.inject(model, MHLAConfig(layout=(2, 3), layers=[0]))
@@ -361,7 +365,9 @@ def test_other_models_and_calls_are_refused(tmp_path):
     with pytest.raises(ValueError, match="no attention mask"):
         model.forward_features(images(), attn_mask=torch.ones(36, 36, dtype=torch.bool))
     model.save_pretrained(tmp_path / "mhla")
-    with pytest.raises(ValueError, match=r"Distilled; load it with mhla_gen\.MHLAV\w+$"):
+    with pytest.raises(
+        ValueError, match=r"Distilled; load it with mhla_gen\.MHLAV\w+\.from_pretrained$"
+    ):
         mhla_gen.MHLAVisionTransformerDistilled.from_pretrained(tmp_path / "mhla")
     (tmp_path / "mhla" / "model.safetensors").write_bytes(b"1234")
     with pytest.raises(ValueError, match=r"model\.safetensors"):

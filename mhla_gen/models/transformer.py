@@ -14,6 +14,7 @@ from mhla_gen.config.fields import expand_home
 from mhla_gen.errors import UserError
 from mhla_gen.models.family import Family
 from mhla_gen.models.parallel import check_parallelism
+from mhla_gen.models.saved_class import check_saved_class
 from mhla_gen.models.settling import resolve
 from mhla_gen.models.surgery import add_mhla, become
 
@@ -117,7 +118,8 @@ class MHLATransformerMixin:
             A new model whose projections equal the base's.
 
         Raises:
-            ValueError: If the model belongs to another family, or `config` does not fit it.
+            ValueError: If the model, or that in the folder, belongs to another family, or `config`
+                does not fit it.
         """
         base_class = cls.family.base_class
         if isinstance(base_model_or_path, nn.Module):
@@ -134,6 +136,7 @@ class MHLATransformerMixin:
             base_model_or_path = expand_home("the model", base_model_or_path)
             location = {k: kwargs[k] for k in _LOCATION if k in kwargs}
             saved = base_class.load_config(base_model_or_path, **location)
+            check_saved_class(cls, base_model_or_path, saved, cls.family.variants)
             variants = {variant.__name__: variant for variant in cls.family.variants}
             base_class = variants.get(saved.get("_class_name"), base_class)
             base_model = base_class.from_pretrained(base_model_or_path, **kwargs)
@@ -144,13 +147,15 @@ class MHLATransformerMixin:
         """Load a saved MHLA model; arguments as for any diffusers model.
 
         Raises:
-            ValueError: If the folder holds no MHLA settings, or MHLA weights are missing or do not
-                belong to these settings. Softmax checkpoints go through `from_base`. With
-                `low_cpu_mem_usage=False`, if diffusers refuses that for the base class.
+            ValueError: If the folder holds a model of another class or no MHLA settings, or MHLA
+                weights are missing or do not belong to these settings. Softmax checkpoints go
+                through `from_base`. With `low_cpu_mem_usage=False`, if diffusers refuses that for
+                the base class.
         """
         pretrained_model_name_or_path = expand_home("the model", pretrained_model_name_or_path)
         location = {k: kwargs[k] for k in _LOCATION if k in kwargs}
         saved = cls.load_config(pretrained_model_name_or_path, **location)  # type: ignore[attr-defined]
+        check_saved_class(cls, pretrained_model_name_or_path, saved, cls.family.variants)
         if "mhla" not in saved and "mhla" not in kwargs:
             raise UserError(
                 f"{pretrained_model_name_or_path} has no MHLA settings; convert a softmax "

@@ -30,6 +30,7 @@ from mhla_gen.errors import MissingError, UserError
 from mhla_gen.files import write_json, write_tensors
 from mhla_gen.files.saved import naming_damage, read_json
 from mhla_gen.models.additions import AddedAttention
+from mhla_gen.models.saved_class import check_saved_class
 from mhla_gen.models.settling import settle
 from mhla_gen.models.surgery import change_class, new_modules, placed_beside
 from mhla_gen.models.vision_layers import (
@@ -179,6 +180,7 @@ class MHLAVisionMixin(nn.Module):
         if not (folder / CONFIG_NAME).is_file():
             raise MissingError(f"{folder} has no model, because there is no {CONFIG_NAME}")
         described = read_json(folder / CONFIG_NAME, "save the model again")
+        check_saved_class(cls, folder, described)
         if "mhla" not in described or "model_args" not in described:
             raise UserError(
                 f"{folder} holds no MHLA settings; load it with timm.create_model("

@@ -82,6 +82,14 @@ def test_links_lead_somewhere(path, site):
             assert (path.parent / target).exists(), link
 
 
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_result_files_are_linked(path):
+    """The site shows them as pages."""
+    text = re.sub(r"```.*?```", "", path.read_text(), flags=re.DOTALL)
+    named = re.findall(r"`(?:docs/results/)?([\w./-]+\.json)`", text)
+    assert not [name for name in named if (ROOT / "docs" / "results" / name).exists()]
+
+
 def test_links_between_pages_follow_them(site):
     text = site.with_links("[a](docs/data.md#x) [b](LICENSE) [c](https://a.b/c)", "README.md")
     assert text == "[a](data.md#x) [b](source/LICENSE.md) [c](https://a.b/c)"

@@ -133,7 +133,7 @@ with written_whole("{tmp_path}/a.png") as file, written_whole("{tmp_path}/b") as
     assert {path.name for path in tmp_path.iterdir()} == kept - {".tmpabcdef"}
 
 
-def test_what_a_kill_left_beside_the_target_of_a_link_is_removed(tmp_path):
+def test_what_a_kill_left_beside_the_target_of_a_link_is_removed(tmp_path, monkeypatch):
     big, here = tmp_path / "big", tmp_path / "here"
     big.mkdir()
     here.mkdir()
@@ -152,7 +152,20 @@ with written_whole("{here}/file") as file, written_whole("{here}/folder") as fol
 """
     subprocess.run([sys.executable, "-c", program], check=False)
     assert len(list(big.iterdir())) == 3
+
+    def refuse(*_, **__):
+        raise PermissionError("it is another user's")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", refuse)
+        remove_leftovers(here)
+    assert any(path.name.startswith(".file.") for path in big.iterdir())
+    listed, scan = [], os.scandir
+    monkeypatch.setattr(os, "scandir", lambda folder: listed.append(folder) or scan(folder))
     remove_leftovers(here, alone=True)
+    # One listing serves all links.
+    assert listed == [here, big]
+    monkeypatch.undo()
     assert [*big.iterdir()] == [others]
     assert {path.name for path in here.iterdir()} == {"file", "folder"}
 

@@ -11,6 +11,7 @@ import re
 import secrets
 import shutil
 import socket
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -121,11 +122,18 @@ def remove_leftovers(folder: str | Path, alone: bool = False) -> None:
         if entry.name.startswith("."):
             _remove_leftover(Path(entry), alone)
     # Through a link, a file is first written beside what the link leads to, where others are, too.
-    for place in [Path(os.path.realpath(entry)) for entry in entries if entry.is_symlink()]:
-        for entry in _entries(place.parent):
+    linked: defaultdict[Path, set[str]] = defaultdict(set)
+    for entry in entries:
+        if entry.is_symlink():
+            target = Path(os.path.realpath(entry))
+            linked[target.parent].add(target.name)
+    for place, names in linked.items():
+        for entry in _entries(place):
             found = _NAME.fullmatch(entry.name)
-            if found is not None and found["name"] == place.name:
-                _remove_leftover(Path(entry), alone=False)
+            if found is not None and found["name"] in names:
+                # What another user left there may not be ours to remove.
+                with suppress(OSError):
+                    _remove_leftover(Path(entry), alone=False)
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:

@@ -1,6 +1,7 @@
 """Models for training: presets, latents, and pretrained ones with other attention or classes."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -68,6 +69,19 @@ def test_sizes_that_no_machine_has_memory_for_are_refused_before_it_is_filled(ke
     sizes[key] = {"num_attention_heads": 10**6, "attention_head_dim": 2**31 - 4}[key]
     with pytest.raises(UserError, match=f"^the sizes in model .*{said}"):
         build_model(ModelConfig(mhla=LAYOUT, **sizes), (4, 8, 8), num_classes=10)
+
+
+def test_swap_counts_as_memory_and_a_model_elsewhere_takes_none(monkeypatch):
+    config = ModelConfig(mhla=LAYOUT, num_layers=1, num_attention_heads=2, attention_head_dim=8)
+    memory, swap = SimpleNamespace(total=0), SimpleNamespace(total=0)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: memory)
+    monkeypatch.setattr("psutil.swap_memory", lambda: swap)
+    with pytest.raises(UserError, match="with swap; take fewer"):
+        build_model(config, (4, 8, 8), num_classes=10)
+    with torch.device("meta"):
+        assert build_model(config, (4, 8, 8), num_classes=10).device.type == "meta"
+    swap.total = 10**6
+    assert build_model(config, (4, 8, 8), num_classes=10).get_memory_footprint() < swap.total
 
 
 def test_a_pretrained_softmax_model_gets_the_attention_asked_for(tmp_path):

@@ -14,7 +14,7 @@ _GIB = 2**30
 
 
 def new_transformer(config: ModelConfig, base: Any, sizes: dict[str, Any], group: str) -> Any:
-    """A new model in float32, with the chosen attention.
+    """A new model with the chosen attention.
 
     Args:
         config: Which attention.
@@ -41,9 +41,10 @@ def check_sizes(base: Any, sizes: dict[str, Any], group: str) -> None:
         group: Where they are in a config, for messages.
 
     Raises:
-        ValueError: If the class refuses them, or its weights take more memory in float32 than this
-            machine has.
+        ValueError: If the class refuses them, or its weights take more memory than this machine
+            has, swap included.
     """
+    in_memory = torch.get_default_device().type == "cpu"
     try:
         with torch.device("meta"):
             model = base(**sizes)
@@ -51,9 +52,10 @@ def check_sizes(base: Any, sizes: dict[str, Any], group: str) -> None:
     except Exception as error:
         said = one_line(str(error), most=300) or type(error).__name__
         raise UserError(f"{group} do not fit {base.__name__}: {said}") from error
-    needed, there = 4 * model.num_parameters() / _GIB, psutil.virtual_memory().total / _GIB
-    if needed > there:
+    needed = model.get_memory_footprint() / _GIB
+    there = (psutil.virtual_memory().total + psutil.swap_memory().total) / _GIB
+    if in_memory and needed > there:
         raise UserError(
             f"{group} are too large: the weights of this {base.__name__} take {needed:,.0f} GiB, "
-            f"and this machine has {there:.0f}; take fewer layers, heads or channels"
+            f"and this machine has {there:.0f}, with swap; take fewer layers, heads or channels"
         )

@@ -26,7 +26,7 @@ gc.disable()
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
     if importlib.util.find_spec("triton"):
-        importlib.import_module("interpreter")
+        importlib.import_module("interpreter").hasten()
 
 
 @pytest.fixture(autouse=True)

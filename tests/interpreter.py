@@ -8,33 +8,47 @@ enough: where a name is changed, all are. Nor does it make a table of all dtypes
 import functools
 from types import SimpleNamespace
 
+import triton
 import triton.language as tl
-from triton.runtime import interpreter
 
+# The release whose private functions are replaced; with others, tests take longer.
+KNOWN = "3.8."
 _NOTHING = SimpleNamespace(restore=lambda: None)
-_change = interpreter._patch_lang
-_find_dtype = functools.cache(interpreter._get_np_dtype)
-_ADDRESS = interpreter._get_np_dtype(tl.pointer_type(tl.int8))
 
 
-@functools.cache
-def _languages(function):
-    """The modules that `_patch_lang` changes for a function."""
-    read = function.__globals__.values()
-    return [module for module in (tl, tl.core) if any(module is each for each in read)]
+def hasten():
+    """Replace private functions of the interpreter, if they are known."""
+    if triton.__version__.startswith(KNOWN):
+        from triton.runtime import interpreter
+
+        interpreter._patch_lang = _once_a_launch(interpreter._patch_lang)
+        interpreter._get_np_dtype = _looked_up_once(interpreter._get_np_dtype)
 
 
-def _change_once(function):
-    languages = _languages(function)
-    changed = languages and not any(tl.core.is_builtin(module.load) for module in languages)
-    return _NOTHING if changed else _change(function)
+def _once_a_launch(change):
+    @functools.cache
+    def languages(function):
+        """The modules that `change` changes for a function."""
+        read = function.__globals__.values()
+        return [module for module in (tl, tl.core) if any(module is each for each in read)]
+
+    @functools.wraps(change)
+    def change_once(function):
+        found = languages(function)
+        names = tl.tensor.__add__, *(module.load for module in found)
+        changed = found and not any(map(tl.core.is_builtin, names))
+        return _NOTHING if changed else change(function)
+
+    return change_once
 
 
-def _dtype(kind):
-    """What numpy has for a dtype of Triton, for a tensor of it, or for addresses."""
-    scalar = kind.scalar
-    return _ADDRESS if isinstance(scalar, tl.pointer_type) else _find_dtype(scalar)
+def _looked_up_once(find):
+    address, find_once = find(tl.pointer_type(tl.int8)), functools.cache(find)
 
+    @functools.wraps(find)
+    def dtype_of(kind):
+        """What numpy has for a dtype of Triton, for a tensor of it, or for addresses."""
+        scalar = kind.scalar
+        return address if isinstance(scalar, tl.pointer_type) else find_once(scalar)
 
-interpreter._patch_lang = _change_once
-interpreter._get_np_dtype = _dtype
+    return dtype_of

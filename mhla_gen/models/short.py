@@ -10,7 +10,7 @@ from mhla_gen.config import AttentionConfig, MHLAConfig
 from mhla_gen.models.transformer import MHLATransformerMixin
 
 FEWEST_TOKENS = 800
-"""With fewer tokens, softmax is faster than the fused kernels; see docs/training.md."""
+"""With fewer tokens, softmax is faster than the fused kernels; see docs/speed.md."""
 
 
 class ShortSequenceWarning(UserWarning):

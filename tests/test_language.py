@@ -171,6 +171,15 @@ def test_hidden_states_are_recorded_as_those_of_softmax(tmp_path):
         assert torch.equal(found[-1], model.model(prompt()).last_hidden_state)
 
 
+def test_converting_does_not_check_a_models_softmax_again():
+    model = softmax_model()
+    # As where a library that it was built with is needed for a device that is not here.
+    model.config._attn_implementation_internal = "flash_attention_2"
+    inject(model, CONFIG)
+    assert model.config._attn_implementation == "flash_attention_2"
+    assert torch.isfinite(model(prompt()).logits).all()
+
+
 @pytest.mark.parametrize("offloaded_first", [True, False])
 def test_an_offloaded_model_computes_the_same(tmp_path, offloaded_first):
     expected, model = inject(softmax_model(), WINDOW), softmax_model()

@@ -275,8 +275,11 @@ def _add_layers(model: Any, config: CausalMHLAConfig) -> None:
     model.config.mhla = config.to_dict()
     model.config.architectures = [type(model).__name__]
     change_class(model.model, decoder_class)
-    # transformers records hidden states only in classes of which a model was built.
-    PreTrainedModel.__init__(decoder_class.__new__(decoder_class), copy(model.config))
+    # transformers records hidden states only in classes of which a model was built. Building checks
+    # the attention, which the model that is converted has already chosen.
+    settings = copy(model.config)
+    settings._attn_implementation = "eager"
+    PreTrainedModel.__init__(decoder_class.__new__(decoder_class), settings)
     for index, (_, attention) in enumerate(attentions(model)):
         if index in config.layers:
             sizes = attention.config

@@ -18,7 +18,8 @@ class ClipState:
     Calling the state runs the model on the clip's next chunk, which attends to the finished chunks
     before it. Outputs and gradients are those of the whole clip in one call. Time and memory of a
     call are the same for every chunk, except in softmax layers (`exact=1`), which keep keys and
-    values. A `copy.deepcopy` continues the clip on its own, with the same model.
+    values. A `copy.deepcopy` continues the clip on its own, with the same model; torch refuses it
+    where gradients are recorded.
 
     Args:
         model: A transformer converted with `MHLAConfig(causal_frames=…)`.

@@ -385,6 +385,10 @@ def test_refusals_name_the_remedy():
         mhla_gen.inject(tiny_dit(), {"exact": 0.1})
     with pytest.raises(ValueError, match=r"before torch\.compile"):
         mhla_gen.inject(torch.compile(tiny_dit()))
+    pipeline = tiny_dit_pipeline()
+    pipeline.transformer = torch.compile(pipeline.transformer)
+    with pytest.raises(ValueError, match="the transformer is compiled; convert it"):
+        mhla_gen.inject(pipeline)
     with pytest.raises(NotImplementedError, match=r"DiTTransformer2DModel.*restore"):
         model.enable_parallelism(config=ContextParallelConfig(ring_degree=2))
     with pytest.raises(NotImplementedError, match="tensor parallelism"):

@@ -56,8 +56,7 @@ def inject(
         ValueError: If nothing can be converted, the model is already converted, or `config` does
             not fit it.
     """
-    if hasattr(pipe_or_transformer, "_orig_mod"):
-        raise UserError("the model is compiled; convert it before torch.compile")
+    _refuse_compiled(pipe_or_transformer)
     language = is_language_model(pipe_or_transformer)
     if language:
         from mhla_gen.models.language import class_for
@@ -94,6 +93,17 @@ def inject(
         become(mhla_class.family, mhla_class, transformer, config)
         _warn_if_short(config, mhla_class.family.native_grid(transformer))
     return update_index(pipe_or_transformer)
+
+
+def _refuse_compiled(pipe_or_transformer: Any) -> None:
+    """Raise if a model, or one of a pipeline that would be converted, is compiled."""
+    parts = {"model": pipe_or_transformer}
+    if isinstance(pipe_or_transformer, DiffusionPipeline):
+        parts = pipe_or_transformer.components
+    for name, part in parts.items():
+        inner = getattr(part, "_orig_mod", None)
+        if inner is not None and (name == "model" or type(inner) in MHLA_CLASSES):
+            raise UserError(f"the {name} is compiled; convert it before torch.compile")
 
 
 def _warn_if_short(config: AttentionConfig, grid: Sequence[int]) -> None:

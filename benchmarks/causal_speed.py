@@ -114,7 +114,7 @@ def measure(shape: list[int]) -> Row:
 
 
 def table(rows: list[Row]) -> str:
-    """Markdown for mhla_gen/ops/README.md: milliseconds forward, forward and backward."""
+    """Markdown for docs/kernel-speed.md: milliseconds forward, forward and backward."""
     rows = sorted((row for row in rows if "ms" in row), key=lambda row: row["shape"][2:])
     names = list(rows[0]["ms"]) if rows else []
     lines = [[str(row["shape"]), *(_both(row["ms"][name]) for name in names)] for row in rows]

@@ -265,7 +265,7 @@ def mean_products(mean_queries: Tensor, mean_keys: Tensor) -> Tensor:
 
 
 def forward_loop(call: TileCall) -> Loop:
-    """The fastest loop that was measured, see `ops/README.md`."""
+    """The fastest loop that was measured, see `docs/kernel-speed.md`."""
     if call.operand["OPERAND"] == tl.float32:
         return Loop(call.block(32), 32, 4, 1)
     rows, dim = call.block(128), max(call.query.shape[3], call.value.shape[3])

@@ -52,10 +52,15 @@ def check_sizes(base: Any, sizes: dict[str, Any], group: str) -> None:
     except Exception as error:
         said = one_line(str(error), most=300) or type(error).__name__
         raise UserError(f"{group} do not fit {base.__name__}: {said}") from error
-    needed = model.get_memory_footprint() / _GIB
-    there = (psutil.virtual_memory().total + psutil.swap_memory().total) / _GIB
-    if in_memory and needed > there:
+    if not in_memory:
+        return
+    needed, there = model.get_memory_footprint(), psutil.virtual_memory().total
+    if needed > there:
+        # Not asked before, as psutil warns where a container does not tell.
+        there += psutil.swap_memory().total
+    if needed > there:
         raise UserError(
-            f"{group} are too large: the weights of this {base.__name__} take {needed:,.0f} GiB, "
-            f"and this machine has {there:.0f}, with swap; take fewer layers, heads or channels"
+            f"{group} are too large: the weights of this {base.__name__} take "
+            f"{needed / _GIB:,.0f} GiB, and this machine has {there / _GIB:.0f}, with swap; take "
+            "fewer layers, heads or channels"
         )

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 import mhla_gen
 from mhla_gen import CausalMHLAConfig, LinformerConfig, MHLAConfig, inject, restore, summary
+from mhla_gen.errors import UserError
 from mhla_gen.models.causal_decoder import CACHE
 from mhla_gen.models.language import LANGUAGE_CLASSES
 from mhla_gen.runtime.recorded_training import RecordedTraining
@@ -159,6 +160,19 @@ def test_saves_loads_and_restores(tmp_path, config):
     restored.save_pretrained(tmp_path / "softmax")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "softmax")
     assert torch.equal(again.eval()(ids).logits, before)
+
+
+def test_a_folder_of_another_class_is_named_with_what_loads_it(tmp_path):
+    """transformers would only warn, and run the weights of a Llama as a Mistral."""
+    mhla_model().save_pretrained(tmp_path / "llama")
+    (tmp_path / "wan").mkdir()
+    (tmp_path / "wan" / "config.json").write_text('{"_class_name": "WanTransformer3DModel"}')
+    for folder, remedy in (
+        ("llama", r"MHLALlamaForCausalLM\.from_pretrained"),
+        ("wan", r"MHLAWanTransformer3DModel\.from_base"),
+    ):
+        with pytest.raises(UserError, match=rf"not MHLAMistral.*mhla_gen\.{remedy}"):
+            mhla_gen.MHLAMistralForCausalLM.from_pretrained(tmp_path / folder)
 
 
 def test_hidden_states_are_recorded_as_those_of_softmax(tmp_path):

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.llama import LlamaConfig, LlamaForCausalLM, LlamaModel
 from transformers.models.llama.modeling_llama import LlamaAttention
 from transformers.models.mistral import MistralConfig, MistralForCausalLM, MistralModel
@@ -23,6 +23,7 @@ from mhla_gen.errors import UserError
 from mhla_gen.models.attention import CONVERTED_START, NEW_START
 from mhla_gen.models.causal_attention import CausalAttention, CausalMHLA
 from mhla_gen.models.causal_decoder import CausalModel
+from mhla_gen.models.saved_class import check_saved_class
 from mhla_gen.models.settling import mhla_layers
 from mhla_gen.models.surgery import change_class, computing_device
 from mhla_gen.ops import FEATURE_MAPS
@@ -53,7 +54,12 @@ class MHLALanguageModel(nn.Module):
 
         Raises:
             OSError: If there is no model.
+            ValueError: If it is of another class of this package or of diffusers.
         """
+        place = args[0] if args else kwargs.get("pretrained_model_name_or_path")
+        if place is not None and "config" not in kwargs:
+            saved, _ = PretrainedConfig.get_config_dict(place, **kwargs)
+            check_saved_class(cls, place, saved)
         loaded = super().from_pretrained(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         # transformers loads weights into new parameters, which are all trained.

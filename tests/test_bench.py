@@ -148,7 +148,8 @@ def test_a_share_is_measured_with_and_without_the_linear_half(tmp_path, capsys):
     rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
     assert not any("error" in row for row in rows)
     assert [row["exact"] for row in rows] == [1.0, 0.0, 0.125, 0.125, 1.0]
-    table = capsys.readouterr().out.splitlines()[:6]
+    said, *table = capsys.readouterr().out.splitlines()[:7]
+    assert said.startswith("measuring ops: softmax, blockwise")
     assert "12.5%" in table[3] and len({len(line) for line in table}) == 1
     folder = tmp_path / "wrong"
     assert main(["bench", "ops", f"output_dir={folder}", 'methods=["auto exact=2"]']) == 2

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from mhla_gen.ops import (
+    FRAME_MIXING_INITS,
+    MIXING_INITS,
     auto_layout,
     auto_tiles,
     block_starts,
@@ -101,3 +103,13 @@ def test_a_grid_has_one_to_three_axes_of_tokens(grid):
     for choose in (auto_layout, lambda grid: auto_tiles(grid, 0.5)):
         with pytest.raises(ValueError, match="1 to 3 axes of at least one token"):
             choose(grid)
+
+
+@pytest.mark.parametrize("inits", [MIXING_INITS, FRAME_MIXING_INITS], ids=["mixing", "frames"])
+def test_first_weights_are_float32_whatever_torch_makes_by_default(inits):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert {init((2, 3, 2)).dtype for init in inits.values()} == {torch.float32}
+    finally:
+        torch.set_default_dtype(before)

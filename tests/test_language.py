@@ -173,6 +173,9 @@ def test_a_folder_of_another_class_is_named_with_what_loads_it(tmp_path):
     ):
         with pytest.raises(UserError, match=rf"not MHLAMistral.*mhla_gen\.{remedy}"):
             mhla_gen.MHLAMistralForCausalLM.from_pretrained(tmp_path / folder)
+    by_name = {"pretrained_model_name_or_path": tmp_path / "llama", "dtype": torch.bfloat16}
+    loaded = mhla_gen.MHLALlamaForCausalLM.from_pretrained(**by_name)
+    assert loaded.dtype == torch.bfloat16
 
 
 def test_hidden_states_are_recorded_as_those_of_softmax(tmp_path):

@@ -49,18 +49,18 @@ class MHLALanguageModel(nn.Module):
         _add_layers(self, resolve_language(self, settings, new=True))
 
     @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Load a saved model, as transformers does; weights that its settings freeze stay frozen.
 
         Raises:
             OSError: If there is no model.
             ValueError: If it is of another class of this package or of diffusers.
         """
-        place = args[0] if args else kwargs.get("pretrained_model_name_or_path")
-        if place is not None and "config" not in kwargs:
+        place = pretrained_model_name_or_path
+        if place is not None and kwargs.get("config") is None:
             saved, _ = PretrainedConfig.get_config_dict(place, **kwargs)
             check_saved_class(cls, place, saved)
-        loaded = super().from_pretrained(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        loaded = super().from_pretrained(place, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         # transformers loads weights into new parameters, which are all trained.
         for module in model.modules():

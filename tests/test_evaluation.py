@@ -559,6 +559,18 @@ def test_class_folders_are_labels(settings, tmp_path):
     assert values(evaluate(replace(same, samples=str(tmp_path / "real")))) == {"accuracy": 1.0}
 
 
+def test_class_folders_of_other_classes_are_not_compared(settings, tmp_path):
+    for side, names in (("real", "abc"), ("some", "bc"), ("one", ["images"])):
+        for number, image in enumerate(pictures(60, 1)):
+            saved_at(tmp_path / side / names[number % len(names)] / f"{number}.png", image)
+    reference = built(settings, tmp_path, data=str(tmp_path / "real"), keep_images=40)
+    for real in (str(reference), str(tmp_path / "real")):
+        asked = replace(settings, reference=real, metrics=("accuracy",))
+        for side in ("some", "one"):
+            with pytest.raises(EvaluationError, match="one number would mean two classes"):
+                evaluate(replace(asked, samples=str(tmp_path / side)))
+
+
 @pytest.mark.parametrize(
     ("places", "labels"),
     [

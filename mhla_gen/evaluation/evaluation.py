@@ -57,7 +57,7 @@ def evaluate(config: EvaluateConfig, dry_run: bool = False) -> list[Result]:
     source = measurer.open(config.samples)
     labels = source.labels() if need_labels(config.metrics) else None
     shape = frame_shape(source)
-    scoring = Scoring.prepare(config, measurer, shape, len(source), labels is not None)
+    scoring = Scoring.prepare(config, measurer, shape, len(source), labels, source.classes)
     if dry_run:
         print(f"would measure {len(source)} images of {source.name}: {scoring.protocol}")
         return []
@@ -86,7 +86,8 @@ class Scoring:
         measurer: Measurer,
         shape: Sequence[int],
         count: int,
-        labelled: bool,
+        labels: np.ndarray | None,
+        classes: tuple[str, ...] | None = None,
     ) -> "Scoring":
         """Open the reference, and check that everything that must be equal is.
 
@@ -95,7 +96,8 @@ class Scoring:
             measurer: How both are measured.
             shape: Of a sample, `(…, height, width)`.
             count: How many samples there are, or will be.
-            labelled: Whether they have labels.
+            labels: Their class numbers, if they have any.
+            classes: Names of their class folders, if they lie in such.
 
         Raises:
             EvaluationError: If something is missing, unusable or not comparable.
@@ -109,8 +111,11 @@ class Scoring:
         if scoring.images is not None:
             _require_enough(config, len(scoring.images), "reference")
         if need_labels(config.metrics):
-            _require_labels(labelled, "samples have")
-            _require_labels(scoring._reference_labels() is not None, "reference has")
+            found = _require_labels(scoring._reference_labels(), "reference has")
+            _require_one_numbering(
+                (_require_labels(labels, "samples have"), classes),
+                (found, scoring.images.classes if scoring.images else None),
+            )
         return scoring
 
     @property
@@ -196,12 +201,30 @@ def _require_enough(config: EvaluateConfig, count: int, side: str) -> None:
             )
 
 
-def _require_labels(labelled: bool, side: str) -> None:
-    if not labelled:
+def _require_labels(labels: np.ndarray | None, side: str) -> np.ndarray:
+    if labels is None:
         raise EvaluationError(
             f"the {side} no labels, which accuracy and copies need: a class number for each image, "
             "the array `labels` of an npz file beside `arr_0`, or one sub-folder for each class; "
             "leave these metrics out, or add labels"
+        )
+    return labels
+
+
+def _require_one_numbering(
+    *sides: tuple[np.ndarray, tuple[str, ...] | None],
+) -> None:
+    """Raise if a number may mean one class in samples and another in the reference.
+
+    Class folders are numbered by name, so folders of some of the classes have other numbers.
+    """
+    known = {classes for _, classes in sides if classes is not None}
+    most = max(int(labels.max()) for labels, _ in sides)
+    if len(known) > 1 or any(most >= len(classes) for classes in known):
+        raise EvaluationError(
+            "samples and reference do not have the same class folders, which are numbered by name, "
+            "so one number would mean two classes; give both the same folders, or files with "
+            "`labels`"
         )
 
 

@@ -47,6 +47,11 @@ class ImageSource(Protocol):
     decodes: bool
     """Whether reading is work for a processor, and not only a copy."""
 
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        """Names of class folders, in the order of their numbers; None for other sources."""
+        ...
+
     def __len__(self) -> int: ...
 
     def read(self, index: int) -> np.ndarray:
@@ -156,8 +161,13 @@ class FileSource:
             digests = tqdm(found, "reading", len(self._files), unit="file", **_IF_LONG)
             return _join_digests(f"files by rules {READING}", digests)
 
-    @cached_property
+    @property
     def classes(self) -> tuple[str, ...] | None:
+        """See `ImageSource`."""
+        return self._classes
+
+    @cached_property
+    def _classes(self) -> tuple[str, ...] | None:
         """Names of class folders, in the order of training; None for other folders.
 
         Names that are whole numbers, but not 0, 1, 2, …, are none: `data.num_classes` says in
@@ -182,6 +192,8 @@ class FileSource:
 
 class ArraySource:
     """`arr_0` of an npz file."""
+
+    classes = None
 
     def __init__(self, path: Path, size: int | None, clip: ClipRule | None):
         self.name, self._path, self._size, self._clip = str(path), path, size, clip
@@ -258,6 +270,11 @@ class JoinedSource:
         self._ends = np.cumsum([len(part) for part in parts])
         self.name = " + ".join(part.name for part in parts)
         self.decodes = any(part.decodes for part in parts)
+
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        """See `ImageSource`."""
+        return next((part.classes for part in self._parts if part.classes is not None), None)
 
     def __len__(self) -> int:
         return int(self._ends[-1])

@@ -62,9 +62,7 @@ class Scorer:
             clip.indices(shape[0])
         elif config.size is not None:
             self._frame = config.size, config.size
-        self._scoring = Scoring.prepare(
-            config, self._measurer, self._frame, count, labels is not None
-        )
+        self._scoring = Scoring.prepare(config, self._measurer, self._frame, count, labels)
 
     def measure(self, unit: int, samples: Tensor) -> None:
         """Write the features of a unit.

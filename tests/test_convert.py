@@ -114,7 +114,7 @@ def test_an_imported_dit_computes_what_the_original_does(tmp_path):
     expected = other_dit(state, **inputs)
     # Layers of numbers up to 28: float32 may leave 28 * 6e-8 for each of some additions, half
     # precision would leave 28 * 5e-4.
-    torch.testing.assert_close(run(model, inputs), expected, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(run(model, inputs), expected, rtol=5e-4, atol=5e-4)
     stock = DiTTransformer2DModel.from_pretrained(folder)
     assert (run(stock, inputs) - expected).abs().max() > 0.1
     assert json.loads((folder / "conversion.json").read_text())["exact"] is True

@@ -28,9 +28,9 @@ from mhla_gen.ops.naive import naive_mhla
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * torch.cuda.is_available()
 # float32 errors below this are a matter of the order of summation, for either implementation: there
-# are sums of up to 300 tokens by 72 channels, and the rounding of n additions is about
-# sqrt(n) * 1e-7.
-ROUNDING = {torch.float32: 1.5e-5, torch.float16: 0.0, torch.bfloat16: 0.0}
+# are sums of up to 300 tokens and of 72 channels, one after the other, and the rounding of n
+# additions is about sqrt(n) * 1e-7.
+ROUNDING = {torch.float32: 3e-6, torch.float16: 0.0, torch.bfloat16: 0.0}
 
 
 def make(
@@ -102,7 +102,7 @@ def assert_accurate(inputs, options, **form):
     # Where weights are normalised, scaling all of a matrix changes nothing: its gradient is what is
     # left of terms that cancel, and float32 is off by 2e-5 of that in either implementation.
     cancels = dtype == torch.float32 and options["normalize"]
-    rounding = 3e-4 if cancels else max(torch.finfo(dtype).eps, ROUNDING[dtype])
+    rounding = 1e-4 if cancels else max(torch.finfo(dtype).eps, ROUNDING[dtype])
     assert actual[4] <= 2 * max(rounding, blockwise[4])
 
 

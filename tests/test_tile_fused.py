@@ -19,8 +19,8 @@ DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * torch.cuda.is_avail
 SMALL = {"grid": (5, 6), "tile": (2, 3), "window": (1, 1), "top": 2, "group": (2, 1)}
 # Half precision rounds queries, keys and weights once more than blockwise does.
 # In float32 the order of summation remains, about 1e-7 times the root of what is summed: at most
-# 300 keys by 64 channels.
-ROUNDING = {dtype: torch.finfo(dtype).eps for dtype in DTYPES} | {torch.float32: 1.5e-5}
+# 300 keys, and 64 channels, one after the other.
+ROUNDING = {dtype: torch.finfo(dtype).eps for dtype in DTYPES} | {torch.float32: 3e-6}
 
 
 def placed_by(options):
@@ -60,11 +60,11 @@ def assert_accurate(tensors, options, dtype):
     """At most twice the error of blockwise in the same dtype, plus that of rounding weights.
 
     Those of backward are exp(score - lse), as in flash attention, with an lse rounded to float32,
-    and a score that is a sum of 64 products of up to its size: eight times as much.
+    and a score that is rounded as well: twice that.
     """
     rounded = [x.detach().to(dtype) for x in tensors]
     expected = outputs_and_gradients(rounded, options, "naive", torch.float64)
-    rounding = max(ROUNDING[dtype], 2**-21 * expected[1].abs().max().item())
+    rounding = max(ROUNDING[dtype], 2**-23 * expected[1].abs().max().item())
     blockwise = errors(outputs_and_gradients(rounded, options, "blockwise"), expected)
     actual = errors(outputs_and_gradients(rounded, options, "fused"), expected)
     for found, allowed in zip(actual, blockwise, strict=True):

@@ -98,7 +98,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--gradient-checkpointing", type=float, default=0, help="share of blocks")
     parser.add_argument("--float8", action="store_true", help="feed-forward layers in 8 bits")
     parser.add_argument("--no-cuda-graphs", action="store_true", help="launch every kernel")
-    parser.add_argument("--one-pass", action="store_true", help="as the setting one_pass")
+    parser.add_argument(
+        "--one-pass", action=argparse.BooleanOptionalAction, help="as the setting one_pass"
+    )
     parser.add_argument("--batch-size", type=int, help="samples of a step on one device")
     parser.add_argument("--num-layers", type=int, help="blocks, in place of the model's own")
     parser.add_argument("--seconds", type=float, default=6.0, help="measured time of a row")

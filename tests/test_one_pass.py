@@ -1,4 +1,7 @@
-"""One pass over the weights does what clipping, AdamW and the average do one after the other."""
+"""One pass over the weights does what clipping, AdamW and the average do one after the other.
+
+Run as a script it trains in one of several processes.
+"""
 
 import copy
 import os
@@ -7,12 +10,19 @@ import sys
 
 import pytest
 import torch
+from ranks import torchrun
+from test_training import assert_same_state, tiny_run, trained, trained_weights
 from torch import nn
 
+from mhla_gen.errors import OccupiedError, UserError
+from mhla_gen.outputs.folders import is_free
+from mhla_gen.training import one_pass, train
+from mhla_gen.training.checkpoints import load_latest, save_checkpoint
 from mhla_gen.training.ema import WeightAverage
-from mhla_gen.training.one_pass import OnePass
-from mhla_gen.training.optim import build_optimizer
+from mhla_gen.training.one_pass import OnePass, build_one_pass
+from mhla_gen.training.optim import build_optimizer, mixing_matrices
 from mhla_gen.training.shards import clipping_factor, gradient_norm, scale_gradients
+from mhla_gen.training.training_run import build_run
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Near zero, of a weight that eight steps of 0.1 may have brought there: 6e-8 of what it was, and of
@@ -40,7 +50,7 @@ class Trained:
         self.optimizer = build_optimizer(self.model, 0.1, 0.3, options=options)
         self.average = WeightAverage(self.model, 0.9)
         others = [self.model[7]]
-        self.one_pass = OnePass(self.optimizer, self.average, others, DEVICE) if in_one else None
+        self.one_pass = OnePass(self.optimizer, self.average, others) if in_one else None
 
     def step(self, number):
         generator = torch.Generator().manual_seed(number)
@@ -100,11 +110,11 @@ def test_steps_of_the_optimizer_alone_are_counted():
         model = nn.ParameterList([torch.ones(4, 5, device=DEVICE)])
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
         average = WeightAverage(model, 0.9)
-        one_pass = OnePass(optimizer, average, [], DEVICE)
+        update = OnePass(optimizer, average, [])
         for number in range(4):
             gradient = torch.arange(20.0, device=DEVICE).view(4, 5) + number
             model[0].grad = gradient.t().contiguous().t() if number == 2 else gradient
-            done = one_pass(list(model), torch.ones((), device=DEVICE)) if in_one else set()
+            done = update(list(model), torch.ones((), device=DEVICE)) if in_one else set()
             assert len(done) == (in_one and number in (1, 3))
             optimizer.step()
             average.step(model, done)
@@ -139,18 +149,136 @@ def test_operations_on_a_gpu_are_rounded_correctly():
     assert done.stdout.count("sub.f32") == done.stdout.count("sqrt.rn.f32")
 
 
-@pytest.mark.parametrize("options", [{"amsgrad": True}, {"maximize": True}])
-def test_variants_of_the_optimizer_are_left_to_it(options):
-    fused = Trained(True, 0.1, **options)
-    assert not fused.step(0) and not fused.step(1)
-
-
-def test_other_optimizers_and_devices_are_left_alone():
+def chosen(wanted, kind=torch.optim.AdamW, device="cuda", shared=False, **options):
+    """What a run takes; it asks for the kind of its device only."""
     model = nn.Linear(3, 4)
-    for optimizer in (torch.optim.SGD(model.parameters()), torch.optim.AdamW(model.parameters())):
-        one_pass = OnePass(optimizer, WeightAverage(model, 0.9), [])
-        for _ in range(2):
-            model(torch.ones(1, 3)).sum().backward()
-            assert not one_pass(list(model.parameters()), torch.ones(()))
-            assert model.weight.grad is not None
-            optimizer.step()
+    optimizer, average = kind(model.parameters(), lr=0.1, **options), WeightAverage(model, 0.9)
+    return build_one_pass(wanted, optimizer, average, [], torch.device(device), shared=shared)
+
+
+@pytest.mark.parametrize(
+    "case, reason",
+    [
+        ({"kind": torch.optim.SGD}, "needs optimizer=AdamW, found SGD"),
+        ({"kind": torch.optim.Adam}, "needs optimizer=AdamW, found Adam;"),
+        ({"amsgrad": True}, "needs AdamW without amsgrad"),
+        ({"maximize": True}, "needs AdamW without maximize"),
+        ({"shared": True}, "needs whole weights, which parallelism=fsdp"),
+        ({"device": "cpu"}, "needs a GPU, found cpu"),
+        ({"device": "mps"}, "needs a GPU, found mps"),
+    ],
+)
+def test_three_passes_are_taken_where_one_is_impossible_and_said_if_it_is_wanted(
+    case, reason, monkeypatch
+):
+    monkeypatch.setattr(one_pass, "INTERPRETED", False)
+    assert chosen(None, **case) is None and chosen(False, **case) is None
+    with pytest.raises(UserError, match=f"one_pass=true {reason}"):
+        chosen(True, **case)
+    assert isinstance(chosen(None), OnePass) and isinstance(chosen(True), OnePass)
+    assert chosen(False) is None
+
+
+def test_triton_is_needed(monkeypatch):
+    monkeypatch.setattr(one_pass, "HAS_TRITON", False)
+    assert chosen(None) is None
+    with pytest.raises(UserError, match="one_pass=true needs the package triton"):
+        chosen(True)
+
+
+def test_runs_take_what_their_settings_say(tmp_path):
+    def taken(**changes):
+        return build_run(tiny_run(tmp_path / "run", **changes)).one_pass is not None
+
+    # Triton's interpreter would be slower.
+    assert taken() == (DEVICE == "cuda")
+    assert taken(one_pass=True) and not taken(one_pass=False)
+    assert not taken(optimizer="SGD")
+    for changes in ({"optimizer": "SGD"}, {"optimizer_options": {"amsgrad": True}}):
+        with pytest.raises(UserError, match="one_pass=true needs"):
+            train(tiny_run(tmp_path / "run", one_pass=True, **changes))
+    # Nothing was begun.
+    assert is_free(tmp_path / "run")
+
+
+def after(steps, run, start=0):
+    for number, parts in enumerate(run.batches(start, steps), start):
+        run.step(number, parts)
+    return run
+
+
+def assert_same_step(found, expected):
+    """Two runs agree that began a second step with the same numbers.
+
+    A step is at most 3.2 times the learning rate long. In the second one, fused AdamW has 2e-5 less
+    than 1 - 0.999**2, whose root it takes. Four roundings of a weight; 30 times of it all.
+    """
+    rate = found.config.learning_rate
+    for kind in ("model", "ema"):
+        pairs = [
+            list(run.model.parameters() if kind == "model" else run.ema.shadow_params)
+            for run in (found, expected)
+        ]
+        for one, other in zip(*pairs, strict=True):
+            torch.testing.assert_close(one, other, rtol=30 * 4 * 6e-8, atol=30 * 3.2 * rate * 1e-5)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"max_grad_norm": 0.01, "gradient_accumulation_steps": 2, "weight_decay": 0.1},
+        {"max_grad_norm": None, "ema_width": 0.1, "mixing_learning_rate": 0.01},
+    ],
+)
+def test_steps_of_runs_are_those_of_three_passes(changes, tmp_path, monkeypatch):
+    updated, call = [], OnePass.__call__
+    monkeypatch.setattr(
+        OnePass, "__call__", lambda *args: updated.append(call(*args)) or updated[-1]
+    )
+    changes = {"warmup_steps": 0, **changes}
+    one = after(2, build_run(tiny_run(tmp_path, one_pass=True, **changes)))
+    three = after(2, build_run(tiny_run(tmp_path, one_pass=False, **changes)))
+    assert_same_step(one, three)
+    others = {id(matrix) for matrix in mixing_matrices(one.model)}
+    every = {id(p) for p in one.model.parameters() if p.requires_grad}
+    # The first step is AdamW's own.
+    assert others and updated == [set(), every - others]
+
+
+def test_a_resumed_run_has_the_same_bits(tmp_path):
+    def run(name, **changes):
+        options = {"one_pass": True, "max_steps": 4, "checkpoint_every": 2}
+        train(tiny_run(tmp_path / name, **options | changes))
+
+    run("straight")
+    run("stopped", max_steps=2)
+    run("stopped", resume="latest")
+    assert_same_state(tmp_path / "straight/checkpoint-4", tmp_path / "stopped/checkpoint-4")
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_checkpoints_of_both_ways_are_read_by_both_but_a_run_keeps_its_own(before, tmp_path):
+    options = {"max_steps": 2, "warmup_steps": 0, "lr_scheduler": "constant_with_warmup"}
+    run = after(1, build_run(tiny_run(tmp_path / "run", one_pass=before, **options)))
+    save_checkpoint(run, 1)
+    resumed = build_run(tiny_run(tmp_path / "run", one_pass=not before, **options))
+    assert load_latest(resumed) == 1
+    assert_same_step(after(2, resumed, 1), after(2, run, 1))
+
+    train(tiny_run(tmp_path / "whole", one_pass=before, **options))
+    with pytest.raises(OccupiedError, match=f"one_pass: found {before}, asked for {not before}"):
+        train(tiny_run(tmp_path / "whole", one_pass=not before, resume="latest", **options))
+
+
+def test_two_processes_train_as_one(tmp_path):
+    expected = trained(tiny_run(tmp_path / "one", one_pass=False))
+    torchrun(2, __file__, tmp_path / "two")
+    found = trained_weights(tmp_path / "two")
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-4, msg=name)
+
+
+if __name__ == "__main__":
+    train(tiny_run(sys.argv[1], one_pass=True))

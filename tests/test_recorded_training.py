@@ -261,8 +261,8 @@ def test_gradients_are_averaged_inside_a_recording(recompute, one_process):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("parts", [1, 2])
-def test_a_recorded_run_resumes_exactly_and_equals_one_that_is_not(parts, tmp_path):
+@pytest.mark.parametrize("parts, one_pass", [(1, False), (2, None)])
+def test_a_recorded_run_resumes_exactly_and_equals_one_that_is_not(parts, one_pass, tmp_path):
     def run(name, **changes):
         options = {
             "max_steps": 8,
@@ -271,6 +271,7 @@ def test_a_recorded_run_resumes_exactly_and_equals_one_that_is_not(parts, tmp_pa
             "sample_every": 4,
             "gradient_accumulation_steps": parts,
             "gradient_checkpointing": parts > 1,
+            "one_pass": one_pass,
             **changes,
         }
         config = tiny_run(tmp_path / name, model=TINY, **options)

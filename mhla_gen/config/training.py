@@ -122,9 +122,11 @@ class TrainConfig(Settings):
     """With compile=regional on GPUs: record the forward and backward pass of a DiT as CUDA graphs
     and replay them at every step, also under DDP; false does not. Never with parallelism=fsdp,
     which moves the weights."""
-    one_pass: bool = False
-    """On a GPU, with optimizer=AdamW: clip gradients, update weights and average them in one pass
-    over the memory, which is faster. Not yet shown to resume bit for bit."""
+    one_pass: bool | None = None
+    """With optimizer=AdamW on GPUs: clip gradients, update weights and average them in one pass
+    over the memory, which is faster; numbers are the same but for rounding. null: wherever this is
+    possible, so not with parallelism=fsdp, nor with amsgrad or maximize; true: or raise an error;
+    false: in three passes."""
     gradient_checkpointing: Any = False
     """Recompute activations in the backward pass: less memory, more time. true, for all blocks;
     a number from 0 to 1, for this share of them; false, for none; selective, for all blocks, but

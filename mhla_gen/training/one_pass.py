@@ -5,13 +5,13 @@ the rounding of single operations.
 """
 
 from collections.abc import Collection, Sequence
-from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
+from mhla_gen.errors import UserError
+from mhla_gen.ops.fused_limits import HAS_TRITON, INTERPRETED
 from mhla_gen.training.ema import WeightAverage
 
 
@@ -34,11 +34,10 @@ class OnePass:
     The first step is left to them, since it creates AdamW's state.
 
     Args:
-        optimizer: Any; only an `AdamW` without variants has its parameters updated here.
+        optimizer: One for which `build_one_pass` makes this.
         average: Of all parameters.
         others: Parameters that are changed after a step, before they are averaged; they are left
             to the optimizer.
-        device_type: Parameters on other devices are left to the optimizer, too; None leaves all.
     """
 
     def __init__(
@@ -46,16 +45,9 @@ class OnePass:
         optimizer: torch.optim.Optimizer,
         average: WeightAverage,
         others: Collection[nn.Parameter],
-        device_type: str | None = "cuda",
     ):
         self._optimizer, self._average = optimizer, average
         self._others = {id(parameter) for parameter in others}
-        self._device_type = device_type
-        self._usable = (
-            device_type is not None
-            and type(optimizer) is torch.optim.AdamW
-            and find_spec("triton") is not None
-        )
         # Of each group: what it was made for, and the tables of the kernel.
         self._tables: dict[int, tuple[Any, Any]] = {}
         # The parameters of each group that were updated last, and in which step.
@@ -74,16 +66,15 @@ class OnePass:
             The `id` of each updated parameter.
         """
         done: set[int] = set()
-        if not self._usable:
-            return done
         if self._optimizer.state is not self._state:
             # At first, and when a checkpoint has been read.
             self._state = self._optimizer.state
             self._steps.clear()
         averages = dict(zip(map(id, parameters), self._average.shadow_params, strict=True))
+        device = factor.device
         for number, group in enumerate(self._optimizer.param_groups):
-            chosen = [p for p in group["params"] if self._fits(p, averages.get(id(p)))]
-            if not chosen or not _plain(group):
+            chosen = [p for p in group["params"] if self._fits(p, averages.get(id(p)), device)]
+            if not chosen:
                 # The optimizer may count steps that are not seen here.
                 self._steps.pop(number, None)
                 continue
@@ -114,15 +105,15 @@ class OnePass:
         self._steps[number] = named, count
         return count
 
-    def _fits(self, parameter: nn.Parameter, average: Tensor | None) -> bool:
+    def _fits(self, parameter: nn.Parameter, average: Tensor | None, device: torch.device) -> bool:
         """Whether a parameter's numbers lie as the kernel reads them."""
         state = self._state.get(parameter)
         if average is None or parameter.grad is None or not state:
             return False
-        if id(parameter) in self._others or isinstance(parameter, DTensor):
+        if id(parameter) in self._others:
             return False
         return all(
-            x.dtype == torch.float32 and x.device.type == self._device_type and x.is_contiguous()
+            x.dtype == torch.float32 and x.device == device and x.is_contiguous()
             for x in self._tensors(parameter, average)
         )
 
@@ -150,21 +141,67 @@ class OnePass:
             self._tables[number] = addresses, tables
         beta1, beta2 = group["betas"]
         decay = self._average.get_decay(self._average.optimization_step + 1)
-        update(
-            tables,
-            factor,
-            rate=group["lr"] / (1 - beta1**count),
-            shrink=1 - group["lr"] * group["weight_decay"],
-            rest1=1 - beta1,
-            beta2=beta2,
-            rest2=1 - beta2,
-            root=(1 - beta2**count) ** -0.5,
-            eps=group["eps"],
-            share=1 - decay,
-        )
+        try:
+            update(
+                tables,
+                factor,
+                rate=group["lr"] / (1 - beta1**count),
+                shrink=1 - group["lr"] * group["weight_decay"],
+                rest1=1 - beta1,
+                beta2=beta2,
+                rest2=1 - beta2,
+                root=(1 - beta2**count) ** -0.5,
+                eps=group["eps"],
+                share=1 - decay,
+            )
+        except Exception as error:
+            # Such as no C compiler, which Triton needs, and softmax in PyTorch does not.
+            error.add_note("one_pass=false trains without this kernel")
+            raise
 
 
-def _plain(group: dict[str, Any]) -> bool:
-    """Whether a group of AdamW's parameters is updated by the equations of the kernel."""
-    variants = (group["amsgrad"], group["maximize"], isinstance(group["lr"], Tensor))
-    return not any(variants) and group.get("decoupled_weight_decay", True)
+def build_one_pass(
+    wanted: bool | None,
+    optimizer: torch.optim.Optimizer,
+    average: WeightAverage,
+    others: Collection[nn.Parameter],
+    device: torch.device,
+    *,
+    shared: bool,
+) -> OnePass | None:
+    """The one pass of a run, or None if its three passes follow each other.
+
+    Args:
+        wanted: None for one pass wherever it is possible, but not in Triton's interpreter.
+        optimizer: Of the run.
+        average: As of `OnePass`.
+        others: As of `OnePass`.
+        device: Of the parameters.
+        shared: Whether each process holds parts of the parameters.
+
+    Raises:
+        UserError: If it is wanted but not possible.
+    """
+    reason = _obstacle(optimizer, device, shared)
+    if wanted and reason is not None:
+        raise UserError(f"one_pass=true {reason}; leave one_pass out")
+    if wanted is False or reason is not None or (wanted is None and device.type != "cuda"):
+        return None
+    return OnePass(optimizer, average, others)
+
+
+def _obstacle(optimizer: torch.optim.Optimizer, device: torch.device, shared: bool) -> str | None:
+    """Why the kernel cannot update parameters, or None if it can."""
+    kind = type(optimizer)
+    if kind is not torch.optim.AdamW:
+        return f"needs optimizer=AdamW, found {kind.__name__}"
+    for name in ("amsgrad", "maximize"):
+        if any(group[name] for group in optimizer.param_groups):
+            return f"needs AdamW without {name}"
+    if shared:
+        return "needs whole weights, which parallelism=fsdp does not have"
+    if not HAS_TRITON:
+        return "needs the package triton"
+    if device.type != "cuda" and not INTERPRETED:
+        return f"needs a GPU, found {device}"
+    return None

@@ -23,7 +23,7 @@ from mhla_gen.runtime.recorded_training import RecordedTraining
 from mhla_gen.training.build import build_task
 from mhla_gen.training.ema import WeightAverage
 from mhla_gen.training.float8 import require_float8, use_float8
-from mhla_gen.training.one_pass import OnePass
+from mhla_gen.training.one_pass import OnePass, build_one_pass
 from mhla_gen.training.optim import build_optimizer, mixing_matrices, train_only_mhla
 from mhla_gen.training.parallel import (
     autocast_shared,
@@ -64,6 +64,8 @@ class Run:
     optimizer: Any
     learning_rate: Any
     ema: WeightAverage
+    one_pass: OnePass | None
+    """Clips, updates and averages what it can; None leaves all of it to three passes."""
     recent: RecentSteps
     """Steps that the log has no line of yet."""
     sample_flops: int | None
@@ -74,15 +76,6 @@ class Run:
         """The samples of each micro-batch, over all processes."""
         size = self.config.batch_size // self.config.gradient_accumulation_steps
         return BatchOrder(self.data.buckets, size, self.config.seed)
-
-    @cached_property
-    def one_pass(self) -> OnePass:
-        """Clips, updates and averages what can be in one pass, where settings ask for it."""
-        # Wrapped by accelerate.
-        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
-        # Mixing matrices are clipped to [0, 1] after each step.
-        others = mixing_matrices(self.model)
-        return OnePass(optimizer, self.ema, others, "cuda" if self.config.one_pass else None)
 
     @property
     def rows(self) -> slice:
@@ -132,7 +125,7 @@ class Run:
         parameters = list(self.model.parameters())
         norm = gradient_norm(parameters)
         factor = clipping_factor(norm, self.config.max_grad_norm)
-        done = self.one_pass(parameters, factor)
+        done = set() if self.one_pass is None else self.one_pass(parameters, factor)
         if self.config.max_grad_norm is not None:
             scale_gradients(parameters, factor)
         self.optimizer.step()
@@ -237,7 +230,17 @@ def build_run(
         num_warmup_steps=config.warmup_steps,
         num_training_steps=config.max_steps,
     )
-    model, optimizer = _shared(accelerator, config, task, optimizer)
+    model, prepared = _shared(accelerator, config, task, optimizer)
+    ema = WeightAverage(model, config.ema_decay, config.ema_width)
+    one_pass = build_one_pass(
+        config.one_pass,
+        optimizer,
+        ema,
+        # Clipped to [0, 1] after each step.
+        mixing_matrices(model),
+        accelerator.device,
+        shared=accelerator.is_fsdp2,
+    )
     return Run(
         config=config,
         accelerator=accelerator,
@@ -245,9 +248,10 @@ def build_run(
         task=task,
         model=model,
         outline=outline,
-        optimizer=optimizer,
+        optimizer=prepared,
         learning_rate=learning_rate,
-        ema=WeightAverage(model, config.ema_decay, config.ema_width),
+        ema=ema,
+        one_pass=one_pass,
         recent=RecentSteps(accelerator, config.gradient_accumulation_steps),
         sample_flops=sample_flops,
     )

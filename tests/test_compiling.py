@@ -19,6 +19,9 @@ from tiny import (
 )
 from tiny_calls import called
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._functorch.aot_autograd import make_boxed_func
+from torch._inductor import compile_fx
+from torch._inductor import config as inductor
 from torch._inductor.choices import InductorChoices
 from torch._inductor.decomposition import (
     decompositions,
@@ -191,6 +194,25 @@ def test_buckets_of_gradients_cut_a_whole_model_but_no_block(how, forms, monkeyp
         assert (len(forms.graphs) == 1) == (how == "regional")
     finally:
         dist.destroy_process_group()
+
+
+def test_repeatable_kernels_are_not_chosen_by_timing(monkeypatch):
+    """By a setting of each: torch's own does not survive the first one that is compiled."""
+    found = []
+
+    def generated(graph, inputs, **_):
+        found.append(inductor.deterministic)
+        return make_boxed_func(graph.forward)
+
+    monkeypatch.setattr(
+        compile_fx, "compile_fx", functools.partial(compile_fx.compile_fx, inner_compile=generated)
+    )
+    for repeatable in (True, True, False):
+        model = tiny_dit(num_layers=1).eval()
+        compile_blocks(model, repeatable=repeatable)
+        with torch.no_grad():
+            output(model, dit_inputs())
+    assert found == [True, True, False]
 
 
 def test_long_tokens_are_normalised_at_once(forms):

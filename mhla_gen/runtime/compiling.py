@@ -108,7 +108,7 @@ def compile_model(model: nn.Module, how: str, any_size: bool = False) -> None:
         compile_blocks(model, dynamic)
 
 
-def compile_blocks(model: nn.Module, dynamic: bool | None = None) -> None:
+def compile_blocks(model: nn.Module, dynamic: bool | None = None, repeatable: bool = False) -> None:
     """Compile the blocks of a transformer in place, each class once for all of its blocks.
 
     Any number of models may be compiled in one process, each for as many sizes as its data have.
@@ -118,11 +118,16 @@ def compile_blocks(model: nn.Module, dynamic: bool | None = None) -> None:
         model: A transformer.
         dynamic: As of `torch.compile`: whether code is for any size; None for any from the second
             size on.
+        repeatable: Never to choose kernels by timing: another process might choose others. (torch's
+            own setting for all that is compiled, also TORCHINDUCTOR_DETERMINISTIC, is lost when
+            anything has been compiled.)
 
     Raises:
         ValueError: If it repeats none.
     """
-    limit = _limit_forms()
+    how: dict[str, Any] = {"fullgraph": True, "dynamic": dynamic, **_limit_forms()}
+    if repeatable:
+        how["options"] = {"deterministic": True}
     join_gelu(model)
     _read_norms_once()
     _sum_embeddings_in_order()
@@ -134,7 +139,7 @@ def compile_blocks(model: nn.Module, dynamic: bool | None = None) -> None:
             code = own.setdefault(id(function), _own_code(function))
             forward = block.forward if code is None else MethodType(code, block)
             # What FSDP2 hooks to a block then runs around the compiled code, not inside.
-            block.forward = torch.compile(forward, fullgraph=True, dynamic=dynamic, **limit)
+            block.forward = torch.compile(forward, **how)
         for block in blocks[:1]:
             block.register_forward_pre_hook(_dense)
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mhla_gen.sampling.repeatable import InParts, in_parts, repeatable_kernels
+from mhla_gen.runtime.devices import repeatable_convolutions
+from mhla_gen.sampling.repeatable import InParts, in_parts
 from mhla_gen.sampling.samplers import OnStep, Sampler
 from mhla_gen.sampling.units import Units
 
@@ -41,7 +42,7 @@ class BatchedSampler:
 
     def __enter__(self) -> "BatchedSampler":
         if self.reproducible:
-            self._stack.enter_context(repeatable_kernels())
+            self._stack.enter_context(repeatable_convolutions())
             pipeline, rows, calls = self.sampler.pipeline, self.units.rows, []
             if not self.sampler.one_call:
                 calls.append((pipeline.transformer, "forward", rows))

@@ -169,7 +169,7 @@ def place(config: SampleConfig, pipeline: Any, device: torch.device) -> None:
     if config.compile:
         for name, model in pipeline.components.items():
             if name.startswith("transformer") and model is not None:
-                compile_blocks(model)
+                compile_blocks(model, repeatable=config.reproducible)
         if (
             device.type == "cuda"
             and config.offload == "none"

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mhla_gen.runtime.devices import repeatable_convolutions, without_onednn
+from mhla_gen.runtime.devices import without_onednn
 
 
 class InParts:
@@ -65,15 +65,6 @@ def in_parts(module: Any, method: str, rows: int) -> Iterator[InParts]:
             setattr(module, method, original)
         else:
             delattr(module, method)
-
-
-@contextmanager
-def repeatable_kernels() -> Iterator[None]:
-    """Never choose kernels by timing inside: another run might choose others."""
-    import torch._inductor.config as inductor
-
-    with repeatable_convolutions(), inductor.patch(deterministic=True):
-        yield
 
 
 def _has_rows(x: Any) -> bool:

@@ -14,7 +14,7 @@ from mhla_gen.config import SampleConfig, save_config
 from mhla_gen.errors import OccupiedError, UserError, not_worth_failing
 from mhla_gen.outputs.folders import CONFIG_NAME, check_writable, differing_values, made_with
 from mhla_gen.outputs.locks import claimed
-from mhla_gen.runtime.devices import device_name, resolve_device
+from mhla_gen.runtime.devices import device_name, repeatable_convolutions, resolve_device
 from mhla_gen.runtime.processes import join_processes, on_main
 from mhla_gen.sampling import card, estimate
 from mhla_gen.sampling.batched_sampler import BatchedSampler, largest_batch
@@ -31,7 +31,6 @@ from mhla_gen.sampling.manifest import (
 from mhla_gen.sampling.own_settings import FREE, free_of
 from mhla_gen.sampling.progress import Progress
 from mhla_gen.sampling.prompt_sampler import PromptSampler
-from mhla_gen.sampling.repeatable import repeatable_kernels
 from mhla_gen.sampling.samplers import ClassSampler, Sampler
 from mhla_gen.sampling.streaming import keep_clips
 from mhla_gen.sampling.units import Units, Work
@@ -205,7 +204,7 @@ class Job:
         config, sampler = self.config, self.sampler
         assert isinstance(sampler, PromptSampler)
         assert config.fps is not None and config.num_inference_steps is not None
-        with repeatable_kernels() if config.reproducible else nullcontext():
+        with repeatable_convolutions() if config.reproducible else nullcontext():
             for unit in missing:
                 keep_clips(
                     self.folder,

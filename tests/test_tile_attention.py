@@ -245,7 +245,7 @@ def test_the_rule_keeps_to_the_share(grid, share):
     assert abs(found - share) <= max(one_tile / 2, one_tile - share) + 1e-9
 
 
-@pytest.mark.parametrize("grid", [(1, 30, 52), (5, 60, 60), (21, 45, 80), (9, 5, 90), (4096,)])
+@pytest.mark.parametrize("grid", [(1, 120, 150), (5, 60, 60), (21, 45, 80), (39, 5, 90), (4096,)])
 @pytest.mark.parametrize("share", [0.25, 0.5, 0.9])
 def test_an_axis_that_the_window_covers_does_not_keep_it_from_growing(grid, share):
     layout = auto_tiles(grid, share)
@@ -273,7 +273,39 @@ def test_a_rule_with_given_sizes_keeps_to_the_share_as_far_as_they_allow():
         auto_tiles(grid, share, tile=(0, 4))
 
 
-@pytest.mark.parametrize("grid", [(21, 30, 50), (21, 30, 52), (21, 45, 80), (7, 30, 52)])
+@pytest.mark.parametrize("grid", [(9, 32, 32), (1, 30, 52), (16, 22, 38), (13, 16, 24)])
+@pytest.mark.parametrize("share", [0.02, 0.05, 0.125, 0.25])
+def test_a_short_clip_has_the_tiles_of_an_image_in_each_frame(grid, share):
+    layout, image = auto_tiles(grid, share), auto_tiles(grid[1:], 1)
+    placed = tiling(grid, layout.tile, layout.window, layout.top, layout.group)
+    assert layout.tile == (1, *image.tile)
+    assert layout.group[0] == 1
+    assert all(a <= b for a, b in zip(layout.group[1:], image.group, strict=True))
+    if share >= 0.125:
+        assert 9 <= placed.window_size < placed.list_size
+    # Asking for the tiles that the rule picks changes nothing.
+    for given in (("tile",), ("tile", "group"), ("tile", "group", "window")):
+        same = auto_tiles(grid, share, **{name: getattr(layout, name) for name in given})
+        assert same.top == layout.top
+
+
+def test_a_clip_of_one_frame_is_read_as_an_image():
+    for share in (0.02, 0.05, 0.125, 0.25, 0.5, 1.0):
+        image, clip = auto_tiles((30, 52), share), auto_tiles((1, 30, 52), share)
+        for name in ("tile", "group", "window"):
+            assert getattr(clip, name)[1:] == getattr(image, name)
+        assert clip.top == image.top
+
+
+def test_the_clips_of_the_evidence_keep_the_tiles_that_were_compared():
+    """docs/evidence.md recommends these; longer clips keep the tiles that were timed."""
+    assert auto_tiles((9, 32, 32), 0.125) == ((1, 4, 4), (1, 2, 2), (3, 3, 3), 24)
+    assert auto_tiles((9, 32, 32), 0.05) == ((1, 4, 4), (1, 2, 2), (1, 3, 3), 13)
+    assert auto_tiles((21, 30, 50), 0.05) == ((7, 3, 3), (1, 2, 1), (1, 3, 3), 14)
+    assert auto_tiles((21, 45, 80), 0.125) == ((7, 3, 3), (1, 1, 2), (3, 5, 3), 92)
+
+
+@pytest.mark.parametrize("grid", [(21, 30, 50), (21, 30, 52), (21, 45, 80), (14, 30, 52)])
 @pytest.mark.parametrize("share", [0.05, 0.125])
 def test_tiles_of_clips_fill_the_slots_of_keys_and_queries(grid, share):
     layout = auto_tiles(grid, share)

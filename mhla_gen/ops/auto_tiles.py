@@ -17,12 +17,13 @@ _TILE_LENGTHS = (4, 5, 3)
 _FRAMES = (*_TILE_LENGTHS, 7)
 _LINE_TILE = 16
 _TILE_TOKENS = {2: 16, 3: 64}
+# Tokens of a clip up to which tiles of 64 are fewer than an image of 4,096 tokens has: too few to
+# choose from, and too large for a window.
+_SHORT_CLIP = 16384
 # Queries of a group: the number of rows at which matrix products on a GPU are efficient.
-_GROUP_QUERIES = {1: 128, 2: 64, 3: 128}
+_GROUP_QUERIES, _FLAT_GROUP_QUERIES = 128, 64
 # Share of the tiles of an axis that groups of even size must fill.
 _FILLED = 0.95
-# Tiles along an axis of an image's window, if the share allows it.
-_IMAGE_WINDOW = 3
 
 
 def auto_tiles(
@@ -36,10 +37,13 @@ def auto_tiles(
     """The layout for a share of pairs: near ones in a window, and others chosen by content.
 
     - Tiles have at most 16 tokens on a line or an image (about 4×4) and at most 64 in a clip, with
-      3 to 5 along each axis, or 7 frames; the lengths with the fewest empty slots are chosen.
+      3 to 5 along each axis, or 7 frames; the lengths with the fewest empty slots are chosen. A
+      clip of at most 16,384 tokens has the tiles and groups of an image in each of its frames.
     - An image first gets a window of 3×3 tiles, if the share allows it, since it loses most without
-      one (docs/evidence.md). On a line and in a clip, the window grows by two tiles along its
-      shortest axis that does not cover the grid, as long as it takes at most half of the share.
+      one (docs/evidence.md). So does a clip with tiles of one frame, or even of 3×3×3 tiles, if
+      they take at most three quarters of the share. On a line and in other clips, the window grows
+      by two tiles along its shortest axis that does not cover the grid, as long as it takes at most
+      half of the share.
     - Groups double along an axis that they divide, or nearly so, the shortest first, up to 64
       queries in an image and 128 elsewhere, as long as the window around them stays within these
       bounds.
@@ -66,18 +70,22 @@ def auto_tiles(
     def near(window: tuple[int, ...], group: tuple[int, ...] | None = None) -> int:
         return tiling(grid, tile, window, 0, group).window_size
 
-    image = len(grid) == 2
-    most = budget if image else max(1, budget // 2)
+    flat = _is_flat(tile)
+    most = budget if flat else max(1, budget // 2)
     first = window
     if first is None:
-        squares = [(w,) * len(grid) for w in range(_IMAGE_WINDOW if image else 1, 0, -2)]
-        first = next((square for square in squares if near(square, group) <= most), squares[-1])
+        first = (1,) * len(grid)
+        square, cube = (*first[2:], 3, 3), (3,) * len(grid)
+        if flat and near(square, group) <= budget:
+            around = _auto_group(tile, tiles, lambda _: True) if group is None else group
+            deep = len(grid) == 3 and near(cube, around) <= budget * 3 // 4
+            first = cube if deep else square
     if group is None:
         chosen = first
         group = _auto_group(tile, tiles, lambda group: near(chosen, group) <= most)
     if window is None and budget == num_tiles:
         return TileLayout(tile, group, tuple(n + 1 - n % 2 for n in tiles), 0)
-    if window is None and not image:
+    if window is None and not flat:
         first = _grown(grid, tile, first, group, most)
     return TileLayout(tile, group, first, max(0, budget - near(first, group)))
 
@@ -106,6 +114,8 @@ def _auto_tile(grid: tuple[int, ...]) -> tuple[int, ...]:
     """Tile lengths with the fewest empty slots; tiles below the size limit also cost."""
     if len(grid) == 1:
         return (_LINE_TILE,)
+    if len(grid) == 3 and math.prod(grid) <= _SHORT_CLIP:
+        return (1, *_auto_tile(grid[1:]))
     limit = _TILE_TOKENS[len(grid)]
 
     def cost(tile: tuple[int, ...]) -> float:
@@ -120,14 +130,22 @@ def _auto_tile(grid: tuple[int, ...]) -> tuple[int, ...]:
     return min((tile for tile in lengths if math.prod(tile) <= limit), key=cost)
 
 
+def _is_flat(tile: tuple[int, ...]) -> bool:
+    """Whether tiles are of an image, or of one frame of a clip."""
+    return len(tile) == 2 or (len(tile) == 3 and tile[0] == 1)
+
+
 def _auto_group(
     tile: tuple[int, ...], tiles: tuple[int, ...], fits: Callable[[tuple[int, ...]], bool]
 ) -> tuple[int, ...]:
+    flat = _is_flat(tile)
+    queries = _FLAT_GROUP_QUERIES if flat else _GROUP_QUERIES
+    axes = range(len(tile))[-2:] if flat else range(len(tile))
     group = (1,) * len(tile)
     while True:
         doubled = [2 * size for size in group]
-        free = [a for a, n in enumerate(tiles) if n >= _FILLED * (-(-n // doubled[a]) * doubled[a])]
-        if not free or 2 * math.prod(group) * math.prod(tile) > _GROUP_QUERIES[len(tile)]:
+        free = [a for a in axes if tiles[a] >= _FILLED * (-(-tiles[a] // doubled[a]) * doubled[a])]
+        if not free or 2 * math.prod(group) * math.prod(tile) > queries:
             return group
         axis = min(reversed(free), key=lambda a: tile[a] * group[a])
         larger = tuple(size * (1 + (a == axis)) for a, size in enumerate(group))

@@ -413,14 +413,49 @@ def test_clips_of_moving_images_follow_their_rule(scripts):
         assert np.abs(np.diff(places)).max() <= 2.5 + 1e-9
 
 
+def test_converted_models_are_compared_seed_by_seed(scripts):
+    table, exact = scripts("evidence_table"), scripts("evidence_exact")
+
+    def run(seed, losses, taught=None):
+        points = [
+            {"steps": steps, "held_out": {"mean": loss, "per_image": [loss, loss]}}
+            for steps, loss in losses.items()
+        ]
+        return {"seed": seed, "points": points, "taught": taught, "pairs": 1.0}
+
+    def group(arm, setting, *results):
+        return table.Group(arm, arm, setting, list(results))
+
+    taught = ["distill.stages=[{kind: layers, steps: 9, train: mhla}]"]
+    text = exact.converted_table(
+        [
+            # The second seed of the teacher has a shorter run than the first, which was repeated.
+            group("teacher", "converted", run(0, {0: 9.0, 400: 9.0}), run(1, {0: 1.5, 400: 1.0})),
+            group("teacher", "converted-more", run(0, {0: 2.5, 400: 2.0, 600: 1.0})),
+            group("half", "converted", run(0, {0: 4.0, 400: 2.1}), run(1, {0: 3.0, 400: 1.03})),
+            group("half", "taught", run(1, {0: 2.5, 400: 1.02}, taught)),
+        ]
+    )
+    rows = [[cell.strip() for cell in line.split("|")[3:-1]] for line in text.splitlines()[2:]]
+    assert rows == [
+        ["no", "2.5000, 1.5000", "2.0000, 1.0000", "1.0000", "the control", "the control"],
+        ["no", "4.0000, 3.0000", "2.1000, 1.0300", "–", "+4.0% ± 0.0% (+5.0%, +3.0%)", "–"],
+        ["only what is new", "2.5000", "1.0200", "–", "+2.0% ± 0.0%", "–"],
+    ]
+
+
 @pytest.mark.parametrize(
-    ("name", "results", "tables"),
-    [("arms", "evidence", "mixing_tables"), ("gates", "gates", "loss_tables")],
+    ("name", "results", "tables", "page"),
+    [
+        ("arms", "evidence", "mixing_tables", "mixing"),
+        ("gates", "gates", "loss_tables", "mixing"),
+        ("exact", "exact", "exact_tables", "evidence"),
+    ],
 )
-def test_the_page_has_the_tables_of_the_results(name, results, tables, scripts):
+def test_the_page_has_the_tables_of_the_results(name, results, tables, page, scripts):
     report = scripts("evidence_report")
     folder = ROOT / "docs" / "results" / results
     plan = scripts("evidence_plan").Plan(EVIDENCE / f"{name}.yaml")
     text = getattr(report, tables)(plan, report.load_groups(folder, plan), folder)
     assert text == (folder / "tables.md").read_text()
-    assert text in (ROOT / "docs" / "mixing.md").read_text()
+    assert text in (ROOT / "docs" / f"{page}.md").read_text()

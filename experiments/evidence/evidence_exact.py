@@ -2,10 +2,10 @@
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from evidence_figures import save
 from evidence_plan import Plan
 from evidence_table import (
@@ -16,6 +16,7 @@ from evidence_table import (
     frechet,
     markdown,
     paired_difference,
+    relative,
 )
 from matplotlib.figure import Figure
 
@@ -111,16 +112,8 @@ def converted_heading(teacher: Group | None, groups: Sequence[Group]) -> str:
 
 
 def converted_table(groups: Sequence[Group]) -> str:
-    """Loss after each number of steps, also relative to the teacher tuned for as many steps.
-
-    A run that a longer one of the same arm repeats is left out.
-    """
-    longest: dict[tuple[str, str], int] = {}
-    for group in groups:
-        key = group.arm, taught(group)
-        longest[key] = max(longest.get(key, 0), last_step(group))
-    groups = [g for g in groups if last_step(g) == longest[g.arm, taught(g)]]
-    groups.sort(key=lambda group: group.arm != _TEACHER)
+    """Loss after each number of steps, also relative to the teacher tuned for as many steps."""
+    groups = sorted(longest_runs(groups), key=lambda group: group.arm != _TEACHER)
     points = sorted({point["steps"] for g in groups for r in g.results for point in r["points"]})
     controls = {
         (result["seed"], point["steps"]): point["held_out"]
@@ -135,11 +128,25 @@ def converted_table(groups: Sequence[Group]) -> str:
     header += [f"against softmax, {steps:,}" for steps in compared] + ["Fréchet"]
     rows = []
     for group in groups:
-        losses = [mean_loss(group, steps) for steps in points]
+        losses = [each([x["mean"] for _, x in losses_at(group, n)], ".4f") or "–" for n in points]
         gaps = [gap_at(group, steps, controls) for steps in compared]
         told = taught(group)
         rows.append([group.title, percent(group), told, *losses, *gaps, frechet(group)])
     return markdown(header, rows)
+
+
+def longest_runs(groups: Sequence[Group]) -> list[Group]:
+    """Groups of one arm and way of teaching together, with the longest run of each seed."""
+    found: dict[tuple[str, str], Group] = {}
+    for group in groups:
+        same = found.setdefault((group.arm, taught(group)), replace(group, results=[]))
+        runs = {result["seed"]: result for result in same.results}
+        for result in group.results:
+            seed = result["seed"]
+            if seed not in runs or last_step(runs[seed]) < last_step(result):
+                runs[seed] = result
+        same.results[:] = (runs[seed] for seed in sorted(runs))
+    return list(found.values())
 
 
 def taught(group: Group) -> str:
@@ -150,9 +157,9 @@ def taught(group: Group) -> str:
     return "only what is new" if "train: mhla" in stages else "yes"
 
 
-def last_step(group: Group) -> int:
+def last_step(result: dict[str, Any]) -> int:
     """The most steps after which the loss was measured."""
-    return max(point["steps"] for result in group.results for point in result["points"])
+    return max(point["steps"] for point in result["points"])
 
 
 def losses_at(group: Group, steps: int) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -161,12 +168,6 @@ def losses_at(group: Group, steps: int) -> Iterator[tuple[int, dict[str, Any]]]:
         for point in result["points"]:
             if point["steps"] == steps:
                 yield result["seed"], point["held_out"]
-
-
-def mean_loss(group: Group, steps: int) -> str:
-    """Mean over seeds after some steps."""
-    means = [losses["mean"] for _, losses in losses_at(group, steps)]
-    return f"{np.mean(means):.4f}" if means else "–"
 
 
 def gap_at(group: Group, steps: int, controls: dict[tuple[int, int], dict[str, Any]]) -> str:
@@ -178,8 +179,7 @@ def gap_at(group: Group, steps: int, controls: dict[tuple[int, int], dict[str, A
         for seed, losses in losses_at(group, steps)
         if (seed, steps) in controls
     ]
-    gap = paired_difference(pairs)
-    return "–" if gap is None else f"{gap.relative:+.1%} ± {gap.error:.1%}"
+    return relative(paired_difference(pairs), 1)
 
 
 def probe_table(probes: Sequence[dict[str, Any]], arms: Sequence[str]) -> str:

@@ -141,11 +141,16 @@ def against_control(group: Group, groups: Sequence[Group], control: str) -> str:
     """The relative difference of the losses, with its standard error, and that of each seed."""
     if group.arm == control:
         return "the control"
-    gap = difference(group, groups, control)
+    return relative(difference(group, groups, control), 2)
+
+
+def relative(gap: Difference | None, digits: int) -> str:
+    """A difference in percent with its standard error, and that of each of several seeds."""
     if gap is None:
         return "–"
-    of_seeds = f" ({', '.join(f'{x:+.2%}' for x in gap.by_seed)})" if len(gap.by_seed) > 1 else ""
-    return f"{gap.relative:+.2%} ± {gap.error:.2%}{of_seeds}"
+    form = f"+.{digits}%"
+    of_seeds = f" ({each(gap.by_seed, form)})" if len(gap.by_seed) > 1 else ""
+    return f"{gap.relative:{form}} ± {gap.error:.{digits}%}{of_seeds}"
 
 
 def frechet(group: Group) -> str:

@@ -22,13 +22,15 @@ from mhla_gen.ops.shard import Shard
 from mhla_gen.ops.sharded import sharded_mhla
 
 
-def launch(num_ranks, check, *arguments, nccl=False):
+def launch(num_ranks, check, *arguments, nccl=False, gpu=False):
     """Run `check(*arguments)` in processes of one group; the first error of any is raised.
 
-    With `nccl` each has a GPU of its own; else gloo carries everything, tensors of one GPU too.
+    With `nccl` each has a GPU of its own; else gloo carries everything, tensors of one GPU too
+    with `gpu`.
     """
     with tempfile.TemporaryDirectory() as folder:
-        _start(_worker, num_ranks, num_ranks, f"file://{folder}/store", nccl, check, arguments)
+        rest = num_ranks, f"file://{folder}/store", nccl, check, arguments
+        _start(_worker, num_ranks, *rest, gpu=gpu or nccl)
 
 
 def torchrun(num_ranks, *command):
@@ -48,13 +50,14 @@ def torchrun(num_ranks, *command):
         return said
 
 
-def _start(function, num_ranks, *arguments):
-    # From one process that has imported what takes seconds, and has no threads.
+def _start(function, num_ranks, *arguments, gpu=False):
+    # From one process that has imported what takes seconds, and has no threads. An import may have
+    # asked it for its GPUs; then no process that it starts can use one.
     multiprocessing.set_forkserver_preload(
         ["diffusers", "mhla_gen.training.loop", "mhla_gen.evaluation.evaluation"]
     )
     torch.multiprocessing.start_processes(  # type: ignore[attr-defined]
-        function, arguments, nprocs=num_ranks, start_method="forkserver"
+        function, arguments, nprocs=num_ranks, start_method="spawn" if gpu else "forkserver"
     )
 
 

@@ -24,10 +24,18 @@ def model_under_ddp_equals_one_process(mhla, parallel):
     model_equals_one_process(mhla, parallel, ddp=True)
 
 
-def model_equals_one_process(mhla, parallel, ddp=False):
+def compiled_model_equals_one_process(mhla, parallel):
+    model_equals_one_process(mhla, parallel, compiled=True)
+
+
+def model_equals_one_process(mhla, parallel, ddp=False, compiled=False):
     torch.manual_seed(0)
     whole = disturb(mhla_gen.inject(tiny_wan(num_attention_heads=2), MHLAConfig(**mhla))).double()
-    shared = _share(copy.deepcopy(whole), parallel)
+    shared = copy.deepcopy(whole)
+    if compiled:
+        # What comes before code is generated, which takes most of the time.
+        shared.compile_repeated_blocks(backend="aot_eager", dynamic=False)
+    _share(shared, parallel)
     for model in (whole, shared):
         model.train().enable_gradient_checkpointing()
     inputs = _inputs(width=16 if "ulysses_degree" in parallel else 14)
@@ -48,6 +56,29 @@ def model_equals_one_process(mhla, parallel, ddp=False):
         close(local.grad / largest, full.grad / largest, TOLERANCE, f"gradient of {name}")
     with pytest.raises(ValueError, match="before enable_parallelism"):
         mhla_gen.restore(shared)
+
+
+def gradients_of_compiled_blocks_are_those_of_eager_ones(width=128):
+    """At a size at which torch.compile normalises tokens and adds them up in one kernel."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    sizes = {"num_attention_heads": 10, "attention_head_dim": 64, "num_layers": 1}
+    model = disturb(mhla_gen.inject(tiny_wan(**sizes), MHLAConfig(layout=(2, 2, 3)))).to(device)
+    inputs = wan_inputs(frames=4, height=128, width=width)
+    inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
+    _share(model, {"ring_degree": dist.get_world_size(), "ring_anything": True}, device)
+    found = []
+    for compiled in (False, True):
+        if compiled:
+            model.compile_repeated_blocks(dynamic=False)
+        model(**inputs, return_dict=False)[0].square().mean().backward()
+        found.append([parameter.grad for parameter in model.parameters()])
+        model.zero_grad()
+    eager, compiled = found
+    largest = max(gradient.abs().max() for gradient in eager)
+    for (name, _), x, y in zip(model.named_parameters(), compiled, eager, strict=True):
+        # Sums of 8,192 tokens in float32: half its digits.
+        close(x / largest, y / largest, 3e-4, f"gradient of {name}")
 
 
 def any_number_of_tokens_can_be_sampled(mhla, parallel):
@@ -74,11 +105,12 @@ def _gather(tensor, dim, group):
     return torch.cat(pieces, dim)
 
 
-def _share(model, parallel):
-    context_parallel._all_gather_anything = _gather
-    # diffusers makes a mesh, and numbers devices, of GPUs where torch could use some.
-    torch.accelerator.device_count = lambda: 1
+def _share(model, parallel, device="cpu"):
+    if device == "cpu":
+        context_parallel._all_gather_anything = _gather
+        # diffusers makes a mesh, and numbers devices, of GPUs where torch could use some.
+        torch.accelerator.device_count = lambda: 1
     shape = parallel.get("ring_degree", 1), parallel.get("ulysses_degree", 1)
-    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("ring", "ulysses"))
+    mesh = init_device_mesh(device, shape, mesh_dim_names=("ring", "ulysses"))
     model.enable_parallelism(config=ContextParallelConfig(**parallel, mesh=mesh))
     return model

@@ -7,6 +7,8 @@ import pytest
 import ranks
 import ranks_of_wan
 import torch
+from torch._inductor import config
+from torch.torch_version import TorchVersion
 
 from mhla_gen.ops import sharded
 from mhla_gen.ops.halo import halo_size
@@ -14,6 +16,7 @@ from mhla_gen.ops.kernels import linear_form
 from mhla_gen.ops.kernels.launch import Call
 from mhla_gen.ops.partition import block_of_tokens
 from mhla_gen.ops.shard import HeldBlocks, Shard
+from mhla_gen.runtime.compiling import keep_shapes_of_sums
 
 # Ragged columns, a border inside a block, more ranks than planes, and one token a rank.
 SHAPES = [
@@ -110,15 +113,34 @@ def test_layers_on_two_gpus_wait_for_what_is_under_way():
 def test_kernels_on_a_gpu_store_summaries_in_float16_on_all_ranks():
     wide = {"heads": 4, "head_dim": 64, "value_dim": 64, "dtype": torch.bfloat16}
     case = {"grid": (5, 12, 26), "layout": (3, 2, 4), "tolerance": 3e-2, "device": "cuda"}
-    ranks.launch(2, ranks.operators_equal_one_process, [FUSED | wide | case])
+    ranks.launch(2, ranks.operators_equal_one_process, [FUSED | wide | case], gpu=True)
 
 
 HYBRID = {"layout": (2, 2, 3), "layers": "2/3"}
 ULYSSES = {"ulysses_degree": 2}
+RING = {"ring_degree": 2, "ring_anything": True}
 
 
 def test_ranks_share_a_hybrid_through_diffusers():
     ranks.launch(2, ranks_of_wan.model_equals_one_process, HYBRID, ULYSSES)
+
+
+def test_ranks_share_a_compiled_model():
+    ranks.launch(2, ranks_of_wan.compiled_model_equals_one_process, {"layout": (2, 2, 3)}, RING)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_gradients_of_a_compiled_model_on_two_gpus_have_their_shapes():
+    ranks.launch(2, ranks_of_wan.gradients_of_compiled_blocks_are_those_of_eager_ones, nccl=True)
+
+
+@pytest.mark.parametrize(("version", "kept"), [("2.11.0+cu130", False), ("2.14.0", True)])
+def test_sums_lose_their_shape_in_no_shared_model(version, kept, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", TorchVersion(version))
+    with config.patch({"triton.mix_order_reduction": True}):
+        keep_shapes_of_sums()
+        assert config.triton.mix_order_reduction is kept
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from mhla_gen.models.parallel import check_parallelism
 from mhla_gen.models.saved_class import check_saved_class
 from mhla_gen.models.settling import resolve
 from mhla_gen.models.surgery import add_mhla, become
+from mhla_gen.runtime.compiling import keep_shapes_of_sums
 
 # Arguments of from_pretrained that locate the config, rather than say how to load weights.
 _LOCATION = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "proxies")
@@ -206,6 +207,7 @@ class MHLATransformerMixin:
                 and for layers with an exact half.
         """
         check_parallelism(self.family, self.mhla_config, config)
+        keep_shapes_of_sums()
         super().enable_parallelism(config=config, **kwargs)  # type: ignore[misc]
 
 

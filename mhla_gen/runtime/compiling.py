@@ -79,6 +79,20 @@ def _sum_embeddings_in_order() -> None:
     fast_random_decomps.cache_clear()
 
 
+def keep_shapes_of_sums() -> None:
+    """Keep torch.compile from sums that lose their shape, where a model's graphs are cut.
+
+    While a generated kernel normalises tokens, it may also add them up. Before torch 2.14, a sum
+    over tokens that a graph returns then lacks its axes of length 1, and autograd refuses it as a
+    gradient (issue 178080 of pytorch). Modulation that is computed before a cut and read after it,
+    as in blocks whose attention sends messages, has such gradients. This holds for the process.
+    """
+    if torch.__version__ < (2, 14):
+        from torch._inductor import config
+
+        config.triton.mix_order_reduction = False
+
+
 def compile_model(model: nn.Module, how: str, any_size: bool = False) -> None:
     """Compile a model for training in place; its parameters keep their names.
 

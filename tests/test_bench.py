@@ -307,7 +307,10 @@ def test_steps_of_models_are_recorded(tmp_path, model):
     assert not [row["error"] for row in launched + rows if "error" in row]
     for row, slow in zip(rows, launched, strict=True):
         assert 0 < row["forward_ms"] < 1.1 * slow["forward_ms"] and row["train_ms"] > 0
-        assert row["forward_peak_gib"] == pytest.approx(slow["forward_peak_gib"], rel=0.05)
+        # A tensor of over a MiB gets a block that is up to a MiB larger; of such tiny models, one
+        # or two of these are the peak.
+        bound = {"rel": 0.05, "abs": 2 / 1024}
+        assert row["forward_peak_gib"] == pytest.approx(slow["forward_peak_gib"], **bound)
 
 
 def test_a_method_that_cannot_run_is_part_of_the_result(tmp_path):

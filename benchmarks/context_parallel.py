@@ -4,6 +4,9 @@
 
 The model is Wan2.1-1.3B with random weights in bfloat16. Measured are one forward pass (a denoising
 step without guidance) and, for grids in `--train`, one training step with gradient checkpointing.
+Softmax is cuDNN's in denoising. In training it is flash attention, as `mhla-gen train` picks at
+these lengths: cuDNN's may fault there (`mhla_gen/training/softmax.py`), and in a compiled ring its
+backward pass ends with an error about the strides of its statistics (torch 2.11).
 Every process first runs the whole sequence alone, then all share it. Bytes are counted at every
 collective of a forward pass: what one process receives if messages are passed around a ring.
 """
@@ -55,7 +58,8 @@ def build(layers, options, device) -> WanTransformer3DModel:
             if ".mhla." in name:
                 parameter.data.add_(torch.randn_like(parameter), alpha=0.02)
     if device.type == "cuda":
-        model.to(torch.bfloat16).set_attention_backend("_native_cudnn")
+        model.to(torch.bfloat16)
+        choose_softmax(model, "_native_cudnn")
     if options.compile:
         # Collectives between them stay outside of the graphs.
         model.compile_repeated_blocks(dynamic=False)
@@ -153,8 +157,16 @@ def synchronize(device) -> None:
 def training(model):
     """The model as in training, with gradient checkpointing."""
     model.train().enable_gradient_checkpointing()
+    choose_softmax(model, "_native_flash")
     yield
     model.eval().disable_gradient_checkpointing()
+    choose_softmax(model, "_native_cudnn")
+
+
+def choose_softmax(model, name: str) -> None:
+    """Choose the kernels of softmax attention on a GPU."""
+    if model.device.type == "cuda":
+        model.set_attention_backend(name)
 
 
 def trained(name: str, step, device) -> dict:
@@ -164,6 +176,7 @@ def trained(name: str, step, device) -> dict:
     row = {f"{name}_training_s": seconds(step, device)}
     if device.type == "cuda":
         row[f"{name}_training_peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        row["softmax"] = {"denoising": "cudnn", "training": "flash"}
     return row
 
 

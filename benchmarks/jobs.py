@@ -1,6 +1,7 @@
 """Benchmarks as processes that share the GPUs of a host, as many at a time as there is room for.
 
-They compile side by side and time in turns (`sharing.turns`), with a lock for each GPU.
+They compile side by side and time in turns (`sharing.turns`), with a lock for each GPU. On a GPU,
+jobs begin together: one that began later would compile while those that are ready wait for it.
 """
 
 import json
@@ -21,6 +22,8 @@ _POLL_SECONDS = 0.2
 _GRACE_SECONDS = 40
 # Beside compilation a benchmark has a thread or two for each of its processes.
 _CORES_PER_JOB = 3
+# Between the first and the last job that begin together; they import for longer.
+_TOGETHER_SECONDS = 15
 HUNG = "did not end in time"
 """The error of a job that was ended."""
 
@@ -55,8 +58,9 @@ class Host:
     """
 
     def __init__(self, count: int, gib: float, most: int):
-        self._free = [gib] * count
-        self._room, self._running = most, 0
+        self._free, self._room = [gib] * count, most
+        # When each of the jobs of a GPU began.
+        self._began: list[list[float]] = [[] for _ in range(count)]
 
     @classmethod
     def here(cls, count: int) -> "Host":
@@ -72,23 +76,26 @@ class Host:
 
         A job that is larger than a GPU gets one that has no other, and may find out.
         """
-        order = sorted(range(len(self._free)), key=lambda gpu: -self._free[gpu])
+        now = time.perf_counter()
+        late = [any(now - began > _TOGETHER_SECONDS for began in each) for each in self._began]
+        order = sorted(range(len(late)), key=lambda gpu: (late[gpu], -self._free[gpu]))
         chosen = sorted(order[: job.gpus])
-        full = not self._room or any(self._free[gpu] < job.gib for gpu in chosen)
-        if full and self._running:
+        full = not self._room or any(late[gpu] or self._free[gpu] < job.gib for gpu in chosen)
+        if full and any(self._began):
             return None
-        self._running += 1
         self._room -= 1
         for gpu in chosen:
             self._free[gpu] -= job.gib
+            self._began[gpu].append(now)
         return chosen
 
     def give_back(self, job: Job, gpus: Sequence[int]) -> None:
         """Free what `take` gave."""
         self._room += 1
-        self._running -= 1
         for gpu in gpus:
             self._free[gpu] += job.gib
+            # Whichever it was: those of a GPU began together.
+            self._began[gpu].pop()
 
 
 class _Running:
@@ -105,7 +112,10 @@ class _Running:
         command = [*start, str(HERE / job.script), str(self._out), *job.arguments]
         # All processes are on this host, whose name may lead nowhere.
         environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo"}
-        environment |= {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))}
+        # This process may see some of the host's GPUs only.
+        seen = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        names = [seen[gpu] if seen[0] else str(gpu) for gpu in gpus]
+        environment |= {"CUDA_VISIBLE_DEVICES": ",".join(names)}
         environment |= dict(variable.split("=", 1) for variable in job.variables)
         if not torch.cuda.is_available():
             environment |= {"ACCELERATE_USE_CPU": "true"}

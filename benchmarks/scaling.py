@@ -5,10 +5,10 @@
     python benchmarks/scaling.py scaling.json --table
 
 Runs the other benchmarks with one process per GPU, for softmax, MHLA and 5 % exact, those first
-that say most. As many as fit on the GPUs compile side by side; they time in turns. Each row is
-written when it is done, and the same options add those that are missing. `times` is the speed
-relative to one GPU in the same JSON (for FSDP2, which needs two GPUs, relative to DDP on one),
-`share` the share of linear scaling. Prints a table in Markdown.
+that say most. As many as fit on the GPUs begin together and compile side by side; they time in
+turns. Each row is written when it is done, and the same options add those that are missing.
+`times` is the speed relative to one GPU in the same JSON (for FSDP2, which needs two GPUs, relative
+to DDP on one), `share` the share of linear scaling. Prints a table in Markdown.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from scaling_cases import CASES, NAMES, PARTS, Case, is_of, missing
 from mhla_gen.files import write_json
 
 # Options that choose rows, or for how long they are measured; see `deciding`.
-_FREE = ("parts", "gpus", "limit", "row_seconds", "folder", "profile")
+_FREE = ("parts", "names", "gpus", "limit", "row_seconds", "folder", "profile")
 
 
 def rate(row: Row) -> float | None:
@@ -124,6 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
+    parser.add_argument("--names", nargs="+", default=["*"], help="patterns of names of logs")
     parser.add_argument("--gpus", nargs="+", type=int, help="by default 1, 2, 4, 8, if there are")
     parser.add_argument("--seconds", type=float, default=3600, help="after which all is ended")
     parser.add_argument("--limit", type=float, default=600, help="seconds for a single benchmark")

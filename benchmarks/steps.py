@@ -121,6 +121,8 @@ def timed(
     }
     if torch.cuda.is_available():
         found["gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+        # Also what MHLA's rows take for attention to captions.
+        found["softmax"] = "cudnn" if torch.backends.cuda.cudnn_sdp_enabled() else "flash"
     if run.sample_flops is not None:
         found["gflop_per_image"] = round(run.sample_flops / 1e9, 2)
         if peak is not None:
@@ -204,7 +206,10 @@ def agreed(run: Run, number: float) -> int:
 @contextmanager
 def fresh() -> Iterator[None]:
     """Clear compiled code, the state of accelerate and memory between rows."""
+    cudnn = torch.backends.cuda.cudnn_sdp_enabled()
     yield
+    # The row's lengths may have kept it out.
+    torch.backends.cuda.enable_cudnn_sdp(cudnn)
     AcceleratorState._reset_state()
     if not torch.cuda.is_available() and PartialState().num_processes > 1:
         # A model shared on CPUs says so in both states, see build_accelerator.
@@ -216,9 +221,13 @@ def fresh() -> Iterator[None]:
 
 
 def attention_kernel(attention: str) -> AbstractContextManager[Any]:
-    """Softmax attention of cuDNN on a GPU; MHLA chooses its own kernels."""
+    """Softmax attention of cuDNN on a GPU, or flash where training keeps cuDNN out.
+
+    MHLA chooses its own kernels.
+    """
     if attention == "softmax" and torch.cuda.is_available():
-        return sdpa_kernel(SDPBackend.CUDNN_ATTENTION)
+        fastest_first = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
+        return sdpa_kernel(fastest_first, set_priority=True)
     return nullcontext()
 
 

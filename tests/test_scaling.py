@@ -198,6 +198,33 @@ def test_jobs_take_the_gpus_with_most_memory_left(jobs):
     assert host.take(large) == [0]
 
 
+def test_no_job_joins_those_that_may_be_ready(jobs, monkeypatch):
+    module, make = jobs
+    now = [0.0]
+    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    host, one, two = module.Host(3, 10, 9), make("one", "", gib=2), make("two", "", gpus=2, gib=2)
+    assert host.take(one) == [0] and host.take(two) == [1, 2]
+    now[0] = 30
+    assert host.take(one) is None
+    host.give_back(one, [0])
+    # Though the others have more memory left.
+    assert host.take(one) == [0] == host.take(one) and host.take(two) is None
+    host.give_back(two, [1, 2])
+    assert host.take(two) == [1, 2]
+
+
+def test_jobs_see_gpus_of_those_that_the_host_shows(jobs, tmp_path, monkeypatch):
+    module, make = jobs
+    code = "row = {'seen': os.environ['CUDA_VISIBLE_DEVICES']}\n"
+    code += "json.dump({'rows': [row]}, open(sys.argv[1], 'w'))\n"
+    for shown, seen in (("2,5", ["2", "5"]), (None, ["0", "1"])):
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        if shown:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
+        found = run(module, [make(name, code, gib=6) for name in ("a", "b")], tmp_path)
+        assert sorted(row["seen"] for (row,) in found.values()) == seen
+
+
 def test_speeds_are_compared_with_one_gpu_and_missing_rows_are_known(benchmarks, tmp_path, capsys):
     scaling = benchmarks("scaling")
     facts = {"attention": "mhla", "pixels": 512, "model": "DiT-XL/2"}
@@ -232,8 +259,14 @@ def test_speeds_are_compared_with_one_gpu_and_missing_rows_are_known(benchmarks,
     assert lines[2].startswith("| DiT-XL/2, 512 px, DDP | MHLA | 100/s | 190/s, 1.90× |")
     assert any(x.startswith("| DiT-XL/2, 512 px, FSDP2 | MHLA |  | 180/s, 1.80× |") for x in lines)
     assert any("other bytes" in line for line in lines if line.startswith("| samples"))
-    options = type("Options", (), {"parts": ["dit-ddp", "dit-fsdp", "features"]})
-    left = list(scaling.missing(options, [1, 2], rows))
+    parts = ["dit-ddp", "dit-fsdp", "features"]
+    left = list(scaling.missing(SimpleNamespace(parts=parts, names=["*"]), [1, 2], rows))
+    few = SimpleNamespace(parts=parts, names=["features-1", "dit-fsdp-softmax-*"])
+    assert set(scaling.missing(few, [1, 2], rows)) == {
+        (scaling.Case("features"), 1),
+        (scaling.Case("dit-fsdp", "softmax", 512), 2),
+        (scaling.Case("dit-fsdp", "softmax", 256), 2),
+    }
     assert (scaling.Case("features"), 1) in left
     plain = [case for case, _ in left if not case.variable]
     assert not [case for case in plain if case.attention == "mhla" and case.pixels == 512]

@@ -159,6 +159,21 @@ def test_blocks_longer_than_a_tile_of_pieces(rotary):
     assert max(errors(actual, expected)) < 8 * torch.finfo(torch.float16).eps
 
 
+# Of the second piece of a value, 33 and 65 channels use one column; 79 leave one.
+@pytest.mark.parametrize(("head_dim", "value_dim"), [(36, 33), (16, 65), (16, 79), (72, 72)])
+def test_key_sums_in_a_spare_column(poisoned, head_dim, value_dim):
+    # Blocks are not full, and φ(0) is not 0.
+    sizes = {"heads": 1, "head_dim": head_dim, "value_dim": value_dim}
+    inputs, options = make(
+        (5, 7), (2, 3), torch.float16, **sizes, rotary=False, feature_map="elu+1"
+    )
+    expected = outputs_and_gradients(naive_mhla, inputs, options, torch.float64)
+    form = {"use_attention_form": False, "stored": torch.float16}
+    actual = outputs_and_gradients(fused_mhla, inputs, options | form)
+    # As above, with more room: a token too many in a sum is off by a tenth.
+    assert max(errors(actual, expected)) < 32 * torch.finfo(torch.float16).eps
+
+
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
 def test_half_precision_scores_take_any_mixing(scale):
     inputs, options = make((8, 16), (2, 2), torch.float16, heads=1)

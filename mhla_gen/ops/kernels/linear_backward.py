@@ -24,6 +24,7 @@ from mhla_gen.ops.kernels.summaries import (
     load_summary,
     no_summary,
     store_summary,
+    take_column,
     times_summary,
 )
 
@@ -56,6 +57,7 @@ def backward_queries_kernel(
     V0: tl.constexpr,
     V1: tl.constexpr,
     BT: tl.constexpr,
+    SPARE: tl.constexpr,
     ONE_TILE: tl.constexpr,
     RANK: tl.constexpr,
     GROUP: tl.constexpr,
@@ -85,6 +87,8 @@ def backward_queries_kernel(
         z1 = z0
         if D1 > 0:
             z1 = load_vector(mixed_key_sums_ptr, D, D0, D1)[None, :]
+    # As in `summarise_kernel`, dz̃ is made in a column to spare.
+    is_spare = (tl.arange(0, V1 if V1 > 0 else V0) == V - V0)[None, :]
     ds00, ds01, dt10, ds11 = no_summary(D0, D1, V0, V1)
     dz0 = tl.zeros((D0,), tl.float32)
     dz1 = dz0
@@ -143,10 +147,14 @@ def backward_queries_kernel(
                 du1 = rotate(du1, cos1, -sin1)
         if NORMALIZE:
             du0 -= delta * z0
-            dz0 -= tl.sum(f0 * delta, axis=0)
             if D1 > 0:
                 du1 -= delta * z1
-                dz1 -= tl.sum(f1 * delta, axis=0)
+            if SPARE:
+                g1 = tl.where(is_spare, -delta, g1)
+            else:
+                dz0 -= tl.sum(f0 * delta, axis=0)
+                if D1 > 0:
+                    dz1 -= tl.sum(f1 * delta, axis=0)
         dq0, dq1 = du0 * phi_grad(q0, FEATURE_MAP), du1
         if D1 > 0:
             dq1 = du1 * phi_grad(q1, FEATURE_MAP)
@@ -157,6 +165,8 @@ def backward_queries_kernel(
         )  # fmt: skip
 
     matrix = (batch * (LT * LH * LW * num_parts) + row) * num_heads + head
+    if SPARE:
+        dz0, dz1, ds01, ds11 = take_column(ds01, ds11, is_spare, D1)
     store_summary(
         dmixed_ptr, dmixed_scales_ptr, matrix, ds00, ds01, dt10, ds11, D, V, D0, D1, V0, V1
     )

@@ -21,9 +21,9 @@ from mhla_gen.ops.kernels.linear_backward import backward_keys_kernel, backward_
 from mhla_gen.ops.kernels.mixing import coefficients_kernel, correlate_kernel, mix_kernel
 
 # Tokens of a tile, warps, pipeline stages and registers of a thread for 16-bit operands, by the
-# padded channels; measured on an H100, see docs/results/kernels-h100.json.
+# padded channels; measured, see docs/kernel-speed.md.
 _TILES = {
-    "summarise": {64: (64, 4, 2, None), 128: (32, 4, 4, None)},
+    "summarise": {64: (64, 4, 2, None), 80: (64, 4, 1, None), 128: (32, 4, 4, None)},
     "apply": {64: (64, 4, 3, None), 80: (64, 4, 1, 128), 128: (64, 8, 1, 128)},
     "backward_queries": {64: (64, 4, 2, None), 80: (64, 4, 1, None), 128: (32, 8, 3, None)},
     "backward_keys": {64: (64, 4, 2, None), 80: (64, 4, 1, None), 128: (32, 4, 1, None)},
@@ -212,12 +212,15 @@ def _over_tokens(
 def tile_options(kernel: str, call: Call) -> dict:
     """Compile-time sizes of one of the kernels over tokens."""
     whole = {"D0": call.tile["BD"], "D1": 0, "V0": call.tile["BV"], "V1": 0}
-    # Summaries of 72 channels were faster in one tile of 128 than in pieces; see README.md.
-    channels = whole if kernel == "summarise" else call.pieces
-    tiles = token_tiles(kernel, call, channels)
-    # In a loop over tokens, the pieces of a gradient of queries would not fit the registers.
-    if kernel == "backward_queries" and call.block_size > tiles["BT"]:
-        channels, tiles = whole, token_tiles(kernel, call, whole)
+    channels, tiles = call.pieces, token_tiles(kernel, call, call.pieces)
+    spare = has_spare_column(call)
+    # In a loop over tokens, pieces of a gradient of queries or of a summary would not fit the
+    # registers. Those of a summary pay if they spare half of a wide tile and hold its key sums.
+    in_one = call.block_size > tiles["BT"]
+    if kernel == "summarise":
+        in_one |= not spare or max(whole.values()) <= 64
+    if in_one and kernel in ("summarise", "backward_queries"):
+        channels, tiles, spare = whole, token_tiles(kernel, call, whole), False
     options = call.options | channels | tiles
     options["ONE_TILE"] = call.block_size <= options["BT"]
     # Up to this many heads are neighbours in the launch grid.
@@ -225,7 +228,20 @@ def tile_options(kernel: str, call: Call) -> dict:
     if kernel == "summarise":
         # A thread loads eight channels at once, so this many rows come with one instruction.
         options["WAVE"] = min(options["BT"], options["num_warps"] * 32 * 8 // options["D0"])
+    if kernel in ("summarise", "backward_queries"):
+        options["SPARE"] = spare
     return options
+
+
+def has_spare_column(call: Call) -> bool:
+    """Whether values in pieces leave a column of their tile, where ones can sum the keys.
+
+    With rotary embedding, key sums are not of the features in products; with split operands,
+    products cost more than sums.
+    """
+    used = call.value.shape[3] - call.pieces["V0"]
+    plain = call.normalize and call.cos is None and call.options["OPERAND"] != tl.float32
+    return plain and 0 < used < call.pieces["V1"]
 
 
 def token_tiles(kernel: str, call: Call, channels: dict[str, int]) -> dict:

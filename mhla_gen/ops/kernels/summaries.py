@@ -102,6 +102,18 @@ def no_summary(D0: tl.constexpr, D1: tl.constexpr, V0: tl.constexpr, V1: tl.cons
 
 
 @triton.jit
+def take_column(s01, s11, is_column, D1: tl.constexpr):
+    """A column of the second pieces, as two vectors, and these pieces with 0 in its place."""
+    z0 = tl.sum(tl.where(is_column, s01, 0.0), axis=1)
+    s01 = tl.where(is_column, 0.0, s01)
+    z1 = z0
+    if D1 > 0:
+        z1 = tl.sum(tl.where(is_column, s11, 0.0), axis=1)
+        s11 = tl.where(is_column, 0.0, s11)
+    return z0, z1, s01, s11
+
+
+@triton.jit
 def _largest(piece, D: tl.constexpr, ROW: tl.constexpr):
     """Largest magnitude of a piece; φ(0) of channels that do not exist does not count."""
     sizes = tl.abs(piece)

@@ -24,7 +24,7 @@ from mhla_gen.ops.kernels.mixing import coefficients_kernel, correlate_kernel, m
 # padded channels; measured, see docs/kernel-speed.md.
 _TILES = {
     "summarise": {64: (64, 4, 2, None), 80: (64, 4, 1, None), 128: (32, 4, 4, None)},
-    "apply": {64: (64, 4, 3, None), 80: (64, 4, 1, 128), 128: (64, 8, 1, 128)},
+    "apply": {64: (64, 4, 3, None), 80: (64, 4, 1, None), 128: (64, 8, 1, 128)},
     "backward_queries": {64: (64, 4, 2, None), 80: (64, 4, 1, None), 128: (32, 8, 3, None)},
     "backward_keys": {64: (64, 4, 2, None), 80: (64, 4, 1, None), 128: (32, 4, 1, None)},
 }
@@ -261,6 +261,10 @@ def token_tiles(kernel: str, call: Call, channels: dict[str, int]) -> dict:
     else:
         chosen = tiles[128]
     tokens, warps, stages, registers = chosen
+    one_tile = call.block_size <= tokens
+    if kernel == "backward_keys" and two_pieces and columns == 64 and one_tile and call.cos is None:
+        # They suffice here, and four programs fit on a multiprocessor.
+        registers = 128
     return {
         "BT": tokens,
         "PRECISION": "tf32x3",

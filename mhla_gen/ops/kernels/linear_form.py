@@ -28,8 +28,12 @@ _TILES = {
     "backward_queries": {64: (64, 4, 2, None), 80: (64, 4, 1, None), 128: (32, 8, 3, None)},
     "backward_keys": {64: (64, 4, 2, None), 80: (64, 4, 1, None), 128: (32, 4, 1, None)},
 }
-# The same for blocks of one tile, where nothing can be loaded ahead.
-_SMALL_BLOCKS = {"summarise": (64, 4, 1, None), "backward_queries": (32, 4, 1, None)}
+# The same for more than 64 channels and blocks of at most so many tokens, which are one tile, so
+# that nothing can be loaded ahead.
+_SMALL_BLOCKS = {
+    "summarise": {64: (64, 4, 1, None)},
+    "backward_queries": {32: (32, 4, 1, None), 64: (64, 8, 1, None)},
+}
 
 # Compile-time arguments of the kernels over tokens, by name, kind of call and strides.
 _CONSTANTS: dict[tuple, dict] = {}
@@ -253,13 +257,11 @@ def token_tiles(kernel: str, call: Call, channels: dict[str, int]) -> dict:
         wide = columns > 64 or (two_pieces and kernel == "backward_queries")
         tokens = 16 if wide else 32
         return {"BT": tokens, "PRECISION": precision, "num_warps": 8, "num_stages": 1}
-    tiles = _TILES[kernel]
-    if columns > 64 and call.block_size <= 64 and kernel in _SMALL_BLOCKS:
-        chosen = _SMALL_BLOCKS[kernel]
-    elif columns <= 64:
-        chosen = tiles[80] if two_pieces else tiles[64]
+    tiles, small = _TILES[kernel], _SMALL_BLOCKS.get(kernel, {})
+    if columns > 64:
+        chosen = next((small[most] for most in small if call.block_size <= most), tiles[128])
     else:
-        chosen = tiles[128]
+        chosen = tiles[80] if two_pieces else tiles[64]
     tokens, warps, stages, registers = chosen
     one_tile = call.block_size <= tokens
     if kernel == "backward_keys" and two_pieces and columns == 64 and one_tile and call.cos is None:

@@ -9,8 +9,8 @@ import triton.language as tl
 from torch import Tensor
 
 # Elements of a program: two vectors of four for each thread.
-_CHUNK = 2048
-_WARPS = 8
+_CHUNK = 1024
+_WARPS = 4
 
 
 class Tables(NamedTuple):

@@ -366,9 +366,12 @@ def test_many_channels_on_gpu(poisoned, value_dim, far):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("share", [0.02, 0.05, 0.125, 0.5, 1.0])
-@pytest.mark.parametrize("grid", [(48, 64), (7, 22, 26), (3000,)])
-def test_automatic_layouts_on_gpu(poisoned, monkeypatch, grid, share):
-    layout = {"grid": grid, **auto_tiles(grid, share)._asdict()}
+@pytest.mark.parametrize(
+    ("grid", "tile"),
+    [((48, 64), None), ((7, 22, 26), None), ((7, 22, 26), (7, 3, 3)), ((3000,), None)],
+)
+def test_automatic_layouts_on_gpu(poisoned, monkeypatch, grid, tile, share):
+    layout = {"grid": grid, **auto_tiles(grid, share, tile=tile)._asdict()}
     tensors, options = make(layout, head_dim=64, value_dim=64, batch=1, heads=2)
     rounded = [x.detach().bfloat16() for x in tensors]
     read_as_the_kernels(monkeypatch, rounded, options)

@@ -21,8 +21,13 @@ from evidence_table import (
 from matplotlib.figure import Figure
 
 _TEACHER = "teacher"
-# Of the picture: arms with a linear half, and without.
-_FAMILIES = {"with MHLA": "exact-{}", "alone": "exact-{}-alone"}
+# Of the picture: arms with a linear half, and without; in clips also with larger tiles.
+_FAMILIES = {
+    "with MHLA": "exact-{}",
+    "alone": "exact-{}-alone",
+    "with MHLA, larger tiles": "large-{}",
+    "alone, larger tiles": "large-{}-alone",
+}
 
 
 def exact_tables(plan: Plan, groups: Sequence[Group], folder: Path) -> str:
@@ -218,18 +223,22 @@ def draw_shares(plan: Plan, groups: Sequence[Group], path: Path) -> None:
     figure = Figure(figsize=(5.2 * len(shown), 4.2), layout="constrained")
     for axes, setting in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
         same = {g.arm: g for g in groups if g.setting == setting}
-        for label, form in _FAMILIES.items():
+        for number, (label, form) in enumerate(_FAMILIES.items()):
             arms = [form.format(share) for share in (2, 5, 12, 25)]
             if label == "with MHLA":
                 arms = ["mhla", *arms]
             gaps = {arm: difference(same[arm], groups, plan.control) for arm in arms if arm in same}
             points = [
-                (100 * same[arm].mean("pairs"), 100 * gap.relative)
+                (100 * same[arm].mean("pairs"), 100 * gap.relative, 100 * by_seed)
                 for arm, gap in gaps.items()
                 if gap is not None
+                for by_seed in gap.by_seed
             ]
             if points:
-                axes.plot(*zip(*points, strict=True), marker="o", label=label)
+                shares, means, seeds = zip(*points, strict=True)
+                axes.plot(shares, means, color=f"C{number}", marker="o", label=label)
+                # Seeds lie around their mean.
+                axes.plot(shares, seeds, ".", color=f"C{number}", alpha=0.6)
         axes.axhline(0, color="black", lw=0.8, ls=":")
         axes.set_xscale("symlog", linthresh=1)
         ticks = [0, 2, 5, 12.5, 25]

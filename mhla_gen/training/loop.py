@@ -45,8 +45,8 @@ def train(config: TrainConfig, title: str = "training") -> Path:
     """Train, writing a log, checkpoints, and at the end the pipeline with the EMA weights.
 
     Step k is a function of the config and of the weights before it, so `resume=latest` resumes an
-    interrupted run exactly (on a GPU not confirmed, see docs/training.md). SIGTERM and a first
-    SIGINT stop it with a checkpoint.
+    interrupted run exactly (docs/training.md names what is only the same up to rounding). SIGTERM
+    and a first SIGINT stop it with a checkpoint.
 
     Args:
         config: Settings; `output_dir` gets config.yaml, log.jsonl, checkpoint-N, previews and

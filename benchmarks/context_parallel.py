@@ -254,14 +254,18 @@ def main() -> None:
     for grid in options.grids:
         for method in options.methods:
             grid_sizes = tuple(map(int, grid.split("x")))
+            measured = {"grid": grid_sizes, "method": method}
+
+            def keep(row, measured=measured):
+                measured |= row
+                write([*rows, row])
+
             try:
                 with turns(*options.locks) as alone:
-                    arguments = grid_sizes, method, options, device, alone
-                    rows.append(measure(*arguments, lambda row: write([*rows, row])))
+                    rows.append(measure(grid_sizes, method, options, device, alone, keep))
             except (RuntimeError, ValueError, NotImplementedError) as error:
-                reason = str(error).splitlines()[0]
                 traceback.print_exc()
-                rows.append({"grid": grid_sizes, "method": method, "error": reason})
+                rows.append(measured | {"error": str(error).splitlines()[0]})
             gc.collect()
             if gpu:
                 torch.cuda.empty_cache()

@@ -112,7 +112,7 @@ def timed(
     rate = run.config.batch_size / seconds
     peak = peak_flops(run.accelerator.device, run.config.mixed_precision)
     found: dict[str, Any] = {
-        "images_per_second": round(rate, 1),
+        "images_per_second": round(rate, 3),
         "milliseconds_per_step": round(1000 * seconds, 2),
         "steps": count,
         "warm_up_seconds": round(warm_up, 1),

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import torch.distributed as dist
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -223,6 +224,20 @@ def test_jobs_see_gpus_of_those_that_the_host_shows(jobs, tmp_path, monkeypatch)
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
         found = run(module, [make(name, code, gib=6) for name in ("a", "b")], tmp_path)
         assert sorted(row["seen"] for (row,) in found.values()) == seen
+
+
+def test_softmax_has_a_kernel_where_training_keeps_cudnn_out(benchmarks, monkeypatch):
+    steps = benchmarks("steps")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    before = torch.backends.cuda.cudnn_sdp_enabled(), torch.backends.cuda.math_sdp_enabled()
+    with steps.attention_kernel("softmax"):
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        assert torch.backends.cuda.flash_sdp_enabled()
+        assert not torch.backends.cuda.math_sdp_enabled()
+    assert before == (
+        torch.backends.cuda.cudnn_sdp_enabled(),
+        torch.backends.cuda.math_sdp_enabled(),
+    )
 
 
 def test_speeds_are_compared_with_one_gpu_and_missing_rows_are_known(benchmarks, tmp_path, capsys):

@@ -87,7 +87,8 @@ def keep_shapes_of_sums() -> None:
     gradient (issue 178080 of pytorch). Modulation that is computed before a cut and read after it,
     as in blocks whose attention sends messages, has such gradients. This holds for the process.
     """
-    if torch.__version__ < (2, 14):
+    # Compared as versions, not as text.
+    if torch.__version__ < "2.14":
         from torch._inductor import config
 
         config.triton.mix_order_reduction = False

@@ -450,6 +450,7 @@ def test_converted_models_are_compared_seed_by_seed(scripts):
         ("arms", "evidence", "mixing_tables", "mixing"),
         ("gates", "gates", "loss_tables", "mixing"),
         ("exact", "exact", "exact_tables", "evidence"),
+        ("small", "small", "exact_tables", "distillation"),
     ],
 )
 def test_the_page_has_the_tables_of_the_results(name, results, tables, page, scripts):

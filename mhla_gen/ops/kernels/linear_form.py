@@ -24,7 +24,7 @@ from mhla_gen.ops.kernels.mixing import coefficients_kernel, correlate_kernel, m
 # padded channels; measured, see docs/kernel-speed.md.
 _TILES = {
     "summarise": {64: (64, 4, 2, None), 80: (64, 4, 1, None), 128: (32, 4, 4, None)},
-    "apply": {64: (64, 4, 3, None), 80: (64, 4, 1, None), 128: (64, 8, 1, 128)},
+    "apply": {64: (64, 4, 3, None), 80: (64, 4, 1, 128), 128: (64, 8, 1, 128)},
     "backward_queries": {64: (64, 4, 2, None), 80: (64, 4, 1, None), 128: (32, 8, 3, None)},
     "backward_keys": {64: (64, 4, 2, None), 80: (64, 4, 1, None), 128: (32, 4, 1, None)},
 }
@@ -34,6 +34,9 @@ _SMALL_BLOCKS = {
     "summarise": {64: (64, 4, 1, None)},
     "backward_queries": {32: (32, 4, 1, None), 64: (64, 8, 1, None)},
 }
+# Registers for 72 and 80 channels where there is neither a loop over tokens nor rotary embedding:
+# `apply` needs few, and with 128 a fourth program of `backward_keys` fits on a multiprocessor.
+_PLAIN_REGISTERS = {"apply": None, "backward_keys": 128}
 
 # Compile-time arguments of the kernels over tokens, by name, kind of call and strides.
 _CONSTANTS: dict[tuple, dict] = {}
@@ -263,10 +266,10 @@ def token_tiles(kernel: str, call: Call, channels: dict[str, int]) -> dict:
     else:
         chosen = tiles[80] if two_pieces else tiles[64]
     tokens, warps, stages, registers = chosen
-    one_tile = call.block_size <= tokens
-    if kernel == "backward_keys" and two_pieces and columns == 64 and one_tile and call.cos is None:
-        # They suffice here, and four programs fit on a multiprocessor.
-        registers = 128
+    sizes = call.query.shape[3], call.value.shape[3]
+    one_tile = call.block_size <= tokens and call.cos is None
+    if one_tile and max(sizes) in (72, 80) and all(size % 8 == 0 for size in sizes):
+        registers = _PLAIN_REGISTERS.get(kernel, registers)
     return {
         "BT": tokens,
         "PRECISION": "tf32x3",

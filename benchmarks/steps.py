@@ -211,9 +211,12 @@ def fresh() -> Iterator[None]:
     # The row's lengths may have kept it out.
     torch.backends.cuda.enable_cudnn_sdp(cudnn)
     AcceleratorState._reset_state()
-    if not torch.cuda.is_available() and PartialState().num_processes > 1:
-        # A model shared on CPUs says so in both states, see build_accelerator.
-        PartialState().distributed_type = DistributedType.MULTI_CPU
+    if PartialState().num_processes > 1:
+        # A row with FSDP2 says so in both states, of which accelerate reads this one.
+        on_gpus = torch.cuda.is_available()
+        PartialState().distributed_type = (
+            DistributedType.MULTI_GPU if on_gpus else DistributedType.MULTI_CPU
+        )
     torch.compiler.reset()
     gc.collect()
     if torch.cuda.is_available():

@@ -2,6 +2,7 @@
 
 import functools
 from itertools import product
+from threading import Thread
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +11,7 @@ import sympy
 import torch
 import torch.distributed as dist
 from tiny import (
+    CountsForms,
     dit_inputs,
     tiny_clip_cache,
     tiny_dit,
@@ -18,7 +20,6 @@ from tiny import (
     wan_inputs,
 )
 from tiny_calls import called
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._inductor import compile_fx
 from torch._inductor import config as inductor
@@ -42,6 +43,7 @@ from mhla_gen.training import train
 from mhla_gen.training.randomness import step_randomness
 from mhla_gen.training.training_run import build_run
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Forms of one block that torch makes by itself in these tests; it is 8 otherwise.
 LIMIT = 3
 GRIDS = [(1, 2, 4), (1, 4, 2), (3, 4, 6), (5, 2, 2)]
@@ -53,7 +55,7 @@ SIZES = [(32, 48), (48, 32), (32, 32), (32, 64)]
 def forms(monkeypatch):
     """Counts what torch compiles, which it is not asked to generate code for."""
     torch._dynamo.reset()
-    counter = CompileCounterWithBackend("eager")
+    counter = CountsForms()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
     with torch._dynamo.config.patch(recompile_limit=LIMIT):
         yield counter
@@ -213,6 +215,52 @@ def test_repeatable_kernels_are_not_chosen_by_timing(monkeypatch):
         with torch.no_grad():
             output(model, dit_inputs())
     assert found == [True, True, False]
+
+
+@pytest.mark.parametrize("how", ["regional", "whole"])
+def test_sums_over_tokens_have_kernels_of_their_own(how, monkeypatch):
+    """Also in backward passes, which torch compiles in another thread, where the GPU's are run."""
+    found = []
+
+    def generated(graph, inputs, **_):
+        found.append(inductor.triton.mix_order_reduction)
+        return make_boxed_func(graph.forward)
+
+    monkeypatch.setattr(
+        compile_fx, "compile_fx", functools.partial(compile_fx.compile_fx, inner_compile=generated)
+    )
+    model = tiny_dit(num_layers=1)
+    compile_model(model, how)
+    loss = output(model, dit_inputs()).sum()
+    forward = len(found)
+    thread = Thread(target=loss.backward)
+    with inductor.patch({"triton.mix_order_reduction": True}):
+        thread.start()
+        thread.join()
+    assert len(found) > forward > 0
+    assert not any(found)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("attention", ["softmax", "mhla"])
+def test_gradients_of_compiled_modulation_are_whole(attention):
+    """At a size at which torch could normalise tokens and add them up in one kernel."""
+    torch.manual_seed(0)
+    model = tiny_wan(num_attention_heads=10, attention_head_dim=64, num_layers=1).to(DEVICE)
+    if attention == "mhla":
+        mhla_gen.inject(model, MHLAConfig(layout=(2, 2, 3)))
+    inputs = {key: x.to(DEVICE) for key, x in wan_inputs(frames=4, height=128, width=64).items()}
+    found = []
+    for how in ("none", "regional"):
+        compile_model(model, how)
+        for _ in range(2):
+            model.zero_grad()
+            output(model, inputs).square().mean().backward()
+        found.append([parameter.grad for parameter in model.parameters()])
+    largest = max(gradient.abs().max() for gradient in found[0])
+    for (name, _), x, y in zip(model.named_parameters(), *found, strict=True):
+        # Sums of thousands of tokens in float32: half its digits.
+        torch.testing.assert_close(x / largest, y / largest, rtol=0, atol=3e-4, msg=name)
 
 
 def test_long_tokens_are_normalised_at_once(forms):

@@ -4,8 +4,7 @@ import functools
 
 import pytest
 import torch
-from tiny import dit_inputs, tiny_dit, tiny_wan, wan_inputs
-from torch._dynamo.testing import CompileCounterWithBackend
+from tiny import CountsForms, dit_inputs, tiny_dit, tiny_wan, wan_inputs
 from torch.nn.functional import gelu, linear
 
 from mhla_gen.runtime import linear_gelu as joined
@@ -30,7 +29,7 @@ def test_the_operator_is_a_product_and_gelu():
 def compiled(monkeypatch):
     """Compiles a model, of which torch generates no code, and joins on the CPU, too."""
     torch._dynamo.reset()
-    counter = CompileCounterWithBackend("eager")
+    counter = CountsForms()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
 
     def compiled(model):

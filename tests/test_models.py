@@ -22,6 +22,7 @@ from diffusers import (
 from diffusers.models.attention_processor import AttnProcessor2_0
 from families import FAMILIES, cast, output, run, two_inputs
 from tiny import (
+    CountsForms,
     disturb,
     dit_inputs,
     hunyuan_dit_inputs,
@@ -47,7 +48,6 @@ from tiny_joint import (
 )
 from tiny_wan_variants import ltx2_inputs, skyreels_v2_inputs, tiny_ltx2, tiny_skyreels_v2
 from torch import nn
-from torch._dynamo.testing import CompileCounterWithBackend
 
 import mhla_gen
 import mhla_gen.ops
@@ -297,7 +297,7 @@ def test_blocks_are_compiled_once_for_all_of_them(compiled_family, monkeypatch):
     model, inputs = mhla_gen.inject(make(), MHLAConfig(layout=layout)), make_inputs()
     expected = run(model, inputs)
     torch._dynamo.reset()
-    counter = CompileCounterWithBackend("eager")
+    counter = CountsForms()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
     compile_blocks(model)
     torch.testing.assert_close(run(model, inputs), expected)

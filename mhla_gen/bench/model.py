@@ -15,7 +15,7 @@ from mhla_gen.models.families.dit import disable_label_dropout
 from mhla_gen.models.overview import exact_pairs
 from mhla_gen.models.short import unmentioned
 from mhla_gen.models.transformer import MHLATransformerMixin
-from mhla_gen.runtime.compiling import compile_blocks
+from mhla_gen.runtime.compiling import SUMS_APART, compile_blocks
 from mhla_gen.runtime.cuda_graphs import RecordedForward
 from mhla_gen.runtime.recomputing import recompute_activations
 from mhla_gen.runtime.recorded_training import RecordedTraining
@@ -80,7 +80,7 @@ def _prepare(
     if config.backward and config.checkpointing:
         recompute_activations(model, config.checkpointing)
     if config.compile == "whole":
-        model.compile(fullgraph=True)
+        model.compile(fullgraph=True, options=dict(SUMS_APART))
     elif config.compile:
         compile_blocks(model)
     return model

@@ -15,6 +15,12 @@ from mhla_gen.runtime.linear_gelu import join_gelu
 _MOST_FORMS = 256
 # Channels of a token that are normalised without reading them twice.
 _MOST_CHANNELS = 2048
+# Options of torch.compile without which gradients can be wrong, without an error. From 4,096 tokens
+# on, one kernel may normalise tokens and add them up; if the sum is a part of a larger gradient,
+# such as that of Wan's modulation, this part is never written (issue 193061 of pytorch, also in
+# torch 2.14.1). As an option of what is compiled it holds in every thread: backward passes are
+# compiled in another one.
+SUMS_APART = {"triton.mix_order_reduction": False}
 
 
 def repeated_blocks(model: nn.Module) -> tuple[str, ...]:
@@ -118,7 +124,7 @@ def compile_model(model: nn.Module, how: str, any_size: bool = False) -> None:
         join_gelu(model)
         _read_norms_once()
         _sum_embeddings_in_order()
-        model.compile(dynamic=dynamic, **_limit_forms())
+        model.compile(dynamic=dynamic, options=dict(SUMS_APART), **_limit_forms())
     else:
         compile_blocks(model, dynamic)
 
@@ -140,9 +146,9 @@ def compile_blocks(model: nn.Module, dynamic: bool | None = None, repeatable: bo
     Raises:
         ValueError: If it repeats none.
     """
-    how: dict[str, Any] = {"fullgraph": True, "dynamic": dynamic, **_limit_forms()}
-    if repeatable:
-        how["options"] = {"deterministic": True}
+    options = SUMS_APART | ({"deterministic": True} if repeatable else {})
+    how: dict[str, Any] = {"fullgraph": True, "dynamic": dynamic, "options": options}
+    how |= _limit_forms()
     join_gelu(model)
     _read_norms_once()
     _sum_embeddings_in_order()

@@ -15,6 +15,7 @@ from tiny import tiny_dit
 from torch.nn.parallel import DistributedDataParallel
 
 import mhla_gen
+from mhla_gen.errors import UserError
 from mhla_gen.runtime.compiling import compile_blocks
 from mhla_gen.runtime.recomputing import draws, recompute_activations
 from mhla_gen.runtime.recorded_training import RecordedTraining, forget_recordings
@@ -309,6 +310,26 @@ def test_a_run_of_two_processes_computes_the_same_with_tapes(tmp_path):
     plain = trained(tiny_run(tmp_path / "plain"))
     torchrun(2, __file__, tmp_path / "shared")
     assert_close_weights(tmp_path / "shared", plain)
+
+
+@pytest.mark.parametrize(
+    ("changes", "needs"),
+    [
+        ({}, "a GPU, found cpu"),
+        ({"compile": "none"}, "compile=regional, found none"),
+    ],
+)
+def test_recording_is_refused_where_it_is_wanted_but_not_possible(changes, needs, tmp_path):
+    if not changes and torch.cuda.is_available():
+        pytest.skip("there it records")
+    settings = {"compile": "regional", "cuda_graphs": True, **changes}
+    with pytest.raises(UserError, match=f"cuda_graphs=true needs {needs}; leave cuda_graphs out"):
+        build_run(tiny_run(tmp_path / "run", **settings))
+    # Nothing was begun, and without it such a run trains.
+    assert not (tmp_path / "run").exists()
+    settings["cuda_graphs"] = None
+    forward = build_run(tiny_run(tmp_path / "run", **settings)).model.forward
+    assert not isinstance(forward, RecordedTraining)
 
 
 def run_with_tapes(folder):

@@ -120,8 +120,9 @@ class TrainConfig(Settings):
     lengths of captions."""
     cuda_graphs: bool | None = None
     """With compile=regional on GPUs: record the forward and backward pass of a DiT as CUDA graphs
-    and replay them at every step, also under DDP; false does not. Never with parallelism=fsdp,
-    which moves the weights."""
+    and replay them at every step, also under DDP. null: wherever this is possible, so not with
+    parallelism=fsdp, which moves the weights; true: or raise an error; false: launch every
+    kernel."""
     one_pass: bool | None = None
     """With optimizer=AdamW on GPUs: clip gradients, update weights and average them in one pass
     over the memory, which is faster; numbers are the same but for rounding. null: wherever this is

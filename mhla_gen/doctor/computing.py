@@ -95,7 +95,7 @@ def check_softmax() -> Result:
 @torch.no_grad()
 def check_graphs() -> Result:
     """Are passes recorded as CUDA graphs, and do they repeat what they recorded?"""
-    settings = "sample with compile=true, train with compile=regional and cuda_graphs=true"
+    settings = "sample with compile=true, train a DiT with compile=regional"
     if not torch.cuda.is_available():
         return Result("absent", f"steps are recorded as CUDA graphs on a GPU only ({settings})")
     layer = torch.nn.Linear(64, 64, device="cuda")

@@ -11,7 +11,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, set_seed
 from diffusers.optimization import get_scheduler
-from torch import nn
 
 from mhla_gen.config import TrainConfig
 from mhla_gen.data import Batch, BatchOrder, TrainingData, batches, load_data
@@ -276,7 +275,7 @@ def _shared(
     """A task's model as processes share it, recorded where it can be, and its optimizer."""
     model: Any = task.model
     shard_by(accelerator, model, (*repeated_blocks(model), *task.gathered))
-    recorded = task.losses is None and can_record(accelerator, model, config)
+    recorded = can_record(accelerator, task, config)
     # What is recorded must stay on the stream on which gradients arrive, which is that on which
     # DistributedDataParallel was made; the default one cannot be recorded.
     stream = torch.cuda.Stream() if recorded else None
@@ -293,21 +292,37 @@ def _shared(
     return model, prepared
 
 
-def can_record(accelerator: Accelerator, model: nn.Module, config: TrainConfig) -> bool:
+def can_record(accelerator: Accelerator, task: Task, config: TrainConfig) -> bool:
     """Whether a model's passes are recorded as CUDA graphs: those of a DiT, unless settings say no.
 
     A Wan has work enough for each launch, and clips of several shapes. FSDP2 moves the weights.
 
     Args:
         accelerator: Of the run.
-        model: Not yet prepared.
+        task: With a model that is not yet prepared.
         config: Settings.
+
+    Raises:
+        UserError: If the settings ask for it but it is not possible.
     """
-    return (
-        config.cuda_graphs is not False
-        and config.compile == "regional"
-        and config.takes_labels
-        and not (config.gradient_checkpointing and draws(model))
-        and accelerator.device.type == "cuda"
-        and accelerator.distributed_type in (DistributedType.NO, DistributedType.MULTI_GPU)
-    )
+    obstacle = _obstacle(accelerator, task, config)
+    if config.cuda_graphs and obstacle is not None:
+        raise UserError(f"cuda_graphs=true needs {obstacle}; leave cuda_graphs out")
+    return config.cuda_graphs is not False and obstacle is None
+
+
+def _obstacle(accelerator: Accelerator, task: Task, config: TrainConfig) -> str | None:
+    """What keeps passes from being recorded, or None."""
+    if config.compile != "regional":
+        return f"compile=regional, found {config.compile}"
+    if not config.takes_labels:
+        return "a DiT that learns labels, found another transformer"
+    if task.losses is not None:
+        return "a model that learns from data, found a stage of a distillation"
+    if config.gradient_checkpointing and draws(task.model):
+        return "gradient_checkpointing=false where dropout draws"
+    if accelerator.device.type != "cuda":
+        return f"a GPU, found {accelerator.device}"
+    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU):
+        return "whole weights, which parallelism=fsdp does not have"
+    return None

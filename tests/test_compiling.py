@@ -1,7 +1,7 @@
 """Compiled transformers in one process: many sizes, many models, and a whole run of them."""
 
 import functools
-from itertools import product
+from concurrent.futures import ThreadPoolExecutor
 from threading import Thread
 from types import SimpleNamespace
 from typing import Any
@@ -29,6 +29,7 @@ from torch._inductor.decomposition import (
     fast_random_decomps,
     select_decomp_table,
 )
+from torch._inductor.dependencies import MemoryDep
 from torch._inductor.runtime.hints import ReductionHint
 from torch._inductor.sizevars import SizeVarAllocator
 from torch._inductor.virtualized import V
@@ -263,27 +264,47 @@ def test_gradients_of_compiled_modulation_are_whole(attention):
         torch.testing.assert_close(x / largest, y / largest, rtol=0, atol=3e-4, msg=name)
 
 
-def test_long_tokens_are_normalised_at_once(forms):
-    """What someone else has chosen for the rest still holds."""
+def test_long_tokens_are_normalised_at_once(forms, monkeypatch):
+    """In every thread, since autograd's compile backward passes."""
+    ordinary = InductorChoices.should_use_persistent_reduction
+    monkeypatch.setattr(InductorChoices, "should_use_persistent_reduction", staticmethod(ordinary))
+    compile_blocks(tiny_dit(num_layers=1))
+    chosen: Any = InductorChoices.should_use_persistent_reduction
+    compile_blocks(tiny_dit(num_layers=1))
+    assert InductorChoices.should_use_persistent_reduction is chosen
 
-    class Chosen(InductorChoices):
-        pass
+    token, channel = sympy.symbols("token channel", integer=True)
+    tokens = 4096 * token + channel
+    # Modulation of samples of 16 tokens, added to them; sums over tokens; and no plain sizes.
+    shared = [tokens, sympy.floor(token / 16) * 4096 + channel]
+    across = [4096 * channel + token]
+    folded = [sympy.Mod(channel, 3)]
 
-    with V.set_choices_handler(Chosen()):
-        for _ in range(2):
-            compile_blocks(tiny_dit(num_layers=1))
-        choices: Any = V.choices
-        assert type(choices).__bases__ == (Chosen,)
-        found = []
+    def holds(hint: ReductionHint, size: int, indices: list[sympy.Expr]) -> bool:
+        reads = [MemoryDep("x", x, (token, channel), (32, size)) for x in indices]
+        node = SimpleNamespace(read_writes=SimpleNamespace(reads=reads))
+        features = SimpleNamespace(
+            get_reduction_hint=lambda: hint,
+            reduction_numel=sympy.Integer(size),
+            reduction_nodes=lambda: [node],
+            strict_sum_rblock=lambda: None,
+        )
         with V.set_graph_handler(SimpleNamespace(sizevars=SizeVarAllocator())):
-            for hint, size in product((ReductionHint.INNER, ReductionHint.OUTER), (2048, 2049)):
-                features = SimpleNamespace(
-                    get_reduction_hint=lambda hint=hint: hint,
-                    reduction_numel=sympy.Integer(size),
-                    strict_sum_rblock=lambda: None,
-                )
-                found.append(bool(choices.should_use_persistent_reduction(features, False)))
-        assert found == [True, False, False, False]
+            return bool(V.choices.should_use_persistent_reduction(features, False))
+
+    inner, outer, default = ReductionHint.INNER, ReductionHint.OUTER, ReductionHint.DEFAULT
+    with ThreadPoolExecutor(1) as thread:
+        for run in (
+            lambda function, *args: function(*args),
+            lambda *args: thread.submit(*args).result(),
+        ):
+            assert run(holds, inner, 2048, [tokens])
+            assert run(holds, default, 2048, shared)
+            assert not run(holds, inner, 2049, [tokens])
+            assert not run(holds, default, 2049, shared)
+            assert not run(holds, outer, 2048, [tokens])
+            assert not run(holds, default, 2048, across)
+            assert not run(holds, default, 2048, folded)
 
 
 def test_gradients_of_an_embedding_are_summed_in_a_fixed_order(forms, monkeypatch):

@@ -45,30 +45,37 @@ def repeated_blocks(model: nn.Module) -> tuple[str, ...]:
 def _read_norms_once() -> None:
     """Let torch.compile hold a token's channels in registers while it normalises them.
 
-    By default it does so up to 1,024 channels, and reads longer tokens twice. There is no setting
-    of this for one model: it holds for all that this thread compiles.
+    By default it does so up to 1,024 channels, and only if no tokens share what it reads, as they
+    do modulation; it reads other tokens twice. There is no setting of this for one model: it holds
+    for the whole process, also for the threads in which backward passes are compiled.
     """
     from torch._inductor import config
+    from torch._inductor.choices import InductorChoices
+    from torch._inductor.dependencies import MemoryDep
     from torch._inductor.runtime.hints import ReductionHint
     from torch._inductor.virtualized import V
 
-    kind: Any = type(V.choices)
-    if hasattr(kind, "most_channels"):
+    ordinary: Any = InductorChoices.should_use_persistent_reduction
+    if hasattr(ordinary, "most_channels"):
         return
 
-    class Choices(kind):
-        most_channels = _MOST_CHANNELS
+    def reads_rows(features: Any) -> bool:
+        hint = features.get_reduction_hint()
+        if hint != ReductionHint.DEFAULT:
+            return hint == ReductionHint.INNER
+        reads = [read for node in features.reduction_nodes() for read in node.read_writes.reads]
+        return all(isinstance(x, MemoryDep) and x.stride1_for_last_dim(False) for x in reads)
 
-        @staticmethod
-        def should_use_persistent_reduction(features: Any, cooperative_reduction: bool) -> bool:
-            inner = features.get_reduction_hint() == ReductionHint.INNER
-            if inner and not cooperative_reduction and config.triton.persistent_reductions:
-                sizes: Any = V.graph.sizevars
-                if sizes.statically_known_leq(features.reduction_numel, _MOST_CHANNELS):
-                    return True
-            return kind.should_use_persistent_reduction(features, cooperative_reduction)
+    def chosen(features: Any, cooperative_reduction: bool) -> bool:
+        sizes: Any = V.graph.sizevars
+        short = sizes.statically_known_leq(features.reduction_numel, _MOST_CHANNELS)
+        may_hold = config.triton.persistent_reductions and not cooperative_reduction
+        if short and may_hold and reads_rows(features):
+            return True
+        return ordinary(features, cooperative_reduction)
 
-    V.set_choices_handler(Choices())
+    chosen.most_channels = _MOST_CHANNELS  # type: ignore[attr-defined]
+    InductorChoices.should_use_persistent_reduction = staticmethod(chosen)
 
 
 def _sum_embeddings_in_order() -> None:

@@ -159,13 +159,24 @@ def test_blocks_longer_than_a_tile_of_pieces(rotary):
     assert max(errors(actual, expected)) < 8 * torch.finfo(torch.float16).eps
 
 
-# Of the second piece of a value, 33 and 65 channels use one column; 79 leave one.
-@pytest.mark.parametrize(("head_dim", "value_dim"), [(36, 33), (16, 65), (16, 79), (72, 72)])
-def test_key_sums_in_a_spare_column(poisoned, head_dim, value_dim):
+# Of the second piece of a value, 33 and 65 channels use one column; 79 leave one, and 80 none.
+@pytest.mark.parametrize(
+    ("head_dim", "value_dim", "rotary"),
+    [
+        (36, 33, False),
+        (16, 65, False),
+        (16, 79, False),
+        (16, 80, False),
+        (72, 72, False),
+        # Key sums are not of the rotated features.
+        (72, 72, True),
+    ],
+)
+def test_key_sums_in_a_spare_column(poisoned, head_dim, value_dim, rotary):
     # Blocks are not full, and φ(0) is not 0.
     sizes = {"heads": 1, "head_dim": head_dim, "value_dim": value_dim}
     inputs, options = make(
-        (5, 7), (2, 3), torch.float16, **sizes, rotary=False, feature_map="elu+1"
+        (5, 7), (2, 3), torch.float16, **sizes, rotary=rotary, feature_map="elu+1"
     )
     expected = outputs_and_gradients(naive_mhla, inputs, options, torch.float64)
     form = {"use_attention_form": False, "stored": torch.float16}

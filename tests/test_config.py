@@ -292,6 +292,7 @@ def test_mistakes_are_named_by_the_whole_key(job):
         ("model.mhla.linear=false", "model.mhla.linear=false with model.mhla.exact=0 leaves no"),
         ("model.mhla.layers=9/2", 'model.mhla.layers must be "all"'),
         ("model.linformer.gate=x", "model.linformer.gate must be true"),
+        ("one_pass=maybe", "one_pass must be true, false or null, found 'maybe'"),
         ("evaluation.metrics=[fod]", "evaluation.metrics must be one of"),
     ],
 )

@@ -219,10 +219,15 @@ def _checked(name: str, value: Any, kind: Kind) -> Any:
     elif limits := kind.mark(Range):
         limits.check(name, value, whole=kind.base is int)
     elif kind.base is bool and not isinstance(value, bool):
-        raise UserError(f"{name} must be true or false, found {value!r}")
+        raise UserError(f"{name} must be {truths(kind)}, found {value!r}")
     elif (text := kind.mark(Text)) and text.path:
         return expand_home(name, value)
     return value
+
+
+def truths(kind: Kind) -> str:
+    """The values of a setting that is true or false, for a message."""
+    return "true, false or null" if kind.optional else "true or false"
 
 
 def expand_home(name: str, value: Any) -> Any:

@@ -14,7 +14,7 @@ from typing import Any, cast, get_origin
 import yaml
 
 from mhla_gen.config.checks import is_list, is_mapping
-from mhla_gen.config.fields import Kind, kind_of, kinds_of
+from mhla_gen.config.fields import Kind, kind_of, kinds_of, truths
 from mhla_gen.errors import UserError, one_line
 
 _NULLS = ("null", "Null", "NULL")
@@ -233,7 +233,7 @@ def _scalar(text: str, kind: Kind, key: str) -> Any:
     if kind.base is bool:
         value = _BOOLS.get(text.lower())
         if value is None:
-            raise ConfigError(f"{key} must be true or false, found {text!r}")
+            raise ConfigError(f"{key} must be {truths(kind)}, found {text!r}")
         return value
     if kind.base in (int, float):
         try:

@@ -78,7 +78,7 @@ class Row:
             float8=options.float8,
             parallelism=options.parallelism,
             compile=self.compile,
-            cuda_graphs=not options.no_cuda_graphs,
+            cuda_graphs=False if options.no_cuda_graphs else None,
             one_pass=options.one_pass,
             gradient_checkpointing=options.gradient_checkpointing,
             report_to="none",

@@ -240,6 +240,17 @@ def test_softmax_has_a_kernel_where_training_keeps_cudnn_out(benchmarks, monkeyp
     )
 
 
+@pytest.mark.parametrize("graphs", [[], ["--no-cuda-graphs"]])
+def test_steps_that_cannot_be_recorded_are_timed_too(graphs, benchmarks, tmp_path):
+    """Under FSDP2, without torch.compile, on a CPU: training refuses to record these."""
+    small = ["--models", "DiT-S/8", "--num-layers=1", "--batch-size=2", "--precision=fp32"]
+    how = ["--pixels=256", "--attention=mhla", "--compile=none", "--seconds=0.01", *graphs]
+    benchmarks("train_speed").main([str(tmp_path / "out.json"), *small, *how])
+    (row,) = json.loads((tmp_path / "out.json").read_bytes())["rows"]
+    assert "error" not in row and row["images_per_second"] > 0
+    assert row["recorded"] is False
+
+
 def test_speeds_are_compared_with_one_gpu_and_missing_rows_are_known(benchmarks, tmp_path, capsys):
     scaling = benchmarks("scaling")
     facts = {"attention": "mhla", "pixels": 512, "model": "DiT-XL/2"}

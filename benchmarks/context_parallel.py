@@ -32,6 +32,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mhla_gen
+from mhla_gen.bench.profiles import kernel_times
 from mhla_gen.config import MHLAConfig
 from mhla_gen.files import write_json
 
@@ -98,6 +99,7 @@ def measure(grid, method, options, device, alone, keep) -> dict:
     def time_forward(name):
         with alone():
             row[f"{name}_forward_s"] = seconds(forward, device)
+            list_kernels(f"{name}_forward", forward)
 
     def time_training(name):
         with training(model):
@@ -105,6 +107,11 @@ def measure(grid, method, options, device, alone, keep) -> dict:
             training_step()
             with alone():
                 row.update(trained(name, training_step, device))
+                list_kernels(f"{name}_training", training_step)
+
+    def list_kernels(name, step):
+        if options.profile:
+            row[f"{name}_kernels"] = kernel_times(step, device)
 
     expected = forward()
     time_forward("alone")
@@ -232,6 +239,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--compile", action="store_true", help="each block by torch.compile")
     parser.add_argument("--train", nargs="*", default=[], help="grids with a training step too")
+    parser.add_argument("--profile", action="store_true", help="also list kernels and waiting")
     parser.add_argument("--locks", nargs="*", default=[], help="see sharing.turns")
     options = parser.parse_args()
     logging.set_verbosity_error()

@@ -133,7 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--count", type=int, default=50_000, help="samples, and images")
     parser.add_argument("--no-cuda-graphs", action="store_true", help="launch every kernel")
     parser.add_argument("--folder", type=Path, help="for logs, and data that parts make and share")
-    parser.add_argument("--profile", action="store_true", help="longest kernels of training")
+    parser.add_argument("--profile", action="store_true", help="longest kernels of steps")
     parser.add_argument("--tiny", action="store_true", help="small models, to try the script")
     parser.add_argument("--table", action="store_true", help="only print the table")
     options = parser.parse_args(arguments)

@@ -81,6 +81,7 @@ def sequence(case: Case, gpus: int, options: argparse.Namespace) -> tuple[str, l
     """
     grid = "3x8x10" if options.tiny else "21x45x80"
     arguments = ["--grids", grid, "--train", grid, "--methods", case.attention]
+    arguments += ["--profile"] * options.profile
     arguments += ["--layers=1"] if options.tiny else ["--compile"]
     return "context_parallel.py", arguments, 24
 

@@ -21,13 +21,17 @@ from evidence_table import (
 from matplotlib.figure import Figure
 
 _TEACHER = "teacher"
-# Of the picture: arms with a linear half, and without; in clips also with larger tiles.
+# Of the picture: arms with a linear half, the first without exact pairs, and arms without one; in
+# clips also with larger tiles.
 _FAMILIES = {
-    "with MHLA": "exact-{}",
-    "alone": "exact-{}-alone",
-    "with MHLA, larger tiles": "large-{}",
-    "alone, larger tiles": "large-{}-alone",
-}
+    "with MHLA": ("mhla", "exact-2", "exact-5", "exact-12", "exact-25"),
+    "with linear attention": (
+        "linear", "exact-2-linear", "exact-5-linear", "exact-12-linear", "exact-25-linear",
+    ),
+    "alone": ("exact-2-alone", "exact-5-alone", "exact-12-alone", "exact-25-alone"),
+    "with MHLA, larger tiles": ("large-5", "large-12"),
+    "alone, larger tiles": ("large-5-alone", "large-12-alone"),
+}  # fmt: skip
 
 
 def exact_tables(plan: Plan, groups: Sequence[Group], folder: Path) -> str:
@@ -96,10 +100,12 @@ def percent(group: Group) -> str:
 
 
 def speeds(group: Group) -> tuple[str, str]:
-    """Images or clips per second, if they were measured."""
+    """Images or clips per second, of three digits, if they were measured."""
     if group.speed is None:
         return "–", "–"
-    return tuple(f"{group.speed[part]['images_per_second']:.3g}" for part in ("train", "sample"))  # type: ignore[return-value]
+    rates = (group.speed[part]["images_per_second"] for part in ("train", "sample"))
+    train, sample = (f"{float(f'{rate:.3g}'):,g}" for rate in rates)
+    return train, sample
 
 
 def converted_heading(teacher: Group | None, groups: Sequence[Group]) -> str:
@@ -212,7 +218,7 @@ def real_lines(folder: Path) -> Iterator[str]:
 
 
 def draw_shares(plan: Plan, groups: Sequence[Group], path: Path) -> None:
-    """Loss against softmax over the share of exact pairs, with MHLA and alone."""
+    """Loss against softmax over the share of exact pairs, with a linear half and alone."""
     kinds = [
         name for name, s in plan.settings.items() if s.kind != "converted" and name != _TEACHER
     ]
@@ -223,10 +229,7 @@ def draw_shares(plan: Plan, groups: Sequence[Group], path: Path) -> None:
     figure = Figure(figsize=(5.2 * len(shown), 4.2), layout="constrained")
     for axes, setting in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
         same = {g.arm: g for g in groups if g.setting == setting}
-        for number, (label, form) in enumerate(_FAMILIES.items()):
-            arms = [form.format(share) for share in (2, 5, 12, 25)]
-            if label == "with MHLA":
-                arms = ["mhla", *arms]
+        for number, (label, arms) in enumerate(_FAMILIES.items()):
             gaps = {arm: difference(same[arm], groups, plan.control) for arm in arms if arm in same}
             points = [
                 (100 * same[arm].mean("pairs"), 100 * gap.relative, 100 * by_seed)

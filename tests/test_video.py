@@ -34,6 +34,7 @@ from mhla_gen.training.build import build_task
 from mhla_gen.training.clip_objectives import ClipMatching
 from mhla_gen.training.objectives import FlowMatching
 from mhla_gen.training.training_run import build_run
+from mhla_gen.training.wan_captions import CaptionAttnProcessor
 from mhla_gen.training.wan_conditions import WanConditions, first_frame_mask, token_times
 
 SMALL = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 32}
@@ -108,6 +109,7 @@ def test_low_rank_updates_and_mhla_learn_and_nothing_else(cache, tmp_path):
     config = wan_run(tmp_path / "run", cache, {"lora_rank": 2}, model, learning_rate=1e-2)
     config = replace(config, ema_decay=0.0, checkpoint_every=config.max_steps)
     task = build_task(config, load_data(config.data))
+    assert all(type(b.attn2.processor) is CaptionAttnProcessor for b in task.model.blocks)
     trained = {name for name, p in task.model.named_parameters() if p.requires_grad}
     assert trained and all(".lora_" in name or ".mhla." in name for name in trained)
     train(config)

@@ -16,6 +16,7 @@ from mhla_gen.training.lora import add_lora, merged
 from mhla_gen.training.new_model import new_transformer
 from mhla_gen.training.pretrained import load_pretrained
 from mhla_gen.training.task import Task, times
+from mhla_gen.training.wan_captions import attend_in_groups
 from mhla_gen.training.wan_conditions import WanConditions
 from mhla_gen.training.wan_pipeline import ClipExamples, ClipSamples, WanParts, sampling_of
 
@@ -55,6 +56,7 @@ def wan_task(config: TrainConfig, wan: WanConfig, data: TrainingData) -> Task:
         _check_causal(wan)
     if config.model.trainable == "lora":
         add_lora(model, wan)
+    attend_in_groups(model)
     patch_size = tuple(model.config.patch_size)
     conditioning = WanConditions(
         empty, patch_size, by_token, wan.first_frame, chunk_frames, image_embeds=sees_image

@@ -2,9 +2,8 @@
 
     torchrun --nproc-per-node 8 benchmarks/wan_speed.py wan.json --parallelism fsdp
 
-Like train_speed.py for DiTs: forward and backward pass in bfloat16 with gradient checkpointing,
-clipping, AdamW and the average of the weights; one clip per GPU. Settings of MHLA may follow its
-name.
+Like train_speed.py for DiTs: forward and backward pass in bfloat16, clipping, AdamW and the
+average of the weights; one clip per GPU. Settings of MHLA may follow its name.
 """
 
 import argparse
@@ -12,10 +11,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from accelerate import PartialState
 from rows import machine
 from sharing import Alone, FailedElsewhereError, turns
@@ -63,6 +64,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--attention", nargs="+", default=["softmax", "mhla", "mhla exact=0.05"])
     parser.add_argument("--parallelism", default="fsdp", choices=["ddp", "fsdp"])
     parser.add_argument("--compile", default="regional")
+    parser.add_argument(
+        "--gradient-checkpointing",
+        type=yaml.safe_load,
+        nargs="+",
+        default=[True],
+        help="true, selective, a share of the blocks, or false",
+    )
     parser.add_argument("--num-layers", type=int, help="blocks, in place of the model's own")
     parser.add_argument("--tiny", action="store_true", help="a narrow model, to try the script")
     parser.add_argument("--seconds", type=float, default=6.0, help="measured time of a row")
@@ -71,9 +79,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     PartialState(cpu=not torch.cuda.is_available())
     found: list[dict[str, Any]] = []
-    for attention in options.attention:
+    for attention, recomputed in product(options.attention, options.gradient_checkpointing):
         with turns(*options.locks) as alone, fresh(), attention_kernel(attention):
-            result = measure(attention, options, alone)
+            result = measure(attention, recomputed, options, alone)
         if PartialState().is_main_process:
             found.append(result)
             write_json(options.out, {**machine(), "rows": found}, indent=1)
@@ -81,7 +89,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     part_processes()
 
 
-def measure(attention: str, options: argparse.Namespace, alone: Alone) -> dict[str, Any]:
+def measure(
+    attention: str, recomputed: Any, options: argparse.Namespace, alone: Alone
+) -> dict[str, Any]:
     """Build the run and time its steps."""
     name, *settings = attention.split()
     processes = PartialState().num_processes
@@ -102,7 +112,7 @@ def measure(attention: str, options: argparse.Namespace, alone: Alone) -> dict[s
         learning_rate=1e-5,
         parallelism=options.parallelism if processes > 1 else "ddp",
         compile=options.compile,
-        gradient_checkpointing=True,
+        gradient_checkpointing=recomputed,
         report_to="none",
     )
     shape = (_CHANNELS, (frames - 1) // 4 + 1, height // 8, width // 8)
@@ -112,6 +122,7 @@ def measure(attention: str, options: argparse.Namespace, alone: Alone) -> dict[s
         "attention": attention,
         "parallelism": config.parallelism,
         "devices": processes,
+        "gradient_checkpointing": recomputed,
     }
     try:
         return named | timed(build_run(config, build_on_device, RandomClips(shape)), options, alone)

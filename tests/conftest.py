@@ -27,6 +27,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
     if importlib.util.find_spec("triton"):
         importlib.import_module("interpreter").hasten()
+        importlib.import_module("bounds").watch()
 
 
 @pytest.fixture(autouse=True)

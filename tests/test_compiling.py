@@ -30,10 +30,8 @@ from torch._inductor.decomposition import (
     select_decomp_table,
 )
 from torch._inductor.dependencies import MemoryDep
-from torch._inductor.ir import Reduction
 from torch._inductor.runtime.hints import ReductionHint
 from torch._inductor.sizevars import SizeVarAllocator
-from torch._inductor.utils import run_and_get_code
 from torch._inductor.virtualized import V
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.parallel import DistributedDataParallel
@@ -41,7 +39,7 @@ from torch.nn.parallel import DistributedDataParallel
 import mhla_gen
 from mhla_gen import MHLAConfig
 from mhla_gen.config import ModelConfig, TrainConfig, TransformerConfig, load_config
-from mhla_gen.runtime.compiling import _split_sums_of_tokens, compile_blocks, compile_model
+from mhla_gen.runtime.compiling import compile_blocks, compile_model
 from mhla_gen.training import train
 from mhla_gen.training.randomness import step_randomness
 from mhla_gen.training.training_run import build_run
@@ -242,49 +240,6 @@ def test_sums_over_tokens_have_kernels_of_their_own(how, monkeypatch):
         thread.join()
     assert len(found) > forward > 0
     assert not any(found)
-
-
-@pytest.mark.parametrize(
-    ("channels", "tokens", "kind", "device", "expected"),
-    [
-        ([1, 8960], 32760, "sum", "cuda", (ReductionHint.OUTER, 17)),
-        ([sympy.Integer(8960)], sympy.Integer(32760), "sum", "cuda", (ReductionHint.OUTER, 17)),
-        ([8960], 4096, "sum", "cuda", (ReductionHint.DEFAULT, 1)),
-        ([8960], 32760, "max", "cuda", (ReductionHint.DEFAULT, 1)),
-        ([8960], 32760, "sum", "cpu", (ReductionHint.DEFAULT, 1)),
-        ([16, 8960], 32760, "sum", "cuda", (ReductionHint.DEFAULT, 1)),
-        ([sympy.Symbol("s0")], 32760, "sum", "cuda", (ReductionHint.DEFAULT, 1)),
-        # The sums of rows.
-        ([8961], 32760, "sum", "cuda", (ReductionHint.DEFAULT, 1)),
-        ([1536], 32760, "sum", "cuda", (ReductionHint.OUTER, 17)),
-    ],
-)
-def test_which_sums_are_split(channels, tokens, kind, device, expected, monkeypatch):
-    def ordinary(device, ranges, reduction_type, reduction_numel, rows=False):
-        if any(isinstance(size, sympy.Symbol) for size in ranges) or max(ranges) > 8448:
-            return ReductionHint.DEFAULT, 1
-        return (ReductionHint.INNER, 1) if rows else (ReductionHint.OUTER, 17)
-
-    monkeypatch.setattr(Reduction, "num_splits", staticmethod(ordinary))
-    for _ in range(2):
-        _split_sums_of_tokens()
-    rows = channels == [8961]
-    given = torch.device(device), channels, kind
-    assert Reduction.num_splits(*given, reduction_numel=tokens, rows=rows) == expected
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("channels", [1536, 8960])
-def test_sums_of_tokens_are_split(channels):
-    _split_sums_of_tokens()
-    x = torch.randn(32760, channels, device=DEVICE).to(torch.bfloat16)
-    total = torch.compile(lambda x: (2 * x).sum(0, dtype=torch.float32), dynamic=False)
-    with inductor.patch(force_disable_caches=True):
-        found, (code,) = run_and_get_code(total, x)
-    assert code.count("def triton_") == 2
-    # Products are exact; 32,760 roundings of float32 are bounded by 32,760 * 2 ** -24 of the sizes.
-    error = (found - 2 * x.double().sum(0)).abs()
-    assert (error <= 32760 * 2**-24 * 2 * x.double().abs().sum(0)).all()
 
 
 @pytest.mark.gpu

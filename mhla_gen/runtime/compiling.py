@@ -1,12 +1,10 @@
 """torch.compile for a transformer: its repeated blocks, or all of it."""
 
 import inspect
-import math
 from types import FunctionType, MethodType
 from typing import Any
 
 import torch
-from sympy import Integer
 from torch import Tensor, nn
 
 from mhla_gen.errors import UserError
@@ -17,9 +15,6 @@ from mhla_gen.runtime.linear_gelu import join_gelu
 _MOST_FORMS = 256
 # Channels of a token that are normalised without reading them twice.
 _MOST_CHANNELS = 2048
-# Tokens that are summed in parts, up to as many channels as fill a GPU anyway; torch itself does so
-# with few.
-_MANY_TOKENS, _MOST_SUMS, _FEW_CHANNELS = 8192, 65536, 4096
 # Options of torch.compile without which gradients can be wrong, without an error. From 4,096 tokens
 # on, one kernel may normalise tokens and add them up; if the sum is a part of a larger gradient,
 # such as that of Wan's modulation, this part is never written (issue 193061 of pytorch, also in
@@ -83,39 +78,6 @@ def _read_norms_once() -> None:
     InductorChoices.should_use_persistent_reduction = staticmethod(chosen)
 
 
-def _split_sums_of_tokens() -> None:
-    """Let torch.compile sum many tokens in parts also where they have many channels.
-
-    It does so up to 8,447 channels (on an H100), and sums more of them, such as the 8,960 of a
-    feed-forward layer of Wan, in so few programs that half of the bandwidth is left. There is no
-    setting of this either: it holds for the whole process.
-    """
-    from torch._inductor.ir import Reduction
-    from torch._inductor.runtime.hints import ReductionHint
-
-    ordinary: Any = Reduction.num_splits
-    if hasattr(ordinary, "most_sums"):
-        return
-    signature = inspect.signature(ordinary)
-
-    def chosen(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        found = ordinary(*args, **kwargs)
-        given = signature.bind(*args, **kwargs).arguments
-        sizes = [*given["ranges"], given["reduction_numel"]]
-        if given["device"].type != "cuda" or given["reduction_type"] != "sum" or found[1] != 1:
-            return found
-        if not all(isinstance(size, int | Integer) for size in sizes) or sizes[-1] < _MANY_TOKENS:
-            return found
-        if math.prod(sizes[:-1]) > _MOST_SUMS:
-            return found
-        # What it does with some of the channels.
-        few = ordinary(**given | {"ranges": [min(size, _FEW_CHANNELS) for size in sizes[:-1]]})
-        return few if few[0] == ReductionHint.OUTER else found
-
-    chosen.most_sums = _MOST_SUMS  # type: ignore[attr-defined]
-    Reduction.num_splits = staticmethod(chosen)
-
-
 def _sum_embeddings_in_order() -> None:
     """Let torch.compile call torch's own backward pass of an embedding.
 
@@ -168,7 +130,6 @@ def compile_model(model: nn.Module, how: str, any_size: bool = False) -> None:
     if how == "whole":
         join_gelu(model)
         _read_norms_once()
-        _split_sums_of_tokens()
         _sum_embeddings_in_order()
         model.compile(dynamic=dynamic, options=dict(SUMS_APART), **_limit_forms())
     else:
@@ -197,7 +158,6 @@ def compile_blocks(model: nn.Module, dynamic: bool | None = None, repeatable: bo
     how |= _limit_forms()
     join_gelu(model)
     _read_norms_once()
-    _split_sums_of_tokens()
     _sum_embeddings_in_order()
     for name in repeated_blocks(model):
         blocks = [module for module in model.modules() if type(module).__name__ == name]

@@ -133,15 +133,23 @@ def draw_quality_and_speed(groups: Sequence[Group], path: Path) -> None:
     save(figure, path)
 
 
-def draw_samples(groups: Sequence[Group], folder: Path, path: Path, side: int = 48) -> None:
-    """One row of samples for each arm, the same noise and classes in every row."""
+def draw_samples(
+    groups: Sequence[Group], folder: Path, path: Path, side: int = 48, most: int | None = None
+) -> None:
+    """One row of samples for each arm, the same noise and classes in every row.
+
+    A row shows the first `most` samples, or all, of the first seed that has any.
+    """
     rows = []
     for group in groups:
-        row = folder / f"{group.results[0]['name']}.png"
-        if row.is_file():
+        pictures = (folder / f"{result['name']}.png" for result in group.results)
+        row = next((picture for picture in pictures if picture.is_file()), None)
+        if row is not None:
             with Image.open(row) as image:
                 count = image.width // image.height
-                rows.append((_name(group), image.convert("RGB").resize((count * side, side))))
+                shown = image.crop((0, 0, min(count, most or count) * image.height, image.height))
+                width = shown.width * side // shown.height
+                rows.append((_name(group), shown.convert("RGB").resize((width, side))))
     if not rows:
         return
     font = ImageFont.truetype(_FONT, _FONT_SIZE)

@@ -65,7 +65,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for setting in dict.fromkeys(group.setting for group in groups):
         same = [group for group in groups if group.setting == setting]
         if plan.tables != "losses":
-            draw_samples(same, folder, folder / f"samples-{setting}.png")
+            # Nine frames need more room than an image.
+            size = (96, 8) if plan.settings[setting].kind == "clips" else ()
+            draw_samples(same, folder, folder / f"samples-{setting}.png", *size)
     print(text)
 
 

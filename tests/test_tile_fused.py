@@ -410,6 +410,17 @@ def test_more_than_two_billion_elements_on_gpu():
     assert torch.equal(out[-1:], last)
 
 
+def test_elements_numbered_in_64_bits_are_the_same(monkeypatch):
+    tensors, options = make(SMALL, extra=4, heads=1, batch=1)
+    expected = outputs_and_gradients(tensors, options, "fused", torch.float32)
+    asked = []
+    for module in (tile_form, tile_gradients):
+        monkeypatch.setattr(module, "numbered_wide", lambda *x: asked.append(len(x)) or True)
+    actual = outputs_and_gradients(tensors, options, "fused", torch.float32)
+    # Keys and values in place, forward; packed queries and their gradients, three times.
+    assert asked == [2] * 4 and all(map(torch.equal, actual, expected))
+
+
 @pytest.mark.parametrize("far", [False, True])
 def test_scores_bounded_by_lengths(poisoned, monkeypatch, far):
     """As bfloat16 takes them; keys far longer than scores tell take the second loop."""

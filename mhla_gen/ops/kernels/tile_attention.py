@@ -46,9 +46,9 @@ def load_tokens(
 
 
 @triton.jit
-def load_rows(x_ptr, rows, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
+def load_rows(x_ptr, rows, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, WIDE: tl.constexpr):
     """Both pieces of consecutive rows of D channels."""
-    return load_tokens(x_ptr, rows, (0, D, 0, 1), D, D0, D1, 16 if D % 16 == 0 else 1, False)
+    return load_tokens(x_ptr, rows, (0, D, 0, 1), D, D0, D1, 16 if D % 16 == 0 else 1, WIDE)
 
 
 @triton.jit

@@ -148,8 +148,8 @@ def tile_backward_queries_kernel(
         v_ptr += head_offset(v_strides, batch, head, ALIGN)
     packed = row * num_groups * (blocks * BM)
     rows = group * (blocks * BM) + slots
-    q0, q1 = load_rows(q_ptr + packed * D, rows, D, D0, D1)
-    do0, do1 = load_rows(grad_ptr + packed * V, rows, V, V0, V1)
+    q0, q1 = load_rows(q_ptr + packed * D, rows, D, D0, D1, WIDE)
+    do0, do1 = load_rows(grad_ptr + packed * V, rows, V, V0, V1, WIDE)
     lse = tl.load(packed_lse_ptr + packed + rows)[:, None]
     delta = tl.load(delta_ptr + packed + rows)[:, None]
     dq0 = tl.zeros((BM, D0), tl.float32)
@@ -211,11 +211,11 @@ def tile_backward_queries_kernel(
 def add_key_gradients(
     k0, k1, v0, v1, q_ptr, grad_ptr, packed_lse_ptr, delta_ptr, rows, valid, scale, dk0, dk1, dv0,
     dv1, D: tl.constexpr, V: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, V0: tl.constexpr,
-    V1: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    V1: tl.constexpr, WIDE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The sums dk and dv with what packed queries `rows` add to them, those that are `valid`."""
-    q0, q1 = load_rows(q_ptr, rows, D, D0, D1)
-    do0, do1 = load_rows(grad_ptr, rows, V, V0, V1)
+    q0, q1 = load_rows(q_ptr, rows, D, D0, D1, WIDE)
+    do0, do1 = load_rows(grad_ptr, rows, V, V0, V1, WIDE)
     lse = tl.where(valid, tl.load(packed_lse_ptr + rows), float("inf"))[None, :]
     delta = tl.load(delta_ptr + rows)[None, :]
     p, ds = score_gradients(k0, k1, q0, q1, v0, v1, do0, do1, lse, delta, scale, D1, V1, PRECISION)
@@ -258,6 +258,7 @@ def tile_backward_keys_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     PACK: tl.constexpr,
+    WIDE: tl.constexpr,
     RANK: tl.constexpr,
     ALIGN: tl.constexpr,
     ROTARY: tl.constexpr,
@@ -302,7 +303,7 @@ def tile_backward_keys_kernel(
         dk0, dk1, dv0, dv1 = add_key_gradients(
             k0, k1, v0, v1, q_ptr + packed * D, grad_ptr + packed * V, packed_lse_ptr + packed,
             delta_ptr + packed, rows, exists, scale, dk0, dk1, dv0, dv1,
-            D, V, D0, D1, V0, V1, OPERAND, PRECISION,
+            D, V, D0, D1, V0, V1, WIDE, OPERAND, PRECISION,
         )  # fmt: skip
     dk0, dk1 = dk0 * factor, dk1 * factor
     if ROTARY:
@@ -342,6 +343,7 @@ def tile_backward_extra_kernel(
     V1: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
+    WIDE: tl.constexpr,
     ALIGN: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -370,7 +372,7 @@ def tile_backward_extra_kernel(
         dk0, dk1, dv0, dv1 = add_key_gradients(
             k0, k1, v0, v1, q_ptr + packed * D, grad_ptr + packed * V, packed_lse_ptr + packed,
             delta_ptr + packed, rows, rows >= 0, scale, dk0, dk1, dv0, dv1,
-            D, V, D0, D1, V0, V1, OPERAND, PRECISION,
+            D, V, D0, D1, V0, V1, WIDE, OPERAND, PRECISION,
         )  # fmt: skip
     # Masked keys were read as zeros, whose weights may be anything.
     kept = valid[:, None]

@@ -115,7 +115,7 @@ def extra_strides(extra: Extra | None) -> tuple:
 
 
 def numbered_wide(*tensors: Tensor) -> bool:
-    """Whether 32 bits do not number the elements of a sample."""
+    """Whether 32 bits do not number the elements of a sample, or of a head's packs."""
     return any(x.shape[1] * x.stride(1) >= 2**31 for x in tensors)
 
 

@@ -144,7 +144,7 @@ def backward_queries(
         ),
         kernel_constants(call, loop.options, *strides)
         | {
-            "WIDE": not loop.packed and numbered_wide(keys, values),
+            "WIDE": numbered_wide(*packs[:2]) or (not loop.packed and numbered_wide(keys, values)),
             "PACKED": loop.packed,
         },
     )
@@ -181,7 +181,7 @@ def backward_keys(
             call.scale * LOG2E,
             call.scale,
         ),
-        constants | {"PACK": packs[0].shape[2]},
+        constants | {"PACK": packs[0].shape[2], "WIDE": numbered_wide(*packs[:2])},
     )
     return dkey, dvalue
 
@@ -264,7 +264,7 @@ def _backward_extra(
             call.scale * LOG2E,
             call.scale,
         ),
-        constants,
+        constants | {"WIDE": numbered_wide(*packs[:2])},
     )
     return dkey.sum(dim=0).to(keys.dtype), dvalue.sum(dim=0).to(values.dtype)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from mhla_gen.config import AttentionConfig, MHLAConfig
 from mhla_gen.models.rotary import rotated
 from mhla_gen.ops import TileLayout, auto_tiles, tile_attention, tile_share
+from mhla_gen.ops.softmax import softmax_attention
 
 # Cached, because all layers ask for the same few grids.
 _remembered_tiles = functools.lru_cache(maxsize=1024)(auto_tiles)
@@ -163,7 +164,4 @@ def softmax(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = Non
         value: Like `key`.
         mask: Bool `[batch, key_len]`, True for valid keys; None if all are.
     """
-    return F.scaled_dot_product_attention(
-        *(x.transpose(1, 2) for x in (query, key, value)),
-        attn_mask=None if mask is None else mask[:, None, None],
-    ).transpose(1, 2)
+    return softmax_attention(query, key, value, mask=None if mask is None else mask[:, None, None])

@@ -18,6 +18,7 @@ from mhla_gen.errors import UserError
 from mhla_gen.models.family import Family
 from mhla_gen.models.processors import MHLAProcessor, Rotary, normalized
 from mhla_gen.models.rotary import pairs, rotated
+from mhla_gen.ops.softmax import with_contiguous_gradient
 
 
 class Tokens(NamedTuple):
@@ -133,13 +134,14 @@ class JointMHLAProcessor(MHLAProcessor):
             extra=(text.key, text.value, *valid),
             of_input=image.of_input,
         )
-        out = dispatch_attention_fn(
+        out: Any = dispatch_attention_fn(
             text.query,
             torch.cat((text.key, rotated(image.key, image_rotary)), dim=1),
             torch.cat((text.value, image.value), dim=1),
             attn_mask=None if mask is None else self._key_mask(mask, image.key.shape[1]),
             backend=self._attention_backend,
         )
+        out = with_contiguous_gradient(out)
         if mask is not None and self.zeroes_padding:
             out = out * mask[..., None, None]
         return image_out, out.flatten(2)

@@ -4,7 +4,6 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.layers import Attention
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -13,6 +12,7 @@ from mhla_gen.errors import UserError
 from mhla_gen.models.additions import AddedAttention
 from mhla_gen.models.family import Family
 from mhla_gen.models.projections import products
+from mhla_gen.ops.softmax import softmax_attention
 
 
 class VisionFamily(Family):
@@ -79,9 +79,8 @@ class MHLAVisionAttention(Attention):
             of_input = [product[:, first:] for product in of_input]
             prefix = key[:, :first], value[:, :first]
             out = self.mhla(*patches, grid, extra=prefix, of_input=of_input)
-            q, k, v = (tokens.transpose(1, 2) for tokens in (query[:, :first], key, value))
-            of_prefix = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-            out = torch.cat((of_prefix, out), dim=1)
+            of_prefix = softmax_attention(query[:, :first], key, value)
+            out = torch.cat((of_prefix.flatten(2), out), dim=1)
         out = self.norm(out)
         if self.gate is not None:
             out = out * self.gate(x).sigmoid()

@@ -1,11 +1,11 @@
 """Linformer attention, the other static mixer over the token axis."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mhla_gen.errors import UserError
 from mhla_gen.ops.dispatch import check_alike
+from mhla_gen.ops.softmax import softmax_attention
 
 
 def linformer_attention(
@@ -153,6 +153,5 @@ def attend_projected(
     Returns:
         `[batch, seq_len, num_heads, value_dim]`.
     """
-    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     mask = None if valid is None else valid.unsqueeze(2)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+    return softmax_attention(query, key, value, mask=mask)

@@ -10,6 +10,7 @@ from torch.nn.attention.varlen import varlen_attn
 from mhla_gen.ops.causal import absent_last, place, ranks_of, taken
 from mhla_gen.ops.causal_checks import check_causal_tokens, check_window
 from mhla_gen.ops.feature_maps import rotate
+from mhla_gen.ops.softmax import softmax_attention
 
 Rotary = tuple[Tensor, Tensor] | None
 # With fewer queries in a chunk, matrix products would have too few rows.
@@ -167,6 +168,4 @@ def attend(
 ) -> Tensor:
     """`scaled_dot_product_attention` of `[batch, seq_len, heads, dim]`, with grouped queries."""
     key, value = _by_query_head(query, key, value)
-    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, is_causal=is_causal)
-    return out.transpose(1, 2)
+    return softmax_attention(query, key, value, mask=attn_mask, is_causal=is_causal)

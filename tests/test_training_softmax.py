@@ -33,20 +33,23 @@ def test_lengths_are_those_of_queries_and_keys():
 
 
 @pytest.mark.parametrize(
-    ("lengths", "generation", "device", "kept"),
+    ("lengths", "kinds", "generation", "device", "kept"),
     [
-        ({256, 1024}, 9, GPU, True),
-        (set(), 9, GPU, True),
-        ({256, 576}, 9, GPU, False),
-        (None, 9, GPU, False),
-        ({576}, 8, GPU, True),
-        ({576}, 9, torch.device("cpu"), True),
+        ({256, 1024}, 1, 9, GPU, True),
+        (set(), 2, 9, GPU, True),
+        ({256, 576}, 1, 9, GPU, False),
+        ({256}, 2, 9, GPU, False),
+        (None, 1, 9, GPU, False),
+        ({576}, 2, 8, GPU, True),
+        ({576}, 2, 9, torch.device("cpu"), True),
     ],
 )
-def test_cudnn_stays_out_on_hopper_alone(lengths, generation, device, kept, monkeypatch, capsys):
+def test_cudnn_stays_out_on_hopper_alone(
+    lengths, kinds, generation, device, kept, monkeypatch, capsys
+):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (generation, 0))
     for _ in range(2):
-        avoid_faulty_softmax(lengths, device)
+        avoid_faulty_softmax(lengths, kinds, device)
         assert torch.backends.cuda.cudnn_sdp_enabled() == kept
     assert capsys.readouterr().out.count("without cuDNN") == (not kept)
 
@@ -56,4 +59,4 @@ def test_a_run_looks_at_the_lengths_of_its_softmax(attention, expected, tmp_path
     given = []
     monkeypatch.setattr(training_run, "avoid_faulty_softmax", lambda *args: given.append(args))
     run = build_run(tiny_run(tmp_path, model=replace(TINY, attention=attention)))
-    assert given == [(expected, run.accelerator.device)]
+    assert given == [(expected, 1, run.accelerator.device)]

@@ -28,23 +28,27 @@ class AttentionLengths(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def avoid_faulty_softmax(lengths: Collection[int] | None, device: torch.device) -> None:
+def avoid_faulty_softmax(lengths: Collection[int] | None, kinds: int, device: torch.device) -> None:
     """Keep cuDNN's attention out of this process where its backward pass may fault.
 
-    torch prefers cuDNN on Hopper. At a length that is not a multiple of 128, its backward pass has
-    ended a training step of FLUX.1 with an illegal memory access (torch 2.11; see also issues
-    169849 and 196678 of pytorch).
+    torch prefers cuDNN on Hopper. If a model has several kinds of blocks, as FLUX has, one of them
+    may run the plan that torch keeps for another; see `ops.softmax.with_contiguous_gradient`, which
+    stock layers lack. At lengths that are not multiples of 128, others report faults and wrong
+    gradients (issues 169849 and 196678 of pytorch).
 
     Args:
-        lengths: Of queries and keys that attend; None if they differ from sample to sample.
+        lengths: Of queries and keys that attend by softmax; none if no layer does, None if they
+            differ from sample to sample.
+        kinds: How many kinds of blocks the model repeats.
         device: Where the model trains.
     """
     if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
         return
-    ragged = lengths is None or any(length % _TILE for length in lengths)
-    if ragged and torch.backends.cuda.cudnn_sdp_enabled():
+    reason = None
+    if lengths is None or any(length % _TILE for length in lengths):
+        reason = f"the number of tokens is not a multiple of {_TILE}"
+    elif lengths and kinds > 1:
+        reason = "blocks of several kinds attend"
+    if reason is not None and torch.backends.cuda.cudnn_sdp_enabled():
         torch.backends.cuda.enable_cudnn_sdp(False)
-        tqdm.write(
-            "softmax attention runs without cuDNN, which may fault where the number of tokens is "
-            f"not a multiple of {_TILE}"
-        )
+        tqdm.write(f"softmax attention runs without cuDNN, which may fault where {reason}")

@@ -265,7 +265,8 @@ def _examine(task: Task, data: TrainingData, device: torch.device) -> int | None
     with AttentionLengths() as lengths:
         flops = step_flops(task.model, task.conditioning, example, data.sample_shapes[0])
     one_size = len(data.sample_shapes) == 1
-    avoid_faulty_softmax(lengths.found if one_size else None, device)
+    kinds = len(repeated_blocks(task.model))
+    avoid_faulty_softmax(lengths.found if one_size else None, kinds, device)
     return flops
 
 

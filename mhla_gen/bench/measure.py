@@ -34,6 +34,21 @@ def kernels_of(method: str, device: torch.device) -> AbstractContextManager[Any]
     return nullcontext() if backend is None else sdpa_kernel(backend)
 
 
+def training_kernels_of(method: str, kinds: int) -> AbstractContextManager[Any]:
+    """Let softmax attention train on what `train` takes, inside.
+
+    Args:
+        method: If it names kernels, these stay.
+        kinds: Kinds of blocks that the model repeats; with several, cuDNN's backward pass may
+            fault, see `training.softmax`.
+    """
+    if kinds == 1 or SOFTMAX.get(method) is not None:
+        return nullcontext()
+    return sdpa_kernel(
+        [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    )
+
+
 def latency_ms(function: Callable[[], object], device: torch.device) -> float:
     """Median time of one call, launch by launch as Python issues them."""
     if device.type == "cuda":

@@ -7,7 +7,12 @@ from typing import Any
 
 import torch
 
-from mhla_gen.bench.measure import kernels_of, latency_ms, peak_memory_gib
+from mhla_gen.bench.measure import (
+    kernels_of,
+    latency_ms,
+    peak_memory_gib,
+    training_kernels_of,
+)
 from mhla_gen.bench.profiles import as_table, kernel_times
 from mhla_gen.config import BenchConfig, MHLAConfig, load_config
 from mhla_gen.models import inject
@@ -15,7 +20,7 @@ from mhla_gen.models.families.dit import disable_label_dropout
 from mhla_gen.models.overview import exact_pairs
 from mhla_gen.models.short import unmentioned
 from mhla_gen.models.transformer import MHLATransformerMixin
-from mhla_gen.runtime.compiling import SUMS_APART, compile_blocks
+from mhla_gen.runtime.compiling import SUMS_APART, compile_blocks, repeated_blocks
 from mhla_gen.runtime.cuda_graphs import RecordedForward
 from mhla_gen.runtime.recomputing import recompute_activations
 from mhla_gen.runtime.recorded_training import RecordedTraining
@@ -45,7 +50,7 @@ def bench_model(
             with kernels_of(method, device):
                 model = _prepare(method, config, grid, device, dtype)
                 row["exact"] = exact_pairs(model, grid)
-                row |= _measure(model, config, grid, device, dtype)
+                row |= _measure(method, model, config, grid, device, dtype)
             yield row
         except (RuntimeError, ValueError, AttributeError) as error:
             if device.type == "cuda":
@@ -87,6 +92,7 @@ def _prepare(
 
 
 def _measure(
+    method: str,
     model: Any,
     config: BenchConfig,
     grid: tuple[int, ...],
@@ -119,7 +125,8 @@ def _measure(
         model.zero_grad()
 
     recorded = RecordedTraining(model, model) if config.cuda_graphs else None
-    row |= _time("train", train, model, recorded, config, device)
+    with training_kernels_of(method, len(repeated_blocks(model))):
+        row |= _time("train", train, model, recorded, config, device)
     if recorded is not None:
         recorded.forget()
     return row

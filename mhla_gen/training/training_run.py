@@ -1,6 +1,7 @@
 """A run: data, model, optimizer and EMA, and a step of training."""
 
 import copy
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -280,7 +281,9 @@ def _shared(
     # What is recorded must stay on the stream on which gradients arrive, which is that on which
     # DistributedDataParallel was made; the default one cannot be recorded.
     stream = torch.cuda.Stream() if recorded else None
-    with torch.cuda.stream(stream):
+    with torch.cuda.stream(stream), warnings.catch_warnings():
+        # torch 2.14 renames a setting that accelerate 1.15 passes on.
+        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
         model, prepared = accelerator.prepare(model, optimizer)
     if accelerator.is_fsdp2:
         step_on_shards(optimizer)

@@ -10,10 +10,11 @@ import transformers.utils.logging
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """No bars of saving and loading inside, and not the warning that autocast brings about.
+    """No bars of saving and loading inside, nor warnings of what is meant or does no harm.
 
     Under autocast Wan's norms get tokens in bfloat16 and keep weights in float32, which is meant:
-    torch then runs them in two kernels in place of one, and warns once.
+    torch then runs them in two kernels in place of one. On a CPU, gradients of a convolution have
+    other strides than DistributedDataParallel expects, along an axis of one element.
     """
     packages = [diffusers.utils.logging, transformers.utils.logging]
     shown = [package for package in packages if package.is_progress_bar_enabled()]
@@ -21,7 +22,8 @@ def undisturbed() -> Iterator[None]:
         package.disable_progress_bar()
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
+            for message in ("Mismatch dtype between input and weight", "Grad strides do not match"):
+                warnings.filterwarnings("ignore", message=message)
             yield
     finally:
         for package in shown:

@@ -62,11 +62,8 @@ ARMS = {
     "wan-gated-softmax": Arm("wan", "gated_softmax"),
     "wan-mhla": Arm("wan", "mhla"),
     "wan-exact-12": Arm("wan", "mhla", ("exact=0.125",)),
-    # One denominator over text and image, by log-sum-exp.
-    "sd3-mhla-denominator": Arm("sd3", "mhla", ("combine=denominator",)),
     # The share of text tokens, with nothing learned.
     "sd3-mhla-counts": Arm("sd3", "mhla", frozen=True),
-    "sd3-exact-12-denominator": Arm("sd3", "mhla", ("exact=0.125", "combine=denominator")),
 }
 
 

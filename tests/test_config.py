@@ -130,9 +130,12 @@ def test_retired_settings_are_dropped_where_off_and_refused_where_on(tmp_path):
     text = "job: train\nmodel:\n  mhla:\n    {}\n"
     old.write_text(text.format("content_mixing: false"))
     assert load_config(old).model.mhla == MHLAConfig()
+    old.write_text(text.format("combine: gate"))
+    assert load_config(old).model.mhla == MHLAConfig()
     for line, remedy in (
         ("content_mixing: true", "content_mixing=true is no longer supported .* train again"),
         ("mixing_init: multiscale", "found 'multiscale'.* write locality"),
+        ("combine: projection", "combine=projection is no longer supported .* train again"),
     ):
         old.write_text(text.format(line))
         with pytest.raises(ConfigError, match=remedy):

@@ -58,6 +58,15 @@ def test_every_run_of_a_plan_is_a_valid_training(scripts, name):
     assert set(plan.probe) <= set(scripts("evidence_probe").ARMS)
 
 
+def test_results_of_settings_that_are_gone_are_shown_but_not_run_again(scripts):
+    plan = scripts("evidence_plan").Plan(EVIDENCE / "exact.yaml")
+    assert plan.past and not {run.name for run in plan.past} & {run.name for run in plan.runs}
+    for run in plan.past:
+        assert (ROOT / "docs" / "results" / "exact" / f"{run.name}.json").is_file()
+        with pytest.raises(ValueError, match="no longer supported"):
+            run.config()
+
+
 def test_arms_differ_from_their_control_as_their_titles_say(scripts):
     configs = {run.arm: run.config() for run in scripts("evidence_plan").Plan().runs}
     control, default = configs["linear-conv-gate"].model, configs["mhla-conv-gate"].model

@@ -88,35 +88,8 @@ def test_the_gate_weighs_the_halves():
     torch.testing.assert_close(model(q, k, v, h, GRID), expected)
 
 
-def test_one_denominator_is_one_average():
-    model = layer(combine="denominator")
-    with torch.no_grad():
-        model.combine.bias.zero_()
-    q, k, v, h = tokens()
-    exact, lse = exact_half(q, k, v, model.config)
-    options = {"grid": GRID, "layout": LAYOUT, "normalize": False, "implementation": "naive"}
-    sums = mhla(q, k, v, model.mixing, **options)
-    mass = mhla(q, k, torch.ones_like(v), model.mixing, **options)
-    weight = lse.exp().transpose(1, 2).unsqueeze(-1)
-    expected = ((weight * exact + sums) / (weight + mass)).flatten(2)
-    torch.testing.assert_close(model(q, k, v, h, GRID), expected, rtol=1e-5, atol=1e-6)
-
-
-def test_the_projection_adds_to_the_exact_half():
-    model = layer(combine="projection")
-    q, k, v, h = tokens()
-    exact, _ = exact_half(q, k, v, model.config)
-    linear = mhla(q, k, v, model.mixing, grid=GRID, layout=LAYOUT, implementation="naive")
-    expected = (exact + model.combine.proj(linear)).flatten(2)
-    torch.testing.assert_close(model(q, k, v, h, GRID), expected)
-    model.combine.reset_parameters()
-    torch.testing.assert_close(model(q, k, v, h, GRID), exact.flatten(2))
-
-
-@pytest.mark.parametrize("combine", ["gate", "denominator", "projection"])
-def test_every_parameter_and_input_learns(combine):
-    options = {"combine": combine, "output_norm": True, "learned_features": True}
-    model = layer(conv=True, gate=True, **options)
+def test_every_parameter_and_input_learns():
+    model = layer(conv=True, gate=True, output_norm=True, learned_features=True)
     inputs = [x.requires_grad_() for x in tokens()]
     model(*inputs, GRID).square().sum().backward()
     for name, parameter in [*model.named_parameters(), *enumerate(inputs)]:
@@ -139,11 +112,9 @@ def test_tables_by_head_rotate_as_one_table_does(share):
     by_head = tuple(table[None, :, None].expand(1, 35, 2, 4) for table in rotary)
     options = {"exact": 1.0} if share == 1 else tiles(LAYOUT)
     config = MHLAConfig(layout=LAYOUT, **options)
-    expected, lse = exact_attention(q, k, v, config, GRID, rotary)
-    out, other = exact_attention(q, k, v, config, GRID, by_head)
-    torch.testing.assert_close(out, expected)
-    assert (other is None and share == 1) or torch.allclose(other, lse)
-    plain, _ = exact_attention(q, k, v, config, GRID)
+    out = exact_attention(q, k, v, config, GRID, by_head)
+    torch.testing.assert_close(out, exact_attention(q, k, v, config, GRID, rotary))
+    plain = exact_attention(q, k, v, config, GRID)
     assert not torch.allclose(plain, out, atol=1e-3)
 
 
@@ -284,12 +255,10 @@ def test_joint_layers_without_an_exact_half_still_read_the_text():
         ("exact=0.1 exact_window=[2,2]", "odd"),
         ("exact=0.1 exact_window=[3,0]", "odd"),
         ("exact=0.1 exact_top=-1", "exact_top"),
-        ("exact=0.1 combine=sum", "combine"),
         ("exact=0.1 exact_start=1", "exact_start"),
         ("linear=false", "leaves no attention"),
         ("exact=1 output_norm=true", "output_norm"),
         ("exact=1 learned_features=true", "learned_features"),
-        ("exact=0.1 combine=denominator normalize=false", "normalize=true"),
     ],
 )
 def test_mistakes_are_named(setting, message):
@@ -332,7 +301,7 @@ def test_softmax_with_convolution_and_gate_is_a_choice_of_a_new_model():
 @pytest.mark.parametrize("feature_map", ["relu", "softmax"])
 def test_learned_features_start_as_none_and_serve_the_linear_half_alone(feature_map):
     q, k, v, h = tokens()
-    options = {"feature_map": feature_map, "combine": "denominator"}
+    options = {"feature_map": feature_map}
     plain, learned = layer(**options), layer(**options, learned_features=True)
     learned.load_state_dict(plain.state_dict(), strict=False)
     learned.features.reset_parameters()
@@ -341,8 +310,8 @@ def test_learned_features_start_as_none_and_serve_the_linear_half_alone(feature_
     with torch.no_grad():
         learned.features.query_map.normal_()
     assert not torch.allclose(learned(q, k, v, h, GRID), expected, atol=1e-4)
-    alone, _ = exact_attention(q, k, v, learned.config, GRID)
-    assert torch.equal(alone, exact_attention(q, k, v, plain.config, GRID)[0])
+    alone = exact_attention(q, k, v, learned.config, GRID)
+    assert torch.equal(alone, exact_attention(q, k, v, plain.config, GRID))
     if feature_map == "softmax":
         options = {"grid": GRID, "layout": LAYOUT, "feature_map": "identity"}
         linear = mhla(q.softmax(-1), k.softmax(-1), v, plain.mixing, **options)

@@ -20,8 +20,6 @@ CASES = [
     ((11,), (3,), 3, 6),
 ]
 
-COMBINATIONS = ("gate", "denominator", "projection")
-
 
 def make_inputs(case, gate, dtype, blend=False, batch=2):
     """Attention's output (or two, and logits of the first one's weight), value, weight, …"""
@@ -184,7 +182,7 @@ def test_what_is_added_must_have_the_shape_of_tokens():
 @pytest.mark.parametrize(
     "settings",
     [{"gate": gate} for gate in (False, True, "head", 4)]
-    + [{"gate": gate, "exact": 0.5, "combine": c} for gate in (True, False) for c in COMBINATIONS],
+    + [{"gate": gate, "exact": 0.5} for gate in (True, False)],
 )
 def test_a_layer_in_kernels_equals_one_in_torch(settings, monkeypatch):
     from mhla_gen.ops import depthwise
@@ -199,7 +197,7 @@ def test_a_layer_in_kernels_equals_one_in_torch(settings, monkeypatch):
     query, key, value = (torch.randn(2, 20, 2, 8, device=DEVICE) for _ in range(3))
     hidden = torch.randn(2, 20, 12, device=DEVICE).requires_grad_()
     value.requires_grad_()
-    reads = config.gate or (config.exact and config.combine == "gate")
+    reads = config.gate or config.exact
     trained = [value, *([hidden] if reads else []), *layer.parameters()]
     found = []
     for fused in (False, True):

@@ -91,7 +91,6 @@ def all_weights(attention):
         {"exact": 1.0},
         {"exact": 0.3, "linear": False},
         {"exact": 0.3, "learned_features": True},
-        {"exact": 0.3, "combine": "denominator"},
     ],
 )
 def test_weights_times_values_are_the_output_of_the_layer(case, options):

@@ -176,8 +176,8 @@ def test_group_offload(offload_type):
 # Every module that has weights of its own, by kind of attention.
 OFFLOADED = {
     "gate": WAN,
-    "denominator": replace(WAN, combine="denominator", learned_features=True, gate="head"),
-    "projection": replace(WAN, combine="projection", feature_map="focused", gate=3),
+    "features": replace(WAN, learned_features=True, gate="head"),
+    "focused": replace(WAN, feature_map="focused", gate=3),
     "linformer": LinformerConfig(projected_len=8, sharing="none"),
     "linformer by axis": LinformerConfig(projected_len=(1, 2, 2), sharing="key_value"),
     "linformer of one layer": LinformerConfig(projected_len=8, sharing="layerwise"),

@@ -456,11 +456,15 @@ def test_models_of_earlier_versions_load_or_say_what_is_gone(tmp_path):
     file.write_text(json.dumps(saved))
     with pytest.raises(ValueError, match="train again"):
         mhla_gen.MHLADiTTransformer2DModel.from_pretrained(tmp_path)
-    saved["mhla"]["content_mixing"] = False
+    saved["mhla"] |= {"content_mixing": False, "combine": "denominator"}
+    file.write_text(json.dumps(saved))
+    with pytest.raises(ValueError, match="combine=denominator is no longer supported"):
+        mhla_gen.MHLADiTTransformer2DModel.from_pretrained(tmp_path)
+    saved["mhla"]["combine"] = "gate"
     file.write_text(json.dumps(saved))
     loaded = mhla_gen.MHLADiTTransformer2DModel.from_pretrained(tmp_path)
     assert loaded.mhla_config == model.mhla_config
-    assert "content_mixing" not in loaded.config.mhla
+    assert not {"content_mixing", "combine"} & set(loaded.config.mhla)
 
 
 def test_loading_in_bfloat16_keeps_mixing_in_float32(family, tmp_path):

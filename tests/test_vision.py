@@ -29,7 +29,6 @@ KINDS = {
     "linear": MHLAConfig(layout=(1, 1), conv=False, gate=False),
     "exact": MHLAConfig(exact=0.3),
     "tiles alone": MHLAConfig(exact=0.3, linear=False),
-    "denominator": MHLAConfig(layout=(2, 3), combine="denominator"),
     "hybrid": MHLAConfig(layout=(2, 3), layers="1/2"),
     "linformer": LinformerConfig(projected_len=(2, 3)),
 }
@@ -119,8 +118,6 @@ def test_a_layer_equals_its_definition_with_all_gradients(first):
 @pytest.mark.parametrize("head", HEADS)
 def test_every_kind_is_saved_loaded_and_restored_bit_for_bit(head, kind, tmp_path):
     model, x = softmax_model(head), images()
-    if kind == "denominator" and head == "average":
-        kind = "mhla"  # one half alone has nothing to combine
     before, state = model(x), copy.deepcopy(model.state_dict())
     assert mhla_gen.inject(model, KINDS[kind]) is model
     with torch.no_grad():

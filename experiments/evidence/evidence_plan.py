@@ -97,6 +97,8 @@ class Plan:
         inspected, exact pairs, or losses alone."""
         self.speed = [self._run(f"{line} 0") for line in self._values.get("speed", ())]
         """What the speed is measured of."""
+        self.past = [self._run(line) for line in self._values.get("past", ())]
+        """Runs whose results are shown, although their settings are gone."""
         self.probe: tuple[str, ...] = tuple(self._values.get("probe", ()))
         """Arms of the probe."""
 

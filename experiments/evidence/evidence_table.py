@@ -53,7 +53,7 @@ def load_groups(folder: Path, plan: Plan) -> list[Group]:
         FileNotFoundError: If the folder holds no result of the plan.
     """
     found: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for run in plan.runs:
+    for run in (*plan.runs, *plan.past):
         path = folder / f"{run.name}.json"
         if path.is_file():
             found.setdefault((run.setting.name, run.arm), []).append(json.loads(path.read_bytes()))

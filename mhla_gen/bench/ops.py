@@ -167,7 +167,7 @@ def attention(
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         halves = []
         if config.exact > 0:
-            exact, _ = exact_attention(query, key, value, config, case.grid, rotary)
+            exact = exact_attention(query, key, value, config, case.grid, rotary)
             halves.append(exact)
         if config.has_linear:
             placed = {"grid": case.grid, "layout": case.layout, "rotary": rotary}

@@ -55,13 +55,9 @@ class MHLAConfig(Settings):
     others are MHLA alone."""
     linear: bool = True
     """Use MHLA beside the exact half; false is the control without it."""
-    combine: Literal["gate", "denominator", "projection"] = "gate"
-    """How to combine the halves. gate: weighted by a function of the layer's input, per token and
-    head. denominator: weighted by their denominators. projection: adds a projection of MHLA's half,
-    which starts at zero, to the exact half."""
     exact_start: Annotated[float, Range(0, 1, open_low=True, open_high=True)] | None = None
     """Weight of the exact half before training; None is 0.98 in a converted model and 0.5 in a new
-    one. With combine=projection it is always 1."""
+    one. It becomes a function of the layer's input, per token and head."""
     feature_map: str = "relu"
     """φ: relu, squared_relu, elu+1, softplus, softmax or focused (both over the channels of
     a head), or identity."""
@@ -139,8 +135,6 @@ class MHLAConfig(Settings):
                 )
         if self.magnitude and not self.normalize:
             raise UserError(f"{key('magnitude')} needs {key('normalize')}=true")
-        if self.has_halves and self.combine == "denominator" and not self.normalize:
-            raise UserError(f"{key('combine')}=denominator needs {key('normalize')}=true")
 
     def _check_causal(self) -> None:
         if self.causal_frames is None:

@@ -14,6 +14,10 @@ _MULTISCALE = (
     "mixing_init must be locality or uniform, found 'multiscale', which is no longer supported; "
     "write locality: a saved model keeps its matrices"
 )
+_COMBINE = (
+    "combine={} is no longer supported (it was no better than the gate, see docs/evidence.md); "
+    "leave it out and train again"
+)
 _CONVERT = "the key convert is now called distill; rename it"
 
 
@@ -30,6 +34,9 @@ def without_retired(values: Mapping[str, Any]) -> dict[str, Any]:
         if key == "content_mixing":
             if value is not False:
                 raise UserError(_CONTENT_MIXING)
+        elif key == "combine":
+            if value != "gate":
+                raise UserError(_COMBINE.format(value))
         elif key == "convert":
             if value is not None:
                 raise UserError(_CONVERT)

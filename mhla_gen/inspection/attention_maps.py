@@ -19,7 +19,7 @@ from mhla_gen.inspection.weights import (
     SoftmaxAttention,
 )
 from mhla_gen.models import MHLA, Linformer
-from mhla_gen.models.exact import exact_attention, tile_layout
+from mhla_gen.models.exact import tile_layout
 from mhla_gen.models.family import Family
 from mhla_gen.models.projections import products
 from mhla_gen.models.rotary import rotated
@@ -104,14 +104,7 @@ def _of_layer(
     if module.combine is None:
         return exact
     linear = _linear_half(module, given, grid, rotary)
-    log_sum_exp = None
-    if config.combine == "denominator":
-        values = given["query"], given["key"], given["value"]
-        _, log_sum_exp = exact_attention(*values, config, grid, rotary)
-    of_input = products(module.input_layers(), given["hidden_states"])
-    weighed_by = module.weighed_by(given["query"], given["key"], of_input, grid, log_sum_exp)
-    shares = module.combine.shares(**weighed_by)
-    share = None if shares is None else shares[0]
+    share = products(module.input_layers(), given["hidden_states"])[-1].sigmoid()[0]
     return BothHalves(query, key, exact=exact, linear=linear, share=share)
 
 

@@ -191,16 +191,12 @@ def _means(x: Tensor, box: Tensor, num_boxes: int) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class BothHalves(LayerAttention):
-    """A layer with an exact half and MHLA.
-
-    Where MHLA's half is added through a map of channels (`combine=projection`), the output is no
-    weighted sum of values any more; the weights are then those of the exact half.
-    """
+    """A layer with an exact half and MHLA."""
 
     exact: ExactAttention
     linear: MHLAAttention
-    share: Tensor | None
-    """Weight of the exact half, `[seq_len, num_heads]`; None for `combine=projection`."""
+    share: Tensor
+    """Weight of the exact half, `[seq_len, num_heads]`."""
 
     @property
     def kind(self) -> str:
@@ -210,7 +206,5 @@ class BothHalves(LayerAttention):
     def weights(self, rows: Tensor, head: int) -> Tensor:
         """See `LayerAttention.weights`: the mean of both halves, weighed for every row."""
         exact = self.exact.weights(rows, head)
-        if self.share is None:
-            return exact
         share = self.share[rows, head].double().unsqueeze(1)
         return share * exact + (1 - share) * self.linear.weights(rows, head)

@@ -1,7 +1,7 @@
 """The module added to an attention layer: MHLA, softmax on part of the pairs, or both."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mhla_gen.config import MHLAConfig
 from mhla_gen.errors import UserError
 from mhla_gen.models.additions import AddedAttention, Inputs
-from mhla_gen.models.combination import log_denominator, make_combination
+from mhla_gen.models.combination import GateCombination
 from mhla_gen.models.exact import exact_attention
 from mhla_gen.models.features import Features, with_magnitude
 from mhla_gen.models.rotary import mhla_rotated_by_head
@@ -72,7 +72,8 @@ class MHLA(AddedAttention):
         self.features = Features(num_heads, head_dim, config) if config.has_linear else None
         self.combine = None
         if has_halves:
-            self.combine = make_combination(config, num_heads, head_dim, hidden_size)
+            assert config.exact_start is not None
+            self.combine = GateCombination(num_heads, hidden_size, config.exact_start)
         self.add_parts(hidden_size, len(config.layout))
         self.norm = nn.RMSNorm(head_dim, eps=1e-6) if config.output_norm else None
         self.reset_parameters()
@@ -90,8 +91,8 @@ class MHLA(AddedAttention):
             self.norm.reset_parameters()
 
     def input_layers(self) -> tuple[Any, ...]:
-        """The input layers of the gate, then those of the module that combines the halves."""
-        shares = () if self.combine is None else self.combine.input_layers()
+        """The input layers of the gate, then the one that weighs the halves."""
+        shares = () if self.combine is None else (self.combine.to_share,)
         return (*super().input_layers(), *shares)
 
     def _begin(self, given: Inputs) -> Callable[[], Tensor | Blend]:
@@ -107,34 +108,13 @@ class MHLA(AddedAttention):
 
         def attend() -> Tensor | Blend:
             query, key, value, of_input, grid, rotary, *_ = given
-            exact, log_sum_exp = exact_attention(query, key, value, config, grid, rotary, extra)
+            exact = exact_attention(query, key, value, config, grid, rotary, extra)
             if self.combine is None:
                 return exact
             linear = self._begin_linear(given._replace(group=None))()
-            weighed_by = self.weighed_by(query, key, of_input, grid, log_sum_exp)
-            return self.combine(exact, linear, **weighed_by)
+            return self.combine(exact, linear, of_input[-1])
 
         return attend
-
-    def weighed_by(
-        self,
-        query: Tensor,
-        key: Tensor,
-        of_input: Sequence[Tensor],
-        grid: tuple[int, ...],
-        log_sum_exp: Tensor | None,
-    ) -> dict[str, Tensor]:
-        """The inputs of `combine`'s weights; arguments as in `forward` and `exact_attention`."""
-        if self.config.combine == "projection":
-            return {}
-        if self.config.combine == "gate":
-            return {"logits": of_input[-1]}
-        assert self.features is not None and log_sum_exp is not None
-        query, key = self.features(query, key)
-        layout, mixing = self.occupied_blocks(grid)
-        options = {"grid": grid, "layout": layout, "feature_map": self.features.operator_map}
-        denominator = log_denominator(query, key, mixing, self.config, **options)
-        return {"log_sum_exp": log_sum_exp, "log_denominator": denominator}
 
     def _begin_linear(self, given: Inputs) -> Callable[[], Tensor]:
         """Start MHLA; calling the result ends it."""

@@ -129,7 +129,7 @@ class CausalMHLA(nn.Module):
         linear = self._linear(late.query, late.key, late.value, late.rotary, late.mask, state)
         linear = late.completed(linear, exact)
         logits = self.combine.to_share(hidden_states)
-        return self.combine(exact, linear, logits=logits).combined()
+        return self.combine(exact, linear, logits).combined()
 
     def _linear(
         self,

@@ -1,7 +1,6 @@
 """The exact half of an attention layer: softmax on a chosen part of the pairs, or on all."""
 
 import functools
-import math
 import operator
 
 import torch
@@ -66,7 +65,7 @@ def exact_attention(
     grid: tuple[int, ...],
     rotary: tuple[Tensor, Tensor] | None = None,
     extra: tuple[Tensor, ...] | None = None,
-) -> tuple[Tensor, Tensor | None]:
+) -> Tensor:
     """Softmax on the share of pairs that a config asks for, and on keys off the grid.
 
     Args:
@@ -79,8 +78,7 @@ def exact_attention(
         extra: As in `MHLA.forward`.
 
     Returns:
-        The output, shaped like `value`, and the logarithm of its denominator, float32 `[batch,
-        num_heads, seq_len]`, or None if the combination does not use it.
+        The output, shaped like `value`.
     """
     if config.exact == 1:
         mask = None
@@ -89,58 +87,13 @@ def exact_attention(
             if len(extra) == 3:
                 mask = F.pad(extra[2], (key.shape[1], 0), value=True)
             key, value = (torch.cat(pair, dim=1) for pair in ((key, extra[0]), (value, extra[1])))
-        return softmax(query, key, value, mask), None
+        return softmax(query, key, value, mask)
     if rotary is not None and rotary[0].ndim == 4:
         query, key, rotary = rotated(query, rotary), rotated(key, rotary), None
     if extra is not None and config.exact == 0:
-        return _extra_alone(query, key, value, config, grid, rotary, extra)
-    return _tiles(query, key, value, config, grid, rotary, extra)
-
-
-def _extra_alone(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    config: MHLAConfig,
-    grid: tuple[int, ...],
-    rotary: tuple[Tensor, Tensor] | None,
-    extra: tuple[Tensor, ...],
-) -> tuple[Tensor, Tensor | None]:
-    """Softmax on keys off the grid only; see `exact_attention`.
-
-    If a sample has no such key, for example because its whole caption is masked, its output is zero
-    and the logarithm of its denominator is -inf: with `combine=denominator`, MHLA gets all the
-    weight.
-    """
-    empty = None
-    if len(extra) == 3:
-        empty = ~extra[2].any(dim=1)
-        # Softmax over no key would be 0 / 0.
-        extra = (*extra[:2], extra[2] | empty[:, None])
-    if config.combine == "denominator":
-        out, log_sum_exp = _tiles(query, key, value, config, grid, rotary, extra)
-    else:
-        out, log_sum_exp = softmax(rotated(query, rotary), *extra), None
-    if empty is None:
-        return out, log_sum_exp
-    out = out.masked_fill(empty[:, None, None, None], 0)
-    if log_sum_exp is not None:
-        log_sum_exp = log_sum_exp.masked_fill(empty[:, None, None], -math.inf)
-    return out, log_sum_exp
-
-
-def _tiles(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    config: MHLAConfig,
-    grid: tuple[int, ...],
-    rotary: tuple[Tensor, Tensor] | None,
-    extra: tuple[Tensor, ...] | None,
-) -> tuple[Tensor, Tensor]:
-    """Softmax on the tiles of the config; see `exact_attention`."""
+        return _extra_alone(rotated(query, rotary), *extra)
     tile, group, window, top = tile_layout(config, grid)
-    return tile_attention(
+    out, _ = tile_attention(
         query,
         key,
         value,
@@ -153,6 +106,20 @@ def _tiles(
         extra=extra,
         implementation=config.implementation,
     )
+    return out
+
+
+def _extra_alone(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Softmax on keys off the grid only; arguments as in `softmax`.
+
+    The output of a sample without any, for example because its whole caption is masked, is zero.
+    """
+    if mask is None:
+        return softmax(query, key, value)
+    empty = ~mask.any(dim=1)
+    # Softmax over no key would be 0 / 0.
+    out = softmax(query, key, value, mask | empty[:, None])
+    return out.masked_fill(empty[:, None, None, None], 0)
 
 
 def softmax(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -186,18 +186,6 @@ def _resolve_mhla(family: Family, model: Any, config: MHLAConfig, new: bool) -> 
 
 def _settle_start(family: Family, model: Any, config: MHLAConfig, new: bool) -> MHLAConfig:
     reads_text = any(family.reads_text(attention) for _, attention in family.attentions(model))
-    without_exact = config.exact == 0 or config.exact_layers != "all"
-    if reads_text and without_exact and config.combine != "gate":
-        if config.combine == "projection":
-            raise UserError(
-                f"{config.key('combine')}=projection starts with the exact half alone, which "
-                "without a share of exact pairs is the text; take gate or denominator, or such a "
-                "share in all layers"
-            )
-        if not config.normalize:
-            raise UserError(
-                f"{config.key('combine')}=denominator needs {config.key('normalize')}=true"
-            )
     if config.exact_start is not None:
         return config
     if config.has_halves:

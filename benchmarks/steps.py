@@ -24,6 +24,7 @@ from mhla_gen.config import SampleConfig, TrainConfig
 from mhla_gen.data import Batch
 from mhla_gen.pipelines.class_conditional import ClassConditionalPipeline
 from mhla_gen.runtime.recorded_training import RecordedTraining
+from mhla_gen.runtime.softmax_kernels import compile_settings
 from mhla_gen.sampling.building import place
 from mhla_gen.training.build import build_task
 from mhla_gen.training.throughput import peak_flops
@@ -207,8 +208,9 @@ def agreed(run: Run, number: float) -> int:
 def fresh() -> Iterator[None]:
     """Clear compiled code, the state of accelerate and memory between rows."""
     cudnn = torch.backends.cuda.cudnn_sdp_enabled()
-    yield
-    # The row's lengths may have kept it out.
+    with compile_settings.patch(cache_key_tag=compile_settings.cache_key_tag):
+        yield
+    # The row's lengths or kinds of blocks may have kept it out.
     torch.backends.cuda.enable_cudnn_sdp(cudnn)
     AcceleratorState._reset_state()
     if PartialState().num_processes > 1:

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from test_training import TINY, tiny_run
 
+from mhla_gen.runtime.softmax_kernels import compile_settings
 from mhla_gen.training import training_run
 from mhla_gen.training.softmax import AttentionLengths, avoid_faulty_softmax
 from mhla_gen.training.training_run import build_run
@@ -18,7 +19,8 @@ GPU = torch.device("cuda")
 def as_before():
     enabled = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(True)
-    yield
+    with compile_settings.patch(cache_key_tag=""):
+        yield
     torch.backends.cuda.enable_cudnn_sdp(enabled)
 
 
@@ -51,6 +53,7 @@ def test_cudnn_stays_out_on_hopper_alone(
     for _ in range(2):
         avoid_faulty_softmax(lengths, kinds, device)
         assert torch.backends.cuda.cudnn_sdp_enabled() == kept
+        assert (compile_settings.cache_key_tag == "") == kept
     assert capsys.readouterr().out.count("without cuDNN") == (not kept)
 
 

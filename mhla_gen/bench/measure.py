@@ -7,9 +7,10 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend
 
 from mhla_gen.errors import UserError
+from mhla_gen.runtime.softmax_kernels import softmax_on
 
 # Rows of `BenchConfig.methods` that are softmax; None is torch's own choice.
 SOFTMAX = {
@@ -31,22 +32,21 @@ def kernels_of(method: str, device: torch.device) -> AbstractContextManager[Any]
     if method == "softmax_cudnn" and device.type != "cuda":
         raise UserError(f"softmax_cudnn needs a CUDA GPU, found {device.type}; use softmax")
     backend = SOFTMAX.get(method)
-    return nullcontext() if backend is None else sdpa_kernel(backend)
+    return nullcontext() if backend is None else softmax_on(backend)
 
 
 def training_kernels_of(method: str, kinds: int) -> AbstractContextManager[Any]:
-    """Let softmax attention train on what `train` takes, inside.
+    """Let softmax attention train without cuDNN where several kinds of blocks attend, inside.
+
+    As `train` does, see `training.softmax`.
 
     Args:
         method: If it names kernels, these stay.
-        kinds: Kinds of blocks that the model repeats; with several, cuDNN's backward pass may
-            fault, see `training.softmax`.
+        kinds: Kinds of blocks that the model repeats.
     """
     if kinds == 1 or SOFTMAX.get(method) is not None:
         return nullcontext()
-    return sdpa_kernel(
-        [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    )
+    return softmax_on(SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
 
 
 def latency_ms(function: Callable[[], object], device: torch.device) -> float:

@@ -86,8 +86,8 @@ def check_softmax() -> Result:
         return Result(
             "ok",
             f"{said}; with torch 2.11 on Hopper its backward pass may fault where a length is not "
-            "a multiple of 128: `train` avoids it; in other programs call "
-            "torch.backends.cuda.enable_cudnn_sdp(False)",
+            "a multiple of 128, or a model has several kinds of blocks: `train` avoids it; in "
+            "other programs call torch.backends.cuda.enable_cudnn_sdp(False)",
         )
     return Result("ok", said)
 

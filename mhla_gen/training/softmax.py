@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
+from mhla_gen.runtime.softmax_kernels import leave_out_cudnn
+
 # Queries or keys in a tile of cuDNN's kernels for Hopper.
 _TILE = 128
 
@@ -50,5 +52,5 @@ def avoid_faulty_softmax(lengths: Collection[int] | None, kinds: int, device: to
     elif lengths and kinds > 1:
         reason = "blocks of several kinds attend"
     if reason is not None and torch.backends.cuda.cudnn_sdp_enabled():
-        torch.backends.cuda.enable_cudnn_sdp(False)
+        leave_out_cudnn()
         tqdm.write(f"softmax attention runs without cuDNN, which may fault where {reason}")

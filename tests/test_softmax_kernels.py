@@ -1,0 +1,69 @@
+"""Softmax attention runs on the kernels that are allowed, also where other code is on disk."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend
+from torch.profiler import ProfilerActivity, profile
+
+from mhla_gen.bench.measure import training_kernels_of
+from mhla_gen.runtime.softmax_kernels import compile_settings, leave_out_cudnn, softmax_on
+
+
+@pytest.fixture(autouse=True)
+def as_before():
+    enabled = torch.backends.cuda.cudnn_sdp_enabled()
+    with compile_settings.patch(cache_key_tag=""):
+        yield
+    torch.backends.cuda.enable_cudnn_sdp(enabled)
+    torch.compiler.reset()
+
+
+def runs_on_flash(query):
+    """Whether attention does, newly compiled."""
+    torch.compiler.reset()
+
+    def attend(query):
+        return F.scaled_dot_product_attention(query, query, query)
+
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        torch.compile(attend, fullgraph=True)(query)
+    names = [event.key for event in profiler.key_averages()]
+    assert any("scaled_dot_product" in name or "mm" in name for name in names)
+    return any("flash" in name for name in names)
+
+
+def test_what_is_on_disk_was_compiled_for_the_same_kernels(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    query = torch.randn(1, 2, 16, 8)
+    for kernel in (SDPBackend.FLASH_ATTENTION, SDPBackend.MATH, SDPBackend.FLASH_ATTENTION):
+        with softmax_on(kernel):
+            assert runs_on_flash(query) == (kernel == SDPBackend.FLASH_ATTENTION)
+        assert compile_settings.cache_key_tag == ""
+
+
+def test_code_compiled_before_cudnn_was_left_out_is_not_taken(tmp_path, monkeypatch):
+    """On a CPU flash attention stands in for cuDNN's, which it does not have."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    query = torch.randn(1, 2, 16, 8)
+    assert runs_on_flash(query)
+    leave_out_cudnn()
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    flash = torch.backends.cuda.flash_sdp_enabled()
+    try:
+        torch.backends.cuda.enable_flash_sdp(False)
+        assert not runs_on_flash(query)
+    finally:
+        torch.backends.cuda.enable_flash_sdp(flash)
+
+
+@pytest.mark.parametrize(
+    ("method", "kinds", "kept"),
+    [("fused", 1, True), ("softmax", 2, False), ("fused", 2, False), ("softmax_cudnn", 2, True)],
+)
+def test_a_benchmark_trains_several_kinds_of_blocks_without_cudnn(method, kinds, kept):
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    with training_kernels_of(method, kinds):
+        assert torch.backends.cuda.cudnn_sdp_enabled() == kept
+        assert torch.backends.cuda.flash_sdp_enabled()
+    assert torch.backends.cuda.cudnn_sdp_enabled()

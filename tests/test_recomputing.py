@@ -5,7 +5,9 @@ from functools import partial
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from tiny import dit_inputs, tiny_dit, tiny_wan, wan_inputs
+from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mhla_gen
@@ -115,6 +117,29 @@ def test_compiled_blocks_compute_again_inside(make, make_inputs, layout, share, 
     if share == 0.5 and make is tiny_dit:
         with torch.no_grad():
             assert torch.isfinite(model(**inputs, return_dict=False)[0]).all()
+
+
+@pytest.mark.parametrize(("make", "make_inputs", "layout"), MODELS)
+def test_a_compiled_block_keeps_no_tokens_but_its_output(make, make_inputs, layout, monkeypatch):
+    """No parts of joined projections either, which torch 2.11 keeps if one operator cuts them."""
+    model = mhla_gen.inject(make(num_layers=1), MHLAConfig(layout=layout))
+    kept = []
+
+    def forward(graph, _):
+        (results,) = graph.graph.find_nodes(op="output")[0].args
+        kept.extend(x.meta["val"] for x in results if x is not None and x.op != "placeholder")
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(
+        fw_compiler=forward,
+        bw_compiler=lambda graph, _: make_boxed_func(graph.forward),
+        partition_fn=min_cut_rematerialization_partition,
+    )
+    recompute_activations(model, True)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    compile_blocks(model)
+    model(**make_inputs(), return_dict=False)[0].sum().backward()
+    assert len([x for x in kept if x.dim() > 2]) == 1
 
 
 @pytest.mark.parametrize("wrong", ["1.5", "-0.1", "half", "null"])

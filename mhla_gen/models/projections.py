@@ -40,34 +40,37 @@ def products(layers: Sequence[Any], inputs: Tensor) -> list[Tensor]:
         biases += [weights[0].new_zeros(rest)] if biases else []
     bias = torch.cat(biases) if biases else None
     joined = F.linear(inputs, torch.cat(weights), bias)
+    parts = joined.split([*sizes, rest], dim=-1)[: len(layers)]
     if torch.compiler.is_compiling():
-        return list(_Split.apply(joined, sizes))
-    return list(joined.split([*sizes, rest], dim=-1))[: len(layers)]
+        parts = _SideBySide.apply(joined, *(part.detach() for part in parts))
+    return list(parts)
 
 
-class _Split(torch.autograd.Function):
+class _SideBySide(torch.autograd.Function):
     """The first parts of a tensor's last axis; gradients are put side by side by `join_columns`.
 
-    For compiled code only: it has no second derivatives, and `torch.func` does not take it.
+    For compiled code only: it has no second derivatives, and `torch.func` does not take it. Parts
+    are given: with gradient checkpointing torch 2.11 would keep all that is computed in `forward`.
     """
 
     @staticmethod
-    def forward(ctx: Any, joined: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, joined: Tensor, *parts: Tensor) -> tuple[Tensor, ...]:
+        sizes = [part.shape[-1] for part in parts]
         ctx.sizes = [*sizes, joined.shape[-1] - sum(sizes)]
         ctx.set_materialize_grads(False)
-        return joined.split(ctx.sizes, dim=-1)[:-1]
+        return parts
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         given = next((g for g in gradients if g is not None), None)
         if given is None:
-            return None, None
+            return (None,) * len(ctx.sizes)
         parts = [
             given.new_zeros((*given.shape[:-1], size)) if gradient is None else gradient
             for gradient, size in zip((*gradients, None), ctx.sizes, strict=True)
             if size
         ]
-        return join_columns(parts), None
+        return join_columns(parts), *[None] * len(gradients)
 
 
 @torch.library.custom_op("mhla_gen::join_columns", mutates_args=())

@@ -78,6 +78,21 @@ def test_without_gradients_queries_stay_together():
     assert queries.found == [(2, 2, LENGTH, 12)]
 
 
+@pytest.mark.parametrize("how", ["mask", "fused"])
+def test_other_calls_are_as_without_groups(how):
+    made, (tokens, text) = layer(False), inputs(False)
+    mask = None
+    if how == "mask":
+        mask = torch.arange(7) < torch.tensor([3, 7])[:, None, None, None]
+    else:
+        made.fuse_projections()
+        # No longer read.
+        nn.init.zeros_(made.to_k.weight)
+    expected = made(tokens, text, mask)
+    made.set_processor(CaptionAttnProcessor())
+    assert made(tokens, text, mask).equal(expected)
+
+
 def test_groups_in_one_graph_that_is_computed_again():
     made, given = layer(True, torch.float32), inputs(True, dtype=torch.float32)
     made.set_processor(CaptionAttnProcessor())
@@ -121,7 +136,9 @@ def test_the_number_of_groups():
     assert query_groups(32760, 48) == query_groups(75600, 48) == 8
     # A GPU that is full, a clip that is short, a length without divisors.
     assert query_groups(32760, 384) == query_groups(2047, 1) == query_groups(32749, 1) == 1
-    for length, programs in product((1, 128, 2048, 2340, 9216, 16384, 32760), (1, 48, 200, 4000)):
+    for length, programs in product(
+        (1, 128, 2048, 2176, 2340, 9216, 16384, 32760), (1, 48, 200, 4000)
+    ):
         groups = query_groups(length, programs)
         assert length % groups == 0
         assert groups == 1 or length // groups >= 1024

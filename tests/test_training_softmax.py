@@ -9,6 +9,7 @@ from test_training import TINY, tiny_run
 
 from mhla_gen.runtime.softmax_kernels import compile_settings
 from mhla_gen.training import training_run
+from mhla_gen.training.build import build_task
 from mhla_gen.training.softmax import AttentionLengths, avoid_faulty_softmax
 from mhla_gen.training.training_run import build_run
 
@@ -63,3 +64,18 @@ def test_a_run_looks_at_the_lengths_of_its_softmax(attention, expected, tmp_path
     monkeypatch.setattr(training_run, "avoid_faulty_softmax", lambda *args: given.append(args))
     run = build_run(tiny_run(tmp_path, model=replace(TINY, attention=attention)))
     assert given == [(expected, 1, run.accelerator.device)]
+
+
+@pytest.mark.parametrize("why", ["captions differ", "a mask has values"])
+def test_lengths_that_one_sample_does_not_show_are_unknown(why, tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(training_run, "avoid_faulty_softmax", lambda *args: given.append(args))
+    if why == "a mask has values":
+        # What it returns for such a model.
+        monkeypatch.setattr(training_run, "step_flops", lambda *_: None)
+
+    def build(config, data):
+        return replace(build_task(config, data), any_length=why == "captions differ")
+
+    build_run(tiny_run(tmp_path, model=replace(TINY, attention="softmax")), build)
+    assert [lengths for lengths, *_ in given] == [None]

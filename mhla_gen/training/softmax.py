@@ -40,7 +40,7 @@ def avoid_faulty_softmax(lengths: Collection[int] | None, kinds: int, device: to
 
     Args:
         lengths: Of queries and keys that attend by softmax; none if no layer does, None if they
-            differ from sample to sample.
+            differ from sample to sample or are not known.
         kinds: How many kinds of blocks the model repeats.
         device: Where the model trains.
     """
@@ -48,7 +48,7 @@ def avoid_faulty_softmax(lengths: Collection[int] | None, kinds: int, device: to
         return
     reason = None
     if lengths is None or any(length % _TILE for length in lengths):
-        reason = f"the number of tokens is not a multiple of {_TILE}"
+        reason = f"the number of tokens may not be a multiple of {_TILE}"
     elif lengths and kinds > 1:
         reason = "blocks of several kinds attend"
     if reason is not None and torch.backends.cuda.cudnn_sdp_enabled():

@@ -265,9 +265,10 @@ def _examine(task: Task, data: TrainingData, device: torch.device) -> int | None
     example = data.read([data.buckets[0][0]])
     with AttentionLengths() as lengths:
         flops = step_flops(task.model, task.conditioning, example, data.sample_shapes[0])
-    one_size = len(data.sample_shapes) == 1
-    kinds = len(repeated_blocks(task.model))
-    avoid_faulty_softmax(lengths.found if one_size else None, kinds, device)
+    # Where the pass ends early, nothing is counted, and some lengths are not found.
+    alike = len(data.sample_shapes) == 1 and not task.any_length
+    known = lengths.found if alike and flops is not None else None
+    avoid_faulty_softmax(known, len(repeated_blocks(task.model)), device)
     return flops
 
 

@@ -57,6 +57,14 @@ def test_code_compiled_before_cudnn_was_left_out_is_not_taken(tmp_path, monkeypa
         torch.backends.cuda.enable_flash_sdp(flash)
 
 
+def test_a_tag_of_a_user_stays():
+    compile_settings.cache_key_tag = "mine"
+    with softmax_on(SDPBackend.MATH):
+        assert compile_settings.cache_key_tag == "mine softmax on MATH"
+    leave_out_cudnn()
+    assert compile_settings.cache_key_tag == "mine softmax without cuDNN"
+
+
 @pytest.mark.parametrize(
     ("method", "kinds", "kept"),
     [("fused", 1, True), ("softmax", 2, False), ("fused", 2, False), ("softmax_cudnn", 2, True)],

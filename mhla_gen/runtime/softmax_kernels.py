@@ -18,7 +18,7 @@ compile_settings: Any = torch.compiler.config
 @contextmanager
 def softmax_on(*kernels: SDPBackend) -> Iterator[None]:
     """Let softmax attention run on these kernels alone, inside."""
-    tag = " ".join(("softmax on", *(kernel.name for kernel in kernels)))
+    tag = _tag("softmax on", *(kernel.name for kernel in kernels))
     with sdpa_kernel([*kernels]), compile_settings.patch(cache_key_tag=tag):
         yield
 
@@ -26,4 +26,9 @@ def softmax_on(*kernels: SDPBackend) -> Iterator[None]:
 def leave_out_cudnn() -> None:
     """Keep softmax attention off cuDNN's kernels in this process, from now on."""
     torch.backends.cuda.enable_cudnn_sdp(False)
-    compile_settings.cache_key_tag = "softmax without cuDNN"
+    compile_settings.cache_key_tag = _tag("softmax without cuDNN")
+
+
+def _tag(*words: str) -> str:
+    """These words, after a tag that a user may have set."""
+    return " ".join((compile_settings.cache_key_tag, *words)).strip()

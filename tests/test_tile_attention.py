@@ -263,6 +263,8 @@ def test_a_rule_with_given_sizes_keeps_to_the_share_as_far_as_they_allow():
     # With 3×3 tiles around a group of 2×2, the window alone would be more.
     layout = auto_tiles(grid, 0.05, group=(2, 2))
     assert (layout.window, layout.top) == ((1, 1), 9)
+    # Nor is a window of 5×5 tiles in a large group worth four fifths of the list.
+    assert auto_tiles(grid, share, group=(2, 2)) == ((4, 4), (2, 2), (3, 3), 16)
     for sizes in ({"window": (7, 7)}, {"group": (8, 8), "window": (1, 1)}):
         layout = auto_tiles(grid, share, group=sizes.get("group"), window=sizes.get("window"))
         assert sizes.items() <= layout._asdict().items() and layout.top == 0
@@ -295,6 +297,27 @@ def test_a_clip_of_one_frame_is_read_as_an_image():
         for name in ("tile", "group", "window"):
             assert getattr(clip, name)[1:] == getattr(image, name)
         assert clip.top == image.top
+
+
+@pytest.mark.parametrize("side", [64, 80, 90])
+@pytest.mark.parametrize("share", [0.125, 0.25])
+def test_every_tile_of_a_small_image_has_a_list_of_its_own(side, share):
+    layout = auto_tiles((side, side), share)
+    assert (layout.group, layout.window) == ((1, 1), (5, 5))
+    # Asking for the sizes that the rule picks changes nothing.
+    for given in (("tile",), ("group",), ("tile", "group", "window")):
+        same = {name: getattr(layout, name) for name in given}
+        assert auto_tiles((side, side), share, **same) == layout
+    # Where lists are short or long, images are large, or tiles are small, lists are shared.
+    for grid, other in (((side, side), 0.05), ((side, side), 0.5), ((128, 128), share)):
+        assert math.prod(auto_tiles(grid, other).group) > 1
+    assert math.prod(auto_tiles((side, side), share, tile=(2, 2)).group) > 1
+
+
+def test_the_images_of_the_evidence_keep_the_tiles_that_were_compared():
+    """docs/evidence.md recommends these."""
+    assert auto_tiles((64, 64), 0.125) == ((4, 4), (1, 1), (5, 5), 7)
+    assert auto_tiles((64, 64), 0.05) == ((4, 4), (1, 2), (3, 3), 1)
 
 
 def test_the_clips_of_the_evidence_keep_the_tiles_that_were_compared():

@@ -20,6 +20,11 @@ _TILE_TOKENS = {2: 16, 3: 64}
 # Tokens of a clip up to which tiles of 64 are fewer than an image of 4,096 tokens has: too few to
 # choose from, and too large for a window.
 _SHORT_CLIP = 16384
+# Tokens of an image up to which every tile has a list of its own and a window of 5×5 tiles, if this
+# window takes at most 4/5 of the list. Larger images were not trained; they share lists for speed.
+_SMALL_IMAGE, _WIDE_WINDOW = 8192, 0.8
+# Above this share, lists of single tiles take longer than softmax on all pairs.
+_MOST_ALONE = 0.25
 # Queries of a group: the number of rows at which matrix products on a GPU are efficient.
 _GROUP_QUERIES, _FLAT_GROUP_QUERIES = 128, 64
 # Share of the tiles of an axis that groups of even size must fill.
@@ -39,14 +44,17 @@ def auto_tiles(
     - Tiles have at most 16 tokens on a line or an image (about 4×4) and at most 64 in a clip, with
       3 to 5 along each axis, or 7 frames; the lengths with the fewest empty slots are chosen. A
       clip of at most 16,384 tokens has the tiles and groups of an image in each of its frames.
-    - An image first gets a window of 3×3 tiles, if the share allows it, since it loses most without
-      one (docs/evidence.md). So does a clip with tiles of one frame, or even of 3×3×3 tiles, if
-      they take at most three quarters of the share. On a line and in other clips, the window grows
-      by two tiles along its shortest axis that does not cover the grid, as long as it takes at most
-      half of the share.
-    - Groups double along an axis that they divide, or nearly so, the shortest first, up to 64
-      queries in an image and 128 elsewhere, as long as the window around them stays within these
-      bounds.
+    - Up to a quarter of the pairs, an image of at most 8,192 tokens gets a window of 5×5 tiles, if
+      it takes at most four fifths of the share, and a list for every tile: the best of all layouts,
+      although slower than to share lists (docs/evidence.md).
+    - Other images first get a window of 3×3 tiles, if the share allows it, since they lose most
+      without one. So does a clip with tiles of one frame, or even of 3×3×3 tiles, if they take at
+      most three quarters of the share. On a line and in other clips, the window grows by two tiles
+      along its shortest axis that does not cover the grid, as long as it takes at most half of the
+      share.
+    - Groups, which share a list, double along an axis that they divide, or nearly so, the shortest
+      first, up to 64 queries in an image and 128 elsewhere, as long as the window around them stays
+      within these bounds.
     - The rest of the share is chosen by content.
 
     Args:
@@ -70,13 +78,19 @@ def auto_tiles(
     def near(window: tuple[int, ...], group: tuple[int, ...] | None = None) -> int:
         return tiling(grid, tile, window, 0, group).window_size
 
-    flat = _is_flat(tile)
+    flat, single = _is_flat(tile), (1,) * len(grid)
     most = budget if flat else max(1, budget // 2)
-    first = window
+    first, wide = window, (*single[2:], 5, 5)
+    alone = flat and share <= _MOST_ALONE and _is_small_image(grid, tile)
+    alone = alone and near(wide) <= _WIDE_WINDOW * budget
+    if alone and group is None:
+        group = single
     if first is None:
-        first = (1,) * len(grid)
-        square, cube = (*first[2:], 3, 3), (3,) * len(grid)
-        if flat and near(square, group) <= budget:
+        first = single
+        square, cube = (*single[2:], 3, 3), (3,) * len(grid)
+        if alone and near(wide, group) <= _WIDE_WINDOW * budget:
+            first = wide
+        elif flat and near(square, group) <= budget:
             around = _auto_group(tile, tiles, lambda _: True) if group is None else group
             deep = len(grid) == 3 and near(cube, around) <= budget * 3 // 4
             first = cube if deep else square
@@ -133,6 +147,12 @@ def _auto_tile(grid: tuple[int, ...]) -> tuple[int, ...]:
 def _is_flat(tile: tuple[int, ...]) -> bool:
     """Whether tiles are of an image, or of one frame of a clip."""
     return len(tile) == 2 or (len(tile) == 3 and tile[0] == 1)
+
+
+def _is_small_image(grid: tuple[int, ...], tile: tuple[int, ...]) -> bool:
+    """Whether lists for single tiles are worth their time; those of smaller tiles are not."""
+    tokens = math.prod(grid)
+    return tokens == math.prod(grid[-2:]) and tokens <= _SMALL_IMAGE and min(tile[-2:]) >= 3
 
 
 def _auto_group(

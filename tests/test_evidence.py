@@ -381,12 +381,12 @@ def test_a_stop_waits_for_a_measurement(scripts, tmp_path):
 def test_tiny_clips_from_data_to_table(scripts, tmp_path):
     pytest.importorskip("efficientnet_lite_pytorch")
     data = save_images(tmp_path / "data.npz", 64)
-    plan = save_plan(tmp_path / "exact.yaml", "exact", "exact-12 clips 0")
+    plan = save_plan(tmp_path / "exact.yaml", "exact", "clips-12 clips 0")
     counts = ["--clips", "8", "--held-out-clips", "2", "--clip-samples", "16"]
     command = [data, str(tmp_path / "out"), "--plan", plan, *TINY, *SIZES, *counts]
     with pytest.warns(match="samples for 256 dimensions"):
         scripts("evidence_run").main([*command, "max_steps=2", "batch_size=2", "compile=none"])
-    found = json.loads((tmp_path / "out" / "exact-12-clips-s0.json").read_text())
+    found = json.loads((tmp_path / "out" / "clips-12-clips-s0.json").read_text())
     assert found["tokens"] == 9216 and found["pairs"] == pytest.approx(0.125, abs=0.01)
     assert len(found["held_out"]["per_image"]) == 2 and found["scores"]["samples"] == 16
 

@@ -21,14 +21,17 @@ from evidence_table import (
 from matplotlib.figure import Figure
 
 _TEACHER = "teacher"
-# Of the picture: arms with a linear half, the first without exact pairs, and arms without one; in
-# clips also with larger tiles.
+# Of the picture: arms with a linear half, the first without exact pairs, and arms without one.
+# Lists of tiles are shared unless said; in clips there are also larger tiles.
 _FAMILIES = {
-    "with MHLA": ("mhla", "exact-2", "exact-5", "exact-12", "exact-25"),
+    "with MHLA": ("mhla", "exact-2", "exact-5", "exact-12", "clips-12", "exact-25"),
+    "with MHLA, a list for every tile": ("single-5", "single-12", "clips-single-5"),
     "with linear attention": (
         "linear", "exact-2-linear", "exact-5-linear", "exact-12-linear", "exact-25-linear",
     ),
-    "alone": ("exact-2-alone", "exact-5-alone", "exact-12-alone", "exact-25-alone"),
+    "alone": ("exact-2-alone", "exact-5-alone", "exact-12-alone", "clips-12-alone",
+              "exact-25-alone"),
+    "alone, a list for every tile": ("single-12-alone",),
     "with MHLA, larger tiles": ("large-5", "large-12"),
     "alone, larger tiles": ("large-5-alone", "large-12-alone"),
 }  # fmt: skip

@@ -62,12 +62,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         draw_curves(groups, folder / "curves.png")
         draw_layers(groups, folder / "layers.png")
         draw_quality_and_speed(groups, folder / "quality-speed.png")
-    for setting in dict.fromkeys(group.setting for group in groups):
-        same = [group for group in groups if group.setting == setting]
-        if plan.tables != "losses":
+    if plan.tables != "losses":
+        pictures: dict[str, list[Group]] = {}
+        for group in groups:
+            # Converted models are compared however long they were tuned, and taught or not.
+            kind = plan.settings[group.setting].kind
+            pictures.setdefault(kind if kind == "converted" else group.setting, []).append(group)
+        for name, same in pictures.items():
             # Nine frames need more room than an image.
-            size = (96, 8) if plan.settings[setting].kind == "clips" else ()
-            draw_samples(same, folder, folder / f"samples-{setting}.png", *size)
+            size = (96, 8) if plan.settings[same[0].setting].kind == "clips" else ()
+            draw_samples(same, folder, folder / f"samples-{name}.png", *size)
     print(text)
 
 

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The comparisons of docs/evidence.md (exact pairs beside MHLA: from scratch, converted, on clips) and
-# of docs/mixing.md (MHLA against linear attention, main arms also longer). Results are kept.
+# of docs/mixing.md (MHLA against linear attention, main arms also longer). Results are kept, and
+# refused if they are of other settings.
 #   bash experiments/evidence.sh DATA OUTPUT [--seconds N] [--processes N] [key=value ...]
 # DATA: emoji64.npz (experiments/evidence/emoji_dataset.py) or a folder with one sub-folder of images
 # per class. All GPUs of this machine are used, with several processes each. After --seconds, runs

@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 EVIDENCE = ROOT / "experiments" / "evidence"
+RESULTS = ROOT / "docs" / "results"
 
 
 @pytest.fixture(autouse=True)
@@ -249,6 +251,118 @@ def test_probes_of_another_length_are_refused(scripts, tmp_path):
     with pytest.raises(SystemExit, match="of --steps 800, not 60; choose another folder"):
         probe.main([str(tmp_path), "--steps", "60"])
     assert not (tmp_path / "work").exists()
+
+
+def test_a_probe_of_another_attention_is_refused(scripts, tmp_path):
+    probe = scripts("evidence_probe")
+    path = tmp_path / "probe-exact-cells-near-s0.json"
+    found = {"arm": "exact-cells", "steps": 800, "attention": probe.stated("exact-cells")}
+    path.write_text(json.dumps(found))
+    probe.require_settings(tmp_path, 800)
+    for name, value in (("exact_top", 12), ("exact_group", [2, 2])):
+        changed = found | {"attention": found["attention"] | {name: value}}
+        path.write_text(json.dumps(changed))
+        with pytest.raises(SystemExit, match=rf"of attention\.{name}={re.escape(str(value))}, not"):
+            probe.main([str(tmp_path)])
+    path.write_text(json.dumps(found | {"arm": "softmax"}))
+    with pytest.raises(SystemExit, match='not "softmax"'):
+        probe.main([str(tmp_path)])
+
+
+SAMPLES = {"new": 1024, "converted": 1024, "clips": 512}
+
+
+def changed_result(source, path, change):
+    """A copy of a result whose settings `change` alters in place."""
+    found = json.loads(source.read_bytes())
+    change(found)
+    path.write_text(json.dumps(found))
+
+
+@pytest.mark.parametrize(
+    ("name", "folder", "samples"),
+    [
+        ("exact", "exact", 1024), ("gates", "gates", 1024), ("small", "small", 1024),
+        ("arms", "evidence", 2048), ("long", "evidence-long", 2048),
+    ],
+)  # fmt: skip
+def test_the_results_of_a_plan_are_of_its_settings(scripts, name, folder, samples):
+    plan, out = scripts("evidence_plan").Plan(EVIDENCE / f"{name}.yaml"), RESULTS / folder
+    assert any((out / f"{run.name}.json").is_file() for run in plan.runs)
+    settings = scripts("evidence_settings")
+    settings.require_settings(out, plan.runs, [], SAMPLES | {"new": samples})
+    settings.require_speeds(out, plan.speed, [])
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "change"),
+    [
+        ("exact-5-4096-s0", "learning_rate=0.001, not 0.0006",
+         lambda r: r["config"].update(learning_rate=1e-3)),
+        ("exact-5-4096-s0", "max_steps=400, not 800", lambda r: r["config"].update(max_steps=400)),
+        ("exact-5-4096-s0", "model.mhla.exact=0.02",
+         lambda r: r["config"]["model"]["mhla"].update(exact=0.02)),
+        ("exact-5-4096-s0", "pairs=0.06", lambda r: r.update(pairs=0.06)),
+        ("exact-12-4096-s0", "model.mhla.exact_group=[1, 1], not [2, 2]",
+         lambda r: r["config"]["model"]["mhla"].update(exact_group=[1, 1])),
+        # The tiles that `auto_tiles` picks for this arm.
+        ("single-12-4096-s0", "model.mhla.exact_window=[3, 3], not [5, 5]",
+         lambda r: r["config"]["model"]["mhla"].update(exact_window=[3, 3])),
+        ("groups-5-4096-s0", "--samples=64, not 1024", lambda r: r["scores"].update(samples=64)),
+        ("layers-5-4096-s0", 'model.mhla.exact_layers="all", not "1/3"',
+         lambda r: r["config"]["model"]["mhla"].pop("exact_layers")),
+        ("exact-12-converted-s0", "points=[0, 100], not [0, 100, 400]",
+         lambda r: r["points"].pop()),
+        ("exact-12-learned-taught-rest-s0", "taught=null", lambda r: r.update(taught=None)),
+    ],
+)  # fmt: skip
+def test_a_result_of_other_settings_is_refused_before_anything_is_trained(
+    scripts, tmp_path, name, setting, change
+):
+    changed_result(RESULTS / "exact" / f"{name}.json", tmp_path / f"{name}.json", change)
+    command = [str(tmp_path / "no.npz"), str(tmp_path), "--plan", str(EVIDENCE / "exact.yaml")]
+    message = re.escape(f"{name}.json is of {setting}") + ".*; rename or remove this result"
+    for script in ("evidence_run", "evidence_launch"):
+        with pytest.raises(SystemExit, match=message):
+            scripts(script).main(command)
+    assert not (tmp_path / "work").exists()
+
+
+def test_settings_that_change_no_number_may_differ(scripts, tmp_path):
+    def change(found):
+        found["config"] |= {"output_dir": "elsewhere", "cuda_graphs": True, "compile": "none"}
+        found["config"]["data"]["path"] = "elsewhere.npz"
+        found["title"] = "another"
+
+    changed_result(RESULTS / "exact" / "mhla-4096-s0.json", tmp_path / "mhla-4096-s0.json", change)
+    plan = scripts("evidence_plan").Plan(EVIDENCE / "exact.yaml")
+    scripts("evidence_settings").require_settings(tmp_path, plan.runs, ["resume=never"], SAMPLES)
+
+
+def test_a_result_names_the_tiles_that_were_picked(scripts, tmp_path):
+    """Else it would look like those of another rule for the same share of pairs."""
+    settings = scripts("evidence_settings")
+    runs = {run.arm: run for run in scripts("evidence_plan").Plan(EVIDENCE / "exact.yaml").runs}
+    single, shared = runs["single-12"], runs["exact-12"]
+    config = settings.stated(single, single.config())
+    assert config["model"]["mhla"]["exact_window"] == (5, 5)
+    made = {"config": config, "pairs": 0.125}
+    (tmp_path / f"{shared.name}.json").write_text(json.dumps(made))
+    with pytest.raises(SystemExit, match=r"exact_group=\[1, 1\], not \[2, 2\]"):
+        settings.require_settings(tmp_path, [shared], [f"seed={single.seed}"], SAMPLES)
+
+
+def test_a_speed_of_other_settings_is_refused(scripts, tmp_path):
+    settings = scripts("evidence_settings")
+    run = scripts("evidence_plan").Plan(EVIDENCE / "exact.yaml").speed[0]
+    found = {"config": settings.stated(run, run.config())}
+    (tmp_path / f"{run.speed_name}.json").write_text(json.dumps(found))
+    settings.require_speeds(tmp_path, [run], ["output_dir=elsewhere"])
+    command = [str(tmp_path), "--plan", str(EVIDENCE / "exact.yaml"), "compile=none"]
+    with pytest.raises(SystemExit, match='json is of compile="regional", not "none"'):
+        scripts("evidence_speed").main(command)
+    with pytest.raises(SystemExit, match='json is of compile="regional", not "none"'):
+        scripts("evidence_launch").main([str(tmp_path / "no.npz"), *command])
 
 
 @pytest.mark.parametrize("arm", ["softmax", "mhla-conv-gate"])

@@ -22,6 +22,8 @@ from pathlib import Path
 
 import torch
 from evidence_plan import PLAN, Plan
+from evidence_run import prepared
+from evidence_settings import require_speeds
 
 _HERE = Path(__file__).parent
 _BENCHMARKS = _HERE.parents[1] / "benchmarks"
@@ -49,7 +51,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     unknown = sorted(set(options.parts) - set(_PARTS))
     if unknown:
         parser.error(f"no part {', '.join(unknown)}; there are {', '.join(_PARTS)}")
-    launcher = Launcher(options)
+    given = [str(options.plan), *options.overrides, *options.options.split()]
+    # Here, since what the processes say goes to a log.
+    _, plan = prepared([str(options.data), str(options.out), "--plan", *given])
+    require_speeds(options.out, plan.speed, options.overrides)
+    launcher = Launcher(options, plan)
     signal.signal(signal.SIGTERM, lambda *_: launcher.stop())
     for part in options.parts:
         getattr(launcher, part)()
@@ -61,10 +67,11 @@ class Launcher:
 
     Args:
         options: Of the command line.
+        plan: The plan.
     """
 
-    def __init__(self, options: argparse.Namespace):
-        self.options, self.plan = options, Plan(options.plan)
+    def __init__(self, options: argparse.Namespace, plan: Plan):
+        self.options, self.plan = options, plan
         self.out: Path = options.out
         self.work = options.out / "work"
         self.work.mkdir(parents=True, exist_ok=True)
@@ -83,9 +90,7 @@ class Launcher:
     def speed(self) -> None:
         """Time all arms."""
         missing = [
-            run
-            for run in self.plan.speed
-            if not (self.out / f"speed-{run.arm}-{run.setting.name}.json").is_file()
+            run for run in self.plan.speed if not (self.out / f"{run.speed_name}.json").is_file()
         ]
         each = min(_SPEED_PROCESSES, -(-len(missing) // len(self.gpus)))
         for number in range(each):

@@ -57,6 +57,11 @@ class Run:
         return f"{self.arm}-{self.setting.name}-s{self.seed}"
 
     @property
+    def speed_name(self) -> str:
+        """Name of its measured speed."""
+        return f"speed-{self.arm}-{self.setting.name}"
+
+    @property
     def tokens(self) -> int:
         """Of an image or a clip."""
         return self.setting.tokens

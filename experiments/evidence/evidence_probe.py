@@ -18,12 +18,14 @@ import itertools
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from evidence_data import claimed
+from evidence_settings import require_attention, with_tiles
 from torch import Tensor, nn
 
 from mhla_gen import MHLAConfig
@@ -206,6 +208,7 @@ def probe(name: str, task: str, steps: int, seed: int, device: torch.device) -> 
         "task": task,
         "seed": seed,
         "steps": steps,
+        "attention": stated(name),
         "parameters": sum(p.numel() for p in model.parameters()),
         "accuracy": {n: _accuracy(model, n, task, test, device) for n in NUM_PAIRS},
         "chance": 1 / _VALUES,
@@ -231,12 +234,25 @@ def _accuracy(
     return round(float(torch.cat(right).float().mean()), 4)
 
 
-def require_steps(out: Path, steps: int) -> None:
-    """Raise unless all probes in a folder were trained for so many steps."""
+def require_settings(out: Path, steps: int) -> None:
+    """Raise unless all probes in a folder are of this number of steps and of the arms as they are.
+
+    Older ones do not say their attention.
+    """
     for path in sorted(out.glob("probe-*.json")):
-        found = json.loads(path.read_bytes())["steps"]
-        if found != steps:
-            raise SystemExit(f"{path} is of --steps {found}, not {steps}; choose another folder")
+        found = json.loads(path.read_bytes())
+        if found["steps"] != steps:
+            raise SystemExit(
+                f"{path} is of --steps {found['steps']}, not {steps}; choose another folder"
+            )
+        if "attention" in found and found["arm"] in ARMS:
+            require_attention(path, found["attention"], stated(found["arm"]))
+
+
+def stated(name: str) -> dict[str, Any] | str:
+    """The attention of an arm as its results keep it."""
+    _, config = ARMS[name]
+    return "softmax" if config is None else asdict(with_tiles(config, (SIDE, SIDE)))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -252,7 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     unknown = sorted(set(options.arms) - set(ARMS))
     if unknown:
         parser.error(f"no arm {', '.join(unknown)}; there are {', '.join(ARMS)}")
-    require_steps(options.out, options.steps)
+    require_settings(options.out, options.steps)
     locks = options.out / "work"
     locks.mkdir(parents=True, exist_ok=True)
     began, longest = time.perf_counter(), 0.0

@@ -4,12 +4,12 @@
 
 DATA is an npz file with `arr_0` and `labels` (emoji_dataset.py makes one), or a folder with one
 sub-folder of images per class. OUT gets one JSON file and one picture for each run as soon as it is
-done; finished runs are not repeated. Any number of processes may share one OUT, on one GPU or
-several (CUDA_VISIBLE_DEVICES): each takes the next free run. On SIGTERM a run that trains writes a
-checkpoint into the folder --work, from which the same command resumes; one that is being measured
-is measured first. evidence_launch.py starts several processes for a limited time. Speeds are
-measured separately, by evidence_speed.py. key=value changes the training settings of all runs; see
-base.yaml.
+done; finished runs are not repeated, and refused if they are of other settings. Any number of
+processes may share one OUT, on one GPU or several (CUDA_VISIBLE_DEVICES): each takes the next free
+run. On SIGTERM a run that trains writes a checkpoint into the folder --work, from which the same
+command resumes; one that is being measured is measured first. evidence_launch.py starts several
+processes for a limited time. Speeds are measured separately, by evidence_speed.py. key=value
+changes the training settings of all runs; see base.yaml.
 """
 
 import argparse
@@ -17,7 +17,6 @@ import shutil
 import time
 import traceback
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ import torch
 from evidence_data import claimed
 from evidence_kinds import KINDS, tidy, train_new
 from evidence_plan import PLAN, Plan, Run
+from evidence_settings import require_settings, stated
 from evidence_shop import Workshop
 
 from mhla_gen.files import write_json
@@ -38,6 +38,18 @@ _WAIT_SECONDS = 2.0
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run everything in the plan that has no result yet."""
+    options, plan = prepared(arguments)
+    shop = Workshop(options, inspect=plan.tables == "mixing")
+    for run in plan.runs:
+        shop.config(run)  # a wrong one is found before anything is read or trained
+    shop.work.mkdir(parents=True, exist_ok=True)
+    failed = Worker(shop, plan.runs).work()
+    if failed:
+        raise SystemExit(f"no result for {', '.join(failed)}; the errors are above")
+
+
+def prepared(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, Plan]:
+    """The options of the command line, and their plan, if the results that are there fit it."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("data", type=Path)
     parser.add_argument("out", type=Path)
@@ -51,13 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--clip-samples", type=int, default=512)
     options = parser.parse_intermixed_args(arguments)
     plan = Plan(options.plan)
-    shop = Workshop(options, inspect=plan.tables == "mixing")
-    for run in plan.runs:
-        shop.config(run)  # a wrong one is found before anything is read or trained
-    shop.work.mkdir(parents=True, exist_ok=True)
-    failed = Worker(shop, plan.runs).work()
-    if failed:
-        raise SystemExit(f"no result for {', '.join(failed)}; the errors are above")
+    samples = {"new": options.samples, "converted": options.samples, "clips": options.clip_samples}
+    require_settings(options.out, plan.runs, options.overrides, samples)
+    return options, plan
 
 
 class Worker:
@@ -154,7 +162,8 @@ class Worker:
             "seed": run.seed,
         }
         found = KINDS[run.setting.kind](run, config, self.shop)
-        return {**facts, **found, "config": asdict(config), "machine": machine(self.shop.device)}
+        settings = {"config": stated(run, config), "machine": machine(self.shop.device)}
+        return {**facts, **found, **settings}
 
     def _tidy(self, run: Run) -> None:
         """Remove what is no longer needed, but not weights that other runs start from."""

@@ -2,10 +2,11 @@
 
     PYTHONPATH=benchmarks python experiments/evidence/evidence_speed.py OUT [--plan PLAN.yaml]
 
-OUT gets speed-ARM-SETTING.json for each; existing results are not measured again. Any number of
-processes may share one OUT and one GPU: they compile in parallel and take turns timing, while the
-others wait. Training is timed as whole steps of `mhla-gen train` on random data, sampling as whole
-steps of a sampler in bfloat16. Layers are compiled. experiments/evidence.sh runs all of this.
+OUT gets speed-ARM-SETTING.json for each; existing results are not measured again, and refused if
+they are of other settings. Any number of processes may share one OUT and one GPU: they compile in
+parallel and take turns timing, while the others wait. Training is timed as whole steps of
+`mhla-gen train` on random data, sampling as whole steps of a sampler in bfloat16. Layers are
+compiled. experiments/evidence.sh runs all of this.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from evidence_clips import AsImages, ClipClasses, class_embeddings, clip_task, d
 from evidence_data import claimed
 from evidence_plan import PLAN, Plan, Run
 from evidence_run import machine
+from evidence_settings import require_speeds, stated
 from moving_emoji import COLUMNS, SIDE
 from sharing import Alone, turns
 from steps import RandomSamples, attention_kernel, fresh, synchronize, timed
@@ -50,12 +52,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--plan", type=Path, default=PLAN)
     parser.add_argument("--seconds", type=float, default=3.0, help="measured time of a training")
     options = parser.parse_intermixed_args(arguments)
+    plan = Plan(options.plan)
+    require_speeds(options.out, plan.speed, options.overrides)
     PartialState(cpu=not torch.cuda.is_available())
     locks = options.out / "work"
     locks.mkdir(parents=True, exist_ok=True)
     gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "").replace(",", "-")
-    for run in Plan(options.plan).speed:
-        name = f"speed-{run.arm}-{run.setting.name}"
+    for run in plan.speed:
+        name = run.speed_name
         path = options.out / f"{name}.json"
         with claimed(locks / f"{name}.lock") as ours:
             if ours and not path.is_file():
@@ -72,7 +76,8 @@ def measure(run: Run, options: argparse.Namespace, alone: Alone) -> dict[str, An
     with fresh(), attention_kernel(run.arm):
         found["sample"] = sampling(run, options, device, alone)
     facts = {"arm": run.arm, "setting": run.setting.name, "tokens": run.tokens}
-    return {**facts, **found, "machine": machine(device)}
+    config = stated(run, run.config(*options.overrides))
+    return {**facts, **found, "config": config, "machine": machine(device)}
 
 
 def training(run: Run, options: argparse.Namespace, alone: Alone) -> dict[str, Any]:

@@ -319,6 +319,10 @@ def test_a_state_names_tokens_that_do_not_continue_it():
     state.prefill(*tokens(5))
     with pytest.raises(ValueError, match="the state holds"):
         state.prefill(*tokens(5, batch=3))
+    with pytest.raises(
+        ValueError, match=r"in torch.float64, found .*, whose sums are torch.float32"
+    ):
+        state.prefill(*(x.bfloat16() for x in tokens(5)))
     with pytest.raises(ValueError, match="step reads one token"):
         state.step(*tokens(2))
     with pytest.raises(ValueError, match="weights are on cpu but query on meta"):

@@ -1,6 +1,7 @@
 """A Wan that is causal over frames: chunk by chunk against the whole clip at once."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -183,8 +184,59 @@ def test_a_state_is_copied_saved_and_moved(changes, tmp_path):
         assert all(tensor.is_meta for layer in moved.layers.values() for tensor in layer.tensors)
     with pytest.raises(TypeError):
         state.to(torch.float16)
-    with pytest.raises(UserError, match="has 3 layers, the model 1"):
-        ClipState.from_state_dict(causal_wan(num_layers=1), saved)
+
+
+@torch.no_grad()
+def test_a_state_is_loaded_by_its_own_model_alone(tmp_path):
+    model = causal_wan()
+    latents, text, times = clip()
+    state = ClipState(model)
+    state(latents[:, :, :CHUNK], times[:, 0], encoder_hidden_states=text, append=True)
+    saved = state.state_dict()
+    for other, message in (
+        (causal_wan(num_layers=1), "a model with num_layers=3, found one with 1"),
+        (causal_wan(num_attention_heads=1), "num_heads=2, found one with 1"),
+        (causal_wan({"exact": 1.0}), "exact=0.0, found one with 1.0"),
+        (causal_wan({"feature_map": "elu+1"}), "feature_map=relu"),
+        (causal_wan({"causal_frames": 3}), "causal_frames=2, found one with 3"),
+        # As many blocks, but others.
+        (causal_wan({"layout": (3, 1, 4)}), "layout="),
+        (causal_wan({"conv": False}), "conv=True"),
+    ):
+        with pytest.raises(UserError, match=re.escape(message)):
+            ClipState.from_state_dict(other, saved)
+    with pytest.raises(UserError, match="give what state_dict returned"):
+        ClipState.from_state_dict(model, {"frames": 2, "layers": []})
+    # The model itself, read from a folder, and with another implementation.
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    assert ClipState.from_state_dict(again, saved).frames == CHUNK
+    ClipState.from_state_dict(causal_wan({"implementation": "blockwise"}), saved)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("changes", [{}, {"exact": 1.0}])
+def test_a_loaded_state_takes_chunks_of_its_own_size_and_dtype(changes):
+    model = causal_wan(changes)
+    latents, text, times = clip()
+    state = ClipState(model)
+    state(latents[:, :, :CHUNK], times[:, 0], encoder_hidden_states=text, append=True)
+    saved = state.state_dict()
+    chunk, time = latents[:, :, CHUNK : 2 * CHUNK], times[:, 1]
+    expected = state(chunk, time, encoder_hidden_states=text)
+    loaded = ClipState.from_state_dict(model, saved)
+    for wrong, some in ((chunk[..., :-2], 2), (chunk[:1], 1)):
+        with pytest.raises(UserError, match="height, width, dtype"):
+            loaded(wrong, time[:some], encoder_hidden_states=text[:some], append=True)
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(UserError, match=r"'float32'.*'bfloat16'"),
+    ):
+        loaded(chunk, time, encoder_hidden_states=text, append=True)
+    assert torch.equal(loaded(chunk, time, encoder_hidden_states=text), expected)
+    half = ClipState.from_state_dict(copy.deepcopy(model).bfloat16(), saved)
+    with pytest.raises(UserError, match=r"'float32'.*'bfloat16'"):
+        half(chunk.bfloat16(), time, encoder_hidden_states=text.bfloat16(), append=True)
 
 
 @torch.no_grad()
@@ -293,7 +345,9 @@ def test_what_cannot_be_is_refused():
     with torch.no_grad():
         state = ClipState(model)
         state(latents[:, :, :CHUNK], times[:, 0], encoder_hidden_states=text, append=True)
-        with pytest.raises(UserError, match=r"chunks are \(batch, channels, height, width\)"):
+        with pytest.raises(
+            UserError, match=r"chunks are \(batch, channels, height, width, dtype\)"
+        ):
             state(latents[..., :-2], times[:, 0], encoder_hidden_states=text)
     model = causal_wan()
     model.enable_gradient_checkpointing()

@@ -205,6 +205,8 @@ def test_what_does_not_fit_is_named():
     state.read(q, k, v)
     with pytest.raises(ValueError, match="the window holds"):
         state.read(q[:1], k[:1], v[:1])
+    with pytest.raises(ValueError, match=r"torch.float64 on cpu, found .*, torch.bfloat16 on cpu"):
+        state.read(*(x.bfloat16() for x in (q, k, v)))
     with pytest.raises(ValueError, match=r"on cpu, found tokens of .* on meta"):
         state.read(*(x.to("meta") for x in (q, k, v)))
 

@@ -11,6 +11,9 @@ from torch import Tensor
 from mhla_gen.errors import UserError
 from mhla_gen.models.frame_causal import ClipLayerState, FrameCausalMHLA
 
+# Settings that change nothing about what a model computes once it is trained.
+_ASIDE = ("implementation", "mixing_init", "mixing_learnable", "exact_start")
+
 
 class ClipState:
     """A frame-causal transformer's memory of the finished chunks of a clip.
@@ -35,7 +38,7 @@ class ClipState:
         self.model = model
         self.frames = 0
         self._torn = False
-        self._size: tuple[int, ...] | None = None
+        self._chunks: tuple[int | str, ...] | None = None
         self.layers = {
             layer: ClipLayerState(layer.chunk_frames)
             for layer in model.modules()
@@ -72,10 +75,11 @@ class ClipState:
                 "an earlier chunk was added in part, as its call failed: read the clip's finished "
                 "chunks again with a new ClipState"
             )
-        size = (*latents.shape[:2], *latents.shape[3:])
-        if self._size not in (None, size):
+        chunks = (*latents.shape[:2], *latents.shape[3:], self._dtype(latents.device.type))
+        if self._chunks not in (None, chunks):
             raise UserError(
-                f"the clip's chunks are (batch, channels, height, width) {self._size}, found {size}"
+                "the clip's chunks are (batch, channels, height, width, dtype) "
+                f"{self._chunks}, found {chunks}"
             )
         if getattr(model, "is_gradient_checkpointing", False) and torch.is_grad_enabled():
             raise UserError(
@@ -94,7 +98,7 @@ class ClipState:
             raise
         if append:
             self.frames += latents.shape[2]
-            self._size = size
+            self._chunks = chunks
         return out
 
     def to(self, device: torch.device | str) -> Self:
@@ -106,21 +110,34 @@ class ClipState:
     def state_dict(self) -> dict[str, Any]:
         """The memory as tensors and numbers, for `torch.save` and `from_state_dict`."""
         layers = [state.state_dict() for state in self.layers.values()]
-        return {"frames": self.frames, "size": self._size, "torn": self._torn, "layers": layers}
+        return {
+            "model": self._model(),
+            "frames": self.frames,
+            "chunks": self._chunks,
+            "torn": self._torn,
+            "layers": layers,
+        }
 
     @classmethod
     def from_state_dict(cls, model: Any, saved: dict[str, Any]) -> Self:
         """Create the state of a model from the result of `state_dict`.
 
         Raises:
-            ValueError: If it is of a model with another number of layers.
+            ValueError: If it is something else, or of a model with other settings or sizes.
         """
         state = cls(model)
-        if len(saved["layers"]) != len(state.layers):
+        expected = set(state.state_dict())
+        if set(saved) != expected:
             raise UserError(
-                f"the saved state has {len(saved['layers'])} layers, the model {len(state.layers)}"
+                f"a saved ClipState holds {sorted(expected)}, found {sorted(saved)}; give what "
+                "state_dict returned"
             )
-        state.frames, state._size, state._torn = saved["frames"], saved["size"], saved["torn"]
+        for name, value in state._model().items():
+            if (found := saved["model"].get(name)) != value:
+                raise UserError(
+                    f"the saved state is of a model with {name}={found}, found one with {value}"
+                )
+        state.frames, state._chunks, state._torn = saved["frames"], saved["chunks"], saved["torn"]
         for layer, held in zip(state.layers, saved["layers"], strict=True):
             state.layers[layer] = ClipLayerState.from_state_dict(layer.chunk_frames, held)
         return state
@@ -137,6 +154,22 @@ class ClipState:
         """Size of the state in bytes."""
         kept = (tensor for layer in self.layers.values() for tensor in layer.tensors)
         return sum(tensor.numel() * tensor.element_size() for tensor in kept)
+
+    def _model(self) -> dict[str, Any]:
+        """What the model must have in common with one that reads this memory."""
+        settings, layer = self.model.mhla_config.to_dict(), next(iter(self.layers))
+        return {
+            "num_layers": len(self.layers),
+            "num_heads": layer.num_heads,
+            "head_dim": layer.head_dim,
+            **{name: value for name, value in settings.items() if name not in _ASIDE},
+        }
+
+    def _dtype(self, device: str) -> str:
+        """The dtype in which layers compute on this kind of device."""
+        autocast = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if autocast else self.model.dtype
+        return str(dtype).removeprefix("torch.")
 
     @contextmanager
     def _remembered(self, append: bool) -> Iterator[None]:

@@ -254,10 +254,11 @@ class CausalState(BlockSums):
         if self.open is None:
             return
         found = (key.shape[0], *key.shape[2:], value.shape[3])
-        if tuple(self.open.shape) != found:
+        held, summed = tuple(self.open.shape), torch.promote_types(query.dtype, torch.float32)
+        if found != held or summed != self.open.dtype:
             raise ValueError(
-                "the state holds (batch, key_heads, head_dim, value_dim) "
-                f"{tuple(self.open.shape)}, found tokens of {found}"
+                f"the state holds (batch, key_heads, head_dim, value_dim) {held} in "
+                f"{self.open.dtype}, found tokens of {found}, whose sums are {summed}"
             )
 
     def _with_past(

@@ -102,10 +102,11 @@ class WindowState(SequenceState):
         # So far there may have been nothing but padding, of which no token is held.
         held = (len(self.key), *self.key.shape[2:], self.value.shape[3], self.cos is not None)
         found = (len(key), *key.shape[2:], value.shape[3], rotary is not None)
-        if found != held or self.key.device != key.device:
+        kept, new = ((x.dtype, x.device) for x in (self.key, key))
+        if found != held or kept != new:
             raise ValueError(
-                f"the window holds (batch, key_heads, head_dim, value_dim, rotary) {held} on "
-                f"{self.key.device}, found tokens of {found} on {key.device}"
+                f"the window holds (batch, key_heads, head_dim, value_dim, rotary) {held}, "
+                f"{kept[0]} on {kept[1]}, found tokens of {found}, {new[0]} on {new[1]}"
             )
 
     def _with(self, key: Tensor, value: Tensor, rotary: Rotary) -> dict[str, Tensor]:

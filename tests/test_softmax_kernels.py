@@ -1,13 +1,18 @@
 """Softmax attention runs on the kernels that are allowed, also where other code is on disk."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend
 from torch.profiler import ProfilerActivity, profile
 
+from mhla_gen.bench import model
 from mhla_gen.bench.measure import training_kernels_of
+from mhla_gen.config import BenchConfig
 from mhla_gen.runtime.softmax_kernels import compile_settings, leave_out_cudnn, softmax_on
+from mhla_gen.training.softmax import avoid_faulty_softmax
 
 
 @pytest.fixture(autouse=True)
@@ -66,12 +71,48 @@ def test_a_tag_of_a_user_stays():
 
 
 @pytest.mark.parametrize(
-    ("method", "kinds", "kept"),
-    [("fused", 1, True), ("softmax", 2, False), ("fused", 2, False), ("softmax_cudnn", 2, True)],
+    ("method", "lengths", "kinds", "generation", "kept"),
+    [
+        ("softmax", {256, 512}, 1, 9, True),
+        # As Wan's clips of 480 × 832 pixels, whose tokens also read captions.
+        ("fused", {32760, 512}, 1, 9, False),
+        ("softmax", {32760, 512}, 1, 8, True),
+        ("softmax_cudnn", {32760, 512}, 1, 9, True),
+        ("softmax", {256}, 2, 9, False),
+        ("fused", set(), 2, 9, True),
+    ],
 )
-def test_a_benchmark_trains_several_kinds_of_blocks_without_cudnn(method, kinds, kept):
+def test_a_benchmark_trains_on_the_kernels_that_training_takes(
+    method, lengths, kinds, generation, kept, monkeypatch, capsys
+):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (generation, 0))
     torch.backends.cuda.enable_cudnn_sdp(True)
-    with training_kernels_of(method, kinds):
+    gpu = torch.device("cuda")
+    with training_kernels_of(method, lengths, kinds, gpu):
         assert torch.backends.cuda.cudnn_sdp_enabled() == kept
         assert torch.backends.cuda.flash_sdp_enabled()
     assert torch.backends.cuda.cudnn_sdp_enabled()
+    assert ("trains without cuDNN's" in capsys.readouterr().out) == (not kept)
+    if method != "softmax_cudnn":
+        avoid_faulty_softmax(lengths, kinds, gpu)
+        assert torch.backends.cuda.cudnn_sdp_enabled() == kept
+
+
+@pytest.mark.parametrize(("method", "lengths"), [("softmax", {8, 512}), ("blockwise", {8, 512})])
+def test_a_benchmark_sees_the_lengths_of_a_model(method, lengths, monkeypatch):
+    """Wan's tokens attend to a caption of 512, whatever replaces their own attention."""
+    seen = []
+
+    def note(method, lengths, kinds, device):
+        seen.append((lengths, kinds, device.type))
+        return nullcontext()
+
+    monkeypatch.setattr(model, "training_kernels_of", note)
+    config = BenchConfig(
+        subject="model", model="wan", grids=[[2, 2, 2]], methods=[method], num_layers=1,
+        compile=True, checkpointing=False, dtype="float32", device="cpu",
+    )  # fmt: skip
+    monkeypatch.setattr(model, "compile_blocks", lambda _: seen.append("compiled"))
+    (row,) = model.bench_model(config, torch.device("cpu"))
+    assert "error" not in row and row["train_ms"] > 0
+    assert seen == ["compiled", (lengths, 1, "cpu")]

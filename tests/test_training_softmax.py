@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from test_training import TINY, tiny_run
 
-from mhla_gen.runtime.softmax_kernels import compile_settings
+from mhla_gen.runtime.softmax_kernels import AttentionLengths, compile_settings
 from mhla_gen.training import training_run
 from mhla_gen.training.build import build_task
-from mhla_gen.training.softmax import AttentionLengths, avoid_faulty_softmax
+from mhla_gen.training.softmax import avoid_faulty_softmax
 from mhla_gen.training.training_run import build_run
 
 GPU = torch.device("cuda")

@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch.nn.attention import SDPBackend
 
 from mhla_gen.errors import UserError
-from mhla_gen.runtime.softmax_kernels import softmax_on
+from mhla_gen.runtime.softmax_kernels import cudnn_fault, softmax_on
 
 # Rows of `BenchConfig.methods` that are softmax; None is torch's own choice.
 SOFTMAX = {
@@ -35,17 +35,21 @@ def kernels_of(method: str, device: torch.device) -> AbstractContextManager[Any]
     return nullcontext() if backend is None else softmax_on(backend)
 
 
-def training_kernels_of(method: str, kinds: int) -> AbstractContextManager[Any]:
-    """Let softmax attention train without cuDNN where several kinds of blocks attend, inside.
-
-    As `train` does, see `training.softmax`.
+def training_kernels_of(
+    method: str, lengths: Collection[int], kinds: int, device: torch.device
+) -> AbstractContextManager[Any]:
+    """Let softmax attention train on the kernels that `train` takes, inside: not always cuDNN's.
 
     Args:
         method: If it names kernels, these stay.
-        kinds: Kinds of blocks that the model repeats.
+        lengths: See `cudnn_fault`, like all other arguments.
+        kinds: Kinds of blocks.
+        device: Where the model trains.
     """
-    if kinds == 1 or SOFTMAX.get(method) is not None:
+    reason = cudnn_fault(lengths, kinds, device)
+    if SOFTMAX.get(method) is not None or reason is None:
         return nullcontext()
+    print(f"{method} trains without cuDNN's softmax, which may fault where {reason}", flush=True)
     return softmax_on(SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
 
 

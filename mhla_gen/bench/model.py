@@ -24,6 +24,7 @@ from mhla_gen.runtime.compiling import SUMS_APART, compile_blocks, repeated_bloc
 from mhla_gen.runtime.cuda_graphs import RecordedForward
 from mhla_gen.runtime.recomputing import recompute_activations
 from mhla_gen.runtime.recorded_training import RecordedTraining
+from mhla_gen.runtime.softmax_kernels import AttentionLengths
 
 # The number of calls by which a step has been recorded.
 _RECORDED_BY = 3
@@ -50,7 +51,10 @@ def bench_model(
             with kernels_of(method, device):
                 model = _prepare(method, config, grid, device, dtype)
                 row["exact"] = exact_pairs(model, grid)
-                row |= _measure(method, model, config, grid, device, dtype)
+                inputs = _inputs_of(model, config, grid, device, dtype)
+                lengths = _softmax_lengths(model, inputs) if config.backward else set[int]()
+                _compile(model, config)
+                row |= _measure(method, model, inputs, lengths, config, device)
             yield row
         except (RuntimeError, ValueError, AttributeError) as error:
             if device.type == "cuda":
@@ -71,7 +75,7 @@ def _prepare(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Any:
-    """The model with the attention that `method` names, compiled if the config says so."""
+    """The model with the attention that `method` names."""
     with device:
         # Without diffusers' advice about what should stay float32, which is for results.
         model: Any = torch.nn.Module.to(_build(config, grid), dtype)
@@ -84,15 +88,17 @@ def _prepare(
             inject(model, load_config(None, [*defaults, *settings], MHLAConfig))
     if config.backward and config.checkpointing:
         recompute_activations(model, config.checkpointing)
+    return model
+
+
+def _compile(model: Any, config: BenchConfig) -> None:
     if config.compile == "whole":
         model.compile(fullgraph=True, options=dict(SUMS_APART))
     elif config.compile:
         compile_blocks(model)
-    return model
 
 
-def _measure(
-    method: str,
+def _inputs_of(
     model: Any,
     config: BenchConfig,
     grid: tuple[int, ...],
@@ -107,6 +113,25 @@ def _measure(
     if config.model == "flux" and converted:
         # A compiled or recorded pass cannot read the grid from the values of img_ids.
         inputs["joint_attention_kwargs"] = {"grid": grid}
+    return inputs
+
+
+@torch.no_grad()
+def _softmax_lengths(model: Any, inputs: dict[str, Any]) -> set[int]:
+    """Numbers of queries and keys that attend by softmax, seen before anything is compiled."""
+    with AttentionLengths() as lengths:
+        model(**inputs, return_dict=False)
+    return lengths.found
+
+
+def _measure(
+    method: str,
+    model: Any,
+    inputs: dict[str, Any],
+    lengths: set[int],
+    config: BenchConfig,
+    device: torch.device,
+) -> dict[str, Any]:
     model.eval()
 
     @torch.no_grad()
@@ -125,7 +150,7 @@ def _measure(
         model.zero_grad()
 
     recorded = RecordedTraining(model, model) if config.cuda_graphs else None
-    with training_kernels_of(method, len(repeated_blocks(model))):
+    with training_kernels_of(method, lengths, len(repeated_blocks(model)), device):
         row |= _time("train", train, model, recorded, config, device)
     if recorded is not None:
         recorded.forget()

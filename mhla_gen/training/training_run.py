@@ -20,6 +20,7 @@ from mhla_gen.runtime.compiling import compile_model, repeated_blocks
 from mhla_gen.runtime.devices import repeatable_convolutions, send
 from mhla_gen.runtime.recomputing import draws, recompute_activations
 from mhla_gen.runtime.recorded_training import RecordedTraining
+from mhla_gen.runtime.softmax_kernels import AttentionLengths
 from mhla_gen.training.build import build_task
 from mhla_gen.training.ema import WeightAverage
 from mhla_gen.training.float8 import require_float8, use_float8
@@ -43,7 +44,7 @@ from mhla_gen.training.shards import (
     scale_gradients,
     step_on_shards,
 )
-from mhla_gen.training.softmax import AttentionLengths, avoid_faulty_softmax
+from mhla_gen.training.softmax import avoid_faulty_softmax
 from mhla_gen.training.step import StepResult
 from mhla_gen.training.task import BuildTask, Task
 from mhla_gen.training.throughput import step_flops

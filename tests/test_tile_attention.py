@@ -300,16 +300,16 @@ def test_a_clip_of_one_frame_is_read_as_an_image():
 
 
 @pytest.mark.parametrize("side", [64, 80, 90])
-@pytest.mark.parametrize("share", [0.125, 0.25])
-def test_every_tile_of_a_small_image_has_a_list_of_its_own(side, share):
+@pytest.mark.parametrize(("share", "window"), [(0.05, 3), (0.125, 5), (0.25, 5)])
+def test_every_tile_of_a_small_image_has_a_list_of_its_own(side, share, window):
     layout = auto_tiles((side, side), share)
-    assert (layout.group, layout.window) == ((1, 1), (5, 5))
+    assert (layout.group, layout.window) == ((1, 1), (window, window))
     # Asking for the sizes that the rule picks changes nothing.
-    for given in (("tile",), ("group",), ("tile", "group", "window")):
+    for given in (("tile",), ("group",), ("window",), ("tile", "group", "window")):
         same = {name: getattr(layout, name) for name in given}
         assert auto_tiles((side, side), share, **same) == layout
     # Where lists are short or long, images are large, or tiles are small, lists are shared.
-    for grid, other in (((side, side), 0.05), ((side, side), 0.5), ((128, 128), share)):
+    for grid, other in (((side, side), 0.5), ((128, 128), share), ((32, 32), 0.125)):
         assert math.prod(auto_tiles(grid, other).group) > 1
     assert math.prod(auto_tiles((side, side), share, tile=(2, 2)).group) > 1
 
@@ -317,7 +317,7 @@ def test_every_tile_of_a_small_image_has_a_list_of_its_own(side, share):
 def test_the_images_of_the_evidence_keep_the_tiles_that_were_compared():
     """docs/evidence.md recommends these."""
     assert auto_tiles((64, 64), 0.125) == ((4, 4), (1, 1), (5, 5), 7)
-    assert auto_tiles((64, 64), 0.05) == ((4, 4), (1, 2), (3, 3), 1)
+    assert auto_tiles((64, 64), 0.05) == ((4, 4), (1, 1), (3, 3), 4)
 
 
 def test_the_clips_of_the_evidence_keep_the_tiles_that_were_compared():

@@ -24,7 +24,7 @@ _TEACHER = "teacher"
 # Of the picture: arms with a linear half, the first without exact pairs, and arms without one.
 # Lists of tiles are shared unless said; in clips there are also larger tiles.
 _FAMILIES = {
-    "with MHLA": ("mhla", "exact-2", "exact-5", "exact-12", "clips-12", "exact-25"),
+    "with MHLA": ("mhla", "exact-2", "exact-5", "clips-5", "exact-12", "clips-12", "exact-25"),
     "with MHLA, a list for every tile": ("single-5", "single-12", "clips-single-5"),
     "with linear attention": (
         "linear", "exact-2-linear", "exact-5-linear", "exact-12-linear", "exact-25-linear",

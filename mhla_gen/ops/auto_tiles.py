@@ -20,10 +20,10 @@ _TILE_TOKENS = {2: 16, 3: 64}
 # Tokens of a clip up to which tiles of 64 are fewer than an image of 4,096 tokens has: too few to
 # choose from, and too large for a window.
 _SHORT_CLIP = 16384
-# Tokens of an image up to which every tile has a list of its own and a window of 5×5 tiles, if this
-# window takes at most 4/5 of the list. Larger images were not trained; they share lists for speed.
-_SMALL_IMAGE, _WIDE_WINDOW = 8192, 0.8
-# Above this share, lists of single tiles take longer than softmax on all pairs.
+# Tokens of an image up to which every tile has a list of its own, if a window takes at most 4/5 of
+# it, 5×5 tiles or else 3×3. Larger images were not trained; they share lists for speed.
+_SMALL_IMAGE, _MOST_NEAR = 8192, 0.8
+# Above this share, lists of single tiles may take longer than softmax on all pairs.
 _MOST_ALONE = 0.25
 # Queries of a group: the number of rows at which matrix products on a GPU are efficient.
 _GROUP_QUERIES, _FLAT_GROUP_QUERIES = 128, 64
@@ -44,9 +44,10 @@ def auto_tiles(
     - Tiles have at most 16 tokens on a line or an image (about 4×4) and at most 64 in a clip, with
       3 to 5 along each axis, or 7 frames; the lengths with the fewest empty slots are chosen. A
       clip of at most 16,384 tokens has the tiles and groups of an image in each of its frames.
-    - Up to a quarter of the pairs, an image of at most 8,192 tokens gets a window of 5×5 tiles, if
-      it takes at most four fifths of the share, and a list for every tile: the best of all layouts,
-      although slower than to share lists (docs/evidence.md).
+    - Up to a quarter of the pairs, every tile of an image of at most 8,192 tokens has a list of its
+      own: the best of all layouts, although slower than to share lists (docs/evidence.md). It has a
+      window of 5×5 tiles, or else 3×3, whichever takes at most four fifths of the share; where
+      neither does, the next rules hold.
     - Other images first get a window of 3×3 tiles, if the share allows it, since they lose most
       without one. So does a clip with tiles of one frame, or even of 3×3×3 tiles, if they take at
       most three quarters of the share. On a line and in other clips, the window grows by two tiles
@@ -79,17 +80,18 @@ def auto_tiles(
         return tiling(grid, tile, window, 0, group).window_size
 
     flat, single = _is_flat(tile), (1,) * len(grid)
+    square, cube = (*single[2:], 3, 3), (3,) * len(grid)
     most = budget if flat else max(1, budget // 2)
-    first, wide = window, (*single[2:], 5, 5)
-    alone = flat and share <= _MOST_ALONE and _is_small_image(grid, tile)
-    alone = alone and near(wide) <= _WIDE_WINDOW * budget
-    if alone and group is None:
+    first, alone = window, None
+    if flat and share <= _MOST_ALONE and _is_small_image(grid, tile):
+        wide = (*single[2:], 5, 5)
+        alone = next((w for w in (wide, square) if near(w, group) <= _MOST_NEAR * budget), None)
+    if alone is not None and group is None:
         group = single
     if first is None:
         first = single
-        square, cube = (*single[2:], 3, 3), (3,) * len(grid)
-        if alone and near(wide, group) <= _WIDE_WINDOW * budget:
-            first = wide
+        if alone is not None:
+            first = alone
         elif flat and near(square, group) <= budget:
             around = _auto_group(tile, tiles, lambda _: True) if group is None else group
             deep = len(grid) == 3 and near(cube, around) <= budget * 3 // 4

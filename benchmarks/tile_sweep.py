@@ -1,11 +1,12 @@
 """Time the kernels of tile attention in several forms, and check each against softmax.
 
-python benchmarks/tile_sweep.py OUT.json [--seconds S] [--only WORD]        needs CUDA
+python benchmarks/tile_sweep.py OUT.json [--sweep images] [--seconds S] [--only WORD]   needs CUDA
 
-Each row: milliseconds of the kernel, registers and spills, and the largest error of sampled groups,
-in parts of the largest entry, against softmax over the same lists in float32. A form that does not
-compile or launch has an `error` instead. Rows are written as they come. Kernels are compiled
-beforehand, in parallel.
+Each row: milliseconds of the kernel, its registers, spills, shared memory and the programs that fit
+on a multiprocessor, and the largest error of sampled groups, in parts of the largest entry, against
+softmax over the same lists in float32. A form that does not compile or launch has an `error`
+instead. Two rows of a place are whole passes in the forms in use, with the time of each launch.
+Rows are written as they come. Kernels are compiled beforehand, in parallel.
 """
 
 import argparse
@@ -15,15 +16,16 @@ import multiprocessing
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from kernel_resources import AbsentCard, watch
 from kernel_speed import time_ms
 from rows import machine
+from tile_kernels import kernel_ms
 from torch import Tensor
 from triton.runtime import driver
 
@@ -35,68 +37,158 @@ from mhla_gen.ops.kernels import tile_form, tile_gradients, tile_reads
 from mhla_gen.ops.kernels.tile_call import TileCall
 from mhla_gen.ops.kernels.tile_form import Loop
 from mhla_gen.ops.kernels.tile_owners import owners_of_tiles
-from mhla_gen.ops.tiles import group_slots, tiling
+from mhla_gen.ops.tiles import TileLayout, group_slots, tile_share, tiling
+
+
+class Place(NamedTuple):
+    """A problem size and the tiles that are read."""
+
+    case: Case
+    layout: TileLayout
+
+
+class Sweep(NamedTuple):
+    """Forms of kernels to be timed at places."""
+
+    places: tuple[Place, ...]
+    forms: dict[str, tuple[Loop, ...]]
+    """By kernel. Blocks of queries are as large as a group has them, if that is smaller."""
+
+
+def by_rule(case: Case, share: float) -> Place:
+    """With the tiles that `auto_tiles` chooses."""
+    return Place(case, auto_tiles(case.grid, share))
+
+
+def in_place(*forms: tuple[int, int, int]) -> tuple[Loop, ...]:
+    """Loops of keys a step, warps and stages, over tiles that are not packed."""
+    return tuple(Loop(64, *form) for form in forms)
+
 
 WAN_480 = Case(1, 12, (21, 30, 50), 128, (3, 5, 10), True)
 WAN_720 = Case(1, 12, (21, 45, 80), 128, (3, 5, 10), True)
-PLACES = ((WAN_480, 0.05), (WAN_480, 0.125), (WAN_720, 0.05))
-FORMS = {
-    "tile_backward_queries_kernel": (
-        Loop(128, 64, 8, 3, packed=True),
-        Loop(128, 32, 8, 3, packed=True, max_registers=128),
+IMAGES = Case(32, 4, (64, 64), 64, (8, 8), False)
+LARGE_IMAGE = Case(1, 6, (128, 128), 64, (16, 16), False)
+FLUX = Case(2, 24, (64, 64), 128, (8, 8), True)
+# Lists of two tiles, of four, and of one: 5 % and 12.5 % of 4,096 tokens.
+TWO, FOUR = TileLayout((4, 4), (1, 2), (3, 3), 1), TileLayout((4, 4), (2, 2), (3, 3), 16)
+ONE, ONE_WIDE = TileLayout((4, 4), (1, 1), (3, 3), 4), TileLayout((4, 4), (1, 1), (5, 5), 7)
+CLIPS = Sweep(
+    (by_rule(WAN_480, 0.05), by_rule(WAN_480, 0.125), by_rule(WAN_720, 0.05)),
+    {
+        "tile_backward_queries_kernel": (
+            Loop(128, 64, 8, 3, packed=True),
+            Loop(128, 32, 8, 3, packed=True, max_registers=128),
+        ),
+        "tile_backward_packed_keys_kernel": (
+            Loop(64, 64, 4, 2, packed=True),
+            Loop(64, 64, 4, 3, packed=True),
+            Loop(32, 64, 4, 3, packed=True),
+        ),
+        # All three launches: tokens that a program reads at once, and its warps.
+        "read_boxes_kernel": (
+            Loop(64, 64, 4, 1, packed=True),
+            Loop(32, 64, 2, 1, packed=True),
+            Loop(16, 64, 1, 1, packed=True),
+            Loop(32, 64, 1, 1, packed=True),
+            Loop(64, 64, 2, 1, packed=True),
+            Loop(16, 64, 2, 1, packed=True),
+        ),
+        "tile_attend_kernel": (
+            Loop(128, 64, 8, 3, packed=True),
+            Loop(128, 64, 4, 2, packed=True),
+            Loop(64, 64, 4, 2, packed=True),
+        ),
+    },
+)
+SMALL_GROUPS = Sweep(
+    (
+        *(Place(IMAGES, layout) for layout in (TWO, FOUR, ONE, ONE_WIDE)),
+        Place(LARGE_IMAGE, TileLayout((4, 4), (2, 2), (3, 3), 35)),
+        *(Place(FLUX, layout) for layout in (TWO, FOUR, ONE_WIDE)),
     ),
-    "tile_backward_packed_keys_kernel": (
-        Loop(64, 64, 4, 2, packed=True),
-        Loop(64, 64, 4, 3, packed=True),
-        Loop(32, 64, 4, 3, packed=True),
-    ),
-    # All three launches: tokens that a program reads at once, and its warps.
-    "read_boxes_kernel": (
-        Loop(64, 64, 4, 1, packed=True),
-        Loop(32, 64, 2, 1, packed=True),
-        Loop(16, 64, 1, 1, packed=True),
-        Loop(32, 64, 1, 1, packed=True),
-        Loop(64, 64, 2, 1, packed=True),
-        Loop(16, 64, 2, 1, packed=True),
-    ),
-    "tile_attend_kernel": (
-        Loop(128, 64, 8, 3, packed=True),
-        Loop(128, 64, 4, 2, packed=True),
-        Loop(64, 64, 4, 2, packed=True),
-    ),
-}
-Job = tuple[Case, float, str, Loop]
+    {
+        "tile_attend_kernel": (
+            *in_place((16, 1, 2), (16, 1, 5), (32, 1, 2), (32, 1, 3), (32, 1, 5), (32, 2, 3)),
+            *in_place((32, 4, 2), (32, 4, 3), (64, 1, 3), (64, 4, 2), (64, 4, 3), (64, 4, 5)),
+        ),
+        "tile_backward_queries_kernel": (
+            *in_place((16, 1, 2), (16, 1, 5), (32, 1, 2), (32, 1, 5), (32, 2, 3), (32, 4, 2)),
+            *in_place((64, 1, 2), (64, 4, 2), (64, 4, 3)),
+        ),
+        "tile_backward_keys_kernel": (
+            Loop(16, 16, 1, 2),
+            Loop(32, 16, 1, 2),
+            Loop(32, 16, 1, 3),
+            Loop(32, 16, 2, 2),
+            Loop(64, 16, 1, 2),
+            Loop(64, 16, 2, 2),
+            Loop(64, 16, 4, 2),
+        ),
+        # Of keys and of queries: tokens that a program reads at once, and its warps.
+        "read_boxes_kernel": (
+            Loop(64, 16, 4, 1),
+            Loop(64, 16, 2, 1),
+            Loop(32, 16, 1, 1),
+            Loop(16, 16, 1, 1),
+        ),
+    },
+)
+SWEEPS = {"clips": CLIPS, "images": SMALL_GROUPS}
+# Kernels with a program for a block of a group's queries.
+_BY_GROUP = ("tile_attend_kernel", "tile_backward_queries_kernel")
+_PASSES = ("forward", "backward")
+Job = tuple[Place, str, Loop | None]
+"""A kernel in a form, or a whole pass."""
 Results = tuple[Tensor, Tensor]
 _SAMPLES = 24
 
 
 class Inputs:
-    """Random inputs of a shape at a share."""
+    """Random inputs of a place."""
 
-    def __init__(self, case: Case, share: float, device: str):
+    def __init__(self, place: Place, device: str):
+        case, layout = place
         tokens = math.prod(case.grid)
         shape = (case.batch, tokens, case.heads, case.head_dim)
         self.query, self.key, self.value, self.grad = torch.randn(
             4, *shape, dtype=torch.bfloat16, device=device
         )
         angles = torch.rand(tokens, case.head_dim // 2, device=device) * 2 * math.pi
-        self.rotary = angles.cos(), angles.sin()
-        layout = auto_tiles(case.grid, share)
+        self.rotary = (angles.cos(), angles.sin()) if case.rotary else (None, None)
         self.placed = tiling(case.grid, layout.tile, layout.window, layout.top, layout.group)
         scale = case.head_dim**-0.5
         self.call = TileCall(self.query, self.value, *self.rotary, self.placed, scale)
+
+    def rotated(self, x: Tensor, tokens: Tensor, sign: int = 1) -> Tensor:
+        """Rows of `tokens`, rotated or, if `sign` is -1, rotated back."""
+        cos, sin = self.rotary
+        if cos is None or sin is None:
+            return x
+        return rotate(x[None, :, None], (cos[tokens], sign * sin[tokens]))[0, :, 0]
 
     def forward(self) -> tuple[Tensor, Tensor, Tensor]:
         """The whole pass: output, log-sum-exp and lists."""
         return tile_form.forward(self.query, self.key, self.value, None, self.call)
 
+    def backward(self, results: Results, lists: Tensor) -> Callable[[], object]:
+        """The whole pass, ready to be called."""
+        tokens = self.query, self.key, self.value
+        packed = None
+        if tile_gradients.both_pack(self.call):
+            packed = tile_form.read(*tokens, self.call, tile_form.forward_loop(self.call))[:3]
+        return lambda: tile_gradients.backward(
+            self.grad, None, *tokens, None, *results, lists, self.call, packed
+        )
+
     def read(self, loop: Loop) -> None:
         """Rotate, pack and measure all inputs."""
-        kept = tile_reads._WIDE
-        tile_reads._WIDE = loop.rows, loop.num_warps
+        form = "_NARROW" if self.query.shape[3] <= 64 else "_WIDE"
+        kept = getattr(tile_reads, form)
+        setattr(tile_reads, form, (loop.rows, loop.num_warps))
         tokens = self.query, self.key, self.value
         tile_form.read(*tokens, self.call, tile_form.forward_loop(self.call))
-        tile_reads._WIDE = kept
+        setattr(tile_reads, form, kept)
 
     def unwritten(self) -> tuple[Tensor, Tensor, Tensor]:
         """Room for what `forward` returns."""
@@ -112,22 +204,24 @@ class Inputs:
     def kernel(
         self, name: str, loop: Loop, results: Results, lists: Tensor
     ) -> Callable[[], Tensor | tuple[Tensor, Tensor] | None]:
-        """One kernel, ready to be called; that of the forward pass takes the bound of scores."""
+        """One kernel, ready to be called; that of the forward pass takes any bound of scores."""
         call = self.call
         if name == "read_boxes_kernel":
             return partial(self.read, loop)
-        keys, _, longest = tile_reads.read_tiles(self.key, call, lengths=True, pack=loop.packed)
+        bounded = tile_form.takes_bound(self.query)
+        keys, _, longest = tile_reads.read_tiles(self.key, call, lengths=bounded, pack=loop.packed)
         values = tile_reads.pack_tiles(self.value, call) if loop.packed else self.value
         if name == "tile_attend_kernel":
             slots = call.whole_blocks(loop.rows) if loop.packed else None
             queries, _, lengths = tile_reads.read_groups(
                 self.query, call, lengths=loop.packed, slots=slots
             )
-            assert longest is not None
-            read, bound = (queries, keys, values, lists), (longest, lengths)
+            read = queries, keys, values, lists
+            bound = None if longest is None else (longest, lengths)
             return lambda: tile_form.attend(read, bound, None, None, results, call, loop)
-        queries, _, _ = tile_reads.read_groups(self.query, call, slots=call.whole_blocks(128))
-        packs = tile_gradients.pack_queries(queries, self.grad, None, *results, call, 128)
+        rows = tile_gradients.queries_loop(call).rows
+        queries, _, _ = tile_reads.read_groups(self.query, call, slots=call.whole_blocks(rows))
+        packs = tile_gradients.pack_queries(queries, self.grad, None, *results, call, rows)
         if name == "tile_backward_queries_kernel":
             return lambda: tile_gradients.backward_queries(
                 packs, keys, values, lists, None, call, loop
@@ -139,32 +233,26 @@ class Inputs:
         return lambda: gradients(packs, keys, values, owners, loop.options, call)
 
 
-def compile_form(job: Job) -> dict[str, Any]:
-    """Compile one form, without a GPU, into Triton's cache; figures from its machine code."""
-    case, share, name, loop = job
+def compile_job(job: Job) -> dict[str, Any]:
+    """Compile what a job launches, without a GPU, into Triton's cache.
+
+    Returns:
+        Figures from the machine code of a kernel, or why there is none; of a pass, nothing.
+    """
+    place, name, loop = job
     driver.set_active(AbsentCard(90))  # pyright: ignore[reportArgumentType]
     found: dict[str, Any] = {}
-    watch(lambda _name, figures: found.update(figures), name)
-    inputs = Inputs(case, share, "meta")
+    watch(lambda _name, figures: found.update(figures), "" if loop is None else name)
+    inputs = Inputs(place, "meta")
     out, lse, lists = inputs.unwritten()
+    if loop is None:
+        inputs.forward() if name == "forward" else inputs.backward((out, lse), lists)()
+        return {}
     try:
         inputs.kernel(name, loop, (out, lse), lists)()
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}"[:400]}
-    return {figure: found[figure] for figure in ("registers", "spills")}
-
-
-def compile_pass(case: Case, share: float, *, forward: bool) -> None:
-    """Compile what the other kernels need, likewise."""
-    driver.set_active(AbsentCard(90))  # pyright: ignore[reportArgumentType]
-    watch(lambda _name, _figures: None, "")
-    inputs = Inputs(case, share, "meta")
-    if forward:
-        inputs.forward()
-        return
-    tokens = inputs.query, inputs.key, inputs.value
-    found = inputs.unwritten()
-    tile_gradients.backward(inputs.grad, None, *tokens, None, *found, inputs.call)
+    return {figure: found[figure] for figure in ("registers", "spills", "shared", "programs")}
 
 
 class Reference:
@@ -174,7 +262,6 @@ class Reference:
         placed, heads, device = inputs.placed, inputs.query.shape[2], inputs.query.device
         groups, group_filled = group_slots(placed, device)
         tiles, tile_filled = group_slots(placed._replace(groups=placed.tiles), device)
-        cos, sin = inputs.rotary
         self.expected: list[tuple[tuple[Any, Any, Any], Tensor, Tensor, Tensor]] = []
         for _ in range(_SAMPLES):
             row, group = (int(torch.randint(n, ())) for n in (len(lists), len(groups)))
@@ -185,9 +272,7 @@ class Reference:
             query, grad = (x[batch, at, head].float() for x in (inputs.query, inputs.grad))
             key, value = (x[batch, there, head].float() for x in (inputs.key, inputs.value))
             query.requires_grad_()
-            queries = rotate(query[None, :, None], (cos[at], sin[at]))[0, :, 0]
-            keys = rotate(key[None, :, None], (cos[there], sin[there]))[0, :, 0]
-            scores = queries @ keys.mT * inputs.call.scale
+            scores = inputs.rotated(query, at) @ inputs.rotated(key, there).mT * inputs.call.scale
             out = scores.softmax(-1) @ value
             (dquery,) = torch.autograd.grad(out, query, grad)
             lse = scores.detach().logsumexp(-1)
@@ -213,13 +298,8 @@ class KeysReference:
         placed, heads, device = inputs.placed, inputs.query.shape[2], inputs.query.device
         groups, group_filled = group_slots(placed, device)
         tiles, tile_filled = group_slots(placed._replace(groups=placed.tiles), device)
-        cos, sin = inputs.rotary
         scale = inputs.call.scale
         self.expected: list[tuple[tuple[Any, Any, Any], Tensor, Tensor]] = []
-
-        def rotated(x: Tensor, tokens: Tensor, sign: int = 1) -> Tensor:
-            return rotate(x[None, :, None], (cos[tokens], sign * sin[tokens]))[0, :, 0]
-
         for _ in range(_SAMPLES):
             row, tile = (int(torch.randint(n, ())) for n in (len(lists), len(tiles)))
             readers = (lists[row, :, 0] == tile).any(dim=1)
@@ -229,12 +309,12 @@ class KeysReference:
             query, grad, found = (
                 x[batch, at, head].float() for x in (inputs.query, inputs.grad, out)
             )
-            queries = rotated(query, at)
-            scores = queries @ rotated(key, there).mT * scale
+            queries = inputs.rotated(query, at)
+            scores = queries @ inputs.rotated(key, there).mT * scale
             weights = (scores - lse[batch, head, at][:, None]).exp()
             delta = (grad * found).sum(-1, keepdim=True)
             dscores = weights * (grad @ value.mT - delta) * scale
-            dkey = rotated(dscores.mT @ queries, there, -1)
+            dkey = inputs.rotated(dscores.mT @ queries, there, -1)
             self.expected.append(((batch, head, there), dkey, weights.mT @ grad))
 
     def errors(self, dkey: Tensor, dvalue: Tensor) -> dict[str, float]:
@@ -251,19 +331,24 @@ def _worst(pairs: list[tuple[Tensor, Tensor]]) -> float:
 
 
 class Bench:
-    """Measures forms one after the other, at one place at a time."""
+    """Measures jobs one after the other, at one place at a time."""
 
     def __init__(self) -> None:
-        self.place: Any = None
+        self.place: Place | None = None
 
     def __call__(self, job: Job) -> dict[str, Any]:
-        """Time and error of a form, or why there are none."""
-        case, share, name, loop = job
-        if self.place != (case, share):
-            self.place, self.inputs = (case, share), Inputs(case, share, "cuda")
+        """Time and error of a form, or why there are none; of a pass, times."""
+        place, name, loop = job
+        if self.place != place:
+            self.place, self.inputs = place, Inputs(place, "cuda")
             *self.saved, self.lists = self.inputs.forward()
             self.reference = Reference(self.inputs, self.lists)
             self.keys_reference = KeysReference(self.inputs, self.lists, *self.saved)
+        if loop is None:
+            whole = self.inputs.forward
+            if name == "backward":
+                whole = self.inputs.backward((self.saved[0], self.saved[1]), self.lists)
+            return {"ms": time_ms(whole), "launches": kernel_ms(whole)}
         out, lse = (torch.full_like(x, math.nan) for x in self.saved)
         if name != "tile_attend_kernel":
             out, lse = self.saved
@@ -280,36 +365,43 @@ class Bench:
         return {"ms": ms, **self.reference.errors(out, lse)}
 
 
+def jobs(sweep: Sweep, only: str) -> list[Job]:
+    """Both passes and all forms of every place, of kernels with `only` in their name."""
+    found: list[Job] = []
+    for place in sweep.places:
+        found += [(place, name, None) for name in _PASSES]
+        call = Inputs(place, "meta").call
+        for name, loops in sweep.forms.items():
+            for loop in loops if only in name else ():
+                rows = call.block(loop.rows) if name in _BY_GROUP else loop.rows
+                found.append((place, name, replace(loop, rows=rows)))
+    return found
+
+
 def main() -> None:
     """Compile, measure, print and write row by row."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
+    parser.add_argument("--sweep", choices=SWEEPS, default="clips")
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--only", default="", metavar="WORD", help="kernels with it in their name")
     options = parser.parse_args()
     started = time.monotonic()
     rows: list[dict[str, Any]] = []
-    jobs = [
-        (case, share, name, loop)
-        for case, share in PLACES
-        for name, loops in FORMS.items()
-        if options.only in name
-        for loop in loops
-    ]
     # Forked before CUDA is in use: imports take longer than all that is compiled.
     pool = ProcessPoolExecutor(12, multiprocessing.get_context("fork"))
-    passes = [pool.submit(compile_pass, *PLACES[0], forward=f) for f in (True, False)]
-    compiled = {job: pool.submit(compile_form, job) for job in jobs}
-    for compiling in passes:
-        compiling.result()
+    compiled = {
+        job: pool.submit(compile_job, job) for job in jobs(SWEEPS[options.sweep], options.only)
+    }
     bench = Bench()
     for job, figures in compiled.items():
         if time.monotonic() - started > options.seconds:
             print("out of time")
             break
-        case, share, name, loop = job
+        (case, layout), name, loop = job
         row = {"shape": [case.batch, case.heads, math.prod(case.grid), case.head_dim]}
-        row |= {"share": share, "kernel": name, **asdict(loop), **figures.result()}
+        row |= {"layout": layout._asdict(), "share": tile_share(case.grid, **layout._asdict())}
+        row |= {"kernel": name, **(asdict(loop) if loop else {}), **figures.result()}
         if "error" not in row:
             row |= bench(job)
         rows.append(row)

@@ -152,6 +152,14 @@ def test_packed_tiles(poisoned, monkeypatch, number, dtype, steps):
     assert_accurate(tensors, options, dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_list_that_ends_within_a_step(poisoned, dtype):
+    """13 even tiles of 16 tokens, so that no slot is empty but those of the last step."""
+    layout = {"grid": (16, 16), "tile": (4, 4), "window": (3, 3), "top": 4}
+    tensors, options = make(layout, head_dim=16, value_dim=16, rotary=False, heads=1, batch=1)
+    assert_accurate(tensors, options, dtype)
+
+
 def test_empty_slots_count_for_nothing_where_all_scores_are_low(poisoned, monkeypatch):
     """A missing key has score 0: its weight would overflow beside scores of -500."""
     pack(monkeypatch)

@@ -77,7 +77,8 @@ def slot_places(slots, box, SLOT_T: tl.constexpr, SLOT_H: tl.constexpr, SLOT_W: 
 @triton.jit
 def listed_tokens(
     entries_ptr, start, offsets, bits, num_keys, box, SLOTS: tl.constexpr, SLOT_T: tl.constexpr,
-    SLOT_H: tl.constexpr, SLOT_W: tl.constexpr, BN: tl.constexpr, TAIL: tl.constexpr,
+    SLOT_H: tl.constexpr, SLOT_W: tl.constexpr, BN: tl.constexpr, RAGGED: tl.constexpr,
+    TAIL: tl.constexpr,
 ):  # fmt: skip
     """Tokens of keys [start, start + BN) of a list, and which of them are there.
 
@@ -90,13 +91,15 @@ def listed_tokens(
         place = keys // SLOTS
         offsets, bits = slot_places(keys % SLOTS, box, SLOT_T, SLOT_H, SLOT_W)
     if TAIL:
-        entries = tl.load(entries_ptr + place, mask=keys < num_keys, other=15)
-        valid = (keys < num_keys) & ((entries & bits) == 0)
-    else:
-        entries = tl.load(entries_ptr + place)
-        valid = (entries & bits) == 0
-    # Any token stands in for a missing one, such as the tile's first.
-    return (entries >> 4) + tl.where(valid, offsets, 0), valid
+        # Not masked, since Triton loads only what needs no mask or zeros ahead of its use.
+        place = tl.minimum(place, num_keys // SLOTS - 1)
+    entries = tl.load(entries_ptr + place)
+    valid = keys < num_keys
+    if RAGGED:
+        exists = (entries & bits) == 0
+        # Any token stands in for a missing one, such as the tile's first.
+        offsets, valid = tl.where(exists, offsets, 0), valid & exists
+    return (entries >> 4) + offsets, valid
 
 
 @triton.jit
@@ -185,7 +188,7 @@ def attend_to_list(
         for start in range(0, num_keys, BN):
             keys, valid = listed_tokens(
                 entries_ptr, start, offsets, bits, num_keys, box,
-                SLOTS, SLOT_T, SLOT_H, SLOT_W, BN, TAIL,
+                SLOTS, SLOT_T, SLOT_H, SLOT_W, BN, RAGGED, TAIL,
             )  # fmt: skip
             k0, k1 = load_tokens(k_ptr, keys, k_strides, D, D0, D1, ALIGN, WIDE)
             v0, v1 = load_tokens(v_ptr, keys, v_strides, V, V0, V1, ALIGN, WIDE)

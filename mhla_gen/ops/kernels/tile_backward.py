@@ -176,7 +176,7 @@ def tile_backward_queries_kernel(
         for start in range(0, num_keys, BN):
             keys, valid = listed_tokens(
                 entries_ptr, start, offsets, bits, num_keys, box,
-                SLOTS, SLOT_T, SLOT_H, SLOT_W, BN, TAIL,
+                SLOTS, SLOT_T, SLOT_H, SLOT_W, BN, RAGGED, TAIL,
             )  # fmt: skip
             k0, k1 = load_tokens(k_ptr, keys, k_strides, D, D0, D1, ALIGN, WIDE)
             v0, v1 = load_tokens(v_ptr, keys, v_strides, V, V0, V1, ALIGN, WIDE)

@@ -121,12 +121,41 @@ def block_of_tokens(tokens, box, RANK: tl.constexpr):
 
 
 @triton.jit
-def group_box(group, box, groups, RANK: tl.constexpr):
-    """The box of tokens of a group of blocks: `groups` of them along each axis, see `block_box`.
+def tile_box(tile, box, RANK: tl.constexpr):
+    """As `block_box`; `box` ends with the size along each axis if all tiles have the same."""
+    if len(box) == 9:
+        return _even_box(tile, box[4], box[5], box[6], box[7], box[8], RANK)
+    else:
+        return block_box(tile, box[0], box[1], box[2], box[3], box[4], box[5], RANK)
 
-    Groups divide the blocks of an axis as blocks divide its tokens.
+
+@triton.jit
+def _even_box(index, LH, LW, size_t, size_h, size_w, RANK: tl.constexpr):
+    # Uneven boxes take a dozen divisions, more instructions than some programs have otherwise.
+    first_t, first_h = 0, 0
+    if RANK > 1:
+        first_h = index // LW * size_h
+        if RANK > 2:
+            first_t, first_h = index // LW // LH * size_t, index // LW % LH * size_h
+    return first_t, first_h, index % LW * size_w, size_t, size_h, size_w
+
+
+@triton.jit
+def group_box(group, box, groups, RANK: tl.constexpr):
+    """The box of tokens of a group of tiles: `groups` of them along each axis, see `block_box`.
+
+    Groups divide the tiles of an axis as tiles divide its tokens. `groups` ends with the size along
+    each axis if all groups have the same.
     """
-    T, H, W, LT, LH, LW = box
+    if len(groups) == 6:
+        return _even_box(group, groups[1], groups[2], groups[3], groups[4], groups[5], RANK)
+    else:
+        return _uneven_group_box(group, box, groups, RANK)
+
+
+@triton.jit
+def _uneven_group_box(group, box, groups, RANK: tl.constexpr):
+    T, H, W, LT, LH, LW = box[0], box[1], box[2], box[3], box[4], box[5]
     GT, GH, GW = groups
     first_w, size_w = _group_span(group % GW, W, LW, GW)
     first_t, first_h, size_t, size_h = 0, 0, 1, 1

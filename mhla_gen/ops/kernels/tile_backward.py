@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from mhla_gen.ops.kernels.attention import add_times, outer
-from mhla_gen.ops.kernels.boxes import block_box, box_tokens
+from mhla_gen.ops.kernels.boxes import box_tokens, tile_box
 from mhla_gen.ops.kernels.linear import rotate_pieces
 from mhla_gen.ops.kernels.pieces import head_offset, load_pieces, store_pieces
 from mhla_gen.ops.kernels.tile_attention import (
@@ -275,9 +275,7 @@ def tile_backward_keys_kernel(
     batch = (tl.program_id(0) // blocks // num_tiles // num_heads).to(tl.int64)
     row = batch * num_heads + head
     slots = block * BN + tl.arange(0, BN)
-    first_t, first_h, first_w, size_t, size_h, size_w = block_box(
-        tile, box[0], box[1], box[2], box[3], box[4], box[5], RANK
-    )
+    first_t, first_h, first_w, size_t, size_h, size_w = tile_box(tile, box, RANK)
     valid = slots < size_t * size_h * size_w
     tokens = box_tokens(slots, first_t, first_h, first_w, size_h, size_w, box[1], box[2], RANK)
     k_ptr += head_offset(k_strides, batch, head, ALIGN)

@@ -59,9 +59,22 @@ class TileCall:
         return self.slots & (self.slots - 1) != 0 or any(n % count for n, count in sizes)
 
     @cached_property
-    def box(self) -> tuple[int, ...]:
-        """Tokens and tiles along three axes, ones in front."""
-        return (*three_axes(self.placed.grid), *three_axes(self.placed.tiles))
+    def box(self) -> tuple:
+        """Tokens and tiles along three axes, ones in front; see `boxes.tile_box`."""
+        tiles = self.placed.tiles
+        return (*three_axes(self.placed.grid), *three_axes(tiles), *self._even_size(tiles))
+
+    @cached_property
+    def groups(self) -> tuple:
+        """Groups along three axes; see `boxes.group_box`."""
+        return (*three_axes(self.placed.groups), *self._even_size(self.placed.groups))
+
+    def _even_size(self, counts: tuple[int, ...]) -> tuple[int, ...]:
+        """Tokens along three axes of the groups of `counts` if all have the same, else none."""
+        axes = list(zip(self.placed.grid, self.placed.tiles, counts, strict=True))
+        if any(n % count or tiles % count or n % tiles for n, tiles, count in axes):
+            return ()
+        return three_axes(tuple(n // count for n, _, count in axes))
 
     @property
     def rank(self) -> int:

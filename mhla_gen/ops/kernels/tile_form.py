@@ -165,7 +165,7 @@ def attend(
             out.stride(),
             *extra_strides(extra),
             call.box,
-            three_axes(call.placed.groups),
+            call.groups,
             call.query.shape[1],
             call.query.shape[2],
             call.placed.num_groups,
@@ -228,7 +228,7 @@ def tile_lists(mean_queries: Tensor | None, mean_keys: Tensor | None, call: Tile
         (products, entries, lists),
         (
             call.box,
-            three_axes(placed.groups),
+            call.groups,
             three_axes(placed.reach),
             (*[0] * (3 - call.rank), *placed.before),
             placed.num_groups,

@@ -21,7 +21,6 @@ from mhla_gen.ops.kernels.tile_call import (
     extra_tensors,
     kernel_constants,
     numbered_wide,
-    three_axes,
     without,
 )
 from mhla_gen.ops.kernels.tile_form import Loop, descriptor, worth_packing
@@ -90,7 +89,7 @@ def pack_queries(
         (
             *strides,
             call.box,
-            three_axes(placed.groups),
+            call.groups,
             call.query.shape[1],
             call.query.shape[2],
             placed.num_groups,
@@ -132,7 +131,7 @@ def backward_queries(
         (
             *strides,
             call.box,
-            three_axes(placed.groups),
+            call.groups,
             call.query.shape[2],
             placed.num_groups,
             placed.num_tiles,

@@ -7,7 +7,7 @@ whole packs are copied, so that a step needs one address instead of one for ever
 import triton
 import triton.language as tl
 
-from mhla_gen.ops.kernels.boxes import block_box, box_tokens
+from mhla_gen.ops.kernels.boxes import box_tokens, tile_box
 from mhla_gen.ops.kernels.linear import rotate_pieces
 from mhla_gen.ops.kernels.pieces import dot, head_offset, store_pieces
 from mhla_gen.ops.kernels.tile_backward import score_gradients
@@ -81,9 +81,7 @@ def tile_backward_packed_keys_kernel(
         dv = dot(p.to(OPERAND), do, dv, PRECISION)
         dk = dot(ds.to(OPERAND), q, dk, PRECISION)
     slots = block * BN + tl.arange(0, BN)
-    first_t, first_h, first_w, size_t, size_h, size_w = block_box(
-        tile, box[0], box[1], box[2], box[3], box[4], box[5], RANK
-    )
+    first_t, first_h, first_w, size_t, size_h, size_w = tile_box(tile, box, RANK)
     valid = slots < size_t * size_h * size_w
     tokens = box_tokens(slots, first_t, first_h, first_w, size_h, size_w, box[1], box[2], RANK)
     dk = dk * factor

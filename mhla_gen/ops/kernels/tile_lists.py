@@ -10,7 +10,7 @@ for each axis along which the tile is a token shorter than the largest one.
 import triton
 import triton.language as tl
 
-from mhla_gen.ops.kernels.boxes import block_box, box_tokens, divide, group_box
+from mhla_gen.ops.kernels.boxes import box_tokens, divide, group_box, tile_box
 from mhla_gen.ops.kernels.features import load_angles, rotate
 from mhla_gen.ops.kernels.pieces import head_offset, load_pieces, store_pieces
 
@@ -54,9 +54,7 @@ def read_boxes_kernel(
     index = tl.program_id(0) // num_heads % num_boxes
     batch = (tl.program_id(0) // num_heads // num_boxes).to(tl.int64)
     if groups is None:
-        first_t, first_h, first_w, size_t, size_h, size_w = block_box(
-            index, box[0], box[1], box[2], box[3], box[4], box[5], RANK
-        )
+        first_t, first_h, first_w, size_t, size_h, size_w = tile_box(index, box, RANK)
     else:
         first_t, first_h, first_w, size_t, size_h, size_w = group_box(index, box, groups, RANK)
     x_ptr += head_offset(strides, batch, head, ALIGN)
@@ -108,9 +106,7 @@ def entries_kernel(
 ):
     """The entry of every tile."""
     tiles = tl.program_id(0) * BT + tl.arange(0, BT)
-    first_t, first_h, first_w, size_t, size_h, size_w = block_box(
-        tiles, box[0], box[1], box[2], box[3], box[4], box[5], RANK
-    )
+    first_t, first_h, first_w, size_t, size_h, size_w = tile_box(tiles, box, RANK)
     token = (first_t * box[1] + first_h) * box[2] + first_w
     short = tl.where(size_w < SLOT_W, 1, 0)
     if RANK > 1:

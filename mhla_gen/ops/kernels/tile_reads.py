@@ -5,7 +5,7 @@ from torch import Tensor
 
 from mhla_gen.ops.kernels.compiled import launch
 from mhla_gen.ops.kernels.launch import alignment, padded
-from mhla_gen.ops.kernels.tile_call import TileCall, three_axes
+from mhla_gen.ops.kernels.tile_call import TileCall
 from mhla_gen.ops.kernels.tile_lists import read_boxes_kernel
 
 # Tokens that a program reads at once, and its warps: up to 64 channels, and beyond.
@@ -61,7 +61,7 @@ def read_groups(
     With `slots`, queries of every group are consecutive, `[batch · heads, groups, slots, dim]`;
     then, on demand, also their squared lengths, float32 `[batch · heads, groups, slots]`.
     """
-    rotary, groups = call.cos is not None, three_axes(call.placed.groups)
+    rotary, groups = call.cos is not None, call.groups
     shape = call.batch_heads, call.placed.num_groups
     means = query.new_empty((*shape, query.shape[3]), dtype=torch.float32) if mean else None
     squares = None

@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from mhla_gen.ops import auto_tiles, tile_blockwise, tile_fused
 from mhla_gen.ops.kernels import tile_form, tile_gradients
+from mhla_gen.ops.kernels.tile_call import TileCall
 from mhla_gen.ops.kernels.tile_owners import owners_of_tiles
 from mhla_gen.ops.tile_attention import resolve_tile_implementation, tile_attention
 from mhla_gen.ops.tiles import tile_lists, tiling, window_tiles
@@ -212,6 +213,25 @@ def test_ties_are_broken_as_by_the_definition(layout):
         for name in ("naive", "fused")
     )
     torch.testing.assert_close(fused, naive, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("numbers", ["many octaves", "few octaves", "all negative"])
+def test_tiles_are_chosen_from_products_of_any_size(numbers):
+    """The search begins near the largest product if enough are there, else at its sign."""
+    layout = {"grid": (16, 16), "tile": (2, 2), "window": (3, 3), "top": 9}
+    tensors, _ = make(layout, rotary=False, heads=2, batch=1, head_dim=8)
+    query, _, value = (x.detach().float().to(DEVICE) for x in tensors)
+    placed = placed_by(layout)
+    means = torch.randn(2, 2, 64, 8, dtype=torch.float64).mul(4).round().div(4)
+    means[..., 1:] = 0
+    if numbers == "many octaves":
+        means[1] = means[1].sign() * torch.randint(-60, 60, means[1].shape).double().exp2()
+    elif numbers == "all negative":
+        means = torch.stack((means[0].abs(), -means[1].abs()))
+    expected = tile_lists(means[0][None], means[1][None], placed)[0]
+    call = TileCall(query, value, None, None, placed, 1.0)
+    found = tile_form.tile_lists(*means.float().to(DEVICE), call)[:, :, 0].cpu().long()
+    assert torch.equal(found.sort(dim=-1).values, expected.sort(dim=-1).values)
 
 
 def test_tiles_are_chosen_by_means_of_rows_that_are_not_rounded(monkeypatch):

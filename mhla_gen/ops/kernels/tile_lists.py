@@ -155,25 +155,48 @@ def products_kernel(
 
 
 @triton.jit
-def window_tile(group, index, box, groups, reach, before, RANK: tl.constexpr):
-    """Tile `index` of the window of a group; see `tiles.window_tiles`."""
-    along_w = _first(group % groups[2], box[5], groups[2], reach[2], before[2]) + index % reach[2]
-    if RANK == 1:
-        return along_w
-    else:
-        rest, row = index // reach[2], group // groups[2]
-        along_h = _first(row % groups[1], box[4], groups[1], reach[1], before[1]) + rest % reach[1]
-        tile = along_h * box[5] + along_w
-        if RANK == 3:
-            plane = _first(row // groups[1], box[3], groups[0], reach[0], before[0])
-            tile += (plane + rest // reach[1]) * (box[4] * box[5])
-        return tile
+def _window(group, box, groups, reach, before, RANK: tl.constexpr):
+    """The first tile along each axis of the window of a group; see `tiles.window_tiles`."""
+    first_t, first_h = 0, 0
+    first_w = _first(group % groups[2], box[5], groups[2], reach[2], before[2])
+    if RANK > 1:
+        row = group // groups[2]
+        first_h = _first(row % groups[1], box[4], groups[1], reach[1], before[1])
+        if RANK > 2:
+            first_t = _first(row // groups[1], box[3], groups[0], reach[0], before[0])
+    return first_t, first_h, first_w
 
 
 @triton.jit
 def _first(group, num_tiles, num_groups, reach, before):
     first = group * num_tiles // num_groups - before
     return tl.maximum(tl.minimum(first, num_tiles - reach), 0)
+
+
+@triton.jit
+def _window_tiles(window, index, box, reach, RANK: tl.constexpr):
+    """Tiles of these indices of a window."""
+    rest, along = divide(index, reach[2])
+    tiles = window[2] + along
+    if RANK > 1:
+        rest, along = divide(rest, reach[1])
+        tiles += (window[1] + along) * box[5]
+        if RANK > 2:
+            tiles += (window[0] + rest) * (box[4] * box[5])
+    return tiles
+
+
+@triton.jit
+def _in_window(window, tiles, box, reach, RANK: tl.constexpr):
+    """Which tiles are in a window."""
+    rest, along = divide(tiles, box[5])
+    inside = (along >= window[2]) & (along < window[2] + reach[2])
+    if RANK > 1:
+        rest, along = divide(rest, box[4])
+        inside = inside & (along >= window[1]) & (along < window[1] + reach[1])
+        if RANK > 2:
+            inside = inside & (rest >= window[0]) & (rest < window[0] + reach[0])
+    return inside
 
 
 @triton.jit
@@ -196,15 +219,17 @@ def list_kernel(
     """The list of one group and head: its window, then the `top` largest products, by index.
 
     The top-th largest product is found bit by bit, until as many are as large as are wanted; ties
-    are broken by index.
+    are broken by index. The search begins at a sixteenth of the largest product if enough are
+    larger: with numbers so close, exponents need no search.
     """
     row = tl.program_id(0).to(tl.int64)
     group = tl.program_id(0) % num_groups
     size = window_size + top
     lists_ptr += row * size * 2
+    window = _window(group, box, groups, reach, before, RANK)
     if window_size > 0:
         near = tl.arange(0, BW)
-        tile = window_tile(group, near, box, groups, reach, before, RANK)
+        tile = _window_tiles(window, near, box, reach, RANK)
         entry = tl.load(entries_ptr + tile, mask=near < window_size, other=0)
         tl.store(lists_ptr + near, tile, mask=near < window_size)
         tl.store(lists_ptr + size + near, entry, mask=near < window_size)
@@ -218,37 +243,28 @@ def list_kernel(
         order = bits ^ ((bits >> 31) & 0x7FFFFFFF)
         free = exists
         if window_size > 0:
-            free = free & ~_in_window(tiles, group, box, groups, reach, before, RANK)
+            free = free & ~_in_window(window, tiles, box, reach, RANK)
         order = tl.where(free, order, _TAKEN)
-        threshold = tl.where(tl.sum((order >= 0).to(tl.int32)) >= top, 0, _TAKEN)
-        bit = 30
+        # Four octaves up to the largest one.
+        low = tl.maximum(tl.max(order), _TAKEN + (4 << 23) - 1) - (4 << 23) + 1
+        bit = 24
+        if tl.sum((order >= low).to(tl.int32)) >= top:
+            threshold = low
+        else:
+            threshold = tl.where(tl.sum((order >= 0).to(tl.int32)) >= top, 0, _TAKEN)
+            bit = 30
         while bit >= 0:
-            larger = threshold | (1 << bit)
+            larger = threshold + (1 << bit)
             number = tl.sum((order >= larger).to(tl.int32))
             threshold = tl.where(number >= top, larger, threshold)
             bit = tl.where(number == top, -1, bit - 1)
-        above = order > threshold
-        equal = (order == threshold).to(tl.int32)
+        above, equal = order > threshold, order == threshold
         wanted = top - tl.sum(above.to(tl.int32))
-        taken = above | ((equal > 0) & (tl.cumsum(equal, axis=0) <= wanted))
-        place = window_size + tl.cumsum(taken.to(tl.int32), axis=0) - 1
+        # How many came so far, above and equal, counted in one scan.
+        counts = tl.cumsum(above.to(tl.int32) + (equal.to(tl.int32) << 16), axis=0)
+        equals = counts >> 16
+        taken = above | (equal & (equals <= wanted))
+        place = window_size + (counts & 0xFFFF) + tl.minimum(equals, wanted) - 1
         entry = tl.load(entries_ptr + tiles, mask=taken, other=0)
         tl.store(lists_ptr + place, tiles, mask=taken)
         tl.store(lists_ptr + size + place, entry, mask=taken)
-
-
-@triton.jit
-def _in_window(tiles, group, box, groups, reach, before, RANK: tl.constexpr):
-    """Which tiles are in the window of a group."""
-    first = _first(group % groups[2], box[5], groups[2], reach[2], before[2])
-    lines, along = divide(tiles, box[5])
-    inside = (along >= first) & (along < first + reach[2])
-    if RANK > 1:
-        row = group // groups[2]
-        first = _first(row % groups[1], box[4], groups[1], reach[1], before[1])
-        planes, along = divide(lines, box[4])
-        inside = inside & (along >= first) & (along < first + reach[1])
-        if RANK > 2:
-            first = _first(row // groups[1], box[3], groups[0], reach[0], before[0])
-            inside = inside & (planes >= first) & (planes < first + reach[0])
-    return inside

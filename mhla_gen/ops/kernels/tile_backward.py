@@ -288,16 +288,18 @@ def tile_backward_keys_kernel(
     dv0 = tl.zeros((BN, V0), tl.float32)
     dv1 = tl.zeros((BN, V1 if V1 > 0 else 1), tl.float32)
     owners_ptr += (row * num_tiles + tile) * num_groups
-    num_queries = tl.load(counts_ptr + row * num_tiles + tile) * PACK
+    count = tl.load(counts_ptr + row * num_tiles + tile)
+    num_queries = count * PACK
+    inside = tl.arange(0, BM) % PACK
     for start in range(0, num_queries, BM):
         # Vectors, also of equal numbers, Triton loads ahead; for a scalar it would wait.
-        queries = start + tl.arange(0, BM)
-        exists = queries < num_queries
         if PACK % BM == 0:
             owners = tl.load(owners_ptr + start // PACK + tl.zeros((BM,), tl.int32))
+            rows = owners * PACK + start % PACK + inside
         else:
-            owners = tl.load(owners_ptr + queries // PACK, mask=exists, other=0)
-        rows = owners * PACK + queries % PACK
+            places = start // PACK + tl.arange(0, BM) // PACK
+            rows = tl.load(owners_ptr + tl.minimum(places, count - 1)) * PACK + inside
+        exists = start + tl.arange(0, BM) < num_queries
         dk0, dk1, dv0, dv1 = add_key_gradients(
             k0, k1, v0, v1, q_ptr + packed * D, grad_ptr + packed * V, packed_lse_ptr + packed,
             delta_ptr + packed, rows, exists, scale, dk0, dk1, dv0, dv1,

@@ -100,7 +100,7 @@ def pack_queries(
             "BM": rows,
             "RANK": call.rank,
             "ALIGN": alignment(*strides),
-            "num_warps": 4,
+            "num_warps": max(1, rows // 32),
         },
     )
     return queries, grads, packed_lse, delta

@@ -9,7 +9,7 @@ from mhla_gen.ops.kernels.tile_call import TileCall
 from mhla_gen.ops.kernels.tile_lists import read_boxes_kernel
 
 # Tokens that a program reads at once, and its warps: up to 64 channels, and beyond.
-_NARROW, _WIDE = (64, 4), (16, 1)
+_NARROW, _WIDE = (32, 1), (16, 1)
 
 
 def read_tiles(
@@ -119,6 +119,6 @@ def read_boxes(
             "STORE": store,
             "MEAN": means is not None,
             "LENGTHS": "none" if lengths is None else "longest" if lengths.ndim == 2 else "each",
-            "num_warps": warps if rows > 16 else min(warps, 2),
+            "num_warps": warps,
         },
     )

@@ -272,11 +272,22 @@ def forward_loop(call: TileCall) -> Loop:
     if worth_packing(call):
         # So small that one program computes weights while another one multiplies.
         return Loop(rows, 64, 4, 2, packed=True)
-    # A program of few queries is short of work for one warp, let alone four.
-    warps = 4 if rows > 32 else 1
-    if dim > 64:
-        return Loop(min(rows, 64), 64, warps, 3)
-    return Loop(rows, 64, warps, 2 if rows > 32 else 3)
+    if rows <= 32:
+        return few_queries(rows, dim)
+    if dim <= 64:
+        return Loop(rows, 64, 4, 2)
+    # Steps of less than a tile would compute the places of its slots anew.
+    return Loop(64, 32, 4, 2) if call.slot_sizes["SLOTS"] <= 32 else Loop(64, 64, 4, 3)
+
+
+def few_queries(rows: int, dim: int) -> Loop:
+    """The loop for so few queries that one warp is short of work: with small steps, more fit.
+
+    Entries of a list, and the keys that they name, are loaded one after the other, so that two
+    steps of keys are held from five stages on. Where registers leave room for few programs anyway,
+    one is better.
+    """
+    return Loop(rows, 32, 1, 5 if rows * dim <= 2048 else 2)
 
 
 def worth_packing(call: TileCall) -> bool:

@@ -23,7 +23,7 @@ from mhla_gen.ops.kernels.tile_call import (
     numbered_wide,
     without,
 )
-from mhla_gen.ops.kernels.tile_form import Loop, descriptor, worth_packing
+from mhla_gen.ops.kernels.tile_form import Loop, descriptor, few_queries, worth_packing
 from mhla_gen.ops.kernels.tile_keys import tile_backward_packed_keys_kernel
 from mhla_gen.ops.kernels.tile_owners import owners_of_tiles
 from mhla_gen.ops.kernels.tile_reads import pack_tiles, read_groups, read_tiles
@@ -274,8 +274,8 @@ def queries_loop(call: TileCall) -> Loop:
         return Loop(call.block(32), 32, 4, 1)
     if worth_packing(call) and call.block(128) == 128:
         return Loop(128, 64, 8, 3, packed=True)
-    rows = call.block(64)
-    return Loop(rows, 64, 4 if rows > 32 else 1, 2)
+    rows, dim = call.block(64), max(call.query.shape[3], call.value.shape[3])
+    return few_queries(rows, dim) if rows <= 32 else Loop(rows, 64, 4, 2)
 
 
 def both_pack(call: TileCall) -> bool:

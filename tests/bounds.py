@@ -136,6 +136,11 @@ def _checked(
 def _check(touched: Any, dtype: Any, verb: str) -> None:
     low, high = int(touched.min()), int(touched.max())
     number = low >> _BITS
+    if number != high >> _BITS:
+        # Some are of another tensor.
+        for one in np.unique(touched >> np.uint64(_BITS)):
+            _check(touched[touched >> np.uint64(_BITS) == one], dtype, verb)
+        return
     if number == 0:
         return
     place = _launches[-1].places[number - 1]

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 import mhla_gen
 from mhla_gen import MHLAConfig
 from mhla_gen.models.parallel import sum_gradients
+from mhla_gen.ops import depthwise
 
 # Wan computes norms and modulation in float32 whatever its weights are.
 TOLERANCE = 1e-6
@@ -28,9 +29,17 @@ def compiled_model_equals_one_process(mhla, parallel):
     model_equals_one_process(mhla, parallel, compiled=True)
 
 
-def model_equals_one_process(mhla, parallel, ddp=False, compiled=False):
+def compiled_model_with_kernels_equals_one_process(mhla, parallel):
+    """With the convolution's kernels, which need float32."""
+    depthwise._fused_can_run = lambda tokens: True
+    model_equals_one_process(mhla, parallel, compiled=True, dtype=torch.float32, tolerance=2e-5)
+
+
+def model_equals_one_process(
+    mhla, parallel, ddp=False, compiled=False, dtype=torch.float64, tolerance=TOLERANCE
+):
     torch.manual_seed(0)
-    whole = disturb(mhla_gen.inject(tiny_wan(num_attention_heads=2), MHLAConfig(**mhla))).double()
+    whole = disturb(mhla_gen.inject(tiny_wan(num_attention_heads=2), MHLAConfig(**mhla))).to(dtype)
     shared = copy.deepcopy(whole)
     if compiled:
         # What comes before code is generated, which takes most of the time.
@@ -38,7 +47,7 @@ def model_equals_one_process(mhla, parallel, ddp=False, compiled=False):
     _share(shared, parallel)
     for model in (whole, shared):
         model.train().enable_gradient_checkpointing()
-    inputs = _inputs(width=16 if "ulysses_degree" in parallel else 14)
+    inputs = _inputs(16 if "ulysses_degree" in parallel else 14, dtype)
     probe = torch.randn_like(inputs["hidden_states"])
 
     expected = whole(**inputs)[0]
@@ -50,10 +59,10 @@ def model_equals_one_process(mhla, parallel, ddp=False, compiled=False):
     if not ddp:
         sum_gradients(shared)
 
-    close(found, expected, TOLERANCE, "output")
+    close(found, expected, tolerance, "output")
     largest = max(p.grad.abs().max() for p in whole.parameters())
     for (name, local), full in zip(shared.named_parameters(), whole.parameters(), strict=True):
-        close(local.grad / largest, full.grad / largest, TOLERANCE, f"gradient of {name}")
+        close(local.grad / largest, full.grad / largest, tolerance, f"gradient of {name}")
     with pytest.raises(ValueError, match="before enable_parallelism"):
         mhla_gen.restore(shared)
 
@@ -92,10 +101,10 @@ def any_number_of_tokens_can_be_sampled(mhla, parallel):
         close(shared(**inputs)[0], whole(**inputs)[0], TOLERANCE, "output")
 
 
-def _inputs(width):
+def _inputs(width, dtype=torch.float64):
     inputs = wan_inputs(frames=3, height=10, width=width, batch=2)
     # With sequences shared, diffusers takes tuples only.
-    return {name: tensor.double() for name, tensor in inputs.items()} | {"return_dict": False}
+    return {name: tensor.to(dtype) for name, tensor in inputs.items()} | {"return_dict": False}
 
 
 def _gather(tensor, dim, group):

@@ -11,7 +11,6 @@ from torch._inductor import config
 from torch.torch_version import TorchVersion
 
 from mhla_gen.ops import sharded
-from mhla_gen.ops.halo import halo_size
 from mhla_gen.ops.kernels import linear_form
 from mhla_gen.ops.kernels.launch import Call
 from mhla_gen.ops.partition import block_of_tokens
@@ -30,11 +29,22 @@ SHAPES = [
 ]
 FUSED = {"heads": 1, "head_dim": 16, "value_dim": 16, "implementation": "fused"}
 FILTERS = [((3, 4, 5), 3), ((2, 3, 4), 5), ((6, 3), 3), ((9,), 5), ((4,), 1)]
+# Small filters and large ones; a part of a plane, rows of an image, and halos from several ranks.
+FUSED_FILTERS = [
+    {"grid": grid, "size": size, "implementation": "fused", "dtype": torch.float32} | options
+    for grid, size, options in (
+        ((5, 2, 3), 3, {}),
+        ((2, 2, 3), 5, {"batch": 1}),
+        ((5, 3), 3, {"bias": False}),
+        ((9,), 5, {}),
+    )
+]
 
 
 @pytest.mark.parametrize("num_ranks", [2, 3, pytest.param(4, marks=pytest.mark.slow)])
 def test_ranks_compute_what_one_process_computes(num_ranks):
-    ranks.launch(num_ranks, ranks.operators_equal_one_process, SHAPES, FILTERS)
+    filters = [{"grid": grid, "size": size} for grid, size in FILTERS]
+    ranks.launch(num_ranks, ranks.operators_equal_one_process, SHAPES, filters)
 
 
 # A border inside a plane, all ranks inside one plane, two axes with matrices per head, one axis
@@ -54,14 +64,18 @@ SINGLE = FUSED | {"dtype": torch.float32, "tolerance": 2e-5}
 def test_kernels_compute_on_ranks_what_one_process_computes():
     # Rank 0 ends inside row 1 of rows [0, 1) [1, 3).
     ranks.launch(
-        2, ranks.operators_equal_one_process, [SINGLE | {"grid": (3, 5), "layout": (2, 1)}]
+        2,
+        ranks.operators_equal_one_process,
+        [SINGLE | {"grid": (3, 5), "layout": (2, 1)}],
+        FUSED_FILTERS[:1],
     )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("num_ranks", [2, 3, 4])
 def test_kernels_compute_on_ranks_at_many_shapes(num_ranks):
-    ranks.launch(num_ranks, ranks.operators_equal_one_process, [SINGLE | case for case in WINDOWS])
+    cases = [SINGLE | case for case in WINDOWS]
+    ranks.launch(num_ranks, ranks.operators_equal_one_process, cases, FUSED_FILTERS)
 
 
 def test_a_block_without_tokens_has_no_scale():
@@ -127,6 +141,12 @@ def test_ranks_share_a_hybrid_through_diffusers():
 
 def test_ranks_share_a_compiled_model():
     ranks.launch(2, ranks_of_wan.compiled_model_equals_one_process, {"layout": (2, 2, 3)}, RING)
+
+
+@pytest.mark.slow
+def test_ranks_share_a_compiled_model_whose_convolution_is_computed_by_kernels():
+    check = ranks_of_wan.compiled_model_with_kernels_equals_one_process
+    ranks.launch(2, check, {"layout": (2, 2, 3)}, RING)
 
 
 @pytest.mark.gpu
@@ -201,8 +221,3 @@ def test_ranks_hold_the_blocks_that_their_tokens_fall_into(num_ranks):
         mine = blocks[shard.first : shard.stop]
         assert start <= mine.min() and mine.max() < start + size <= 6
         assert held.entries(mixing, rank).equal(mixing[start : start + size][:, columns])
-
-
-def test_a_halo_is_a_plane_a_row_and_a_token():
-    assert halo_size((21, 30, 52), (3, 3, 3)) == 30 * 52 + 52 + 1
-    assert halo_size((30, 52), (5, 1)) == 2 * 52

@@ -60,7 +60,7 @@ def depthwise_conv(
     Raises:
         ValueError: If sizes do not fit, or `fused` is requested on another device than CUDA.
     """
-    if _picked(tokens, weight, bias, grid, implementation) == "torch":
+    if picked(tokens, weight, bias, grid, implementation) == "torch":
         return _torch_conv(tokens, weight, bias, grid)
     from mhla_gen.ops.kernels.depthwise import depthwise_tokens
 
@@ -97,7 +97,7 @@ def gated_conv(
     Raises:
         ValueError: As `depthwise_conv`, or if `added` or `logits` have another size.
     """
-    implementation = _picked(tokens, weight, bias, grid, implementation)
+    implementation = picked(tokens, weight, bias, grid, implementation)
     _check_gate(added, tokens, logits, num_heads)
     if implementation == "torch":
         added = added.combined().flatten(2) if isinstance(added, Blend) else added
@@ -147,14 +147,15 @@ def times_silu(out: Tensor, logits: Tensor, num_heads: int) -> Tensor:
     return (torch.unflatten(out, 2, (num_heads, -1)) * F.silu(logits).unsqueeze(-1)).flatten(2)
 
 
-def _picked(
+def picked(
     tokens: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     grid: tuple[int, ...],
     implementation: str,
+    seq_len: int | None = None,
 ) -> str:
-    """`torch` or `fused`, after all checks."""
+    """`torch` or `fused`, after all checks; `seq_len` if it is not all tokens of `grid`."""
     check_grid(tuple(grid))
     if tokens.ndim != 3 or not tokens.is_floating_point():
         raise ValueError(
@@ -166,7 +167,8 @@ def _picked(
         raise ValueError(
             f"weight needs one odd size for each axis of grid={grid}, found {tuple(weight.shape)}"
         )
-    if weight.shape[:2] != (tokens.shape[2], 1) or math.prod(grid) != tokens.shape[1]:
+    seq_len = math.prod(grid) if seq_len is None else seq_len
+    if weight.shape[:2] != (tokens.shape[2], 1) or seq_len != tokens.shape[1]:
         raise UserError(
             f"tokens {tuple(tokens.shape)} do not fit weight {tuple(weight.shape)} and grid={grid}"
         )

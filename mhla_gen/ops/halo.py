@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mhla_gen.ops.collectives import exchange, uncompiled
-from mhla_gen.ops.depthwise import depthwise_conv
+from mhla_gen.ops.depthwise import depthwise_conv, picked
 from mhla_gen.ops.shard import Shard
 
 
@@ -40,19 +40,22 @@ def sharded_depthwise_conv(
     """
     rank, num_ranks = dist.get_rank(group), dist.get_world_size(group)
     shard = Shard.of_rank(grid, rank, num_ranks)
+    check_shard(tokens, shard)
+    chosen = picked(tokens, weight, bias, grid, implementation, shard.num_tokens)
     sizes = tuple(weight.shape[2:])
     wait = begin_halo(tokens, sizes, grid=grid, group=group) if halo is None else halo
-    held = _with_halo(shard, sizes)
-    before, borrowed = shard.first - held.first, wait()
-    first_plane, last_plane = held.planes
-    planes = held.whole_planes(borrowed[:, :before], tokens, borrowed[:, before:])
-    out = depthwise_conv(
-        planes,
-        weight,
-        bias,
-        grid=(last_plane - first_plane, *grid[1:]),
-        implementation=implementation,
-    )
+    received = wait()
+    if chosen == "fused":
+        # Imported on first use: Triton is neither needed nor installed everywhere.
+        from mhla_gen.ops.halo_fused import fused_sharded_conv
+
+        return fused_sharded_conv(tokens, weight, bias, received, shard, group)
+    held = with_halo(shard, sizes)
+    before = shard.first - held.first
+    first, stop = held.planes
+    planes = held.whole_planes(received[:, :before], tokens, received[:, before:])
+    around = (stop - first, *grid[1:])
+    out = depthwise_conv(planes, weight, bias, grid=around, implementation="torch")
     return held.from_whole_planes(out).narrow(1, before, tokens.shape[1])
 
 
@@ -81,7 +84,7 @@ def begin_halo(
     rank, num_ranks = dist.get_rank(group), dist.get_world_size(group)
     shards = [Shard.of_rank(grid, other, num_ranks) for other in range(num_ranks)]
     check_shard(tokens, shards[rank])
-    wanted = [_with_halo(shard, sizes) for shard in shards]
+    wanted = [with_halo(shard, sizes) for shard in shards]
     sent = [_overlap(shards[rank], wanted[other], rank == other) for other in range(num_ranks)]
     received = [_overlap(shards[other], wanted[rank], rank == other) for other in range(num_ranks)]
     first = shards[rank].first
@@ -110,7 +113,8 @@ def check_shard(tokens: Tensor, shard: Shard) -> None:
         )
 
 
-def _with_halo(shard: Shard, sizes: tuple[int, ...]) -> Shard:
+def with_halo(shard: Shard, sizes: tuple[int, ...]) -> Shard:
+    """The shard, and the tokens around it that a filter of `sizes` reaches."""
     halo = halo_size(shard.grid, sizes)
     first, stop = max(0, shard.first - halo), min(math.prod(shard.grid), shard.stop + halo)
     return Shard(shard.grid, first, stop)

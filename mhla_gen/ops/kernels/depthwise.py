@@ -61,13 +61,27 @@ class After(NamedTuple):
     """Whether the tensor that the gate multiplies is also returned."""
 
 
+class Halo(NamedTuple):
+    """Other ranks' tokens around own ones, if ranks share a sequence.
+
+    The grid then is that of the planes in which own tokens lie.
+    """
+
+    tokens: Tensor
+    """`[batch, received tokens, channels]`: those before the own ones, then those after them."""
+    before: int
+    """Number of received tokens before."""
+    origin: int
+    """Place of the first own token on the grid."""
+
+
 @torch.library.custom_op("mhla_gen::depthwise_tokens", mutates_args=())
 def depthwise_tokens(
     tokens: Tensor, weight: Tensor, bias: Tensor | None, grid: list[int]
 ) -> Tensor:
     """See `mhla_gen.ops.depthwise.depthwise_conv`."""
     with torch.cuda.device_of(tokens):
-        return convolve(unit_channels(tokens), weight, bias, grid, None)[0]
+        return convolve(unit_channels(tokens), weight, bias, grid)[0]
 
 
 @depthwise_tokens.register_fake
@@ -85,14 +99,9 @@ def depthwise_tokens_backward(
     with torch.cuda.device_of(tokens):
         if _by_lines(sizes):
             found = _backward_by_lines(grad, tokens, weight.contiguous(), box, sizes)
-            tokens_grad, partial, bias_partial = found
-        else:
-            flipped = weight.flatten(1).flip(1).view(weight.shape)
-            tokens_grad, _ = convolve(grad, flipped, None, grid, None)
-            sums = _sums_by_columns if math.prod(sizes) <= _MOST_FRAME_TAPS else _sums_by_taps
-            partial, bias_partial = sums(grad, tokens, box, sizes)
-        weight_grad = partial.sum(dim=0).view(weight.shape).to(weight.dtype)
-        return tokens_grad, weight_grad, bias_partial.sum(dim=0)
+            return found[0], *_summed(found[1], found[2], weight)
+        tokens_grad, _ = convolve(grad, flipped(weight), None, grid)
+        return tokens_grad, *filter_gradients(grad, tokens, weight, grid)
 
 
 @depthwise_tokens_backward.register_fake
@@ -116,16 +125,38 @@ def _backward(ctx, grad):
 depthwise_tokens.register_autograd(_backward, setup_context=_setup)
 
 
+def flipped(weight: Tensor) -> Tensor:
+    """The filter with which the gradient of the output makes that of the tokens."""
+    return weight.flatten(1).flip(1).view(weight.shape)
+
+
 def convolve(
-    tokens: Tensor, weight: Tensor, bias: Tensor | None, grid: list[int], after: After | None
+    tokens: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    grid: list[int],
+    after: After | None = None,
+    halo: Halo | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The output, and the tensor that its gate multiplies, which is empty if not kept."""
-    box, sizes = _box(weight, grid)
-    if _by_lines(sizes):
+    box, sizes = _box(weight, grid, halo)
+    if halo is None and _by_lines(sizes):
         return _conv_by_lines(tokens, weight.contiguous(), bias, box, sizes, after)
-    if math.prod(sizes) <= _MOST_FRAME_TAPS:
-        return _conv_by_frames(tokens, weight, bias, box, sizes, after)
-    return _conv_by_taps(tokens, weight, bias, box, sizes, after)
+    conv = _conv_by_frames if math.prod(sizes) <= _MOST_FRAME_TAPS else _conv_by_taps
+    return conv(tokens, weight, bias, box, sizes, after, halo)
+
+
+def filter_gradients(
+    grad: Tensor, tokens: Tensor, weight: Tensor, grid: list[int], halo: Halo | None = None
+) -> tuple[Tensor, Tensor]:
+    """Gradients of weight and bias, the latter in float32."""
+    box, sizes = _box(weight, grid, halo)
+    sums = _sums_by_columns if math.prod(sizes) <= _MOST_FRAME_TAPS else _sums_by_taps
+    return _summed(*sums(grad, tokens, box, sizes, halo), weight)
+
+
+def _summed(partial: Tensor, bias_partial: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    return partial.sum(dim=0).view(weight.shape).to(weight.dtype), bias_partial.sum(dim=0)
 
 
 def _by_lines(sizes: list[int]) -> bool:
@@ -229,6 +260,7 @@ def _conv_by_frames(
     box: list[int],
     sizes: list[int],
     after: After | None,
+    halo: Halo | None,
 ) -> tuple[Tensor, Tensor]:
     batch, _, channels = tokens.shape
     tiles = quotient_up(channels, _CHANNELS)
@@ -245,8 +277,8 @@ def _conv_by_frames(
     launch(
         conv_frames_kernel,
         (programs * line_parts * tiles,),
-        (tokens, factors, bias, *tensors),
-        (channels, *box, line_parts, lines, num_heads, *tokens.stride()[:2], *strides),
+        (tokens, halo.tokens if halo else None, factors, bias, *tensors),
+        (channels, *box, line_parts, lines, num_heads, *_placed(tokens, halo), *strides),
         {
             **dict(zip(("KT", "KH", "KW"), sizes, strict=True)),
             "HAS_BIAS": bias is not None,
@@ -269,6 +301,7 @@ def _conv_by_taps(
     box: list[int],
     sizes: list[int],
     after: After | None,
+    halo: Halo | None,
 ) -> tuple[Tensor, Tensor]:
     batch, seq_len, channels = tokens.shape
     # Channels last, so that a tap's factors lie together.
@@ -277,8 +310,8 @@ def _conv_by_taps(
     launch(
         conv_taps_kernel,
         (quotient_up(seq_len, 2 * _TOKENS), quotient_up(channels, _CHANNELS), batch),
-        (tokens, factors, bias, *tensors),
-        (channels, *box, after.num_heads if after else 1, *tokens.stride()[:2], *strides),
+        (tokens, halo.tokens if halo else None, factors, bias, *tensors),
+        (channels, *box, after.num_heads if after else 1, *_placed(tokens, halo), *strides),
         {
             **dict(zip(("KT", "KH", "KW"), sizes, strict=True)),
             "HAS_BIAS": bias is not None,
@@ -291,7 +324,7 @@ def _conv_by_taps(
 
 
 def _sums_by_taps(
-    grad: Tensor, tokens: Tensor, box: list[int], sizes: list[int]
+    grad: Tensor, tokens: Tensor, box: list[int], sizes: list[int], halo: Halo | None
 ) -> tuple[Tensor, Tensor]:
     """Partial sums of the gradients of weight and bias."""
     batch, seq_len, channels = tokens.shape
@@ -306,8 +339,8 @@ def _sums_by_taps(
     launch(
         sums_taps_kernel,
         (batch * parts, tiles, groups),
-        (tokens, grad, partial, bias_partial),
-        (channels, *box, parts, part_size, *tokens.stride()[:2], *grad.stride()[:2]),
+        (tokens, halo.tokens if halo else None, grad, partial, bias_partial),
+        (channels, *box, parts, part_size, *_placed(tokens, halo), *grad.stride()[:2]),
         {
             **dict(zip(("KT", "KH", "KW"), sizes, strict=True)),
             "GROUP": group,
@@ -319,7 +352,7 @@ def _sums_by_taps(
 
 
 def _sums_by_columns(
-    grad: Tensor, tokens: Tensor, box: list[int], sizes: list[int]
+    grad: Tensor, tokens: Tensor, box: list[int], sizes: list[int], halo: Halo | None
 ) -> tuple[Tensor, Tensor]:
     """As `_sums_by_taps`, for a small filter."""
     batch, _, channels = tokens.shape
@@ -334,14 +367,14 @@ def _sums_by_columns(
     launch(
         sums_columns_kernel,
         (rows, tiles),
-        (tokens, grad, partial, bias_partial),
+        (tokens, halo.tokens if halo else None, grad, partial, bias_partial),
         (
             channels,
             *box,
             frame_parts,
             line_parts,
             lines,
-            *tokens.stride()[:2],
+            *_placed(tokens, halo),
             *grad.stride()[:2],
         ),
         {
@@ -382,7 +415,21 @@ def unit_channels(tokens: Tensor) -> Tensor:
     return tokens if tokens.stride(2) == 1 else tokens.contiguous()
 
 
-def _box(weight: Tensor, grid: list[int]) -> tuple[list[int], list[int]]:
-    """Grid and filter sizes, padded in front with ones to three axes."""
-    ones = [1] * (3 - len(grid))
-    return [*ones, *grid], [*ones, *weight.shape[2:]]
+def _box(weight: Tensor, grid: list[int], halo: Halo | None = None) -> tuple[list[int], list[int]]:
+    """Grid and filter sizes, padded with ones to three axes.
+
+    In front, but after the first axis if it is that axis along which the sequence is cut.
+    """
+    ones, sizes = [1] * (3 - len(grid)), list(weight.shape[2:])
+    if halo is None:
+        return [*ones, *grid], [*ones, *sizes]
+    return [grid[0], *ones, *grid[1:]], [sizes[0], *ones, *sizes[1:]]
+
+
+def _placed(tokens: Tensor, halo: Halo | None) -> tuple[Any, ...]:
+    """Strides of batch and tokens, and the window; see `depthwise_window.py`."""
+    if halo is None:
+        return *tokens.stride()[:2], None
+    received, before, origin = halo
+    counts = origin, tokens.shape[1], before, received.shape[1] - before
+    return *tokens.stride()[:2], (*counts, *received.stride()[:2])

@@ -263,8 +263,9 @@ def test_a_rule_with_given_sizes_keeps_to_the_share_as_far_as_they_allow():
     # With 3×3 tiles around a group of 2×2, the window alone would be more.
     layout = auto_tiles(grid, 0.05, group=(2, 2))
     assert (layout.window, layout.top) == ((1, 1), 9)
-    # Nor is a window of 5×5 tiles in a large group worth four fifths of the list.
+    # What shares a list keeps the window that was compared, also where a wider one would fit.
     assert auto_tiles(grid, share, group=(2, 2)) == ((4, 4), (2, 2), (3, 3), 16)
+    assert auto_tiles(grid, 0.25, group=(2, 2)) == ((4, 4), (2, 2), (3, 3), 48)
     for sizes in ({"window": (7, 7)}, {"group": (8, 8), "window": (1, 1)}):
         layout = auto_tiles(grid, share, group=sizes.get("group"), window=sizes.get("window"))
         assert sizes.items() <= layout._asdict().items() and layout.top == 0
@@ -309,8 +310,9 @@ def test_every_tile_of_a_small_image_has_a_list_of_its_own(side, share, window):
         same = {name: getattr(layout, name) for name in given}
         assert auto_tiles((side, side), share, **same) == layout
     # Where lists are short or long, images are large, or tiles are small, lists are shared.
-    for grid, other in (((side, side), 0.5), ((128, 128), share), ((32, 32), 0.125)):
+    for grid, other in (((side, side), 0.26), ((128, 128), share), ((32, 32), 0.125)):
         assert math.prod(auto_tiles(grid, other).group) > 1
+    assert math.prod(auto_tiles((2, side * side // 2), share).group) > 1
     assert math.prod(auto_tiles((side, side), share, tile=(2, 2)).group) > 1
 
 
@@ -318,11 +320,14 @@ def test_the_images_of_the_evidence_keep_the_tiles_that_were_compared():
     """docs/evidence.md recommends these."""
     assert auto_tiles((64, 64), 0.125) == ((4, 4), (1, 1), (5, 5), 7)
     assert auto_tiles((64, 64), 0.05) == ((4, 4), (1, 1), (3, 3), 4)
+    # A window that takes nearly all of the share is too much: 25 of 30 tiles.
+    assert auto_tiles((48, 80), 0.125) == ((4, 4), (1, 1), (3, 3), 21)
 
 
 def test_the_clips_of_the_evidence_keep_the_tiles_that_were_compared():
     """docs/evidence.md recommends these; longer clips keep the tiles that were timed."""
     assert auto_tiles((9, 32, 32), 0.125) == ((1, 4, 4), (1, 2, 2), (3, 3, 3), 24)
+    assert auto_tiles((5, 32, 32), 0.125).group == (1, 2, 2)
     assert auto_tiles((9, 32, 32), 0.05) == ((1, 4, 4), (1, 2, 2), (1, 3, 3), 13)
     assert auto_tiles((21, 30, 50), 0.05) == ((7, 3, 3), (1, 2, 1), (1, 3, 3), 14)
     assert auto_tiles((21, 45, 80), 0.125) == ((7, 3, 3), (1, 1, 2), (3, 5, 3), 92)

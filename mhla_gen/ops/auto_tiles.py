@@ -21,7 +21,8 @@ _TILE_TOKENS = {2: 16, 3: 64}
 # choose from, and too large for a window.
 _SHORT_CLIP = 16384
 # Tokens of an image up to which every tile has a list of its own, if a window takes at most 4/5 of
-# it, 5×5 tiles or else 3×3. Larger images were not trained; they share lists for speed.
+# it, 5×5 tiles or else 3×3. Images of 4,096 tokens were trained; much larger ones share lists for
+# speed.
 _SMALL_IMAGE, _MOST_NEAR = 8192, 0.8
 # Above this share, lists of single tiles may take longer than softmax on all pairs.
 _MOST_ALONE = 0.25
@@ -62,7 +63,8 @@ def auto_tiles(
         grid: Tokens along each axis.
         share: Share of all pairs of a query and a key, in (0, 1]. At least one tile is read.
         tile: Tile to use instead; see `TileLayout`, as the two below.
-        group: Group to use instead; its own tiles may take more than the share.
+        group: Group to use instead; its own tiles may take more than the share. If it has several
+            tiles, its window is that of other images.
         window: Window to use instead; it may take more than the share.
 
     Raises:
@@ -83,16 +85,14 @@ def auto_tiles(
     square, cube = (*single[2:], 3, 3), (3,) * len(grid)
     most = budget if flat else max(1, budget // 2)
     first, alone = window, None
-    if flat and share <= _MOST_ALONE and _is_small_image(grid, tile):
+    if flat and group in (None, single) and share <= _MOST_ALONE and _is_small_image(grid, tile):
         wide = (*single[2:], 5, 5)
-        alone = next((w for w in (wide, square) if near(w, group) <= _MOST_NEAR * budget), None)
-    if alone is not None and group is None:
-        group = single
+        alone = next((w for w in (wide, square) if near(w) <= _MOST_NEAR * budget), None)
+    if alone is not None:
+        group, first = single, alone if window is None else window
     if first is None:
         first = single
-        if alone is not None:
-            first = alone
-        elif flat and near(square, group) <= budget:
+        if flat and near(square, group) <= budget:
             around = _auto_group(tile, tiles, lambda _: True) if group is None else group
             deep = len(grid) == 3 and near(cube, around) <= budget * 3 // 4
             first = cube if deep else square
@@ -153,8 +153,8 @@ def _is_flat(tile: tuple[int, ...]) -> bool:
 
 def _is_small_image(grid: tuple[int, ...], tile: tuple[int, ...]) -> bool:
     """Whether lists for single tiles are worth their time; those of smaller tiles are not."""
-    tokens = math.prod(grid)
-    return tokens == math.prod(grid[-2:]) and tokens <= _SMALL_IMAGE and min(tile[-2:]) >= 3
+    tokens, sides = math.prod(grid), grid[-2:]
+    return tokens == math.prod(sides) and tokens <= _SMALL_IMAGE and min(*tile[-2:], *sides) >= 3
 
 
 def _auto_group(

@@ -303,6 +303,10 @@ def test_the_results_of_a_plan_are_of_its_settings(scripts, name, folder, sample
         ("exact-5-4096-s0", "model.mhla.exact=0.02",
          lambda r: r["config"]["model"]["mhla"].update(exact=0.02)),
         ("exact-5-4096-s0", "pairs=0.06", lambda r: r.update(pairs=0.06)),
+        ("exact-5-4096-s0", 'optimizer_options={"eps": 0.001}, not {}',
+         lambda r: r["config"].update(optimizer_options={"eps": 1e-3})),
+        ("exact-5-4096-s0", 'transformer={"lora_rank": 8}, not null',
+         lambda r: r["config"].update(transformer={"lora_rank": 8})),
         ("exact-12-4096-s0", "model.mhla.exact_group=[1, 1], not [2, 2]",
          lambda r: r["config"]["model"]["mhla"].update(exact_group=[1, 1])),
         # The tiles that `auto_tiles` picks for this arm.

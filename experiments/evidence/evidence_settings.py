@@ -93,21 +93,25 @@ def require_attention(
     path: Path, found: dict[str, Any] | str, wanted: dict[str, Any] | str
 ) -> None:
     """The same for the settings of an attention, or the name of one without settings."""
-    if isinstance(found, dict):
-        found = asdict(MHLAConfig()) | found
-    _require(path, _flat({"attention": found}), _flat({"attention": wanted}), ())
+    both = isinstance(found, dict) and isinstance(wanted, dict)
+    defaults = {"attention": asdict(MHLAConfig()) if both else None}
+    _require(path, *(_flat({"attention": one}, defaults) for one in (found, wanted)), ())
 
 
 def _settings(values: dict[str, Any]) -> dict[str, Any]:
-    """All settings by name, those that are missing with their defaults, as JSON has them."""
-    return _flat(asdict(TrainConfig())) | _flat(values)
+    return _flat(values, asdict(TrainConfig()))
 
 
-def _flat(values: dict[str, Any], group: str = "") -> dict[str, Any]:
+def _flat(values: dict[str, Any], defaults: dict[str, Any], group: str = "") -> dict[str, Any]:
+    """All settings by name, those that are missing with their defaults, as JSON has them.
+
+    What has no settings of its own by default, such as the options of an optimizer, is one value.
+    """
     flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{group}{name}.")
+    for name, default in defaults.items():
+        value = values.get(name, default)
+        if default and isinstance(default, dict):
+            flat |= _flat(value, default, f"{group}{name}.")
         else:
             flat[f"{group}{name}"] = _listed(value)
     return flat

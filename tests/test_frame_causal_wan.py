@@ -196,6 +196,7 @@ def test_a_state_is_loaded_by_its_own_model_alone(tmp_path):
     for other, message in (
         (causal_wan(num_layers=1), "a model with num_layers=3, found one with 1"),
         (causal_wan(num_attention_heads=1), "num_heads=2, found one with 1"),
+        (causal_wan(attention_head_dim=32), "head_dim=12, found one with 32"),
         (causal_wan({"exact": 1.0}), "exact=0.0, found one with 1.0"),
         (causal_wan({"feature_map": "elu+1"}), "feature_map=relu"),
         (causal_wan({"causal_frames": 3}), "causal_frames=2, found one with 3"),
